@@ -1,0 +1,68 @@
+"""Every error a user can meet.
+
+    TunesmithError            exit 1: something failed
+    ├── InputError            exit 2: what was given cannot be used
+    │   ├── RecipeError       a knob: unknown, of the wrong type, or out of range
+    │   ├── DataError         rows: carries one `Problem` a finding
+    │   ├── ModelError        a model, tokenizer or template
+    │   └── RunError          a run folder: missing, locked, or not the one to resume
+    ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
+    ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
+    └── Stopped               exit 3: asked to stop; a checkpoint was written, `tunesmith resume` goes on
+
+A message names the place, the value, the rule and the way out, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunesmith.types import Problem
+
+
+class TunesmithError(Exception):
+    """Root of every error raised on purpose; its text is meant for the person at the terminal."""
+
+    exit_code = 1
+
+
+class InputError(TunesmithError):
+    """What was given cannot be used; nothing was changed."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe key is unknown, of the wrong type, or out of range."""
+
+
+class DataError(InputError):
+    """Rows that cannot be used. `problems` holds one finding each, in file order."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class ModelError(InputError):
+    """A model, tokenizer or chat template that cannot be used."""
+
+
+class RunError(InputError):
+    """A run folder that is missing, in use, or does not match what is asked of it."""
+
+
+class NonFiniteError(TunesmithError):
+    """A loss or gradient is NaN or infinite. Raised before the update: the weights are those of the step before."""
+
+
+class CheckpointError(TunesmithError):
+    """A checkpoint could not be written, or none of those present can be read."""
+
+
+class Stopped(TunesmithError):
+    """The run was asked to stop, wrote a checkpoint and can be resumed."""
+
+    exit_code = 3

@@ -1,0 +1,232 @@
+"""Every knob of a run, each declared once: name, type, default, unit and doc.
+
+The command line, `tunesmith recipe`, the JSON schema and docs/recipe.md are all derived from this file.
+"auto" is decided from model, data and machine before the run starts, printed with its reason, and written resolved
+into the run's recipe.yaml.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+Auto: TypeAlias = Literal["auto"]
+T = TypeVar("T")
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of knobs: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class DataFile(Section):
+    """One file of rows and how often each of its rows is seen in an epoch."""
+
+    path: str
+    """JSONL, JSON array, CSV, TSV or Parquet; each may be gzipped (.gz). Told apart by content, not by name."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
+
+
+class Limits(Section):
+    """Bounds that keep one hostile or broken row from taking the machine down."""
+
+    line_bytes: Positive = 8 * 1024 * 1024
+    """Longest line or record, in bytes."""
+    depth: Positive = 32
+    """Deepest nesting of JSON objects and arrays."""
+    messages: Positive = 1000
+    """Most messages in one row."""
+    problems: Positive = 1000
+    """Most problems listed one by one; all are counted."""
+
+
+class Data(Section):
+    """What is trained on and how rows become tokens."""
+
+    train: tuple[DataFile, ...] = ()
+    """Training files. Each entry is a path, or {path, weight}."""
+    eval: tuple[DataFile, ...] = ()
+    """Held-out files. Empty: a part of `train` is split off, see `held_out`."""
+    held_out: Fraction = 0.05
+    """Share of `train` held out when `eval` is empty, chosen by content hash: stable when rows are added."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
+    template: str | None = None
+    """A Jinja chat template file, for models that have none. Saved with the result."""
+    max_tokens: Positive | Auto = "auto"
+    """Longest row, in tokens. auto: what the model can attend to."""
+    too_long: Literal["error", "drop", "cut"] = "error"
+    """A row over max_tokens: refuse the data, drop the row (counted), or cut its end (counted)."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: refuse the data, or skip the row (counted and listed)."""
+    control_tokens: Literal["error", "allow"] = "error"
+    """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or trusted."""
+    overlap: Literal["error", "warn"] = "warn"
+    """Held-out rows that also stand in the training files: refuse, or train and say how many."""
+    limits: Limits = Limits()
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths_are_files(cls, value: Any) -> Any:
+        entries = [value] if isinstance(value, (str, dict)) else value
+        if isinstance(entries, (list, tuple)):
+            return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+        return value
+
+
+class LoraMethod(Section):
+    """Low-rank adaptation: the model stays frozen, two small matrices beside each linear layer are trained."""
+
+    name: Literal["lora"] = "lora"
+    rank: Positive = 16
+    """Rank of the update of each adapted layer."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the input of the low-rank path."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression
+    over whole module names (re:layers\\.[0-3]\\..*)."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class FullMethod(Section):
+    """Full fine-tuning: every weight is trained."""
+
+    name: Literal["full"] = "full"
+
+
+class AutoMethod(Section):
+    """Decided from the model's size, the data and this machine's memory."""
+
+    name: Literal["auto"] = "auto"
+
+
+def _method_name(value: Any) -> str:
+    return str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
+
+
+Method = Annotated[
+    Annotated[AutoMethod, Tag("auto")] | Annotated[LoraMethod, Tag("lora")] | Annotated[FullMethod, Tag("full")],
+    Discriminator(_method_name),
+]
+
+
+class Optim(Section):
+    """The update: AdamW and the rate of each step."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the rate after warm-up; linear and cosine end at zero after the last step."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Warm-up: below 1 a share of all steps, from 1 up a number of steps. The first step's rate is not zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null never clips."""
+
+
+class Train(Section):
+    """How long, and how much at once."""
+
+    epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Passes over the training rows; fractions are allowed."""
+    max_steps: Positive | None = None
+    """Stop after this many updates even if epochs are left; the schedule ends there too."""
+    rows_per_step: Positive | Auto = "auto"
+    """Rows in one update. The loss is divided by the targets of the whole step, however it is cut into passes."""
+    tokens_per_pass: Positive | Auto = "auto"
+    """Most tokens in one forward and backward. Smaller needs less memory and gives the same update."""
+    checkpointed_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers whose activations are recomputed in the backward pass instead of kept."""
+
+
+class Evaluation(Section):
+    """Measuring on held-out rows."""
+
+    every: Positive | None = None
+    """Steps between evaluations; null: before the first step and after the last only."""
+    max_rows: Positive | None = 1000
+    """Most held-out rows measured, chosen by content hash; null: all."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Held-out prompts answered before and after."""
+    sample_tokens: Positive = 64
+    """Most new tokens in such an answer."""
+
+
+class Checkpoint(Section):
+    """What is kept so that a run can go on."""
+
+    every: Positive | Auto = "auto"
+    """Steps between checkpoints. auto: about every five minutes."""
+    keep: Positive = 2
+    """Newest checkpoints kept; the best by held-out loss is kept beside them."""
+
+
+class Recipe(Section):
+    """A run, completely."""
+
+    model: str = ""
+    """A folder, a hub id or a .gguf file."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    name: str | None = None
+    """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
+    task: Literal["auto", "chat", "generate"] = "auto"
+    """What is learnt: answers of the assistant in a chat, or the completion of a prompt."""
+    method: Method = AutoMethod()
+    """How weights change."""
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Auto | Literal["float32", "bfloat16"] = "auto"
+    """Of weights and activations; what is trained is always kept in float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
+    threads: Positive | Auto = "auto"
+    """CPU threads; part of what makes a run repeat bit for bit."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Order of rows, fresh adapter weights and dropout all follow from it."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name_or_knob(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        lora_knobs = set(LoraMethod.model_fields) - {"name"}
+        if isinstance(value, dict) and value.get("name", "auto") == "auto" and set(value) & lora_knobs:
+            return {**value, "name": "lora"}
+        return value
+
+    @model_validator(mode="after")
+    def _files_once(self) -> Recipe:
+        paths = [file.path for file in self.data.train]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        if twice:
+            raise ValueError(f"data.train: {twice[0]} stands twice: give it once with a weight")
+        return self
+
+
+def known(value: T | Auto) -> T:
+    """The value of a knob after "auto" has been decided."""
+    if value == "auto":
+        raise AssertionError("an undecided knob reached the run: planning.advise must resolve every auto")
+    return value  # type: ignore[return-value]
