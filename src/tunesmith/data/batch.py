@@ -1,0 +1,151 @@
+"""Which rows make which step, and the tensors of one pass.
+
+Everything about order is a pure function of (lengths, seed, epoch), so any step can be named, repeated and resumed to
+without replaying those before it.
+"""
+
+# B rows, T tokens, N targets
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.types import Batch, Layout, Row
+
+Pass = tuple[int, ...]
+"""Row indices that go through the model together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps of a run.
+
+    `rows_I` holds the store's row indices that are trained on, `weights_I` how often each is seen in an epoch,
+    `lengths_I` their tokens.
+    """
+
+    rows_I: NDArray[np.int64]
+    weights_I: NDArray[np.float64]
+    lengths_I: NDArray[np.int32]
+    rows_per_step: int
+    tokens_per_pass: int
+    layout: Layout
+    seed: int
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return int(self._copies(0).sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows_per_epoch // self.rows_per_step)
+
+    def step(self, step: int) -> list[Pass]:
+        """The passes of the 1-based optimizer step, as rows of the store."""
+        epoch, offset = divmod(step - 1, self.steps_per_epoch)
+        order = self._order(epoch)
+        chosen = order[offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
+        rows = [int(self.rows_I[i]) for i in chosen]
+        lengths = [int(self.lengths_I[i]) for i in chosen]
+        return fill_passes(rows, lengths, tokens_per_pass=self.tokens_per_pass, layout=self.layout)
+
+    def _copies(self, epoch: int) -> NDArray[np.int64]:
+        """How often each row stands in an epoch; a file of weight w and n rows gives round(w n) rows every epoch."""
+        whole = np.floor(self.weights_I).astype(np.int64)
+        part = self.weights_I - whole
+        for weight in np.unique(part[part > 0]):
+            members = np.flatnonzero(part == weight)
+            keys = _keys(members, self.seed, epoch, salt=1)
+            extra = members[np.argsort(keys, kind="stable")[: round(float(weight) * len(members))]]
+            whole[extra] += 1
+        return whole
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        # One epoch is computed for many steps in a row: keep the last.
+        cached = _LAST_ORDER.get(id(self))
+        if cached is None or cached[0] != epoch or cached[1] is not self:
+            copies = np.repeat(np.arange(len(self.rows_I)), self._copies(epoch))
+            keys = _keys(np.arange(len(copies)), self.seed, epoch, salt=0)
+            _LAST_ORDER.clear()
+            _LAST_ORDER[id(self)] = (epoch, self, copies[np.argsort(keys, kind="stable")])
+        return _LAST_ORDER[id(self)][2]
+
+
+_LAST_ORDER: dict[int, tuple[int, Plan, NDArray[np.int64]]] = {}
+
+
+def _keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:
+    """One 64-bit sort key an item: splitmix64 of (seed, epoch, item), the same on every platform and numpy release.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
+    """
+    start = np.uint64((seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + salt * 0x8CB92BA72F3D8DD7) % 2**64)
+    with np.errstate(over="ignore"):
+        z = items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+        for _ in range(2):  # twice: neighbouring seeds start from neighbouring states
+            z = z + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return z
+
+
+def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
+    """Rows grouped into passes of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
+
+    Rows of like length stand together. Padded passes count the padding. Every row is in exactly one pass.
+    """
+    by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
+    passes: list[list[int]] = []
+    room: list[int] = []
+    for i in by_length:
+        if layout == "ragged":
+            place = next((p for p, left in enumerate(room) if left >= lengths[i]), None)
+        else:  # all rows of a padded pass cost as much as its longest, which stands first
+            last = len(passes) - 1
+            place = last if passes and (len(passes[last]) + 1) * lengths[passes[last][0]] <= tokens_per_pass else None
+        if place is None:
+            passes.append([i])
+            room.append(tokens_per_pass - lengths[i])
+        else:
+            passes[place].append(i)
+            room[place] -= lengths[i]
+    return [tuple(rows[i] for i in members) for members in passes]
+
+
+def build_batch(rows: Sequence[Row], row_indices: Sequence[int], *, layout: Layout, device: torch.device | str) -> Batch:
+    """The tensors of one pass. The one place where targets are shifted: position t predicts token t + 1 of its row."""
+    lengths = [len(row.ids) for row in rows]
+    longest = max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if layout == "ragged" else np.arange(len(rows)) * longest
+    predict = [start + np.flatnonzero(row.trained[1:]) for start, row in zip(starts, rows, strict=True)]
+    targets = [row.ids[1:][row.trained[1:]] for row in rows]
+    if layout == "ragged":
+        ids = np.concatenate([row.ids for row in rows])[None]
+        positions = np.concatenate([np.arange(n) for n in lengths])[None]
+        mask = None
+    else:
+        # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
+        mask = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
+        ids = np.zeros((len(rows), longest), np.int64)
+        ids[mask.astype(bool)] = np.concatenate([row.ids for row in rows])
+        positions = np.broadcast_to(np.arange(longest), ids.shape)
+
+    def tensor(array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, np.int64)).to(device, non_blocking=True)
+
+    return Batch(
+        layout=layout,
+        ids_BT=tensor(ids),
+        positions_BT=tensor(positions),
+        mask_BT=None if mask is None else tensor(mask),
+        lengths=tuple(lengths),
+        predict_N=tensor(np.concatenate(predict)),
+        targets_N=tensor(np.concatenate(targets)),
+        row_indices=tuple(row_indices),
+    )
