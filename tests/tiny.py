@@ -1,0 +1,92 @@
+"""Tokenizers small enough to be made inside a test."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATES = Path(__file__).parent / "data" / "templates"
+
+SPECIALS = (
+    "<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
+    "<|user|>", "<|assistant|>", "<|end|>",
+)  # fmt: skip
+"""Control tokens of every chat family in tests/data/templates."""
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. What is the tallest mountain on Earth?",
+    "user\nassistant\nsystem\nYou are a helpful assistant who answers in one sentence.",
+    "Hello there, how can I help you today? I am fine, thank you. And you?\n\nYes, please.",
+    "def area(width, height):\n    return width * height  # 12 * 34 == 408",
+    "今日はいい天気ですね。 山は高いです。 Ça va très bien, merci beaucoup.",
+)
+
+
+def template(name: str) -> str:
+    """The text of a fixture chat template: chatml, llama3, gemma, ..."""
+    return (TEMPLATES / f"{name}.jinja").read_text("utf-8").removesuffix("\n")
+
+
+CHATML = template("chatml")
+
+
+def tiny_tokenizer(
+    template: str | None = CHATML,
+    *,
+    bos: str | None = "<s>",
+    eos: str | None = "<|im_end|>",
+    pad: str | None = "<pad>",
+    adds_bos: bool = False,
+    metaspace: bool = False,
+    vocab_size: int = 512,
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on a few lines: byte level as in GPT-2, or pieces with "▁" for spaces as in Llama 2.
+
+    `adds_bos` puts the BOS in front of plain text, as the tokenizers of Llama and Gemma do.
+    """
+    backend = Tokenizer.from_str(_trained(metaspace, vocab_size))
+    if adds_bos:
+        assert bos is not None
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **{k: v for k, v in names.items() if v}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@lru_cache
+def _trained(metaspace: bool, vocab_size: int) -> str:
+    specials = [AddedToken(text, special=True, normalized=False) for text in SPECIALS]
+    if metaspace:
+        backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        # Llama 2's normalizer puts "▁" in front of every stretch of text between control tokens.
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet: list[str] = []
+        # Entries of the vocabulary for byte_fallback; they must not be matched in text, see the end of this function.
+        specials += [AddedToken(f"<0x{byte:02X}>", special=False, normalized=False) for byte in range(256)]
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    saved = json.loads(backend.to_str())
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["special"]]
+    return json.dumps(saved)
