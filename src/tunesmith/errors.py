@@ -7,6 +7,7 @@
     │   ├── ModelError        a model, tokenizer or template
     │   └── RunError          a run folder: missing, locked, or not the one to resume
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
+    ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
     └── Stopped               exit 3: asked to stop; a checkpoint was written, `tunesmith resume` goes on
 
@@ -60,6 +61,19 @@ class NonFiniteError(TunesmithError):
 
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""
+
+
+class StorageError(TunesmithError):
+    """A file could not be written: the disk is full, over quota, read-only or broken.
+
+    `bytes_needed` is what the write would have taken, None where it is not known.
+    """
+
+    def __init__(self, message: str, *, path: str = "", errno_name: str = "", bytes_needed: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.errno_name = errno_name
+        self.bytes_needed = bytes_needed
 
 
 class Stopped(TunesmithError):
