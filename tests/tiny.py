@@ -53,9 +53,8 @@ def tiny_tokenizer(
     backend = Tokenizer.from_str(_trained(metaspace, vocab_size))
     if adds_bos:
         assert bos is not None
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
+        bos_first = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+        backend.post_processor = processors.Sequence([*filter(None, [backend.post_processor]), bos_first])
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **{k: v for k, v in names.items() if v}
@@ -86,7 +85,13 @@ def _trained(metaspace: bool, vocab_size: int) -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
+    if metaspace:  # words are learnt one by one, and read without a split, as sentencepiece does both
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")]
+        )
     backend.train_from_iterator(TEXT, trainer)
     saved = json.loads(backend.to_str())
-    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["special"]]
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["content"].startswith("<0x")]
+    if metaspace:
+        saved["pre_tokenizer"] = None
     return json.dumps(saved)

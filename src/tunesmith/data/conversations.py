@@ -1,0 +1,290 @@
+"""Conversations to ids and trained flags: the tokenizer's own template, tokenized as one text, each turn verified."""
+
+# T tokens
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.spans import Ambiguous, Turn, closing, find_turn, not_shown
+from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
+from tunesmith.data.tokens import ControlTokens, Encoder, Tokens
+from tunesmith.errors import DataError, ModelError
+from tunesmith.types import Example, Part, Problem, Source
+
+CACHED_PROMPTS = 10_000
+
+
+@dataclass(slots=True)
+class Draft:
+    """An example as tokens, before limits on its length are applied."""
+
+    ids_T: NDArray[np.int32]
+    trained_T: NDArray[np.bool_]
+    num_unspelled: int = 0
+    """Control tokens that are not spelled in its text."""
+    warnings: list[Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A rendered example."""
+
+    whole: str
+    turns: tuple[Turn, ...]
+    warnings: tuple[Problem, ...]
+
+
+class Conversations:
+    """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
+
+    def __init__(self, tokenizer: Any, encoder: Encoder) -> None:
+        self._template = ChatTemplate(tokenizer)
+        self._encoder = encoder
+        self.template_text = self._template.text
+        self.control = ControlTokens(tokenizer, self.template_text)
+        self.stop_ids = self._template.bounded(self._find_stops)
+        self._ends = tuple(self.control.closing[token_id] for token_id in self.stop_ids)
+        self._opening_ids: dict[str, NDArray[np.int32]] = {}
+
+    def encode(self, examples: Sequence[Example]) -> list[Draft | Problem]:
+        """Drafts aligned with `examples`; a Problem stands where one cannot be used."""
+        texts = self._template.bounded(lambda: [self._render(example) for example in examples])
+        tokens = self._encoder.encode([text.whole for text in texts if isinstance(text, _Text)])
+        self._learn_openings([text for text in texts if isinstance(text, _Text)], tokens)
+        following = iter(tokens)
+        return [
+            self._draft(example.source, text, next(following)) if isinstance(text, _Text) else text
+            for example, text in zip(examples, texts, strict=True)
+        ]
+
+    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """What serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
+        messages = [as_message(part) for part in parts]
+        try:
+            text = self._template.bounded(lambda: self._template.render(messages, tools=tools, prompt=True))
+        except TemplateRefusal as refusal:
+            raise DataError(f"the chat template refuses the conversation: {refusal}") from refusal
+        return [int(token_id) for token_id in self._encoder.encode([text])[0].ids_T]
+
+    def _render(self, example: Example) -> _Text | Problem:
+        messages = [as_message(part) for part in example.parts]
+
+        def render(some: Sequence[Message], prompt: bool) -> str:
+            return self._template.render(some, tools=example.tools, prompt=prompt)
+
+        index = -1
+        try:
+            whole = render(messages, False)
+            turns = []
+            for index, part in enumerate(example.parts):
+                if part.trained:
+                    turns.append(find_turn(render, messages, index, whole=whole, ends=self._ends))
+        except TemplateRefusal as refusal:
+            return Problem(
+                example.source,
+                "template_error",
+                f"the chat template refuses the row: {refusal}",
+                "Change the row, or give another template by data.template.",
+            )
+        except Ambiguous as reason:
+            return Problem(
+                example.source,
+                "template_ambiguous",
+                f"the chat template changes message {index + 1} ({example.parts[index].role}) so that its tokens "
+                f"cannot be told: {reason}",
+                "Split the row so that it ends with that answer, set its weight to 0, or give another template by "
+                "data.template.",
+            )
+        missing = list(_left_out(example, messages, whole, turns))
+        useless = [problem for problem in missing if problem.severity == "error"]
+        return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
+
+    def _draft(self, source: Source, text: _Text, tokens: Tokens) -> Draft | Problem:
+        if self._starts_with_two_bos(tokens.ids_T):
+            return Problem(
+                source,
+                "double_bos",
+                "its text begins with two BOS tokens.",
+                "Remove the BOS from the first message: the chat template writes one.",
+            )
+        num_control = int(self.control.are_reserved(tokens.ids_T).sum())
+        draft = Draft(
+            tokens.ids_T,
+            np.zeros(len(tokens.ids_T), np.bool_),
+            num_unspelled=num_control - self.control.count(text.whole),
+        )
+        for turn in text.turns:
+            first = self._first_token(source, text.whole, turn, tokens, draft.warnings)
+            if isinstance(first, Problem):
+                return first
+            last = self._last_token(text.whole, turn, tokens)
+            if last is None:
+                return Problem(
+                    source,
+                    "no_end_token",
+                    f"the chat template does not close message {turn.index + 1} with "
+                    f"{' or '.join(self._ends)}, so the model would not learn to stop there.",
+                    "Split the row so that it ends with that answer, or give another template by data.template.",
+                )
+            draft.trained_T[first : last + 1] = True
+        return draft
+
+    def _first_token(
+        self, source: Source, whole: str, turn: Turn, tokens: Tokens, warnings: list[Problem]
+    ) -> int | Problem:
+        """The first trained token of a turn; a Problem when it is not one that serving lets the model write."""
+        first = int(np.searchsorted(tokens.ends_T, turn.start, side="right"))
+        straddles = first < len(tokens.starts_T) and bool(whole[tokens.starts_T[first] : turn.start].strip())
+        served = None if turn.prompt is None else self._served_tokens(turn.prompt, tokens)
+        if served is not None:
+            first = max(first, served)
+        elif turn.prompt is not None and turn.start == len(turn.prompt):
+            straddles = True
+        elif turn.index:
+            warnings.append(
+                Problem(
+                    source,
+                    "context_rewritten",
+                    f"what stands before message {turn.index + 1} in the whole conversation is not what serving shows "
+                    "the model at that turn.",
+                    "The chat template does this, for instance by leaving out earlier reasoning.",
+                    severity="warning",
+                )
+            )
+        if straddles:
+            return Problem(
+                source,
+                "token_boundary",
+                f"the first token of message {turn.index + 1} joins the end of the prompt and the start of the answer, "
+                f"{whole[turn.start : turn.start + 12]!r}: the prompt that serving feeds would end in other tokens.",
+                "Remove the white space at the start of the answer, or change its first characters.",
+            )
+        return first
+
+    def _last_token(self, whole: str, turn: Turn, tokens: Tokens) -> int | None:
+        """The token that closes a turn, which may have white space before and after it."""
+        closing_tokens = np.flatnonzero(self.control.are_closing(tokens.ids_T))
+        ends = tokens.ends_T[closing_tokens]
+        if turn.close is not None:
+            nth = int(np.searchsorted(ends, turn.close, side="right"))
+        else:
+            nth = int(np.searchsorted(ends, turn.limit, side="right")) - 1
+        if not 0 <= nth < len(closing_tokens):
+            return None
+        last = int(closing_tokens[nth])
+        if turn.close is not None:
+            between = whole[turn.close : tokens.starts_T[last]]
+        else:
+            between = whole[tokens.ends_T[last] : turn.limit] if tokens.ends_T[last] > turn.start else "before"
+        return last if not between.strip() and int(tokens.ids_T[last]) in self.stop_ids else None
+
+    def _served_tokens(self, prompt: str, tokens: Tokens) -> int | None:
+        """How many tokens the prompt has, if they are the first ones of the whole text; None if they are not."""
+        first, opening = self._opening(prompt, tokens)
+        expected = self._opening_ids[opening]
+        end = first + len(expected)
+        return end if np.array_equal(tokens.ids_T[first:end], expected) else None
+
+    def _opening(self, prompt: str, tokens: Tokens) -> tuple[int, str]:
+        """The part of a prompt that decides its last tokens: from its last control token on.
+
+        A control token cuts the text before anything else looks at it, so what comes before has the same ids in the
+        prompt and in the whole. A prompt a turn would otherwise be tokenized whole: quadratic in the turns.
+        """
+        within = int(np.searchsorted(tokens.ends_T, len(prompt), side="right"))
+        cuts = np.flatnonzero(self.control.are_cuts(tokens.ids_T[:within]))
+        if not len(cuts):
+            return 0, prompt
+        return int(cuts[-1]), prompt[tokens.starts_T[cuts[-1]] :]
+
+    def _learn_openings(self, texts: Sequence[_Text], tokens: Sequence[Tokens]) -> None:
+        if len(self._opening_ids) > CACHED_PROMPTS:
+            self._opening_ids.clear()
+        openings = {
+            self._opening(turn.prompt, of_text)[1]
+            for text, of_text in zip(texts, tokens, strict=True)
+            for turn in text.turns
+            if turn.prompt is not None
+        }
+        unknown = sorted(openings - self._opening_ids.keys())
+        self._opening_ids.update(zip(unknown, self._encoder.ids(unknown, plain=False), strict=True))
+
+    def _starts_with_two_bos(self, ids_T: NDArray[np.int32]) -> bool:
+        return len(ids_T) > 1 and ids_T[0] == ids_T[1] == self._encoder.bos_id
+
+    def _find_stops(self) -> tuple[int, ...]:
+        name = self._encoder.name
+        user = {"role": "user", "content": "Hi"}
+
+        def render(some: Sequence[Message], prompt: bool) -> str:
+            return self._template.render(some, tools=(), prompt=prompt)
+
+        try:
+            whole = render([user, {"role": "assistant", "content": "Yes"}], False)
+            close = closing(render, user)
+        except TemplateRefusal as refusal:
+            raise ModelError(
+                f"{name}: its chat template refuses a question and an answer: {refusal}. Give another by data.template."
+            ) from refusal
+        except Ambiguous as reason:
+            raise ModelError(
+                f"{name}: its chat template hides the assistant's answer: {reason} Give another by data.template."
+            ) from reason
+        if self._starts_with_two_bos(self._encoder.encode([whole])[0].ids_T):
+            raise ModelError(f"{name}: its chat template writes BOS twice. Give a corrected one by data.template.")
+        stop = self.control.closing_id(close)
+        if stop is None:
+            raise ModelError(
+                f"{name}: its chat template closes an assistant's turn with {close[:40]!r}, which does not begin with "
+                "a control token of the tokenizer: the tuned model would never stop. Give one by data.template that "
+                "ends each of the assistant's turns with {{ eos_token }}."
+            )
+        call = self._end_of_tool_call(render, user, close)
+        return (stop,) if call in (stop, None) else (stop, call)
+
+    def _end_of_tool_call(self, render: Any, user: Message, close: str) -> int | None:
+        """The id that closes a turn with a tool call, where the template has another for it (Llama 3: <|eom_id|>)."""
+        function = {"name": "look_up", "arguments": {"word": "a"}}
+        call = {"id": "call00001", "type": "function", "function": function}
+        try:
+            text = render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], False)
+        except TemplateRefusal:
+            return None
+        return None if text.endswith(close) else self.control.last_closing_id(text)
+
+
+def as_message(part: Part) -> Message:
+    """A part as templates know it: role, content, and its other fields as they came."""
+    return {"role": part.role, "content": part.text, **part.fields}
+
+
+def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: Sequence[Turn]) -> Iterator[Problem]:
+    """What a row says and the template does not show: warnings, an error where nothing of an answer is left."""
+    for turn in turns:
+        text = whole[turn.start : turn.limit if turn.close is None else turn.close]
+        fields = not_shown(messages[turn.index], text)
+        if fields or turn.shortened:
+            what = f"the {' and '.join(fields)}" if fields else "a part"
+            yield Problem(
+                example.source,
+                "not_shown",
+                f"the chat template leaves out {what} of message {turn.index + 1}, which is trained without.",
+                "Give a template that shows it by data.template, or set the weight of that message to 0.",
+                severity="warning" if text.strip() else "error",
+            )
+    names = [str(tool.get("function", tool).get("name", "")) for tool in example.tools]
+    unseen = [name for name in names if name not in whole]
+    if unseen:
+        yield Problem(
+            example.source,
+            "not_shown",
+            f"the chat template leaves out the row's tool definitions ({', '.join(unseen)}).",
+            "Give a template that shows tools by data.template.",
+            severity="warning",
+        )

@@ -1,0 +1,184 @@
+"""Text to ids, and where each token stands; control tokens; and the proof that a tokenizer is what it was."""
+
+# T tokens
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from tunesmith.errors import ModelError
+
+PROBE = (
+    "0 1 22 333 4444 3.14 1,000,000 2024-01-31\n\nA line.\n\n\nAnother\tone \r\n  four    spaces        eight"
+    " I'm you'LL don't naïve cafe\u0301 Å A\u030a 今日は 你好吗 안녕 สวัสดี नमस्ते مرحبا"
+    " 😀 \U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd 𝔘𝔫𝔦 ﬁ ½ ²\u200b\u00a0end "
+    'def f(x):\n    return x != 0  # <b>&amp;</b> {"a": [1, -2.5e3]} snake_case camelCase ALLCAPS ...---!!!???\n'
+)
+"""Text on which tokenizers, and releases of one library, are known to differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids of one text and the characters [start, end) of each: white space at the sides of a token may be left out."""
+
+    ids_T: NDArray[np.int32]
+    starts_T: NDArray[np.int64]
+    ends_T: NDArray[np.int64]
+
+
+class Encoder:
+    """A fast tokenizer, without padding, truncation or anything else that a text does not say.
+
+    Raises `ModelError` for a tokenizer that cannot tell where its tokens stand, or that does not agree with its file.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer in Python, which does not tell "
+                "where its tokens stand in the text. Use a model folder with a tokenizer.json."
+            )
+        self.name = str(tokenizer.name_or_path)
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        check_against_file(tokenizer, Path(self.name) / "tokenizer.json")
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokens of each text as it stands: the template has already written BOS, if any."""
+        self._reset()
+        return [_tokens(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def ids(self, texts: Sequence[str], *, plain: bool) -> list[NDArray[np.int32]]:
+        """Ids of each text; `plain` text gets the BOS that the tokenizer puts in front of what is not a chat."""
+        self._reset()
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids_T: NDArray[np.int32]) -> str:
+        return str(self._backend.decode(ids_T.tolist(), skip_special_tokens=False))
+
+    def _reset(self) -> None:
+        # Padding and truncation live in the backend and are set anew by every call through transformers.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+
+
+class ControlTokens:
+    """The tokens that structure a text: added to the vocabulary and matched before anything else."""
+
+    def __init__(self, tokenizer: Any, template_text: str) -> None:
+        added = {int(token_id): token for token_id, token in tokenizer.added_tokens_decoder.items()}
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        special = {i: token.content for i, token in added.items() if token.special or i in named}
+        # Whole words only: whether such a token is matched depends on its neighbours.
+        self.reserved = {i: text for i, text in special.items() if not added[i].single_word}
+        self.closing = special | {
+            i: token.content
+            for i, token in added.items()
+            if token.content in template_text and not token.content.isspace()
+        }
+        self._reserved_re = _alternatives(self.reserved.values())
+        self._closing_re = _alternatives(self.closing.values())
+        size = max([*added, 0]) + 1
+        self._is_reserved = _table(self.reserved, size)
+        self._is_closing = _table(self.closing, size)
+        # The text after such a token is tokenized as if it began there, whatever stands before.
+        cuts = [i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
+        self._is_cut = _table(cuts, size)
+
+    def in_text(self, text: str) -> str | None:
+        """The first control token that stands in a text."""
+        found = self._reserved_re.search(text)
+        return found.group() if found else None
+
+    def count(self, text: str) -> int:
+        """Control tokens that a text spells out."""
+        return sum(1 for _ in self._reserved_re.finditer(text))
+
+    def closing_id(self, text: str) -> int | None:
+        """The id of the token that a text begins with, white space aside, if it can close a turn."""
+        found = self._closing_re.match(text.lstrip())
+        return self._closing_id(found.group()) if found else None
+
+    def last_closing_id(self, text: str) -> int | None:
+        """The id of the token that a text ends with, white space aside, if it can close a turn."""
+        text = text.rstrip()
+        found = [match for match in self._closing_re.finditer(text) if match.end() == len(text)]
+        return self._closing_id(found[-1].group()) if found else None
+
+    def _closing_id(self, text: str) -> int:
+        return next(token_id for token_id, content in self.closing.items() if content == text)
+
+    def are_reserved(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return _look_up(self._is_reserved, ids_T)
+
+    def are_closing(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return _look_up(self._is_closing, ids_T)
+
+    def are_cuts(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return _look_up(self._is_cut, ids_T)
+
+
+def check_against_file(tokenizer: Any, file: Path) -> None:
+    """Raise `ModelError` when a tokenizer does not split the probe as its own tokenizer.json does.
+
+    Releases of transformers have built another tokenizer from the same file: the model then reads words it never saw.
+    """
+    if not file.is_file():
+        return
+    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    found = tokenizer(PROBE, add_special_tokens=False).input_ids
+    if list(found) != expected:
+        at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+        raise ModelError(
+            f"{file}: transformers reads it as another tokenizer: {len(found)} tokens for a probe text of "
+            f"{len(expected)}, the first difference at token {at + 1}. What is trained would not be what the model "
+            "knows. Use a release of transformers that agrees with the file."
+        )
+
+
+def fingerprint(tokenizer: Any, template_text: str) -> str:
+    """SHA-256 over what makes ids of text: the template, the probe's ids, and every added and named token."""
+    added = {str(i): [t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
+             for i, t in tokenizer.added_tokens_decoder.items()}  # fmt: skip
+    parts = {
+        "template": template_text,
+        "probe": list(tokenizer(PROBE, add_special_tokens=True).input_ids),
+        "added": added,
+        "named": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokens(encoding: Any) -> Tokens:
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1])
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
+    # Longest first, as the tokenizer matches them; (?!) matches nothing.
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+
+
+def _table(token_ids: Iterable[int], size: int) -> NDArray[np.bool_]:
+    table = np.zeros(size + 1, np.bool_)  # the last entry stands for every id beyond
+    table[list(token_ids)] = True
+    return table
+
+
+def _look_up(table: NDArray[np.bool_], ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+    return table[np.minimum(ids_T, len(table) - 1)]
