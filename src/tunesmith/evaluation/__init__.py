@@ -1,0 +1,1 @@
+"""Measuring on held-out rows, and the report of a run."""

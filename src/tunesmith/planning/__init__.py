@@ -1,0 +1,1 @@
+"""Deciding what the recipe leaves to "auto", with a reason for each."""

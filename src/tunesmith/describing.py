@@ -1,0 +1,117 @@
+"""A prepared run in plain values: what its first events and its report say about it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith import __version__
+from tunesmith.preparing import Setup
+from tunesmith.recipe.knobs import known
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def run_name(setup: Setup) -> str:
+    """What the run folder is called before its four hex digits: the recipe's name, or the first data file's."""
+    return setup.recipe.name or Path(setup.recipe.data.train[0].path).name.split(".")[0]
+
+
+def start_values(setup: Setup) -> dict[str, Any]:
+    """Values of the "start" event: what the run rests on."""
+    return {"model": setup.located.name, "versions": versions(), "identity": dict(setup.identity)}
+
+
+def plan_values(setup: Setup) -> dict[str, Any]:
+    """Values of the "plan" event: what will be done, and why."""
+    rows, plan = setup.rows, setup.plan
+    return {
+        "model": setup.located.name,
+        "task": setup.task.name,
+        "method": setup.recipe.method.name,
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in setup.choices],
+        "rows": row_counts(setup),
+        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
+        "longest_row": int(plan.lengths_I.max()),
+        "rows_per_step": plan.rows_per_step,
+        "tokens_per_pass": plan.tokens_per_pass,
+        "layout": plan.layout,
+        "steps": setup.total_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
+        "total_parameters": sum(p.numel() for p in setup.model.parameters()),
+        "precision": setup.recipe.precision,
+        "device": setup.device,
+        "sample": sample_spans(setup),
+        "warnings": setup.notes,
+    }
+
+
+def report_facts(setup: Setup) -> dict[str, Any]:
+    """What the report says beside its measures."""
+    return {
+        "name": run_name(setup),
+        "task": setup.task.name,
+        "method": setup.recipe.method.name,
+        "model": setup.located.name,
+        "rows": row_counts(setup),
+        "precision": setup.recipe.precision,
+        "device": setup.device,
+        "threads": known(setup.recipe.threads),
+        "versions": versions(),
+        "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
+        "notes": setup.notes,
+    }
+
+
+def row_counts(setup: Setup) -> dict[str, int]:
+    return {
+        "train": len(setup.rows.train_rows),
+        "held_out": len(setup.rows.held_rows),
+        "skipped": setup.rows.skipped,
+    }
+
+
+def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
+    """The first training row as (text, trained) pieces, so that a person can see what is learnt."""
+    row = setup.rows.store.row(int(setup.rows.train_rows[0]))
+    edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
+    return [
+        (setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a]))
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and the libraries that numbers depend on."""
+    return {
+        "tunesmith": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def plain(value: Any) -> Any:
+    """A knob's value as JSON."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,66 @@
+"""Held-out prompts, answered so that a person can see the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tunesmith.data.render import Renderer
+from tunesmith.generation import Sampling, answer
+from tunesmith.types import Example
+
+ANSWERED_TOGETHER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """A held-out row up to its last answer."""
+
+    ids: tuple[int, ...]
+    prompt: str
+    """What a person reads: the last turn before the answer."""
+    reference: str
+    source: str
+
+
+def sample_prompts(renderer: Renderer, examples: Sequence[Example]) -> list[SamplePrompt]:
+    """The prompt of each example that has one: everything before its last trained part."""
+    prompts = []
+    for example in examples:
+        last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+        if last == 0:
+            continue
+        before = example.parts[:last]
+        prompts.append(
+            SamplePrompt(
+                ids=tuple(renderer.prompt_ids(before, example.tools)),
+                prompt=before[-1].text,
+                reference=example.parts[last].text,
+                source=str(example.source),
+            )
+        )
+    return prompts
+
+
+def answer_samples(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[SamplePrompt],
+    how: Sampling,
+    tick: Callable[[str, int, int], None],
+) -> Iterator[dict[str, Any]]:
+    """The values of one "sample" event a prompt, in order."""
+    for start in range(0, len(prompts), ANSWERED_TOGETHER):
+        some = prompts[start : start + ANSWERED_TOGETHER]
+        for sample, given in zip(some, answer(model, renderer, [s.ids for s in some], how), strict=True):
+            yield {
+                "prompt": sample.prompt,
+                "reference": sample.reference,
+                "answer": given.text,
+                "stopped": given.stopped,
+                "source": sample.source,
+            }
+        tick("answer", min(start + ANSWERED_TOGETHER, len(prompts)), len(prompts))

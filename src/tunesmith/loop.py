@@ -1,0 +1,93 @@
+"""The loop: the whole method, once.
+
+A generator that makes one update a turn and holds no opinion about folders, progress or saving. Tasks, methods and
+optimizers enter as values; nothing else in this package takes an optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from tunesmith.data.batch import Pass, build_batch
+from tunesmith.describing import peak_memory_bytes
+from tunesmith.errors import NonFiniteError
+from tunesmith.optim import clip_, rate
+from tunesmith.preparing import Setup
+from tunesmith.types import Event
+
+
+def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
+    """One "step" event for every optimizer update after step `start`.
+
+    Between two events the model is at rest: it may be looked at, measured or saved, and `break` leaves it whole.
+    The loss of a step is the sum over its targets divided once by their number, over all passes; random numbers
+    (dropout) are a function of seed and step alone, so nothing done between steps can change the next one.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not a number; the update was not made.
+    """
+    recipe, plan, attachment, optimizer = setup.recipe, setup.plan, setup.attachment, setup.optimizer
+    for step in range(start + 1, setup.total_steps + 1):
+        begun = time.perf_counter()
+        torch.manual_seed(_step_seed(recipe.seed, step))
+        setup.model.train()
+        passes = plan.step(step)
+        num_targets = sum(int(setup.rows.store.targets[i]) for rows in passes for i in rows)
+        losses = []
+        for rows in passes:
+            batch = build_batch([setup.rows.store.row(i) for i in rows], rows, layout=plan.layout, device=setup.device)
+            loss_sum = setup.task.loss_sum(setup.model, batch)
+            (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
+            attachment.collect_gradients()
+            losses.append(loss_sum.detach())
+        pass_losses = torch.stack(losses).double().tolist()
+        lr = rate(step, setup.total_steps, recipe.optim)
+        grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
+        _require_finite(setup, step, passes, pass_losses, grad_norm, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        attachment.publish()
+
+        seconds = time.perf_counter() - begun
+        row_ids = [i for rows in passes for i in rows]
+        tokens = sum(int(setup.rows.store.lengths[i]) for i in row_ids)
+        yield Event(
+            kind="step",
+            step=step,
+            time=time.time(),
+            values={
+                "loss": math.fsum(pass_losses) / num_targets,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "targets": num_targets,
+                "passes": len(passes),
+                "rows": row_ids,
+            },
+            timing={"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak_memory_bytes()},
+        )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _require_finite(
+    setup: Setup, step: int, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
+) -> None:
+    if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
+        return
+    suspects = [rows for rows, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)] or passes
+    sources = [str(setup.rows.store.source(i)) for rows in suspects for i in rows]
+    listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+    loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
+    raise NonFiniteError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}: the update was not made. "
+        f"Rows of the step: {listed}. Lower optim.lr, set precision: float32, or look at these rows."
+    )

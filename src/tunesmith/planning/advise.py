@@ -1,0 +1,116 @@
+"""Every "auto" of a recipe decided from model, rows and machine: a value and one sentence of reason each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe
+from tunesmith.recipe.read import validate
+from tunesmith.types import Choice
+
+SMALL_MODEL = 30_000_000
+"""Weights up to which full tuning costs no more than LoRA's bookkeeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the decisions rest on."""
+
+    num_parameters: int
+    device: str
+    lengths_I: NDArray[np.int32]
+    """Tokens of each training row."""
+
+
+def decide_method(recipe: Recipe, num_parameters: int) -> Choice | None:
+    """LoRA unless the model is so small that training every weight is as cheap; None if the recipe already says."""
+    if recipe.method.name != "auto":
+        return None
+    if num_parameters <= SMALL_MODEL:
+        return Choice("method", FullMethod(), f"all {num_parameters / 1e6:.1f} M weights are few enough to train")
+    full, lora = 16 * num_parameters / 2**30, 2 * num_parameters / 2**30
+    reason = f"weights and optimizer need about {lora:.1f} GiB instead of {full:.1f} GiB, and the base is kept as it is"
+    return Choice("method", LoraMethod(), reason)
+
+
+def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
+    """The recipe without any "auto" left, and what was chosen and why, in the order of the recipe."""
+    choices: list[Choice] = []
+
+    def auto(section: str, key: str, rule: Callable[[Recipe, Facts], tuple[Any, str]]) -> None:
+        nonlocal recipe
+        part = getattr(recipe, section) if section else recipe
+        if getattr(part, key) != "auto":
+            return
+        value, reason = rule(recipe, facts)
+        choices.append(Choice(f"{section}.{key}" if section else key, value, reason))
+        recipe = with_value(recipe, section, key, value)
+
+    auto("optim", "lr", _rate)
+    auto("train", "epochs", _epochs)
+    auto("train", "rows_per_step", _rows_per_step)
+    auto("train", "tokens_per_pass", _tokens_per_pass)
+    auto("", "threads", _threads)
+    auto("checkpoint", "every", _checkpoint_every)
+    return recipe, choices
+
+
+def with_value(recipe: Recipe, section: str, key: str, value: Any) -> Recipe:
+    """The recipe with one knob set and checked."""
+    data = recipe.model_dump()
+    (data[section] if section else data)[key] = value.model_dump() if hasattr(value, "model_dump") else value
+    return validate(data)
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: epochs, or fewer if train.max_steps says so; at least one."""
+    epochs = recipe.train.epochs
+    assert epochs != "auto", "epochs are decided before steps are counted"
+    steps = max(1, round(epochs * steps_per_epoch))
+    return min(steps, recipe.train.max_steps or steps)
+
+
+def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    small = facts.num_parameters < 1e9
+    if recipe.method.name == "lora":
+        return (5e-4 if small else 2e-4), f"usual for LoRA on a model {'below' if small else 'above'} a billion weights"
+    return (5e-5 if small else 1e-5), f"usual for full tuning {'below' if small else 'above'} a billion weights"
+
+
+def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    rows = len(facts.lengths_I)
+    epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
+    return epochs, f"{rows:,} rows: {'few rows are seen more often' if epochs > 1 else 'enough to see each once'}"
+
+
+def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows = len(facts.lengths_I)
+    value = max(1, min(16, rows // 20))
+    return value, "about 20 updates an epoch at least" if value < 16 else "a steady gradient at little cost"
+
+
+def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    longest = int(facts.lengths_I.max())
+    usual = 8192 if facts.device.startswith("cuda") else 2048
+    if longest > usual:
+        return longest, f"the longest row has {longest:,} tokens"
+    return usual, f"fills the matrix products of {facts.device}; the longest row has {longest:,} tokens"
+
+
+def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return cores, f"{cores} cores are free to this process"
+
+
+def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows_per_step = recipe.train.rows_per_step
+    assert rows_per_step != "auto"
+    steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
+    every = min(500, max(10, steps // 10))
+    return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"

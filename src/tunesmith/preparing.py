@@ -1,0 +1,203 @@
+"""From a recipe to a `Setup`: model, rows, method, plan; every "auto" decided, every check made before step 1."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.data.batch import Plan
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import Rows, encode_rows, peek_shape
+from tunesmith.errors import ModelError, RunError
+from tunesmith.evaluation.measure import Score, evaluate
+from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
+from tunesmith.generation import Sampling
+from tunesmith.methods import METHODS
+from tunesmith.models import attention, load, locate
+from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.size import size
+from tunesmith.optim import adamw
+from tunesmith.planning.advise import Facts, decide, decide_method, total_steps, with_value
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.show import as_yaml
+from tunesmith.run import Run
+from tunesmith.tasks import TASKS
+from tunesmith.types import Attachment, Choice, Layout, Shape, Task, TaskName
+
+OnProgress = Callable[[str, int, int], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Setup:
+    """Everything the loop needs, ready to take its first step."""
+
+    recipe: Recipe
+    """Resolved: no "auto" is left."""
+    choices: list[Choice]
+    notes: list[str]
+    """What a person should know before the first step: fallbacks, cut rows, overlaps."""
+    located: locate.Located
+    model: PreTrainedModel
+    renderer: Renderer
+    task: Task
+    attachment: Attachment
+    optimizer: torch.optim.Optimizer
+    rows: Rows
+    plan: Plan
+    total_steps: int
+    device: str
+    samples: list[SamplePrompt]
+    identity: dict[str, str] = field(default_factory=dict)
+    """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    root: Path,
+    offline: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    run: Run | None = None,
+) -> Setup:
+    """Load, encode, decide and attach. Nothing is written but encoded rows: below `root`, or into `run` when resuming.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+    """
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    tokenizer = load.load_tokenizer(located, recipe.data.template)
+    model_size = size(located)
+    notes: list[str] = []
+    recipe, choices = _decide_before_rows(recipe, located, tokenizer, model_size)
+    renderer = Renderer(
+        tokenizer,
+        _task_name(recipe),
+        max_tokens=known(recipe.data.max_tokens),
+        too_long=recipe.data.too_long,
+        control_tokens=recipe.data.control_tokens,
+    )
+    rows = encode_rows(recipe.data, renderer, root=root, run=run, on_progress=on_progress)
+    notes += rows.notes
+    facts = Facts(
+        num_parameters=model_size.num_params, device=recipe.device, lengths_I=rows.store.lengths[rows.train_rows]
+    )
+    recipe, more = decide(recipe, facts)
+    choices += more
+
+    torch.set_num_threads(known(recipe.threads))
+    on_progress("load", 0, 1)
+    model = load.load_model(located, dtype=DTYPES[known(recipe.precision)], device=recipe.device)
+    layout, note = _layout(model, rows)
+    notes += note
+    checkpoint_layers(model, recipe.train.checkpointed_layers)
+    attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
+    on_progress("load", 1, 1)
+    plan = _plan(recipe, rows, layout)
+    return Setup(
+        recipe=recipe,
+        choices=choices,
+        notes=notes,
+        located=located,
+        model=model,
+        renderer=renderer,
+        task=TASKS[_task_name(recipe)],
+        attachment=attachment,
+        optimizer=adamw(attachment.trained, recipe.optim),
+        rows=rows,
+        plan=plan,
+        total_steps=total_steps(recipe, plan.steps_per_epoch),
+        device=recipe.device,
+        samples=sample_prompts(renderer, rows.sample_examples(recipe.evaluation.samples)),
+        identity=_identity(recipe, rows, renderer, located),
+    )
+
+
+def _decide_before_rows(
+    recipe: Recipe, located: locate.Located, tokenizer: Any, model_size: Any
+) -> tuple[Recipe, list[Choice]]:
+    """What has to be known before rows can be encoded: task, method, device, precision, longest row."""
+    choices: list[Choice] = []
+
+    def choose(section: str, choice: Choice) -> None:
+        nonlocal recipe
+        choices.append(choice)
+        recipe = with_value(recipe, section, choice.key.rpartition(".")[2], choice.value)
+
+    if recipe.task == "auto":
+        choose("", _choose_task(peek_shape(recipe.data), tokenizer))
+    if method := decide_method(recipe, model_size.num_params):
+        choose("", method)
+    if recipe.device == "auto":
+        choose("", load.choose_device(recipe.device))
+    if recipe.precision == "auto":
+        choose("", load.choose_precision(recipe.precision, recipe.device))
+    if recipe.data.max_tokens == "auto":
+        longest = model_size.max_tokens
+        choose("data", Choice("data.max_tokens", longest, "the most this model can attend to"))
+    elif known(recipe.data.max_tokens) > model_size.max_tokens:
+        raise ModelError(
+            f"{located.name}: data.max_tokens is {recipe.data.max_tokens}, but the model can attend to "
+            f"{model_size.max_tokens} tokens. Lower it."
+        )
+    return recipe, choices
+
+
+def _choose_task(shape: Shape, tokenizer: Any) -> Choice:
+    if shape == "prompt_completion":
+        reason = "rows are prompt and completion as plain text; task: chat would put them into the chat template"
+        return Choice("task", "generate", reason)
+    return Choice("task", "chat", f"rows are conversations ({shape}), rendered by the model's own chat template")
+
+
+def _task_name(recipe: Recipe) -> TaskName:
+    return known(recipe.task)
+
+
+def _layout(model: PreTrainedModel, rows: Rows) -> tuple[Layout, list[str]]:
+    """Ragged if the model gives the same logits for packed rows as for each alone, padded otherwise, and said."""
+    probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
+    agreement = attention.ragged_agrees(model, probe)
+    if agreement.ok:
+        attention.use_ragged(model)
+        return "ragged", []
+    note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
+    return "padded", [note]
+
+
+def _plan(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
+    weights = np.array([file.weight for file in recipe.data.train])
+    return Plan(
+        rows_I=rows.train_rows,
+        weights_I=weights[rows.store.file_index[rows.train_rows]],
+        lengths_I=rows.store.lengths[rows.train_rows],
+        rows_per_step=known(recipe.train.rows_per_step),
+        tokens_per_pass=known(recipe.train.tokens_per_pass),
+        layout=layout,
+        seed=recipe.seed,
+    )
+
+
+def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, located: locate.Located) -> dict[str, str]:
+    settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
+    model = {f"model {name}": digest for name, digest in load.fingerprint(located).items()}
+    data = {f"data {path}": digest for path, digest in rows.data_hashes.items()}
+    return {**settings, **model, **data, "tokenizer and template": renderer.fingerprint, "rows": rows.store.key}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
