@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.data.batch import Plan
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows, encode_rows, peek_shape
-from tunesmith.errors import ModelError, RunError
-from tunesmith.evaluation.measure import Score, evaluate
+from tunesmith.errors import ModelError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
-from tunesmith.generation import Sampling
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
 from tunesmith.models.checkpointing import checkpoint_layers
@@ -29,7 +23,6 @@ from tunesmith.models.size import size
 from tunesmith.optim import adamw
 from tunesmith.planning.advise import Facts, decide, decide_method, total_steps, with_value
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run
 from tunesmith.tasks import TASKS
 from tunesmith.types import Attachment, Choice, Layout, Shape, Task, TaskName

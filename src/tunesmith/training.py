@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,33 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     """{"step", "loss"} of the lowest held-out loss so far."""
 
-    def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what happens, and who may ask to stop."""
+
+    on_event: OnEvent = lambda event: None
+    on_progress: OnProgress = lambda what, done, total: None
+    """Of anything that takes seconds: what, how much is done, of how much."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after every step."""
+
+
+@dataclass
+class _Session:
+    """One process at work on one run."""
+
+    setup: Setup
+    run: Run
+    progress: Progress
+    listener: Listener
+
+    def emit(self, kind: Any, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
+        self.pass_on(Event(kind, self.progress.step, time.time(), values, timing or {}))
+
+    def pass_on(self, event: Event) -> None:
+        self.run.append(event)
+        self.listener.on_event(event)
 
 
 def train(
@@ -56,9 +81,7 @@ def train(
     root: Path = Path("runs"),
     out: Path | None = None,
     offline: bool = False,
-    on_event: OnEvent = lambda event: None,
-    on_progress: OnProgress = lambda what, done, total: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    listener: Listener | None = None,
 ) -> Run:
     """Tune a model as the recipe says; the finished run.
 
@@ -67,54 +90,48 @@ def train(
         Stopped: asked to stop; a checkpoint was written.
         NonFiniteError, CheckpointError, StorageError: the run failed; its last checkpoint is whole.
     """
+    listener = listener or Listener()
     begun = time.perf_counter()
-    setup = prepare(recipe, root=root if out is None else out.parent, offline=offline, on_progress=on_progress)
+    setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
     run = Run.create(root, run_name(setup), as_yaml(setup.recipe, comments=False), out=out)
     with run.lock():
         setup.rows.keep(run.rows_path)
         progress = Progress(prepare_seconds=time.perf_counter() - begun)
-        _drive(setup, run, progress, fresh=True, emit=_emitter(run, on_event), tick=on_progress, stop=should_stop)
+        _drive(_Session(setup, run, progress, listener), fresh=True)
     return run
 
 
-def resume(
-    run: Run,
-    *,
-    offline: bool = False,
-    on_event: OnEvent = lambda event: None,
-    on_progress: OnProgress = lambda what, done, total: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Run:
+def resume(run: Run, *, offline: bool = False, listener: Listener | None = None) -> Run:
     """Go on with a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
     Raises:
-        RunError: the run is finished, in use, or its data, tokenizer, template, model or settings changed.
+        RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
+        And whatever `train` raises.
     """
     if run.state() == "done":
         raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
+    listener = listener or Listener()
     with run.lock():
         run.clear_stop()
-        emit = _emitter(run, on_event)
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, damaged.append)
-        setup = prepare(run.recipe(), root=run.path.parent, offline=offline, on_progress=on_progress, run=run)
+        setup = prepare(run.recipe(), root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         if newest:
             _refuse_changes(run, setup.identity, newest.state["identity"])
         run.truncate_after(newest.step if newest else None)
+        session = _Session(setup, run, Progress(**newest.state["progress"] if newest else {}), listener)
         for text in damaged:
-            emit(Event("note", newest.step if newest else 0, time.time(), {"text": text}))
-        progress = Progress()
+            session.emit("note", {"text": text})
         if newest:
             _restore(setup, newest)
-            progress = Progress(**newest.state["progress"])
-            emit(Event("resume", newest.step, time.time(), {"from_step": newest.step}))
-        _drive(setup, run, progress, fresh=newest is None, emit=emit, tick=on_progress, stop=should_stop)
+            session.emit("resume", {"from_step": newest.step})
+        _drive(session, fresh=newest is None)
     return run
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
     changed = [
-        f"{key} was {then.get(key)}, is {now.get(key)}"
+        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in sorted({*now, *then})
         if now.get(key) != then.get(key)
     ]
@@ -134,118 +151,98 @@ def _restore(setup: Setup, saved: checkpoint.Loaded) -> None:
     setup.attachment.publish()
 
 
-def _emitter(run: Run, on_event: OnEvent) -> OnEvent:
-    def emit(event: Event) -> None:
-        run.append(event)
-        on_event(event)
-
-    return emit
-
-
-def _drive(
-    setup: Setup,
-    run: Run,
-    progress: Progress,
-    *,
-    fresh: bool,
-    emit: OnEvent,
-    tick: OnProgress,
-    stop: Callable[[], bool],
-) -> None:
+def _drive(session: _Session, *, fresh: bool) -> None:
     """Everything a run does once model and rows are ready; whatever ends it is the last event in its log."""
+    setup, run = session.setup, session.run
     try:
         if fresh:
-            emit(Event("start", 0, time.time(), start_values(setup)))
-            emit(Event("plan", 0, time.time(), plan_values(setup)))
-            _look(setup, progress, "before", emit, tick)
-            _save(setup, run, progress, emit)
-        _steps(setup, run, progress, emit, tick, stop)
-        _look(setup, progress, "after", emit, tick)
+            session.emit("start", start_values(setup))
+            session.emit("plan", plan_values(setup))
+            _look(session, "before")
+            _save(session)
+        _take_steps(session)
+        _look(session, "after")
         _save_result(setup, run)
-        report = write_report(run, report_facts(setup), progress.state())
-        emit(Event("end", progress.step, time.time(), {"report": report}))
+        session.emit("end", {"report": write_report(run, report_facts(setup), asdict(session.progress))})
     except Stopped as stopped:
-        emit(Event("stopped", progress.step, time.time(), {"message": str(stopped)}))
+        session.emit("stopped", {"message": str(stopped)})
         raise
     except TunesmithError as error:
-        emit(Event("failed", progress.step, time.time(), {"code": type(error).__name__, "message": str(error)}))
+        session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
 
 
-def _steps(
-    setup: Setup, run: Run, progress: Progress, emit: OnEvent, tick: OnProgress, stop: Callable[[], bool]
-) -> None:
-    every, save_every = setup.recipe.evaluation.every, setup.recipe.checkpoint.every
-    assert save_every != "auto"
-
-    def stop_if_asked(saved: bool) -> None:
-        if stop() or run.stop_asked():
-            if not saved:
-                _save(setup, run, progress, emit)
-            raise Stopped(f"stopped after step {progress.step} of {setup.total_steps}: tunesmith resume {run.path}")
-
-    stop_if_asked(saved=True)
+def _take_steps(session: _Session) -> None:
+    setup, progress = session.setup, session.progress
+    evaluate_every, save_every = setup.recipe.evaluation.every, known(setup.recipe.checkpoint.every)
+    _stop_if_asked(session, saved=True)
     for event in training_steps(setup, start=progress.step):
-        emit(event)
         progress.step = event.step
         progress.tokens += event.values["tokens"]
         progress.targets += event.values["targets"]
         progress.train_seconds += event.timing["seconds"]
+        session.pass_on(event)
         last = event.step == setup.total_steps
-        if every and event.step % every == 0 and not last:
-            _evaluate(setup, progress, "step", emit, tick)
+        if evaluate_every and event.step % evaluate_every == 0 and not last:
+            _evaluate(session, "step")
         due = last or event.step % save_every == 0
         if due:
-            _save(setup, run, progress, emit)
-        stop_if_asked(saved=due)
+            _save(session)
+        if not last:
+            _stop_if_asked(session, saved=due)
 
 
-def _look(setup: Setup, progress: Progress, name: str, emit: OnEvent, tick: OnProgress) -> None:
+def _stop_if_asked(session: _Session, *, saved: bool) -> None:
+    if session.listener.should_stop() or session.run.stop_asked():
+        if not saved:
+            _save(session)
+        done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
+        raise Stopped(f"{done}; go on with: tunesmith resume {session.run.path}")
+
+
+def _look(session: _Session, name: str) -> None:
     """Held-out loss, then the sample prompts answered."""
-    _evaluate(setup, progress, name, emit, tick)
+    setup = session.setup
+    _evaluate(session, name)
     begun = time.perf_counter()
     how = Sampling(max_new_tokens=setup.recipe.evaluation.sample_tokens)
-    for index, sample in enumerate(answer_samples(setup.model, setup.renderer, setup.samples, how, tick)):
-        emit(Event("sample", progress.step, time.time(), {"name": name, "index": index, **sample}))
-    progress.evaluate_seconds += time.perf_counter() - begun
+    answers = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
+    for index, sample in enumerate(answers):
+        session.emit("sample", {"name": name, "index": index, **sample})
+    session.progress.evaluate_seconds += time.perf_counter() - begun
 
 
-def _evaluate(setup: Setup, progress: Progress, name: str, emit: OnEvent, tick: OnProgress) -> None:
+def _evaluate(session: _Session, name: str) -> None:
+    setup, progress = session.setup, session.progress
     begun = time.perf_counter()
     score = evaluate(
         setup.model,
         setup.task,
         store=setup.rows.held_store,
-        rows=setup.rows.held_rows,
+        rows=[int(i) for i in setup.rows.held_rows],
         tokens_per_pass=setup.plan.tokens_per_pass,
         layout=setup.plan.layout,
         device=setup.device,
-        progress=lambda done, total: tick("evaluate", done, total),
+        progress=lambda done, total: session.listener.on_progress("evaluate", done, total),
     )
     seconds = time.perf_counter() - begun
     progress.evaluate_seconds += seconds
     if name != "before" and score.loss < progress.best.get("loss", math.inf):
         progress.best = {"step": progress.step, "loss": score.loss}
-    values = {
-        "name": name,
-        "loss": score.loss,
-        "token_accuracy": score.token_accuracy,
-        "rows": score.rows,
-        "targets": score.targets,
-    }
-    emit(Event("evaluation", progress.step, time.time(), values, {"seconds": seconds}))
+    session.emit("evaluation", {"name": name, **asdict(score)}, {"seconds": seconds})
 
 
-def _save(setup: Setup, run: Run, progress: Progress, emit: OnEvent) -> None:
+def _save(session: _Session) -> None:
+    setup, run, step = session.setup, session.run, session.progress.step
     folder = checkpoint.save(
         run.checkpoints_path,
-        progress.step,
+        step,
         weights=setup.attachment.trained,
         optimizer=optimizer_tensors(setup.optimizer, setup.attachment.trained),
-        state={"progress": progress.state(), "identity": setup.identity},
+        state={"progress": asdict(session.progress), "identity": setup.identity},
     )
-    emit(Event("checkpoint", progress.step, time.time(), {"path": str(folder.relative_to(run.path))}))
-    checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=progress.best.get("step"))
+    session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
+    checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
 
 
 def _save_result(setup: Setup, run: Run) -> None:
