@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def start_values(setup: Setup) -> dict[str, Any]:
 
 def plan_values(setup: Setup) -> dict[str, Any]:
     """Values of the "plan" event: what will be done, and why."""
-    rows, plan = setup.rows, setup.plan
+    plan = setup.plan
     return {
         "model": setup.located.name,
         "task": setup.task.name,
@@ -82,10 +83,7 @@ def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
     """The first training row as (text, trained) pieces, so that a person can see what is learnt."""
     row = setup.rows.store.row(int(setup.rows.train_rows[0]))
     edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
-    return [
-        (setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a]))
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
 
 
 def versions() -> dict[str, str]:

@@ -47,7 +47,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         pass_losses = torch.stack(losses).double().tolist()
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
-        _require_finite(setup, step, passes, pass_losses, grad_norm, lr)
+        _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -79,7 +79,7 @@ def _step_seed(seed: int, step: int) -> int:
 
 
 def _require_finite(
-    setup: Setup, step: int, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
+    setup: Setup, step: int, *, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
 ) -> None:
     if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
         return

@@ -1,0 +1,163 @@
+"""Proofs that a person can run on their own model: two ways to compute one number, compared.
+
+Each proof says what was compared, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+import torch
+from torch import Tensor
+
+from tunesmith import checkpoint
+from tunesmith.data.batch import build_batch
+from tunesmith.loop import training_steps
+from tunesmith.models import attention
+from tunesmith.optim import adamw, load_optimizer_tensors, optimizer_tensors
+from tunesmith.preparing import Setup, prepare
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.read import validate
+
+STEPS = 4
+
+QUESTIONS = (
+    ("What is the capital of France?", "Paris."),
+    ("Name a colour.", "Blue, like the sky on a clear day."),
+    ("How many days has a week?", "Seven: Monday to Sunday."),
+    ("Say hello.", "Hello! How can I help you today?"),
+    ("What do bees make?", "Honey, and wax for their combs."),
+    ("Is water wet?", "People have argued about it for a long time, and they still do."),
+    ("2 + 2?", "4"),
+    ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet around the year 1600."),
+)
+"""Rows for a model that comes without data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One comparison."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
+    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none."""
+    with tempfile.TemporaryDirectory(prefix="tunesmith-selftest-") as name:
+        folder = Path(name)
+        setup = prepare(_small(recipe, folder), root=folder, offline=offline)
+        setup = replace(setup, total_steps=STEPS)
+        yield _packing(setup)
+        yield _templates(setup)
+        yield _accumulation(setup)
+        yield _resume(setup, folder)
+
+
+def _small(recipe: Recipe, folder: Path) -> Recipe:
+    data = recipe.model_dump()
+    if not recipe.data.train:
+        file = folder / "rows.jsonl"
+        file.write_bytes(b"\n".join(orjson.dumps({"messages": _turns(q, a)}) for q, a in QUESTIONS))
+        data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
+        data["task"] = "chat"
+    data["train"] |= {"rows_per_step": 4}
+    return validate(data)
+
+
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _packing(setup: Setup) -> Proof:
+    rows = [setup.rows.store.row(int(i)) for i in setup.rows.train_rows[:4]]
+    agreement = attention.ragged_agrees(setup.model, rows)
+    if setup.plan.layout == "padded":
+        return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
+    found = f"logits of packed rows and of each row alone differ by {agreement.max_difference:.1e}"
+    return Proof("rows do not see each other", agreement.ok, found)
+
+
+def _templates(setup: Setup) -> Proof:
+    """The tokens in front of each trained answer are those that serving would feed."""
+    wrong = [sample.source for sample in setup.samples if not _is_prefix(setup, sample.ids, sample.source)]
+    found = f"{len(setup.samples) - len(wrong)} of {len(setup.samples)} rows begin with the prompt as it is served"
+    return Proof("training prompts are serving prompts", not wrong, found)
+
+
+def _is_prefix(setup: Setup, prompt: Sequence[int], source: str) -> bool:
+    store = setup.rows.held_store
+    row = next(row for row in map(store.row, map(int, setup.rows.held_rows)) if str(row.source) == source)
+    return row.ids[: len(prompt)].tolist() == list(prompt)
+
+
+def _accumulation(setup: Setup) -> Proof:
+    """Gradients of the same rows in one pass and in as many passes as rows."""
+    rows = [int(i) for i in setup.rows.train_rows[:4]]
+    together = _gradients(setup, [rows])
+    alone = _gradients(setup, [[row] for row in rows])
+    scale = max(float(g.norm()) for g in together.values())
+    worst = max(float((together[name] - alone[name]).norm()) for name in together) / scale
+    allowed = 1e-5 if setup.recipe.precision == "float32" else 5e-2
+    found = f"gradients of 1×{len(rows)} and {len(rows)}×1 rows differ by {worst:.1e}, allowed is {allowed:.0e}"
+    return Proof("passes do not change the update", worst <= allowed, found)
+
+
+def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    store = setup.rows.store
+    count = sum(int(store.targets[i]) for rows in passes for i in rows)
+    setup.optimizer.zero_grad(set_to_none=True)
+    setup.model.eval()  # no dropout: it would differ between the two ways
+    for rows in passes:
+        batch = build_batch([store.row(i) for i in rows], rows, layout=setup.plan.layout, device=setup.device)
+        (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
+        setup.attachment.collect_gradients()
+    gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}
+    setup.optimizer.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _resume(setup: Setup, folder: Path) -> Proof:
+    """Four steps in one go, and two steps, a checkpoint read back, and two more: equal bit for bit."""
+    fresh = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+    straight_losses = _run(setup, start=0, stop=STEPS)
+    straight = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+
+    _restart(setup, fresh, {})
+    losses = _run(setup, start=0, stop=STEPS // 2)
+    state = optimizer_tensors(setup.optimizer, setup.attachment.trained)
+    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=setup.attachment.trained, optimizer=state, state={})
+    _restart(setup, fresh, {})
+    saved = checkpoint.newest(folder / "checkpoints", lambda text: None)
+    assert saved is not None
+    _restart(setup, saved.weights, saved.optimizer)
+    losses += _run(setup, start=STEPS // 2, stop=STEPS)
+
+    same = all(torch.equal(straight[name], tensor) for name, tensor in setup.attachment.trained.items())
+    passed = same and losses == straight_losses
+    found = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
+    return Proof("a resumed run is the same run", passed, found)
+
+
+def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in setup.attachment.trained.items():
+            tensor.copy_(weights[name])
+    setup.optimizer = adamw(setup.attachment.trained, setup.recipe.optim)
+    if optimizer:
+        load_optimizer_tensors(setup.optimizer, setup.attachment.trained, optimizer)
+    setup.attachment.publish()
+
+
+def _run(setup: Setup, *, start: int, stop: int) -> list[float]:
+    losses = []
+    for event in training_steps(setup, start=start):
+        losses.append(event.values["loss"])
+        if event.step == stop:
+            break
+    return losses
