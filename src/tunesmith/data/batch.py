@@ -9,7 +9,8 @@ without replaying those before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Plan:
     tokens_per_pass: int
     layout: Layout
     seed: int
+    _last_order: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -66,17 +68,12 @@ class Plan:
         return whole
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        # One epoch is computed for many steps in a row: keep the last.
-        cached = _LAST_ORDER.get(id(self))
-        if cached is None or cached[0] != epoch or cached[1] is not self:
+        if self._last_order.get("epoch") != epoch:  # one epoch serves many steps in a row: the last is kept
             copies = np.repeat(np.arange(len(self.rows_I)), self._copies(epoch))
             keys = _keys(np.arange(len(copies)), self.seed, epoch, salt=0)
-            _LAST_ORDER.clear()
-            _LAST_ORDER[id(self)] = (epoch, self, copies[np.argsort(keys, kind="stable")])
-        return _LAST_ORDER[id(self)][2]
-
-
-_LAST_ORDER: dict[int, tuple[int, Plan, NDArray[np.int64]]] = {}
+            self._last_order.update(epoch=epoch, order=copies[np.argsort(keys, kind="stable")])
+        order: NDArray[np.int64] = self._last_order["order"]
+        return order
 
 
 def _keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:

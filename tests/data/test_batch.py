@@ -1,0 +1,156 @@
+"""Order, passes, and the one shift."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.data.batch import Plan, build_batch, fill_passes
+from tunesmith.types import Row, Source
+
+LENGTHS = np.array([(7 * i) % 23 + 3 for i in range(64)], np.int32)
+
+
+def plan(lengths=LENGTHS, *, weights=None, seed=0, rows_per_step=5, tokens_per_pass=40, layout="ragged") -> Plan:
+    return Plan(
+        rows_I=np.arange(len(lengths)) * 2 + 1,
+        weights_I=np.ones(len(lengths)) if weights is None else np.asarray(weights, float),
+        lengths_I=lengths,
+        rows_per_step=rows_per_step,
+        tokens_per_pass=tokens_per_pass,
+        layout=layout,
+        seed=seed,
+    )
+
+
+def row(ids, trained) -> Row:
+    return Row(np.array(ids, np.int32), np.array(trained, bool), Source("x.jsonl", 1))
+
+
+def rows_of(steps) -> list[int]:
+    return [i for step in steps for members in step for i in members]
+
+
+def epochs_are_permutations(step_of, *, steps_per_epoch: int, rows: list[int]) -> None:
+    for epoch in range(3):
+        seen = rows_of(step_of(epoch * steps_per_epoch + k + 1) for k in range(steps_per_epoch))
+        assert sorted(seen) == rows
+
+
+def test_every_epoch_is_a_permutation():  # trap: R1
+    p = plan()
+    epochs_are_permutations(p.step, steps_per_epoch=p.steps_per_epoch, rows=[int(i) for i in p.rows_I])
+
+
+def test_permutation_test_catches_a_sampler_that_skips_in_a_new_shuffle():  # trap: R1 planted
+    p = plan()
+
+    def broken(step: int):  # resumes by skipping n rows of another epoch's order
+        return plan(seed=step % 2).step(step)
+
+    with pytest.raises(AssertionError):
+        epochs_are_permutations(broken, steps_per_epoch=p.steps_per_epoch, rows=[int(i) for i in p.rows_I])
+
+
+def test_any_step_can_be_asked_for_first():  # trap: R1
+    straight = plan()
+    expected = [straight.step(k) for k in range(1, 40)]
+    for k in (39, 17, 1, 14):
+        assert plan().step(k) == expected[k - 1]
+
+
+def test_epochs_and_seeds_differ():
+    p = plan()
+    first = rows_of([p.step(k + 1) for k in range(p.steps_per_epoch)])
+    second = rows_of([p.step(p.steps_per_epoch + k + 1) for k in range(p.steps_per_epoch)])
+    other = plan(seed=1)
+    assert first != second
+    assert first != rows_of([other.step(k + 1) for k in range(p.steps_per_epoch)])
+
+
+def test_two_plans_do_not_disturb_each_other():
+    a, b = plan(seed=1), plan(seed=2)
+    alone = [plan(seed=1).step(k) for k in (1, 2, 3)]
+    mixed = []
+    for k in (1, 2, 3):
+        mixed.append(a.step(k))
+        b.step(k)
+    assert mixed == alone
+
+
+def test_last_step_of_an_epoch_takes_what_is_left():  # trap: L2
+    p = plan(np.full(10, 4, np.int32), rows_per_step=4)
+    assert p.steps_per_epoch == 3
+    assert [sum(map(len, p.step(k))) for k in (1, 2, 3)] == [4, 4, 2]
+
+
+def test_weights_set_how_often_rows_are_seen():
+    weights = [1.0] * 10 + [2.0] * 10 + [0.5] * 10
+    p = plan(np.full(30, 4, np.int32), weights=weights, rows_per_step=7)
+    assert p.rows_per_epoch == 10 + 20 + 5
+    halves = []
+    for epoch in range(2):
+        seen = rows_of([p.step(epoch * p.steps_per_epoch + k + 1) for k in range(p.steps_per_epoch)])
+        counts = [seen.count(int(i)) for i in p.rows_I]
+        assert counts[:10] == [1] * 10
+        assert counts[10:20] == [2] * 10
+        assert sum(counts[20:]) == 5
+        halves.append(counts[20:])
+    assert halves[0] != halves[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
+    budget=st.integers(1, 100),
+    layout=st.sampled_from(["ragged", "padded"]),
+)
+def test_passes_hold_every_row_once_within_the_budget(lengths, budget, layout):
+    passes = fill_passes(range(len(lengths)), lengths, tokens_per_pass=budget, layout=layout)
+    assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
+    for members in passes:
+        sizes = [lengths[i] for i in members]
+        cost = sum(sizes) if layout == "ragged" else max(sizes) * len(sizes)
+        assert cost <= budget or len(members) == 1
+
+
+ROWS = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("layout", "predict"),
+    [("ragged", [1, 2, 4, 5]), ("padded", [1, 2, 4, 5])],
+)
+def test_position_t_predicts_token_t_plus_one_of_its_own_row(layout, predict):  # trap: T12
+    batch = build_batch(ROWS, (0, 1), layout=layout, device="cpu")
+    assert batch.predict_N.tolist() == predict
+    assert batch.targets_N.tolist() == [7, 8, 4, 2]
+    assert batch.num_targets == sum(int(r.trained[1:].sum()) for r in ROWS)
+
+
+def test_positions_restart_with_every_row():  # trap: T12
+    batch = build_batch(ROWS, (0, 1), layout="ragged", device="cpu")
+    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 2]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.mask_BT is None
+
+
+def end_tokens_are_targets(targets: torch.Tensor) -> None:
+    assert targets.tolist() == [4, 5, 2, 4, 2]
+
+
+def test_padding_is_known_by_length_not_by_id():  # trap: T2
+    rows = [row([1, 4, 5, 2], [0, 1, 1, 1]), row([1, 4, 2], [0, 1, 1])]
+    batch = build_batch(rows, (0, 1), layout="padded", device="cpu")
+    assert batch.mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    end_tokens_are_targets(batch.targets_N)
+
+
+def test_end_token_test_catches_masking_by_id():  # trap: T2 planted
+    pad = eos = 2
+    labels = torch.tensor([[1, 4, 5, eos], [1, 4, eos, pad]])[:, 1:].flatten()
+    with pytest.raises(AssertionError):
+        end_tokens_are_targets(labels[labels != pad])
