@@ -1,0 +1,57 @@
+# Every target makes and keeps up its own .venv: nothing has to be installed before but Python 3.10 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What is installed is remembered by the content of pyproject.toml, so that a second call does nothing.
+KEY := $(shell cksum < pyproject.toml | tr -s '[:space:]' '-')
+STAMP := $(VENV)/.installed-$(KEY)
+# Two test processes with one thread each are faster than one with two: tiny models cannot feed two threads.
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and after (needs about 10 minutes)
+	@$(BIN)/python scripts/demo.py
+
+test: $(STAMP)-test ## the test suite; ARGS="tests/cli -x" for a part of it
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow: $(STAMP)-test ## real models and long loops
+	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(STAMP)-dev ## what a change has to pass: lint, format, types, layers, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory test
+
+format: $(STAMP)-dev ## put the code into the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)-demo ## time one epoch of the example chats on this machine
+	@$(BIN)/python scripts/bench.py
+
+clean: ## remove the environment and caches; runs and models stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(STAMP)-demo: EXTRA :=
+$(STAMP)-test: EXTRA := [test]
+$(STAMP)-dev: EXTRA := [test,dev]
+
+$(STAMP)-demo $(STAMP)-test $(STAMP)-dev:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Tunesmith needs Python 3.10 or newer; $(PYTHON) is older. Say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }; }
+	@echo "installing tunesmith$(EXTRA) into $(VENV) (torch is large: this takes a few minutes once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(EXTRA)'
+	@touch $@
