@@ -1,13 +1,17 @@
-"""Tokenizers small enough to be made inside a test."""
+"""Tokenizers and conversations small enough to be made inside a test."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tunesmith.types import Example, Part, Source
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 
@@ -24,6 +28,7 @@ TEXT = (
     "user\nassistant\nsystem\nYou are a helpful assistant who answers in one sentence.",
     "Hello there, how can I help you today? I am fine, thank you. And you?\n\nYes, please.",
     "def area(width, height):\n    return width * height  # 12 * 34 == 408",
+    "In 2024 there were 1000 of them, 22 in 333 and 4444 before 2024.",
     "今日はいい天気ですね。 山は高いです。 Ça va très bien, merci beaucoup.",
 )
 
@@ -34,6 +39,22 @@ def template(name: str) -> str:
 
 
 CHATML = template("chatml")
+
+
+def chat(
+    *turns: tuple[str, str] | tuple[str, str, Mapping[str, Any]],
+    tools: tuple[Mapping[str, Any], ...] = (),
+    line: int = 1,
+) -> Example:
+    """A conversation of (role, text) or (role, text, fields); the assistant's turns are trained."""
+    parts = (Part(turn[0], turn[1], turn[0] == "assistant", turn[2] if len(turn) > 2 else {}) for turn in turns)
+    return Example(tuple(parts), Source("chat.jsonl", line), "messages", tools)
+
+
+def pair(prompt: str, completion: str, *, line: int = 1) -> Example:
+    """A prompt and the completion that is trained."""
+    parts = (Part("user", prompt, False), Part("assistant", completion, True))
+    return Example(parts, Source("pairs.jsonl", line), "prompt_completion")
 
 
 def tiny_tokenizer(

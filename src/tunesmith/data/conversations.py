@@ -118,6 +118,7 @@ class Conversations:
             tokens.ids_T,
             np.zeros(len(tokens.ids_T), np.bool_),
             num_unspelled=num_control - self.control.count(text.whole),
+            warnings=list(text.warnings),
         )
         for turn in text.turns:
             first = self._first_token(source, text.whole, turn, tokens, draft.warnings)
