@@ -152,16 +152,18 @@ def remove(path: Path) -> None:
         doomed.unlink(missing_ok=True)
 
 
-def clean(parent: Path, *, older_than_s: float = 0.0) -> list[Path]:
+def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -> list[Path]:
     """Remove what killed writers left in `parent` and finish or undo half-done swaps; returns what was dealt with.
 
     Only for the one process that may write there, unless `older_than_s` keeps the work of the living safe.
+    In a folder that is not ours alone, `name` limits it to what `temporary_folder(parent, name)` made.
     """
     if not parent.is_dir():
         return []
     dealt_with = []
+    ours = re.compile(rf"\.(tmp|old)-{'.+' if name is None else re.escape(name) + '-[0-9a-f]{8}'}")
     for path in sorted(parent.iterdir()):
-        if not path.name.startswith((TEMPORARY, REPLACED)):
+        if not ours.fullmatch(path.name):
             continue
         with storing(path), suppress(FileNotFoundError):
             if older_than_s and time.time() - path.stat().st_mtime < older_than_s:

@@ -1,0 +1,268 @@
+"""The run folder: where everything a run knows is kept, and the only thing its processes share.
+
+    runs/support-3f2a/
+      run.json         format version, when made            recipe.yaml   complete and resolved
+      events.jsonl     one event a line                     rows/         encoded rows
+      checkpoints/     step-N/                              adapter/ or model/, report.json, report.md
+      lock, lock.json  who is writing                       stop          asks the writer to stop
+
+One process writes, holding `lock`; any number read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+import socket
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import filelock
+
+import tunesmith
+from tunesmith import events
+from tunesmith.errors import RunError
+from tunesmith.files import clean, from_json, remove, replace_folder, storing, temporary_folder, to_json, write_atomic
+from tunesmith.types import Event
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.knobs import Recipe
+
+FORMAT = 1
+"""Version of the folder's layout; a folder of a newer one is refused."""
+
+State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
+
+_LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str, recipe_yaml: str) -> Run:
+        """A new folder `<name>-<4 hex digits>` in `root`; complete or absent, never one that was there before."""
+        clean(root, name="new-run", older_than_s=3600)
+        temporary = temporary_folder(root, "new-run")
+        facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__}
+        try:
+            write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
+            write_atomic(temporary / "run.json", to_json(facts, indent=True) + b"\n")
+            for _ in range(100):
+                path = root / f"{_slug(name)}-{secrets.token_hex(2)}"
+                with suppress(FileExistsError):
+                    replace_folder(temporary, path)
+                    return cls(path)
+        except BaseException:
+            remove(temporary)
+            raise
+        remove(temporary)
+        raise RunError(f"{root}: 100 names of the form {_slug(name)}-0000 are taken: choose another name or folder.")
+
+    @classmethod
+    def open(cls, path_or_name: str | Path, root: Path) -> Run:
+        """The run at a path, or in `root` by its name, the beginning of its name, or "last".
+
+        Raises RunError naming the near matches.
+        """
+        text = str(path_or_name)
+        if (Path(text) / "run.json").is_file():
+            return _known_format(cls(Path(text)))
+        present = {run.path.name: run for run in runs(root)}
+        if text == "last" and present:
+            return _known_format(max(present.values(), key=lambda run: (run.created, run.path.name)))
+        begins = [text] if text in present else [name for name in present if text and name.startswith(text)]
+        if len(begins) == 1:
+            return _known_format(present[begins[0]])
+        if begins:
+            raise RunError(f"{text}: {len(begins)} runs in {root} begin so: {_listed(begins)}. Write more of the name.")
+        raise RunError(_not_found(text, root, list(present)))
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def rows_path(self) -> Path:
+        return self.path / "rows"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def created(self) -> float:
+        """Seconds since the epoch."""
+        return float(self.read_json("run.json").get("created", 0.0))
+
+    def recipe(self) -> Recipe:
+        """The complete recipe of this run."""
+        from tunesmith.recipe import read
+
+        return read.load(str(self.recipe_path))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` to the file `name` of this folder, atomically."""
+        write_atomic(self.path / name, to_json(value, indent=True) + b"\n")
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` was given. Raises RunError where the file is missing or broken."""
+        path = self.path / name
+        try:
+            return from_json(path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise RunError(f"{path}: is not JSON: {error}.") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one writer of this folder. The lock is the system's: it ends with the process that holds it.
+
+        What a killed writer left half done is cleaned up first. Raises RunError naming the holder.
+        """
+        lock = filelock.FileLock(self.path / "lock", timeout=_LOCK_PATIENCE_S, thread_local=False)
+        with storing(self.path / "lock"):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise RunError(f"{self.path}: in use by {self._holder()}. Wait for it, or stop it.") from None
+        try:
+            clean(self.path)
+            clean(self.checkpoints_path)
+            self.write_json("lock.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+            yield
+        finally:
+            with suppress(OSError):
+                (self.path / "lock.json").unlink(missing_ok=True)
+            lock.release()
+
+    def _holder(self) -> str:
+        try:
+            facts = self.read_json("lock.json")
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))
+            return f"process {facts['pid']} on {facts['host']} since {since}"
+        except (RunError, KeyError, TypeError):
+            return "another process"
+
+    def is_locked(self) -> bool:
+        """Whether a living process writes here. Needs no right to write, and never turns a writer away."""
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not _could_lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def append(self, event: Event) -> None:
+        """Add one event; for the holder of the lock alone."""
+        events.append(self.events_path, event)
+
+    def events(self) -> Iterator[Event]:
+        """Every event so far, oldest first; see events.read."""
+        return events.read(self.events_path)
+
+    def follow(self, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
+        """Every event, also those to come, until `stop()` holds; see events.follow."""
+        return events.follow(self.events_path, stop, poll_s=poll_s)
+
+    def truncate_after(self, step: int) -> int:
+        """Take back the events that a run resumed at `step` will write again; see events.truncate_after."""
+        return events.truncate_after(self.events_path, step)
+
+    def ask_stop(self) -> None:
+        """Ask the writer to stop after its step."""
+        write_atomic(self.path / "stop", b"")
+
+    def stop_asked(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def clear_stop(self) -> None:
+        """Forget the request."""
+        with storing(self.path / "stop"):
+            (self.path / "stop").unlink(missing_ok=True)
+
+    def state(self) -> State:
+        """Whether a living process holds the lock ("running"); else what the events say last.
+
+        "interrupted": it began and neither ended nor said why: it was killed, or the machine went down.
+        """
+        return "running" if self.is_locked() else events.standing(self.events_path)
+
+
+def runs(root: Path) -> list[Run]:
+    """Every run folder in `root`, by name. What is no run folder is passed over."""
+    if not root.is_dir():
+        return []
+    return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
+
+
+def _slug(name: str) -> str:
+    """A name that is safe as a folder's on every system, and still the person's own word."""
+    plain = unicodedata.normalize("NFKC", name).lower()
+    return re.sub(r"[\W_]+", "-", plain).strip("-")[:40].strip("-") or "run"
+
+
+def _known_format(run: Run) -> Run:
+    version = run.read_json("run.json").get("format")
+    if version != FORMAT:
+        raise RunError(f"{run.path}: format {version}, this version of tunesmith knows {FORMAT}. Use a newer version.")
+    return run
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _not_found(text: str, root: Path, names: list[str]) -> str:
+    if text and Path(text).is_dir():
+        return f"{text}: not a run folder: it has no run.json."
+    if not names:
+        return f"{text}: no such run: {root} holds none. Start one with `tunesmith train`."
+    near = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{root} holds {_listed(names)}."
+    return f"{text}: no such run in {root}: {hint}"
+
+
+def _could_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows: its lock is mandatory, so that a byte which cannot be read is held
+        try:
+            return os.read(descriptor, 1) is not None
+        except PermissionError:
+            return False
+    try:
+        # Shared: two readers looking at once do not take each other for a writer.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
