@@ -1,0 +1,232 @@
+"""Attention over whole examples that stand end to end in one row: no padding, no mask, and none reads another.
+
+A model that runs this attention is called with input_ids [1, T], positions that restart with every example, and the
+keyword `segments`, which transformers hands down to the attention function and keeps for the recomputation of a
+checkpointed layer. Without `segments` (generation, padded batches) it is transformers' own sdpa attention.
+
+Not every model can: whether the answer is the same as one example at a time is asked of the model itself, by
+`agreement.ragged_agrees`.
+"""
+
+# B rows, H heads, T tokens, D head size, S segments of equal length, L their length, Q queries, K keys
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tunesmith.models import varlen
+
+NAME = "tunesmith_ragged"
+
+
+class UnsupportedAttentionError(Exception):
+    """The model asks its attention for something that the ragged one does not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where the examples of one ragged batch stand; made once a batch, used by every layer."""
+
+    runs: tuple[tuple[int, int], ...]
+    """Neighbours of equal length as (how many, length): one call of the kernel each."""
+    longest: int
+    starts: Tensor | None
+    """int32 [examples + 1], where each begins and the last ends; on CUDA only, for the varlen kernel."""
+    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, compare=False)
+    """Masks of a sliding window, by (Q, K, window)."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, device: torch.device) -> Segments:
+        runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
+        starts = None
+        if device.type == "cuda":
+            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(runs=runs, longest=max(lengths), starts=starts)
+
+    def band(self, num_queries: int, num_keys: int, window: int) -> Tensor:
+        """bool [Q, K]: the last Q of K tokens, each reading itself and the `window` - 1 before it."""
+        key = (num_queries, num_keys, window)
+        if key not in self.bands:
+            device = self.starts.device if self.starts is not None else torch.device("cpu")
+            queries_Q1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+            keys_K = torch.arange(num_keys, device=device)
+            self.bands[key] = (keys_K <= queries_Q1) & (keys_K > queries_Q1 - window)
+        return self.bands[key]
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a ragged pass asked for: read by the self-check."""
+
+    calls: int = 0
+    """Calls of the ragged attention: none means that the model has an attention of its own."""
+    windows: set[int | None] = field(default_factory=set)
+    """Sliding windows that reached the attention."""
+    local_masks: set[int] = field(default_factory=set)
+    """Windows or chunks for which the model wanted a mask."""
+
+
+_TRACE: ContextVar[Trace | None] = ContextVar("tunesmith_ragged_pass", default=None)
+
+
+@contextmanager
+def ragged_pass() -> Iterator[Trace]:
+    """Around the forward of a ragged batch: no mask is built. Nothing needs to stay open for the backward."""
+    trace = Trace()
+    token = _TRACE.set(trace)
+    try:
+        yield trace
+    finally:
+        _TRACE.reset(token)
+
+
+def register() -> None:
+    """Make the attention known to transformers under NAME; calling it again changes nothing."""
+    AttentionInterface.register(NAME, ragged_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def use_ragged(model: PreTrainedModel) -> None:
+    """Let the model run ragged batches. Generation and padded batches go on as before."""
+    register()
+    model.set_attn_implementation(NAME)
+
+
+def _mask(*args: Any, **settings: Any) -> Tensor | None:
+    """The mask that sdpa would get, or none in a ragged pass, where T × T would be built to be thrown away."""
+    trace = _TRACE.get()
+    if trace is None:
+        return sdpa_mask(*args, **settings)  # type: ignore[no-any-return]
+    if settings.get("local_size") is not None:
+        trace.local_masks.add(settings["local_size"])
+    return None
+
+
+def ragged_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """[B, T, H, D]: each example of `segments` attended to alone; plain sdpa attention without `segments`.
+
+    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks
+    and position biases.
+    """
+    if others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise UnsupportedAttentionError("its attention has sinks or position biases")
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    trace = _TRACE.get()
+    if trace is not None:
+        trace.calls += 1
+        trace.windows.add(sliding_window)
+    if segments is None:
+        if softcap is None:
+            return sdpa_attention_forward(  # type: ignore[no-any-return]
+                module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, **others
+            )
+        if attention_mask is None and causal and query_BHTD.shape[2] > 1:
+            num_queries = query_BHTD.shape[2]
+            key_BHTD, value_BHTD = key_BHTD[:, :, :num_queries], value_BHTD[:, :, :num_queries]
+            attention_mask = query_BHTD.new_ones(num_queries, num_queries, dtype=torch.bool).tril()
+        out_BHTD = _capped(query_BHTD, key_BHTD, value_BHTD, attention_mask, softcap, scaling, dropout)
+        return out_BHTD.transpose(1, 2), None
+    how = _How(causal, dropout, scaling, sliding_window, softcap, segments)
+    if varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
+        return varlen.attend(query_BHTD, key_BHTD, value_BHTD, segments, scaling=scaling, window=sliding_window), None
+    return _by_runs(query_BHTD, key_BHTD, value_BHTD, how), None
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    causal: bool
+    dropout: float
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    segments: Segments
+
+
+def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, how: _How) -> Tensor:
+    """[1, T, H, D], one kernel call for each run of equally long examples."""
+    runs = how.segments.runs
+    sizes = [num * length for num, length in runs]
+    # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
+    parts = [tensor.split(sizes, dim=2) for tensor in (query_1HTD, key_1HTD, value_1HTD)]
+    out = []
+    for (num, length), query, key, value in zip(runs, *parts, strict=True):
+        q_SHLD, k_SHLD, v_SHLD = (part.unflatten(2, (num, length))[0].transpose(0, 1) for part in (query, key, value))
+        out_SHLD = _attend(q_SHLD, k_SHLD, v_SHLD, how)
+        out.append(out_SHLD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[None]
+
+
+def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, how: _How) -> Tensor:
+    length = q_SHLD.shape[2]
+    window = how.window if how.causal and how.window is not None and how.window < length else None
+    if how.softcap is not None:
+        mask_LL = how.segments.band(length, length, window or length) if how.causal else None
+        return _capped(q_SHLD, k_SHLD, v_SHLD, mask_LL, how.softcap, how.scaling, how.dropout)
+    gqa = q_SHLD.shape[1] != k_SHLD.shape[1]
+    if window is None:
+        return F.scaled_dot_product_attention(
+            q_SHLD, k_SHLD, v_SHLD, dropout_p=how.dropout, is_causal=how.causal, scale=how.scaling, enable_gqa=gqa
+        )
+    out = []
+    # A window's worth of queries reads at most two windows of keys: memory and time stay linear in the length.
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        out.append(
+            F.scaled_dot_product_attention(
+                q_SHLD[:, :, start:stop],
+                k_SHLD[:, :, first:stop],
+                v_SHLD[:, :, first:stop],
+                attn_mask=how.segments.band(stop - start, stop - first, window),
+                dropout_p=how.dropout,
+                scale=how.scaling,
+                enable_gqa=gqa,
+            )
+        )
+    return torch.cat(out, dim=2)
+
+
+def _capped(
+    q_BHQD: Tensor,
+    k_BHKD: Tensor,
+    v_BHKD: Tensor,
+    mask_QK: Tensor | None,
+    softcap: float,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """[B, H, Q, D], scores squashed by softcap · tanh(score / softcap). Source: Gemma 2 (2024), section 2."""
+    groups = q_BHQD.shape[1] // k_BHKD.shape[1]
+    k_BHKD, v_BHKD = (tensor.repeat_interleave(groups, 1) for tensor in (k_BHKD, v_BHKD))
+    scores_BHQK = q_BHQD @ k_BHKD.transpose(-1, -2) * (q_BHQD.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores_BHQK = softcap * torch.tanh(scores_BHQK / softcap)
+    if mask_QK is not None:
+        # The lowest number, not -inf: a padding query that may read nothing would turn into NaN.
+        scores_BHQK = scores_BHQK.masked_fill(~mask_QK, torch.finfo(scores_BHQK.dtype).min)
+    weights_BHQK = scores_BHQK.softmax(-1, dtype=torch.float32).to(q_BHQD.dtype)
+    return F.dropout(weights_BHQK, dropout) @ v_BHKD
