@@ -129,9 +129,14 @@ def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, "already there, and not to be replaced", str(final))
     with storing(final):
         if final.exists():
-            remove(old)
+            remove(old)  # a leftover, whose successor is `final`
             os.rename(final, old)
-        os.rename(tmp, final)
+        try:
+            os.rename(tmp, final)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(old, final)
+            raise
         fsync_dir(final.parent)
         remove(old)
 
