@@ -141,7 +141,7 @@ def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Loaded | No
     if damaged:
         names = ", ".join(damaged)
         raise CheckpointError(
-            f"{folder}: no checkpoint can be trusted ({names} set aside). Restore one from a backup, or start a new run."
+            f"{folder}: no checkpoint can be trusted ({names} set aside). Restore one from a backup or start anew."
         )
     return None
 
