@@ -1,0 +1,78 @@
+"""Full fine-tuning: every weight is trained, in float32 whatever the model computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.errors import ModelError
+from tunesmith.methods.masters import Masters
+from tunesmith.recipe.knobs import FullMethod
+
+if TYPE_CHECKING:
+    from tunesmith.data.render import Renderer
+    from tunesmith.models.locate import Located
+
+
+class FullAttachment:
+    """Every parameter of a model by its own name, tied ones once."""
+
+    method: str = "full"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._masters = Masters(dict(model.named_parameters()), free_early=True)
+        self.trained: Mapping[str, Tensor] = self._masters.trained
+
+    def collect_gradients(self) -> None:
+        self._masters.collect()
+
+    def publish(self) -> None:
+        self._masters.publish()
+
+    def take_off(self) -> None:
+        """Leave the model as it is and stop taking its gradients."""
+        self._masters.release()
+
+
+def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAttachment:
+    """Train all of `model`; nothing is drawn, so `seed` changes nothing."""
+    return FullAttachment(model)
+
+
+def save_result(
+    attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
+) -> None:
+    """Write a Hugging Face model folder, weights in the dtype the model computes in; it stands without its base."""
+    from tunesmith.models.save import save_model
+
+    save_model(model, renderer.tokenizer, folder, stop_ids=renderer.stop_ids)
+
+
+def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
+    """Copy the weights of a saved folder into a model of the same shape.
+
+    Raises:
+        ModelError: a weight that is missing, left over, or of another shape.
+    """
+    try:
+        saved, info = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{folder}: cannot be read as a {type(model).__name__}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ModelError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
+    weights = dict(saved.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise ModelError(f"{folder}: {name} does not fit the model it is loaded into")
+            parameter.copy_(weights[name])
+    return FullAttachment(model)

@@ -1,0 +1,232 @@
+"""LoRA: the model is frozen, a product of two small matrices is trained beside each linear layer.
+
+    y = x Wᵀ + b + s (x Aᵀ) Bᵀ,  s = alpha / rank
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1.
+"""
+
+# T tokens, I inputs, O outputs, R rank
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError
+from tunesmith.methods.masters import Masters
+from tunesmith.methods.targets import Target, find_targets, replace_module
+from tunesmith.recipe.knobs import LoraMethod
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer (`nn.Linear`, or GPT-2's `Conv1D`, whose weight lies transposed) with a low-rank path."""
+
+    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.dropout = dropout
+        self.active = True
+        """False computes the base layer alone; see `without_adapter`."""
+        num_outputs, num_inputs = self.weight_OI.shape
+        like: dict[str, Any] = {"dtype": self.weight_OI.dtype, "device": self.weight_OI.device}
+        self.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, **like))
+        self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, **like))
+
+    @property
+    def weight_OI(self) -> Tensor:
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.t() if isinstance(self.base, Conv1D) else weight
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O]."""
+        if not self.active:
+            out: Tensor = self.base(x)
+            return out
+        if self.dropout and self.training:
+            return self._forward_with_dropout(x)
+        return lora_forward(x, self.weight_OI, self.bias_O, self.lora_A, self.lora_B, scale=self.scale)
+
+    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+        # The two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's own
+        # generator, which gradient checkpointing restores before it recomputes.
+        low: Tensor = F.linear(F.dropout(x, self.dropout), self.lora_A)
+        out: Tensor = self.base(x) + F.linear(low, self.lora_B) * self.scale
+        return out
+
+    def delta_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """What the path adds to the weight, float32."""
+        return (b_OR.float() @ a_RI.float()).mul_(self.scale)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def lora_forward(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
+) -> Tensor:
+    """[..., I] → [..., O]; `weight_OI` and `bias_O` are frozen and get no gradient."""
+    out: Tensor = _LoraForward.apply(x, weight_OI, bias_O, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def lora_forward_reference(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
+) -> Tensor:
+    """The same by plain autograd: slower, and what `lora_forward` is held equal to."""
+    return F.linear(x, weight_OI, bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
+
+
+class _LoraForward(torch.autograd.Function):
+    """One node for the whole layer: keeps x and x Aᵀ, adds the low-rank path in place, both ways."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        low_TR = x_TI @ a_RI.t()
+        y_TO = _product(x_TI, weight_OI, bias_O)
+        y_TO.addmm_(low_TR, b_OR.t(), alpha=scale)
+        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
+        ctx.scale = scale
+        ctx.shape = x.shape
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        g_TO = g.reshape(-1, g.shape[-1])
+        gx = ga_RI = gb_OR = None
+        if needs_x or needs_a:
+            glow_TR = (g_TO @ b_OR).mul_(ctx.scale)
+        if needs_x:
+            gx = (g_TO @ weight_OI).addmm_(glow_TR, a_RI).view(ctx.shape)
+        if needs_a:
+            ga_RI = glow_TR.t() @ x_TI
+        if needs_b:
+            gb_OR = (g_TO.t() @ low_TR).mul_(ctx.scale)
+        return gx, None, None, ga_RI, gb_OR, None
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    # Bit for bit what nn.Linear and Conv1D compute: Conv1D calls addmm with the weight as it lies.
+    if bias_O is not None and not weight_OI.is_contiguous():
+        return torch.addmm(bias_O, x_TI, weight_OI.t())
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+class LoraAttachment:
+    """The adapters on a model. `trained` alternates `<layer>.lora_A.weight` [R, I], `<layer>.lora_B.weight` [O, R]."""
+
+    method: str = "lora"
+
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[Target, LoraLinear]], *, settings: LoraMethod) -> None:
+        self.model = model
+        self.settings = settings
+        self.layers = {target.name: layer for target, layer in layers}
+        self._targets = [target for target, _ in layers]
+        self._masters = Masters(
+            {
+                f"{name}.{matrix}.weight": getattr(layer, matrix)
+                for name, layer in self.layers.items()
+                for matrix in ("lora_A", "lora_B")
+            },
+            free_early=False,
+        )
+        self.trained: Mapping[str, Tensor] = self._masters.trained
+
+    def collect_gradients(self) -> None:
+        self._masters.collect()
+
+    def publish(self) -> None:
+        self._masters.publish()
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """The float32 A [R, I] and B [O, R] of one layer."""
+        return self.trained[f"{name}.lora_A.weight"], self.trained[f"{name}.lora_B.weight"]
+
+    def take_off(self) -> None:
+        """Give the model its own layers back; the attachment adapts nothing any more."""
+        for target in self._targets:
+            replace_module(self.model, target, target.module)
+        self.layers = {}
+        self._targets = []
+
+
+def attach(model: nn.Module, settings: LoraMethod, *, seed: int) -> LoraAttachment:
+    """Freeze `model` and put fresh adapters on it: outputs do not change until the first update, since B is zero.
+
+    A is drawn as PEFT draws it, uniform in ±1/√I, from a generator of (seed, layer name): the same whatever else is
+    adapted and on every device.
+
+    Raises:
+        RecipeError: a target that cannot be adapted, or a model that carries adapters already.
+    """
+    attachment = wrap(model, find_targets(model, settings.targets), settings=settings)
+    with torch.no_grad():
+        for name in attachment.layers:
+            a_RI, _ = attachment.matrices(name)
+            bound = 1 / math.sqrt(a_RI.shape[1])
+            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=_generator(seed, name)))
+    attachment.publish()
+    return attachment
+
+
+def wrap(model: nn.Module, targets: Sequence[Target], *, settings: LoraMethod) -> LoraAttachment:
+    """Freeze `model` and put adapters of zeros on `targets`."""
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
+    model.requires_grad_(False)
+    scale = settings.alpha / settings.rank
+    layers = []
+    for target in targets:
+        layer = LoraLinear(target.module, rank=settings.rank, scale=scale, dropout=settings.dropout)
+        layer.train(target.module.training)
+        replace_module(model, target, layer)
+        layers.append((target, layer))
+    return LoraAttachment(model, layers, settings=settings)
+
+
+@torch.no_grad()
+def merge(attachment: LoraAttachment) -> None:
+    """Add every adapter to its layer's weight, in float32 and rounded once, and take the adapters off."""
+    for name, layer in attachment.layers.items():
+        weight_OI = layer.weight_OI
+        merged_OI = weight_OI.float().add_(layer.delta_OI(*attachment.matrices(name)))
+        weight_OI.copy_(merged_OI)
+    attachment.take_off()
+
+
+@contextmanager
+def without_adapter(attachment: LoraAttachment) -> Iterator[None]:
+    """The untouched model, inside the block."""
+    layers = list(attachment.layers.values())
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

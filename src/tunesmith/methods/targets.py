@@ -1,0 +1,121 @@
+"""Which layers a method adapts: from the words of a recipe to modules of a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError
+
+LINEARS = (nn.Linear, Conv1D)
+GROUPS = ("all-linear", "attention", "mlp")
+
+_ATTENTION = re.compile(r"attn|attention")
+_LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear layer and every name that reaches it; the first is its name."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
+    """The layers that `targets` mean, each once, in the order of the model.
+
+    A word is a group (`all-linear`: every linear layer inside the decoder layers, `attention`, `mlp`: those of them
+    inside an attention module, and the others), the end of a module's name (`q_proj`, `mlp.down_proj`), or `re:` and a
+    regular expression searched for in whole module names.
+
+    Raises:
+        RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
+    """
+    linears, embeddings = _named(model, LINEARS), _named(model, (nn.Embedding,))
+    problems: list[str] = []
+    chosen: set[int] = set()
+    for word in targets:
+        found = [target for target in linears if _means(word, target, model)]
+        chosen.update(id(target.module) for target in found)
+        problems += [f"method.targets: {word!r}: {reason}" for reason in shared_weights(model, found)]
+        unfit = [target for target in embeddings if word not in GROUPS and _means(word, target, model)]
+        problems += [
+            f"method.targets: {word!r}: {target.name} is an embedding, only linear layers can be adapted. "
+            "Leave it out, or train every weight with method: full."
+            for target in unfit
+        ]
+        if not found and not unfit:
+            problems.append(_no_match(word, linears))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return [target for target in linears if id(target.module) in chosen]
+
+
+def shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Why some of `targets` cannot be adapted: a reason for each whose weight belongs to another module too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    reasons = []
+    for target in targets:
+        others = [name for name in owners[id(target.module.weight)] if name not in target.names]
+        if others:
+            reasons.append(
+                f"{target.name} and {others[0]} are one weight (tied): after a merge {others[0]} would change too, "
+                "so the merged model could not do what the adapter did. Leave it out."
+            )
+    return reasons
+
+
+def named_targets(model: nn.Module, names: Sequence[str]) -> list[Target]:
+    """The linear layers of exactly these names, in the order of the model; names of anything else are left out."""
+    wanted = set(names)
+    return [target for target in _named(model, LINEARS) if wanted & set(target.names)]
+
+
+def replace_module(model: nn.Module, target: Target, module: nn.Module) -> None:
+    """Put `module` in the place of `target`, under every one of its names."""
+    for name in target.names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]:
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return [Target(tuple(names[key]), modules[key]) for key in modules]
+
+
+def _means(word: str, target: Target, model: nn.Module) -> bool:
+    if word in GROUPS:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        index = _LAYER_INDEX.search(target.name)
+        if target.module is head or index is None:
+            return False
+        return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(target.name[index.end() :]))
+    if word.startswith("re:"):
+        return any(re.search(word[3:], name) for name in target.names)
+    return any(name == word or name.endswith("." + word) for name in target.names)
+
+
+def _no_match(word: str, linears: Sequence[Target]) -> str:
+    ends = sorted({target.name.rpartition(".")[2] for target in linears})
+    known = [*GROUPS, *ends]
+    near = difflib.get_close_matches(word, known, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"method.targets: {word!r} matches no linear layer.{meant} There are: {', '.join(known)}."
