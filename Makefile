@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What is installed is remembered by the content of pyproject.toml, so that a second call does nothing.
-KEY := $(shell cksum < pyproject.toml | tr -s '[:space:]' '-')
+KEY := $(shell cksum < pyproject.toml | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(KEY)
 # Two test processes with one thread each are faster than one with two: tiny models cannot feed two threads.
 WORKERS ?= 2
@@ -16,7 +16,7 @@ ARGS ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and after (needs about 10 minutes)
+demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and after (under 10 minutes on two cores)
 	@$(BIN)/python scripts/demo.py
 
 test: $(STAMP)-test ## the test suite; ARGS="tests/cli -x" for a part of it
