@@ -48,11 +48,9 @@ def encode(tokenizer, row):
 
 
 def lr_at(step, total):
-    """Warm-up to the peak at step W, then linearly down; the step after the last would have rate zero."""
-    warmup = max(1, math.ceil(WARMUP * total))
-    if step <= warmup:
-        return LR * step / warmup
-    return LR * (total + 1 - step) / (total + 1 - warmup)
+    """Warm-up to the peak at step W, then down a line that would meet zero at the step after the last."""
+    warmup = math.floor(WARMUP * total + 0.5)
+    return LR * step / warmup if step <= warmup else LR * (1 - (step - 1 - warmup) / (total - warmup))
 
 
 def loss_of(model, ids, trained):

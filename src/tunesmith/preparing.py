@@ -18,6 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
+from tunesmith.models.agreement import ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.size import size
 from tunesmith.optim import adamw
@@ -160,7 +161,7 @@ def _task_name(recipe: Recipe) -> TaskName:
 def _layout(model: PreTrainedModel, rows: Rows) -> tuple[Layout, list[str]]:
     """Ragged if the model gives the same logits for packed rows as for each alone, padded otherwise, and said."""
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
-    agreement = attention.ragged_agrees(model, probe)
+    agreement = ragged_agrees(model, probe)
     if agreement.ok:
         attention.use_ragged(model)
         return "ragged", []

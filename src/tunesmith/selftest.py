@@ -17,7 +17,8 @@ from torch import Tensor
 from tunesmith import checkpoint
 from tunesmith.data.batch import build_batch
 from tunesmith.loop import training_steps
-from tunesmith.models import attention
+from tunesmith.methods import restore
+from tunesmith.models.agreement import ragged_agrees
 from tunesmith.optim import adamw, load_optimizer_tensors, optimizer_tensors
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe
@@ -76,7 +77,7 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
 
 def _packing(setup: Setup) -> Proof:
     rows = [setup.rows.store.row(int(i)) for i in setup.rows.train_rows[:4]]
-    agreement = attention.ragged_agrees(setup.model, rows)
+    agreement = ragged_agrees(setup.model, rows)
     if setup.plan.layout == "padded":
         return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
     found = f"logits of packed rows and of each row alone differ by {agreement.max_difference:.1e}"
@@ -133,7 +134,7 @@ def _resume(setup: Setup, folder: Path) -> Proof:
     state = optimizer_tensors(setup.optimizer, setup.attachment.trained)
     checkpoint.save(folder / "checkpoints", STEPS // 2, weights=setup.attachment.trained, optimizer=state, state={})
     _restart(setup, fresh, {})
-    saved = checkpoint.newest(folder / "checkpoints", lambda text: None)
+    saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
     assert saved is not None
     _restart(setup, saved.weights, saved.optimizer)
     losses += _run(setup, start=STEPS // 2, stop=STEPS)
@@ -145,13 +146,10 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in setup.attachment.trained.items():
-            tensor.copy_(weights[name])
+    restore(setup.attachment, weights)
     setup.optimizer = adamw(setup.attachment.trained, setup.recipe.optim)
     if optimizer:
         load_optimizer_tensors(setup.optimizer, setup.attachment.trained, optimizer)
-    setup.attachment.publish()
 
 
 def _run(setup: Setup, *, start: int, stop: int) -> list[float]:

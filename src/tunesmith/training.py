@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
 from tunesmith.errors import RunError, Stopped, TunesmithError
@@ -22,7 +20,7 @@ from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.samples import answer_samples
 from tunesmith.generation import Sampling
 from tunesmith.loop import training_steps
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, restore
 from tunesmith.optim import load_optimizer_tensors, optimizer_tensors
 from tunesmith.preparing import OnProgress, Setup, prepare
 from tunesmith.recipe.knobs import Recipe, known
@@ -114,16 +112,17 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
     with run.lock():
         run.clear_stop()
         damaged: list[str] = []
-        newest = checkpoint.newest(run.checkpoints_path, damaged.append)
+        newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         setup = prepare(run.recipe(), root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         if newest:
             _refuse_changes(run, setup.identity, newest.state["identity"])
-        run.truncate_after(newest.step if newest else None)
+        run.truncate_after(newest.step if newest else -1)
         session = _Session(setup, run, Progress(**newest.state["progress"] if newest else {}), listener)
         for text in damaged:
             session.emit("note", {"text": text})
         if newest:
-            _restore(setup, newest)
+            restore(setup.attachment, newest.weights)
+            load_optimizer_tensors(setup.optimizer, setup.attachment.trained, newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
         _drive(session, fresh=newest is None)
     return run
@@ -140,15 +139,6 @@ def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -
             f"{run.path}: cannot go on as if nothing had happened, since this changed: {'; '.join(changed)}. "
             "Put it back, or start a new run with `tunesmith train`."
         )
-
-
-def _restore(setup: Setup, saved: checkpoint.Loaded) -> None:
-    """Weights and optimizer state of a checkpoint, bit for bit."""
-    with torch.no_grad():
-        for name, tensor in setup.attachment.trained.items():
-            tensor.copy_(saved.weights[name])
-    load_optimizer_tensors(setup.optimizer, setup.attachment.trained, saved.optimizer)
-    setup.attachment.publish()
 
 
 def _drive(session: _Session, *, fresh: bool) -> None:
