@@ -115,7 +115,9 @@ def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass:
     return [tuple(rows[i] for i in members) for members in passes]
 
 
-def build_batch(rows: Sequence[Row], row_indices: Sequence[int], *, layout: Layout, device: torch.device | str) -> Batch:
+def build_batch(
+    rows: Sequence[Row], row_indices: Sequence[int], *, layout: Layout, device: torch.device | str
+) -> Batch:
     """The tensors of one pass. The one place where targets are shifted: position t predicts token t + 1 of its row."""
     lengths = [len(row.ids) for row in rows]
     longest = max(lengths)
