@@ -1,0 +1,136 @@
+"""One pass over data files: examples in, record batches of encoded rows out, everything left out counted."""
+
+# I rows, T tokens
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.render import Renderer
+from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.types import Example, Problem, Row, Source
+
+CHUNK_EXAMPLES = 512
+CHUNK_CHARS = 4_000_000
+"""A chunk is rendered and tokenized at once: whichever of the two bounds is met first."""
+BATCH_ROWS = 8192
+BATCH_TOKENS = 4_000_000
+"""A record batch is written at once."""
+JSON_CHARS = 32
+"""About what JSON puts around a message, for the estimate of bytes read."""
+
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),
+        ("length", pa.int32()),
+        ("targets", pa.int32()),
+        ("file", pa.int16()),
+        ("line", pa.int64()),
+        ("hash", pa.uint64()),
+    ]
+)
+
+OnProblem = Callable[[Problem], None]
+OnProgress = Callable[[int, int, int], None]
+"""(rows done, bytes done, bytes in all); within a file, bytes are estimated from the text of its rows."""
+
+
+class Encoding:
+    """The rows of `files` as record batches, in memory bounded by a chunk of examples and a batch of rows.
+
+    Counts are complete when the batches have been taken. `sizes`: bytes of each file.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        files: Sequence[DataFile],
+        renderer: Renderer,
+        *,
+        sizes: Sequence[int],
+        on_problem: OnProblem,
+        progress: OnProgress,
+    ) -> None:
+        self._data = data
+        self._files = files
+        self._renderer = renderer
+        self._sizes = sizes
+        self._on_problem = on_problem
+        self._progress = progress
+        self._last_bad: Source | None = None
+        self.num_rows = 0
+        self.skipped = 0
+        self.errors: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        rows: list[tuple[int, int, Row]] = []
+        num_tokens = 0
+        for chunk, bytes_done in self._chunks():
+            encoded = self._renderer.encode([example for _, example in chunk], on_warning=self._hear)
+            for (file, example), result in zip(chunk, encoded, strict=True):
+                if isinstance(result, Row):
+                    rows.append((file, content_hash(example), result))
+                    num_tokens += len(result.ids)
+                    self.num_rows += 1
+                else:
+                    for problem in result:
+                        self._hear(problem)
+            if len(rows) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                yield self._batch(rows)
+                rows, num_tokens = [], 0
+            self._progress(self.num_rows, bytes_done, sum(self._sizes))
+        if rows:
+            yield self._batch(rows)
+        self._progress(self.num_rows, sum(self._sizes), sum(self._sizes))
+
+    def _chunks(self) -> Iterator[tuple[list[tuple[int, Example]], int]]:
+        """Examples with the index of their file, and the bytes that have been read of all files, estimated."""
+        chunk: list[tuple[int, Example]] = []
+        num_chars, current, done_in_file, done = 0, 0, 0, 0
+        for file, example in examples(self._files, self._data, self._hear):
+            if file != current:
+                current, done_in_file = file, 0
+            chars = sum(len(part.text) for part in example.parts)
+            chunk.append((file, example))
+            num_chars += chars
+            done_in_file += chars + JSON_CHARS * len(example.parts)
+            done = sum(self._sizes[:file]) + min(done_in_file, self._sizes[file])
+            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+                yield chunk, done
+                chunk, num_chars = [], 0
+        if chunk:
+            yield chunk, done
+
+    def _batch(self, rows: Sequence[tuple[int, int, Row]]) -> pa.RecordBatch:
+        lengths = np.array([len(row.ids) for _, _, row in rows], np.int32)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        ids = pa.array(np.concatenate([row.ids for _, _, row in rows]))
+        trained = pa.array(np.concatenate([row.trained for _, _, row in rows]))
+        columns = [
+            pa.ListArray.from_arrays(offsets, ids),
+            pa.ListArray.from_arrays(offsets, trained),
+            pa.array(lengths),
+            pa.array(np.array([row.trained[1:].sum() for _, _, row in rows], np.int32)),
+            pa.array(np.array([file for file, _, _ in rows], np.int16)),
+            pa.array(np.array([row.source.line for _, _, row in rows], np.int64)),
+            pa.array(np.array([content for _, content, _ in rows], np.uint64)),
+        ]
+        return pa.record_batch(columns, schema=SCHEMA)
+
+    def _hear(self, problem: Problem) -> None:
+        counts = self.errors if problem.severity == "error" else self.warnings
+        counts[problem.code] += 1
+        if problem.severity == "error" and problem.source != self._last_bad:
+            self.skipped += 1  # the problems of one row come one after the other
+            self._last_bad = problem.source
+        if len(self.problems) < self._data.limits.problems:
+            self.problems.append(problem)
+            self._on_problem(problem)

@@ -1,0 +1,274 @@
+"""Encoded rows on disk: written once, memory-mapped ever after.
+
+    <key>.arrow   an Arrow IPC file: ids, trained flags, where each row came from
+    <key>.json    its summary, written last: without it there is no store
+
+The key is a hash of everything the rows follow from, so an equal key means equal rows and nothing is encoded twice.
+A killed build leaves only a `.tmp-` file.
+"""
+
+# I rows, T tokens
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tunesmith import files as disk
+from tunesmith.data.encoding import SCHEMA, Encoding, OnProblem, OnProgress
+from tunesmith.data.render import Renderer
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.types import Problem, Row, Source
+
+VERSION = 1
+"""Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
+STALE_S = 3600.0
+"""Age at which the temporary file of another build is taken for that of a dead one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the .json file says about the .arrow file."""
+
+    version: int
+    key: str
+    num_rows: int
+    skipped: int
+    """Rows read that are not in the store."""
+    errors: dict[str, int]
+    """Problems by code, of rows that are not in the store."""
+    warnings: dict[str, int]
+    """Problems by code, of rows that are."""
+    problems: list[dict[str, Any]]
+    """The first `data.limits.problems` of both kinds."""
+    data_sha256: list[str]
+    """Of each data file."""
+    arrow_sha256: str
+    arrow_bytes: int
+
+
+class RowStore:
+    """The rows of one set of files, in file order, memory-mapped. Select rows by arrays of their indices."""
+
+    def __init__(self, folder: Path, summary: Summary, paths: Sequence[str], *, reused: bool) -> None:
+        self.summary = summary
+        self.key = summary.key
+        self.skipped = summary.skipped
+        self.reused = reused
+        """Whether the rows had been encoded before."""
+        self.paths = tuple(paths)
+        self._folder = folder
+        reader = pa.ipc.open_file(pa.memory_map(str(_arrow(folder, summary.key))))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
+        self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
+        """Trained targets after the shift, row by row: the first token is none."""
+        self.file_index: NDArray[np.int16] = _column(batches, "file", np.int16)
+        self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
+        self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
+        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]
+        self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
+        self._bits = [np.frombuffer(batch.column("trained").values.buffers()[1], np.uint8) for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """SHA-256 of each data file, by its path."""
+        return dict(zip(self.paths, self.summary.data_sha256, strict=True))
+
+    def source(self, index: int) -> Source:
+        """Where a row came from."""
+        return Source(self.paths[self.file_index[index]], int(self.lines[index]))
+
+    def row(self, index: int) -> Row:
+        """One row; its ids are a read-only view of the file. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a store of {len(self)}")
+        batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        start, end = self._offsets[batch][index - self._first_rows[batch] :][:2]
+        bits = np.unpackbits(self._bits[batch][start // 8 : (end + 7) // 8], bitorder="little")
+        trained = bits[start % 8 :][: end - start].astype(np.bool_)
+        return Row(self._ids[batch][start:end], trained, self.source(index))
+
+    def keep(self, folder: Path) -> None:
+        """Put the store into another folder too, by hard link where the disk allows; `build` finds it there.
+
+        Raises `StorageError`.
+        """
+        with disk.storing(folder, num_bytes=self.summary.arrow_bytes):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (_arrow(self._folder, self.key), _json(self._folder, self.key)):
+                target = folder / path.name
+                if target.exists():
+                    continue
+                try:
+                    os.link(path, target)
+                except OSError:
+                    with open(path, "rb") as source, disk.writing(target) as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+            disk.fsync_dir(folder)
+
+
+def build(
+    folder: Path,
+    *,
+    data: Data,
+    files: Sequence[DataFile],
+    renderer: Renderer,
+    on_problem: OnProblem,
+    progress: OnProgress = lambda rows, done, total: None,
+) -> RowStore:
+    """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
+
+    `on_problem` hears the first `data.limits.problems` problems, also of rows found; `summary` counts all of them.
+    Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
+    Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
+    """
+    before = [_signature(file.path) for file in files]
+    hashes = [_sha256(file.path) for file in files]
+    key = _key(hashes, data, renderer)
+    paths = [file.path for file in files]
+    summary = _find(folder, key)
+    reused = summary is not None
+    if summary is None:
+        with disk.storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        disk.clean(folder, older_than_s=STALE_S)
+        sizes = [signature[0] for signature in before]
+        encoding = Encoding(data, files, renderer, sizes=sizes, on_problem=on_problem, progress=progress)
+        summary = _write(_arrow(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
+        disk.write_atomic(_json(folder, key), orjson.dumps(asdict(summary)))
+    else:
+        for problem in summary.problems:
+            on_problem(_problem(problem))
+        progress(summary.num_rows, sum(s[0] for s in before), sum(s[0] for s in before))
+    return RowStore(folder, summary, paths, reused=reused)
+
+
+def _write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
+    """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
+    with disk.writing(path) as file:
+        hashing = _Hashing(file)
+        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as sink:
+            for batch in encoding.batches():
+                sink.write_batch(batch)
+        check()
+    return Summary(
+        version=VERSION,
+        key=key,
+        num_rows=encoding.num_rows,
+        skipped=encoding.skipped,
+        errors=dict(encoding.errors),
+        warnings=dict(encoding.warnings),
+        problems=[_as_json(problem) for problem in encoding.problems],
+        data_sha256=hashes,
+        arrow_sha256=hashing.digest.hexdigest(),
+        arrow_bytes=hashing.num_bytes,
+    )
+
+
+class _Hashing:
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Left to the owner of the file."""
+
+
+def _find(folder: Path, key: str) -> Summary | None:
+    """The summary of a store that is there and whole."""
+    try:
+        summary = Summary(**orjson.loads(_json(folder, key).read_bytes()))
+        arrow = _arrow(folder, key)
+        if summary.version != VERSION or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
+            return None
+        return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
+    limits = data.limits.model_dump()
+    limits.pop("problems")  # how many are listed changes no row
+    parts = {
+        "version": VERSION,
+        "data": list(hashes),
+        "columns": data.columns,
+        "limits": limits,
+        "tokenizer and template": renderer.fingerprint,
+        "task": renderer.task_name,
+        "max_tokens": renderer.max_tokens,
+        "too_long": renderer.too_long,
+        "control_tokens": renderer.control_tokens,
+    }
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _signature(path: str) -> tuple[int, int, int, int]:
+    """What changes when a file is written to or replaced: size, inode, and both times."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _sha256(path: str) -> str:
+    try:
+        return disk.sha256_file(Path(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
+
+
+def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int, int, int]]) -> None:
+    for file, signature in zip(files, before, strict=True):
+        if _signature(file.path) != signature:
+            raise DataError(f"{file.path}: it changed while it was read. Start again when nothing writes to it.")
+
+
+def _column(batches: Sequence[Any], name: str, dtype: Any) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)]).astype(dtype)
+
+
+def _as_json(problem: Problem) -> dict[str, Any]:
+    return {**asdict(problem), "source": [problem.source.path, problem.source.line]}
+
+
+def _problem(saved: dict[str, Any]) -> Problem:
+    return Problem(**{**saved, "source": Source(*saved["source"])})
+
+
+def _arrow(folder: Path, key: str) -> Path:
+    return folder / f"{key[:16]}.arrow"
+
+
+def _json(folder: Path, key: str) -> Path:
+    return folder / f"{key[:16]}.json"

@@ -1,0 +1,308 @@
+"""Encoded rows on disk: what goes in comes out, once, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tunesmith.data.examples import examples
+
+from tiny import CHATML, template, tiny_tokenizer
+from tunesmith.data import encoding as encoding_module
+from tunesmith.data.render import Renderer
+from tunesmith.data.store import RowStore, build
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.types import Problem, Row
+
+
+def line(user: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+
+
+def write(path: Path, *lines: str) -> DataFile:
+    path.write_text("".join(f"{text}\n" for text in lines), "utf-8")
+    return DataFile(path=str(path))
+
+
+def make_renderer(**knobs: Any) -> Renderer:
+    text = knobs.pop("template", CHATML)
+    return Renderer(
+        tiny_tokenizer(text), "chat", **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **knobs}
+    )
+
+
+def make(
+    folder: Path, *files: DataFile, renderer: Renderer | None = None, data: Data | None = None
+) -> tuple[RowStore, list[Problem]]:
+    heard: list[Problem] = []
+    store = build(
+        folder, data=data or Data(), files=files, renderer=renderer or make_renderer(), on_problem=heard.append
+    )
+    return store, heard
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[DataFile]:
+    first = write(tmp_path / "a.jsonl", *(line(f"question {i} 山", f"answer {i} " * (i + 1)) for i in range(7)))
+    second = write(tmp_path / "b.jsonl", *(line(f"other {i}", "😀" * i + "!") for i in range(5)))
+    return [first, second]
+
+
+def test_rows_are_those_of_the_renderer(tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_module, "CHUNK_EXAMPLES", 2)
+    monkeypatch.setattr(encoding_module, "BATCH_ROWS", 4)
+    store, heard = make(tmp_path / "rows", *files)
+    expected = make_renderer().encode([example for _, example in examples(files, Data(), heard.append)])
+    assert len(store) == len(expected) == 12
+    for i, row in enumerate(expected):
+        assert isinstance(row, Row)
+        found = store.row(i)
+        assert (found.ids.tolist(), found.trained.tolist(), found.source) == (
+            row.ids.tolist(), row.trained.tolist(), row.source)  # fmt: skip
+        assert (found.ids.dtype, found.trained.dtype) == (np.int32, np.bool_)
+        assert (store.lengths[i], store.targets[i]) == (len(row.ids), row.trained[1:].sum())
+    assert store.file_index.tolist() == [0] * 7 + [1] * 5
+    assert store.lines.tolist() == [*range(1, 8), *range(1, 6)]
+    assert str(store.source(8)) == f"{files[1].path}:2"
+    assert (store.skipped, heard) == (0, [])
+    assert len(set(store.hashes.tolist())) == 12
+
+
+def test_there_is_no_row_beyond_the_last(tmp_path: Path, files: list[DataFile]) -> None:
+    store, _ = make(tmp_path / "rows", *files)
+    for index in (12, -1):
+        with pytest.raises(IndexError):
+            store.row(index)
+
+
+def test_rows_are_encoded_once(tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = make(tmp_path / "rows", *files)
+    renderer = make_renderer()
+    monkeypatch.setattr(renderer, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    again, _ = make(tmp_path / "rows", *files, renderer=renderer)
+    assert (first.reused, again.reused) == (False, True)
+    assert again.key == first.key
+    assert all((again.row(i).ids == first.row(i).ids).all() for i in range(12))
+
+
+CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
+    "template": lambda: (make_renderer(template=template("trim")), Data()),
+    "max_tokens": lambda: (make_renderer(max_tokens=150), Data()),
+    "too_long": lambda: (make_renderer(too_long="cut"), Data()),
+    "control_tokens": lambda: (make_renderer(control_tokens="allow"), Data()),
+    "columns": lambda: (make_renderer(), Data(columns={"tools": "functions"})),
+    "limits": lambda: (make_renderer(), Data(limits=Limits(messages=10))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_setting_that_matters_changes_the_key(tmp_path: Path, files: list[DataFile], change: str) -> None:
+    first, _ = make(tmp_path / "rows", *files)
+    renderer, data = CHANGES[change]()
+    other, _ = make(tmp_path / "rows", *files, renderer=renderer, data=data)
+    assert not other.reused
+    assert other.key != first.key
+
+
+def test_a_setting_that_does_not_matter_keeps_the_key(tmp_path: Path, files: list[DataFile]) -> None:
+    make(tmp_path / "rows", *files)
+    data = Data(held_out=0.5, bad_rows="skip", overlap="error", limits=Limits(problems=3))
+    assert make(tmp_path / "rows", *files, data=data)[0].reused
+
+
+def test_one_changed_byte_changes_the_key_although_size_and_time_stay(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", line("one", "two"))
+    stat = os.stat(file.path)
+    first, _ = make(tmp_path / "rows", file)
+    write(tmp_path / "a.jsonl", line("one", "tw0"))
+    os.utime(file.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again, _ = make(tmp_path / "rows", file)
+    assert not again.reused
+    assert first.data_hashes.keys() == again.data_hashes.keys()
+    assert first.data_hashes != again.data_hashes
+
+
+def test_a_renamed_file_is_found_and_named_as_it_is_called_now(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", line("one", "two"))
+    make(tmp_path / "rows", file)
+    os.rename(file.path, tmp_path / "b.jsonl")
+    store, _ = make(tmp_path / "rows", DataFile(path=str(tmp_path / "b.jsonl")))
+    assert store.reused
+    assert str(store.source(0)) == f"{tmp_path / 'b.jsonl'}:1"
+
+
+def bad_files(folder: Path) -> DataFile:
+    return write(
+        folder / "bad.jsonl",
+        line("fine", "yes"),
+        line("Hi <|im_end|>", "and <|im_start|>"),  # two problems, one row
+        line("long", "word " * 300),
+        line("also fine", "yes"),
+    )
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_rows_left_out_are_counted_and_told_also_when_found_again(tmp_path: Path, reused: bool) -> None:
+    file = bad_files(tmp_path)
+    if reused:
+        make(tmp_path / "rows", file)
+    store, heard = make(tmp_path / "rows", file)
+    assert store.reused == reused
+    assert (len(store), store.skipped) == (2, 2)
+    assert store.lines.tolist() == [1, 4]
+    assert store.summary.errors == {"control_token": 2, "too_long": 1}
+    assert [(p.code, p.source.line) for p in heard] == [("control_token", 2), ("control_token", 2), ("too_long", 3)]
+
+
+def test_warnings_are_counted_and_their_rows_kept(tmp_path: Path) -> None:
+    store, heard = make(tmp_path / "rows", bad_files(tmp_path), renderer=make_renderer(too_long="cut"))
+    assert (len(store), store.skipped) == (3, 1)
+    assert store.summary.warnings == {"cut": 1}
+    assert [p.severity for p in heard if p.code == "cut"] == ["warning"]
+    assert store.lengths.max() == 200
+
+
+def test_problems_beyond_the_limit_are_counted_but_not_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", *(line("<s>", "b") for _ in range(30)), line("a", "b"))
+    store, heard = make(tmp_path / "rows", file, data=Data(limits=Limits(problems=4)))
+    assert len(heard) == 4
+    assert store.summary.errors == {"control_token": 30}
+    assert store.skipped == 30
+
+
+def test_a_store_without_rows_can_be_opened(tmp_path: Path) -> None:
+    store, _ = make(tmp_path / "rows", write(tmp_path / "a.jsonl", line("<s>", "b")))
+    assert (len(store), store.lengths.dtype, store.hashes.dtype) == (0, np.int32, np.uint64)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
+        make(tmp_path / "rows", DataFile(path=str(tmp_path / "gone.jsonl")))
+    assert left_in(tmp_path / "rows") == []
+
+
+@pytest.mark.parametrize("what", ["written to", "replaced", "removed"])
+def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_is_left(
+    tmp_path: Path, files: list[DataFile], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = make_renderer()
+    encode = renderer.encode
+    path = Path(files[0].path)
+
+    def change_then_encode(*args: Any, **kwargs: Any) -> Any:
+        if what == "written to":
+            path.write_text(path.read_text("utf-8"), "utf-8")
+        elif what == "replaced":
+            write(tmp_path / "new.jsonl", line("x", "y"))
+            os.replace(tmp_path / "new.jsonl", path)
+        else:
+            path.unlink()
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(renderer, "encode", change_then_encode)
+    with pytest.raises(DataError, match=r"a\.jsonl: (it changed while it was read|cannot be read)"):
+        make(tmp_path / "rows", *files, renderer=renderer)
+    assert left_in(tmp_path / "rows") == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no summary", "half a summary", "other version"])
+def test_a_damaged_store_is_built_again(tmp_path: Path, files: list[DataFile], damage: str) -> None:
+    store, _ = make(tmp_path / "rows", *files)
+    arrow, summary = (next((tmp_path / "rows").glob(f"*.{kind}")) for kind in ("arrow", "json"))
+    content = arrow.read_bytes()
+    if damage == "cut":
+        arrow.write_bytes(content[:-8])
+    elif damage == "flipped":
+        arrow.write_bytes(content[:900] + bytes([content[900] ^ 1]) + content[901:])
+    elif damage == "gone":
+        arrow.unlink()
+    elif damage == "no summary":
+        summary.unlink()
+    elif damage == "half a summary":
+        summary.write_bytes(summary.read_bytes()[:50])
+    else:
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "version": 0}))
+    again, _ = make(tmp_path / "rows", *files)
+    assert not again.reused
+    assert again.row(11).ids.tolist() == store.row(11).ids.tolist()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kept_store_stays_when_the_first_is_gone(
+    tmp_path: Path, files: list[DataFile], links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+    store, _ = make(tmp_path / "rows", *files)
+    store.keep(tmp_path / "run" / "train")
+    store.keep(tmp_path / "run" / "train")
+    for path in (tmp_path / "rows").iterdir():
+        path.unlink()
+    kept, _ = make(tmp_path / "run" / "train", *files)
+    assert kept.reused
+    assert kept.row(3).ids.tolist() == store.row(3).ids.tolist()
+
+
+def test_progress_ends_within_the_bytes_there_are(
+    tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding_module, "CHUNK_EXAMPLES", 2)
+    told: list[tuple[int, int, int]] = []
+    build(
+        tmp_path / "rows",
+        data=Data(),
+        files=files,
+        renderer=make_renderer(),
+        on_problem=lambda problem: None,
+        progress=lambda *numbers: told.append(numbers),
+    )
+    total = sum(os.stat(file.path).st_size for file in files)
+    assert all(of == total for _, _, of in told)
+    done = [bytes_done for _, bytes_done, _ in told]
+    assert done == sorted(done)
+    assert told[-1] == (12, total, total)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of itself")
+def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    """SIGKILL after each number of record batches in turn; then the same call builds the rows from nothing."""
+    file = write(tmp_path / "a.jsonl", *(line(f"q {i}", f"a {i}") for i in range(20)))
+    expected, _ = make(tmp_path / "whole", file)
+    for batches in (0, 1, 3):
+        rows = tmp_path / f"rows{batches}"
+        pid = os.fork()
+        if pid == 0:  # the child dies in the middle of its work
+            _die_after(batches)
+            make(rows, file)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert all(name.startswith(".tmp-") for name in left_in(rows))
+        again, _ = make(rows, file)
+        assert not again.reused
+        assert [again.row(i).ids.tolist() for i in range(20)] == [expected.row(i).ids.tolist() for i in range(20)]
+
+
+def _die_after(batches: int) -> None:
+    made = encoding_module.Encoding._batch
+    encoding_module.BATCH_ROWS = encoding_module.CHUNK_EXAMPLES = 5
+    left = [batches]
+
+    def batch(self: Any, rows: Any) -> Any:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return made(self, rows)
+
+    encoding_module.Encoding._batch = batch  # type: ignore[method-assign]
