@@ -55,7 +55,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
             for target in unfit
         ]
         if not found and not unfit:
-            problems.append(_no_match(word, linears))
+            problems.append(_no_match(word, linears, not_linear(model)))
     if problems:
         raise RecipeError("\n".join(problems))
     return [target for target in linears if id(target.module) in chosen]
@@ -76,6 +76,17 @@ def shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
                 "so the merged model could not do what the adapter did. Leave it out."
             )
     return reasons
+
+
+def not_linear(model: nn.Module) -> list[str]:
+    """Modules of the decoder layers that hold matrices and are no linear layers, such as fused experts."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if _LAYER_INDEX.search(name)
+        and not isinstance(module, (*LINEARS, nn.Embedding))
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    ]
 
 
 def named_targets(model: nn.Module, names: Sequence[str]) -> list[Target]:
@@ -113,9 +124,10 @@ def _means(word: str, target: Target, model: nn.Module) -> bool:
     return any(name == word or name.endswith("." + word) for name in target.names)
 
 
-def _no_match(word: str, linears: Sequence[Target]) -> str:
+def _no_match(word: str, linears: Sequence[Target], no_linears: Sequence[str]) -> str:
     ends = sorted({target.name.rpartition(".")[2] for target in linears})
-    known = [*GROUPS, *ends]
+    known = [other for other in (*GROUPS, *ends) if other != word]
     near = difflib.get_close_matches(word, known, n=1)
     meant = f" Did you mean {near[0]}?" if near else ""
-    return f"method.targets: {word!r} matches no linear layer.{meant} There are: {', '.join(known)}."
+    why = f" ({no_linears[0]} and its like hold weights, but are not linear layers.)" if no_linears else ""
+    return f"method.targets: {word!r} matches no linear layer.{why}{meant} There are: {', '.join(known)}."
