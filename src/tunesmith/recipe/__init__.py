@@ -1,1 +1,1 @@
-"""The recipe: every knob of a run (knobs), read from YAML, JSON and dotted settings (read), printed with docs (show)."""
+"""The recipe: every knob of a run (knobs), read from files and dotted settings (read), printed with docs (show)."""

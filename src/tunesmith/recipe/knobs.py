@@ -98,7 +98,7 @@ class LoraMethod(Section):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class FullMethod(Section):
@@ -137,7 +137,9 @@ class Optim(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; never on norms, biases and embeddings."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second mean, so that no update divides by zero."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null never clips."""
 
@@ -229,4 +231,4 @@ def known(value: T | Auto) -> T:
     """The value of a knob after "auto" has been decided."""
     if value == "auto":
         raise AssertionError("an undecided knob reached the run: planning.advise must resolve every auto")
-    return value  # type: ignore[return-value]
+    return value

@@ -1,0 +1,262 @@
+"""A recipe from a file, from dotted settings (method.rank=8) and from what the caller knows, checked as a whole."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import text
+from tunesmith.recipe.fields import METHOD_KNOBS, Knob, knobs, sections
+from tunesmith.recipe.knobs import Recipe
+
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.rows_per_step",
+    "per_device_train_batch_size": "train.rows_per_step",
+    "gradient_accumulation_steps": "train.tokens_per_pass",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "lora_r": "method.rank",
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "target_modules": "method.targets",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "max_grad_norm": "optim.clip",
+    "warmup_steps": "optim.warmup",
+    "warmup_ratio": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule",
+    "eval_steps": "evaluation.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "dtype": "precision",
+    "gradient_checkpointing": "train.checkpointed_layers",
+}
+"""What other tools call a knob, for suggestions."""
+
+SETTING = "--set"
+
+
+def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
+
+    Mappings are merged key by key; an override replaces what stands under its key. Values of overrides are YAML.
+    Raises RecipeError with a line for every problem.
+    """
+    data: dict[str, Any] = _merged({}, base or {})
+    problems: list[str] = []
+    if path is not None:
+        try:
+            data = _merged(data, _read_file(path))
+        except RecipeError as error:
+            problems.append(str(error))
+    settings: list[str] = []
+    for override in overrides:
+        try:
+            settings.append(_apply(data, override))
+        except RecipeError as error:
+            problems.append(str(error))
+
+    def where(key: str) -> str:
+        from_setting = any(_within(key, setting) or _within(setting, key) for setting in settings)
+        return SETTING if from_setting else path or "recipe"
+
+    recipe, found = _checked(data, where)
+    problems += found
+    if recipe is None or problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe of plain values. Raises RecipeError with a line for every problem."""
+    recipe, problems = _checked(data, lambda key: where)
+    if recipe is None:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}.") from error
+    try:
+        value = text.parse(content.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8 text: save the recipe as UTF-8.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: {_shown(value)} is not a recipe: write one `key: value` a line.")
+    return _without_empty(value, "")
+
+
+def _without_empty(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Without sections under which everything is commented out: YAML reads those as null."""
+    kept = {key: value for key, value in data.items() if value is not None or prefix + key not in sections()}
+    return {k: _without_empty(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    result = {key: _merged(value, {}) if isinstance(value, Mapping) else value for key, value in old.items()}
+    for key, value in new.items():
+        before = result.get(key)
+        is_section = isinstance(value, Mapping)
+        result[key] = _merged(before if isinstance(before, Mapping) else {}, value) if is_section else value
+    return result
+
+
+def _apply(data: dict[str, Any], override: str) -> str:
+    """Set what "a.b=value" says in `data`; returns the key."""
+    key, equals, value_text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
+    try:
+        value = text.parse(value_text, SETTING)
+    except RecipeError as error:
+        rule = str(error).splitlines()[0].removeprefix(f"{SETTING}:1: ")
+        raise RecipeError(f"{SETTING} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
+    section = data
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents, start=1):
+        inner = section.get(parent)
+        if parent == "method" and isinstance(inner, str):
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            name = ".".join(parents[:depth])
+            raise RecipeError(f"{SETTING} {key}: {name} has no knobs below it: set {name} as a whole.")
+        section[parent] = inner
+        section = inner
+    section[last] = value
+    return key
+
+
+def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
+    # Strict, so that true is not 1 and "8" is not 8; by way of JSON, in which a list may become a tuple.
+    written = json.dumps(_merged({}, data), default=_plain)
+    try:
+        return Recipe.model_validate_json(written, strict=True), []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    placed = [(*_place(detail["loc"]), detail) for detail in details]
+    problems = []
+    for (shown, known), group in groupby(placed, key=lambda item: item[:2]):
+        key, problem = _problem(shown, known, [detail for _, _, detail in group])
+        problems.append(f"{where(key)}: {key}: {problem}" if key else f"{where(key)}: {problem}")
+    return None, problems
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise RecipeError(f"recipe: {_shown(value)} of type {type(value).__name__}: give text, a number or a list.")
+
+
+def _place(location: Iterable[int | str]) -> tuple[str, str]:
+    """The key as a person writes it, and the key of the knob table; the branches of unions are not part of either."""
+    shown = known = ""
+    skip_method = False
+    for part in location:
+        knob = knobs().get(known)
+        if isinstance(part, int):
+            if f"{known}[].path" not in knobs():
+                break  # a list of plain values is shown as a whole
+            shown, known = f"{shown}[{part}]", f"{known}[]"
+        elif known == "method" and part in METHOD_KNOBS and not skip_method:
+            skip_method = True
+        elif knob is not None and "mapping" not in knob.allowed:
+            break  # which member of a union was tried
+        else:
+            shown = f"{shown}.{part}" if shown else part
+            known = shown if knob is None or not known else known
+            known = re.sub(r"\[\d+\]", "[]", known)
+    return shown, known
+
+
+def _problem(shown: str, known: str, errors: Sequence[ErrorDetails]) -> tuple[str, str]:
+    """(key, what is wrong and what would be right) of all that was found about one key."""
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        return shown, _unknown(shown, first["loc"])
+    if first["type"] == "value_error":
+        key, _, rest = str(first["ctx"]["error"]).partition(": ")
+        return (key, rest) if rest else (shown, key)
+    if first["type"] == "union_tag_invalid":
+        tag = first["ctx"]["tag"]
+        return f"{shown}.name", _neither(_shown(tag), knobs()[f"{shown}.name"].kinds, tag)
+    return shown, _wrong_value(shown, knobs().get(known), errors)
+
+
+_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+def _wrong_value(shown: str, knob: Knob | None, errors: Sequence[ErrorDetails]) -> str:
+    given = errors[0]["input"]
+    value = _shown(given)
+    if knob is None:
+        return f"{value} is not a section: write its knobs below it, or as {shown}.<knob>"
+    if errors[0]["type"] == "missing" and "list" not in knob.allowed:
+        return f"missing: {knob.doc}"
+    if any(error["type"] in _BOUNDS for error in errors):
+        return f"{value} is out of range: it must be {knob.allowed}"
+    in_mapping = "mapping" in knob.allowed and shown != knob.key
+    return _neither(value, ("text",) if in_mapping else knob.kinds, given)
+
+
+def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
+    if len(kinds) == 1:
+        sentence = f"{value} is not {kinds[0]}"
+    elif len(kinds) == 2:
+        sentence = f"{value} is neither {kinds[0]} nor {kinds[1]}"
+    else:
+        sentence = f"{value} is none of {', '.join(kinds)}"
+    near = difflib.get_close_matches(str(given), [kind for kind in kinds if " " not in kind], n=1)
+    if near:
+        return f"{sentence}, did you mean {near[0]}?"
+    return f"{sentence}: put it in quotes" if "text" in kinds and isinstance(given, (int, float)) else sentence
+
+
+def _unknown(shown: str, location: Sequence[int | str]) -> str:
+    last = shown.rpartition(".")[2]
+    other = next((knob for knob in knobs().values() if knob.method and knob.key == shown), None)
+    if other is not None:
+        return f"has no meaning for method {location[1]}: drop it or set method.name: {other.method}"
+    everything = [*knobs(), *sections()]
+    same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
+    plain = re.sub(r"\[\d+\]", "[]", shown)
+    near = (
+        same_name
+        or ([OTHER_NAMES[last]] if last in OTHER_NAMES else [])
+        or difflib.get_close_matches(plain, everything, n=1, cutoff=0.7)
+        or [key for key in everything if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)]
+    )
+    section = shown.rpartition(".")[0]
+    if section != plain.rpartition(".")[0]:  # below an entry of a list: name that entry
+        near = [f"{section}.{key.rpartition('.')[2]}" if "[]" in key else key for key in near]
+    hint = f", did you mean {' or '.join(near[:2])}?" if near else ": see `tunesmith recipe` for all"
+    return f"unknown key{hint}"
+
+
+def _shown(value: Any) -> str:
+    found = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    return found if len(found) <= 60 else f"{found[:57]}..."
+
+
+def _within(key: str, outer: str) -> bool:
+    return key == outer or key.startswith((f"{outer}.", f"{outer}["))
