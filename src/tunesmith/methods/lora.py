@@ -154,7 +154,7 @@ class LoraAttachment:
             free_early=False,
         )
         self.trained: Mapping[str, Tensor] = self._masters.trained
-        self.notes: tuple[str, ...] = _frozen_experts(model)
+        self.notes: tuple[str, ...] = ()
         """What a person should know about what is not trained."""
 
     def collect_gradients(self) -> None:
@@ -184,7 +184,12 @@ def attach(model: nn.Module, settings: LoraMethod, *, seed: int) -> LoraAttachme
     Raises:
         RecipeError: a target that cannot be adapted, or a model that carries adapters already.
     """
-    attachment = wrap(model, find_targets(model, settings.targets), settings=settings)
+    targets, left_out = find_targets(model, settings.targets), not_linear(model)
+    attachment = wrap(model, targets, settings=settings)
+    if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
+        attachment.notes = (
+            f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
+        )
     with torch.no_grad():
         for name in attachment.layers:
             a_RI, _ = attachment.matrices(name)
@@ -230,13 +235,6 @@ def without_adapter(attachment: LoraAttachment) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.active = True
-
-
-def _frozen_experts(model: nn.Module) -> tuple[str, ...]:
-    names = not_linear(model)
-    if not names:
-        return ()
-    return (f"{len(names)} modules such as {names[0]} are not linear layers: they have no adapter and stay frozen",)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

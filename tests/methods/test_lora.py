@@ -1,0 +1,284 @@
+"""Adapters on whole models: fresh, trained, merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_model import tiny_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from tunesmith.errors import RecipeError
+from tunesmith.methods import lora, targets
+from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
+from tunesmith.recipe.knobs import LoraMethod
+
+VOCAB = 61
+
+
+def some_ids(seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(some_ids()).logits
+    return out
+
+
+def backward(model: nn.Module, attachment: LoraAttachment, *, seed: int = 0) -> float:
+    ids = some_ids(seed)
+    loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    attachment.collect_gradients()
+    return loss.item()
+
+
+def randomise(attachment: LoraAttachment, *, std: float = 0.1) -> None:
+    """Adapters as training could have left them."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in attachment.trained.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    attachment.publish()
+
+
+def test_a_is_drawn_from_seed_and_name_alone() -> None:
+    alone = attach(tiny_model("llama", vocab_size=VOCAB), LoraMethod(targets=("v_proj",)), seed=3)
+    among = attach(tiny_model("llama", vocab_size=VOCAB, seed=9), LoraMethod(), seed=3)
+    other = attach(tiny_model("llama", vocab_size=VOCAB), LoraMethod(targets=("v_proj",)), seed=4)
+    for name, tensor in alone.trained.items():
+        assert torch.equal(tensor, among.trained[name])
+        assert torch.equal(tensor, other.trained[name]) == name.endswith("lora_B.weight")
+
+
+def test_a_is_spread_as_in_peft_and_b_is_zero() -> None:
+    """Kaiming's uniform with a = √5 on [R, I] is uniform in ±1/√I."""
+    attachment = attach(tiny_model("llama", vocab_size=VOCAB), LoraMethod(rank=64), seed=0)
+    a_RI, b_OR = attachment.matrices("model.layers.0.mlp.down_proj")
+    bound = 128**-0.5
+    assert a_RI.shape == (64, 128)
+    assert bound * 0.999 < a_RI.abs().max() <= bound
+    # 8192 draws: the spread of a uniform variable, bound / √3, within 2 %.
+    assert a_RI.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not b_OR.any()
+
+
+def test_random_numbers_of_the_process_are_left_alone() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    before = torch.get_rng_state()
+    attach(model, LoraMethod(), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_add_up_in_float32(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, dtype=dtype)
+    attachment = attach(model, LoraMethod(rank=4), seed=0)
+    randomise(attachment)
+    single: list[dict[str, Tensor]] = []
+    for seed in (1, 2, 3):
+        backward(model, attachment, seed=seed)
+        single.append({name: tensor.grad.clone() for name, tensor in attachment.trained.items()})
+        for tensor in attachment.trained.values():
+            tensor.grad = None
+    for seed in (1, 2, 3):
+        backward(model, attachment, seed=seed)
+    for name, tensor in attachment.trained.items():
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == torch.float32
+        assert torch.equal(tensor.grad, single[0][name] + single[1][name] + single[2][name])
+
+
+def test_a_float32_model_is_trained_without_copies() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    attachment = attach(model, LoraMethod(), seed=0)
+    layer = attachment.layers["model.layers.0.mlp.up_proj"]
+    assert attachment.trained["model.layers.0.mlp.up_proj.lora_A.weight"] is layer.lora_A
+
+
+def test_without_adapter_is_the_untouched_model() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    before = logits(model)
+    attachment = attach(model, LoraMethod(), seed=0)
+    randomise(attachment)
+    with without_adapter(attachment):
+        assert torch.equal(logits(model), before)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+# trap: L10
+def assert_checkpointing_changes_no_gradient(*, use_reentrant: bool, dropout: float = 0.0) -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = tiny_model("llama", vocab_size=VOCAB).train()
+        attachment = attach(model, LoraMethod(rank=4, dropout=dropout), seed=0)
+        randomise(attachment)
+        if checkpointed:
+            for layer in model.model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
+        torch.manual_seed(11)
+        try:
+            loss = backward(model, attachment)
+        except RuntimeError as error:  # what torch says when no input of a reentrant block wants a gradient
+            raise AssertionError("nothing is trained") from error
+        results.append((loss, {name: tensor.grad for name, tensor in attachment.trained.items()}))
+    (loss, grads), (loss_again, grads_again) = results
+    assert loss == loss_again
+    for name, grad in grads.items():
+        assert grad is not None
+        assert grad.abs().max() > 0, name
+        assert grads_again[name] is not None, name
+        assert torch.equal(grad, grads_again[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_layers_give_the_same_gradients(dropout: float) -> None:
+    assert_checkpointing_changes_no_gradient(use_reentrant=False, dropout=dropout)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_the_comparison_sees_adapters_that_reentrant_checkpointing_cut_off() -> None:
+    with pytest.raises(AssertionError):
+        assert_checkpointing_changes_no_gradient(use_reentrant=True)
+
+
+# trap: A1
+def assert_merge_keeps_outputs(merge_it: Callable[[LoraAttachment], None], *, arch: str = "llama") -> None:
+    model = tiny_model(arch, vocab_size=VOCAB).eval()
+    before = logits(model)
+    attachment = attach(model, LoraMethod(), seed=0)
+    randomise(attachment)
+    adapted = logits(model)
+    merge_it(attachment)
+    assert (adapted - before).abs().max() > 0.1
+    assert (logits(model) - adapted).abs().max() <= 1e-4
+
+
+def assert_merge_in_bfloat16_is_small_beside_the_effect(merge_it: Callable[[LoraAttachment], None]) -> None:
+    exact_model = tiny_model("llama", vocab_size=VOCAB, hidden=256).eval()
+    model = copy.deepcopy(exact_model).to(torch.bfloat16)
+    before = logits(model).float()
+    attachment = attach(model, LoraMethod(), seed=0)
+    randomise(attachment)
+    adapted = logits(model).float()
+    merge_it(attachment)
+    effect, error = (adapted - before).norm(), (logits(model).float() - adapted).norm()
+    assert error / effect <= 0.05
+
+
+@torch.no_grad()
+def merge_without_scale(attachment: LoraAttachment) -> None:
+    for name, layer in attachment.layers.items():
+        a_RI, b_OR = attachment.matrices(name)
+        layer.weight_OI.add_(b_OR @ a_RI)
+    attachment.take_off()
+
+
+@torch.no_grad()
+def merge_by_way_of_bfloat16(attachment: LoraAttachment) -> None:
+    for name, layer in attachment.layers.items():
+        a_RI, b_OR = (matrix.bfloat16() for matrix in attachment.matrices(name))
+        layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
+    attachment.take_off()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
+def test_merge_keeps_outputs(arch: str) -> None:
+    assert_merge_keeps_outputs(merge, arch=arch)
+
+
+def test_merge_in_bfloat16_keeps_outputs_beside_the_effect() -> None:
+    assert_merge_in_bfloat16_is_small_beside_the_effect(merge)
+
+
+@pytest.mark.parametrize("buggy", [merge_without_scale, merge_by_way_of_bfloat16])
+def test_the_merge_tests_see_a_wrong_merge(buggy: Callable[[LoraAttachment], None]) -> None:
+    with pytest.raises(AssertionError):
+        assert_merge_keeps_outputs(buggy)
+
+
+def test_the_bfloat16_merge_test_sees_a_missing_scale() -> None:
+    with pytest.raises(AssertionError):
+        assert_merge_in_bfloat16_is_small_beside_the_effect(merge_without_scale)
+
+
+def test_a_merged_model_is_plain_again() -> None:
+    model = tiny_model("gpt2", vocab_size=VOCAB)
+    layout = {name: type(module) for name, module in model.named_modules()}
+    attachment = attach(model, LoraMethod(), seed=0)
+    merge(attachment)
+    assert {name: type(module) for name, module in model.named_modules()} == layout
+
+
+# trap: A7
+def assert_merged_weight_moves_by_scale_times_b_a(*, rank: int, alpha: float, scale: float) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    before = model.model.layers[1].self_attn.o_proj.weight.clone()
+    attachment = attach(model, LoraMethod(rank=rank, alpha=alpha), seed=0)
+    randomise(attachment)
+    a_RI, b_OR = attachment.matrices("model.layers.1.self_attn.o_proj")
+    expected = scale * (b_OR.double() @ a_RI.double())
+    merge(attachment)
+    moved = model.model.layers[1].self_attn.o_proj.weight.double() - before.double()
+    # 1e-6: one float32 rounding of weights below 1.
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(16, 16, 1.0), (64, 16, 0.25), (16, 32, 2.0), (8, 12.5, 1.5625)])
+def test_scale_is_alpha_over_rank(rank: int, alpha: float, scale: float) -> None:
+    assert_merged_weight_moves_by_scale_times_b_a(rank=rank, alpha=alpha, scale=scale)
+
+
+def test_the_scale_test_sees_alpha_over_the_root_of_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lora.LoraLinear.__init__
+
+    def buggy(self, base, *, rank, scale, dropout):  # type: ignore[no-untyped-def]
+        right(self, base, rank=rank, scale=scale * rank**0.5, dropout=dropout)
+
+    monkeypatch.setattr(lora.LoraLinear, "__init__", buggy)
+    with pytest.raises(AssertionError):
+        assert_merged_weight_moves_by_scale_times_b_a(rank=16, alpha=16, scale=1.0)
+
+
+# trap: A3
+def assert_adapters_merge_or_are_refused(model: PreTrainedModel, targets: tuple[str, ...]) -> str:
+    try:
+        attachment = attach(model, LoraMethod(targets=targets), seed=0)
+    except RecipeError as error:
+        return str(error)
+    randomise(attachment)
+    adapted = logits(model)
+    merge(attachment)
+    assert (logits(model) - adapted).abs().max() <= 1e-5
+    return ""
+
+
+@pytest.mark.parametrize("words", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens"), ("re:.*",)])
+def test_a_tied_head_and_its_embedding_are_refused(words: tuple[str, ...]) -> None:
+    refused = assert_adapters_merge_or_are_refused(
+        tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=True), words
+    )
+    if "embed_tokens" not in words:
+        assert "lm_head and model.embed_tokens are one weight (tied)" in refused
+    if "lm_head" not in words:
+        assert "model.embed_tokens is an embedding, only linear layers can be adapted" in refused
+
+
+def test_a_head_of_its_own_is_adapted_when_named() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=False)
+    assert assert_adapters_merge_or_are_refused(model, ("q_proj", "lm_head")) == ""
+
+
+def test_the_tied_test_sees_a_head_adapted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "shared_weights", lambda model, found: [])
+    with pytest.raises(AssertionError):
+        assert_adapters_merge_or_are_refused(
+            tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=True), ("lm_head",)
+        )

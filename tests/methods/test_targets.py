@@ -1,0 +1,130 @@
+"""From the words of a recipe to modules."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_model import SETTINGS, tiny_model
+from torch import nn
+
+from tunesmith.errors import RecipeError
+from tunesmith.methods.lora import LoraLinear, attach
+from tunesmith.methods.peft_format import shortest_ends
+from tunesmith.methods.targets import find_targets
+from tunesmith.recipe.knobs import LoraMethod
+
+PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def names(model: nn.Module, *targets: str) -> list[str]:
+    return [target.name for target in find_targets(model, targets)]
+
+
+def test_all_linear_is_every_linear_layer_of_the_decoder() -> None:
+    model = tiny_model("llama", vocab_size=32)
+    assert len(names(model, "all-linear")) == 14  # 7 in each of 2 layers; the head is not one of them
+    assert sorted({name.rpartition(".")[2] for name in names(model, "all-linear")}) == PROJECTIONS
+
+
+@pytest.mark.parametrize("arch", sorted(SETTINGS))
+def test_groups_split_the_decoder_of_every_family(arch: str) -> None:
+    model = tiny_model(arch, vocab_size=32)
+    everything, attention = names(model, "all-linear"), names(model, "attention")
+    mlp = [] if arch == "qwen3_moe" else names(model, "mlp")  # its experts are one tensor, not linear layers
+    assert everything == [name for name in everything if name in {*attention, *mlp}]
+    assert len(everything) == len(attention) + len(mlp)
+    assert attention
+    linear = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Linear", "Conv1D"))}
+    assert linear - set(everything) <= {"lm_head", "embed_out"}
+
+
+def test_names_and_patterns() -> None:
+    model = tiny_model("llama", vocab_size=32)
+    assert names(model, "q_proj") == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert names(model, "mlp.up_proj", r"re:layers\.0\.mlp\.down") == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    assert names(model, r"re:layers\.[0-3]\..*v_proj") == names(model, "v_proj")
+
+
+def test_a_layer_that_two_words_mean_is_adapted_once() -> None:
+    model = tiny_model("llama", vocab_size=32)
+    attachment = attach(model, LoraMethod(targets=("all-linear", "q_proj", r"re:q_proj$")), seed=0)
+    assert len(attachment.trained) == 2 * 14
+    assert not any(isinstance(layer.base, LoraLinear) for layer in attachment.layers.values())
+
+
+def test_a_layer_with_two_names_is_adapted_once_and_under_both() -> None:
+    model = tiny_model("llama", vocab_size=32)
+    first, second = model.model.layers
+    second.self_attn.q_proj = first.self_attn.q_proj
+    attachment = attach(model, LoraMethod(targets=("q_proj",)), seed=0)
+    assert list(attachment.layers) == ["model.layers.0.self_attn.q_proj"]
+    assert isinstance(first.self_attn.q_proj, LoraLinear)
+    assert second.self_attn.q_proj is first.self_attn.q_proj
+
+
+# trap: A15
+def assert_every_word_is_answered(attach_to, model: nn.Module, *targets: str) -> None:  # type: ignore[no-untyped-def]
+    refused = ""
+    try:
+        attach_to(model, LoraMethod(targets=targets), seed=0)
+    except RecipeError as error:
+        refused = str(error)
+    assert "'q_porj' matches no linear layer. Did you mean q_proj?" in refused
+    assert "There are: all-linear, attention, mlp, down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj" in refused
+
+
+def test_a_target_that_means_nothing_is_refused_though_others_match() -> None:
+    assert_every_word_is_answered(attach, tiny_model("llama", vocab_size=32), "v_proj", "q_porj")
+
+    def ignoring(model, settings, *, seed):  # type: ignore[no-untyped-def]
+        matched = [word for word in settings.targets if any(name.endswith(word) for name, _ in model.named_modules())]
+        return attach(model, LoraMethod(targets=tuple(matched)), seed=seed)
+
+    with pytest.raises(AssertionError):
+        assert_every_word_is_answered(ignoring, tiny_model("llama", vocab_size=32), "v_proj", "q_porj")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        find_targets(tiny_model("llama", vocab_size=32), ["q_porj", "re:nothing", "embed_tokens"])
+    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == [
+        "'q_porj' matches no linear layer. Did you mean q_proj? There are",
+        "'re",
+        "'embed_tokens'",
+    ]
+
+
+def test_experts_that_are_no_linear_layers_are_said() -> None:
+    model = tiny_model("qwen3_moe", vocab_size=32)
+    attachment = attach(model, LoraMethod(), seed=0)
+    assert attachment.notes == (
+        "4 modules such as model.layers.0.mlp.experts are not linear layers: they have no adapter, stay frozen",
+    )
+    with pytest.raises(RecipeError, match="'mlp' matches no linear layer. .model.layers.0.mlp.experts and its like"):
+        find_targets(tiny_model("qwen3_moe", vocab_size=32), ["mlp"])
+
+
+def test_adapters_on_adapters_are_refused() -> None:
+    model = tiny_model("llama", vocab_size=32)
+    attach(model, LoraMethod(targets=("q_proj",)), seed=0)
+    with pytest.raises(RecipeError, match="carries adapters already"):
+        attach(model, LoraMethod(targets=("v_proj",)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "targets", "ends"),
+    [
+        ("llama", ["all-linear"], PROJECTIONS),
+        ("gpt2", ["all-linear"], ["c_attn", "c_fc", "c_proj"]),
+        ("gpt2", ["attention"], ["attn.c_proj", "c_attn"]),
+        ("llama", [r"re:layers\.1\..*q_proj"], ["1.self_attn.q_proj"]),
+        ("gpt_neox", ["attention"], ["dense", "query_key_value"]),
+    ],
+)
+def test_shortest_ends_mean_the_same_modules(arch: str, targets: list[str], ends: list[str]) -> None:
+    model = tiny_model(arch, vocab_size=32)
+    chosen = dict.fromkeys(names(model, *targets))
+    assert shortest_ends(chosen, [name for name, _ in model.named_modules()]) == ends
