@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_model import tiny_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
@@ -113,6 +113,13 @@ def test_without_adapter_is_the_untouched_model() -> None:
     assert not torch.allclose(logits(model), before, atol=1e-2)
 
 
+def checkpointing(forward: Callable[..., Tensor], *, use_reentrant: bool) -> Callable[..., Tensor]:
+    def recomputing(hidden: Tensor, **context: object) -> Tensor:
+        return checkpoint(partial(forward, **context), hidden, use_reentrant=use_reentrant)
+
+    return recomputing
+
+
 # trap: L10
 def assert_checkpointing_changes_no_gradient(*, use_reentrant: bool, dropout: float = 0.0) -> None:
     results = []
@@ -122,7 +129,7 @@ def assert_checkpointing_changes_no_gradient(*, use_reentrant: bool, dropout: fl
         randomise(attachment)
         if checkpointed:
             for layer in model.model.layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
+                layer.forward = checkpointing(layer.forward, use_reentrant=use_reentrant)
         torch.manual_seed(11)
         try:
             loss = backward(model, attachment)

@@ -61,7 +61,7 @@ def assert_same_output_and_gradients(forward: Forward, given: tuple[Tensor | Non
 )
 @settings(max_examples=60, deadline=None)
 def test_forward_and_every_gradient_equal_plain_autograd(
-    seed: int, shape: tuple[int, ...], outputs: int, rank: int, bias: bool, scale: float
+    *, seed: int, shape: tuple[int, ...], outputs: int, rank: int, bias: bool, scale: float
 ) -> None:
     given = tensors(seed, shape=shape, outputs=outputs, rank=rank, bias=bias)
     assert_same_output_and_gradients(lora_forward, given, scale=scale)
@@ -70,7 +70,8 @@ def test_forward_and_every_gradient_equal_plain_autograd(
 def test_the_comparison_sees_a_missing_scale_in_one_gradient() -> None:
     class Unscaled(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
+        def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
+            x, weight, bias, a, b, scale = tensors
             ctx.save_for_backward(x, weight, a, b)
             ctx.scale = scale
             return lora_forward_reference(x, weight, bias, a, b, scale=scale)
