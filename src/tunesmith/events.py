@@ -16,6 +16,7 @@ Standing = Literal["new", "stopped", "failed", "done", "interrupted"]
 
 _DURABLE = {"checkpoint", "stopped", "failed", "end"}
 _DONE_AGAIN = {"step", "evaluation", "checkpoint", "sample", "stopped", "failed", "end"}
+_MEASURES = {"evaluation", "sample"}
 _ENDS: dict[str, Standing] = {"stopped": "stopped", "failed": "failed", "end": "done"}
 _KIND_AT = len('{"kind":"')
 
@@ -77,21 +78,25 @@ def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iter
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Take back what a run resumed at `step` will do again; returns how many events were dropped.
+    """Take back what a run resumed from the checkpoint of `step` will do again; returns how many events were dropped.
 
-    Steps, evaluations, checkpoints, samples and ends past `step` go; starts, plans, notes and resumes stay.
+    Steps, evaluations, checkpoints, samples and ends past `step` go, and what was measured at `step` after its
+    checkpoint; starts, plans, notes and resumes stay.
     The file is replaced as a whole: it is as it was or as it should be, also after a kill.
     """
     if not path.exists():
         return 0
     num_dropped = 0
+    checkpoint_passed = False
     with writing(path) as file:
         for number, line in enumerate(_whole_lines(path), start=1):
             event = _event(line, f"{path}:{number}")
-            if event.step > step and event.kind in _DONE_AGAIN:
+            measured_after = event.kind in _MEASURES and event.step == step and checkpoint_passed
+            if (event.step > step and event.kind in _DONE_AGAIN) or measured_after:
                 num_dropped += 1
             else:
                 file.write(line)
+            checkpoint_passed |= event.kind == "checkpoint" and event.step == step
     return num_dropped
 
 

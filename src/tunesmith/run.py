@@ -50,16 +50,22 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, root: Path, name: str, recipe_yaml: str) -> Run:
-        """A new folder `<name>-<4 hex digits>` in `root`; complete or absent, never one that was there before."""
-        clean(root, name="new-run", older_than_s=3600)
-        temporary = temporary_folder(root, "new-run")
+    def create(cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None) -> Run:
+        """A new folder `<name>-<4 hex digits>` in `root`, or just `out`; complete or absent.
+
+        Raises RunError where `out` is there and not empty: a run never overwrites.
+        """
+        parent = root if out is None else out.parent
+        places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
+        clean(parent, name="new-run", older_than_s=3600)
+        temporary = temporary_folder(parent, "new-run")
         facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__}
         try:
             write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
             write_atomic(temporary / "run.json", to_json(facts, indent=True) + b"\n")
-            for _ in range(100):
-                path = root / f"{_slug(name)}-{secrets.token_hex(2)}"
+            for path in places:
+                with suppress(OSError):
+                    path.rmdir()  # which takes an empty folder only
                 with suppress(FileExistsError):
                     replace_folder(temporary, path)
                     return cls(path)
@@ -67,7 +73,8 @@ class Run:
             remove(temporary)
             raise
         remove(temporary)
-        raise RunError(f"{root}: 100 names of the form {_slug(name)}-0000 are taken: choose another name or folder.")
+        taken = f"{out}: is there already" if out else f"{root}: 100 names such as {places[0].name} are taken"
+        raise RunError(f"{taken}, and a run never overwrites. Choose another folder, or resume the run in it.")
 
     @classmethod
     def open(cls, path_or_name: str | Path, root: Path) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,6 +166,10 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
 def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, numbers.Integral):  # numpy's
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise RecipeError(f"recipe: {_shown(value)} of type {type(value).__name__}: give text, a number or a list.")
 
 
