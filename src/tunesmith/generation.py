@@ -98,7 +98,7 @@ def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], ho
         raise left.error
 
 
-class _Left(StoppingCriteria):
+class _Left(StoppingCriteria):  # type: ignore[misc]
     """Stops the generation of a reader who has gone away, and carries what went wrong over to his thread."""
 
     def __init__(self) -> None:

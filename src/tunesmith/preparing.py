@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import Plan
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Rows, encode_rows, peek_shape
+from tunesmith.data.rows import Places, Rows, encode_rows, peek_shape
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.methods import METHODS
@@ -81,7 +81,13 @@ def prepare(
         too_long=recipe.data.too_long,
         control_tokens=recipe.data.control_tokens,
     )
-    rows = encode_rows(recipe.data, renderer, root=root, run=run, on_progress=on_progress)
+    rows = encode_rows(
+        recipe.data,
+        renderer,
+        places=_places(root, run),
+        max_held=recipe.evaluation.max_rows,
+        on_progress=on_progress,
+    )
     notes += rows.notes
     facts = Facts(
         num_parameters=model_size.num_params, device=recipe.device, lengths_I=rows.store.lengths[rows.train_rows]
@@ -158,6 +164,12 @@ def _task_name(recipe: Recipe) -> TaskName:
     return known(recipe.task)
 
 
+def _places(root: Path, run: Run | None) -> Places:
+    """A new run shares encoded rows with others below `root`; a resumed one has its own."""
+    shared = root / ".rows"
+    return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
+
+
 def _layout(model: PreTrainedModel, rows: Rows) -> tuple[Layout, list[str]]:
     """Ragged if the model gives the same logits for packed rows as for each alone, padded otherwise, and said."""
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
@@ -185,7 +197,8 @@ def _plan(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, located: locate.Located) -> dict[str, str]:
     settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
     model = {f"model {name}": digest for name, digest in load.fingerprint(located).items()}
-    data = {f"data {path}": digest for path, digest in rows.data_hashes.items()}
+    hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
+    data = {f"data {path}": digest for path, digest in hashes.items()}
     return {**settings, **model, **data, "tokenizer and template": renderer.fingerprint, "rows": rows.store.key}
 
 

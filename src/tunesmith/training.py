@@ -204,6 +204,8 @@ def _look(session: _Session, name: str) -> None:
 
 def _evaluate(session: _Session, name: str) -> None:
     setup, progress = session.setup, session.progress
+    if len(setup.rows.held_rows) == 0:
+        return
     begun = time.perf_counter()
     score = evaluate(
         setup.model,

@@ -34,6 +34,7 @@ class Renderer:
         control_tokens: Literal["error", "allow"],
     ) -> None:
         encoder = Encoder(tokenizer)
+        self.tokenizer = tokenizer
         self.task_name = task_name
         self.max_tokens = max_tokens
         self.too_long = too_long

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Rows:
     """Rows of `store` that are trained on."""
     held_rows: NDArray[np.int64]
     """Rows of `held_store` that are measured, by ascending content hash."""
+    problems: Sequence[Problem]
+    """The first `data.limits.problems` findings of each side."""
     notes: list[str]
 
     @property
@@ -70,70 +72,74 @@ def peek_shape(data: Data) -> Shape:
     raise DataError("data.train: no row can be read", problems)
 
 
-def encode_rows(data: Data, renderer: Renderer, *, cache: Path, max_held: int | None, on_progress: OnProgress) -> Rows:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Folders where encoded rows are looked for, and put when they are not there."""
+
+    train: Path
+    held_out: Path
+
+
+def encode_rows(
+    data: Data, renderer: Renderer, *, places: Places, max_held: int | None, on_progress: OnProgress
+) -> Rows:
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
 
     Raises:
         DataError: rows cannot be used, no row is left, or rows of both sides overlap and `data.overlap` is "error".
     """
     problems: list[Problem] = []
-    store = _encode(data, data.train, renderer, cache=cache, problems=problems, on_progress=on_progress)
-    held_store = store
+
+    def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
+        return build(
+            folder,
+            data=data,
+            files=files,
+            renderer=renderer,
+            on_problem=problems.append,
+            progress=lambda rows, done, total: on_progress("encode", done, total),
+        )
+
+    store = encode(data.train, places.train)
+    held_store = encode(data.eval, places.held_out) if data.eval else store
+    stores = [store, held_store] if data.eval else [store]
+    _refuse_bad(data, stores, problems)
+    notes = _counted(stores)
     if data.eval:
-        held_store = _encode(data, data.eval, renderer, cache=cache, problems=problems, on_progress=on_progress)
-    errors = [p for p in problems if p.severity == "error" and not (p.code == "too_long" and data.too_long == "drop")]
-    if errors and data.bad_rows == "error":
-        raise DataError(_summary(errors), errors)
-    if len(store) == 0:
-        raise DataError("data.train: no row is left to train on", errors)
-    notes = _counted(problems)
-    if data.eval:
-        train = np.arange(len(store))
-        held = np.arange(len(held_store))
+        train, held = np.arange(len(store)), np.arange(len(held_store))
         notes += _overlap(data, store, held_store)
     else:
         mask = held_out_mask(store.hashes, data.held_out)
         train, held = np.flatnonzero(~mask), np.flatnonzero(mask)
     if len(held) == 0:
-        notes.append("nothing is held out: the run is not measured")
+        notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
     held = held[np.argsort(held_store.hashes[held], kind="stable")]
     if max_held is not None and len(held) > max_held:
         notes.append(f"{max_held:,} of {len(held):,} held-out rows are measured (evaluation.max_rows)")
         held = held[:max_held]
-    return Rows(data, store, held_store, train, held, notes)
+    return Rows(data, store, held_store, train, held, problems, notes)
 
 
-def _encode(
-    data: Data,
-    files: Sequence[DataFile],
-    renderer: Renderer,
-    *,
-    cache: Path,
-    problems: list[Problem],
-    on_progress: OnProgress,
-) -> RowStore:
-    return build(
-        cache,
-        data=data,
-        files=files,
-        renderer=renderer,
-        on_problem=problems.append,
-        progress=lambda done, total: on_progress("encode", done, total),
-    )
+def _refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
+    """Raise for rows that cannot be used, unless the recipe says that they are left out."""
+    asked_for = {"too_long"} if data.too_long == "drop" else set()
+    errors = [p for p in problems if p.severity == "error" and p.code not in asked_for]
+    num_bad = sum(n for store in stores for code, n in store.summary.errors.items() if code not in asked_for)
+    if num_bad and data.bad_rows == "error":
+        raise DataError(f"{num_bad:,} problems make rows unusable. Mend them, or set data.bad_rows: skip.", errors)
+    for store in stores:
+        if len(store) == 0:
+            raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)
 
 
-def _summary(errors: Sequence[Problem]) -> str:
-    first = "\n".join(map(str, errors[:20]))
-    more = f"\n... and {len(errors) - 20:,} more" if len(errors) > 20 else ""
-    return f"{len(errors):,} rows cannot be used (data.bad_rows: skip leaves them out):\n{first}{more}"
-
-
-def _counted(problems: Iterable[Problem]) -> list[str]:
-    """One line a kind of finding, with its first place."""
-    by_code: dict[str, list[Problem]] = {}
-    for problem in problems:
-        by_code.setdefault(problem.code, []).append(problem)
-    return [f"{code}: {len(found):,} rows, the first at {found[0].source}" for code, found in by_code.items()]
+def _counted(stores: Sequence[RowStore]) -> list[str]:
+    """What was left out or changed, a line a kind."""
+    notes = []
+    for store in stores:
+        where = ", ".join(store.paths)
+        notes += [f"{where}: {n:,} × {code}: left out" for code, n in sorted(store.summary.errors.items())]
+        notes += [f"{where}: {n:,} × {code}" for code, n in sorted(store.summary.warnings.items())]
+    return notes
 
 
 def _overlap(data: Data, store: RowStore, held_store: RowStore) -> list[str]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunesmith.files import write_atomic
 from tunesmith.run import Run
 from tunesmith.types import Event
 
@@ -28,14 +29,17 @@ def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]
         "samples": _samples(events),
     }
     run.write_json("report.json", report)
-    run.write_text("report.md", as_markdown(report, str(run.path)))
+    write_atomic(run.path / "report.md", as_markdown(report, str(run.path)).encode())
     return report
 
 
-def _score(events: Sequence[Event], name: str) -> dict[str, Any]:
-    values = next(e.values for e in reversed(events) if e.kind == "evaluation" and e.values["name"] == name)
-    score = {key: value for key, value in values.items() if key != "name"}
-    return {**score, "perplexity": math.exp(min(score["loss"], 700.0))}
+def _score(events: Sequence[Event], name: str) -> dict[str, Any] | None:
+    """What the evaluation of that name found; None if nothing was held out."""
+    for event in reversed(events):
+        if event.kind == "evaluation" and event.values["name"] == name:
+            score = {key: value for key, value in event.values.items() if key != "name"}
+            return {**score, "perplexity": math.exp(min(score["loss"], 700.0))}
+    return None
 
 
 def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -62,11 +66,7 @@ def as_markdown(report: Mapping[str, Any], run_path: str) -> str:
         f"{rows['train']:,} rows ({report['tokens']['trained']:,} trained of {report['tokens']['processed']:,} tokens, "
         f"{report['steps']:,} steps) and measured on {rows['held_out']:,} rows it was not trained on.",
         "",
-        "| measure | before | after |",
-        "|---|---:|---:|",
-        f"| held-out loss, nats per target | {before['loss']:.4f} | {after['loss']:.4f} |",
-        f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} |",
-        f"| token accuracy | {before['token_accuracy']:.1%} | {after['token_accuracy']:.1%} |",
+        *_measures(before, after),
         "",
         f"{report['tokens_per_second']:,.0f} tokens/s, {report['seconds']['train']:,.0f} s of training, "
         f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, {report['precision']} on {report['device']}.",
@@ -97,6 +97,18 @@ def as_markdown(report: Mapping[str, Any], run_path: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _measures(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+    if before is None or after is None:
+        return ["Nothing was held out, so nothing was measured."]
+    return [
+        "| measure | before | after |",
+        "|---|---:|---:|",
+        f"| held-out loss, nats per target | {before['loss']:.4f} | {after['loss']:.4f} |",
+        f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} |",
+        f"| token accuracy | {before['token_accuracy']:.1%} | {after['token_accuracy']:.1%} |",
+    ]
 
 
 def _fenced(title: str, text: str) -> str:

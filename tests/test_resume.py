@@ -1,0 +1,272 @@
+"""A run that was stopped or killed anywhere ends exactly as one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_run import chats, tiny_recipe, values_of
+from tunesmith import checkpoint
+from tunesmith.errors import RunError, Stopped
+from tunesmith.recipe.show import as_yaml
+from tunesmith.run import Run, runs
+from tunesmith.training import Listener, resume, train
+
+
+def last_tensors(run: Run) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
+    assert newest is not None
+    return {**newest.weights, **{f"optimizer/{name}": tensor for name, tensor in newest.optimizer.items()}}
+
+
+def same_run(run: Run, reference: Run) -> None:
+    """Weights, optimizer state, result and every event value: bit for bit, no tolerance."""
+    ours, theirs = last_tensors(run), last_tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    result = "adapter/adapter_model.safetensors"
+    if (reference.path / result).exists():
+        ours, theirs = load_file(run.path / result), load_file(reference.path / result)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert values_of(run.events()) == values_of(reference.events())
+
+
+def stop_at(step: int) -> Listener:
+    seen = {"step": 0}
+
+    def on_event(event) -> None:
+        if event.kind == "step":
+            seen["step"] = event.step
+
+    return Listener(on_event=on_event, should_stop=lambda: seen["step"] >= step)
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def reference(request, tmp_path_factory) -> tuple[Path, Run]:
+    """An uninterrupted run with dropout, two epochs, evaluations and checkpoints in between."""
+    folder = tmp_path_factory.mktemp(f"reference-{request.param}")
+    method = {"name": "full"} if request.param == "full" else {"dropout": 0.1}
+    recipe = tiny_recipe(folder, dropout=0.1, evaluation={"every": 3})
+    recipe = recipe.model_copy(update={"method": tiny_method(method)})
+    return folder, train(recipe, root=folder / "runs")
+
+
+def tiny_method(method):
+    from tunesmith.recipe.knobs import FullMethod, LoraMethod
+
+    return FullMethod() if method.get("name") == "full" else LoraMethod(rank=4, alpha=8, dropout=0.1)
+
+
+def test_stopped_at_any_step_and_resumed_is_the_same_run(reference):  # trap: R1, R2, R3
+    folder, straight = reference
+    total = max(event.step for event in straight.events())
+    assert total >= 8
+    for step in range(1, total):
+        with pytest.raises(Stopped):
+            train(straight.recipe(), root=folder / "stopped", listener=stop_at(step))
+        run = runs(folder / "stopped")[0]
+        assert run.state() == "stopped"
+        same_run(resume(run), straight)
+        shutil.rmtree(run.path)
+
+
+def test_stopped_twice_and_resumed_is_the_same_run(reference):
+    folder, straight = reference
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=folder / "twice", listener=stop_at(2))
+    run = runs(folder / "twice")[0]
+    with pytest.raises(Stopped):
+        resume(run, listener=stop_at(5))
+    same_run(resume(run), straight)
+
+
+def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypatch):  # trap: R2 planted
+    folder, straight = reference
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
+    run = runs(folder / "planted")[0]
+    monkeypatch.setattr("tunesmith.loop._step_seed", lambda seed, step: seed + step + 12345)
+    resume(run)
+    with pytest.raises(AssertionError):
+        same_run(run, straight)
+
+
+def test_resume_test_catches_a_fresh_optimizer(reference, monkeypatch):  # trap: R3 planted
+    folder, straight = reference
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
+    run = runs(folder / "planted")[-1]
+    monkeypatch.setattr("tunesmith.training.load_optimizer_tensors", lambda *args: None)
+    resume(run)
+    with pytest.raises(AssertionError):
+        same_run(run, straight)
+
+
+def test_the_saved_recipe_repeats_the_run(reference):
+    folder, straight = reference
+    same_run(train(straight.recipe(), root=folder / "again"), straight)
+
+
+def stopped_run(tmp_path: Path) -> Run:
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(Stopped):
+        train(recipe, root=tmp_path / "runs", listener=stop_at(2))
+    return runs(tmp_path / "runs")[0]
+
+
+def changed_data(run: Run, folder: Path) -> None:
+    chats(folder / "chats.jsonl", 18, seed=7)
+
+
+def changed_settings(run: Run, folder: Path) -> None:
+    text = run.recipe_path.read_text()
+    run.recipe_path.write_text(text.replace("lr: 0.01", "lr: 0.02"))
+
+
+def changed_template(run: Run, folder: Path) -> None:
+    path = folder / "model-llama" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|im_start|> "))
+
+
+def changed_model(run: Run, folder: Path) -> None:
+    from tiny_run import model_folder
+
+    model_folder(folder / "model-llama", seed=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_data, "chats.jsonl"),
+        (changed_settings, "optim.lr was 0.01, is 0.02"),
+        (changed_template, "template"),
+        (changed_model, "model.safetensors"),
+    ],
+)
+def test_what_changed_refuses_to_resume_and_is_named(tmp_path, change, named):  # trap: R4
+    run = stopped_run(tmp_path)
+    change(run, tmp_path)
+    before = run.events_path.read_bytes()
+    with pytest.raises(RunError, match="since this changed") as refusal:
+        resume(run)
+    assert named in str(refusal.value)
+    assert run.events_path.read_bytes() == before
+
+
+def test_change_test_catches_a_resume_that_does_not_look(tmp_path, monkeypatch):  # trap: R4 planted
+    run = stopped_run(tmp_path)
+    changed_settings(run, tmp_path)
+    monkeypatch.setattr("tunesmith.training._refuse_changes", lambda *args: None)
+    with pytest.raises(pytest.fail.Exception), pytest.raises(RunError):
+        resume(run)
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path):
+    run = train(tiny_recipe(tmp_path, train={"max_steps": 2}), root=tmp_path / "runs")
+    with pytest.raises(RunError, match="done"):
+        resume(run)
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):
+    straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=tmp_path / "runs", listener=stop_at(5))
+    run = runs(tmp_path / "runs")[0]
+    weights = run.checkpoints_path / "step-5" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20:] = bytes(20)
+    weights.write_bytes(content)
+    resume(run)
+    notes = [event.values["text"] for event in run.events() if event.kind == "note"]
+    assert any("step-5" in note for note in notes)
+    assert [path.name for path in run.checkpoints_path.glob("damaged*")]
+    same_run(run, straight)
+
+
+KILLS = int(os.environ.get("TUNESMITH_KILLS", "50"))
+KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+import torch, transformers  # the imports are not what is killed
+from tunesmith.recipe.read import load
+from tunesmith.run import Run, runs
+from tunesmith.training import resume, train
+recipe, root = sys.argv[1], Path(sys.argv[2])
+print("ready", flush=True)
+for line in sys.stdin:
+    made = runs(root)
+    pid = __import__("os").fork()
+    if pid == 0:
+        if made:
+            resume(made[0])
+        else:
+            train(load(recipe), root=root)
+        __import__("os")._exit(0)
+    print(pid, flush=True)
+    print(__import__("os").waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
+    """SIGKILL at random moments, over as many runs as it takes; TUNESMITH_KILLS=2000 for a long one."""
+    recipe = tiny_recipe(tmp_path, dropout=0.1, checkpoint={"every": 2}, evaluation={"every": 3})
+    recipe_path = tmp_path / "recipe.yaml"
+    recipe_path.write_text(as_yaml(recipe, comments=False))
+    begun = time.perf_counter()
+    straight = train(recipe, root=tmp_path / "straight")
+    seconds = time.perf_counter() - begun
+    paths = [entry for entry in sys.path if entry]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(recipe_path), str(tmp_path / "runs"), *paths],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert worker.stdin
+    assert worker.stdout
+    assert worker.stdout.readline() == "ready\n"
+    draw, killed, finished = random.Random(KILL_SEED), 0, 0
+    try:
+        while killed < KILLS:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            pid = int(worker.stdout.readline())
+            time.sleep(draw.uniform(0, seconds * 0.5))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            status = int(worker.stdout.readline())
+            killed += os.WIFSIGNALED(status)
+            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+            made = runs(tmp_path / "runs")
+            if made and made[0].state() == "done":
+                same_run(made[0], straight)
+                finished += 1
+                shutil.rmtree(made[0].path)
+        worker.stdin.close()
+        worker.wait()
+        made = runs(tmp_path / "runs")
+        if made:
+            same_run(resume(made[0]), straight)
+            finished += 1
+    finally:
+        worker.kill()
+    print(json.dumps({"kills": killed, "runs finished": finished}))
+    assert finished >= 1

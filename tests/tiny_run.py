@@ -1,0 +1,77 @@
+"""A run small enough for a test: a two-layer model, a dozen chats, a recipe."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_tokenizer
+from tiny_model import tiny_model
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.read import validate
+from tunesmith.types import Event
+
+WORDS = ("the quick brown fox jumps over a lazy dog what is tallest mountain", "on Earth yes please hello")
+
+
+def model_folder(path: Path, arch: str = "llama", *, dropout: float = 0.0, seed: int = 0) -> Path:
+    """A model and its tokenizer as a person would have them on disk."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(arch, vocab_size=len(tokenizer), dropout=dropout, seed=seed)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def chats(path: Path, num: int, *, seed: int = 0) -> Path:
+    """`num` different conversations of one or two turns and mixed lengths."""
+    draw = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(draw.choices(" ".join(WORDS).split(), k=draw.randint(1, 12)))
+
+    rows = []
+    for _ in range(num):
+        turns = [[("user", text()), ("assistant", text())] for _ in range(draw.randint(1, 2))]
+        rows.append({"messages": [{"role": role, "content": said} for turn in turns for role, said in turn]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_recipe(folder: Path, *, arch: str = "llama", rows: int = 18, dropout: float = 0.0, **sections: Any) -> Recipe:
+    """A recipe over files made in `folder`: 18 rows, 3 rows a step, two epochs unless `sections` say otherwise."""
+    model = model_folder(folder / f"model-{arch}", arch, dropout=dropout)
+    data: dict[str, Any] = {
+        "model": str(model),
+        "method": {"name": "lora", "rank": 4, "alpha": 8, "dropout": dropout},
+        "data": {"train": [str(chats(folder / "chats.jsonl", rows))], "held_out": 0.15},
+        "optim": {"lr": 1e-2},
+        "train": {"epochs": 2, "rows_per_step": 3, "tokens_per_pass": 96},
+        "evaluation": {"samples": 2, "sample_tokens": 4},
+        "checkpoint": {"every": 2},
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
+    for name, value in sections.items():
+        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
+    return validate(data)
+
+
+TOLD_AGAIN = {"resume", "stopped", "note", "failed"}
+"""Events of a run's own history, not of what it computed."""
+
+
+def values_of(events: Any) -> list[tuple[str, int, Any]]:
+    """What must repeat bit for bit: kind, step and values of every event that tells of the computation."""
+    kept: list[Event] = [event for event in events if event.kind not in TOLD_AGAIN]
+    return [(event.kind, event.step, _without_times(event)) for event in kept]
+
+
+def _without_times(event: Event) -> Any:
+    if event.kind == "end":
+        timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+        return {key: value for key, value in event.values["report"].items() if key not in timed}
+    return event.values
