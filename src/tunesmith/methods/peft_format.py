@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
-from tunesmith.files import replace_folder, temporary_folder
+from tunesmith.files import replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import LoraAttachment, LoraLinear, wrap
 from tunesmith.methods.targets import named_targets, shared_weights
 from tunesmith.recipe.knobs import LoraMethod
@@ -46,9 +47,11 @@ def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revisio
     beside = temporary_folder(folder.parent, folder.name)
     try:
         tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in attachment.trained.items()}
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        config = _config(attachment, base=base, revision=revision)
-        (beside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        weights = save(tensors, metadata={"format": "pt"})
+        config = json.dumps(_config(attachment, base=base, revision=revision), indent=2, sort_keys=True) + "\n"
+        with storing(folder, num_bytes=len(weights) + len(config)):
+            (beside / WEIGHTS).write_bytes(weights)
+            (beside / CONFIG).write_text(config, encoding="utf-8")
         replace_folder(beside, folder, swap=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -175,12 +178,20 @@ def _settings(folder: Path, config: dict[str, Any]) -> LoraMethod:
         extras.append("init_lora_weights")
     if extras:
         raise ModelError(f"{path}: {', '.join(extras)}: only plain LoRA can be loaded. Merge this adapter with peft.")
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config.get("use_rslora"):
-        alpha *= rank**0.5
     targets = config["target_modules"]
-    words = (f"re:^(?:{targets})$",) if isinstance(targets, str) else tuple(sorted(targets))
-    return LoraMethod(rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), targets=words)
+    try:
+        words = (f"re:^(?:{re.compile(targets).pattern})$",) if isinstance(targets, str) else tuple(sorted(targets))
+        settings = LoraMethod(
+            rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), targets=words
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
+    except (TypeError, re.error) as error:
+        raise ModelError(f"{path}: target_modules: {error}") from error
+    if config.get("use_rslora"):
+        return settings.model_copy(update={"alpha": settings.alpha * settings.rank**0.5})
+    return settings
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
