@@ -28,6 +28,7 @@ FAMILIES = {
     "phi3": ("", "<|end|>"),
     "bos": (" ", "</s>"),
     "trim": ("", "<|im_end|>"),
+    "two_ends": ("", "<|end|><|im_end|>"),
     "qwen3": ("", "<|im_end|>"),
     "thinks_first": ("", "<|im_end|>"),
 }
@@ -103,7 +104,8 @@ def assert_every_answer_ends_in_a_stop(row: Row, stop_ids: tuple[int, ...]) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_end_of_every_answer_is_trained_and_is_a_stop_token(family: str) -> None:
     made, tokenizer = renderer(family)
-    assert tokenizer.convert_ids_to_tokens(list(made.stop_ids)) == [FAMILIES[family][1]]  # type: ignore[attr-defined]
+    last_end = "<|im_end|>" if family == "two_ends" else FAMILIES[family][1]
+    assert tokenizer.convert_ids_to_tokens(list(made.stop_ids)) == [last_end]  # type: ignore[attr-defined]
     row = made.encode([three_turns()])[0]
     assert isinstance(row, Row)
     assert_every_answer_ends_in_a_stop(row, made.stop_ids)

@@ -1,6 +1,6 @@
 """Conversations to ids and trained flags: the tokenizer's own template, tokenized as one text, each turn verified."""
 
-# T tokens
+# T tokens, R tokens that close an answer
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.spans import Ambiguous, Turn, closing, find_turn, not_shown
+from tunesmith.data.spans import Ambiguous, Turn, find_turn, not_shown
+from tunesmith.data.stops import QUESTION, find_stops
 from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
 from tunesmith.data.tokens import ControlTokens, Encoder, Tokens
 from tunesmith.errors import DataError, ModelError
@@ -48,8 +49,11 @@ class Conversations:
         self._encoder = encoder
         self.template_text = self._template.text
         self.control = ControlTokens(tokenizer, self.template_text)
-        self.stop_ids = self._template.bounded(self._find_stops)
-        self._ends = tuple(self.control.closing[token_id] for token_id in self.stop_ids)
+        stops = self._template.bounded(lambda: find_stops(self._bare_render, self.control, name=encoder.name))
+        self.stop_ids = stops.ids
+        self._run_R = np.array(stops.run, np.int32)
+        self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
+        self._refuse_two_bos()
         self._opening_ids: dict[str, NDArray[np.int32]] = {}
 
     def encode(self, examples: Sequence[Example]) -> list[Draft | Problem]:
@@ -183,6 +187,8 @@ class Conversations:
             between = whole[turn.close : tokens.starts_T[last]]
         else:
             between = whole[tokens.ends_T[last] : turn.limit] if tokens.ends_T[last] > turn.start else "before"
+        if np.array_equal(tokens.ids_T[last : last + len(self._run_R)], self._run_R):
+            last += len(self._run_R) - 1
         return last if not between.strip() and int(tokens.ids_T[last]) in self.stop_ids else None
 
     def _served_tokens(self, prompt: str, tokens: Tokens) -> int | None:
@@ -216,48 +222,18 @@ class Conversations:
         unknown = sorted(openings - self._opening_ids.keys())
         self._opening_ids.update(zip(unknown, self._encoder.ids(unknown, plain=False), strict=True))
 
+    def _refuse_two_bos(self) -> None:
+        text = self._template.bounded(lambda: self._bare_render([QUESTION], True))
+        if self._starts_with_two_bos(self._encoder.encode([text])[0].ids_T):
+            raise ModelError(
+                f"{self._encoder.name}: its chat template writes BOS twice. Give a corrected one by data.template."
+            )
+
+    def _bare_render(self, messages: Sequence[Message], prompt: bool) -> str:
+        return self._template.render(messages, tools=(), prompt=prompt)
+
     def _starts_with_two_bos(self, ids_T: NDArray[np.int32]) -> bool:
         return len(ids_T) > 1 and ids_T[0] == ids_T[1] == self._encoder.bos_id
-
-    def _find_stops(self) -> tuple[int, ...]:
-        name = self._encoder.name
-        user = {"role": "user", "content": "Hi"}
-
-        def render(some: Sequence[Message], prompt: bool) -> str:
-            return self._template.render(some, tools=(), prompt=prompt)
-
-        try:
-            whole = render([user, {"role": "assistant", "content": "Yes"}], False)
-            close = closing(render, user)
-        except TemplateRefusal as refusal:
-            raise ModelError(
-                f"{name}: its chat template refuses a question and an answer: {refusal}. Give another by data.template."
-            ) from refusal
-        except Ambiguous as reason:
-            raise ModelError(
-                f"{name}: its chat template hides the assistant's answer: {reason} Give another by data.template."
-            ) from reason
-        if self._starts_with_two_bos(self._encoder.encode([whole])[0].ids_T):
-            raise ModelError(f"{name}: its chat template writes BOS twice. Give a corrected one by data.template.")
-        stop = self.control.closing_id(close)
-        if stop is None:
-            raise ModelError(
-                f"{name}: its chat template closes an assistant's turn with {close[:40]!r}, which does not begin with "
-                "a control token of the tokenizer: the tuned model would never stop. Give one by data.template that "
-                "ends each of the assistant's turns with {{ eos_token }}."
-            )
-        call = self._end_of_tool_call(render, user, close)
-        return (stop,) if call in (stop, None) else (stop, call)
-
-    def _end_of_tool_call(self, render: Any, user: Message, close: str) -> int | None:
-        """The id that closes a turn with a tool call, where the template has another for it (Llama 3: <|eom_id|>)."""
-        function = {"name": "look_up", "arguments": {"word": "a"}}
-        call = {"id": "call00001", "type": "function", "function": function}
-        try:
-            text = render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], False)
-        except TemplateRefusal:
-            return None
-        return None if text.endswith(close) else self.control.last_closing_id(text)
 
 
 def as_message(part: Part) -> Message:

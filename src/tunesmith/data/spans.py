@@ -64,10 +64,18 @@ def find_turn(render: Render, messages: Sequence[Message], index: int, *, whole:
     return _by_sentinel(render, messages, index, prompt, whole)
 
 
-def closing(render: Render, message: Message) -> str:
-    """The text with which the template closes a last assistant's turn that answers `message`; "" if it does not."""
-    _, after = _around(render([message, _bare("assistant")], False))
-    return after
+def closings(render: Render, question: Message) -> tuple[str, str]:
+    """The text behind an answer to `question`: at the end of a conversation, and before a next question.
+
+    The second is "" for a template that takes one question only.
+    """
+    answer = _bare("assistant")
+    _, last = _around(render([question, answer], False))
+    try:
+        _, middle = _around(render([question, answer, question], False))
+    except (Ambiguous, TemplateRefusal):
+        middle = ""
+    return last, middle
 
 
 def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Sequence[str]) -> Turn | None:

@@ -107,10 +107,16 @@ class ControlTokens:
         """Control tokens that a text spells out."""
         return sum(1 for _ in self._reserved_re.finditer(text))
 
-    def closing_id(self, text: str) -> int | None:
-        """The id of the token that a text begins with, white space aside, if it can close a turn."""
-        found = self._closing_re.match(text.lstrip())
-        return self._closing_id(found.group()) if found else None
+    def closing_run(self, text: str) -> list[int]:
+        """Ids of the tokens that can close a turn with which a text begins, one directly after the other.
+
+        White space may stand before the first.
+        """
+        text, run = text.lstrip(), []
+        while found := self._closing_re.match(text):
+            run.append(self._closing_id(found.group()))
+            text = text[found.end() :]
+        return run
 
     def last_closing_id(self, text: str) -> int | None:
         """The id of the token that a text ends with, white space aside, if it can close a turn."""
