@@ -35,6 +35,7 @@ class Renderer:
     ) -> None:
         encoder = Encoder(tokenizer)
         self.tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.task_name = task_name
         self.max_tokens = max_tokens
         self.too_long = too_long
