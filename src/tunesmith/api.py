@@ -1,0 +1,85 @@
+"""The Python face of a run: the words of `tunesmith train` as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith import training
+from tunesmith.errors import RecipeError
+from tunesmith.loading import load_run
+from tunesmith.recipe import read
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.run import Run
+from tunesmith.types import Event
+
+Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
+
+
+def train(
+    model: str | PathLike[str] | None = None,
+    data: Files = (),
+    *,
+    eval: Files = (),
+    recipe: Recipe | str | PathLike[str] | None = None,
+    root: str | PathLike[str] = "runs",
+    out: str | PathLike[str] | None = None,
+    offline: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    **knobs: Any,
+) -> Run:
+    """Tune `model` on `data`; the finished run.
+
+    `data` and `eval` are one file or several, each a path or {"path", "weight"}. `recipe` is a recipe or its file;
+    `knobs` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4}, seed=3.
+
+    Raises:
+        InputError: recipe, data or model cannot be used; nothing was written.
+        Stopped: asked to stop; `tunesmith.resume(run)` goes on.
+    """
+    given = dict(knobs)
+    if model is not None:
+        given["model"] = fspath(model)
+    for key, files in (("train", _files(data)), ("eval", _files(eval))):
+        if files:
+            given["data"] = {**given.get("data", {}), key: files}
+    base = recipe.model_dump() if isinstance(recipe, Recipe) else {}
+    path = None if recipe is None or isinstance(recipe, Recipe) else fspath(recipe)
+    start = read.load(path, base=base).model_dump()
+    chosen = read.validate(_over(start, given), where="tunesmith.train")
+    if not chosen.model or not chosen.data.train:
+        missing = "model" if not chosen.model else "data"
+        raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
+    listener = training.Listener(on_event=on_event)
+    return training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
+
+
+def load(
+    run: Run | str | PathLike[str], *, root: str | PathLike[str] = "runs", offline: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The tuned model of a run and its tokenizer, as `transformers` uses them."""
+    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    speaker = load_run(found, offline=offline)
+    return speaker.model, speaker.renderer.tokenizer
+
+
+def _files(files: Files) -> list[Any]:
+    several = [files] if isinstance(files, (str, PathLike, Mapping)) else list(files)
+    return [file if isinstance(file, Mapping) else fspath(file) for file in several]
+
+
+def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` laid over `start`, section by section; another method brings its own defaults."""
+    result = dict(start)
+    for key, value in given.items():
+        before = start.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            other_method = key == "method" and value.get("name", before.get("name")) != before.get("name")
+            result[key] = value if other_method else {**before, **value}
+        else:
+            result[key] = value
+    return result

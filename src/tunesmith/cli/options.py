@@ -1,0 +1,63 @@
+"""Arguments that several verbs share, and how they become a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Root = Annotated[
+    Path,
+    typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs."),
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, its name, the beginning of its name, or [bold]last[/].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything for people on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A recipe key, dotted: method.rank=8. May be given many times."),
+]
+
+_WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+
+
+def data_file(text: str) -> dict[str, Any]:
+    """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins."""
+    match = _WEIGHT.fullmatch(text)
+    if match is None or Path(text).exists():
+        return {"path": text}
+    return {"path": match["path"], "weight": float(match["weight"])}
+
+
+def given(values: Mapping[str, Any]) -> list[str]:
+    """Settings that were given on the command line, as `key=value` in the form `--set` takes.
+
+    Values are JSON, which a recipe reads as it reads YAML. None and empty lists were not given.
+    """
+    from tunesmith.files import to_json
+
+    return [f"{key}={to_json(value).decode()}" for key, value in values.items() if value not in (None, [])]
+
+
+def remember_json(ctx: typer.Context, as_json: bool) -> None:
+    """Errors are told to machines too where a machine is listening."""
+    ctx.find_root().meta["json"] = as_json
+
+
+def files(paths: Sequence[str] | None) -> list[dict[str, Any]]:
+    return [data_file(path) for path in paths or ()]
+
+
+def is_run(target: str, root: Path) -> bool:
+    """Whether RUN|MODEL means a run: its folder, "last", or a name in `root` that is no path of its own."""
+    if Path(target).exists():
+        return (Path(target) / "run.json").exists()
+    if "/" in target:
+        return False
+    return target == "last" or (root.is_dir() and any(entry.name.startswith(target) for entry in root.iterdir()))

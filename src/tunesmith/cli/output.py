@@ -1,0 +1,48 @@
+"""Where words go: answers to stdout, progress and problems to stderr when stdout belongs to a machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import IO, Any
+
+import orjson
+from rich.console import Console
+
+PLAIN_WIDTH = 100_000
+"""Nobody wraps what is not read on a screen: `grep` finds whole lines."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that draws on a terminal and writes plain lines elsewhere; NO_COLOR and TERM=dumb are honoured."""
+    file: IO[str] = sys.stderr if stderr else sys.stdout
+    drawn = is_drawn(file)
+    return Console(
+        file=file,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        soft_wrap=not drawn,
+        width=None if drawn else PLAIN_WIDTH,
+        force_terminal=None if drawn else False,
+        legacy_windows=False,
+    )
+
+
+def is_drawn(file: IO[str]) -> bool:
+    """Whether boxes, colours and live displays are wanted: a terminal that can move its cursor."""
+    return file.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def json_line(value: Mapping[str, Any]) -> None:
+    """One JSON object on a line of stdout, at once."""
+    from tunesmith.files import to_json
+
+    sys.stdout.write(to_json(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def json_page(value: Any) -> str:
+    """JSON to read: indented, one value."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode()

@@ -1,0 +1,109 @@
+"""Parts of the screen, each a function from values to something rich can print. Data is always `Text`, never markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.cli.text import count, knob, loss, one_line, percent, plural, visible
+
+ACCENT = "cyan"
+TRAINED = "bold green"
+MUTED = "bright_black"
+MAX_SPAN = 600
+"""Most characters shown of one stretch of the sample row."""
+
+
+def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
+    """What will be done, and why: facts, then each choice that was made for the person."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style=MUTED, no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in plan_facts(plan):
+        facts.add_row(name, Text(text))
+    parts: list[RenderableType] = [facts]
+    if plan.get("choices"):
+        parts += [Text(), choices_table(plan["choices"])]
+    return Panel(Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT, padding=(1, 2))
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of what a plan says beside its choices, also for plain output."""
+    rows, trained, total = plan["rows"], plan["trained_parameters"], plan["total_parameters"]
+    share = f"{count(trained)} weights are trained ({percent(trained / total)})"
+    held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
+    skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
+    facts = [
+        ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
+        ("task", f"{plan['task']}, by {plan['method']}: {share}"),
+        ("rows", held_out + skipped),
+        ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch"),
+    ]
+    if plan.get("device"):
+        facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
+    return [fact for fact in facts if fact[1]]
+
+
+def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED, show_header=True, pad_edge=False)
+    table.add_column("chosen for you", style=ACCENT, no_wrap=True)
+    table.add_column("", max_width=36)
+    table.add_column("because", style=MUTED, overflow="fold")
+    for choice in choices:
+        table.add_row(choice["key"], Text(knob(choice["value"])), Text(visible(choice["reason"])))
+    return table
+
+
+def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
+    """One row of tokens, what is trained coloured."""
+    text = Text("one row of your data: ", style=MUTED)
+    text.append("what is learnt", style=TRAINED)
+    text.append(" and what is only read\n", style=MUTED)
+    for piece, trained in spans:
+        shown = visible(piece)
+        if len(shown) > MAX_SPAN:
+            shown = f"{shown[: MAX_SPAN // 2]} … {shown[-MAX_SPAN // 2 :]}"
+        text.append(shown, style=TRAINED if trained else "default")
+    return text
+
+
+def score_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    """Held-out measures of the untouched and the tuned model."""
+    rows = f"{plural(before['rows'], 'row')}, {before['targets']:,} targets"
+    table = Table(box=SIMPLE_HEAD, header_style="bold")
+    table.title, table.title_style, table.title_justify = f"held out: {rows}", MUTED, "left"
+    table.add_column("", style=MUTED)
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right", style="bold")
+    table.add_column("change", justify="right")
+    change = after["loss"] - before["loss"]
+    better = "green" if change < 0 else "red"
+    share = f"{change / before['loss']:+.0%}" if before["loss"] else ""
+    table.add_row("loss, nats per target", loss(before["loss"]), loss(after["loss"]), Text(share, style=better))
+    gain = after["token_accuracy"] - before["token_accuracy"]
+    table.add_row(
+        "tokens guessed right",
+        percent(before["token_accuracy"]),
+        percent(after["token_accuracy"]),
+        Text(f"{gain * 100:+.1f} points", style="green" if gain > 0 else "red" if gain < 0 else MUTED),
+    )
+    return table
+
+
+def answers(samples: Iterable[Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
+    """Held-out prompts and the two answers to each, side by side."""
+    table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
+    table.add_column("asked", ratio=2, overflow="fold", style=ACCENT)
+    table.add_column("before", ratio=3, overflow="fold")
+    table.add_column("after", ratio=3, overflow="fold", style=TRAINED)
+    room = 44 if width < 100 else 160
+    for sample in list(samples)[:most]:
+        cells = (sample.get("prompt", ""), sample.get("before", ""), sample.get("after", ""))
+        table.add_row(*(Text(one_line(cell, room) or "(nothing)") for cell in cells))
+    return table

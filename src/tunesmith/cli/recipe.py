@@ -1,0 +1,31 @@
+"""tunesmith recipe"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.options import Settings
+
+
+def recipe(
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="A recipe to complete.")] = None,
+    settings: Settings = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of a recipe instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of all knobs for the docs instead.")] = False,
+) -> None:
+    """Print a complete recipe with a comment on every knob, ready to be edited.
+
+    tunesmith recipe > recipe.yaml
+    """
+    from tunesmith.recipe import read, show
+
+    if schema:
+        from tunesmith.cli.output import json_page
+
+        typer.echo(json_page(show.schema()))
+    elif markdown:
+        typer.echo(show.markdown())
+    else:
+        typer.echo(show.as_yaml(read.load(file, settings or []), comments=True), nl=False)

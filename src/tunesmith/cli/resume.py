@@ -1,0 +1,32 @@
+"""tunesmith resume"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, remember_json
+
+
+def resume(
+    ctx: typer.Context,
+    run: RunName,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run that was stopped, failed or killed, as if it had never stopped.
+
+    tunesmith resume runs/support-3f2a
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.running import watched
+    from tunesmith.run import Run
+
+    found = Run.open(run, root)
+    with watched(as_json=as_json, quiet=quiet, earlier=found.events()) as watch:
+        from tunesmith import training
+
+        watch.done(training.resume(found, offline=offline, listener=watch.listener()))

@@ -1,0 +1,75 @@
+"""What `train` and `resume` share: a display that listens to a run, signals that stop it, and the last words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tunesmith.cli.display import Display, display_for
+from tunesmith.cli.output import console, json_line
+from tunesmith.cli.stopping import stopping_on_signals
+from tunesmith.cli.story import Story
+from tunesmith.types import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.run import Run
+    from tunesmith.training import Listener
+
+
+@dataclass
+class Watch:
+    """Ears and voice of one run."""
+
+    display: Display
+    console: Console
+    story: Story
+    should_stop: Callable[[], bool]
+    as_json: bool
+    quiet: bool
+
+    def listener(self) -> Listener:
+        from tunesmith.training import Listener
+
+        return Listener(on_event=self._hear, on_progress=self.display.progress, should_stop=self.should_stop)
+
+    def _hear(self, event: Event) -> None:
+        if self.as_json:
+            json_line(asdict(event))
+        self.display.event(event)
+
+    def done(self, run: Run) -> None:
+        """Say where the result is and what to do with it."""
+        self.display.__exit__(None, None, None)
+        if self.as_json:
+            json_line({"kind": "result", "run": str(run.path), "report": str(run.report_path)})
+        elif self.quiet:
+            self.console.print(str(run.path))
+        else:
+            name = shlex.quote(str(run.path))
+            self.console.print(f"\nThe result is in {run.path}. Talk to it, or read the report:\n")
+            self.console.print(f"  tunesmith chat {name} --compare\n  tunesmith show {name}")
+
+
+@contextmanager
+def watched(*, as_json: bool, quiet: bool, earlier: Iterable[Event] = ()) -> Iterator[Watch]:
+    """A display for one run. `earlier` is what a resumed run has told before."""
+    story = Story.of(earlier)
+    story.started = False
+    screen = console(stderr=as_json)
+    display = display_for(screen, quiet=quiet, story=story)
+
+    def put_right() -> None:
+        screen.show_cursor(True)
+
+    with (
+        display,
+        stopping_on_signals(has_begun=lambda: story.started, say=display.say, at_once=put_right) as should_stop,
+    ):
+        yield Watch(display, screen, story, should_stop, as_json, quiet)

@@ -1,0 +1,55 @@
+"""tunesmith selftest"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Root, Settings, given, remember_json
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.knobs import Recipe
+
+
+def selftest(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    settings: Settings = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Prove on your own model that packing, templates, passes and resume change nothing.
+
+    tunesmith selftest HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.output import console, json_line
+
+    chosen = recipe_of(target, settings or [], root=root)
+    screen = console(stderr=as_json)
+    from tunesmith import selftest as proofs
+
+    failed = 0
+    for proof in proofs.selftest(chosen, offline=offline):
+        failed += not proof.passed
+        if as_json:
+            json_line(asdict(proof))
+        screen.print(f"{'✓' if proof.passed else '✗'} {proof.name}: {proof.found}", style="" if proof.passed else "red")
+    if failed:
+        screen.print(f"{failed} proofs failed: do not trust a training of this model here.", style="red")
+        raise typer.Exit(1)
+
+
+def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
+    """The recipe of a run, or a fresh one for a model."""
+    from tunesmith.cli.options import is_run
+    from tunesmith.recipe import read
+    from tunesmith.run import Run
+
+    if is_run(target, root):
+        return read.load(str(Run.open(target, root).recipe_path), settings)
+    return read.load(None, [*given({"model": target}), *settings])

@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop at its next step, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stopping_on_signals(
+    *, has_begun: Callable[[], bool], say: Callable[[str], None], at_once: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], bool]]:
+    """Gives the question "was it asked to stop?".
+
+    Before the run has begun there is nothing to keep, and the first signal interrupts like any other program's.
+    `at_once` is called before a second signal ends the process, to put the terminal right.
+    """
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            at_once()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif has_begun():
+            asked.set()
+            say("stopping: a checkpoint is written after this step. Once more to leave at once.")
+        else:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread may take signals: whoever runs us in another one asks in other ways
+        return
+    earlier = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""What a run's events have told so far: the one thing that every display and `show` draw from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.types import Event
+
+RECENT_STEPS = 20
+"""Steps that the time left is estimated from."""
+
+
+@dataclass
+class Story:
+    """Updated by `hear`, one event at a time. A resumed run tells some of it again: the later telling counts."""
+
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    started: bool = False
+    last: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the newest step."""
+    timing: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    """Step → held-out loss."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """Step → training loss."""
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+    peak_bytes: int = 0
+    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Story:
+        story = cls()
+        for event in events:
+            story.hear(event)
+        return story
+
+    def hear(self, event: Event) -> None:
+        values = event.values
+        if event.kind in ("start", "resume"):
+            self.started = True
+            self.step = event.step
+        elif event.kind == "plan":
+            self.plan = values
+        elif event.kind == "evaluation":
+            self.held_out[event.step] = values["loss"]
+            if values["name"] == "before":
+                self.before = values
+            elif values["name"] == "after":
+                self.after = values
+        elif event.kind == "step":
+            self._hear_step(event)
+        elif event.kind == "sample":
+            sample = self.samples.setdefault(values["index"], {})
+            sample |= {"prompt": values["prompt"], "reference": values["reference"], values["name"]: values["answer"]}
+        elif event.kind == "end":
+            self.report = values.get("report", {})
+
+    def _hear_step(self, event: Event) -> None:
+        self.step, self.last, self.timing = event.step, event.values, event.timing
+        self.losses[event.step] = event.values["loss"]
+        self._seconds.append(event.timing.get("seconds", 0.0))
+        self.peak_bytes = max(self.peak_bytes, event.timing.get("peak_bytes", 0))
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.plan.get("steps", 0))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.timing.get("tokens_per_second", 0.0))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training, by the mean of the newest steps; None before the first."""
+        if not self._seconds or not self.total_steps:
+            return None
+        return sum(self._seconds) / len(self._seconds) * (self.total_steps - self.step)
+
+    @property
+    def curve(self) -> list[float]:
+        """Held-out losses in the order of their steps."""
+        return [self.held_out[step] for step in sorted(self.held_out)]
+
+    def smoothed(self, width: int = 24) -> list[float]:
+        """Training losses as `width` means of equal stretches, for a curve of few characters."""
+        losses = [self.losses[step] for step in sorted(self.losses)]
+        stretch = max(1, -(-len(losses) // width))
+        parts = [losses[i : i + stretch] for i in range(0, len(losses), stretch)]
+        return [sum(part) / len(part) for part in parts]

@@ -1,0 +1,73 @@
+"""A run as its events tell it, written by hand: what displays are drawn from without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tunesmith.types import Event
+
+STEPS = 12
+CHOICES = (
+    {"key": "task", "value": "chat", "reason": "rows are conversations (messages)"},
+    {"key": "method", "value": {"name": "lora", "rank": 16, "alpha": 32.0}, "reason": "needs 0.3 GiB instead of 2.0"},
+    {"key": "optim.lr", "value": 0.0005, "reason": "usual for LoRA on a model below a billion weights"},
+)
+SPANS = [["<|im_start|>user\nMy screen is flickering.<|im_end|>\n", False], ["Check the cable.<|im_end|>", True]]
+PROMPTS = ("Tell me a joke", "What can you eat")
+ANSWERS = {"before": "As an AI model I cannot do that, but", "after": "I consume RAM, and binary digits."}
+
+
+def plan(**changes: Any) -> dict[str, Any]:
+    values = {
+        "model": "SmolLM2-135M-Instruct.gguf",
+        "task": "chat",
+        "method": "lora",
+        "choices": list(CHOICES),
+        "rows": {"train": 500, "held_out": 60, "skipped": 0},
+        "tokens_per_epoch": 34_567,
+        "longest_row": 301,
+        "steps": STEPS,
+        "trained_parameters": 4_884_480,
+        "total_parameters": 139_399_488,
+        "precision": "bfloat16",
+        "device": "cpu",
+        "sample": SPANS,
+        "warnings": [],
+    }
+    return values | changes
+
+
+def evaluation(name: str, step: int, loss: float) -> Event:
+    values = {"name": name, "loss": loss, "token_accuracy": 0.7 - loss / 10, "rows": 60, "targets": 1234}
+    return Event("evaluation", step, 0.0, values, {"seconds": 1.0})
+
+
+def step(number: int, loss: float) -> Event:
+    values = {"loss": loss, "lr": 5e-4, "grad_norm": 1.0, "tokens": 1000, "targets": 300, "rows": [number]}
+    return Event("step", number, 0.0, values, {"seconds": 2.0, "tokens_per_second": 500.0, "peak_bytes": 2**30})
+
+
+def sample(name: str, index: int, *, prompt: str, answer: str) -> Event:
+    values = {"name": name, "index": index, "prompt": prompt, "reference": "…", "answer": answer, "stopped": True}
+    return Event("sample", STEPS if name == "after" else 0, 0.0, values)
+
+
+def whole_run(*, changes: dict[str, Any] | None = None, prompts: Sequence[str] = PROMPTS) -> Iterator[Event]:
+    """start, plan, before, twelve steps with one evaluation and two checkpoints between, after, end."""
+    yield Event("start", 0, 0.0, {"model": "SmolLM2-135M-Instruct.gguf", "versions": {}})
+    yield Event("plan", 0, 0.0, plan(**(changes or {})))
+    yield evaluation("before", 0, 3.5)
+    for index, prompt in enumerate(prompts):
+        yield sample("before", index, prompt=prompt, answer=ANSWERS["before"])
+    yield Event("checkpoint", 0, 0.0, {"path": "checkpoints/step-0"})
+    for number in range(1, STEPS + 1):
+        yield step(number, 3.5 - number / 10)
+        if number == STEPS // 2:
+            yield evaluation("step", number, 2.9)
+            yield Event("note", number, 0.0, {"text": "a note on the way"})
+    yield Event("checkpoint", STEPS, 0.0, {"path": f"checkpoints/step-{STEPS}"})
+    yield evaluation("after", STEPS, 2.25)
+    for index, prompt in enumerate(prompts):
+        yield sample("after", index, prompt=prompt, answer=ANSWERS["after"])
+    yield Event("end", STEPS, 0.0, {"report": {}})

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+
+import pytest
+from rich.console import Console
+
+from cli import fake_events
+from tunesmith.cli.display import Plain, Silent, display_for
+from tunesmith.cli.live import Live
+from tunesmith.cli.story import Story
+from tunesmith.types import Event
+
+ESCAPE = "\x1b"
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), width=100_000, force_terminal=False, markup=False, highlight=False)
+
+
+def terminal(width: int = 100) -> Console:
+    return Console(file=io.StringIO(), width=width, height=40, force_terminal=True, markup=False, highlight=False)
+
+
+def told(console: Console, events: Iterable[Event], *, quiet: bool = False) -> str:
+    with display_for(console, quiet=quiet, story=Story()) as display:
+        for event in events:
+            display.event(event)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def without_colours(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_plain_lines_tell_the_whole_run() -> None:
+    lines = told(plain_console(), fake_events.whole_run()).splitlines()
+    assert lines[:5] == [
+        "model: SmolLM2-135M-Instruct.gguf, 139.4 M weights",
+        "task: chat, by lora: 4.9 M weights are trained (3.5 %)",
+        "rows: 500 rows to train on, 60 held out",
+        "work: 12 steps, 34,567 tokens an epoch",
+        "runs on: cpu in bfloat16",
+    ]
+    assert "chosen: optim.lr = 0.0005: usual for LoRA on a model below a billion weights" in lines
+    assert "held out at step 0: loss 3.5000, 35.0 % of tokens right (60 rows, 1,234 targets)" in lines
+    assert "step 1/12: loss 3.4000, rate 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
+    assert "step 12/12: loss 2.3000, rate 0.0005, 500 tokens/s, 1.0 GiB" in lines
+    assert "note: a note on the way" in lines
+    assert lines[-2:] == ["held-out loss 3.5000 before, 2.2500 after", "tokens guessed right 35.0 % before, 47.5 % after"]
+
+
+def test_plain_lines_hold_no_escapes() -> None:
+    assert ESCAPE not in told(plain_console(), fake_events.whole_run())
+
+
+def test_plain_log_of_a_long_run_is_short() -> None:
+    """Ten thousand steps: fifty lines, the first and the last among them."""
+    events = [Event("plan", 0, 0.0, fake_events.plan(steps=10_000))]
+    events += [fake_events.step(number, 1.0) for number in range(1, 10_001)]
+    console = plain_console()
+    display = Plain(console, Story(), clock=lambda: 0.0)
+    for event in events:
+        display.event(event)
+    assert isinstance(console.file, io.StringIO)
+    steps = [line for line in console.file.getvalue().splitlines() if line.startswith("step ")]
+    assert len(steps) == 51
+    assert steps[0].startswith("step 1/10000") and steps[-1].startswith("step 10000/10000")
+
+
+def test_slow_steps_are_each_told() -> None:
+    now = iter(range(0, 10_000, 40))
+    console = plain_console()
+    display = Plain(console, Story(), clock=lambda: float(next(now)))
+    display.event(Event("plan", 0, 0.0, fake_events.plan(steps=10_000)))
+    for number in range(1, 8):
+        display.event(fake_events.step(number, 1.0))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("step ") == 7
+
+
+def test_quiet_says_nothing() -> None:
+    assert told(plain_console(), fake_events.whole_run(), quiet=True) == ""
+    assert isinstance(display_for(terminal(), quiet=True, story=Story()), Silent)
+
+
+def test_terminal_shows_plan_difference_and_answers() -> None:
+    text = without_colours(told(terminal(), fake_events.whole_run()))
+    for words in ("╭─ plan ", "chosen for you", "optim.lr", "because", "what is learnt", "Check the cable."):
+        assert words in text
+    for words in ("loss, nats per target", "3.5000", "2.2500", "-36%", "+12.5 points", "Tell me a joke"):
+        assert words in text
+    assert fake_events.ANSWERS["after"] in text
+
+
+def test_trained_tokens_are_coloured_and_others_are_not() -> None:
+    text = told(terminal(), fake_events.whole_run())
+    assert f"{ESCAPE}[1;32mCheck the cable.<|im_end|>{ESCAPE}[0m" in text
+    assert f"{ESCAPE}[1;32m<|im_start|>" not in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_nothing_is_wider_than_the_terminal(width: int) -> None:
+    text = without_colours(told(terminal(width), fake_events.whole_run()))
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", told(terminal(), fake_events.whole_run()))
+
+
+@pytest.mark.parametrize("make", [plain_console, terminal])
+def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
+    """Escape sequences of rows are spelled out; markup of rows is text."""
+    evil = "\x1b[2J\x1b]0;owned\x07[red]not markup[/red]\r"
+    events = fake_events.whole_run(changes={"sample": [[evil, True]], "warnings": [evil]}, prompts=[evil])
+    text = told(make(), events)
+    assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text
+    assert "\\x1b[2J" in without_colours(text)
+    assert "[red]not markup[/red]" in without_colours(text).replace("\n", "")
+
+
+def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
+    console = terminal(120)
+    live = Live(console, Story())
+    for event in list(fake_events.whole_run())[:14]:
+        live.event(event)
+    console.file = io.StringIO()
+    console.print(live._moving())
+    text = without_colours(console.file.getvalue())
+    assert "step 7/12" in text
+    for words in ("loss 2.8000", "rate 5.00e-04", "500 tokens/s", "1.0 GiB", "10 s left", "held out 3.5000 █▁ 2.9000"):
+        assert words in text
+
+
+def test_progress_of_a_phase_is_a_bar() -> None:
+    console = terminal(120)
+    live = Live(console, Story())
+    live.progress("encode", 50, 200)
+    console.print(live._moving())
+    assert isinstance(console.file, io.StringIO)
+    text = without_colours(console.file.getvalue())
+    assert "encoding rows" in text and "50/200" in text
+
+
+def test_run_without_held_out_rows_is_shown() -> None:
+    events = [event for event in fake_events.whole_run() if event.kind not in ("evaluation", "sample")]
+    assert "step 12/12" in told(plain_console(), events)
+    assert "plan" in told(terminal(), events)
+
+
+def test_resumed_run_keeps_what_it_had() -> None:
+    """The final comparison needs the measure of the first session; a step told twice counts once."""
+    events = list(fake_events.whole_run())
+    story = Story.of(events[:10])
+    with display_for(plain_console(), quiet=True, story=story) as display:
+        display.event(Event("resume", 2, 0.0, {"from_step": 2}))
+        assert story.step == 2
+        for event in events[8:]:
+            display.event(event)
+    assert story.before["loss"] == 3.5
+    assert sorted(story.losses) == list(range(1, 13))
+    assert story.curve == [3.5, 2.9, 2.25]
+
+
+def test_time_left_follows_recent_steps() -> None:
+    story = Story()
+    assert story.seconds_left is None
+    story.hear(Event("plan", 0, 0.0, fake_events.plan(steps=100)))
+    for number in range(1, 51):
+        story.hear(fake_events.step(number, 1.0))
+    assert story.seconds_left == 100.0  # 50 steps of 2 s

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tunesmith.cli import text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("plain text, Ça va, 日本語 👍\n\tindented", "plain text, Ça va, 日本語 👍\n\tindented"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("line\rover", "line\\x0dover"),
+        ("\x9b2J", "\\x9b2J"),
+        ("back\x08space\x7f", "back\\x08space\\x7f"),
+        ("abc\u202edcba", "abc\\u202edcba"),
+        ("half a pair \ud83d", "half a pair \\ud83d"),
+    ],
+)
+def test_control_characters_are_spelled_out(given: str, shown: str) -> None:
+    assert text.visible(given) == shown
+    assert text.visible(shown) == shown
+
+
+def test_one_line_is_cut_with_an_ellipsis() -> None:
+    assert text.one_line("a\n  b\tc", 10) == "a b c"
+    assert text.one_line("0123456789abc", 10) == "012345678…"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7800, "2:10:00 h"), (-3, "0 s")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert text.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(999, "999"), (9_999, "9,999"), (12_345, "12.3 k"), (134_515_008, "134.5 M"), (1.7e9, "1.7 B"), (4_884_480, "4.9 M")],
+)
+def test_counts(number: float, shown: str) -> None:
+    assert text.count(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (2.5 * 2**30, "2.5 GiB")]
+)
+def test_sizes(num_bytes: float, shown: str) -> None:
+    assert text.size(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(3, "just now"), (60, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"), (900_000, "10 days ago")],
+)
+def test_ages(seconds: float, shown: str) -> None:
+    assert text.age(seconds) == shown
+
+
+def test_sparkline_spans_lowest_to_highest() -> None:
+    assert text.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert text.sparkline([5.0, 5.0]) == "▄▄"
+    assert text.sparkline([]) == ""
+    assert text.sparkline([1.0, math.nan, 2.0]) == "▁ █"
+    assert text.sparkline(list(range(100)), width=3) == "▁▅█"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (5e-4, "0.0005"),
+        ({"name": "lora", "rank": 16}, "lora (rank 16)"),
+        ({"name": "full"}, "full"),
+        (["all-linear"], "all-linear"),
+        (None, "null"),
+        (True, "true"),
+        ("a\x1bb", "a\\x1bb"),
+    ],
+)
+def test_knobs_as_they_would_be_written(value: object, shown: str) -> None:
+    assert text.knob(value) == shown
