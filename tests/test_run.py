@@ -1,0 +1,304 @@
+"""A run folder is complete or absent, has one writer, and is found by what a person remembers of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from faults import Faults, in_child
+from tunesmith.errors import RunError, StorageError
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.show import as_yaml
+from tunesmith.run import Run, runs
+from tunesmith.types import Event
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(root) -> Run:
+    return Run.create(root, "support", as_yaml(Recipe(seed=7), False))
+
+
+@contextmanager
+def writer(run: Run):
+    """Another process that holds the lock until it is killed."""
+    code = (
+        "import sys, time, pathlib\nfrom tunesmith.run import Run\n"
+        "with Run(pathlib.Path(sys.argv[1])).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_create_makes_a_complete_folder(root, run):
+    assert run.path.parent == root
+    assert run.path.name.startswith("support-")
+    assert len(run.path.name) == len("support-") + 4
+    assert set(run.path.name[-4:]) <= set("0123456789abcdef")
+    assert sorted(os.listdir(run.path)) == ["recipe.yaml", "run.json"]
+    assert run.read_json("run.json")["format"] == 1
+    assert run.recipe() == Recipe(seed=7)
+    assert run.state() == "new"
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("My Data (v2).jsonl", "my-data-v2-jsonl"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("客服", "客服"),
+        ("  ", "run"),
+        ("x" * 300, "x" * 40),
+        ("a\0b\nc", "a-b-c"),
+    ],
+)
+def test_any_name_makes_a_safe_folder(root, name, slug):
+    run = Run.create(root, name, "")
+    assert run.path.parent == root
+    assert run.path.name.rpartition("-")[0] == slug
+
+
+def test_create_never_overwrites(root, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda size: "aaaa" if size == 2 else os.urandom(size).hex())
+    first = Run.create(root, "x", "seed: 1")
+    with pytest.raises(RunError, match="never overwrites"):
+        Run.create(root, "x", "seed: 2")
+    assert first.recipe().seed == 1
+    assert os.listdir(root) == ["x-aaaa"]
+
+
+def test_create_in_a_folder_of_choice(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path, "x", "", out=tmp_path / "empty").path == tmp_path / "empty"
+    assert Run.create(tmp_path, "x", "", out=tmp_path / "a" / "b").path == tmp_path / "a" / "b"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    with pytest.raises(RunError, match="full: is there already"):
+        Run.create(tmp_path, "x", "", out=tmp_path / "full")
+    assert sorted(os.listdir(tmp_path)) == ["a", "empty", "full"]
+    assert os.listdir(tmp_path / "full") == ["mine"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, None], ids=["disk full", "killed"])
+def test_create_that_fails_at_any_call_leaves_a_complete_folder_or_none(tmp_path, code):
+    with Faults() as counted:
+        Run.create(tmp_path / "probe", "x", "seed: 3")
+    for number in range(1, counted.num_calls + 1):
+        root = tmp_path / f"runs-{number}"
+
+        def attempt(root=root, number=number) -> None:
+            with Faults(number, code):
+                Run.create(root, "x", "seed: 3")
+
+        if code is None:
+            assert in_child(attempt) in (-9, 0)  # rmdir of an absent folder may fail: it is meant to
+        else:
+            with suppress(StorageError):
+                attempt()
+            assert not root.exists() or not [name for name in os.listdir(root) if name.startswith(".")]
+        for run in runs(root):
+            assert run.recipe().seed == 3
+            assert run.state() == "new"
+
+
+def test_open_by_path_name_beginning_and_last(root, run):
+    time.sleep(0.01)
+    other = Run.create(root, "chat", "")
+    for text in (run.path, str(run.path), f"{run.path}/", run.path.name, run.path.name[:9], "sup"):
+        assert Run.open(text, root).path == run.path
+    assert Run.open("last", root).path == other.path
+    assert {found.path for found in runs(root)} == {run.path, other.path}
+
+
+def test_open_names_near_matches(root, run):
+    with pytest.raises(RunError, match=f"did you mean {run.path.name}"):
+        Run.open(run.path.name.replace("support", "suport"), root)
+    with pytest.raises(RunError, match=f"did you mean {run.path.name}"):
+        Run.open(f"runs/{run.path.name.replace('support', 'suport')}", root)
+
+
+def test_open_says_what_is_wrong(root, tmp_path):
+    with pytest.raises(RunError, match=r"runs holds none\. Start one"):
+        Run.open("x", root)
+    with pytest.raises(RunError, match="holds none"):
+        Run.open("last", root)
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path, root)
+    for _ in range(7):
+        Run.create(root, "x", "")
+    with pytest.raises(RunError, match=r"7 runs in .* begin so: .* and 2 more"):
+        Run.open("x", root)
+    with pytest.raises(RunError, match="no such run"):
+        Run.open("", root)
+
+
+def test_run_of_a_newer_format_is_refused(root, run):
+    run.write_json("run.json", {"format": 2, "created": 0.0})
+    with pytest.raises(RunError, match="format 2, this version of tunesmith knows 1"):
+        Run.open(run.path, root)
+
+
+def test_passed_over_is_what_is_no_run(root, run):
+    (root / "notes.txt").write_text("x")
+    (root / "empty").mkdir()
+    (root / ".tmp-new-run-12345678").mkdir()
+    (root / ".tmp-new-run-12345678" / "run.json").write_text("{}")
+    assert [found.path for found in runs(root)] == [run.path]
+
+
+def test_second_writer_is_told_who_holds_the_lock(run):
+    with writer(run) as process:
+        assert run.state() == "running"
+        with pytest.raises(RunError) as caught, run.lock():
+            pass
+        assert f"in use by process {process.pid} on {socket.gethostname()} since 20" in str(caught.value)
+        assert run.state() == "running"
+    assert run.state() == "new"
+
+
+def test_second_writer_touches_nothing(run):
+    with writer(run):
+        (run.path / ".tmp-report.json-12345678").write_bytes(b"being written")
+        before = sorted(os.listdir(run.path))
+        with pytest.raises(RunError), run.lock():
+            pass
+        assert sorted(os.listdir(run.path)) == before
+
+
+@contextmanager
+def locked_by_a_file(run: Run):
+    """Planted bug: a file that says who holds the lock, which a dead process cannot take away."""
+    try:
+        os.close(os.open(run.path / "lock", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise RunError("in use") from None
+    yield
+    os.unlink(run.path / "lock")
+
+
+def check_dead_process_holds_nothing(lock, run: Run) -> None:
+    def hold_and_die() -> None:
+        with lock(run):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(hold_and_die) == -9
+    try:
+        with lock(run):
+            pass
+    except RunError as error:
+        raise AssertionError(str(error)) from error
+
+
+def test_dead_process_holds_nothing(run):
+    check_dead_process_holds_nothing(Run.lock, run)
+    assert run.state() == "new"
+
+
+def test_the_check_catches_a_lock_that_outlives_its_holder(run):  # planted
+    with pytest.raises(AssertionError, match="in use"):
+        check_dead_process_holds_nothing(locked_by_a_file, run)
+
+
+def test_lock_is_free_after_an_error_inside(run):
+    with pytest.raises(ValueError, match="inside"), run.lock():
+        raise ValueError("inside")
+    with run.lock():
+        assert run.state() == "running"
+    assert run.state() == "new"
+
+
+def test_looking_at_the_state_turns_no_writer_away(run):
+    with run.lock():
+        pass
+
+    def locks() -> None:
+        with run.lock():
+            pass
+
+    # As `state` does it, but for longer than an instant.
+    code = "import time, fcntl; fcntl.flock(0, fcntl.LOCK_SH); print('held', flush=True); time.sleep(0.3)"
+    with open(run.path / "lock", "rb") as shared:
+        reader = subprocess.Popen([sys.executable, "-c", code], stdin=shared, stdout=subprocess.PIPE, text=True)
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "held\n"
+    assert in_child(locks) == 0
+    reader.wait()
+    reader.stdout.close()
+
+
+def test_lock_cleans_up_after_a_killed_writer(run):
+    (run.path / ".tmp-report.json-12345678").write_bytes(b"half")
+    run.checkpoints_path.mkdir()
+    (run.checkpoints_path / ".tmp-step-3-12345678").mkdir()
+    with run.lock():
+        assert ".tmp-report.json-12345678" not in os.listdir(run.path)
+        assert os.listdir(run.checkpoints_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_can_be_read(run):
+    os.chmod(run.path, 0o555)
+    try:
+        assert run.state() == "new"
+        assert list(run.events()) == []
+        with pytest.raises(StorageError, match="EACCES"), run.lock():
+            pass
+    finally:
+        os.chmod(run.path, 0o755)
+
+
+def test_state_follows_lock_and_events(run):
+    with run.lock():
+        run.append(Event("start", 0, 0.0, {}))
+        assert run.state() == "running"
+    assert run.state() == "interrupted"
+    run.append(Event("stopped", 3, 0.0, {}))
+    assert run.state() == "stopped"
+    assert [event.kind for event in run.follow(lambda: True)] == ["start", "stopped"]
+    assert run.truncate_after(2) == 1
+    assert run.state() == "interrupted"
+
+
+def test_stop_is_asked_and_forgotten(run):
+    assert not run.stop_asked()
+    run.ask_stop()
+    run.ask_stop()
+    assert run.stop_asked()
+    run.clear_stop()
+    run.clear_stop()
+    assert not run.stop_asked()
+
+
+def test_json_files_round_trip_and_say_what_is_wrong(run):
+    run.write_json("report.json", {"loss": 0.1, "worst": float("inf")})
+    assert run.read_json("report.json") == {"loss": 0.1, "worst": float("inf")}
+    (run.path / "report.json").write_bytes(b'{"loss": ')
+    with pytest.raises(RunError, match=r"report\.json: is not JSON"):
+        run.read_json("report.json")
+    with pytest.raises(RunError, match=r"absent\.json: cannot be read: No such file"):
+        run.read_json("absent.json")
