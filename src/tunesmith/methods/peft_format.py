@@ -61,8 +61,12 @@ def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revisio
 def save_result(
     attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
 ) -> None:
-    """The adapter alone: tokenizer and generation settings stay those of the base."""
-    save_adapter(attachment, folder, base=located.name, revision=located.revision)
+    """The adapter alone: tokenizer and generation settings stay those of the base.
+
+    The base goes down as its hub id and commit, or as the whole path of a folder or file.
+    """
+    base = located.name if located.kind == "hub" else str(located.path.resolve())
+    save_adapter(attachment, folder, base=base, revision=located.revision)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:

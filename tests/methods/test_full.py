@@ -1,0 +1,155 @@
+"""Full fine-tuning keeps float32 masters and frees what it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_model import tiny_model
+from tunesmith.methods.full import attach
+from tunesmith.optim import adamw
+from tunesmith.recipe.knobs import FullMethod, Optim
+
+VOCAB = 61
+
+
+class OneWeight(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values.clone())
+
+
+class InBfloat16:
+    """The planted bug: what is trained is the bfloat16 weight itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained: Mapping[str, Tensor] = dict(model.named_parameters())
+
+    def collect_gradients(self) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+def with_masters(model: nn.Module):  # type: ignore[no-untyped-def]
+    return attach(model, FullMethod(), seed=0)
+
+
+# trap: L9
+def assert_a_thousand_small_steps_arrive(attach_to: Callable) -> None:  # type: ignore[type-arg]
+    model = OneWeight(torch.ones(1, dtype=torch.bfloat16))
+    attachment = attach_to(model)
+    optimizer = torch.optim.SGD(attachment.trained.values(), lr=1e-3)
+    for _ in range(1000):
+        model.weight.sum().backward()
+        attachment.collect_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        attachment.publish()
+    # 1.0 - 1000 · 1e-3; float32 rounds each of the thousand by at most 3e-8.
+    assert attachment.trained["weight"].item() == pytest.approx(0.0, abs=1e-4)
+    assert model.weight.item() == pytest.approx(0.0, abs=1e-4)
+
+
+def mean_move_of_ten_steps(attach_to: Callable, dtype: torch.dtype) -> tuple[float, float]:  # type: ignore[type-arg]
+    """The share of weights that moved and how far on average: AdamW, rate 1e-5, weights of N(0, 0.02)."""
+    generator = torch.Generator().manual_seed(0)
+    model = OneWeight((torch.randn(20_000, generator=generator) * 0.02).to(dtype))
+    attachment = attach_to(model)
+    before = attachment.trained["weight"].detach().clone()
+    optimizer = adamw(attachment.trained, Optim(lr=1e-5))
+    for _ in range(10):
+        pull = torch.randn(20_000, generator=generator).abs() + 1.0  # one sign: ten steps of the whole rate
+        (model.weight * pull.to(dtype)).sum().backward()
+        attachment.collect_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        attachment.publish()
+    moved = (attachment.trained["weight"].detach().float() - before.float()).abs()
+    return (moved > 0).float().mean().item(), moved.mean().item()
+
+
+def assert_bfloat16_weights_move_as_float32_ones(attach_to: Callable) -> None:  # type: ignore[type-arg]
+    _, expected = mean_move_of_ten_steps(with_masters, torch.float32)
+    share, mean = mean_move_of_ten_steps(attach_to, torch.bfloat16)
+    assert expected == pytest.approx(1e-4, rel=0.05)  # ten steps of 1e-5, a little less where gradients vary
+    assert share >= 0.99
+    assert mean == pytest.approx(expected, rel=0.01)
+
+
+def test_small_updates_are_not_lost_in_bfloat16() -> None:
+    assert_a_thousand_small_steps_arrive(with_masters)
+    assert_bfloat16_weights_move_as_float32_ones(with_masters)
+
+
+def test_the_tests_see_weights_trained_in_bfloat16() -> None:
+    with pytest.raises(AssertionError):
+        assert_a_thousand_small_steps_arrive(InBfloat16)
+    with pytest.raises(AssertionError):
+        assert_bfloat16_weights_move_as_float32_ones(InBfloat16)
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    ids = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(seed))
+    F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+
+
+def test_bfloat16_gradients_are_freed_inside_the_backward() -> None:
+    """Before the last gradient is made the first one is gone: never do all of them exist twice."""
+    model = tiny_model("llama", vocab_size=VOCAB, dtype=torch.bfloat16)
+    attachment = attach(model, FullMethod(), seed=0)
+    alive: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(other.grad is not None for other in model.parameters()))
+        )
+    backward(model)
+    assert len(alive) == len(attachment.trained)
+    assert max(alive) == 0
+    assert all(tensor.grad is not None for tensor in attachment.trained.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_add_up_in_float32(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, dtype=dtype)
+    attachment = attach(model, FullMethod(), seed=0)
+    single = []
+    for seed in (1, 2, 3):
+        backward(model, seed)
+        attachment.collect_gradients()
+        single.append({name: tensor.grad.clone() for name, tensor in attachment.trained.items()})
+        for tensor in attachment.trained.values():
+            tensor.grad = None
+    for seed in (1, 2, 3):
+        backward(model, seed)
+        attachment.collect_gradients()
+    for name, tensor in attachment.trained.items():
+        assert tensor.grad.dtype == torch.float32
+        assert torch.equal(tensor.grad, single[0][name] + single[1][name] + single[2][name])
+
+
+def test_tied_embeddings_are_trained_once() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=True, dtype=torch.bfloat16)
+    attachment = attach(model, FullMethod(), seed=0)
+    assert "lm_head.weight" not in attachment.trained
+    backward(model)
+    attachment.trained["model.embed_tokens.weight"].data.add_(1.0)
+    attachment.publish()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, attachment.trained["model.embed_tokens.weight"].bfloat16())
+
+
+def test_a_float32_model_is_its_own_master() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    attachment = attach(model, FullMethod(), seed=0)
+    assert all(attachment.trained[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_taken_off_the_model_keeps_its_own_gradients() -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, dtype=torch.bfloat16)
+    attach(model, FullMethod(), seed=0).take_off()
+    backward(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,276 @@
+"""The rate of every step, AdamW against a loop written out, clipping, and state that comes back bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from tiny_model import SETTINGS, tiny_model
+from tunesmith.errors import CheckpointError
+from tunesmith.optim import (
+    SCHEDULES,
+    adamw,
+    clip_,
+    decays,
+    kernel,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    rate,
+    warmup_steps,
+)
+from tunesmith.recipe.knobs import Optim
+
+Rate = Callable[[int, int, Optim], float]
+
+
+# trap: L12
+def assert_rates_are_the_documented_ones(rate: Rate) -> None:
+    optim = Optim(lr=1e-3, schedule="linear", warmup=10)
+    assert rate(1, 100, optim) == 1e-4
+    assert rate(2, 100, optim) == 2e-4
+    assert rate(10, 100, optim) == 1e-3
+    assert rate(11, 100, optim) == 1e-3
+    assert rate(38, 100, optim) == 7e-4  # what a run resumed after step 37 uses next
+    assert rate(100, 100, optim) == pytest.approx(1e-3 / 90, rel=1e-12)
+
+
+def test_rates_are_the_documented_ones() -> None:
+    assert_rates_are_the_documented_ones(rate)
+
+
+@pytest.mark.parametrize(
+    "buggy",
+    [
+        lambda step, total, optim: rate(step - 1, total, optim) if step > 1 else 0.0,  # counted from 0
+        lambda step, total, optim: rate(min(2 * step, total), total, optim),  # stepped twice
+        lambda step, total, optim: rate(step - 37 if step > 37 else step, total, optim),  # warmed up again
+    ],
+    ids=["off by one", "double", "warmed up again"],
+)
+def test_the_rate_test_sees_a_shifted_schedule(buggy: Rate) -> None:
+    with pytest.raises(AssertionError):
+        assert_rates_are_the_documented_ones(buggy)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + 2**0.5 / 4, 0.5, 0.5 - 2**0.5 / 4]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_every_step_of_six_with_two_of_warmup(schedule: str, rates: list[float]) -> None:
+    optim = Optim(lr=1.0, schedule=schedule, warmup=2)
+    assert [rate(step, 6, optim) for step in range(1, 7)] == pytest.approx(rates, rel=1e-15)
+
+
+def test_the_table_holds_three_schedules() -> None:
+    assert list(SCHEDULES) == ["linear", "cosine", "constant"]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        (0, 100, 0),
+        (0.05, 100, 5),
+        (0.07, 100, 7),
+        (0.05, 9, 0),
+        (0.05, 10, 1),
+        (0.05, 30, 2),
+        (1, 100, 1),
+        (30, 10, 30),
+    ],
+)
+def test_warmup_is_a_share_or_a_number(warmup: float, total: int, steps: int) -> None:
+    assert warmup_steps(total, Optim(warmup=warmup)) == steps
+
+
+@given(
+    total=st.integers(1, 400),
+    warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 500)),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+)
+def test_no_step_is_wasted_and_none_overshoots(total: int, warmup: float, schedule: str) -> None:
+    optim = Optim(lr=3e-4, schedule=schedule, warmup=warmup)
+    rates = [rate(step, total, optim) for step in range(1, total + 1)]
+    warm = min(warmup_steps(total, optim), total)
+    assert all(0 < one <= 3e-4 for one in rates)
+    assert rates[:warm] == sorted(rates[:warm])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+
+
+@pytest.mark.parametrize("step", [0, 11, -1])
+def test_a_step_outside_the_run_has_no_rate(step: int) -> None:
+    with pytest.raises(ValueError, match="counted from 1"):
+        rate(step, 10, Optim(lr=1e-3))
+
+
+@pytest.mark.parametrize("arch", sorted(SETTINGS))
+def test_embeddings_norms_and_biases_do_not_decay_in_any_family(arch: str) -> None:
+    model = tiny_model(arch, vocab_size=32)
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        assert decays(name, parameter) == (parameter.ndim > 1 and name not in embeddings), name
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", True),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", True),
+        ("embed_out.weight", True),
+        ("encoder.embedding_hidden_mapping_in.weight", True),
+        ("embeddings.token_type_embeddings.weight", False),
+        ("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", False),
+        ("shared.weight", False),
+    ],
+)
+def test_decay_by_name(name: str, decay: bool) -> None:
+    assert decays(name, torch.zeros(2, 2)) is decay
+
+
+def some_tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"embed_tokens.weight": (7, 3), "a.weight": (5, 3), "norm.weight": (3,), "a.bias": (5,)}
+    return {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+
+
+def give_gradients(tensors: dict[str, Tensor], step: int, *, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for tensor in tensors.values():
+        tensor.grad = torch.randn(tensor.shape, generator=generator) * scale
+
+
+def test_adamw_equals_the_loop_written_out() -> None:
+    """Loshchilov & Hutter, algorithm 2, in float64; only a.weight decays."""
+    tensors = some_tensors()
+    optim = Optim(lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    optimizer = adamw(tensors, optim)
+    slow = {name: tensor.detach().double() for name, tensor in tensors.items()}
+    first = {name: torch.zeros_like(tensor) for name, tensor in slow.items()}
+    second = {name: torch.zeros_like(tensor) for name, tensor in slow.items()}
+    for step in range(1, 6):
+        lr = 0.01 * step
+        give_gradients(tensors, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        for name, tensor in tensors.items():
+            g = tensor.grad.double()
+            first[name] = 0.8 * first[name] + 0.2 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            slow[name] *= 1 - lr * (0.1 if name == "a.weight" else 0.0)
+            upwards = (second[name] / (1 - 0.95**step)).sqrt() + 1e-6
+            slow[name] -= lr * (first[name] / (1 - 0.8**step)) / upwards
+    for name, tensor in tensors.items():
+        # Weights of order 1 after five float32 updates.
+        torch.testing.assert_close(tensor.detach().double(), slow[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_is_fused_where_it_may_be_and_said_where_not() -> None:
+    tensors = some_tensors()
+    assert kernel(tensors).value == "fused"
+    assert adamw(tensors, Optim(lr=1e-3)).defaults["fused"] is True
+    elsewhere = {"a": torch.zeros(1, device="meta")}
+    assert kernel(elsewhere).value == "plain"
+    assert kernel(elsewhere).reason == "meta: the fused kernel is not used there, updates are slower"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_clipping_scales_to_the_largest_norm_allowed(scale: float) -> None:
+    tensors = some_tensors()
+    give_gradients(tensors, 1, scale=scale)
+    before = torch.cat([tensor.grad.flatten() for tensor in tensors.values()]).double()
+    norm = clip_(tensors.values(), 1.0)
+    after = torch.cat([tensor.grad.flatten() for tensor in tensors.values()]).double()
+    assert norm == pytest.approx(before.norm().item(), rel=1e-6)
+    assert after.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-6)
+    torch.testing.assert_close(after * before.norm(), before * after.norm(), rtol=1e-5, atol=0)
+
+
+def test_without_a_limit_the_norm_is_only_measured() -> None:
+    tensors = some_tensors()
+    give_gradients(tensors, 1, scale=100.0)
+    before = {name: tensor.grad.clone() for name, tensor in tensors.items()}
+    assert clip_(tensors.values(), None) > 100
+    assert all(torch.equal(tensor.grad, before[name]) for name, tensor in tensors.items())
+    assert clip_([torch.zeros(3)], 1.0) == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_is_told_and_changes_nothing(value: float) -> None:
+    tensors = some_tensors()
+    give_gradients(tensors, 1)
+    tensors["a.bias"].grad[2] = value
+    before = tensors["a.weight"].grad.clone()
+    assert not math.isfinite(clip_(tensors.values(), 1.0))
+    assert torch.equal(tensors["a.weight"].grad, before)
+
+
+def run(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        give_gradients(tensors, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_saved_and_loaded_the_updates_go_on_bit_for_bit(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr("tunesmith.optim.FUSED_DEVICES", ())
+    optim = Optim(lr=1e-2, weight_decay=0.1)
+    whole = some_tensors()
+    run(whole, adamw(whole, optim), range(6))
+
+    half = some_tensors()
+    optimizer = adamw(half, optim)
+    assert optimizer.defaults["fused"] is fused
+    run(half, optimizer, range(3))
+    state = save({name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, half).items()})
+    later = {name: tensor.detach().clone().requires_grad_() for name, tensor in half.items()}
+    optimizer = adamw(later, optim)
+    load_optimizer_tensors(optimizer, later, load(state))
+    assert save(optimizer_tensors(optimizer, later)) == state
+    run(later, optimizer, range(3, 6))
+    assert all(torch.equal(later[name], tensor) for name, tensor in whole.items())
+
+
+def test_state_is_named_by_what_is_trained() -> None:
+    tensors = some_tensors()
+    optimizer = adamw(tensors, Optim(lr=1e-2))
+    assert optimizer_tensors(optimizer, tensors) == {}
+    give_gradients(tensors, 0)
+    tensors["a.bias"].grad = None
+    optimizer.step()
+    assert sorted(optimizer_tensors(optimizer, tensors)) == sorted(
+        f"{name}/{key}"
+        for name in ("embed_tokens.weight", "a.weight", "norm.weight")
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda state: state.pop("a.weight/exp_avg"), "a.weight/exp_avg is missing"),
+        (lambda state: state.update({"b.weight/step": torch.zeros(())}), "nothing trained has the name b.weight/step"),
+        (lambda state: state.update({"a.weight/exp_avg": torch.zeros(3, 5)}), r"has shape \(3, 5\), expected \(5, 3\)"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused(harm: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    tensors = some_tensors()
+    optimizer = adamw(tensors, Optim(lr=1e-2))
+    run(tensors, optimizer, range(1))
+    state = dict(optimizer_tensors(optimizer, tensors))
+    before = save(optimizer_tensors(optimizer, tensors))
+    harm(state)
+    with pytest.raises(CheckpointError, match=message):
+        load_optimizer_tensors(optimizer, tensors, state)
+    assert save(optimizer_tensors(optimizer, tensors)) == before
