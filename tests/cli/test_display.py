@@ -127,7 +127,7 @@ def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
 def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
     console = terminal(120)
     live = Live(console, Story())
-    for event in list(fake_events.whole_run())[:14]:
+    for event in list(fake_events.whole_run())[:15]:
         live.event(event)
     console.file = io.StringIO()
     console.print(live._moving())

@@ -76,7 +76,7 @@ def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
 def score_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     """Held-out measures of the untouched and the tuned model."""
     rows = f"{plural(before['rows'], 'row')}, {before['targets']:,} targets"
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.title, table.title_style, table.title_justify = f"held out: {rows}", MUTED, "left"
     table.add_column("", style=MUTED)
     table.add_column("before", justify="right")

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tunesmith import errors
+from tunesmith.cli import failing
+from tunesmith.cli.app import Verbs
+from tunesmith.types import Problem, Source
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def failing_app(error: BaseException) -> typer.Typer:
+    app = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def about() -> None: ...
+
+    @app.command()
+    def fail(ctx: typer.Context, as_json: bool = typer.Option(False, "--json")) -> None:
+        ctx.find_root().meta["json"] = as_json
+        raise error
+
+    return app
+
+
+def problems(number: int) -> list[Problem]:
+    return [Problem(Source("a.jsonl", n), "bad_json", "not JSON.", "Mend it.") for n in range(1, number + 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.TunesmithError("no"), 1),
+        (errors.NonFiniteError("no"), 1),
+        (errors.CheckpointError("no"), 1),
+        (errors.StorageError("no"), 1),
+        (errors.InputError("no"), 2),
+        (errors.RecipeError("no"), 2),
+        (errors.DataError("no"), 2),
+        (errors.ModelError("no"), 2),
+        (errors.RunError("no"), 2),
+        (errors.Stopped("no"), 3),
+        (ValueError("no"), 1),
+        (PermissionError(13, "Permission denied", "x.jsonl"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int) -> None:
+    result = CliRunner().invoke(failing_app(error), ["fail"])
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_wrong_words_are_bad_input() -> None:
+    result = CliRunner().invoke(failing_app(ValueError()), ["fail", "--nonsense"])
+    assert result.exit_code == 2
+    assert "--nonsense" in result.output
+
+
+def test_first_twenty_problems_and_how_many_more() -> None:
+    result = CliRunner().invoke(failing_app(errors.DataError("25 rows cannot be used", problems(25))), ["fail"])
+    lines = result.stderr.splitlines()
+    assert lines[0] == "a.jsonl:1: bad_json: not JSON. Mend it."
+    assert lines[19].startswith("a.jsonl:20: ")
+    assert lines[20:] == ["and 5 more (all with --json)", "error: 25 rows cannot be used"]
+
+
+def test_machines_are_told_every_problem() -> None:
+    error = errors.DataError("25 rows cannot be used", problems(25))
+    result = CliRunner().invoke(failing_app(error), ["fail", "--json"])
+    told = json.loads(result.stdout)
+    assert told["code"] == "DataError"
+    assert len(told["problems"]) == 25
+    assert told["problems"][0] == {
+        "file": "a.jsonl",
+        "line": 1,
+        "code": "bad_json",
+        "severity": "error",
+        "message": "not JSON.",
+        "fix": "Mend it.",
+    }
+
+
+def test_escapes_in_messages_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    failing.report(errors.InputError("file \x1b[31m.jsonl"))
+    assert capsys.readouterr().err == "error: file \\x1b[31m.jsonl\n"
+
+
+def test_long_messages_stay_on_one_line_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    failing.report(errors.InputError("word " * 200 + "end"))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory.", "DefaultCPUAllocator: not enough memory: you tried"])
+def test_out_of_memory_names_the_way_out(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    failing.report(MemoryError(text))
+    assert "train.tokens_per_pass" in capsys.readouterr().err
+
+
+def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing.report(KeyError("weights")) == 1
+    said = capsys.readouterr().err
+    assert "KeyError: 'weights'" in said and "TUNESMITH_DEBUG=1" in said and "Traceback" not in said
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TUNESMITH_DEBUG", "1")
+    try:
+        raise errors.InputError("no")
+    except errors.InputError as error:
+        failing.report(error)
+    assert "Traceback" in capsys.readouterr().err
+
+
+Start = Callable[[str], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def stoppable() -> Start:
+    """A process that works in steps of 50 ms under our signal handlers and says what it does."""
+
+    def start(has_begun: str) -> subprocess.Popen[str]:
+        code = f"""
+import time
+from tunesmith.cli.stopping import stopping_on_signals
+say = lambda text: print(text, flush=True)
+with stopping_on_signals(has_begun=lambda: {has_begun}, say=say, at_once=lambda: say('at once')) as should_stop:
+    say('ready')
+    for _ in range(200):
+        time.sleep(0.05)
+        if should_stop() and {has_begun} != 'deaf':
+            say('stopped')
+            break
+"""
+        return subprocess.Popen([sys.executable, "-c", code], cwd=SOURCE, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
+    process = stoppable("True")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=20)
+    assert said.splitlines()[0].startswith("stopping: a checkpoint is written")
+    assert said.splitlines()[1] == "stopped"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_second_signal_ends_at_once(stoppable: Start, number: int) -> None:
+    process = stoppable("'deaf'")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline().startswith("stopping")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=20)
+    assert said == "at once\n"
+    assert process.returncode == -number
+
+
+def test_signal_before_the_run_has_begun_interrupts(stoppable: Start) -> None:
+    process = stoppable("False")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(2)
+    process.communicate(timeout=20)
+    assert process.returncode in (1, -2)  # an uncaught KeyboardInterrupt, as the interpreter ends with it
