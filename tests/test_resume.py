@@ -107,8 +107,8 @@ def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypat
 def test_resume_test_catches_a_fresh_optimizer(reference, monkeypatch):  # trap: R3 planted
     folder, straight = reference
     with pytest.raises(Stopped):
-        train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
-    run = runs(folder / "planted")[-1]
+        train(straight.recipe(), root=folder / "planted-optimizer", listener=stop_at(3))
+    run = runs(folder / "planted-optimizer")[-1]
     monkeypatch.setattr("tunesmith.training.load_optimizer_tensors", lambda *args: None)
     resume(run)
     with pytest.raises(AssertionError):

@@ -60,7 +60,7 @@ def tiny_recipe(folder: Path, *, arch: str = "llama", rows: int = 18, dropout: f
     return validate(data)
 
 
-TOLD_AGAIN = {"resume", "stopped", "note", "failed"}
+TOLD_AGAIN = {"resume", "stopped", "note", "failed", "checkpoint"}
 """Events of a run's own history, not of what it computed."""
 
 
@@ -74,4 +74,6 @@ def _without_times(event: Event) -> Any:
     if event.kind == "end":
         timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
         return {key: value for key, value in event.values["report"].items() if key not in timed}
+    if event.kind == "plan":  # a repeated run starts from a recipe in which nothing is left to choose
+        return {key: value for key, value in event.values.items() if key != "choices"}
     return event.values
