@@ -146,10 +146,10 @@ class Conversations:
         """The first trained token of a turn; a Problem when it is not one that serving lets the model write."""
         first = int(np.searchsorted(tokens.ends_T, turn.start, side="right"))
         straddles = first < len(tokens.starts_T) and bool(whole[tokens.starts_T[first] : turn.start].strip())
-        served = None if turn.prompt is None else self._served_tokens(turn.prompt, tokens)
+        served = None if turn.prompt is None else self._served_tokens(whole[: turn.prompt], tokens)
         if served is not None:
             first = max(first, served)
-        elif turn.prompt is not None and turn.start == len(turn.prompt):
+        elif turn.prompt is not None and turn.start == turn.prompt:
             straddles = True
         elif turn.index:
             warnings.append(
@@ -214,7 +214,7 @@ class Conversations:
         if len(self._opening_ids) > CACHED_PROMPTS:
             self._opening_ids.clear()
         openings = {
-            self._opening(turn.prompt, of_text)[1]
+            self._opening(text.whole[: turn.prompt], of_text)[1]
             for text, of_text in zip(texts, tokens, strict=True)
             for turn in text.turns
             if turn.prompt is not None

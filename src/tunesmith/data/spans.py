@@ -34,8 +34,8 @@ class Turn:
 
     index: int
     """Of its message."""
-    prompt: str | None
-    """What serving feeds before this turn. None: the whole text does not begin with it."""
+    prompt: int | None
+    """How much of the whole text is what serving feeds before this turn. None: the text does not begin with that."""
     start: int
     """First character that the message, not the template, contributed."""
     close: int | None
@@ -86,7 +86,7 @@ def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Seque
     close = len(prompt) + len(text)
     if not whole[close : close + 256].lstrip().startswith(tuple(ends)):
         return None
-    return Turn(index, prompt, start=len(prompt), close=close, limit=len(whole))
+    return Turn(index, len(prompt), start=len(prompt), close=close, limit=len(whole))
 
 
 def _by_prefix(render: Render, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Turn | None:
@@ -100,7 +100,8 @@ def _by_prefix(render: Render, messages: Sequence[Message], index: int, prompt: 
         before, after = prompt, ""
     start = _start(prompt, before) if until.startswith(before) else len(prompt)
     known = after and turn.endswith(after) and len(until) - len(after) >= start
-    return Turn(index, prompt, start=start, close=len(until) - len(after) if known else None, limit=len(until))
+    close = len(until) - len(after) if known else None
+    return Turn(index, len(prompt), start=start, close=close, limit=len(until))
 
 
 def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt: str | None, whole: str) -> Turn:
@@ -115,8 +116,9 @@ def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt
     found, text = whole[start:close], messages[index].get("content") or ""
     if not _is_of(found, text, messages[index]):
         raise Ambiguous("what stands in its place is not its text.")
+    served = None if prompt is None else len(prompt)
     shortened = text.strip() not in found
-    return Turn(index, prompt, start=_start(prompt, before), close=close, limit=close, shortened=shortened)
+    return Turn(index, served, start=_start(prompt, before), close=close, limit=close, shortened=shortened)
 
 
 def _start(prompt: str | None, before: str) -> int:
