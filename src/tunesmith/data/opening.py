@@ -1,0 +1,282 @@
+"""What a file is, by its content, and a stream of its bytes. Its name decides only where the content does not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, BinaryIO, Literal
+
+from tunesmith.errors import DataError
+from tunesmith.types import Problem, Source
+
+Kind = Literal["JSON lines", "JSON array", "CSV", "Parquet"]
+
+HEAD_BYTES = 64 * 1024
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+MOST_UNPACKED = 20
+"""Times its size that a gzipped Parquet file may unpack to: Parquet is compressed already."""
+
+_NAMED: dict[str, tuple[Kind, ...]] = {
+    ".jsonl": ("JSON lines",),
+    ".ndjson": ("JSON lines",),
+    ".json": ("JSON lines", "JSON array"),
+    ".csv": ("CSV",),
+    ".tsv": ("CSV",),
+    ".parquet": ("Parquet",),
+}
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
+    b"PK\x05\x06": "an empty zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"\xfd7zXZ\x00": "an xz file",
+    b"BZh": "a bzip2 file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\x04\x22\x4d\x18": "an lz4 file",
+    GZIP: "gzipped twice",
+}
+_OTHER_BINARIES = {
+    b"ARROW1\x00\x00": "an Arrow file",
+    b"ORC": "an ORC file",
+    b"Obj\x01": "an Avro file",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"%PDF": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"GGUF": "a GGUF model",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x80\x04\x95": "a Python pickle",
+}
+_KNOWN_COLUMNS = {b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion"}
+_SAVE_AS = "Save it as JSON lines, CSV or Parquet."
+
+
+@dataclass(slots=True)
+class FileFacts:
+    """What a file turned out to be, and how far it has been read."""
+
+    path: str
+    kind: Kind
+    gzipped: bool = False
+    has_bom: bool = False
+    delimiter: str = ","
+    """Between the values of a CSV file."""
+    columns: tuple[str, ...] | None = None
+    """Of a table, once its header is read."""
+    line: int = 0
+    """Lines read, or rows of a JSON array or Parquet file."""
+    rows: int = 0
+    """Rows read, those that cannot be used among them."""
+    blank: int = 0
+    """Blank lines, which are left out."""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    """Of the file as it lies on the disk."""
+
+    def __str__(self) -> str:
+        kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind
+        return f"{kind}, gzipped" if self.gzipped else kind
+
+
+def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
+    """The error for a file in which nothing, or nothing more, can be read. No knob leaves it out."""
+    problem = Problem(Source(path, line), code, message, fix)
+    return DataError(str(problem), [problem])
+
+
+def look_at(path: str) -> tuple[FileFacts, list[Problem]]:
+    """What a file is, and warnings where its name says otherwise.
+
+    Raises:
+        DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
+        if not stat.S_ISREG(status.st_mode):
+            raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", _SAVE_AS)
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise cannot_open(path, error) from None
+    except ValueError:  # a path with a NUL in it
+        raise refusal(path, 1, "no_such_file", "there is no such file.", "Look at the path.") from None
+    gzipped = head.startswith(GZIP)
+    if gzipped:
+        head = _unpacked_head(path, head)
+    kind, delimiter = _kind(path, head)
+    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size)
+    return facts, list(_misnamed(facts))
+
+
+@contextmanager
+def opened(facts: FileFacts) -> Iterator[Stream]:
+    """The unpacked bytes of a text file, after its byte order mark. Raises `DataError` when it cannot be read."""
+    with _packed(facts.path) as packed:
+        stream = Stream(gzip.GzipFile(fileobj=packed) if facts.gzipped else packed, packed, facts)
+        if facts.has_bom:
+            stream.read(len(BOM))
+        yield stream
+
+
+@contextmanager
+def opened_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
+    """A Parquet file, unpacked to a temporary file where it is gzipped. Raises `DataError` when it cannot be read."""
+    with _packed(facts.path) as packed:
+        if not facts.gzipped:
+            yield packed
+            return
+        with tempfile.TemporaryFile() as copy:
+            stream = Stream(gzip.GzipFile(fileobj=packed), packed, facts)
+            while block := stream.read(1 << 20):
+                copy.write(block)
+                if copy.tell() > MOST_UNPACKED * facts.total_bytes + HEAD_BYTES:
+                    message = f"it unpacks to more than {MOST_UNPACKED} times its size."
+                    fix = "Unpack it: Parquet is compressed already."
+                    raise refusal(facts.path, 1, "unpacks_too_large", message, fix)
+            copy.seek(0)
+            yield copy
+
+
+def _packed(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise cannot_open(path, error) from None
+
+
+class Stream:
+    """Bytes of one file. Reading keeps `done_bytes` of its facts up to date and raises nothing but `DataError`."""
+
+    LINES_A_LOOK = 1000
+
+    def __init__(self, unpacked: BinaryIO | gzip.GzipFile, packed: BinaryIO, facts: FileFacts) -> None:
+        self._readline = unpacked.readline
+        self._read = unpacked.read
+        self._tell = packed.tell
+        self._facts = facts
+        self._until_look = 1
+
+    def readline(self, size: int) -> bytes:
+        """At most `size` bytes of what is left of a line."""
+        self._until_look -= 1
+        if not self._until_look:
+            self._until_look = self.LINES_A_LOOK
+            self._facts.done_bytes = self._tell()
+        try:
+            return self._readline(size)
+        except (EOFError, zlib.error, OSError) as error:
+            raise self._error(error) from None
+
+    def read(self, size: int) -> bytes:
+        self._facts.done_bytes = self._tell()
+        try:
+            return self._read(size)
+        except (EOFError, zlib.error, OSError) as error:
+            raise self._error(error) from None
+
+    def _error(self, error: EOFError | zlib.error | OSError) -> DataError:
+        line = self._facts.line + 1
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            return cannot_open(self._facts.path, error, line)
+        return damaged_gzip(self._facts.path, line, error)
+
+
+def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return refusal(path, line, "no_such_file", "there is no such file.", "Look at the path.")
+    if isinstance(error, PermissionError):
+        return refusal(path, line, "unreadable", "you may not read it.", "Change its permissions.")
+    return refusal(path, line, "unreadable", f"it cannot be read: {error.strerror or error}.")
+
+
+def damaged_gzip(path: str, line: int, error: Exception) -> DataError:
+    what = "is cut off" if isinstance(error, EOFError) else f"is damaged ({error})"
+    return refusal(path, line, "damaged_gzip", f"the gzip file {what} here.", "Copy or download it again.")
+
+
+def _unpacked_head(path: str, packed: bytes) -> bytes:
+    try:
+        unpacker = zlib.decompressobj(31)
+        head = unpacker.decompress(packed, HEAD_BYTES)
+    except zlib.error as error:
+        raise damaged_gzip(path, 1, error) from None
+    if not head and not unpacker.eof:
+        raise damaged_gzip(path, 1, EOFError())
+    return head
+
+
+def _kind(path: str, head: bytes) -> tuple[Kind, str]:
+    if head.startswith(b"PAR1"):
+        return "Parquet", ","
+    for magic, what in {**_ARCHIVES, **_OTHER_BINARIES}.items():
+        if head.startswith(magic):
+            code = "archive" if magic in _ARCHIVES else "binary"
+            raise refusal(
+                path, 1, code, f"this is {what}.", "Unpack it, or use gzip." if code == "archive" else _SAVE_AS
+            )
+    if head[257:262] == b"ustar":
+        raise refusal(path, 1, "archive", "this is a tar archive.", "Unpack it.")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
+        raise refusal(
+            path, 1, "wrong_encoding", "this is UTF-16.", "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
+        )
+    text = head.removeprefix(BOM).lstrip()
+    if not text and len(head) < HEAD_BYTES:
+        raise refusal(path, 1, "empty_dataset", "it holds no row.")
+    if text[:1] in (b"{", b""):
+        return "JSON lines", ","
+    if text[:1] == b"[":
+        return "JSON array", ","
+    return _table(path, text)
+
+
+def _table(path: str, text: bytes) -> tuple[Kind, str]:
+    """CSV by its header; JSON lines that begin wrongly where the name says so; else a refusal."""
+    named = _NAMED.get(_suffix(path), ())
+    num_controls = sum(byte < 9 or 13 < byte < 32 for byte in text)
+    if num_controls > len(text) // 5 or (num_controls and not named):
+        raise refusal(path, 1, "binary", "this is not text.", _SAVE_AS)
+    header = text.split(b"\n", 1)[0].rstrip(b"\r")
+    counts = {delimiter: header.count(delimiter.encode()) for delimiter in ",\t;"}
+    delimiter = max(counts, key=lambda d: (counts[d], d == "\t" and _suffix(path) == ".tsv"))
+    cells = {cell.strip(b' "') for cell in header.split(delimiter.encode())}
+    if "JSON lines" in named and not (counts[delimiter] and cells & _KNOWN_COLUMNS):
+        return "JSON lines", ","
+    if "CSV" in named or counts[delimiter]:
+        return "CSV", delimiter
+    raise refusal(
+        path,
+        1,
+        "unknown_format",
+        f"it begins with {text[:30].decode('utf-8', 'replace')!r}, which is no JSON and no header of a table.",
+        _SAVE_AS,
+    )
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _misnamed(facts: FileFacts) -> Iterator[Problem]:
+    """Warnings: the name says another format than the content has, which was believed."""
+    suffix = _suffix(facts.path)
+    is_tabs = facts.kind == "CSV" and facts.delimiter == "\t"
+    expected = _NAMED.get(suffix, (facts.kind,))
+    if facts.kind not in expected or (suffix in (".tsv", ".csv") and is_tabs != (suffix == ".tsv")):
+        yield _renamed(facts, f"the name ends in {suffix}, but this is {facts}, and was read as that.")
+    if facts.gzipped != facts.path.lower().endswith(".gz"):
+        is_packed = "is gzipped" if facts.gzipped else "is not gzipped"
+        yield _renamed(facts, f"by its name one would not think so, but the file {is_packed}, and was read as that.")
+
+
+def _renamed(facts: FileFacts, message: str) -> Problem:
+    return Problem(Source(facts.path, 1), "misnamed", message, "Rename it.", severity="warning")

@@ -1,0 +1,107 @@
+"""Parquet rows as they are stored: text as text, everything else as what it is, for the shape to accept or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunesmith.data.opening import FileFacts, opened_parquet, refusal
+from tunesmith.data.read_text import OnBadRow, too_long
+from tunesmith.data.strict_json import BadRow, nul_character, strings
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import Limits
+
+BATCH_BYTES = 16 * 1024 * 1024
+MOST_ROWS = 1024
+
+
+def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's number, from 1, and values by column. Raises `DataError` when the file is damaged."""
+    with opened_parquet(facts) as stream:
+        try:
+            table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(facts, error) from None
+        _check_columns(facts, table.schema_arrow, limits.depth)
+        facts.columns = tuple(table.schema_arrow.names)
+        has_structs = any(pa.types.is_nested(field.type) for field in table.schema_arrow)
+        for record in _records(table, facts):
+            facts.line += 1
+            facts.rows += 1
+            bad = record if isinstance(record, BadRow) else _finding(record, limits)
+            if bad is not None:
+                on_bad(facts.line, bad, 0)
+            elif not isinstance(record, BadRow):
+                yield facts.line, _without_nulls(record) if has_structs else record
+
+
+def _check_columns(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise refusal(facts.path, 1, "duplicate_column", f"two columns are named {twice[0]!r}.", "Rename one.")
+    nesting, types = 1, [field.type for field in schema]
+    while types := [kind.field(i).type for kind in types for i in range(kind.num_fields)]:
+        nesting += 1
+        if nesting > depth:
+            message = f"its columns nest deeper than {depth}, which is data.limits.depth."
+            raise refusal(facts.path, 1, "too_deep", message, "Flatten them, or raise the limit.")
+
+
+def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any] | BadRow]:
+    metadata = table.metadata
+    num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    row_bytes = max(1, num_bytes // max(1, metadata.num_rows))
+    batches = table.iter_batches(batch_size=max(1, min(MOST_ROWS, BATCH_BYTES // row_bytes)), use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(facts, error) from None
+        if batch is None:
+            return
+        facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError:
+            yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
+
+
+def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
+    """The row of a batch whose text may not be UTF-8: then the writer broke the format's promise."""
+    try:
+        return batch.to_pylist()[0]  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        message = f"byte 0x{error.object[error.start]:02X} of a text is not UTF-8"
+        return BadRow("invalid_utf8", message, "Write the file again from the text.")
+
+
+def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
+    size = 0
+    for text in strings(record):
+        size += len(text)
+        if "\0" in text:
+            return nul_character(text.find("\0"))
+    return too_long(size, limits.line_bytes) if size > limits.line_bytes else None
+
+
+def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """A row whose nested objects have no nulls: a column gives every object the keys of all."""
+    return {name: _dense(value) if isinstance(value, list | dict) else value for name, value in record.items()}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_dense(item) for item in value]
+    return value
+
+
+def _damaged(facts: FileFacts, error: Exception) -> DataError:
+    reason = str(error).partition("\n")[0][:120]
+    return refusal(
+        facts.path, facts.line + 1, "damaged_parquet", f"the Parquet file is damaged ({reason}).", "Write it again."
+    )
