@@ -51,7 +51,7 @@ def save_result(
     """Write a Hugging Face model folder, weights in the dtype the model computes in; it stands without its base."""
     from tunesmith.models.save import save_model
 
-    save_model(model, renderer.tokenizer, folder, stop_ids=renderer.stop_ids)
+    save_model(model, renderer.tokenizer, folder, located=located, stop_ids=renderer.stop_ids)
 
 
 def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -150,7 +150,9 @@ def ragged_attention(
             num_queries = query_BHTD.shape[2]
             key_BHTD, value_BHTD = key_BHTD[:, :, :num_queries], value_BHTD[:, :, :num_queries]
             attention_mask = query_BHTD.new_ones(num_queries, num_queries, dtype=torch.bool).tril()
-        out_BHTD = _capped(query_BHTD, key_BHTD, value_BHTD, attention_mask, softcap, scaling, dropout)
+        out_BHTD = _capped(
+            query_BHTD, key_BHTD, value_BHTD, attention_mask, softcap=softcap, scaling=scaling, dropout=dropout
+        )
         return out_BHTD.transpose(1, 2), None
     how = _How(causal, dropout, scaling, sliding_window, softcap, segments)
     if varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
@@ -173,7 +175,7 @@ def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, how: _How
     runs = how.segments.runs
     sizes = [num * length for num, length in runs]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
-    parts = [tensor.split(sizes, dim=2) for tensor in (query_1HTD, key_1HTD, value_1HTD)]
+    parts = [torch.split(tensor, sizes, dim=2) for tensor in (query_1HTD, key_1HTD, value_1HTD)]
     out = []
     for (num, length), query, key, value in zip(runs, *parts, strict=True):
         q_SHLD, k_SHLD, v_SHLD = (part.unflatten(2, (num, length))[0].transpose(0, 1) for part in (query, key, value))
@@ -187,7 +189,7 @@ def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, how: _How) -> Tensor
     window = how.window if how.causal and how.window is not None and how.window < length else None
     if how.softcap is not None:
         mask_LL = how.segments.band(length, length, window or length) if how.causal else None
-        return _capped(q_SHLD, k_SHLD, v_SHLD, mask_LL, how.softcap, how.scaling, how.dropout)
+        return _capped(q_SHLD, k_SHLD, v_SHLD, mask_LL, softcap=how.softcap, scaling=how.scaling, dropout=how.dropout)
     gqa = q_SHLD.shape[1] != k_SHLD.shape[1]
     if window is None:
         return F.scaled_dot_product_attention(
@@ -216,6 +218,7 @@ def _capped(
     k_BHKD: Tensor,
     v_BHKD: Tensor,
     mask_QK: Tensor | None,
+    *,
     softcap: float,
     scaling: float | None,
     dropout: float,

@@ -52,7 +52,8 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     q_THD, k_THD, v_THD = (tensor[0].transpose(0, 1) for tensor in (query_1HTD, key_1HTD, value_1HTD))
-    out_THD = varlen_attn(
+    assert segments.starts is not None  # made for every batch on CUDA
+    out_THD: Tensor = varlen_attn(
         q_THD,
         k_THD,
         v_THD,
@@ -63,5 +64,5 @@ def attend(
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q_THD.shape[1] != k_THD.shape[1],
-    )
-    return out_THD[None]  # type: ignore[index]
+    )  # type: ignore[assignment]
+    return out_THD[None]

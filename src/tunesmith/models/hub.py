@@ -1,0 +1,93 @@
+"""Models of the Hugging Face hub: what is cached is taken as it is, the rest is downloaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.errors import ModelError
+from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, shards
+
+_SMALL = (".json", ".jinja", ".model", ".txt")
+"""Endings of configs, tokenizers and templates."""
+
+
+def from_hub(model: str, *, revision: str | None, offline: bool) -> tuple[Path, str]:
+    """The folder of a hub id in the local cache, and its commit; complete, downloaded where it was not.
+
+    Raises ModelError: unknown, gated, out of reach, or without safetensors.
+    """
+    cached = _cached(model, revision)
+    if cached is not None:
+        return cached, cached.name
+    if offline:
+        raise ModelError(
+            f"{model}: neither a folder nor a model in the local cache, and --offline forbids to fetch it. "
+            "Run once without --offline, or give a folder."
+        )
+    folder = _download(model, revision)
+    return folder, folder.name
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache if nothing of it is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    whole = (folder / SINGLE).is_file() or (
+        (folder / INDEX).is_file() and all((folder / name).is_file() for name in shards(folder / INDEX))
+    )
+    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return folder if whole and tokenizer and (folder / "config.json").is_file() else None
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """Small files first: a model that cannot be used is refused before its weights are fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # The root of the HTTP library's errors: httpx in huggingface_hub 1, httpx2 in 2.
+    no_connection = HfHubHTTPError.__bases__[0]
+    try:
+        info = HfApi().model_info(model, revision=revision)
+        names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
+        _check_names(model, names)
+        small = [name for name in names if name.endswith(_SMALL)]
+        folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=small))
+        check_code(folder)
+        weights = [SINGLE] if SINGLE in names else shards(folder / INDEX)
+        return Path(snapshot_download(model, revision=info.sha, allow_patterns=small + weights))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{model}: its owner asks you to accept terms first: https://huggingface.co/{model}. Then `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{model}: no revision {revision!r} on the hub. Name a branch, tag or commit.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{model}: neither a folder nor a model on the hub. Check the spelling; "
+            "a private model needs `hf auth login`."
+        ) from error
+    except (no_connection, OSError) as error:
+        raise ModelError(
+            f"{model}: not a folder, not in the local cache, and the hub cannot be reached ({error}). "
+            "Check the network, or give a folder or a .gguf file."
+        ) from error
+
+
+def _check_names(model: str, names: list[str]) -> None:
+    if SINGLE in names or INDEX in names:
+        return
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        raise ModelError(f"{model}: GGUF files only. Download one, such as {ggufs[0]}, and give its path.")
+    if pickles:
+        raise ModelError(
+            f"{model}: its weights are in {', '.join(pickles[:3])} only, a format that can run code when it is read: "
+            "refused. Look for a revision with safetensors (often refs/pr/N), or convert it yourself if you trust it."
+        )
+    raise ModelError(f"{model}: no {SINGLE} on the hub: not a model that can be tuned.")

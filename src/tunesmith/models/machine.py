@@ -1,0 +1,79 @@
+"""Where a model is computed and in which precision, chosen with a reason."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from tunesmith.errors import RecipeError
+from tunesmith.types import Choice
+
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
+"""Flags in /proc/cpuinfo of processors that multiply bfloat16 in hardware: x86, then ARM."""
+
+
+def choose_device(name: str) -> Choice:
+    """The device to compute on: the one that was named, or with "auto" the fastest there is.
+
+    Raises RecipeError for a device that this machine lacks.
+    """
+    if name != "auto":
+        return Choice("device", _present(name), "as asked")
+    if torch.cuda.is_available():
+        return Choice("device", "cuda", f"{torch.cuda.get_device_name()} is here")
+    if torch.backends.mps.is_available():
+        return Choice("device", "mps", "the graphics processor of this Mac")
+    return Choice("device", "cpu", "no CUDA or Apple graphics processor that torch can use")
+
+
+def _present(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise RecipeError(f"device: {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("device: mps: no Apple graphics processor that torch can use. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise RecipeError(f"device: {name}: torch sees {found} CUDA device{'s' * (found != 1)}. Use auto or cpu.")
+    return name
+
+
+def choose_precision(name: str, device: str) -> Choice:
+    """ "float32" or "bfloat16" for weights and activations on `device`; with "auto", what is fast there."""
+    fast, why = _fast_bfloat16(torch.device(device))
+    if name != "auto":
+        slow = name == "bfloat16" and not fast
+        return Choice("precision", name, f"as asked, though {why}" if slow else "as asked")
+    return Choice("precision", "bfloat16" if fast else "float32", why)
+
+
+def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        does = "multiplies" if major >= 8 else "does not multiply"
+        return (
+            major >= 8,
+            f"{torch.cuda.get_device_name(device)} (capability {major}.{minor}) {does} bfloat16 in hardware",
+        )
+    if device.type == "mps":
+        return False, "bfloat16 has not been tried on Apple graphics processors"
+    flags = _cpu_flags()
+    if flag := next((flag for flag in FAST_BFLOAT16 if flag in flags), None):
+        return True, f"this processor multiplies bfloat16 in hardware ({flag})"
+    if not flags:
+        return False, f"{platform.system()} does not say whether this processor multiplies bfloat16 in hardware"
+    return False, "this processor does not multiply bfloat16 in hardware"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return set(line.partition(":")[2].split())

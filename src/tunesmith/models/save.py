@@ -1,0 +1,154 @@
+"""A model folder that others read: safetensors, the tokenizer as it came, and a generation config that stops.
+
+Written beside its place and renamed: there is a whole model, or none.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.errors import StorageError
+from tunesmith.files import remove, replace_folder, storing, temporary_folder
+from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer, quiet
+from tunesmith.models.locate import Located
+
+SHARD_BYTES = 5 * 1000**3
+"""Largest weights file; what the hub and most tools write."""
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    located: Located,
+    stop_ids: Sequence[int],
+) -> None:
+    """Write the model to `folder`, whole or not at all; a model that stood there before is replaced.
+
+    `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
+    `stop_ids` end an answer and go into the generation config. Raises StorageError where the disk refuses.
+    """
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    temporary = temporary_folder(folder.parent, folder.name)
+    try:
+        with storing(folder, num_bytes=num_bytes):
+            _save_weights(model, temporary, num_bytes)
+            save_tokenizer(tokenizer, temporary, located=located)
+            save_generation_config(model, temporary, stop_ids=stop_ids)
+        replace_folder(temporary, folder, swap=True)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
+    try:
+        # Its own generation config may be one that transformers refuses to save; the mended one is written later.
+        with quiet(), _generation_config(model, GenerationConfig()):
+            model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
+    except SafetensorError as error:  # a full disk comes as this, not as an OSError
+        message = f"{folder}: the weights cannot be written ({num_bytes:,} bytes needed): {error}"
+        raise StorageError(message, path=str(folder), errno_name="EIO", bytes_needed=num_bytes) from error
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: Located) -> None:
+    """The tokenizer's files: copies of those it came from, unless it was changed or came out of a GGUF.
+
+    A chat template that was given by file is written beside them, and takes the place of any other.
+    """
+    source = None if located.is_gguf else load_tokenizer(located, None)
+    if source is None or _contents(source) != _contents(tokenizer):
+        with quiet():
+            tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (located.path / name).is_file():
+            shutil.copyfile(located.path / name, folder / name)
+    if (located.path / "additional_chat_templates").is_dir():
+        shutil.copytree(located.path / "additional_chat_templates", folder / "additional_chat_templates")
+    if tokenizer.chat_template != source.chat_template:
+        _write_template(tokenizer.chat_template, folder)
+
+
+def _contents(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """What makes the tokens of a text, but not how a caller had batches cut or padded."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["truncation"], backend["padding"]
+    return backend, tokenizer.special_tokens_map, tokenizer.model_max_length
+
+
+def _write_template(template: Any, folder: Path) -> None:
+    if not isinstance(template, str):
+        raise AssertionError("only a template that was read from one file can differ from the model's own")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    config_file = folder / "tokenizer_config.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text("utf-8"))
+        # Two templates in one folder: some tools would read the one, some the other.
+        if config.pop("chat_template", None) is not None:
+            config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_generation_config(model: PreTrainedModel, folder: Path, *, stop_ids: Sequence[int]) -> None:
+    """Write generation_config.json: the model's own, valid, and ending at `stop_ids` beside its own ends."""
+    with quiet():
+        generation_config(model, stop_ids=stop_ids).save_pretrained(folder)
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("early_stopping", "length_penalty")
+
+
+def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> GenerationConfig:
+    """The model's generation config with `stop_ids` among its ends, rid of settings that contradict each other."""
+    config = copy.deepcopy(model.generation_config or GenerationConfig())
+    config._from_model_config = False
+    own = config.eos_token_id if config.eos_token_id is not None else []
+    ends = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own)]))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        config.pad_token_id = ends[0] if ends else None
+    if not config.do_sample:
+        _unset(config, _SAMPLING)  # they have no effect without sampling, and transformers refuses to save them
+    if config.num_beams in (None, 1):
+        _unset(config, _BEAMS)
+    try:
+        with quiet():
+            config.validate(strict=True)
+    except ValueError:
+        # What else contradicts itself says nothing that could be kept.
+        kept = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        return GenerationConfig(**kept)
+    return config
+
+
+def _unset(config: GenerationConfig, names: Sequence[str]) -> None:
+    for name in names:
+        setattr(config, name, getattr(_DEFAULTS, name, None))
+
+
+_DEFAULTS = GenerationConfig()
