@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,27 +28,6 @@ def root(tmp_path) -> Path:
 @pytest.fixture
 def run(root) -> Run:
     return Run.create(root, "support", as_yaml(Recipe(seed=7), False))
-
-
-@contextmanager
-def writer(run: Run):
-    """Another process that holds the lock until it is killed."""
-    code = (
-        "import sys, time, pathlib\nfrom tunesmith.run import Run\n"
-        "with Run(pathlib.Path(sys.argv[1])).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_create_makes_a_complete_folder(root, run):
@@ -169,107 +144,6 @@ def test_passed_over_is_what_is_no_run(root, run):
     (root / ".tmp-new-run-12345678").mkdir()
     (root / ".tmp-new-run-12345678" / "run.json").write_text("{}")
     assert [found.path for found in runs(root)] == [run.path]
-
-
-def test_second_writer_is_told_who_holds_the_lock(run):
-    with writer(run) as process:
-        assert run.state() == "running"
-        with pytest.raises(RunError) as caught, run.lock():
-            pass
-        assert f"in use by process {process.pid} on {socket.gethostname()} since 20" in str(caught.value)
-        assert run.state() == "running"
-    assert run.state() == "new"
-
-
-def test_second_writer_touches_nothing(run):
-    with writer(run):
-        (run.path / ".tmp-report.json-12345678").write_bytes(b"being written")
-        before = sorted(os.listdir(run.path))
-        with pytest.raises(RunError), run.lock():
-            pass
-        assert sorted(os.listdir(run.path)) == before
-
-
-@contextmanager
-def locked_by_a_file(run: Run):
-    """Planted bug: a file that says who holds the lock, which a dead process cannot take away."""
-    try:
-        os.close(os.open(run.path / "lock", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        raise RunError("in use") from None
-    yield
-    os.unlink(run.path / "lock")
-
-
-def check_dead_process_holds_nothing(lock, run: Run) -> None:
-    def hold_and_die() -> None:
-        with lock(run):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_child(hold_and_die) == -9
-    try:
-        with lock(run):
-            pass
-    except RunError as error:
-        raise AssertionError(str(error)) from error
-
-
-def test_dead_process_holds_nothing(run):
-    check_dead_process_holds_nothing(Run.lock, run)
-    assert run.state() == "new"
-
-
-def test_the_check_catches_a_lock_that_outlives_its_holder(run):  # planted
-    with pytest.raises(AssertionError, match="in use"):
-        check_dead_process_holds_nothing(locked_by_a_file, run)
-
-
-def test_lock_is_free_after_an_error_inside(run):
-    with pytest.raises(ValueError, match="inside"), run.lock():
-        raise ValueError("inside")
-    with run.lock():
-        assert run.state() == "running"
-    assert run.state() == "new"
-
-
-def test_looking_at_the_state_turns_no_writer_away(run):
-    with run.lock():
-        pass
-
-    def locks() -> None:
-        with run.lock():
-            pass
-
-    # As `state` does it, but for longer than an instant.
-    code = "import time, fcntl; fcntl.flock(0, fcntl.LOCK_SH); print('held', flush=True); time.sleep(0.3)"
-    with open(run.path / "lock", "rb") as shared:
-        reader = subprocess.Popen([sys.executable, "-c", code], stdin=shared, stdout=subprocess.PIPE, text=True)
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "held\n"
-    assert in_child(locks) == 0
-    reader.wait()
-    reader.stdout.close()
-
-
-def test_lock_cleans_up_after_a_killed_writer(run):
-    (run.path / ".tmp-report.json-12345678").write_bytes(b"half")
-    run.checkpoints_path.mkdir()
-    (run.checkpoints_path / ".tmp-step-3-12345678").mkdir()
-    with run.lock():
-        assert ".tmp-report.json-12345678" not in os.listdir(run.path)
-        assert os.listdir(run.checkpoints_path) == []
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_can_be_read(run):
-    os.chmod(run.path, 0o555)
-    try:
-        assert run.state() == "new"
-        assert list(run.events()) == []
-        with pytest.raises(StorageError, match="EACCES"), run.lock():
-            pass
-    finally:
-        os.chmod(run.path, 0o755)
 
 
 def test_state_follows_lock_and_events(run):

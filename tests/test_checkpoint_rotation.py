@@ -1,0 +1,97 @@
+"""Rotation never takes the best or the newest."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith import checkpoint
+
+
+def save(folder: Path, step: int) -> None:
+    checkpoint.save(folder, step, weights={"w": torch.tensor([step])}, optimizer={}, state={})
+
+
+def never(path: Path, reason: str) -> None:
+    raise AssertionError(f"{path} is called damaged: {reason}")
+
+
+def rotate_by_name(folder: Path, *, keep: int, best: int | None) -> list[int]:
+    """Planted bug: step-1000 before step-200."""
+    names = sorted(path.name for path in folder.glob("step-*"))
+    doomed = [name for name in names[:-keep] if name != f"step-{best}"]
+    for name in doomed:
+        shutil.rmtree(folder / name)
+    return []
+
+
+def rotate_by_count(folder: Path, *, keep: int, best: int | None) -> list[int]:
+    """Planted bug: the best is one like any other."""
+    return checkpoint.rotate(folder, keep=keep, best=None)
+
+
+def rotate_best_first(folder: Path, *, keep: int, best: int | None) -> list[int]:
+    """Planted bug: the best counts among those kept, and the newest goes instead."""
+    order = [step for step in checkpoint.steps(folder) if step != best]
+    kept = keep - (best is not None)
+    for step in order[: len(order) - kept]:
+        shutil.rmtree(folder / f"step-{step}")
+    return []
+
+
+def check_rotation(rotate, folder: Path, *, seed: int) -> None:
+    """A random run: steps up to 200,000 and beyond, evaluations beside saves, the best moving, keep from 1."""
+    draw = random.Random(seed)
+    keep = draw.choice([1, 1, 2, 3])
+    step, best, all_saved = 0, None, []
+    for _ in range(draw.randint(1, 8)):
+        step += draw.choice([1, 9, 90, 900, 200_000])
+        save(folder, step)
+        all_saved.append(step)
+        if draw.random() < 0.4:
+            best = step
+        rotate(folder, keep=keep, best=best)
+        expected = sorted({*all_saved[-keep:], *([best] if best is not None else [])})
+        assert checkpoint.steps(folder) == expected
+        newest = checkpoint.newest(folder, never)
+        assert newest is not None
+        assert (newest.step, newest.weights["w"].item()) == (step, step)
+        if best is not None:
+            assert checkpoint.load(folder / f"step-{best}").weights["w"].item() == best
+
+
+@pytest.fixture
+def no_sync(monkeypatch):
+    """A thousand runs in seconds: what reaches the disk when is the sweep's subject, not rotation's."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def test_best_and_newest_survive_a_thousand_runs(tmp_path, no_sync):  # trap: R6
+    for seed in range(1000):
+        check_rotation(checkpoint.rotate, tmp_path / str(seed), seed=seed)
+        shutil.rmtree(tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("planted", [rotate_by_name, rotate_by_count, rotate_best_first])
+def test_the_thousand_runs_catch_a_bad_rotation(tmp_path, no_sync, planted):  # trap: R6 planted
+    with pytest.raises(AssertionError):  # noqa: PT012
+        for seed in range(50):
+            check_rotation(planted, tmp_path / str(seed), seed=seed)
+
+
+def test_rotation_counts_only_what_is_complete(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "step-30" / "state.json").unlink()
+    assert checkpoint.rotate(tmp_path, keep=1, best=None) == [10]
+    assert sorted(os.listdir(tmp_path)) == ["step-20", "step-30"]
+
+
+def test_rotation_keeps_at_least_one(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0"):
+        checkpoint.rotate(tmp_path, keep=0, best=None)
