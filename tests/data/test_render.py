@@ -250,7 +250,7 @@ def test_control_tokens_in_text_are_problems() -> None:
     results = renderer(tokenizer).encode([*INJECTIONS, HELLO])
     assert_structure_only(results, tokenizer)
     assert [only_problem(result).code for result in results[:-1]] == ["control_token"] * len(INJECTIONS)
-    assert "message 1 (user) contains <|im_end|>" in only_problem(results[0]).message
+    assert "messages[0] (user) contains <|im_end|>" in only_problem(results[0]).message
     only_row(results[-1])
 
 
@@ -273,7 +273,7 @@ def test_control_tokens_in_tools_and_nested_fields_are_problems() -> None:
     example = chat(("user", "a"), ("assistant", "b", {"tool_calls": [call]}), tools=(tool,))
     problems = renderer(tiny_tokenizer(template("qwen3"))).encode([example])[0]
     assert isinstance(problems, list)
-    assert ["message 2" in problems[0].message, "tool definition" in problems[1].message] == [True, True]
+    assert ["messages[1]" in problems[0].message, "tool definition" in problems[1].message] == [True, True]
 
 
 def test_text_that_only_looks_like_a_control_token_is_text() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tunesmith.data.examples import examples
 
 from tiny import CHATML, template, tiny_tokenizer
 from tunesmith.data import encoding as encoding_module
+from tunesmith.data.examples import examples
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
@@ -186,9 +186,10 @@ def test_a_store_without_rows_can_be_opened(tmp_path: Path) -> None:
     assert (len(store), store.lengths.dtype, store.hashes.dtype) == (0, np.int32, np.uint64)
 
 
-def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
-        make(tmp_path / "rows", DataFile(path=str(tmp_path / "gone.jsonl")))
+def test_all_files_that_are_missing_are_named_at_once(tmp_path: Path, files: list[DataFile]) -> None:
+    gone = [DataFile(path=str(tmp_path / name)) for name in ("gone.jsonl", "lost.jsonl")]
+    with pytest.raises(DataError, match=r"(?s)gone\.jsonl.*lost\.jsonl"):
+        make(tmp_path / "rows", gone[0], files[0], gone[1])
     assert left_in(tmp_path / "rows") == []
 
 

@@ -172,7 +172,7 @@ def test_reasoning_is_trained_where_the_template_shows_it_and_its_loss_is_said(a
     row = made.encode([thinking(as_field=as_field)], on_warning=heard.append)[0]
     assert isinstance(row, Row)
     assert runs(row, tokenizer, trained=True) == ["yes<|im_end|>", "<think>\nwell\n</think>\n\nno<|im_end|>"]
-    assert [(w.code, "message 2" in w.message) for w in heard] == [("not_shown", True)]
+    assert [(w.code, "messages[1]" in w.message) for w in heard] == [("not_shown", True)]
 
 
 def test_reasoning_that_the_prompt_opens_is_trained_from_its_first_word() -> None:
@@ -186,7 +186,7 @@ def test_a_context_that_serving_would_not_show_is_a_counted_warning() -> None:
     assert isinstance(made.encode([three_turns()], on_warning=heard.append)[0], Row)
     # The last answer stands behind the <think> that the prompt opens, the earlier ones do not.
     assert [(w.code, w.severity) for w in heard] == [("context_rewritten", "warning")] * 2
-    assert ["message 2" in heard[0].message, "message 4" in heard[1].message] == [True, True]
+    assert ["messages[1]" in heard[0].message, "messages[3]" in heard[1].message] == [True, True]
 
 
 def test_a_template_that_rewrites_an_answer_is_an_error_that_names_row_and_message() -> None:
@@ -195,7 +195,7 @@ def test_a_template_that_rewrites_an_answer_is_an_error_that_names_row_and_messa
     assert isinstance(problems, list)
     assert [str(p.source) for p in problems] == ["chat.jsonl:1"]
     assert problems[0].code == "template_ambiguous"
-    assert "message 2 (assistant)" in problems[0].message
+    assert "messages[1] (assistant)" in problems[0].message
 
 
 def test_the_last_answer_of_a_template_that_rewrites_earlier_ones_can_be_trained() -> None:

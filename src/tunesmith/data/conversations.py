@@ -100,7 +100,7 @@ class Conversations:
             return Problem(
                 example.source,
                 "template_ambiguous",
-                f"the chat template changes message {index + 1} ({example.parts[index].role}) so that its tokens "
+                f"the chat template changes messages[{index}] ({example.parts[index].role}) so that its tokens "
                 f"cannot be told: {reason}",
                 "Split the row so that it ends with that answer, set its weight to 0, or give another template by "
                 "data.template.",
@@ -133,7 +133,7 @@ class Conversations:
                 return Problem(
                     source,
                     "no_end_token",
-                    f"the chat template does not close message {turn.index + 1} with "
+                    f"the chat template does not close messages[{turn.index}] with "
                     f"{' or '.join(self._ends)}, so the model would not learn to stop there.",
                     "Split the row so that it ends with that answer, or give another template by data.template.",
                 )
@@ -156,7 +156,7 @@ class Conversations:
                 Problem(
                     source,
                     "context_rewritten",
-                    f"what stands before message {turn.index + 1} in the whole conversation is not what serving shows "
+                    f"what stands before messages[{turn.index}] in the whole conversation is not what serving shows "
                     "the model at that turn.",
                     "The chat template does this, for instance by leaving out earlier reasoning.",
                     severity="warning",
@@ -166,7 +166,7 @@ class Conversations:
             return Problem(
                 source,
                 "token_boundary",
-                f"the first token of message {turn.index + 1} joins the end of the prompt and the start of the answer, "
+                f"the first token of messages[{turn.index}] joins the end of the prompt and the start of the answer, "
                 f"{whole[turn.start : turn.start + 12]!r}: the prompt that serving feeds would end in other tokens.",
                 "Remove the white space at the start of the answer, or change its first characters.",
             )
@@ -251,7 +251,7 @@ def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: 
             yield Problem(
                 example.source,
                 "not_shown",
-                f"the chat template leaves out {what} of message {turn.index + 1}, which is trained without.",
+                f"the chat template leaves out {what} of messages[{turn.index}], which is trained without.",
                 "Give a template that shows it by data.template, or set the weight of that message to 0.",
                 severity="warning" if text.strip() else "error",
             )

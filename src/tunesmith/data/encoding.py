@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.opening import FileFacts
 from tunesmith.data.render import Renderer
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, Problem, Row, Source
@@ -21,9 +22,6 @@ CHUNK_CHARS = 4_000_000
 BATCH_ROWS = 8192
 BATCH_TOKENS = 4_000_000
 """A record batch is written at once."""
-JSON_CHARS = 32
-"""About what JSON puts around a message, for the estimate of bytes read."""
-
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -38,13 +36,13 @@ SCHEMA = pa.schema(
 
 OnProblem = Callable[[Problem], None]
 OnProgress = Callable[[int, int, int], None]
-"""(rows done, bytes done, bytes in all); within a file, bytes are estimated from the text of its rows."""
+"""(rows encoded, bytes read, bytes in all)"""
 
 
 class Encoding:
     """The rows of `files` as record batches, in memory bounded by a chunk of examples and a batch of rows.
 
-    Counts are complete when the batches have been taken. `sizes`: bytes of each file.
+    Counts are complete when the batches have been taken. `num_bytes`: of all files.
     """
 
     def __init__(
@@ -53,14 +51,15 @@ class Encoding:
         files: Sequence[DataFile],
         renderer: Renderer,
         *,
-        sizes: Sequence[int],
+        num_bytes: int,
         on_problem: OnProblem,
         progress: OnProgress,
     ) -> None:
         self._data = data
         self._files = files
         self._renderer = renderer
-        self._sizes = sizes
+        self._num_bytes = num_bytes
+        self._facts: list[FileFacts] = []
         self._on_problem = on_problem
         self._progress = progress
         self._last_bad: Source | None = None
@@ -73,7 +72,7 @@ class Encoding:
     def batches(self) -> Iterator[pa.RecordBatch]:
         rows: list[tuple[int, int, Row]] = []
         num_tokens = 0
-        for chunk, bytes_done in self._chunks():
+        for chunk in self._chunks():
             encoded = self._renderer.encode([example for _, example in chunk], on_warning=self._hear)
             for (file, example), result in zip(chunk, encoded, strict=True):
                 if isinstance(result, Row):
@@ -86,28 +85,23 @@ class Encoding:
             if len(rows) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
                 yield self._batch(rows)
                 rows, num_tokens = [], 0
-            self._progress(self.num_rows, bytes_done, sum(self._sizes))
+            self._progress(self.num_rows, sum(file.done_bytes for file in self._facts), self._num_bytes)
         if rows:
             yield self._batch(rows)
-        self._progress(self.num_rows, sum(self._sizes), sum(self._sizes))
+        self._progress(self.num_rows, self._num_bytes, self._num_bytes)
 
-    def _chunks(self) -> Iterator[tuple[list[tuple[int, Example]], int]]:
-        """Examples with the index of their file, and the bytes that have been read of all files, estimated."""
+    def _chunks(self) -> Iterator[list[tuple[int, Example]]]:
+        """Examples with the index of their file."""
         chunk: list[tuple[int, Example]] = []
-        num_chars, current, done_in_file, done = 0, 0, 0, 0
-        for file, example in examples(self._files, self._data, self._hear):
-            if file != current:
-                current, done_in_file = file, 0
-            chars = sum(len(part.text) for part in example.parts)
+        num_chars = 0
+        for file, example in examples(self._files, self._data, self._hear, facts=self._facts):
             chunk.append((file, example))
-            num_chars += chars
-            done_in_file += chars + JSON_CHARS * len(example.parts)
-            done = sum(self._sizes[:file]) + min(done_in_file, self._sizes[file])
+            num_chars += sum(len(part.text) for part in example.parts)
             if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
-                yield chunk, done
+                yield chunk
                 chunk, num_chars = [], 0
         if chunk:
-            yield chunk, done
+            yield chunk
 
     def _batch(self, rows: Sequence[tuple[int, int, Row]]) -> pa.RecordBatch:
         lengths = np.array([len(row.ids) for _, _, row in rows], np.int32)

@@ -132,7 +132,7 @@ class Renderer:
         if self.control_tokens == "allow":
             return
         places = [
-            (f"message {i + 1} ({part.role})", [part.role, part.text, part.fields])
+            (f"messages[{i}] ({part.role})", [part.role, part.text, part.fields])
             for i, part in enumerate(example.parts)
         ]
         for place, value in [*places, ("a tool definition", list(example.tools))]:

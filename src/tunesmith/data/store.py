@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tunesmith import files as disk
 from tunesmith.data.encoding import SCHEMA, Encoding, OnProblem, OnProgress
+from tunesmith.data.read import look_at_all
 from tunesmith.data.render import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
@@ -138,7 +139,9 @@ def build(
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
+    look_at_all(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
     before = [_signature(file.path) for file in files]
+    num_bytes = sum(size for size, *_ in before)
     hashes = [_sha256(file.path) for file in files]
     key = _key(hashes, data, renderer)
     paths = [file.path for file in files]
@@ -148,14 +151,13 @@ def build(
         with disk.storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         disk.clean(folder, older_than_s=STALE_S)
-        sizes = [signature[0] for signature in before]
-        encoding = Encoding(data, files, renderer, sizes=sizes, on_problem=on_problem, progress=progress)
+        encoding = Encoding(data, files, renderer, num_bytes=num_bytes, on_problem=on_problem, progress=progress)
         summary = _write(_arrow(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
         disk.write_atomic(_json(folder, key), orjson.dumps(asdict(summary)))
     else:
         for problem in summary.problems:
             on_problem(_problem(problem))
-        progress(summary.num_rows, sum(s[0] for s in before), sum(s[0] for s in before))
+        progress(summary.num_rows, num_bytes, num_bytes)
     return RowStore(folder, summary, paths, reused=reused)
 
 
