@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import checkpoint
 from tunesmith.data.render import Renderer
@@ -17,6 +16,7 @@ from tunesmith.errors import RunError
 from tunesmith.methods import METHODS, restore
 from tunesmith.methods.lora import LoraAttachment, without_adapter
 from tunesmith.models import load, locate
+from tunesmith.models.locate import Located
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.run import Run
 from tunesmith.types import TaskName
@@ -46,49 +46,54 @@ def load_run(run: Run, *, offline: bool = False) -> Speaker:
 
     Raises:
         ModelError: the base model is gone or cannot be read.
-        RunError: the run has neither a result nor a checkpoint.
+        RunError: the run is at work, or has neither a result nor a checkpoint.
     """
     recipe = run.recipe()
-    if recipe.method.name == "full" and run.model_path.exists():
-        located = locate.locate(str(run.model_path), revision=None, offline=True)
-        return Speaker(_load(located, recipe), _renderer(located, recipe))
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    model = _load(located, recipe)
-    renderer = _renderer(located, recipe)
+    if run.model_path.exists():
+        return _speaker(locate.locate(str(run.model_path), offline=True), recipe)
+    base = load_base(run, offline=offline)
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
-        return Speaker(model, renderer, method.load_result(model, run.adapter_path))
-    newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
+        return replace(base, attachment=method.load_result(base.model, run.adapter_path))
+    # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
+    with run.lock():
+        newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     if newest is None:
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
-    attachment = method.attach(model, recipe.method, seed=recipe.seed)
+    attachment = method.attach(base.model, recipe.method, seed=recipe.seed)
     restore(attachment, newest.weights)
-    return Speaker(model, renderer, attachment, f"this run has not ended: these are the weights of step {newest.step}")
+    return replace(base, attachment=attachment, note=f"not ended: these are the weights of step {newest.step}")
 
 
 def load_base(run: Run, *, offline: bool = False) -> Speaker:
-    """The untouched model of a run, asked as the tuned one is."""
+    """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with."""
     recipe = run.recipe()
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    return Speaker(_load(located, recipe), _renderer(located, recipe))
+    for folder in (run.adapter_path, run.model_path):
+        if folder.exists():
+            return _speaker(
+                located, recipe, tokenizer=load.load_tokenizer(Located("folder", folder, str(folder)), None)
+            )
+    return _speaker(located, recipe, tokenizer=load.load_tokenizer(located, recipe.data.template))
 
 
 def load_model(name: str, *, offline: bool = False) -> Speaker:
     """A model that was not tuned here, in the precision and on the device that a run would choose."""
-    located = locate.locate(name, revision=None, offline=offline)
+    located = locate.locate(name, offline=offline)
     tokenizer = load.load_tokenizer(located, None)
-    recipe = Recipe(model=name, task="chat" if tokenizer.chat_template else "generate")
-    return Speaker(_load(located, recipe), _renderer(located, recipe))
+    task: TaskName = "chat" if tokenizer.chat_template else "generate"
+    return _speaker(located, Recipe(model=name, task=task), tokenizer=tokenizer)
 
 
-def _load(located: locate.Located, recipe: Recipe) -> PreTrainedModel:
+def _speaker(located: Located, recipe: Recipe, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Speaker:
     device = load.choose_device(recipe.device).value
     precision = load.choose_precision(recipe.precision, device).value
-    return load.load_model(located, dtype=getattr(torch, precision), device=device)
-
-
-def _renderer(located: locate.Located, recipe: Recipe) -> Renderer:
-    template = recipe.data.template if recipe.data.template and Path(recipe.data.template).exists() else None
-    task: TaskName = "generate" if recipe.task == "generate" else "chat"
-    tokenizer = load.load_tokenizer(located, template)
-    return Renderer(tokenizer, task, max_tokens=None, too_long="error", control_tokens="allow")
+    model = load.load_model(located, dtype=getattr(torch, precision), device=device)
+    renderer = Renderer(
+        tokenizer or load.load_tokenizer(located, None),
+        "generate" if recipe.task == "generate" else "chat",
+        max_tokens=None,
+        too_long="error",
+        control_tokens="allow",
+    )
+    return Speaker(model, renderer)

@@ -130,7 +130,7 @@ def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
     for event in list(fake_events.whole_run())[:15]:
         live.event(event)
     console.file = io.StringIO()
-    console.print(live._moving())
+    console.print(live.moving())
     text = without_colours(console.file.getvalue())
     assert "step 7/12" in text
     for words in ("loss 2.8000", "rate 5.00e-04", "500 tokens/s", "1.0 GiB", "10 s left", "held out 3.5000 █▁ 2.9000"):
@@ -141,7 +141,7 @@ def test_progress_of_a_phase_is_a_bar() -> None:
     console = terminal(120)
     live = Live(console, Story())
     live.progress("encode", 50, 200)
-    console.print(live._moving())
+    console.print(live.moving())
     assert isinstance(console.file, io.StringIO)
     text = without_colours(console.file.getvalue())
     assert "encoding rows" in text and "50/200" in text

@@ -30,7 +30,7 @@ class Live(Silent):
         self.console = console
         self.phase: tuple[str, int, int] | None = None
         self.area = rich.live.Live(
-            console=console, get_renderable=self._moving, refresh_per_second=REFRESH_PER_SECOND, transient=True
+            console=console, get_renderable=self.moving, refresh_per_second=REFRESH_PER_SECOND, transient=True
         )
 
     def __enter__(self) -> Live:
@@ -79,7 +79,8 @@ class Live(Silent):
             samples = [story.samples[index] for index in sorted(story.samples)]
             self.console.print(answers(samples, width=self.console.width, most=MOST_ANSWERS))
 
-    def _moving(self) -> RenderableType:
+    def moving(self) -> RenderableType:
+        """What stands below the last printed line right now."""
         parts: list[RenderableType] = []
         if self.story.last:
             parts += [self._bar(), self._curves()]

@@ -1,0 +1,73 @@
+"""Draw docs/terminal.svg from the events of a real run: what its person saw, with one moment of the live area.
+
+python scripts/terminal_picture.py runs/demo docs/terminal.svg
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+from rich.text import Text
+
+from tunesmith.cli.live import Live
+from tunesmith.cli.story import Story
+from tunesmith.run import Run
+
+WIDTH = 100
+MOMENT = 0.6
+"""Share of the steps after which the live area is drawn."""
+THEME = TerminalTheme(
+    (24, 26, 31),
+    (214, 218, 226),
+    [(40, 44, 52), (224, 108, 117), (126, 201, 140), (229, 192, 123)]
+    + [(97, 175, 239), (198, 120, 221), (86, 192, 204), (171, 178, 191)],
+    [(110, 118, 132), (240, 113, 120), (152, 215, 160), (240, 205, 140)]
+    + [(120, 190, 250), (210, 140, 230), (110, 210, 220), (230, 233, 240)],
+)
+# rich's own form fetches a font from a server each time the picture is looked at; this one takes what is there.
+FORM = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
+.{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: system-ui, sans-serif; }}
+{styles}
+</style>
+<defs><clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g></g>
+</svg>
+"""
+
+
+def main(run_path: str, target: str) -> None:
+    run = Run.open(run_path, Path("runs"))
+    recipe, events = run.recipe(), list(run.events())
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, markup=False, highlight=False)
+    files = " ".join(file.path for file in recipe.data.train)
+    held_out = "".join(f" --eval {file.path}" for file in recipe.data.eval)
+    console.print(Text.assemble(("$ ", "green"), (f"tunesmith train {recipe.model} {files}{held_out}", "bold")))
+    live = Live(console, Story())
+    drawn = False
+    for event in events:
+        live.event(event)
+        if event.kind == "step" and not drawn and event.step >= MOMENT * live.story.total_steps:
+            console.print(live.moving())
+            console.print("⋮", style="bright_black")
+            drawn = True
+    svg = console.export_svg(title="tunesmith", theme=THEME, code_format=FORM, unique_id="tunesmith")
+    Path(target).write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
