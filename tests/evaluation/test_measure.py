@@ -1,0 +1,115 @@
+"""Held-out loss: independent of batching, of dropout, and equal to a sum by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tiny_model import tiny_model
+from tunesmith.evaluation.measure import evaluate
+from tunesmith.models.attention import use_ragged
+from tunesmith.tasks import TASKS
+from tunesmith.types import Row, Source
+
+VOCAB = 80
+
+
+class Shelf:
+    """As much of a row store as an evaluation needs."""
+
+    def __init__(self, lengths) -> None:
+        draw = np.random.default_rng(0)
+        self.rows = []
+        for n in lengths:
+            trained = np.arange(n) >= n // 2
+            self.rows.append(Row(draw.integers(3, VOCAB, n).astype(np.int32), trained, Source("x.jsonl", 1)))
+        self.lengths = np.array(lengths, np.int32)
+
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+
+SHELF = Shelf([3, 9, 40, 5, 17, 28, 4, 33])
+
+
+def model_of(arch: str, *, dropout: float = 0.0):
+    model = tiny_model(arch, vocab_size=VOCAB, dropout=dropout)
+    use_ragged(model)
+    return model
+
+
+def score(model, tokens_per_pass: int, *, layout="ragged"):
+    return evaluate(
+        model, TASKS["chat"], store=SHELF, rows=range(8), tokens_per_pass=tokens_per_pass, layout=layout, device="cpu"
+    )
+
+
+def independent_of_batching(measure) -> None:
+    losses = [measure(tokens) for tokens in (1, 50, 100, 10_000)]
+    assert max(losses) - min(losses) <= 1e-6 * max(losses)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+def test_loss_does_not_depend_on_batching(layout):  # trap: L5
+    model = model_of("gpt2")
+    independent_of_batching(lambda tokens: score(model, tokens, layout=layout).loss)
+
+
+def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
+    from tunesmith.data.batch import build_batch, fill_passes
+
+    model = model_of("gpt2").eval()
+
+    def broken(tokens: int) -> float:
+        passes = fill_passes(range(8), SHELF.lengths.tolist(), tokens_per_pass=tokens, layout="ragged")
+        means = []
+        for members in passes:
+            batch = build_batch([SHELF.row(i) for i in members], members, layout="ragged", device="cpu")
+            measured = TASKS["chat"].measure(model, batch)
+            means.append(float(measured.loss_sum) / measured.count)
+        return sum(means) / len(means)
+
+    with pytest.raises(AssertionError):
+        independent_of_batching(broken)
+
+
+def test_loss_is_the_sum_by_hand_over_the_targets():  # trap: L5
+    model = model_of("llama").eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in SHELF.rows:
+            ids = torch.from_numpy(row.ids.astype(np.int64))
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+            keep = torch.from_numpy(row.trained[1:])
+            total += float(F.cross_entropy(logits[keep], ids[1:][keep], reduction="sum"))
+            count += int(keep.sum())
+    found = score(model, 100)
+    assert found.targets == count
+    assert found.loss == pytest.approx(total / count, rel=1e-6)
+    assert math.exp(found.loss) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def dropout_is_off_and_modes_come_back(model, measure) -> None:
+    model.train()
+    model.get_submodule("transformer.h.0").eval()
+    modes = [module.training for module in model.modules()]
+    assert measure() == measure()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_is_off_and_every_mode_comes_back():  # trap: L11
+    model = model_of("gpt2", dropout=0.5)
+    dropout_is_off_and_modes_come_back(model, lambda: score(model, 100).loss)
+
+
+def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
+    from tunesmith.data.batch import build_batch
+
+    model = model_of("gpt2", dropout=0.5)
+    batch = build_batch(SHELF.rows, range(8), layout="ragged", device="cpu")
+    with pytest.raises(AssertionError):
+        dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).loss_sum))

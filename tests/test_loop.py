@@ -1,0 +1,193 @@
+"""The loop: equal to forty plain lines, stops before a bad update, and nothing between steps can disturb it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_run import tiny_recipe
+from tunesmith import checkpoint
+from tunesmith.errors import NonFiniteError
+from tunesmith.evaluation.measure import evaluate
+from tunesmith.generation import Sampling, answer
+from tunesmith.loop import training_steps
+from tunesmith.preparing import Setup, prepare
+from tunesmith.run import runs
+from tunesmith.training import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def flat_loop():
+    spec = importlib.util.spec_from_file_location("flat_loop", ROOT / "examples" / "flat_loop.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flat_losses(setup: Setup, folder: Path, total: int) -> list[float]:
+    """The losses of examples/flat_loop.py on the rows, order and first adapter weights of `setup`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    flat = flat_loop()
+    flat.RANK, flat.ALPHA = setup.recipe.method.rank, setup.recipe.method.alpha
+    flat.LR, flat.WARMUP = setup.recipe.optim.lr, setup.recipe.optim.warmup
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with open(setup.recipe.data.train[0].path, encoding="utf-8") as lines:
+        rows = [flat.encode(tokenizer, json.loads(line)) for line in lines]
+    first = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+    parameters = flat.adapt(model, lambda name, n: first[f"{name}.lora_A.weight"])
+    by_line = {int(setup.rows.store.lines[i]) - 1: i for i in range(len(setup.rows.store))}
+    line_of = {i: line for line, i in by_line.items()}
+    order = [[line_of[i] for rows in setup.plan.step(k) for i in rows] for k in range(1, total + 1)]
+    return list(flat.train(model, parameters, rows, lambda step: order[step - 1], total))
+
+
+def losses_agree(ours: list[float], theirs: list[float]) -> None:
+    assert len(ours) == len(theirs) == 20
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+
+
+@pytest.fixture
+def twenty_steps(tmp_path) -> Setup:
+    recipe = tiny_recipe(tmp_path, rows=24, train={"epochs": 4, "rows_per_step": 4, "max_steps": 20})
+    setup = prepare(recipe, root=tmp_path)
+    assert setup.total_steps == 20
+    return setup
+
+
+def test_twenty_losses_equal_the_flat_loop(twenty_steps, tmp_path):
+    theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
+    losses_agree([event.values["loss"] for event in training_steps(twenty_steps)], theirs)
+
+
+def test_flat_loop_test_catches_a_rate_that_is_one_step_late(twenty_steps, tmp_path, monkeypatch):  # trap: L12 planted
+    from tunesmith import loop
+
+    theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
+    right = loop.rate
+    monkeypatch.setattr(loop, "rate", lambda step, total, optim: right(max(1, step - 1), total, optim))
+    with pytest.raises(AssertionError):
+        losses_agree([event.values["loss"] for event in training_steps(twenty_steps)], theirs)
+
+
+def test_flat_loop_test_catches_a_mean_of_means(twenty_steps, tmp_path, monkeypatch):  # trap: L1 planted
+    theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
+    plan = replace(twenty_steps.plan, tokens_per_pass=40)
+    mean = replace(
+        twenty_steps.task,
+        loss_sum=lambda model, batch: twenty_steps.task.loss_sum(model, batch) / batch.num_targets * 20,
+    )
+    with pytest.raises(AssertionError):
+        losses_agree([e.values["loss"] for e in training_steps(replace(twenty_steps, plan=plan, task=mean))], theirs)
+
+
+def test_the_last_partial_step_is_divided_by_its_own_targets(tmp_path):  # trap: L2
+    recipe = tiny_recipe(tmp_path, rows=12, data={"held_out": 0.1}, train={"epochs": 1, "rows_per_step": 4})
+    setup = prepare(recipe, root=tmp_path)
+    num_rows = len(setup.rows.train_rows)
+    events = list(training_steps(setup))
+    assert len(events) == -(-num_rows // 4)
+    for event in events:
+        rows = event.values["rows"]
+        assert event.values["targets"] == sum(int(setup.rows.store.targets[i]) for i in rows)
+    assert len(events[-1].values["rows"]) == (num_rows % 4 or 4)
+
+
+def nan_stops_before_the_update(recipe, root: Path, at: int) -> None:
+    """A loss that is not a number at step `at`: the run fails by name, weights and checkpoints are those before."""
+    with pytest.raises(NonFiniteError, match=rf"step {at}: .*chats\.jsonl:\d+"):
+        train(recipe, root=root)
+    run = runs(root)[0]
+    assert run.state() == "failed"
+    events = list(run.events())
+    assert events[-1].values["code"] == "NonFiniteError"
+    assert max(event.step for event in events if event.kind == "step") == at - 1
+    newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
+    assert newest.step < at
+    assert all(tensor.isfinite().all() for tensor in newest.weights.values())
+
+
+def poison(monkeypatch, at: int) -> None:
+    from tunesmith.tasks import TASKS
+
+    chat = TASKS["chat"]
+    calls = {"n": 0}
+
+    def poisoned(model, batch):
+        calls["n"] += 1
+        loss = chat.loss_sum(model, batch)
+        return loss * float("nan") if calls["n"] == at else loss
+
+    monkeypatch.setitem(TASKS, "chat", replace(chat, loss_sum=poisoned))
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path, monkeypatch):  # trap: L8
+    recipe = tiny_recipe(tmp_path, train={"tokens_per_pass": 4096}, checkpoint={"every": 1})
+    poison(monkeypatch, at=5)
+    nan_stops_before_the_update(recipe, tmp_path / "runs", at=5)
+
+
+def test_nan_test_catches_a_loop_that_goes_on(tmp_path, monkeypatch):  # trap: L8 planted
+    recipe = tiny_recipe(tmp_path, train={"tokens_per_pass": 4096}, checkpoint={"every": 1})
+    poison(monkeypatch, at=5)
+    monkeypatch.setattr("tunesmith.loop._require_finite", lambda *args, **kwargs: None)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        nan_stops_before_the_update(recipe, tmp_path / "runs", at=5)
+
+
+def looking_changes_nothing(recipe, root: Path) -> None:
+    """Weights after every step are the same bits whether or not the run is measured and sampled in between."""
+    quiet = prepare(recipe, root=root)
+    quiet_weights = [snapshot(quiet) for _ in training_steps(quiet)]
+    watched = prepare(recipe, root=root)
+    for event, expected in zip(training_steps(watched), quiet_weights, strict=True):
+        look(watched)
+        weights = snapshot(watched)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected), event.step
+
+
+def snapshot(setup: Setup) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+
+
+def look(setup: Setup) -> float:
+    score = evaluate(
+        setup.model,
+        setup.task,
+        store=setup.rows.held_store,
+        rows=[int(i) for i in setup.rows.held_rows],
+        tokens_per_pass=64,
+        layout=setup.plan.layout,
+        device="cpu",
+    )
+    answer(setup.model, setup.renderer, [s.ids for s in setup.samples], Sampling(max_new_tokens=2, temperature=1.0))
+    return score.loss
+
+
+def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11
+    looking_changes_nothing(tiny_recipe(tmp_path, dropout=0.5, train={"max_steps": 3}), tmp_path)
+
+
+def test_looking_test_catches_random_numbers_shared_with_sampling(tmp_path, monkeypatch):  # trap: L11 planted
+    monkeypatch.setattr("tunesmith.loop.torch.manual_seed", lambda seed: None)
+    with pytest.raises(AssertionError):
+        looking_changes_nothing(tiny_recipe(tmp_path, dropout=0.5, train={"max_steps": 3}), tmp_path)
+
+
+def test_breaking_off_leaves_the_model_whole(twenty_steps):
+    for event in training_steps(twenty_steps):
+        if event.step == 2:
+            break
+    weights = snapshot(twenty_steps)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    following = next(iter(training_steps(twenty_steps, start=2)))
+    assert following.step == 3
