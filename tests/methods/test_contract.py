@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore
+from tunesmith.models.load import load_tokenizer
+from tunesmith.models.locate import locate
 from tunesmith.optim import adamw
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim, Section
 from tunesmith.types import Attachment
@@ -195,8 +198,12 @@ def test_the_saved_result_computes_the_same(method: Method, arch: str, dtype: to
     untouched = copy.deepcopy(model)
     attachment = method.attach(model, SETTINGS[method.name], seed=0)
     train(model, attachment)
-    renderer = SimpleNamespace(tokenizer=tiny_tokenizer(), stop_ids=(2,))
-    located = SimpleNamespace(kind="hub", path=tmp_path, name="tiny/base", revision="abc")
+    base = tmp_path / "base"
+    untouched.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    located = locate(str(base))
+    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
     method.save_result(attachment, tmp_path / "result", model=model, renderer=renderer, located=located)
     method.load_result(untouched, tmp_path / "result")
     assert torch.equal(logits(untouched), logits(model))
+    assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template

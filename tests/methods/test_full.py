@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_model import tiny_model
-from tunesmith.methods.full import attach
+from tunesmith.errors import ModelError
+from tunesmith.methods.full import attach, load_result
 from tunesmith.optim import adamw
 from tunesmith.recipe.knobs import FullMethod, Optim
 
@@ -153,3 +155,14 @@ def test_taken_off_the_model_keeps_its_own_gradients() -> None:
     attach(model, FullMethod(), seed=0).take_off()
     backward(model)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_folder_that_does_not_fit_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
+    tiny_model("llama", vocab_size=VOCAB, layers=3).save_pretrained(tmp_path / "deeper")
+    tiny_model("llama", vocab_size=VOCAB, layers=1).save_pretrained(tmp_path / "flatter")
+    model = tiny_model("llama", vocab_size=VOCAB, seed=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("deeper", "flatter", "absent"):
+        with pytest.raises(ModelError, match=name):
+            load_result(model, tmp_path / name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

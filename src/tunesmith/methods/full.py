@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.methods.masters import Masters
+from tunesmith.models.save import save_model
 from tunesmith.recipe.knobs import FullMethod
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ def save_result(
     attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
 ) -> None:
     """Write a Hugging Face model folder, weights in the dtype the model computes in; it stands without its base."""
-    from tunesmith.models.save import save_model
-
     save_model(model, renderer.tokenizer, folder, located=located, stop_ids=renderer.stop_ids)
 
 
@@ -58,7 +57,7 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
     """Copy the weights of a saved folder into a model of the same shape.
 
     Raises:
-        ModelError: a weight that is missing, left over, or of another shape.
+        ModelError: a weight that is missing, left over, or of another shape; the model was not changed.
     """
     try:
         saved, info = type(model).from_pretrained(
@@ -70,9 +69,11 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
         if info[kind]:
             raise ModelError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
     weights = dict(saved.named_parameters())
+    parameters = dict(model.named_parameters())
+    for name in sorted(weights.keys() | parameters.keys()):
+        if name not in weights or name not in parameters or weights[name].shape != parameters[name].shape:
+            raise ModelError(f"{folder}: {name} does not fit the model that it is loaded into")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise ModelError(f"{folder}: {name} does not fit the model it is loaded into")
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     return FullAttachment(model)

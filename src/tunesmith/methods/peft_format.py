@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
-from tunesmith.files import replace_folder, storing, temporary_folder
+from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import LoraAttachment, LoraLinear, wrap
 from tunesmith.methods.targets import named_targets, shared_weights
+from tunesmith.models.save import save_tokenizer
 from tunesmith.recipe.knobs import LoraMethod
 
 if TYPE_CHECKING:
@@ -42,8 +43,18 @@ _READ = {
 """Keys of adapter_config.json that are understood, or say nothing about what the adapter computes."""
 
 
-def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revision: str | None = None) -> None:
-    """Write `folder` as a whole or not at all; weights float32, whatever the model computes in."""
+def save_adapter(
+    attachment: LoraAttachment,
+    folder: Path,
+    *,
+    base: str,
+    revision: str | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write `folder` as a whole or not at all; weights float32, whatever the model computes in.
+
+    `add` is given the folder before it takes its place, for what shall stand beside the adapter.
+    """
     beside = temporary_folder(folder.parent, folder.name)
     try:
         tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in attachment.trained.items()}
@@ -52,21 +63,23 @@ def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revisio
         with storing(folder, num_bytes=len(weights) + len(config)):
             (beside / WEIGHTS).write_bytes(weights)
             (beside / CONFIG).write_text(config, encoding="utf-8")
+            add(beside)
         replace_folder(beside, folder, swap=True)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove(beside)
         raise
 
 
 def save_result(
     attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
 ) -> None:
-    """The adapter alone: tokenizer and generation settings stay those of the base.
+    """The adapter, and the tokenizer with the template it was trained with; other settings stay those of the base.
 
     The base goes down as its hub id and commit, or as the whole path of a folder or file.
     """
     base = located.name if located.kind == "hub" else str(located.path.resolve())
-    save_adapter(attachment, folder, base=base, revision=located.revision)
+    add = partial(save_tokenizer, renderer.tokenizer, located=located)
+    save_adapter(attachment, folder, base=base, revision=located.revision, add=add)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
