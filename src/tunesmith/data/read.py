@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tunesmith.data.findings import kind_of
 from tunesmith.data.opening import FileFacts, look_at, opened, refusal
 from tunesmith.data.read_parquet import parquet_rows
 from tunesmith.data.read_tables import csv_rows
@@ -81,12 +82,3 @@ def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, in
     reader = {"JSON lines": json_lines, "JSON array": json_array, "CSV": csv_rows}[facts.kind]
     with opened(facts) as stream:
         yield from reader(stream, facts, limits=limits, on_bad=on_bad)
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
-    names = {
-        str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
-        type(None): "null", bytes: "raw bytes",
-    }  # fmt: skip
-    return names.get(type(value), f"of type {type(value).__name__}")

@@ -1,0 +1,66 @@
+"""What is wrong with one row, collected while it is parsed: all of it at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tunesmith.types import Problem, Source
+
+
+class Findings:
+    """Problems of one row."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.problems: list[Problem] = []
+
+    def add(self, code: str, message: str, fix: str = "") -> None:
+        self.problems.append(Problem(self.source, code, message, fix))
+
+    def text(self, record: dict[str, Any], key: str) -> str:
+        """The text of a field that has to be there; "" beside a problem when it is not text."""
+        value = record.get(key)
+        if isinstance(value, str):
+            return value
+        if value is None:
+            is_null = "is null" if key in record else "is missing"
+            self.add(
+                "missing_field",
+                f"{key} {is_null}.",
+                f"Give it, or name the field you have by data.columns: {{{key}: ...}}.",
+            )
+        else:
+            self.wrong_type(key, value, "text")
+        return ""
+
+    def optional_text(self, record: dict[str, Any], key: str) -> str:
+        """The text of a field that may be missing or null: then ""."""
+        return "" if record.get(key) is None else self.text(record, key)
+
+    def wrong_type(self, place: str, value: Any, expected: str) -> None:
+        fix = "Put it in quotes." if expected == "text" and isinstance(value, int | float) else ""
+        self.add("wrong_type", f"{place} is {kind_of(value)}, expected {expected}.", fix)
+
+    def only_json(self, place: str, value: Any) -> None:
+        """A problem where a value handed on to a template is not what JSON can hold. Parquet has dates and more."""
+        waiting = [(place, value)]
+        while waiting:
+            name, one = waiting.pop()
+            if isinstance(one, dict):
+                waiting += [(f"{name}.{key}", item) for key, item in one.items()]
+            elif isinstance(one, list):
+                waiting += [(f"{name}[{i}]", item) for i, item in enumerate(one)]
+            elif isinstance(one, float) and not math.isfinite(one):
+                self.add("not_a_number", f"{name} is {one}.", "Leave it out.")
+            elif not isinstance(one, str | int | float | None):
+                self.wrong_type(name, one, "what JSON can hold")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    names = {
+        str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
+        type(None): "null", bytes: "raw bytes",
+    }  # fmt: skip
+    return names.get(type(value), f"of type {type(value).__name__}")

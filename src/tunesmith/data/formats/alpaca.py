@@ -1,0 +1,52 @@
+"""Tasks as Alpaca writes them: {"instruction": "...", "input": "...", "output": "..."}, perhaps system and history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.data.findings import Findings
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "alpaca"
+FIELDS = ("instruction", "input", "output", "system", "history")
+REQUIRED = ("instruction", "output")
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "instruction" in record
+
+
+def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
+    """The example of one row: instruction, a blank line and input are the user's message; the output is trained.
+
+    Answers in `history` are trained too.
+    """
+    found = Findings(source)
+    instruction = found.text(record, "instruction")
+    output = found.text(record, "output")
+    extra = found.optional_text(record, "input")
+    system = found.optional_text(record, "system")
+    parts = [Part("system", system, False)] if system else []
+    parts += _history(record.get("history"), found)
+    if isinstance(record.get("output"), str) and not output.strip():
+        found.add("empty_answer", "output is empty.", "Write it, or remove the row.")
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    parts += [Part("user", question, False), Part("assistant", output, True)]
+    return found.problems or Example(tuple(parts), source, NAME)
+
+
+def _history(history: Any, found: Findings) -> list[Part]:
+    if history is None or history == "":
+        return []
+    if not isinstance(history, list):
+        found.wrong_type("history", history, "a list of [question, answer]")
+        return []
+    parts = []
+    for i, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            found.add("wrong_type", f"history[{i}] is not [question, answer], two texts.", "Write it so.")
+        elif not pair[1].strip():
+            found.add("empty_answer", f"history[{i}] has an empty answer.", "Write it, or remove the pair.")
+        else:
+            parts += [Part("user", pair[0], False), Part("assistant", pair[1], True)]
+    return parts
