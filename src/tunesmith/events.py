@@ -81,18 +81,19 @@ def truncate_after(path: Path, step: int) -> int:
     """Take back what a run resumed from the checkpoint of `step` will do again; returns how many events were dropped.
 
     Steps, evaluations, checkpoints, samples and ends past `step` go, and what was measured at `step` after its
-    checkpoint; starts, plans, notes and resumes stay.
+    checkpoint; starts, plans, notes and resumes stay. Below 0, a run that starts over, starts and plans go too.
     The file is replaced as a whole: it is as it was or as it should be, also after a kill.
     """
     if not path.exists():
         return 0
+    done_again = _DONE_AGAIN if step >= 0 else _DONE_AGAIN | {"start", "plan"}
     num_dropped = 0
     checkpoint_passed = False
     with writing(path) as file:
         for number, line in enumerate(_whole_lines(path), start=1):
             event = _event(line, f"{path}:{number}")
             measured_after = event.kind in _MEASURES and event.step == step and checkpoint_passed
-            if (event.step > step and event.kind in _DONE_AGAIN) or measured_after:
+            if (event.step > step and event.kind in done_again) or measured_after:
                 num_dropped += 1
             else:
                 file.write(line)

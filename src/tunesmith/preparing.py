@@ -17,7 +17,7 @@ from tunesmith.data.rows import Places, Rows, encode_rows, peek_shape
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.methods import METHODS
-from tunesmith.models import attention, load, locate
+from tunesmith.models import attention, load, locate, machine
 from tunesmith.models.agreement import ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.size import size
@@ -70,9 +70,9 @@ def prepare(
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    tokenizer = load.load_tokenizer(located, recipe.data.template)
-    model_size = size(located)
     notes: list[str] = []
+    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
+    model_size = size(located)
     recipe, choices = _decide_before_rows(recipe, located, tokenizer, model_size)
     renderer = Renderer(
         tokenizer,
@@ -97,7 +97,8 @@ def prepare(
 
     torch.set_num_threads(known(recipe.threads))
     on_progress("load", 0, 1)
-    model = load.load_model(located, dtype=DTYPES[known(recipe.precision)], device=recipe.device)
+    dtype = DTYPES[known(recipe.precision)]
+    model = load.load_model(located, dtype=dtype, device=recipe.device, on_note=notes.append)
     layout, note = _layout(model, rows)
     notes += note
     checkpoint_layers(model, recipe.train.checkpointed_layers)
@@ -139,9 +140,9 @@ def _decide_before_rows(
     if method := decide_method(recipe, model_size.num_params):
         choose("", method)
     if recipe.device == "auto":
-        choose("", load.choose_device(recipe.device))
+        choose("", machine.choose_device(recipe.device))
     if recipe.precision == "auto":
-        choose("", load.choose_precision(recipe.precision, recipe.device))
+        choose("", machine.choose_precision(recipe.precision, recipe.device))
     if recipe.data.max_tokens == "auto":
         longest = model_size.max_tokens
         choose("data", Choice("data.max_tokens", longest, "the most this model can attend to"))

@@ -60,7 +60,7 @@ def _pieces(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
     shortest = min(map(len, capped))
     capped += [capped[0][-shortest:], capped[0][: max(1, shortest // 2)]]
     capped.sort(key=len, reverse=True)
-    return [torch.as_tensor(ids, dtype=torch.int64, device=device) for ids in capped]
+    return [torch.tensor(ids, dtype=torch.int64, device=device) for ids in capped]
 
 
 def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[list[Tensor], Trace]:
