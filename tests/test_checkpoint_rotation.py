@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,22 +68,24 @@ def check_rotation(rotate, folder: Path, *, seed: int) -> None:
 
 
 @pytest.fixture
-def no_sync(monkeypatch):
-    """A thousand runs in seconds: what reaches the disk when is the sweep's subject, not rotation's."""
+def in_memory(monkeypatch) -> Iterator[Path]:
+    """A thousand runs in seconds: what reaches the disk when is another test's subject (test_checkpoint_faults)."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
-def test_best_and_newest_survive_a_thousand_runs(tmp_path, no_sync):  # trap: R6
+def test_best_and_newest_survive_a_thousand_runs(in_memory):  # trap: R6
     for seed in range(1000):
-        check_rotation(checkpoint.rotate, tmp_path / str(seed), seed=seed)
-        shutil.rmtree(tmp_path / str(seed))
+        check_rotation(checkpoint.rotate, in_memory / str(seed), seed=seed)
 
 
 @pytest.mark.parametrize("planted", [rotate_by_name, rotate_by_count, rotate_best_first])
-def test_the_thousand_runs_catch_a_bad_rotation(tmp_path, no_sync, planted):  # trap: R6 planted
+def test_the_thousand_runs_catch_a_bad_rotation(in_memory, planted):  # trap: R6 planted
     with pytest.raises(AssertionError):  # noqa: PT012
         for seed in range(50):
-            check_rotation(planted, tmp_path / str(seed), seed=seed)
+            check_rotation(planted, in_memory / str(seed), seed=seed)
 
 
 def test_rotation_counts_only_what_is_complete(tmp_path):
