@@ -1,0 +1,231 @@
+"""A recipe that cannot be used is refused with every problem at once, each with its place and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import read
+from tunesmith.recipe.fields import knobs
+from tunesmith.recipe.knobs import AutoMethod, FullMethod, LoraMethod, Recipe
+
+PROBLEMS = [
+    ({"method": {"name": "lora", "rank": "x"}}, "method.rank: 'x' is not a whole number"),
+    ({"method": {"rank": 0}}, "method.rank: 0 is out of range: it must be a whole number above 0"),
+    ({"method": {"rank": "8"}}, "method.rank: '8' is not a whole number"),
+    ({"method": {"rank": 8.5}}, "method.rank: 8.5 is not a whole number"),
+    ({"method": {"rank": True}}, "method.rank: true is not a whole number"),
+    ({"method": {"name": "lora", "rnk": 3}}, "method.rnk: unknown key, did you mean method.rank?"),
+    (
+        {"method": {"name": "full", "rank": 3}},
+        "method.rank: has no meaning for method full: drop it or set method.name: lora",
+    ),
+    ({"method": "lorra"}, "method.name: 'lorra' is none of auto, lora, full, did you mean lora?"),
+    ({"method": {"name": 3}}, "method.name: '3' is none of auto, lora, full"),
+    ({"method": 5}, "method: 5 is not a section: write its knobs below it, or as method.<knob>"),
+    ({"method": {"targets": [3]}}, "method.targets: 3 is not a list of texts"),
+    ({"optim": {"lr": "x"}}, "optim.lr: 'x' is neither a number nor auto"),
+    ({"optim": {"lr": "atuo"}}, "optim.lr: 'atuo' is neither a number nor auto, did you mean auto?"),
+    ({"optim": {"lr": -1}}, "optim.lr: -1 is out of range: it must be a number above 0, or auto"),
+    ({"optim": {"lr": float("nan")}}, "optim.lr: NaN is out of range: it must be a number above 0, or auto"),
+    ({"optim": {"clip": "q"}}, "optim.clip: 'q' is neither a number nor null"),
+    ({"optim": {"betas": [0.9]}}, "optim.betas: [0.9] is not a list of 2 numbers"),
+    ({"optim": {"betas": [0.9, 0.9, 0.9]}}, "optim.betas: [0.9, 0.9, 0.9] is not a list of 2 numbers"),
+    (
+        {"optim": {"betas": [0.9, 2]}},
+        "optim.betas: 2 is out of range: it must be a list of 2 numbers, each of at least 0 and below 1",
+    ),
+    (
+        {"optim": {"schedule": "lin"}},
+        "optim.schedule: 'lin' is none of linear, cosine, constant, did you mean linear?",
+    ),
+    ({"precision": "fp8"}, "precision: 'fp8' is none of auto, float32, bfloat16"),
+    ({"name": 5}, "name: 5 is neither text nor null: put it in quotes"),
+    ({"model": 5}, "model: 5 is not text: put it in quotes"),
+    ({"seed": -1}, "seed: -1 is out of range: it must be a whole number of at least 0 and below 2^63"),
+    ({"seed": 2**63}, f"seed: {2**63} is out of range: it must be a whole number of at least 0 and below 2^63"),
+    ({"threads": [1]}, "threads: [1] is neither a whole number nor auto"),
+    ({"data": 3}, "data: 3 is not a section: write its knobs below it, or as data.<knob>"),
+    ({"data": {"train": 5}}, "data.train: 5 is not a list of files"),
+    ({"data": {"train": [{"weight": 1}]}}, "data.train[0].path: missing: "),
+    ({"data": {"train": ["a", {"path": "b", "weigth": 1}]}}, "data.train[1].weigth: unknown key, did you mean "),
+    ({"data": {"train": ["a", "a"]}}, "data.train: a stands twice: give it once with a weight"),
+    ({"data": {"columns": {"prompt": 3}}}, "data.columns.prompt: 3 is not text: put it in quotes"),
+    ({"data": {"limits": {"depht": 3}}}, "data.limits.depht: unknown key, did you mean data.limits.depth?"),
+    ({"data": {"held_out": 1}}, "data.held_out: 1 is out of range: it must be a number of at least 0 and below 1"),
+    ({"rank": 8}, "rank: unknown key, did you mean method.rank?"),
+    ({"every": 8}, "every: unknown key, did you mean evaluation.every or checkpoint.every?"),
+    ({"learning_rate": 8}, "learning_rate: unknown key, did you mean optim.lr?"),
+    ({"train": {"epoch": 8}}, "train.epoch: unknown key, did you mean train.epochs?"),
+    ({"sed": 8}, "sed: unknown key, did you mean seed?"),
+    ({"xyzzy": 8}, "xyzzy: unknown key: see `tunesmith recipe` for all"),
+    ({"model": "x" * 500, "task": "y" * 500}, "task: 'yyyyyy"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), PROBLEMS, ids=[message.partition(":")[0] for _, message in PROBLEMS])
+def test_problem_names_place_value_and_rule(data, message):
+    with pytest.raises(RecipeError) as caught:
+        read.validate(data, "recipe.yaml")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"recipe.yaml: {message}")
+    assert len(line) < 200
+
+
+def test_all_problems_come_at_once():
+    data = {"seed": -1, "foo": 1, "method": {"name": "lora", "rank": "x", "alpha": 0}, "optim": {"lr": "x"}}
+    with pytest.raises(RecipeError) as caught:
+        read.validate(data)
+    keys = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    assert sorted(keys) == ["foo", "method.alpha", "method.rank", "optim.lr", "seed"]
+
+
+def names_a_branch(message: str) -> bool:
+    """Whether a reader sees how pydantic tells unions apart."""
+    return any(word in message for word in ("lora.rank", "literal", "constrained", "function", "[type="))
+
+
+def test_messages_speak_of_knobs_alone():
+    with pytest.raises(RecipeError) as caught:
+        read.validate({"method": {"name": "lora", "rank": "x"}, "optim": {"lr": []}, "precision": 1, "threads": 0})
+    assert not names_a_branch(str(caught.value))
+
+
+def test_the_check_catches_plain_pydantic():  # planted
+    with pytest.raises(ValueError, match="rank") as caught:
+        Recipe.model_validate({"method": {"name": "lora", "rank": "x"}, "optim": {"lr": []}})
+    assert names_a_branch(str(caught.value))
+
+
+def test_every_knob_refuses_nonsense_with_its_own_name():
+    for key in knobs():
+        if "[]" in key or key in ("data.columns",):
+            continue
+        with pytest.raises(RecipeError) as caught:
+            read.load(None, [f"{key}={{x: {{y: z}}}}"])
+        assert str(caught.value).startswith(f"--set: {key}"), key
+
+
+def test_other_tools_names_lead_to_knobs_that_exist():
+    assert set(read.OTHER_NAMES.values()) <= set(knobs())
+    assert not set(read.OTHER_NAMES) & {key.rpartition(".")[2] for key in knobs()}
+
+
+def recipe_file(folder: Path, content: str | bytes, name: str = "recipe.yaml") -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_file_over_base_and_settings_over_both(tmp_path):
+    path = recipe_file(tmp_path, "seed: 2\noptim: {lr: 1e-4}\nmethod: {rank: 4}\n")
+    base = {"model": "m", "seed": 1, "optim": {"lr": 1.0, "clip": 2}}
+    recipe = read.load(path, ["method.alpha=8", "optim.lr=1e-3", "optim.lr=2e-3", "data.train=a.jsonl"], base)
+    assert (recipe.model, recipe.seed, recipe.optim.lr, recipe.optim.clip) == ("m", 2, 2e-3, 2.0)
+    assert recipe.method == LoraMethod(rank=4, alpha=8)
+    assert recipe.data.train[0].path == "a.jsonl"
+    assert base == {"model": "m", "seed": 1, "optim": {"lr": 1.0, "clip": 2}}
+
+
+def test_nothing_given_is_the_default():
+    assert read.load(None) == Recipe()
+    assert read.validate({}) == Recipe()
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "optim:\n  # lr: 1\ndata:\n  limits:\n", "---\n"])
+def test_a_file_with_everything_commented_out_is_the_default(tmp_path, content):
+    assert read.load(recipe_file(tmp_path, content)) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "method"),
+    [
+        ({}, ["method=full"], FullMethod()),
+        ({}, ["method.name=lora"], LoraMethod()),
+        ({}, ["method.rank=4"], LoraMethod(rank=4)),
+        ({"method": "lora"}, ["method.rank=4"], LoraMethod(rank=4)),
+        ({"method": {"name": "lora", "rank": 4}}, ["method=full"], FullMethod()),
+        ({"method": "full"}, ["method=auto"], AutoMethod()),
+        ({"method": "lora"}, ["method.targets=q_proj"], LoraMethod(targets=("q_proj",))),
+        ({"method": "lora"}, ["method.targets=[q_proj, v_proj]"], LoraMethod(targets=("q_proj", "v_proj"))),
+    ],
+)
+def test_method_by_name_or_by_knob(base, settings, method):
+    assert read.load(None, settings, base).method == method
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("method.rank", "--set method.rank: not of the form key=value, such as method.rank=8."),
+        ("=8", "--set =8: not of the form key=value"),
+        ("a..b=8", "--set a..b=8: not of the form key=value"),
+        ("name=*.x", "--set name=*.x: "),
+        ("name=[a", "--set name=[a: "),
+        ("method.rnk=8", "--set: method.rnk: unknown key, did you mean method.rank?"),
+        ("data.train=[{path: a, weigth: 1}]", "--set: data.train[0].weigth: unknown key"),
+        ("seed.x=3", "--set seed.x: seed has no knobs below it: set seed as a whole."),
+    ],
+)
+def test_setting_that_cannot_be_used_is_named(setting, message):
+    with pytest.raises(RecipeError) as caught:
+        read.load(None, [setting], {"seed": 1})
+    assert str(caught.value).startswith(message)
+
+
+def test_problems_say_where_each_came_from(tmp_path):
+    path = recipe_file(tmp_path, "seed: -1\nmethod: {name: lora, rank: 0}\n")
+    with pytest.raises(RecipeError) as caught:
+        read.load(path, ["method.alpha=0", "nonsense"])
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("--set nonsense: ")
+    assert {line.split(": ")[0] + ": " + line.split(": ")[1] for line in lines[1:]} == {
+        f"{path}: seed",
+        f"{path}: method.rank",
+        "--set: method.alpha",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 1\nname: caf\xe9\n", ":2: not UTF-8 text: save the recipe as UTF-8."),
+        ("[1, 2]", ": [1, 2] is not a recipe: write one `key: value` a line."),
+        ("just words", ": 'just words' is not a recipe"),
+        ("seed: 1\nseed: 2", ":2: seed: stands twice, first in line 1: keep one"),
+    ],
+)
+def test_file_that_is_no_recipe_is_named(tmp_path, content, message):
+    path = recipe_file(tmp_path, content)
+    with pytest.raises(RecipeError) as caught:
+        read.load(path)
+    assert str(caught.value).startswith(path + message)
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=r": cannot be read: (No such file|Is a directory)"):
+            read.load(str(path))
+
+
+def test_json_file_and_byte_order_mark(tmp_path):
+    assert read.load(recipe_file(tmp_path, '{"seed": 3}', "r.json")).seed == 3
+    assert read.load(recipe_file(tmp_path, b"\xef\xbb\xbfseed: 3\n")).seed == 3
+
+
+def test_python_values_are_taken():
+    data = {"model": Path("m"), "seed": np.int64(3), "optim": {"lr": np.float32(0.5)}, "data": {"train": (Path("a"),)}}
+    recipe = read.validate(data)
+    assert (recipe.model, recipe.seed, recipe.optim.lr) == ("m", 3, 0.5)
+    with pytest.raises(RecipeError, match="of type object: give text, a number or a list"):
+        read.validate({"model": object()})
+
+
+def test_a_dumped_recipe_validates_to_itself():
+    recipe = read.validate(
+        {"method": "lora", "data": {"train": ["a", {"path": "b", "weight": 0.3}]}, "train": {"epochs": 3}}
+    )
+    assert read.validate(recipe.model_dump()) == recipe

@@ -1,0 +1,133 @@
+"""What is shown of a recipe is complete, current, and reads back as the same recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.recipe import read, show
+from tunesmith.recipe.fields import knobs, sections
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.text import parse
+
+ROOT = Path(__file__).parents[2]
+
+UNREAD: set[str] = set()
+"""Knobs that nothing reads yet. It only ever shrinks."""
+
+TEXT = st.text(max_size=20)
+RECIPES = st.fixed_dictionaries(
+    {
+        "model": TEXT,
+        "name": st.none() | TEXT,
+        "method": st.sampled_from(["auto", "full", "lora"])
+        | st.fixed_dictionaries(
+            {"rank": st.integers(1, 4096), "alpha": st.floats(1e-6, 1e6), "targets": st.lists(TEXT, max_size=3)}
+        ),
+        "data": st.fixed_dictionaries(
+            {
+                "train": st.lists(
+                    st.fixed_dictionaries({"path": TEXT, "weight": st.floats(1e-9, 100)}),
+                    max_size=3,
+                    unique_by=lambda file: file["path"],
+                ),
+                "columns": st.dictionaries(TEXT, TEXT, max_size=3),
+                "max_tokens": st.just("auto") | st.integers(1, 10**6),
+            }
+        ),
+        "optim": st.fixed_dictionaries(
+            {"lr": st.floats(5e-324, 1e308) | st.just("auto"), "clip": st.none() | st.floats(1e-300, 1e300)}
+        ),
+        "seed": st.integers(0, 2**63 - 1),
+    }
+)
+
+
+@given(RECIPES, st.booleans())
+def test_yaml_round_trip_is_exact(tmp_path_factory, data, comments):
+    recipe = read.validate(data)
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(show.as_yaml(recipe, comments), encoding="utf-8", newline="")
+    back = read.load(str(path))
+    assert back == recipe
+    assert repr(back) == repr(recipe)
+
+
+def check_round_trip(as_yaml, recipe: Recipe) -> None:
+    assert read.validate(parse(as_yaml(recipe, False), "r.yaml")) == recipe
+
+
+def as_short_yaml(recipe: Recipe, comments: bool) -> str:
+    """Planted bug: numbers as a person would write them."""
+    return re.sub(r"(lr: \d\.\d{3})\d*", r"\1", show.as_yaml(recipe, comments))
+
+
+def test_the_check_catches_a_rounded_rate():  # planted
+    recipe = read.validate({"optim": {"lr": 1.00012345}})
+    check_round_trip(show.as_yaml, recipe)
+    with pytest.raises(AssertionError):
+        check_round_trip(as_short_yaml, recipe)
+
+
+def test_shown_is_every_knob_in_declared_order():
+    shown = show.as_yaml(read.validate({"method": "lora"}), False)
+    keys, stack = [], []
+    for line in shown.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        stack[depth:] = [line.strip().partition(":")[0]]
+        keys.append(".".join(stack))
+    expected = [key for key in knobs() if "[]" not in key]
+    assert sorted(key for key in keys if key not in sections()) == sorted(expected)
+    assert keys[:5] == ["model", "revision", "name", "task", "method"]
+
+
+def test_default_recipe_shows_docs_and_the_other_methods_knobs():
+    shown = show.as_yaml(Recipe(), True)
+    assert parse(shown, "r.yaml")["method"] == {"name": "auto"}
+    assert "  # Peak learning rate. " in shown
+    assert "  schedule: linear  # linear, cosine or constant\n" in shown
+    assert "  # Of method lora:\n" in shown
+    assert "  #   rank: 16  # a whole number above 0\n" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_the_page_is_current():
+    page = (ROOT / "docs" / "recipe.md").read_text("utf-8")
+    assert page == show.markdown(), "write it again: show.markdown() is docs/recipe.md"
+
+
+def test_the_page_has_a_row_for_every_knob():
+    page = show.markdown()
+    for key in knobs():
+        assert f"\n| `{key}` | " in page
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
+
+
+def test_every_knob_and_section_is_documented():
+    assert [key for key, knob in knobs().items() if not knob.doc.endswith((".", ")"))] == []
+    assert [key for key, doc in sections().items() if not doc] == []
+
+
+def test_every_knob_is_read():
+    code = "\n".join(
+        path.read_text("utf-8")
+        for path in sorted((ROOT / "src" / "tunesmith").rglob("*.py"))
+        if path.parent.name != "recipe"
+    )
+    names = {key: key.rpartition(".")[2] for key in knobs()}
+    unread = {key for key, name in names.items() if not re.search(rf"\w\.{name}\b", code)}
+    assert unread == UNREAD
+
+
+def test_schema_describes_every_knob():
+    schema = show.schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["$defs"]["Optim"]["properties"]["lr"]["description"].startswith("Peak learning rate.")
+    assert {"type": "string"} in schema["properties"]["method"]["anyOf"]
+    assert "string" in schema["$defs"]["Data"]["properties"]["train"]["type"]

@@ -1,0 +1,148 @@
+"""Recipe text: the types people expect, exactly there and back, and nothing that surprises or blows up."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe.text import MAX_BYTES, dump, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E4", 10_000),
+        (".5", 0.5),
+        ("5.0", 5.0),
+        ("1_000", 1000),
+        ("010", 10),
+        ("-3", -3),
+        ("1:30", "1:30"),
+        ("no", "no"),
+        ("on", "on"),
+        ("2024-01-01", "2024-01-01"),
+        ("0x10", "0x10"),
+        (".inf", ".inf"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("'5'", "5"),
+        ("[1, a, null]", [1, "a", None]),
+        ("{a: 1, 2: b}", {"a": 1, "2": "b"}),
+        (r"re:layers\.[0-3]\..*", r"re:layers\.[0-3]\..*"),
+        ("C:\\data\\x.jsonl", "C:\\data\\x.jsonl"),
+    ],
+)
+def test_value_has_the_expected_type(text, value):
+    found = parse(text, "x")
+    assert (type(found), found) == (type(value), value)
+
+
+def test_commas_and_tabs_of_json_are_read():
+    assert parse('{\n\t"a": [1, 2.5e-3, null],\n\t"b": "\\u00e9"\n}', "recipe.yaml") == {
+        "a": [1, 0.0025, None],
+        "b": "é",
+    }
+    assert parse('{"a": 1}', "recipe.json") == {"a": 1}
+    assert parse("{a: 1, b: [x]}", "recipe.yaml") == {"a": 1, "b": ["x"]}
+
+
+BROKEN = [
+    ("a: 1\nb: 2\na: 3", "r.yaml:3: a: stands twice, first in line 1: keep one"),
+    ("a:\n  b: 1\n  b: 2\nc: 1\nc: 2", "r.yaml:5: c: stands twice, first in line 4: keep one"),
+    ('{"a": 1, "a": 2}', "r.yaml: a: stands twice: keep one"),
+    ("a: [1,\nb: 2", "r.yaml:2: expected ',' or ']'"),
+    ("a: 'x\nb: 1", "r.yaml:2: found unexpected end of stream"),
+    ("a:\n\t- b", "r.yaml:2: found character '\\t'"),
+    ("a: 1\n---\nb: 2", "r.yaml:2: expected a single document in the stream but found another document"),
+    ("a: b: c", "r.yaml:1: mapping values are not allowed here"),
+    ("a: &x 1\nb: *x", "r.yaml:1: & and * (anchors) are not for recipes"),
+    ("a: !!python/object/apply:os.system [ls]", "r.yaml:1: tag:yaml.org,2002:python/object/apply:os.system (tags)"),
+    ("a: !!int x", "r.yaml:1: tag:yaml.org,2002:int (tags) are not for recipes"),
+    ("a: !!binary aGk=", "(tags) are not for recipes"),
+    ("? [a]\n: 1", "r.yaml:1: a list or mapping cannot be a key"),
+    ("a:\n" + "[" * 40, "r.yaml:2: nested deeper than 32"),
+    ("a: 1\nb: \x07", "r.yaml:2: the character U+0007 cannot stand here"),
+    ("x" * (MAX_BYTES + 1), "r.yaml: larger than 256 KiB"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN, ids=range(len(BROKEN)))
+def test_broken_text_is_named_with_its_line(text, message):
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "r.yaml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"a": 1,\n}', "r.json:"),
+        ("a: 1", "r.json:1: Expecting value"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "r.json: c: stands twice: keep one"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, "r.json: "),
+    ],
+)
+def test_broken_json_is_named(text, message):
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "r.json")
+    assert str(caught.value).startswith(message)
+
+
+def test_all_keys_that_stand_twice_are_listed():
+    with pytest.raises(RecipeError) as caught:
+        parse("a: 1\na: 2\nb:\n  c: 1\n  c: 2\n", "r.yaml")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_alias_bomb_is_refused_at_once():
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    begun = time.monotonic()
+    with pytest.raises(RecipeError, match="anchors"):
+        parse(bomb, "r.yaml")
+    assert time.monotonic() - begun < 5  # unrefused it is 2^40 items
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(PLAIN)
+def test_dump_comes_back_exactly(value):
+    line = dump(value)
+    assert "\n" not in line
+    assert same(parse(f"key: {line}  # a comment", "x")["key"], value)
+
+
+def same(found, value) -> bool:
+    """Equal; a whole float such as 1e22 may come back as the whole number it is."""
+    if isinstance(value, dict):
+        return found.keys() == value.keys() and all(same(found[key], value[key]) for key in value)
+    if isinstance(value, list):
+        return len(found) == len(value) and all(map(same, found, value))
+    return found == value and (type(found) is type(value) or (isinstance(value, float) and type(found) is int))
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_value_or_a_named_error(text):
+    with suppress(RecipeError):  # any other error fails
+        parse(text, "r.yaml")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
+def test_json_files_read_as_json_does(value):
+    assert parse(json.dumps({"a": value}), "r.json") == {"a": value}
