@@ -20,13 +20,13 @@ from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate, machine
 from tunesmith.models.agreement import ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.size import size
-from tunesmith.optim import adamw
-from tunesmith.planning.advise import Facts, decide, decide_method, total_steps, with_value
+from tunesmith.models.size import ModelSize, size
+from tunesmith.optim import adamw, kernel
+from tunesmith.planning.advise import Facts, choose_method, choose_task, decide, total_steps, with_choice
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.tasks import TASKS
-from tunesmith.types import Attachment, Choice, Layout, Shape, Task, TaskName
+from tunesmith.types import Attachment, Choice, Layout, Task
 
 OnProgress = Callable[[str, int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,18 +69,12 @@ def prepare(
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     notes: list[str] = []
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
     model_size = size(located)
-    recipe, choices = _decide_before_rows(recipe, located, tokenizer, model_size)
-    renderer = Renderer(
-        tokenizer,
-        _task_name(recipe),
-        max_tokens=known(recipe.data.max_tokens),
-        too_long=recipe.data.too_long,
-        control_tokens=recipe.data.control_tokens,
-    )
+    recipe, choices = _decide_before_rows(recipe, located, model_size)
+    renderer = _renderer(recipe, tokenizer)
     rows = encode_rows(
         recipe.data,
         renderer,
@@ -88,31 +82,26 @@ def prepare(
         max_held=recipe.evaluation.max_rows,
         on_progress=on_progress,
     )
-    notes += rows.notes
-    facts = Facts(
-        num_parameters=model_size.num_params, device=recipe.device, lengths_I=rows.store.lengths[rows.train_rows]
-    )
-    recipe, more = decide(recipe, facts)
-    choices += more
+    lengths_I = rows.store.lengths[rows.train_rows]
+    recipe, more = decide(recipe, Facts(model_size.num_params, recipe.device, lengths_I))
 
-    torch.set_num_threads(known(recipe.threads))
     on_progress("load", 0, 1)
+    torch.set_num_threads(known(recipe.threads))
     dtype = DTYPES[known(recipe.precision)]
     model = load.load_model(located, dtype=dtype, device=recipe.device, on_note=notes.append)
-    layout, note = _layout(model, rows)
-    notes += note
+    layout, padding_notes = _layout(model, rows)
     checkpoint_layers(model, recipe.train.checkpointed_layers)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
     return Setup(
         recipe=recipe,
-        choices=choices,
-        notes=notes,
+        choices=[*choices, *more, kernel(attachment.trained)],
+        notes=[*notes, *rows.notes, *padding_notes, *attachment.notes],
         located=located,
         model=model,
         renderer=renderer,
-        task=TASKS[_task_name(recipe)],
+        task=TASKS[known(recipe.task)],
         attachment=attachment,
         optimizer=adamw(attachment.trained, recipe.optim),
         rows=rows,
@@ -124,45 +113,37 @@ def prepare(
     )
 
 
-def _decide_before_rows(
-    recipe: Recipe, located: locate.Located, tokenizer: Any, model_size: Any
-) -> tuple[Recipe, list[Choice]]:
+def _decide_before_rows(recipe: Recipe, located: locate.Located, model_size: ModelSize) -> tuple[Recipe, list[Choice]]:
     """What has to be known before rows can be encoded: task, method, device, precision, longest row."""
-    choices: list[Choice] = []
-
-    def choose(section: str, choice: Choice) -> None:
-        nonlocal recipe
-        choices.append(choice)
-        recipe = with_value(recipe, section, choice.key.rpartition(".")[2], choice.value)
-
-    if recipe.task == "auto":
-        choose("", _choose_task(peek_shape(recipe.data), tokenizer))
-    if method := decide_method(recipe, model_size.num_params):
-        choose("", method)
-    if recipe.device == "auto":
-        choose("", machine.choose_device(recipe.device))
-    if recipe.precision == "auto":
-        choose("", machine.choose_precision(recipe.precision, recipe.device))
-    if recipe.data.max_tokens == "auto":
-        longest = model_size.max_tokens
-        choose("data", Choice("data.max_tokens", longest, "the most this model can attend to"))
-    elif known(recipe.data.max_tokens) > model_size.max_tokens:
+    limit = model_size.max_tokens
+    asked = recipe.data.max_tokens
+    if asked != "auto" and asked > limit:
         raise ModelError(
-            f"{located.name}: data.max_tokens is {recipe.data.max_tokens}, but the model can attend to "
-            f"{model_size.max_tokens} tokens. Lower it."
+            f"{located.name}: data.max_tokens is {asked:,}, but the model can attend to {limit:,} tokens. Lower it."
         )
+    choices: list[Choice] = []
+    if recipe.task == "auto":
+        choices.append(choose_task(peek_shape(recipe.data)))
+    if recipe.method.name == "auto":
+        choices.append(choose_method(model_size.num_params))
+    device = machine.choose_device(recipe.device)
+    precision = machine.choose_precision(recipe.precision, str(device.value))
+    choices += [device] if recipe.device == "auto" else []
+    choices += [precision] if recipe.precision == "auto" else []
+    choices += [Choice("data.max_tokens", limit, "the most this model can attend to")] if asked == "auto" else []
+    for choice in choices:
+        recipe = with_choice(recipe, choice)
     return recipe, choices
 
 
-def _choose_task(shape: Shape, tokenizer: Any) -> Choice:
-    if shape == "prompt_completion":
-        reason = "rows are prompt and completion as plain text; task: chat would put them into the chat template"
-        return Choice("task", "generate", reason)
-    return Choice("task", "chat", f"rows are conversations ({shape}), rendered by the model's own chat template")
-
-
-def _task_name(recipe: Recipe) -> TaskName:
-    return known(recipe.task)
+def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
+    return Renderer(
+        tokenizer,
+        known(recipe.task),
+        max_tokens=known(recipe.data.max_tokens),
+        too_long=recipe.data.too_long,
+        control_tokens=recipe.data.control_tokens,
+    )
 
 
 def _places(root: Path, run: Run | None) -> Places:

@@ -94,7 +94,7 @@ def _templates(setup: Setup) -> Proof:
 def _is_prefix(setup: Setup, prompt: Sequence[int], source: str) -> bool:
     store = setup.rows.held_store
     row = next(row for row in map(store.row, map(int, setup.rows.held_rows)) if str(row.source) == source)
-    return row.ids[: len(prompt)].tolist() == list(prompt)
+    return list(map(int, row.ids[: len(prompt)])) == list(prompt)
 
 
 def _accumulation(setup: Setup) -> Proof:

@@ -59,7 +59,7 @@ class Part:
     text: str
     trained: bool
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else the message carried (`tool_calls`, `name`, `reasoning_content`, ...), handed to the template as it is."""
+    """What else the message carried (`tool_calls`, `name`, ...), handed to the template as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,8 @@ class Attachment(Protocol):
     method: str
     trained: Mapping[str, Tensor]
     """float32 leaves that the optimizer updates, by stable name, in a stable order."""
+    notes: tuple[str, ...]
+    """What a person should know about what is trained, such as layers that could not be adapted."""
 
     def collect_gradients(self) -> None:
         """Add this pass's gradients to those of `trained` in float32. Call after every backward."""

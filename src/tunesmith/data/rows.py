@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import examples, held_out_mask
+from tunesmith.data.examples import examples, held_out_mask, split_note
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
+from tunesmith.files import write_atomic
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, Problem, Shape
 
@@ -42,10 +44,13 @@ class Rows:
         return self.store.skipped + (0 if self.held_store is self.store else self.held_store.skipped)
 
     def keep(self, folder: Path) -> None:
-        """Put the encoded rows into the run's own folder, by hard link where the disk allows."""
+        """Put the encoded rows into the run's own folder, by hard link where the disk allows, and list what was found."""
         self.store.keep(folder / "train")
         if self.held_store is not self.store:
             self.held_store.keep(folder / "held_out")
+        if self.problems:
+            listed = [orjson.dumps({**asdict(problem), "source": str(problem.source)}) for problem in self.problems]
+            write_atomic(folder / "problems.jsonl", b"\n".join(listed) + b"\n")
 
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
@@ -111,7 +116,8 @@ def encode_rows(
     else:
         mask = held_out_mask(store.hashes, data.held_out)
         train, held = np.flatnonzero(~mask), np.flatnonzero(mask)
-    if len(held) == 0:
+        notes += filter(None, [split_note(store.hashes, data.held_out)])
+    if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
     held = held[np.argsort(held_store.hashes[held], kind="stable")]
     if max_held is not None and len(held) > max_held:

@@ -72,7 +72,7 @@ def as_markdown(report: Mapping[str, Any], run_path: str) -> str:
         f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, {report['precision']} on {report['device']}.",
     ]
     if rows["skipped"]:
-        lines += ["", f"{rows['skipped']:,} rows could not be used and were skipped; `problems.jsonl` lists them."]
+        lines += ["", f"{rows['skipped']:,} rows could not be used and were skipped; `rows/problems.jsonl` lists them."]
     if report["samples"]:
         lines += ["", "## Answers", ""]
         for sample in report["samples"]:

@@ -29,6 +29,7 @@ class FullAttachment:
         self.model = model
         self._masters = Masters(dict(model.named_parameters()), free_early=True)
         self.trained: Mapping[str, Tensor] = self._masters.trained
+        self.notes: tuple[str, ...] = ()
 
     def collect_gradients(self) -> None:
         self._masters.collect()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe
+from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
-from tunesmith.types import Choice
+from tunesmith.types import Choice, Shape
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
@@ -28,10 +28,16 @@ class Facts:
     """Tokens of each training row."""
 
 
-def decide_method(recipe: Recipe, num_parameters: int) -> Choice | None:
-    """LoRA unless the model is so small that training every weight is as cheap; None if the recipe already says."""
-    if recipe.method.name != "auto":
-        return None
+def choose_task(shape: Shape) -> Choice:
+    """The task that rows of a shape are made for."""
+    if shape == "prompt_completion":
+        reason = "rows are prompt and completion as plain text; task: chat would put them into the chat template"
+        return Choice("task", "generate", reason)
+    return Choice("task", "chat", f"rows are conversations ({shape}), rendered by the model's own chat template")
+
+
+def choose_method(num_parameters: int) -> Choice:
+    """LoRA, unless the model is so small that training every weight is as cheap."""
     if num_parameters <= SMALL_MODEL:
         return Choice("method", FullMethod(), f"all {num_parameters / 1e6:.1f} M weights are few enough to train")
     full, lora = 16 * num_parameters / 2**30, 2 * num_parameters / 2**30
@@ -42,29 +48,21 @@ def decide_method(recipe: Recipe, num_parameters: int) -> Choice | None:
 def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """The recipe without any "auto" left, and what was chosen and why, in the order of the recipe."""
     choices: list[Choice] = []
-
-    def auto(section: str, key: str, rule: Callable[[Recipe, Facts], tuple[Any, str]]) -> None:
-        nonlocal recipe
-        part = getattr(recipe, section) if section else recipe
-        if getattr(part, key) != "auto":
-            return
-        value, reason = rule(recipe, facts)
-        choices.append(Choice(f"{section}.{key}" if section else key, value, reason))
-        recipe = with_value(recipe, section, key, value)
-
-    auto("optim", "lr", _rate)
-    auto("train", "epochs", _epochs)
-    auto("train", "rows_per_step", _rows_per_step)
-    auto("train", "tokens_per_pass", _tokens_per_pass)
-    auto("", "threads", _threads)
-    auto("checkpoint", "every", _checkpoint_every)
+    for key, rule in _RULES.items():
+        section, _, name = key.rpartition(".")
+        if getattr(getattr(recipe, section) if section else recipe, name) == "auto":
+            value, reason = rule(recipe, facts)
+            choices.append(Choice(key, value, reason))
+            recipe = with_choice(recipe, choices[-1])
     return recipe, choices
 
 
-def with_value(recipe: Recipe, section: str, key: str, value: Any) -> Recipe:
+def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     """The recipe with one knob set and checked."""
     data = recipe.model_dump()
-    (data[section] if section else data)[key] = value.model_dump() if hasattr(value, "model_dump") else value
+    section, _, name = choice.key.rpartition(".")
+    value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
+    (data[section] if section else data)[name] = value
     return validate(data)
 
 
@@ -114,3 +112,14 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
     every = min(500, max(10, steps // 10))
     return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"
+
+
+_RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
+    "optim.lr": _rate,
+    "train.epochs": _epochs,
+    "train.rows_per_step": _rows_per_step,
+    "train.tokens_per_pass": _tokens_per_pass,
+    "threads": _threads,
+    "checkpoint.every": _checkpoint_every,
+}
+"""In order: a later rule may rest on what an earlier one decided."""
