@@ -123,6 +123,14 @@ def raised_by(action) -> StorageError | None:
     return None
 
 
+def test_disk_full_names_the_checkpoint_and_all_its_bytes(tmp_path):
+    with Faults(5, errno.ENOSPC):
+        raised = raised_by(lambda: save(tmp_path, 20))
+    num_bytes = 300 * 4 + 7 * 2 + 300 * 4  # w, b and m
+    cause = "ENOSPC: No space left on device. Free some space and try again."
+    assert str(raised) == f"{tmp_path / 'step-20'}: cannot be written ({num_bytes:,} bytes needed): {cause}"
+
+
 def saving_forever(folder: Path, acknowledge: int) -> None:
     step = 0
     while True:

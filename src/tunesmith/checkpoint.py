@@ -85,20 +85,22 @@ def save(
     Raises StorageError where the disk refuses; the checkpoints that were there are then there still.
     """
     final = folder / f"{_PREFIX}{step}"
-    temporary = temporary_folder(folder, final.name)
-    try:
-        written = {
-            _FILES[0]: _write_tensors(temporary / _FILES[0], weights),
-            _FILES[1]: _write_tensors(temporary / _FILES[1], optimizer),
-            _FILES[2]: _write_bytes(temporary / _FILES[2], to_json(state, indent=True)),
-        }
-        manifest = {"format": FORMAT, "step": step, "files": written}
-        write_atomic(temporary / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}, indent=True))
-        replace_folder(temporary, final, swap=True)
-    except BaseException:
-        with suppress(OSError):
-            remove(temporary)
-        raise
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*weights.values(), *optimizer.values()))
+    with storing(final, num_bytes=num_bytes):
+        temporary = temporary_folder(folder, final.name)
+        try:
+            written = {
+                _FILES[0]: _write_tensors(temporary / _FILES[0], weights),
+                _FILES[1]: _write_tensors(temporary / _FILES[1], optimizer),
+                _FILES[2]: _write_bytes(temporary / _FILES[2], to_json(state, indent=True)),
+            }
+            manifest = {"format": FORMAT, "step": step, "files": written}
+            write_atomic(temporary / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}, indent=True))
+            replace_folder(temporary, final, swap=True)
+        except BaseException:
+            with suppress(OSError):
+                remove(temporary)
+            raise
     return final
 
 

@@ -44,10 +44,16 @@ _WAYS_OUT = {
 
 @contextmanager
 def storing(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn an OSError inside the block into a StorageError that names path, cause and bytes."""
+    """Turn an OSError inside the block into a StorageError that names path, cause and bytes.
+
+    Where blocks are nested the outermost says what could not be written: it knows what a person asked for.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, StorageError) as raised:
+        error = raised.__cause__ if isinstance(raised, StorageError) else raised
+        if not isinstance(error, OSError):
+            raise
         name = errno.errorcode.get(error.errno or 0, type(error).__name__)
         size = "" if num_bytes is None else f" ({num_bytes:,} bytes needed)"
         cause = os.strerror(error.errno) if error.errno else str(error)
