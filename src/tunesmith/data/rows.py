@@ -44,7 +44,7 @@ class Rows:
         return self.store.skipped + (0 if self.held_store is self.store else self.held_store.skipped)
 
     def keep(self, folder: Path) -> None:
-        """Put the encoded rows into the run's own folder, by hard link where the disk allows, and list what was found."""
+        """Put the encoded rows and what was found in them into the run's own folder, by hard link where possible."""
         self.store.keep(folder / "train")
         if self.held_store is not self.store:
             self.held_store.keep(folder / "held_out")

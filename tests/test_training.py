@@ -1,0 +1,168 @@
+"""Real rows through every task, method and layout on a two-layer model, from file to report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_run import chats, tiny_recipe, values_of
+from tunesmith.data.batch import build_batch
+from tunesmith.errors import DataError, ModelError, RunError
+from tunesmith.loading import load_run
+from tunesmith.models.modes import evaluating
+from tunesmith.preparing import prepare
+from tunesmith.run import Run, runs
+from tunesmith.training import train
+
+FULL = {"name": "full"}
+
+
+def pairs(path: Path, num: int = 18) -> Path:
+    rows = [{"prompt": f"the quick fox {i}", "completion": f" jumps over dog {i % 3}"} for i in range(num)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe_of(folder: Path, *, arch="llama", method="lora", task="chat", precision="float32", **sections):
+    recipe = tiny_recipe(folder, arch=arch, precision=precision, **sections)
+    changes: dict = {"task": task}
+    if method == "full":
+        from tunesmith.recipe.knobs import FullMethod
+
+        changes["method"] = FullMethod()
+    if task == "generate":
+        files = (recipe.data.train[0].model_copy(update={"path": str(pairs(folder / "pairs.jsonl"))}),)
+        changes["data"] = recipe.data.model_copy(update={"train": files})
+    return recipe.model_copy(update=changes)
+
+
+def report_of(run: Run) -> dict:
+    return json.loads(run.report_path.read_text())
+
+
+@pytest.mark.parametrize("task", ["chat", "generate"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("arch", "precision"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16"), ("bloom", "float32")]
+)
+def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch, precision):
+    run = train(recipe_of(tmp_path, arch=arch, method=method, task=task, precision=precision), root=tmp_path / "runs")
+    report = report_of(run)
+    assert run.state() == "done"
+    assert report["metrics"]["after"]["loss"] < report["metrics"]["before"]["loss"]
+    assert report["task"] == task
+    assert report["method"] == method
+    assert report["rows"] == {"train": report["rows"]["train"], "held_out": report["rows"]["held_out"], "skipped": 0}
+    assert report["steps"] == max(event.step for event in run.events())
+    assert report["tokens"]["processed"] > report["tokens"]["trained"] > 0
+    assert set(report["seconds"]) == {"prepare", "train", "evaluate"}
+    assert len(report["samples"]) == 2
+    assert {"prompt", "reference", "before", "after"} <= set(report["samples"][0])
+    assert report["peak_memory_bytes"] > 0
+    assert report["tokens_per_second"] > 0
+
+
+def test_a_model_that_cannot_be_packed_is_padded_and_it_is_said(tmp_path):
+    setup = prepare(recipe_of(tmp_path, arch="bloom"), root=tmp_path)
+    assert setup.plan.layout == "padded"
+    assert any("padded" in note for note in setup.notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_loaded_result_scores_what_the_report_says(tmp_path, method):
+    recipe = recipe_of(tmp_path, method=method)
+    run = train(recipe, root=tmp_path / "runs")
+    speaker = load_run(run)
+    setup = prepare(run.recipe(), root=tmp_path)
+    store, rows = setup.rows.held_store, [int(i) for i in setup.rows.held_rows]
+    batch = build_batch([store.row(i) for i in rows], rows, layout="padded", device="cpu")
+    with evaluating(speaker.model):
+        measured = setup.task.measure(speaker.model, batch)
+    # 1e-5: float32, padded by transformers' own attention here and packed there
+    assert float(measured.loss_sum) / measured.count == pytest.approx(
+        report_of(run)["metrics"]["after"]["loss"], rel=1e-5
+    )
+
+
+def test_the_same_recipe_gives_the_same_numbers_wherever_rows_are_cached(tmp_path):
+    recipe = recipe_of(tmp_path)
+    first = train(recipe, root=tmp_path / "a")
+    again = train(recipe, root=tmp_path / "a")
+    elsewhere = train(recipe, root=tmp_path / "b")
+    assert values_of(first.events()) == values_of(again.events()) == values_of(elsewhere.events())
+
+
+def test_checkpointed_layers_change_memory_not_numbers(tmp_path):
+    losses = []
+    for layers in (0, 1, 2):
+        recipe = recipe_of(tmp_path, train={"checkpointed_layers": layers, "max_steps": 4})
+        run = train(recipe, root=tmp_path / f"runs{layers}")
+        losses.append([event.values["loss"] for event in run.events() if event.kind == "step"])
+    for other in losses[1:]:
+        assert max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) <= 1e-5
+
+
+def test_one_row_can_be_trained_on_and_nothing_is_measured(tmp_path):
+    run = train(tiny_recipe(tmp_path, rows=1), root=tmp_path / "runs")
+    report = report_of(run)
+    assert report["metrics"] == {"before": None, "after": None}
+    assert report["rows"]["held_out"] == 0
+    assert any("held out" in note for note in report["notes"])
+
+
+def test_bad_rows_refuse_the_data_or_are_skipped_and_listed(tmp_path):
+    recipe = recipe_of(tmp_path)
+    path = Path(recipe.data.train[0].path)
+    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n{"broken\n')
+    with pytest.raises(DataError) as refusal:
+        train(recipe, root=tmp_path / "runs")
+    assert {problem.source.line for problem in refusal.value.problems} == {19, 20}
+    assert runs(tmp_path / "runs") == []
+    skip = recipe.model_copy(update={"data": recipe.data.model_copy(update={"bad_rows": "skip"})})
+    run = train(skip, root=tmp_path / "runs")
+    assert report_of(run)["rows"]["skipped"] == 2
+    listed = [json.loads(line) for line in (run.rows_path / "problems.jsonl").read_text().splitlines()]
+    assert {problem["source"] for problem in listed} == {f"{path}:19", f"{path}:20"}
+
+
+def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):
+    def held(recipe) -> set[int]:
+        rows = prepare(recipe, root=tmp_path).rows
+        return {int(rows.store.hashes[i]) for i in rows.held_rows}
+
+    recipe = recipe_of(tmp_path, rows=40)
+    before = held(recipe)
+    path = Path(recipe.data.train[0].path)
+    path.write_text(chats(tmp_path / "more.jsonl", 30, seed=9).read_text() + path.read_text())
+    assert before <= held(recipe)
+
+
+def test_two_writers_of_one_run_are_one_too_many(tmp_path):
+    run = train(recipe_of(tmp_path, train={"max_steps": 1}), root=tmp_path / "runs")
+    with run.lock(), pytest.raises(RunError, match="in use by process"), Run(run.path).lock():
+        pass
+
+
+def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loaded(tmp_path):
+    recipe = recipe_of(tmp_path, data={"max_tokens": 100_000})
+    with pytest.raises(ModelError, match=r"data\.max_tokens is 100,000"):
+        prepare(recipe, root=tmp_path)
+
+
+def test_full_tuning_in_bfloat16_moves_weights_that_a_rounded_update_would_not(tmp_path):  # trap: L9
+    recipe = recipe_of(tmp_path, method="full", precision="bfloat16", optim={"lr": 1e-5}, train={"max_steps": 4})
+    setup = prepare(recipe, root=tmp_path)
+    from tunesmith.loop import training_steps
+
+    before = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+    list(training_steps(setup))
+    moved = [
+        float((tensor != before[name]).float().mean())
+        for name, tensor in setup.attachment.trained.items()
+        if "layers" in name and tensor.ndim > 1
+    ]
+    assert min(moved) >= 0.99
+    assert all(tensor.dtype == torch.float32 for tensor in setup.attachment.trained.values())
