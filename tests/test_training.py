@@ -166,3 +166,12 @@ def test_full_tuning_in_bfloat16_moves_weights_that_a_rounded_update_would_not(t
     ]
     assert min(moved) >= 0.99
     assert all(tensor.dtype == torch.float32 for tensor in setup.attachment.trained.values())
+
+
+def test_the_best_checkpoint_is_kept_although_none_was_due(tmp_path):  # trap: R6
+    sections = {"evaluation": {"every": 3}, "checkpoint": {"every": 100, "keep": 1}, "optim": {"lr": 0.3}}
+    run = train(recipe_of(tmp_path, train={"max_steps": 8}, **sections), root=tmp_path / "runs")
+    losses = {e.step: e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == "step"}
+    best = min(losses, key=losses.__getitem__)
+    assert report_of(run)["best"]["step"] in {best, 8}
+    assert (run.checkpoints_path / f"step-{best}").is_dir()

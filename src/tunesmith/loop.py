@@ -25,7 +25,8 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
 
     Between two events the model is at rest: it may be looked at, measured or saved, and `break` leaves it whole.
     The loss of a step is the sum over its targets divided once by their number, over all passes; random numbers
-    (dropout) are a function of seed and step alone, so nothing done between steps can change the next one.
+    (dropout) are a function of seed and step alone, for which torch's own generator is seeded anew at every step, so
+    nothing done between steps can change the next one.
 
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.

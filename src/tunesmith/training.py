@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
-from tunesmith.errors import RunError, Stopped, TunesmithError
+from tunesmith.errors import RunError, Stopped, StorageError, TunesmithError
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.samples import answer_samples
@@ -158,7 +159,8 @@ def _drive(session: _Session, *, fresh: bool) -> None:
         session.emit("stopped", {"message": str(stopped)})
         raise
     except TunesmithError as error:
-        session.emit("failed", {"code": type(error).__name__, "message": str(error)})
+        with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
+            session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
 
 
@@ -175,7 +177,8 @@ def _take_steps(session: _Session) -> None:
         last = event.step == setup.total_steps
         if evaluate_every and event.step % evaluate_every == 0 and not last:
             _evaluate(session, "step")
-        due = last or event.step % save_every == 0
+        is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
+        due = last or is_best or event.step % save_every == 0
         if due:
             _save(session)
         if not last:
