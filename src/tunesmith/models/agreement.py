@@ -19,7 +19,8 @@ PROBE_TOKENS = 128
 """Tokens of a row that are compared: enough to see another row shine through, cheap enough for every start."""
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest error of a position's logits, as a share of their spread."""
+"""Largest mean error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each
+other; in float32 0 and 1.7."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Agreement:
     max_difference: float
     """Between two logits of the same token, packed and alone."""
     error: float
-    """Of the worst position: root mean square of the differences over the standard deviation of the logits."""
+    """Of the worst row: the mean over its positions of (root mean square of the differences / spread of the logits)."""
     reason: str
     """Why not, in words; empty if ok."""
 
@@ -80,7 +81,7 @@ def _judge(alone: Sequence[Tensor], packed: Sequence[Tensor], trace: Trace, dtyp
     differences = [packed_LV - alone_LV for packed_LV, alone_LV in zip(packed, alone, strict=True)]
     largest = max(float(difference_LV.abs().max()) for difference_LV in differences)
     error = max(
-        float((difference_LV.square().mean(-1).sqrt() / alone_LV.std(-1)).max())
+        float((difference_LV.square().mean(-1).sqrt() / alone_LV.std(-1)).mean())
         for difference_LV, alone_LV in zip(differences, alone, strict=True)
     )
     reason = ""

@@ -1,0 +1,31 @@
+"""What every test may rely on: one thread, no network, no chatter of transformers."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to look up a host or to connect fails the test."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail(f"a socket was opened: {args}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)

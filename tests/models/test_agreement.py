@@ -1,0 +1,97 @@
+"""The self-check: passes where packing is right, fails where it is not, whatever the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from packed import CAN, CANNOT, VOCAB, rows_of, sharp
+from tiny_model import tiny_model
+from tunesmith.models import agreement, attention
+from tunesmith.models.agreement import ragged_agrees
+
+PRECISIONS = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_agrees_where_packing_is_right(arch, dtype):
+    found = ragged_agrees(sharp(arch).to(dtype), rows_of((37, 11, 20)))
+    assert found.ok, found
+    assert not found.reason
+    if dtype == torch.float32:
+        assert found.max_difference <= 1e-4  # of logits of several units
+
+
+@pytest.mark.parametrize("arch", CANNOT)
+def test_disagrees_where_the_attention_cannot_be_replaced(arch):
+    found = ragged_agrees(sharp(arch), rows_of((37, 11)))
+    assert not found.ok
+    assert "cannot be replaced" in found.reason
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_disagrees_when_rows_read_each_other(dtype, monkeypatch):  # trap: T11
+    real = attention.Segments.of
+    monkeypatch.setattr(agreement.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    found = ragged_agrees(sharp("llama").to(dtype), rows_of((37, 11)))
+    assert not found.ok
+    assert "packed rows change its logits" in found.reason
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_disagrees_when_positions_do_not_restart(dtype):  # trap: T12
+    model = sharp("gpt2").to(dtype)
+    real = model.forward
+
+    def counting_on(*, position_ids=None, **kwargs):
+        return real(position_ids=None if position_ids is None else torch.arange(position_ids.shape[1])[None], **kwargs)
+
+    model.forward = counting_on
+    assert not ragged_agrees(model, rows_of((37, 11))).ok
+
+
+def test_disagrees_when_a_window_is_in_the_mask_alone(monkeypatch):
+    """Rows of 128 tokens cannot show a window of 4096: what the model asked for does."""
+    real = attention.ragged_attention
+    monkeypatch.setattr(
+        attention, "ragged_attention", lambda *args, **kw: real(*args, **{**kw, "sliding_window": None})
+    )
+    found = ragged_agrees(sharp("mistral", sliding_window=400), rows_of((37, 11)))
+    assert not found.ok
+    assert "400 tokens by a mask alone" in found.reason
+
+
+def test_disagrees_with_the_words_of_a_model_that_cannot_be_called_so():
+    model = sharp("llama")
+    real = model.forward
+
+    def strict(input_ids, use_cache):
+        return real(input_ids=input_ids, use_cache=use_cache)
+
+    model.forward = strict
+    found = ragged_agrees(model, rows_of((5, 3)))
+    assert not found.ok
+    assert "position_ids" in found.reason
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (2,), (300, 5)])
+def test_needs_no_certain_rows(lengths: Sequence[int]):
+    assert ragged_agrees(sharp("llama"), rows_of(lengths)).ok
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "bloom"])
+def test_leaves_the_model_as_it_was(arch):
+    model = tiny_model(arch, vocab_size=VOCAB, dropout=0.1)
+    model.train()
+    model.get_input_embeddings().eval()
+    own = model.config._attn_implementation
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ragged_agrees(model, rows_of((9, 4)))
+    assert model.config._attn_implementation == own
+    assert model.training
+    assert not model.get_input_embeddings().training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())

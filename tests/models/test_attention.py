@@ -1,0 +1,224 @@
+"""Rows end to end in one pass answer as each alone: for every architecture that can, and seen to fail where it must."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError
+from transformers import PreTrainedModel
+
+from packed import CAN, CANNOT, LENGTHS, VOCAB, alone, batch_of, rows_of, sharp
+from tiny_model import tiny_model
+from tunesmith.models import attention, forward
+from tunesmith.models.attention import UnsupportedAttentionError, use_ragged
+from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.forward import logits_at_targets
+from tunesmith.types import Batch
+
+
+@torch.no_grad()
+def packed_answers_as_alone(arch: str, change=lambda batch: batch, **settings) -> None:
+    """1e-4 absolute on logits of several units: rounding is 1e-5, one token read by mistake 1 and more."""
+    model, rows = sharp(arch, **settings), rows_of()
+    expected = alone(model, rows)
+    use_ragged(model)
+    assert (logits_at_targets(model, change(batch_of(rows))) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("arch", CAN)
+def test_packed_rows_answer_as_alone(arch):  # trap: T11, T12
+    packed_answers_as_alone(arch)
+
+
+def test_targets_of_a_packed_batch_are_those_of_its_rows():  # trap: T12
+    batch = batch_of(rows_of())
+    assert batch.num_targets == sum(length - 1 for length in LENGTHS)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_packed_test_catches_rows_that_read_each_other(arch, monkeypatch):  # trap: T11 planted
+    real = attention.Segments.of
+    monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    with pytest.raises(AssertionError):
+        packed_answers_as_alone(arch)
+
+
+@torch.no_grad()
+def test_packed_test_catches_a_mask_of_ones():  # trap: T11 planted
+    model, rows = sharp("llama"), rows_of()
+    expected, batch = alone(model, rows), batch_of(rows)
+    logits_TV = model(
+        input_ids=batch.ids_BT, position_ids=batch.positions_BT, attention_mask=torch.ones_like(batch.ids_BT)
+    ).logits[0]
+    assert (logits_TV[batch.predict_N] - expected).abs().max() > 1
+
+
+def without_restart(batch: Batch) -> Batch:
+    return Batch(
+        "ragged", batch.ids_BT, torch.arange(batch.num_tokens)[None], None, batch.lengths, batch.predict_N,
+        batch.targets_N, batch.row_indices,
+    )  # fmt: skip
+
+
+def test_packed_test_catches_positions_that_do_not_restart():  # trap: T12 planted
+    with pytest.raises(AssertionError):
+        packed_answers_as_alone("gpt2", change=without_restart)
+
+
+def test_rotary_positions_hide_a_missing_restart():  # trap: T12, the reason why GPT-2 is in these tests
+    packed_answers_as_alone("llama", change=without_restart)
+
+
+@pytest.mark.parametrize(("arch", "dropped"), [("mistral", "sliding_window"), ("gemma2", "softcap")])
+def test_packed_test_catches_an_ignored_keyword(arch, dropped, monkeypatch):
+    real = attention.ragged_attention
+    monkeypatch.setattr(attention, "ragged_attention", lambda *args, **kw: real(*args, **{**kw, dropped: None}))
+    cap = {"attn_logit_softcapping": 2.0} if arch == "gemma2" else {}
+    with pytest.raises(AssertionError):
+        packed_answers_as_alone(arch, **cap)
+
+
+def test_softcap_is_honoured():
+    packed_answers_as_alone("gemma2", attn_logit_softcapping=2.0)
+
+
+@pytest.mark.parametrize("arch", [*CAN, *CANNOT])
+@torch.no_grad()
+def test_padded_rows_answer_as_alone(arch):
+    model, rows = sharp(arch), rows_of()
+    assert (logits_at_targets(model, batch_of(rows, "padded")) - alone(model, rows)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("arch", CAN)
+def test_generation_is_the_same_with_the_ragged_attention_in_place(arch):
+    """Left-padded prompts of two lengths, longer than a sliding window, with a cache."""
+    model = sharp(arch)
+    ids = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
+    expected = model.generate(ids, **how)
+    use_ragged(model)
+    assert torch.equal(model.generate(ids, **how), expected)
+
+
+@pytest.mark.parametrize("arch", CAN)
+def test_no_mask_is_built_in_a_ragged_pass(arch, monkeypatch):
+    model = sharp(arch)
+    use_ragged(model)
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask was built"))
+    logits_at_targets(model, batch_of(rows_of()))
+
+
+def test_long_windows_are_cut_into_blocks():
+    """Rows of 8 and more windows of 8 tokens, with a rest."""
+    model, rows = sharp("mistral"), rows_of((77, 64, 9, 8))
+    with torch.no_grad():
+        expected = alone(model, rows)
+        use_ragged(model)
+        assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_short_rows_in_bfloat16_answer_as_torchs_kernel_does():
+    """Against the kernel in float32. The results lie between -4 and 4, where bfloat16 knows steps of 2^-6."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 20, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
+    how = attention._How(True, 0.0, None, None, None)
+    segments = attention.Segments.of([20] * 3, device=torch.device("cpu"))
+    kernel = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+    assert (attention._attend(q, k, v, segments, how).float() - kernel).abs().max() <= 2**-6
+
+
+def gradients(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    F.cross_entropy(logits_at_targets(model, batch), batch.targets_N).backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+def recomputed_layers_give_the_same_gradients(arch: str) -> None:
+    model, batch = sharp(arch, dropout=0.1), batch_of(rows_of())
+    use_ragged(model)
+    expected = gradients(model, batch)
+    checkpoint_layers(model, 2)
+    assert torch.equal(gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize("arch", CAN)
+def test_recomputed_layers_give_the_same_gradients_with_dropout(arch):  # trap: L10
+    recomputed_layers_give_the_same_gradients(arch)
+
+
+def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):  # trap: L10 planted
+    """As with a context that is closed before the backward: the recomputation attends over all rows."""
+    real = attention.ragged_attention
+    forward_is_over = False
+
+    def forgetful(*args, segments=None, **kwargs):
+        return real(*args, segments=None if forward_is_over else segments, **kwargs)
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        nonlocal forward_is_over
+        forward_is_over = False
+        with attention.ragged_pass():
+            yield
+        forward_is_over = True
+
+    monkeypatch.setattr(attention, "ragged_attention", forgetful)
+    monkeypatch.setattr(forward, "ragged_pass", watched)
+    with pytest.raises((AssertionError, CheckpointError)):  # torch itself may notice that other tensors are saved
+        recomputed_layers_give_the_same_gradients("llama")
+
+
+def test_attention_dropout_drops():
+    model, batch = sharp("llama", dropout=0.5), batch_of(rows_of())
+    use_ragged(model)
+    with torch.no_grad():
+        still = logits_at_targets(model, batch)
+        assert not torch.equal(logits_at_targets(model.train(), batch), still)
+        assert torch.equal(logits_at_targets(model.eval(), batch), still)
+
+
+def layouts_train_alike(arch: str, layouts=("ragged", "padded")) -> None:
+    """20 steps of plain gradient descent: losses within 1e-5 of each other."""
+    losses = []
+    for layout in layouts:
+        model = tiny_model(arch, vocab_size=VOCAB)
+        use_ragged(model)
+        losses.append([])
+        for step in range(20):
+            batch = batch_of(rows_of(seed=step % 3), layout)
+            loss = F.cross_entropy(logits_at_targets(model, batch), batch.targets_N)
+            model.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight -= 0.1 * weight.grad if weight.grad is not None else 0
+            losses[-1].append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1  # it learns: equal losses of a model that stands still prove nothing
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_packed_and_padded_training_is_the_same(arch):  # trap: T13
+    layouts_train_alike(arch)
+
+
+def test_training_test_catches_rows_that_read_each_other(monkeypatch):  # trap: T13 planted
+    real = attention.Segments.of
+    monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    with pytest.raises(AssertionError):
+        layouts_train_alike("llama")
+
+
+def test_a_model_that_swallows_the_segments_is_refused():
+    model = sharp("llama")
+    use_ragged(model)
+    with attention.ragged_pass(), pytest.raises(UnsupportedAttentionError):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)

@@ -1,0 +1,84 @@
+"""Gradient checkpointing of exactly k layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
+from tiny_model import tiny_model
+from tunesmith.errors import RecipeError
+from tunesmith.models.attention import use_ragged
+from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.forward import logits_at_targets
+
+
+@pytest.mark.parametrize("arch", [*CAN, *CANNOT])
+@pytest.mark.parametrize("num_layers", [0, 1, 3])
+def test_exactly_k_layers_are_recomputed(arch, num_layers, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(
+        "tunesmith.models.checkpointing.checkpoint",
+        lambda *args, **kwargs: recomputed.append(1) or checkpoint(*args, **kwargs),
+    )
+    model = tiny_model(arch, vocab_size=VOCAB, layers=3)
+    checkpoint_layers(model, num_layers)
+    model.train()(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False)
+    assert len(recomputed) == num_layers
+
+
+def test_k_may_be_changed():
+    model = tiny_model("llama", vocab_size=VOCAB)
+    checkpoint_layers(model, 2)
+    checkpoint_layers(model, 1)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+
+
+def test_more_layers_than_there_are_is_an_error():
+    with pytest.raises(RecipeError, match=r"train.checkpointed_layers: 3: LlamaForCausalLM has 2 layers"):
+        checkpoint_layers(tiny_model("llama", vocab_size=VOCAB), 3)
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a small trained matrix beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.trained = nn.Parameter(torch.full((base.out_features, base.in_features), 1e-3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + F.linear(x, self.trained)
+
+
+def adapters_get_gradients(num_layers: int, use_reentrant: bool = False) -> list[torch.Tensor]:
+    """With everything else frozen, so that no layer's input needs a gradient of its own accord."""
+    model = sharp("llama").requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+        layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
+    use_ragged(model)
+    checkpoint_layers(model, num_layers)
+    if use_reentrant:
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = lambda f, *args: checkpoint(f, *args, use_reentrant=True)
+    batch = batch_of(rows_of())
+    F.cross_entropy(logits_at_targets(model.train(), batch), batch.targets_N).backward()
+    found = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert len(found) == 4
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found)
+    return found
+
+
+def test_adapters_get_the_same_gradients_in_recomputed_layers():  # trap: L10
+    expected = adapters_get_gradients(0)
+    for num_layers in (1, 2):
+        assert all(map(torch.equal, adapters_get_gradients(num_layers), expected))
+
+
+def test_adapter_test_catches_a_reentrant_recomputation():  # trap: L10 planted
+    with pytest.raises((AssertionError, RuntimeError)):
+        adapters_get_gradients(2, use_reentrant=True)
