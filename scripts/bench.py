@@ -14,7 +14,8 @@ SETTINGS = ("train.epochs=1", "evaluation.samples=0", "evaluation.max_rows=16")
 
 
 def main() -> int:
-    fetched = subprocess.run([sys.executable, "scripts/get_demo_model.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "scripts/get_demo_model.py"]
+    fetched = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if fetched.returncode:
         return fetched.returncode
     model = fetched.stdout.strip().splitlines()[-1]

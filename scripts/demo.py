@@ -14,7 +14,8 @@ QUESTION = "What can you eat?"
 
 def main() -> int:
     begun = time.monotonic()
-    fetched = subprocess.run([sys.executable, "scripts/get_demo_model.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "scripts/get_demo_model.py"]
+    fetched = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if fetched.returncode:
         return fetched.returncode
     model = shown(Path(fetched.stdout.strip().splitlines()[-1]))

@@ -20,13 +20,13 @@ from tunesmith.run import Run
 WIDTH = 100
 MOMENT = 0.6
 """Share of the steps after which the live area is drawn."""
+DARK = ((40, 44, 52), (224, 108, 117), (126, 201, 140), (229, 192, 123), (97, 175, 239), (198, 120, 221))
+BRIGHT = ((110, 118, 132), (240, 113, 120), (152, 215, 160), (240, 205, 140), (120, 190, 250), (210, 140, 230))
 THEME = TerminalTheme(
     (24, 26, 31),
     (214, 218, 226),
-    [(40, 44, 52), (224, 108, 117), (126, 201, 140), (229, 192, 123)]
-    + [(97, 175, 239), (198, 120, 221), (86, 192, 204), (171, 178, 191)],
-    [(110, 118, 132), (240, 113, 120), (152, 215, 160), (240, 205, 140)]
-    + [(120, 190, 250), (210, 140, 230), (110, 210, 220), (230, 233, 240)],
+    [*DARK, (86, 192, 204), (171, 178, 191)],
+    [*BRIGHT, (110, 210, 220), (230, 233, 240)],
 )
 # rich's own form fetches a font from a server each time the picture is looked at; this one takes what is there.
 FORM = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">

@@ -71,9 +71,8 @@ def load_base(run: Run, *, offline: bool = False) -> Speaker:
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
-            return _speaker(
-                located, recipe, tokenizer=load.load_tokenizer(Located("folder", folder, str(folder)), None)
-            )
+            saved = Located("folder", folder, str(folder))
+            return _speaker(located, recipe, tokenizer=load.load_tokenizer(saved, None))
     return _speaker(located, recipe, tokenizer=load.load_tokenizer(located, recipe.data.template))
 
 

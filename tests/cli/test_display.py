@@ -50,7 +50,10 @@ def test_plain_lines_tell_the_whole_run() -> None:
     assert "step 1/12: loss 3.4000, rate 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
     assert "step 12/12: loss 2.3000, rate 0.0005, 500 tokens/s, 1.0 GiB" in lines
     assert "note: a note on the way" in lines
-    assert lines[-2:] == ["held-out loss 3.5000 before, 2.2500 after", "tokens guessed right 35.0 % before, 47.5 % after"]
+    assert lines[-2:] == [
+        "held-out loss 3.5000 before, 2.2500 after",
+        "tokens guessed right 35.0 % before, 47.5 % after",
+    ]
 
 
 def test_plain_lines_hold_no_escapes() -> None:
@@ -68,7 +71,8 @@ def test_plain_log_of_a_long_run_is_short() -> None:
     assert isinstance(console.file, io.StringIO)
     steps = [line for line in console.file.getvalue().splitlines() if line.startswith("step ")]
     assert len(steps) == 51
-    assert steps[0].startswith("step 1/10000") and steps[-1].startswith("step 10000/10000")
+    assert steps[0].startswith("step 1/10000")
+    assert steps[-1].startswith("step 10000/10000")
 
 
 def test_slow_steps_are_each_told() -> None:
@@ -119,7 +123,9 @@ def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
     evil = "\x1b[2J\x1b]0;owned\x07[red]not markup[/red]\r"
     events = fake_events.whole_run(changes={"sample": [[evil, True]], "warnings": [evil]}, prompts=[evil])
     text = told(make(), events)
-    assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text
+    assert "\x1b[2J" not in text
+    assert "\x1b]" not in text
+    assert "\x07" not in text
     assert "\\x1b[2J" in without_colours(text)
     assert "[red]not markup[/red]" in without_colours(text).replace("\n", "")
 
@@ -144,7 +150,8 @@ def test_progress_of_a_phase_is_a_bar() -> None:
     console.print(live.moving())
     assert isinstance(console.file, io.StringIO)
     text = without_colours(console.file.getvalue())
-    assert "encoding rows" in text and "50/200" in text
+    assert "encoding rows" in text
+    assert "25 %" in text
 
 
 def test_run_without_held_out_rows_is_shown() -> None:

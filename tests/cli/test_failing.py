@@ -110,7 +110,9 @@ def test_out_of_memory_names_the_way_out(text: str, capsys: pytest.CaptureFixtur
 def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing.report(KeyError("weights")) == 1
     said = capsys.readouterr().err
-    assert "KeyError: 'weights'" in said and "TUNESMITH_DEBUG=1" in said and "Traceback" not in said
+    assert "KeyError: 'weights'" in said
+    assert "TUNESMITH_DEBUG=1" in said
+    assert "Traceback" not in said
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +152,8 @@ with stopping_on_signals(has_begun=lambda: {has_begun}, say=say, at_once=lambda:
 @pytest.mark.parametrize("number", [2, 15])
 def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
     process = stoppable("True")
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
     assert said.splitlines()[0].startswith("stopping: a checkpoint is written")
@@ -161,7 +164,8 @@ def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
 @pytest.mark.parametrize("number", [2, 15])
 def test_second_signal_ends_at_once(stoppable: Start, number: int) -> None:
     process = stoppable("'deaf'")
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.stdout.readline().startswith("stopping")
     process.send_signal(number)
@@ -172,7 +176,8 @@ def test_second_signal_ends_at_once(stoppable: Start, number: int) -> None:
 
 def test_signal_before_the_run_has_begun_interrupts(stoppable: Start) -> None:
     process = stoppable("False")
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(2)
     process.communicate(timeout=20)
     assert process.returncode in (1, -2)  # an uncaught KeyboardInterrupt, as the interpreter ends with it

@@ -57,7 +57,10 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path) -> None:
     model = tmp_path / "support"
     model.mkdir()
     root = tmp_path / "runs"
-    assert is_run("support-3f2a", root) and is_run("supp", root) and is_run("last", root) and is_run(str(run), root)
+    assert is_run("support-3f2a", root)
+    assert is_run("supp", root)
+    assert is_run("last", root)
+    assert is_run(str(run), root)
     assert not is_run(str(model), root)
     assert not is_run("HuggingFaceTB/SmolLM2-135M-Instruct", root)
     assert not is_run("gpt2", root)

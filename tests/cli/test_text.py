@@ -40,7 +40,14 @@ def test_durations(seconds: float, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "shown"),
-    [(999, "999"), (9_999, "9,999"), (12_345, "12.3 k"), (134_515_008, "134.5 M"), (1.7e9, "1.7 B"), (4_884_480, "4.9 M")],
+    [
+        (999, "999"),
+        (9_999, "9,999"),
+        (12_345, "12.3 k"),
+        (134_515_008, "134.5 M"),
+        (1.7e9, "1.7 B"),
+        (4_884_480, "4.9 M"),
+    ],
 )
 def test_counts(number: float, shown: str) -> None:
     assert text.count(number) == shown

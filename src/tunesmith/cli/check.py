@@ -2,6 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def check() -> None:
-    """Check."""
+import typer
+
+from tunesmith.cli.options import Json, Offline, Settings, files, given, remember_json
+from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from tunesmith.data.render import Renderer
+    from tunesmith.recipe.knobs import Recipe
+
+
+def check(
+    ctx: typer.Context,
+    data: Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="Files of rows.")] = None,
+    eval_: Annotated[
+        list[str] | None, typer.Option("--eval", metavar="DATA", help="Held-out rows: checked, and for overlap.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Also check tokens: lengths, template."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="auto|chat|generate", help="What is learnt.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
+    settings: Settings = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """List every problem of your data by line, with a way out, before anything is trained.
+
+    tunesmith check support.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+    tunesmith check a.csv --set 'data.columns={prompt: question, completion: answer}'
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.recipe import read
+
+    explicit = {"model": model, "data.train": files(data), "data.eval": files(eval_), "task": task}
+    chosen = read.load(str(recipe) if recipe else None, [*given(explicit), *(settings or [])])
+    if not chosen.data.train:
+        raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
+
+    from tunesmith.cli.checking import draw, progress_bar
+    from tunesmith.cli.output import console, json_line
+    from tunesmith.data.check import check as check_rows
+
+    with progress_bar(console(stderr=True)) as tick:
+        report = check_rows(chosen.data, renderer=_renderer(chosen, offline) if chosen.model else None, progress=tick)
+    if as_json:
+        json_line({"kind": "check", "ok": report.ok, **asdict(report)})
+    else:
+        draw(report)
+    if not report.ok:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
+    """The renderer that training would use; None where no row is good enough to tell the task from."""
+    from tunesmith.data.render import Renderer
+    from tunesmith.data.rows import peek_shape
+    from tunesmith.errors import DataError
+    from tunesmith.models import locate
+    from tunesmith.models.load import load_tokenizer
+    from tunesmith.models.size import size
+    from tunesmith.planning.advise import choose_task
+
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    tokenizer = load_tokenizer(located, recipe.data.template)
+    try:
+        task = choose_task(peek_shape(recipe.data)).value if recipe.task == "auto" else recipe.task
+    except DataError:
+        return None
+    limit = size(located).max_tokens if recipe.data.max_tokens == "auto" else recipe.data.max_tokens
+    too_long, control_tokens = recipe.data.too_long, recipe.data.control_tokens
+    return Renderer(tokenizer, task, max_tokens=limit, too_long=too_long, control_tokens=control_tokens)

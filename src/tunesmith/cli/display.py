@@ -88,10 +88,10 @@ class Plain(Silent):
         now = self.clock()
         if what != self.phase:
             self.phase = what
-            self.say(f"{PHASES.get(what, what)}{f': {total:,}' if total > 1 else ''}")
+            self.say(PHASES.get(what, what))
             self.last_line = now
         elif now - self.last_line >= PLAIN_SECONDS and total:
-            self.say(f"{PHASES.get(what, what)}: {done:,} of {total:,}")
+            self.say(f"{PHASES.get(what, what)}: {done / total:.0%}")
             self.last_line = now
 
     def event(self, event: Event) -> None:

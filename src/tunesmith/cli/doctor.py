@@ -35,10 +35,10 @@ def findings() -> dict[str, Any]:
 
     from tunesmith.cli.text import size
     from tunesmith.describing import versions
-    from tunesmith.models import load
+    from tunesmith.models.machine import choose_device, choose_precision
 
-    device = load.choose_device("auto")
-    precision = load.choose_precision("auto", device.value)
+    device = choose_device("auto")
+    precision = choose_precision("auto", device.value)
     return {
         **versions(),
         "interpreter": sys.executable,

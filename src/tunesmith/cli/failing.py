@@ -33,7 +33,7 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
         _print(str(error), style="yellow")
         return error.exit_code
     if isinstance(error, DataError) and error.problems:
-        print_problems(error.problems, all_of_them=False)
+        print_problems(error.problems)
     for line in explained(error):
         _print(line, style="bold red")
     return error.exit_code if isinstance(error, TunesmithError) else FAILED
@@ -77,13 +77,14 @@ def problem_values(problem: Problem) -> dict[str, Any]:
     }
 
 
-def print_problems(problems: Sequence[Problem], *, all_of_them: bool, stderr: bool = True) -> None:
-    """`file:line: code: message fix`, the first twenty and how many more there are."""
-    shown = problems if all_of_them else problems[:SHOWN_PROBLEMS]
+def print_problems(problems: Sequence[Problem], *, num: int | None = None, stderr: bool = True) -> None:
+    """`file:line: code: message fix`, the first twenty and how many more there are of `num`."""
+    shown = problems[:SHOWN_PROBLEMS]
     for problem in shown:
         _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
-    if len(problems) > len(shown):
-        _print(f"and {len(problems) - len(shown):,} more (all with --json)", style="bold", stderr=stderr)
+    more = (len(problems) if num is None else num) - len(shown)
+    if more > 0:
+        _print(f"and {more:,} more (all with --json)", style="bold", stderr=stderr)
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

@@ -122,7 +122,7 @@ def _phase(what: str, done: int, total: int) -> RenderableType:
     words = PHASES.get(what, what)
     if total <= 1:
         return Spinner("dots", Text(words, style=MUTED), style=ACCENT)
-    numbers = TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
-    progress = Progress(TextColumn("{task.description}"), BarColumn(24), numbers)
+    share = TextColumn("{task.percentage:.0f} %")
+    progress = Progress(TextColumn("{task.description}"), BarColumn(24), share)
     progress.add_task(words, total=total, completed=done)
     return progress.make_tasks_table(progress.tasks)

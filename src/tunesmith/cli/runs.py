@@ -35,7 +35,7 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
         screen.print(_table(rows))
     else:
         for row in rows:
-            screen.print("\t".join(_cells(row)))
+            typer.echo("\t".join(_cells(row)))
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -57,8 +57,9 @@ class Story:
         elif event.kind == "step":
             self._hear_step(event)
         elif event.kind == "sample":
+            answer = values["answer"] if values.get("stopped", True) else values["answer"].rstrip() + " …"
             sample = self.samples.setdefault(values["index"], {})
-            sample |= {"prompt": values["prompt"], "reference": values["reference"], values["name"]: values["answer"]}
+            sample |= {"prompt": values["prompt"], "reference": values["reference"], values["name"]: answer}
         elif event.kind == "end":
             self.report = values.get("report", {})
 

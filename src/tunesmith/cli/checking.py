@@ -1,0 +1,77 @@
+"""What a check found, on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from tunesmith.cli.failing import print_problems
+from tunesmith.cli.output import console
+from tunesmith.cli.panels import ACCENT, MUTED, sample_row
+from tunesmith.cli.text import percent, plural, visible
+
+if TYPE_CHECKING:
+    from tunesmith.data.check_report import CheckReport, TokenStats
+
+BAR = 32
+"""Width of the longest bar of the histogram."""
+
+
+@contextmanager
+def progress_bar(screen: Console) -> Iterator[Callable[[int, int], None]]:
+    """Bytes done and bytes in all, drawn on a terminal and nowhere else."""
+    if not screen.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = TextColumn("checking rows"), BarColumn(24), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()
+    with Progress(*columns, console=screen, transient=True) as progress:
+        bar = progress.add_task("")
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def draw(report: CheckReport) -> None:
+    """Problems first, then files, tokens and a first row, then the verdict."""
+    screen = console()
+    errors = [problem for problem in report.problems if problem.severity == "error"]
+    warnings = [problem for problem in report.problems if problem.severity == "warning"]
+    print_problems(errors, num=sum(report.errors.values()), stderr=False)
+    print_problems(warnings, num=sum(report.warnings.values()), stderr=False)
+    if report.problems:
+        _say(screen, "")
+    for file in report.files:
+        shape = f"{file.shape} in {file.format}" if file.shape else file.format or "unreadable"
+        _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")
+    for side, stats in report.tokens.items():
+        _tokens(screen, side, stats)
+    for spans in report.first_rows[:1]:
+        screen.print("", sample_row(spans), "", sep="\n")
+    _say(screen, f"held out: {plural(report.held_out, 'row')}")
+    for note in report.notes:
+        _say(screen, f"note: {note}")
+    for refusal in report.refusals:
+        screen.print(Text(f"refused: {visible(refusal)}", style="bold red"))
+    if report.ok:
+        screen.print(Text("can be trained on", style="bold green"))
+
+
+def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
+    share = percent(stats.trained / stats.tokens)
+    _say(
+        screen,
+        f"{side}: {stats.tokens:,} tokens, {stats.trained:,} of them trained ({share}); a row has {stats.shortest:,} "
+        f"to {stats.longest:,}, half have {stats.median:,} or less, 95 % have {stats.p95:,} or less",
+    )
+    most = max(stats.counts)
+    for start, end, number in zip(stats.edges, stats.edges[1:], stats.counts, strict=False):
+        bar = "█" * max(round(number / most * BAR), 1 if number else 0)
+        label = f"{start:>8,}–{end - 1:<8,}"
+        screen.print(Text.assemble((label, MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
+
+
+def _say(screen: Console, text: str) -> None:
+    screen.print(Text(visible(text)))

@@ -1,0 +1,313 @@
+"""The whole way of a person at the terminal, with a model of two layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tiny_run import chats, model_folder
+from tunesmith.cli.app import app
+from tunesmith.run import Run
+
+Result = Any
+"""Of typer's CliRunner; its name moves between versions."""
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = (
+    "method.rank=4",
+    "optim.lr=0.01",
+    "train.rows_per_step=3",
+    "evaluation.samples=2",
+    "evaluation.sample_tokens=4",
+    "precision=float32",
+    "threads=1",
+)
+
+
+def tunesmith(*words: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def settings(*more: str) -> list[str]:
+    return [word for setting in (*QUICK, *more) for word in ("--set", setting)]
+
+
+@dataclass
+class Place:
+    folder: Path
+    model: Path
+    data: Path
+    held_out: Path
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "runs"
+
+    def train(self, *more: str | Path, code: int = 0) -> Result:
+        words = ["train", self.model, self.data, "--eval", self.held_out, "--runs", self.root, "--offline"]
+        return tunesmith(*words, *settings("train.max_steps=6"), *more, code=code)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("cli")
+    model = model_folder(folder / "model")
+    return Place(folder, model, chats(folder / "chats.jsonl", 18), chats(folder / "held-out.jsonl", 5, seed=1))
+
+
+@pytest.fixture(scope="module")
+def done(place: Place) -> tuple[Run, Result]:
+    out = place.folder / "runs" / "first"
+    result = place.train("--method", "lora", "--out", out)
+    return Run(out), result
+
+
+def test_train_leaves_a_finished_run_and_says_where(done: tuple[Run, Result]) -> None:
+    run, result = done
+    assert run.state() == "done"
+    assert f"The result is in {run.path}" in result.stdout
+    assert "step 6/6" in result.stdout
+    assert "held-out loss" in result.stdout
+    assert (run.adapter_path / "adapter_model.safetensors").is_file()
+    report = json.loads(run.report_path.read_text())
+    assert report["metrics"]["after"]["loss"] < report["metrics"]["before"]["loss"]
+    assert report["rows"] == {"train": 18, "held_out": 5, "skipped": 0}
+
+
+def test_the_recipe_of_a_run_repeats_it(place: Place, done: tuple[Run, Result]) -> None:
+    run, _ = done
+    again = place.folder / "runs" / "again"
+    tunesmith("train", "--recipe", run.recipe_path, "--out", again, "--offline", "--quiet")
+    losses = [[e.values["loss"] for e in r.events() if e.kind in ("step", "evaluation")] for r in (run, Run(again))]
+    assert losses[0] == losses[1]
+
+
+def test_json_is_events_on_stdout_and_nothing_else(place: Place) -> None:
+    result = place.train("--json", "--out", place.folder / "json-run", "--set", "train.epochs=0.3")
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    kinds = [event["kind"] for event in told]
+    assert kinds[:3] == ["start", "plan", "evaluation"]
+    assert kinds[-2:] == ["end", "result"]
+    assert told[-1]["run"] == str(place.folder / "json-run")
+    assert "held out at step 0" in result.stderr
+
+
+def test_quiet_prints_the_run_alone(place: Place) -> None:
+    result = place.train("--quiet", "--set", "train.max_steps=1", "--set", "name=hush")
+    printed = Path(result.stdout.strip())
+    assert printed.parent == place.root
+    assert printed.name.startswith("hush-")
+    assert result.stderr == ""
+
+
+def test_check_says_what_the_rows_are(place: Place) -> None:
+    plain = tunesmith("check", place.data).stdout
+    assert "messages in JSON lines: 18 of 18 rows can be used" in plain
+    assert plain.splitlines()[-1] == "can be trained on"
+    with_model = tunesmith("check", place.data, "--eval", place.held_out, "--model", place.model, "--offline").stdout
+    assert "held out: 5 rows" in with_model
+    assert "of them trained" in with_model
+    assert "what is learnt" in with_model
+    told = json.loads(tunesmith("check", place.data, "--model", place.model, "--offline", "--json").stdout)
+    assert told["ok"] is True
+    assert sum(told["tokens"]["train"]["counts"]) == 18
+
+
+def test_check_refuses_what_train_refuses(place: Place, tmp_path: Path) -> None:
+    """The same problem by the same line from both; with bad_rows: skip both go on and count it."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(place.data.read_bytes() + b'{"messages": []}\n')
+    problem = f"{bad}:19: "
+    checked = tunesmith("check", bad, code=2)
+    assert checked.stdout.startswith(problem)
+    refused = tunesmith("train", place.model, bad, "--runs", tmp_path / "runs", "--offline", code=2)
+    assert refused.stderr.startswith(problem)
+    assert not list(tmp_path.glob("runs/*/run.json"))
+
+    skip = ["--set", "data.bad_rows=skip"]
+    assert "18 of 19 rows can be used" in tunesmith("check", bad, *skip).stdout
+    out = tmp_path / "skipped"
+    tunesmith("train", place.model, bad, *skip, *settings("train.max_steps=1"), "--out", out, "--offline", "--quiet")
+    assert json.loads((out / "report.json").read_text())["rows"]["skipped"] == 1
+
+
+def test_runs_lists_what_was_tried(place: Place, done: tuple[Run, Result]) -> None:
+    run, _ = done
+    rows = json.loads(tunesmith("runs", "--runs", place.root, "--json").stdout)
+    row = next(row for row in rows if row["name"] == run.path.name)
+    assert (row["state"], row["task"], row["method"], row["step"], row["steps"]) == ("done", "chat", "lora", 6, 6)
+    assert row["after"] < row["before"]
+    assert "first\tdone\tmodel\tchat\tlora\t6/6\t" in tunesmith("runs", "--runs", place.root).stdout
+
+
+def test_a_broken_run_does_not_hide_the_others(place: Place, done: tuple[Run, Result], tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{}")
+    assert "broken\tunreadable\t" in tunesmith("runs", "--runs", tmp_path).stdout
+
+
+def test_show_tells_the_story(place: Place, done: tuple[Run, Result]) -> None:
+    run, _ = done
+    text = tunesmith("show", run.path.name, "--runs", place.root).stdout
+    for words in (": done", "18 rows to train on, 5 held out", "training loss", "loss, nats per target", "adapter in"):
+        assert words in text
+    assert json.loads(tunesmith("show", run.path, "--json").stdout)["report"]["steps"] == 6
+
+
+def test_show_of_an_unknown_run_names_those_there_are(place: Place, done: tuple[Run, Result]) -> None:
+    result = tunesmith("show", "frist", "--runs", place.root, code=2)
+    assert "did you mean first" in result.stderr
+
+
+def test_chat_answers_with_both(place: Place, done: tuple[Run, Result]) -> None:
+    run, _ = done
+    words = ["chat", run.path, "--once", "hello", "--max-tokens", "4", "--offline", "--json"]
+    both = json.loads(tunesmith(*words, "--compare").stdout)
+    alone = json.loads(tunesmith(*words).stdout)
+    base = json.loads(tunesmith(*words, "--base").stdout)
+    model = json.loads(tunesmith("chat", place.model, *words[2:]).stdout)
+    assert both["prompt"] == "hello"
+    assert both["after"] == alone["answer"]
+    assert both["before"] == base["answer"] == model["answer"]
+    assert both["before"] != both["after"]
+
+
+def test_chat_reads_questions_from_a_pipe(done: tuple[Run, Result]) -> None:
+    run, _ = done
+    words = ["chat", str(run.path), "--max-tokens", "3", "--offline", "--json"]
+    result = CliRunner().invoke(app, words, input="hello\n\nwhat is a dog\n/reset\nhello\n/exit\nnever asked\n")
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [turn["prompt"] for turn in told] == ["hello", "what is a dog", "hello"]
+    assert told[0]["answer"] == told[2]["answer"]
+
+
+def test_a_model_has_nothing_to_compare(place: Place) -> None:
+    result = tunesmith("chat", place.model, "--compare", "--once", "x", code=2)
+    assert "--compare need a run" in result.stderr
+
+
+def test_full_tuning_is_talked_to_and_compared(place: Place) -> None:
+    out = place.folder / "full"
+    words = ["train", place.model, place.data, "--method", "full", "--out", out, "--offline", "--quiet"]
+    tunesmith(*words, *settings("train.max_steps=3")[2:])  # without a rank
+    assert (out / "model" / "model.safetensors").is_file()
+    words = ["chat", out, "--once", "hello", "--max-tokens", "4", "--offline", "--json"]
+    both = json.loads(tunesmith(*words, "--compare").stdout)
+    assert both["before"] == json.loads(tunesmith(*words, "--base").stdout)["answer"]
+    assert both["after"] == json.loads(tunesmith(*words).stdout)["answer"]
+
+
+def test_selftest_of_a_run_passes(done: tuple[Run, Result]) -> None:
+    run, _ = done
+    proofs = [json.loads(line) for line in tunesmith("selftest", run.path, "--offline", "--json").stdout.splitlines()]
+    assert len(proofs) >= 4
+    assert all(proof["passed"] for proof in proofs)
+
+
+def test_out_is_never_overwritten(place: Place, done: tuple[Run, Result]) -> None:
+    run, _ = done
+    before = run.events_path.read_bytes()
+    place.train("--out", run.path, code=2)
+    assert run.events_path.read_bytes() == before
+
+
+def test_a_finished_run_has_nothing_to_resume(done: tuple[Run, Result]) -> None:
+    run, _ = done
+    assert "nothing is left to resume" in tunesmith("resume", run.path, code=2).stderr
+
+
+def process(words: Sequence[str | Path]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tunesmith", *map(str, words)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LONG = ("train.epochs=50",)
+LONG_STEPS = 300  # 6 an epoch: long enough that a signal lands in the middle, and two seconds of work
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Place) -> list[float]:
+    out = place.folder / "uninterrupted"
+    words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--quiet", "--out", out]
+    tunesmith(*words, *settings(*LONG))
+    return losses_of(Run(out))
+
+
+def losses_of(run: Run) -> list[float]:
+    return [event.values["loss"] for event in run.events() if event.kind in ("step", "evaluation")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_checkpoints_and_resume_ends_the_same(
+    place: Place, uninterrupted: list[float], number: signal.Signals
+) -> None:
+    """A signal in the middle: exit 3, the way on is named, and every loss is that of a run never stopped."""
+    words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--json", *settings(*LONG)]
+    stopped = place.folder / f"stopped-{number}"
+    work = process([*words, "--out", stopped])
+    assert work.stdout is not None
+    for line in work.stdout:
+        if json.loads(line)["kind"] == "step":
+            break
+    work.send_signal(number)
+    _, said = work.communicate(timeout=120)
+    assert work.returncode == 3, said
+    assert f"tunesmith resume {stopped}" in said
+    run = Run(stopped)
+    assert run.state() == "stopped"
+    at = max(event.step for event in run.events() if event.kind == "checkpoint")
+    assert 0 < at < LONG_STEPS
+
+    tunesmith("resume", stopped, "--offline", "--quiet", "--json")
+    assert run.state() == "done"
+    assert losses_of(run) == uninterrupted
+    assert len(uninterrupted) == LONG_STEPS + 2
+
+
+def test_python_face_does_the_same(place: Place, done: tuple[Run, Result]) -> None:
+    import tunesmith as package
+
+    run, _ = done
+    heard: list[str] = []
+    again = package.train(
+        place.model,
+        place.data,
+        eval=place.held_out,
+        method={"name": "lora", "rank": 4},
+        optim={"lr": 0.01},
+        train={"rows_per_step": 3, "max_steps": 6},
+        evaluation={"samples": 2, "sample_tokens": 4},
+        precision="float32",
+        threads=1,
+        root=place.folder / "python",
+        on_event=lambda event: heard.append(event.kind),
+        offline=True,
+    )
+    assert heard[0] == "start"
+    assert heard[-1] == "end"
+    losses = [[e.values["loss"] for e in r.events() if e.kind == "step"] for r in (run, again)]
+    assert losses[0] == losses[1]
+    model, tokenizer = package.load(again, offline=True)
+    assert model.config.vocab_size >= len(tokenizer)
+
+
+def test_public_names_are_there() -> None:
+    import tunesmith as package
+
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = package.nonsense
