@@ -1,0 +1,58 @@
+"""Every malformed file ends in a finding with its code and its line, and nothing else happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.malformed_corpus import CASES, Case
+from tunesmith.data.check import check
+from tunesmith.data.examples import examples
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.types import Problem
+
+IDS = [case.name for case in CASES]
+
+
+def findings(path: Path) -> list[Problem]:
+    """What reading says of a file that is wrong, in the order in which it says it."""
+    found: list[Problem] = []
+    data = Data(train=(DataFile(path=str(path)),))
+    try:
+        for _ in examples(data.train, data, found.append):
+            pass
+    except DataError as error:
+        found += error.problems
+    return [problem for problem in found if problem.severity == "error"]
+
+
+def test_the_corpus_has_200_cases_with_names_of_their_own():
+    assert len(CASES) >= 200
+    assert len(set(IDS)) == len(IDS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_malformed_input_is_named_with_its_line(case: Case, tmp_path: Path):
+    path = tmp_path / case.filename
+    path.write_bytes(case.payload)
+
+    found = findings(path)
+
+    assert (case.code, case.line) in [(problem.code, problem.source.line) for problem in found]
+    assert found[0].source.line == case.line  # and nothing is said of the good rows before it
+    assert all(problem.source.path == str(path) for problem in found)
+    assert all(len(str(problem)) < 1000 for problem in found)
+    assert [file.name for file in tmp_path.iterdir()] == [case.filename]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_check_refuses_malformed_input(case: Case, tmp_path: Path):
+    path = tmp_path / case.filename
+    path.write_bytes(case.payload)
+
+    report = check(Data(train=(DataFile(path=str(path)),)))
+
+    assert not report.ok
+    assert report.errors[case.code] >= 1
