@@ -10,9 +10,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, BinaryIO, Literal
 
 from tunesmith.errors import DataError
+from tunesmith.files import storing
 from tunesmith.types import Problem, Source
 
 Kind = Literal["JSON lines", "JSON array", "CSV", "Parquet"]
@@ -137,7 +139,8 @@ def opened_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
         with tempfile.TemporaryFile() as copy:
             stream = Stream(gzip.GzipFile(fileobj=packed), packed, facts)
             while block := stream.read(1 << 20):
-                copy.write(block)
+                with storing(Path(tempfile.gettempdir()), num_bytes=copy.tell() + len(block)):
+                    copy.write(block)
                 if copy.tell() > MOST_UNPACKED * facts.total_bytes + HEAD_BYTES:
                     message = f"it unpacks to more than {MOST_UNPACKED} times its size."
                     fix = "Unpack it: Parquet is compressed already."

@@ -80,8 +80,8 @@ def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
 
 def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
     size = 0
-    for text in strings(record):
-        size += len(text)
+    for text in strings(list(record.values())):
+        size += len(text) if text.isascii() else len(text.encode())
         if "\0" in text:
             return nul_character(text.find("\0"))
     return too_long(size, limits.line_bytes) if size > limits.line_bytes else None

@@ -1,0 +1,315 @@
+"""Rows are read byte for byte, whatever the file is called and however it arrives."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.rows_of import WRITERS, comma_separated, json_lines, parquet, put, rows_in, said
+from tunesmith.data import read_text
+from tunesmith.data.read import read
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import DataFile, Limits
+
+PAIR = {"prompt": "a", "completion": "b"}
+# Surrogates are no text, and NUL is refused by name.
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"))
+ROWS = st.lists(st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}), min_size=1, max_size=5)
+TYPED_TEXT = ("NA", "null", "", "007", "1e5", "2024-01-01", "12:30", "true", "+1", " x ", "1,5", "None", "-0", "NaN")
+
+
+def read_texts(path: Path) -> list[Any]:
+    rows, problems = rows_in(path)
+    assert problems == []
+    return [record for _, record in rows]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS)
+def test_any_text_comes_back_byte_for_byte(name: str, rows: list[dict[str, str]], tmp_path: Path):
+    assert read_texts(put(tmp_path, name, WRITERS[name](rows))) == rows
+
+
+def keeps_what_looks_typed(read_csv: Callable[[Path], list[Any]], text: str, path: Path) -> None:
+    rows = [{"prompt": text, "completion": "x"}, {"prompt": text, "completion": "y"}]
+    path.write_bytes(comma_separated(rows))
+    assert read_csv(path) == rows
+
+
+@pytest.mark.parametrize("text", TYPED_TEXT)
+def test_text_that_looks_like_something_else_stays_text(text: str, tmp_path: Path):  # trap: T15
+    keeps_what_looks_typed(read_texts, text, tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("text", ["NA", "007", "1e5", "2024-01-01", "12:30", "true"])
+def test_a_reader_that_guesses_types_would_be_caught(text: str, tmp_path: Path):  # trap: T15, planted
+    def guessing(path: Path) -> list[Any]:
+        quotes_say_nothing = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+        return list(pyarrow.csv.read_csv(path, convert_options=quotes_say_nothing).to_pylist())
+
+    with pytest.raises(AssertionError):
+        keeps_what_looks_typed(guessing, text, tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_types_stay_what_they_are(name: str, tmp_path: Path):  # trap: T15
+    rows = [{"a": 1, "b": "1", "c": True, "d": None, "e": [1, "1"], "f": {"g": "2024-01-01"}, "h": 1.5, "i": 2**63}]
+    path = put(tmp_path, name, WRITERS[name](rows))
+    assert json.dumps(rows_in(path)[0][0][1]) == json.dumps(rows[0])
+
+
+def test_a_parquet_date_is_not_made_text(tmp_path: Path):  # trap: T15
+    table = pa.table({"prompt": ["a"], "completion": pa.array([0], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "t.parquet")
+    ((_, record),) = rows_in(tmp_path / "t.parquet")[0]
+    assert not isinstance(record["completion"], str)
+
+
+def test_lines_are_counted_with_blank_ones(tmp_path: Path):
+    payload = b"\n" + json_lines([PAIR]) + b"  \r\n\n" + json_lines([PAIR]).rstrip()
+    rows, problems = rows_in(put(tmp_path, "rows.jsonl", payload))
+    assert [line for line, _ in rows] == [2, 5]
+    assert problems == []
+
+
+def test_blank_lines_are_counted(tmp_path: Path):
+    facts: list[Any] = []
+    path = put(tmp_path, "rows.jsonl", b"\n" + json_lines([PAIR]) + b" \n")
+    list(read([DataFile(path=str(path))], limits=Limits(), on_problem=lambda problem: None, facts=facts))
+    assert (facts[0].rows, facts[0].blank) == (1, 2)
+    assert facts[0].done_bytes == facts[0].total_bytes == path.stat().st_size
+
+
+def test_mark_at_the_start_and_windows_line_ends_change_nothing(tmp_path: Path):
+    for name in ("rows.jsonl", "rows.csv", "rows.json"):
+        plain = WRITERS[name]([PAIR, PAIR])
+        windows = b"\xef\xbb\xbf" + plain.replace(b"\n", b"\r\n")
+        assert read_texts(put(tmp_path, name, windows)) == [PAIR, PAIR]
+
+
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path):
+    row = {"prompt": "a\u2028b\u2029c\u0085d\x0be\x0cf\x1c", "completion": "\ufeff"}
+    for name, write in WRITERS.items():
+        assert read_texts(put(tmp_path, name, write([row, row]))) == [row, row]
+
+
+def test_csv_rows_carry_the_line_on_which_they_begin(tmp_path: Path):
+    payload = b'prompt,completion\n\n"a\n\nb",c\r\n\n"d ""e""",f'
+    rows, _ = rows_in(put(tmp_path, "t.csv", payload))
+    assert rows == [(3, {"prompt": "a\n\nb", "completion": "c"}), (7, {"prompt": 'd "e"', "completion": "f"})]
+
+
+def test_csv_keeps_line_ends_inside_text(tmp_path: Path):
+    rows, _ = rows_in(put(tmp_path, "t.csv", b'prompt,completion\r\n"a\r\nb","c\nd\re"\r\n'))
+    assert rows == [(2, {"prompt": "a\r\nb", "completion": "c\nd\re"})]
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter"), [(b"prompt,completion", ","), (b"prompt\tcompletion", "\t"), (b"prompt;completion", ";")]
+)
+def test_separator_is_found_in_the_header(header: bytes, delimiter: str, tmp_path: Path):
+    payload = header + b"\n" + delimiter.join(["a", "b"]).encode()
+    name = "t.tsv" if delimiter == "\t" else "t.csv"
+    assert read_texts(put(tmp_path, name, payload)) == [PAIR]
+
+
+@pytest.mark.parametrize(
+    ("name", "real"),
+    [
+        ("rows.csv", "rows.jsonl"),
+        ("rows.jsonl", "rows.csv"),
+        ("rows.jsonl", "rows.parquet"),
+        ("rows.parquet", "rows.json"),
+        ("rows.csv", "rows.tsv"),
+        ("rows.jsonl", "rows.jsonl.gz"),
+        ("rows.jsonl.gz", "rows.jsonl"),
+        ("rows.jsonl", "rows.json"),
+    ],
+)
+def test_content_counts_more_than_the_name_and_that_is_said(name: str, real: str, tmp_path: Path):
+    rows, problems = rows_in(put(tmp_path, name, WRITERS[real]([PAIR])))
+    assert [record for _, record in rows] == [PAIR]
+    assert [(problem.code, problem.severity) for problem in problems] == [("misnamed", "warning")]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.txt", "rows"])
+def test_names_that_promise_nothing_are_not_remarked_on(name: str, tmp_path: Path):
+    assert read_texts(put(tmp_path, name, json_lines([PAIR]))) == [PAIR]
+
+
+def test_reading_goes_on_after_a_bad_row(tmp_path: Path):
+    good = json_lines([PAIR])
+    rows, problems = rows_in(put(tmp_path, "rows.jsonl", good + b"{\n" + good + b'{"a": 1, "a": 2}\n' + good))
+    assert [line for line, _ in rows] == [1, 3, 5]
+    assert said(problems) == [("truncated_json", 2), ("duplicate_key", 4)]
+
+
+@pytest.mark.parametrize(("name", "around"), [("rows.jsonl", 33), ("rows.csv", 6), ("rows.parquet", 1)])
+def test_a_row_may_have_the_longest_size_and_not_a_byte_more(name: str, around: int, tmp_path: Path):
+    # `around`: bytes of {"prompt": "", "completion": "b"}, of "","b" and, in Parquet, of the texts alone.
+    fitting, longer = ({"prompt": "x" * (500 - around + more), "completion": "b"} for more in (0, 1))
+    path = put(tmp_path, name, WRITERS[name]([PAIR, fitting, longer, PAIR]))
+    rows, problems = rows_in(path, limits=Limits(line_bytes=500))
+    assert [record for _, record in rows] == [PAIR, fitting, PAIR]
+    assert [problem.code for problem in problems] == ["line_too_long"]
+
+
+def test_an_element_that_is_too_long_does_not_hide_the_next(tmp_path: Path):
+    rows = [PAIR, {"prompt": "[{\\" * 1000, "completion": '"]}' * 1000}, PAIR]
+    found, problems = rows_in(put(tmp_path, "rows.json", WRITERS["rows.json"](rows)), limits=Limits(line_bytes=200))
+    assert [line for line, _ in found] == [1, 3]
+    assert said(problems) == [("line_too_long", 2)]
+
+
+def test_a_csv_text_that_is_too_long_does_not_hide_the_next(tmp_path: Path):
+    rows = [PAIR, {"prompt": 'a "quoted"\nline\n' * 1000, "completion": "b"}, PAIR]
+    found, problems = rows_in(put(tmp_path, "t.csv", comma_separated(rows)), limits=Limits(line_bytes=200))
+    assert [line for line, _ in found] == [2, 2004]
+    assert said(problems) == [("line_too_long", 3)]
+
+
+def test_byte_of_a_finding_is_that_of_the_file(tmp_path: Path):
+    payload = b"\xef\xbb\xbf" + json_lines([{"prompt": "ä", "completion": "b"}]) + b'{"prompt": "caf\xe9"}\n'
+    _, (problem,) = rows_in(put(tmp_path, "rows.jsonl", payload))
+    assert problem.code == "invalid_utf8"
+    assert f"(byte {payload.index(0xE9)})" in problem.message
+    assert "café" in problem.fix
+    assert "WINDOWS-1252" in problem.fix
+
+
+def test_byte_of_a_finding_in_a_csv_text_is_that_of_the_file(tmp_path: Path):
+    payload = b'prompt,completion\na,b\n"c\nd \xe9",e\n'
+    _, (problem,) = rows_in(put(tmp_path, "t.csv", payload))
+    assert f"(byte {payload.index(0xE9)})" in problem.message
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
+def test_arrays_are_cut_the_same_however_they_arrive(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"a": '\\"]},[{' * n, "b": [[], {}, [{"c": "\\\\"}]], "d": "\\" * n} for n in range(6)]
+    path = put(tmp_path, "rows.json", json.dumps(rows).encode())
+    monkeypatch.setattr(read_text, "CHUNK_BYTES", chunk_bytes)
+    assert read_texts(path) == rows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(TEXT, st.recursive(TEXT | st.integers(-(2**63), 2**63), st.lists, max_leaves=6)),
+        min_size=1,
+    ),
+    chunk_bytes=st.integers(1, 20),
+)
+def test_any_array_is_cut_where_its_rows_end(rows: list[Any], chunk_bytes: int, tmp_path: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_text, "CHUNK_BYTES", chunk_bytes)
+        assert read_texts(put(tmp_path, "rows.json", json.dumps(rows).encode())) == rows
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    payload=st.binary(max_size=60),
+    start=st.sampled_from([b"", b"{", b"[", b'[{"a": "', b'{"a":1}\n', b"a,b\n1,", b'a,b\n"']),
+)
+def test_no_bytes_end_in_anything_but_a_finding(payload: bytes, start: bytes, tmp_path: Path):
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        rows, problems = rows_in(put(tmp_path, name, start + payload))
+        assert rows or problems
+
+
+def test_nested_nulls_of_parquet_are_the_same_as_nothing(tmp_path: Path):
+    # A column of messages gives every message the keys of all.
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        {"messages": [{"role": "user", "content": "c", "name": "Ann"}, {"role": "assistant", "content": None}]},
+    ]
+    found, _ = rows_in(put(tmp_path, "t.parquet", parquet(rows)))
+    assert found[0][1] == rows[0]
+    assert found[1][1]["messages"] == [{"role": "user", "content": "c", "name": "Ann"}, {"role": "assistant"}]
+
+
+def test_parquet_rows_cross_row_groups(tmp_path: Path):
+    rows = [{"prompt": f"{i}", "completion": "x"} for i in range(5000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=700)
+    found, _ = rows_in(tmp_path / "t.parquet")
+    assert [record for _, record in found] == rows
+    assert [line for line, _ in found] == list(range(1, 5001))
+
+
+def test_files_are_named_together_when_they_cannot_be_opened(tmp_path: Path):
+    good = put(tmp_path, "rows.jsonl", json_lines([PAIR]))
+    files = [tmp_path / "gone.jsonl", good, tmp_path, put(tmp_path, "empty.jsonl", b"")]
+    with pytest.raises(DataError) as refused:
+        list(read([DataFile(path=str(file)) for file in files], limits=Limits(), on_problem=lambda problem: None))
+    assert [problem.code for problem in refused.value.problems] == ["no_such_file", "is_folder", "empty_dataset"]
+    assert str(refused.value).count("\n") == 2
+
+
+def test_paths_that_cannot_be_are_refused(tmp_path: Path):
+    for path in ("", "a\0b", str(tmp_path / "a" / "b"), "x" * 5000):
+        _, (problem,) = rows_in(Path(path)) if path else rows_in(tmp_path / "none")
+        assert problem.code in ("no_such_file", "unreadable")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert said(rows_in(tmp_path / "rows.jsonl")[1]) == [("not_a_file", 1)]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = put(tmp_path, "rows.jsonl", json_lines([PAIR]))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert said(rows_in(path)[1]) == [("unreadable", 1)]
+
+
+def test_a_disk_that_fails_while_reading_is_named_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = put(tmp_path, "rows.jsonl", json_lines([PAIR] * 10))
+    from tunesmith.data import opening
+
+    class Failing:
+        def __init__(self, file: Any) -> None:
+            self.read, self.tell, self.left = file.read, file.tell, 4
+
+        def readline(self, size: int) -> bytes:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(5, "Input/output error")
+            return json_lines([PAIR])
+
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+    real = opening._packed
+    monkeypatch.setattr(opening, "_packed", lambda path: Failing(real(path)))
+    rows, problems = rows_in(path)
+    assert len(rows) == 3
+    assert said(problems) == [("unreadable", 4)]
+
+
+def test_gzip_members_one_after_the_other_are_one_file(tmp_path: Path):
+    payload = gzip.compress(json_lines([PAIR])) + gzip.compress(json_lines([PAIR, PAIR]))
+    assert read_texts(put(tmp_path, "rows.jsonl.gz", payload)) == [PAIR] * 3
+
+
+def test_parquet_that_unpacks_to_many_times_its_size_is_refused(tmp_path: Path):
+    payload = gzip.compress(b"PAR1" + bytes(4 << 20) + b"PAR1")
+    assert said(rows_in(put(tmp_path, "rows.parquet.gz", payload))[1]) == [("unpacks_too_large", 1)]

@@ -1,0 +1,75 @@
+"""Memory does not grow with a file or a line. Measured in processes of their own, where nothing else was in memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 1024 * 1024
+READ = """
+import resource, sys
+from tunesmith.data.read import read
+from tunesmith.recipe.knobs import DataFile, Limits
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+problems, num = [], 0
+for row in read([DataFile(path=sys.argv[1])], limits=Limits(), on_problem=problems.append):
+    num += 1
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(num, grown, *(f"{p.code}:{p.source.line}" for p in problems))
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+
+
+def read_alone(path: Path) -> tuple[int, int, list[str]]:
+    """Rows read, bytes by which the process grew, and what was said."""
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    run = subprocess.run(
+        [sys.executable, "-c", READ, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    num, grown, *problems = run.stdout.split()
+    return int(num), int(grown) * 1024, problems
+
+
+# 8 MiB is data.limits.line_bytes; a line of it exists up to three times: read, cut, joined.
+ALLOWED = 40 * MIB
+
+
+def test_a_line_of_100_mb_is_skipped_without_being_held(tmp_path: Path):
+    row = b'{"prompt": "a", "completion": "b"}\n'
+    path = tmp_path / "rows.jsonl"
+    with open(path, "wb") as file:
+        file.write(row + b'{"prompt": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n' + row)
+    num, grown, problems = read_alone(path)
+    assert (num, problems) == (2, ["line_too_long:2"])
+    assert grown < ALLOWED
+
+
+def test_a_gzip_bomb_is_skipped_without_being_held(tmp_path: Path):
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=6) as file:
+        file.write(b'{"prompt": "')
+        for _ in range(200):
+            file.write(b"x" * 1_000_000)
+    assert path.stat().st_size < MIB
+    num, grown, problems = read_alone(path)
+    assert (num, problems) == (0, ["line_too_long:1"])
+    assert grown < ALLOWED
+
+
+def test_an_array_of_60_mb_is_streamed(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    row = json.dumps({"prompt": "p" * 1000, "completion": "c" * 1000})
+    with open(path, "w") as file:
+        file.write("[" + ",\n".join([row] * 30_000) + "]")
+    num, grown, problems = read_alone(path)
+    assert (num, problems) == (30_000, [])
+    assert grown < ALLOWED
