@@ -16,6 +16,15 @@ def from_hub(model: str, *, revision: str | None, offline: bool) -> tuple[Path, 
 
     Raises ModelError: unknown, gated, out of reach, or without safetensors.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{model}: neither a folder nor the form of a hub id ({error}). Check the spelling."
+        ) from error
     cached = _cached(model, revision)
     if cached is not None:
         return cached, cached.name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -41,7 +42,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 MAX_TEMPLATE_BYTES = 64 * 1024
 
-_FOREIGN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+_FOREIGN = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+    AssertionError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 """What transformers raises at files it cannot use: it states no error of its own."""
 
 
@@ -84,7 +88,8 @@ def _read_template(path: Path) -> str:
         ) from error
     if len(content) > MAX_TEMPLATE_BYTES:
         raise ModelError(f"data.template: {path}: {len(content):,} bytes; at most {MAX_TEMPLATE_BYTES:,} are allowed.")
-    return text
+    # As transformers will read it from the saved folder, and as Jinja reads any template.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load_model(

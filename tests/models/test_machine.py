@@ -1,0 +1,102 @@
+"""Device and precision, chosen with a reason that names the hardware."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tunesmith.errors import RecipeError
+from tunesmith.models import machine
+from tunesmith.models.machine import choose_device, choose_precision
+
+
+def cpuinfo(monkeypatch, text: str | None) -> None:
+    def read_text(path, *args):
+        if text is None:
+            raise FileNotFoundError(str(path))
+        return text
+
+    monkeypatch.setattr(machine, "Path", lambda path: SimpleNamespace(read_text=lambda *args: read_text(path)))
+
+
+def cuda(monkeypatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Volta 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "reason"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n", "bfloat16", "in hardware (avx512_bf16)"),
+        ("flags : fpu amx_bf16\n", "bfloat16", "in hardware (amx_bf16)"),
+        ("Features : fp asimd bf16\n", "bfloat16", "in hardware (bf16)"),
+        ("flags : fpu avx2 avx512f\n", "float32", "does not multiply bfloat16"),
+        ("flags : fpu not_avx512_bf16_really\n", "float32", "does not multiply bfloat16"),
+        (None, "float32", "does not say"),
+    ],
+)
+def test_cpu_precision_follows_the_processors_flags(monkeypatch, text, value, reason):
+    cpuinfo(monkeypatch, text)
+    choice = choose_precision("auto", "cpu")
+    assert (choice.key, choice.value) == ("precision", value)
+    assert reason in choice.reason
+
+
+def test_asked_precision_is_taken_and_its_price_said(monkeypatch):
+    cpuinfo(monkeypatch, "flags : fpu avx2\n")
+    assert choose_precision("float32", "cpu").reason == "as asked"
+    choice = choose_precision("bfloat16", "cpu")
+    assert choice.value == "bfloat16"
+    assert choice.reason == "as asked, though this processor does not multiply bfloat16 in hardware"
+
+
+@pytest.mark.parametrize(("capability", "value"), [((7, 0), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_cuda_precision_follows_the_capability(monkeypatch, capability, value):
+    cuda(monkeypatch, capability)
+    choice = choose_precision("auto", "cuda:1")
+    assert choice.value == value
+    assert f"Volta 9000 (capability {capability[0]}.0)" in choice.reason
+
+
+def test_mps_takes_float32():
+    assert choose_precision("auto", "mps").value == "float32"
+
+
+def test_fastest_device_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto").value == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").value == "mps"
+    cuda(monkeypatch, (9, 0))
+    assert (choose_device("auto").value, choose_device("auto").reason) == ("cuda", "Volta 9000 is here")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1"])
+def test_present_device_is_taken_as_asked(monkeypatch, name):
+    cuda(monkeypatch, (9, 0))
+    assert (choose_device(name).value, choose_device(name).reason) == (name, "as asked")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tpu", "not a device"), ("gpu", "not a device"), ("cuda:x", "not a device"), ("meta", "not a device"),
+     ("cuda:2", "torch sees 2 CUDA devices"), ("", "not a device")],
+)  # fmt: skip
+def test_absent_device_is_refused(monkeypatch, name, said):
+    cuda(monkeypatch, (9, 0))
+    with pytest.raises(RecipeError, match=f"device: {name}: .*{said}"):
+        choose_device(name)
+
+
+def test_absent_kinds_of_device_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"device: cuda: torch sees 0 CUDA devices\. Use auto or cpu"):
+        choose_device("cuda")
+    with pytest.raises(RecipeError, match="device: mps: no Apple graphics processor"):
+        choose_device("mps")
