@@ -12,6 +12,7 @@ import torch
 
 from tiny_run import tiny_recipe
 from tunesmith import checkpoint
+from tunesmith.data.batch import build_batch
 from tunesmith.errors import NonFiniteError
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.generation import Sampling, answer
@@ -90,16 +91,39 @@ def test_flat_loop_test_catches_a_mean_of_means(twenty_steps, tmp_path, monkeypa
         losses_agree([e.values["loss"] for e in training_steps(replace(twenty_steps, plan=plan, task=mean))], theirs)
 
 
+def every_step_is_divided_by_its_own_targets(setup: Setup, loss_sum) -> None:
+    """The loss of every step, the last and smaller one too, is the mean over just its own targets."""
+    store, task = setup.rows.store, setup.task
+    expected = []
+    for step in range(1, setup.total_steps + 1):  # a rate of almost zero: the weights stay where they are
+        rows = [i for members in setup.plan.step(step) for i in members]
+        batch = build_batch([store.row(i) for i in rows], rows, layout="ragged", device="cpu")
+        expected.append(float(task.loss_sum(setup.model, batch).detach()) / int(store.targets[rows].sum()))
+    found = [e.values["loss"] for e in training_steps(replace(setup, task=replace(task, loss_sum=loss_sum)))]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def partial(tmp_path) -> Setup:
+    train = {"epochs": 1, "rows_per_step": 4}
+    setup = prepare(tiny_recipe(tmp_path, rows=16, optim={"lr": 1e-12}, train=train), root=tmp_path)
+    assert len(setup.rows.train_rows) % 4
+    assert setup.total_steps == len(setup.rows.train_rows) // 4 + 1
+    return setup
+
+
 def test_the_last_partial_step_is_divided_by_its_own_targets(tmp_path):  # trap: L2
-    recipe = tiny_recipe(tmp_path, rows=12, data={"held_out": 0.1}, train={"epochs": 1, "rows_per_step": 4})
-    setup = prepare(recipe, root=tmp_path)
-    num_rows = len(setup.rows.train_rows)
-    events = list(training_steps(setup))
-    assert len(events) == -(-num_rows // 4)
-    for event in events:
-        rows = event.values["rows"]
-        assert event.values["targets"] == sum(int(setup.rows.store.targets[i]) for i in rows)
-    assert len(events[-1].values["rows"]) == (num_rows % 4 or 4)
+    setup = partial(tmp_path)
+    every_step_is_divided_by_its_own_targets(setup, setup.task.loss_sum)
+
+
+def test_partial_step_test_catches_the_divisor_of_a_full_step(tmp_path):  # trap: L2 planted
+    setup = partial(tmp_path)
+
+    def as_if_full(model, batch):
+        return setup.task.loss_sum(model, batch) * len(batch.lengths) / setup.plan.rows_per_step
+
+    with pytest.raises(AssertionError):
+        every_step_is_divided_by_its_own_targets(setup, as_if_full)
 
 
 def nan_stops_before_the_update(recipe, root: Path, at: int) -> None:

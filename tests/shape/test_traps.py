@@ -1,0 +1,45 @@
+"""The table of traps in docs/correctness.md and the markers in the tests agree, and each bug has been planted."""
+
+from __future__ import annotations
+
+import re
+
+from shape.tree import ROOT
+
+REQUIRED = {
+    *(f"L{n}" for n in range(1, 13) if n != 3),  # L3: several processes, which do not exist yet
+    *(f"T{n}" for n in range(1, 16)),
+    *(f"R{n}" for n in range(1, 8)),
+}
+MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
+PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")
+
+
+def marked() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for ids in MARKER.findall(path.read_text("utf-8")):
+            for trap in re.findall(r"\b[LTRA]\d+\b", ids):
+                found.setdefault(trap, set()).add(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def documented() -> dict[str, set[str]]:
+    rows = re.findall(
+        r"^\| ([LTRA]\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
+    )
+    return {trap: set(files.split(", ")) for trap, files in rows}
+
+
+def test_table_and_markers_agree() -> None:
+    assert documented() == marked()
+
+
+def test_every_trap_that_exists_here_is_held() -> None:
+    assert set(marked()) >= REQUIRED
+
+
+def test_every_trap_has_been_planted() -> None:
+    for trap, files in marked().items():
+        texts = [(ROOT / file).read_text("utf-8") for file in files]
+        assert any(PLANTED.search(text) for text in texts), f"{trap}: no test in {sorted(files)} is seen to fail"
