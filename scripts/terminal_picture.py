@@ -6,6 +6,8 @@ python scripts/terminal_picture.py runs/demo docs/terminal.svg
 from __future__ import annotations
 
 import io
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from rich.text import Text
 
 from tunesmith.cli.live import Live
 from tunesmith.cli.story import Story
+from tunesmith.cli.talking import Talk, open_speakers
+from tunesmith.generation import Sampling
 from tunesmith.run import Run
 
 WIDTH = 100
@@ -50,13 +54,18 @@ FORM = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http:
 """
 
 
-def main(run_path: str, target: str) -> None:
+def main(run_path: str, target: str, question: str = "") -> None:
     run = Run.open(run_path, Path("runs"))
     recipe, events = run.recipe(), list(run.events())
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, markup=False, highlight=False)
-    files = " ".join(file.path for file in recipe.data.train)
-    held_out = "".join(f" --eval {file.path}" for file in recipe.data.eval)
-    console.print(Text.assemble(("$ ", "green"), (f"tunesmith train {recipe.model} {files}{held_out}", "bold")))
+    words = ["tunesmith", "train", recipe.model, *(file.path for file in recipe.data.train)]
+    words += [word for file in recipe.data.eval for word in ("--eval", file.path)]
+    plan = next(event.values for event in events if event.kind == "plan")
+    if not any(choice["key"] == "method" for choice in plan["choices"]):
+        words += ["--method", plan["method"]]
+    if not re.search("-[0-9a-f]{4}$", run.path.name):
+        words += ["--out", run_path]
+    console.print(Text.assemble(("$ ", "green"), (shlex.join(words), "bold")))
     live = Live(console, Story())
     drawn = False
     for event in events:
@@ -65,8 +74,17 @@ def main(run_path: str, target: str) -> None:
             console.print(live.moving())
             console.print("⋮", style="bright_black")
             drawn = True
+    if question:
+        ask(console, run_path, question)
     svg = console.export_svg(title="tunesmith", theme=THEME, code_format=FORM, unique_id="tunesmith")
     Path(target).write_text(svg, encoding="utf-8")
+
+
+def ask(console: Console, run_path: str, question: str) -> None:
+    words = f"tunesmith chat {run_path} --compare --once {shlex.quote(question)}"
+    console.print("", Text.assemble(("$ ", "green"), (words, "bold")), sep="\n")
+    voices = open_speakers(run_path, root=Path("runs"), base=False, compare=True, offline=True, note=lambda text: None)
+    Talk(voices, Sampling(max_new_tokens=60), screen=console).ask(question)
 
 
 if __name__ == "__main__":

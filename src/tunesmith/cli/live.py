@@ -18,7 +18,7 @@ from tunesmith.cli.story import Story
 from tunesmith.cli.text import duration, loss, size, sparkline, visible
 from tunesmith.types import Event
 
-MOST_ANSWERS = 6
+MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8
 
 

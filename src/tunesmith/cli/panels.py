@@ -102,7 +102,7 @@ def answers(samples: Iterable[Mapping[str, Any]], *, width: int, most: int) -> R
     table.add_column("asked", ratio=2, overflow="fold", style=ACCENT)
     table.add_column("before", ratio=3, overflow="fold")
     table.add_column("after", ratio=3, overflow="fold", style=TRAINED)
-    room = 44 if width < 100 else 160
+    room = 44 if width < 100 else 110
     for sample in list(samples)[:most]:
         cells = (sample.get("prompt", ""), sample.get("before", ""), sample.get("after", ""))
         table.add_row(*(Text(one_line(cell, room) or "(nothing)") for cell in cells))

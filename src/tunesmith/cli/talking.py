@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from tunesmith import generation, loading
 from tunesmith.cli.options import is_run
 from tunesmith.cli.output import console, json_line
@@ -60,13 +62,21 @@ def open_speakers(
 class Talk:
     """Turns of one conversation; completions of single prompts when the task is no conversation."""
 
-    def __init__(self, voices: list[Voice], how: Sampling, *, system: str | None, as_json: bool) -> None:
+    def __init__(
+        self,
+        voices: list[Voice],
+        how: Sampling,
+        *,
+        system: str | None = None,
+        as_json: bool = False,
+        screen: Console | None = None,
+    ) -> None:
         self.voices = voices
         self.how = how
         self.as_json = as_json
         self.begin = [Part("system", system, trained=False)] if system else []
         self.parts = list(self.begin)
-        self.screen = console(stderr=as_json)
+        self.screen = screen or console(stderr=as_json)
 
     def ask(self, text: str) -> dict[str, str]:
         """Every voice's answer, shown as it is written."""
