@@ -30,6 +30,8 @@ def _part(message: Any, found: Findings, place: str, trained: bool) -> Part:
         found.wrong_type(place, message, 'an object such as {"role": "user", "content": "Hi"}')
         return Part("", "", False)
     role = _role(message, found, place)
+    if not role and "from" in message:
+        return Part("", "", False)
     is_answer = role == "assistant"
     content = message.get("content")
     if isinstance(content, str) and message.keys() == _PLAIN:
@@ -49,8 +51,8 @@ def _role(message: Mapping[str, Any], found: Findings, place: str) -> str:
     role = message.get("role")
     if role == "function":  # what tools were called before they had the name
         return "tool"
-    if role in ROLES:
-        return str(role)
+    if isinstance(role, str) and role in ROLES:
+        return role
     if "role" not in message and "from" in message:
         found.add(
             "missing_field",

@@ -1,0 +1,250 @@
+"""Files to examples: shapes found and held to, fields renamed, and a split that depends on what rows say alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
+from tunesmith.data.examples import content_hash, held_out_mask, is_held_out, split_note
+from tunesmith.errors import RecipeError
+from tunesmith.types import Example, Part, Source
+
+PAIR = {"prompt": "a", "completion": "b"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1).map(lambda values: np.array(values, np.uint64))
+SHARES = st.floats(0, 1, exclude_max=True)
+
+
+def errors(problems: list[Any]) -> list[tuple[str, int]]:
+    return said([problem for problem in problems if problem.severity == "error"])
+
+
+def test_shape_is_that_of_the_first_good_row(tmp_path: Path):
+    rows = [{"prompt": "no answer"}, CHAT, PAIR, CHAT]
+    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
+    assert [(example.shape, example.source.line) for example in found] == [("messages", 2), ("messages", 4)]
+    assert errors(problems) == [("missing_field", 1), ("other_shape", 3)]
+
+
+def test_each_file_has_its_own_shape(tmp_path: Path):
+    files = [put(tmp_path, "a.jsonl", json_lines([CHAT])), put(tmp_path, "b.csv", comma_separated([PAIR]))]
+    found, problems = examples_in(*files)
+    assert [example.shape for example in found] == ["messages", "prompt_completion"]
+    assert problems == []
+
+
+def test_fields_that_nobody_reads_are_named_once(tmp_path: Path):
+    rows = [PAIR, {**PAIR, "id": 1, "topic": "x"}, {**PAIR, "id": 2}]
+    _, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
+    (problem,) = problems
+    assert (problem.code, problem.source.line, problem.severity) == ("ignored_fields", 2, "warning")
+    assert "'id'" in problem.message
+    assert "'topic'" in problem.message
+
+
+def test_fields_that_are_different_in_each_row_do_not_fill_the_memory(tmp_path: Path):
+    rows = [{**PAIR, f"key{i}": i} for i in range(3000)]
+    found, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
+    assert len(found) == 3000
+    assert len(problem.message) < 500
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_rename_fields(name: str, tmp_path: Path):
+    rows = [{"question": "a", "answer": "b", "n": "1"}]
+    columns = {"prompt": "question", "completion": "answer"}
+    (found,), problems = examples_in(put(tmp_path, name, WRITERS[name](rows)), columns=columns)
+    assert [part.text for part in found.parts] == ["a", "b"]
+    assert [problem.code for problem in problems] == ["ignored_fields"]
+
+
+def test_columns_can_exchange_fields(tmp_path: Path):
+    columns = {"prompt": "completion", "completion": "prompt"}
+    (found,), _ = examples_in(put(tmp_path, "rows.jsonl", json_lines([PAIR])), columns=columns)
+    assert [part.text for part in found.parts] == ["b", "a"]
+
+
+def test_a_field_in_the_place_of_a_mapped_one_is_said_to_be_ignored(tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{**PAIR, "better": "c"}]))
+    (found,), (problem,) = examples_in(path, columns={"completion": "better"})
+    assert found.parts[1].text == "c"
+    assert problem.code == "ignored_fields"
+    assert "completion" in problem.message
+
+
+def test_a_mapped_field_that_is_missing_is_a_finding(tmp_path: Path):
+    columns = {"prompt": "question", "completion": "answer"}
+    rows = [{"question": "a", "answer": "b"}, {"question": "a"}]
+    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)), columns=columns)
+    assert len(found) == 1
+    assert said(problems) == [("missing_column", 2)]
+    _, problems = examples_in(
+        put(tmp_path, "t.csv", comma_separated([{"question": "a", "reply": "b"}])), columns=columns
+    )
+    assert said(problems) == [("missing_column", 1)]  # of a table once, not once a row
+
+
+def test_a_file_without_any_mapped_field_is_read_as_it_is_and_that_is_said(tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([CHAT]))
+    found, problems = examples_in(path, columns={"prompt": "question", "completion": "answer"})
+    assert len(found) == 1
+    assert said(problems) == [("columns_unused", 1)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        ({"promt": "question"}, "did you mean prompt?"),
+        ({"question": "prompt"}, "did you mean {prompt: question}?"),
+        ({"zzz": "q"}, "one of messages"),
+        ({"prompt": "text", "completion": "text"}, "text stands for two fields"),
+    ],
+)
+def test_columns_that_no_shape_has_are_refused(columns: dict[str, str], hint: str, tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"data\.columns") as refused:
+        examples_in(put(tmp_path, "rows.jsonl", json_lines([PAIR])), columns=columns)
+    assert hint in str(refused.value)
+
+
+def test_fields_of_no_shape_get_a_proposal(tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{"document": "a", "summary": "b"}]))
+    _, (problem,) = examples_in(path)
+    assert "data.columns: {prompt: document, completion: summary}" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        (["user", "assistant", "user"], "untrained_end"),
+        (["user", "user", "assistant"], "same_role_twice"),
+        (["user", "assistant", "assistant"], "same_role_twice"),
+    ],
+)
+def test_what_may_not_be_meant_is_a_warning(messages: list[str], code: str, tmp_path: Path):
+    row = {"messages": [{"role": role, "content": "x"} for role in messages]}
+    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])))
+    assert len(found) == 1
+    assert [(problem.code, problem.severity) for problem in problems] == [(code, "warning")]
+
+
+def test_question_without_text_is_a_warning(tmp_path: Path):
+    _, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines([{"prompt": "", "completion": "b"}])))
+    assert [(problem.code, problem.severity) for problem in problems] == [("empty_text", "warning")]
+
+
+def an_example(*parts: Part, tools: tuple[Any, ...] = (), line: int = 1) -> Example:
+    return Example(parts, Source("x.jsonl", line), "messages", tools)
+
+
+BASE = (Part("user", "a", False, {"name": "n", "x": {"p": 1, "q": 2}}), Part("assistant", "b", True))
+
+
+def test_hash_is_the_one_it_has_always_been():
+    # Written down: another value would move rows between the two sides of every data set split before.
+    assert content_hash(an_example(Part("user", "Hi", False), Part("assistant", "Hello.", True))) == 965125519442618462
+
+
+def test_hash_is_the_same_in_another_process():
+    code = (
+        "from tunesmith.data.examples import content_hash\nfrom tunesmith.types import *\n"
+        "parts = Part('user', 'a', False, {'n': {'b': 1, 'a': 2}}), Part('assistant', 'b', True)\n"
+        "print(content_hash(Example(parts, Source('y', 9), 'alpaca')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "123"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    parts = Part("user", "a", False, {"n": {"a": 2, "b": 1}}), Part("assistant", "b", True)
+    assert int(printed.stdout) == content_hash(an_example(*parts))
+
+
+def test_hash_follows_what_a_row_says():
+    user, answer = BASE
+    others = [
+        an_example(Part("system", "a", False, user.fields), answer),
+        an_example(Part("user", "a ", False, user.fields), answer),
+        an_example(Part("user", "a", False), answer),
+        an_example(user, Part("assistant", "b", False)),
+        an_example(user, answer, tools=({"name": "f"},)),
+        an_example(answer, user),
+        an_example(user),
+    ]
+    assert len({content_hash(example) for example in [an_example(*BASE), *others]}) == len(others) + 1
+
+
+def test_hash_does_not_follow_where_a_row_stands():
+    swapped = Part("user", "a", False, {"x": {"q": 2, "p": 1}, "name": "n"}), BASE[1]
+    moved = Example(swapped, Source("other.csv", 99), "sharegpt")
+    assert content_hash(moved) == content_hash(an_example(*BASE))
+
+
+def stays_when_rows_are_added(held_out: Callable[[list[str]], dict[str, bool]]) -> None:
+    rows = [f"row {i}" for i in range(300)]
+    before, after = held_out(rows), held_out(["new", *rows[:100], "newer", *rows[100:]])
+    assert {row: after[row] for row in rows} == before
+
+
+def by_content(rows: list[str]) -> dict[str, bool]:
+    hashes = np.array([content_hash(an_example(Part("assistant", row, True))) for row in rows], np.uint64)
+    return dict(zip(rows, held_out_mask(hashes, 0.1).tolist(), strict=True))
+
+
+def test_rows_that_are_added_move_no_other_row():
+    stays_when_rows_are_added(by_content)
+
+
+def test_a_split_by_chance_would_be_caught():
+    def by_chance(rows: list[str]) -> dict[str, bool]:
+        draw = random.Random(0)
+        return {row: draw.random() < 0.1 for row in rows}
+
+    with pytest.raises(AssertionError):
+        stays_when_rows_are_added(by_chance)
+
+
+def test_share_is_met():
+    hashes = np.array([content_hash(an_example(Part("assistant", str(i), True))) for i in range(20_000)], np.uint64)
+    # Binomial: 1000 expected, standard deviation 31; five of them.
+    assert abs(int(held_out_mask(hashes, 0.05).sum()) - 1000) < 155
+
+
+@given(hashes_I=HASHES, share=SHARES)
+def test_split_leaves_no_side_empty_and_keeps_equal_rows_together(hashes_I: np.ndarray, share: float):
+    mask_I = held_out_mask(hashes_I, share)
+    for value in np.unique(hashes_I):
+        assert len(set(mask_I[hashes_I == value].tolist())) == 1
+    if share == 0 or len(np.unique(hashes_I)) == 1:
+        assert not mask_I.any()
+    else:
+        assert mask_I.any()
+        assert not mask_I.all()
+    by_rule = np.array([is_held_out(int(value), share) for value in hashes_I])
+    assert (split_note(hashes_I, share) is None) == (share == 0 or (mask_I.any() and np.array_equal(by_rule, mask_I)))
+
+
+@given(hashes_I=HASHES, shares=st.tuples(SHARES, SHARES))
+def test_a_larger_share_holds_out_the_same_rows_and_more(hashes_I: np.ndarray, shares: tuple[float, float]):
+    less, more = (held_out_mask(hashes_I, share) for share in sorted(shares))
+    assert not (less & ~more).any()
+
+
+def test_split_of_nothing_is_nothing():
+    assert held_out_mask(np.array([], np.uint64), 0.5).tolist() == []
+
+
+def test_json_key_order_changes_nothing(tmp_path: Path):
+    chat = {"messages": [{"role": "user", "content": "a", "name": "n"}, {"content": "b", "role": "assistant"}]}
+    turned = {"messages": [{"name": "n", "content": "a", "role": "user"}, {"role": "assistant", "content": "b"}]}
+    path = put(tmp_path, "rows.jsonl", (json.dumps(chat) + "\n" + json.dumps(turned)).encode())
+    (one, other), _ = examples_in(path)
+    assert content_hash(one) == content_hash(other)

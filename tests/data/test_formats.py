@@ -1,0 +1,255 @@
+"""Each shape of row becomes the same kind of example, and everything that is wrong with a row is said at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.data.formats import FIELDS, FORMATS, find_shape
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+SOURCE = Source("rows.jsonl", 7)
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+
+
+def parsed(shape: Shape, record: dict[str, Any]) -> Example:
+    example = FORMATS[shape].parse(record, SOURCE)
+    assert isinstance(example, Example), [str(problem) for problem in example]
+    assert (example.shape, example.source) == (shape, SOURCE)
+    return example
+
+
+def problems(shape: Shape, record: dict[str, Any]) -> list[Problem]:
+    found = FORMATS[shape].parse(record, SOURCE)
+    assert isinstance(found, list)
+    assert all(problem.source == SOURCE for problem in found)
+    return found
+
+
+def turns(example: Example) -> list[tuple[str, str, bool]]:
+    return [(part.role, part.text, part.trained) for part in example.parts]
+
+
+GOOD: dict[Shape, dict[str, Any]] = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    "alpaca": {"instruction": "Hi", "output": "Hello."},
+    "prompt_completion": {"prompt": "Hi", "completion": "Hello."},
+}
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_every_shape_is_found_by_its_fields_and_gives_parts(shape: Shape):
+    assert find_shape(GOOD[shape]) == shape
+    assert turns(parsed(shape, GOOD[shape])) == [("user", "Hi", False), ("assistant", "Hello.", True)]
+    assert set(GOOD[shape]) <= set(FORMATS[shape].FIELDS) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+@pytest.mark.parametrize(
+    "value", [None, 0, 1.5, True, "", "x", [], ["x"], {}, {"a": 1}, [[]], [None], [{}], [{"role": []}]]
+)
+def test_no_value_in_any_field_ends_in_an_exception(shape: Shape, value: Any):
+    for field in FORMATS[shape].FIELDS:
+        found = FORMATS[shape].parse({**GOOD[shape], field: value}, SOURCE)
+        assert isinstance(found, Example) or found
+
+
+def test_fields_of_no_shape_are_no_shape():
+    assert find_shape({"question": "a", "answer": "b"}) is None
+    assert find_shape({}) is None
+
+
+def test_text_is_not_touched():
+    text = "  \ufeffa\r\n\u2028é e\u0301\t "
+    assert parsed("messages", {"messages": [USER, {"role": "assistant", "content": text}]}).parts[1].text == text
+    assert parsed("prompt_completion", {"prompt": text, "completion": text}).parts[0].text == text
+
+
+# messages
+
+
+def test_weight_decides_which_answers_are_trained():
+    messages = [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}, USER, ANSWER, {**USER, "weight": 0}]
+    example = parsed("messages", {"messages": messages})
+    assert [part.trained for part in example.parts] == [False, False, False, True, False, True, False]
+    assert all("weight" not in part.fields for part in example.parts)
+
+
+def test_opening_answer_that_is_not_trained_is_allowed():
+    example = parsed("messages", {"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert [part.trained for part in example.parts] == [False, False, True]
+
+
+def test_tool_calls_and_what_else_a_message_carries_are_kept_as_they_are():
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"b": 1, "a": [2, null]}'}}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {**USER, "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm."},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        ANSWER,
+    ]
+    example = parsed("messages", {"messages": messages, "tools": tools})
+    assert [part.role for part in example.parts] == ["developer", "user", "assistant", "tool", "assistant"]
+    assert [part.trained for part in example.parts] == [False, False, True, False, True]
+    assert example.parts[1].fields == {"name": "Ann"}
+    assert example.parts[2] == Part("assistant", "", True, {"tool_calls": [call], "reasoning_content": "Hm."})
+    assert example.parts[3].fields == {"tool_call_id": "c1"}
+    assert example.tools == tuple(tools)
+
+
+def test_tools_may_be_the_text_of_a_list():
+    tools = '[{"type": "function", "function": {"name": "add"}}]'
+    example = parsed("messages", {"messages": [USER, ANSWER], "tools": tools})
+    assert example.tools == ({"type": "function", "function": {"name": "add"}},)
+
+
+def test_old_names_of_calls_and_tools_are_understood():
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "3"},
+        ANSWER,
+    ]
+    example = parsed("messages", {"messages": messages})
+    assert example.parts[1].fields == {
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    }
+    assert example.parts[2] == Part("tool", "3", False, {"name": "f"})
+
+
+def test_pieces_of_text_are_joined_as_they_are():
+    content = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    example = parsed("messages", {"messages": [{"role": "user", "content": content}, ANSWER]})
+    assert example.parts[0].text == "a b"
+
+
+def test_null_fields_are_the_same_as_none():
+    plain = parsed("messages", {"messages": [USER, ANSWER]})
+    nulls = {"name": None, "tool_calls": None, "weight": None}
+    assert parsed("messages", {"messages": [{**USER, **nulls}, {**ANSWER, **nulls}], "tools": None}) == plain
+
+
+def test_everything_wrong_with_a_row_is_said_at_once():
+    messages = [
+        {"role": "assistant", "content": "Hello."},
+        {"role": "customer", "content": 5},
+        {"role": "system", "content": "Be nice."},
+        {"role": "user", "content": "Hi", "weight": 1},
+        {"role": "assistant", "content": " "},
+    ]
+    found = problems("messages", {"messages": messages, "tools": [{}]})
+    assert sorted(problem.code for problem in found) == sorted(
+        [
+            "bad_tool",
+            "unknown_role",
+            "wrong_type",
+            "bad_weight",
+            "empty_answer",
+            "roles_out_of_order",
+            "roles_out_of_order",
+        ]
+    )
+    assert "messages[1].role is 'customer'" in " ".join(map(str, found))
+
+
+def test_content_that_is_an_image_is_refused_by_name():
+    content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    (problem,) = problems("messages", {"messages": [{"role": "user", "content": content}, ANSWER]})
+    assert problem.code == "unsupported_content"
+    assert "messages[0].content[1] is of type image_url" in problem.message
+
+
+def test_long_values_are_not_repeated_in_messages():
+    record = {"messages": [{"role": "x" * 10_000, "content": "a"}, ANSWER]}
+    assert all(len(str(problem)) < 400 for problem in problems("messages", record))
+
+
+# ShareGPT
+
+
+def test_sharegpt_speakers_are_roles():
+    conversation = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "1 + 2?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "Three."},
+        {"from": "user", "value": "And?"},
+        {"from": "assistant", "value": "Enough.", "weight": 0},
+    ]
+    example = parsed("sharegpt", {"conversations": conversation})
+    assert turns(example) == [
+        ("system", "Be brief.", False),
+        ("user", "1 + 2?", False),
+        ("assistant", "", True),
+        ("tool", "3", False),
+        ("assistant", "Three.", True),
+        ("user", "And?", False),
+        ("assistant", "Enough.", False),
+    ]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    assert example.parts[2].fields == {"tool_calls": [call]}
+
+
+def test_sharegpt_system_beside_the_conversation_comes_first():
+    example = parsed("sharegpt", {**GOOD["sharegpt"], "system": "Be brief."})
+    assert [part.role for part in example.parts] == ["system", "user", "assistant"]
+    assert parsed("sharegpt", {**GOOD["sharegpt"], "system": ""}) == parsed("sharegpt", GOOD["sharegpt"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "record", "fix"),
+    [
+        ("messages", {"messages": GOOD["sharegpt"]["conversations"]}, "data.columns: {conversations: messages}"),
+        ("sharegpt", {"conversations": GOOD["messages"]["messages"]}, "data.columns: {messages: conversations}"),
+    ],
+)
+def test_the_other_shapes_names_are_recognised(shape: Shape, record: dict[str, Any], fix: str):
+    assert all(fix in problem.fix for problem in problems(shape, record))
+
+
+# Alpaca
+
+
+def test_alpaca_input_follows_the_instruction():
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    assert turns(parsed("alpaca", row)) == [("user", "Add.\n\n1, 2", False), ("assistant", "3", True)]
+    for nothing in ("", None):
+        assert parsed("alpaca", {**row, "input": nothing}).parts[0].text == "Add."
+
+
+def test_alpaca_system_and_history_come_before():
+    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
+    assert turns(parsed("alpaca", row)) == [
+        ("system", "s", False),
+        ("user", "a", False),
+        ("assistant", "b", True),
+        ("user", "c", False),
+        ("assistant", "d", True),
+    ]
+
+
+# prompt and completion
+
+
+def test_messages_of_the_prompt_are_not_trained():
+    example = parsed("prompt_completion", {"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER]})
+    assert [part.trained for part in example.parts] == [False, False, False, True, False, True]
+
+
+def test_completion_without_answer_is_refused():
+    (problem,) = problems("prompt_completion", {"prompt": [USER, ANSWER], "completion": [USER]})
+    assert problem.code == "no_target"
+
+
+def test_missing_field_names_the_way_out():
+    (problem,) = problems("prompt_completion", {"prompt": "a", "answer": "b"})
+    assert str(problem) == (
+        "rows.jsonl:7: missing_field: completion is missing. "
+        "Give it, or name the field you have by data.columns: {completion: ...}."
+    )
