@@ -1,0 +1,272 @@
+"""A check says everything at once, counts all of it, and lists no more than it was asked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.rows_of import comma_separated, examples_in, json_lines, put
+from tiny import tiny_tokenizer
+from tunesmith.data.check import check
+from tunesmith.data.check_report import CheckReport, spans_of, token_stats
+from tunesmith.data.render import Renderer
+from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.types import Example, Problem, Row, Source
+
+
+def pair(text: str, answer: str = "b") -> dict[str, str]:
+    return {"prompt": text, "completion": answer}
+
+
+def data_of(*train: Path, held: Sequence[Path] = (), **knobs: Any) -> Data:
+    return Data(
+        train=tuple(DataFile(path=str(p)) for p in train), eval=tuple(DataFile(path=str(p)) for p in held), **knobs
+    )
+
+
+def renderer(task: Any = "chat", **knobs: Any) -> Renderer:
+    knobs = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs}
+    return Renderer(tiny_tokenizer(), task, **knobs)
+
+
+def places(problems: Sequence[Problem]) -> list[tuple[str, int, str]]:
+    return [(Path(p.source.path).name, p.source.line, p.code) for p in problems]
+
+
+def test_good_data_is_ok(tmp_path: Path):
+    rows = [pair(str(i)) for i in range(100)]
+    report = check(
+        data_of(put(tmp_path, "a.jsonl", json_lines(rows)), put(tmp_path, "b.csv", comma_separated([pair("x")])))
+    )
+    assert report.ok
+    assert report.problems == ()
+    assert [(f.format, f.shape, f.rows, f.usable, f.skipped) for f in report.files] == [
+        ("JSON lines", "prompt_completion", 100, 100, 0),
+        ("CSV", "prompt_completion", 1, 1, 0),
+    ]
+    assert 0 < report.held_out < 20
+
+
+def test_problems_of_all_files_are_said_in_the_order_of_files_and_lines(tmp_path: Path):
+    first = put(tmp_path, "z.jsonl", b"{\n" + json_lines([pair("a"), pair("b", ""), {**pair("c"), "id": 1}]))
+    second = put(tmp_path, "a.csv", b"prompt,completion\nd,e\nalone\n")
+    held = put(tmp_path, "held.jsonl", b'{"prompt": 1}\n' + json_lines([pair("f")]))
+    report = check(data_of(first, second, tmp_path / "gone.jsonl", held=[held]))
+    assert places(report.problems) == [
+        ("z.jsonl", 1, "truncated_json"),
+        ("z.jsonl", 3, "empty_answer"),
+        ("z.jsonl", 4, "ignored_fields"),
+        ("a.csv", 3, "ragged_row"),
+        ("gone.jsonl", 1, "no_such_file"),
+        ("held.jsonl", 1, "wrong_type"),
+        ("held.jsonl", 1, "missing_field"),
+    ]
+    assert [(f.side, f.rows, f.usable, f.skipped, f.is_readable) for f in report.files] == [
+        ("train", 4, 2, 2, True),
+        ("train", 2, 1, 1, True),
+        ("train", 0, 0, 0, False),
+        ("eval", 2, 1, 1, True),
+    ]
+    assert not report.ok
+
+
+def test_listing_ends_and_counting_does_not(tmp_path: Path):
+    rows = b"{\n" * 500 + json_lines([pair(str(i), "b") for i in range(10)]) + json_lines([pair("")] * 30)
+    report = check(data_of(put(tmp_path, "a.jsonl", rows), limits=Limits(problems=7)))
+    assert report.errors == {"truncated_json": 500}
+    assert report.warnings == {"empty_text": 30, "duplicate": 29}
+    assert [problem.code for problem in report.problems] == ["truncated_json"] * 7 + ["empty_text"] * 7
+
+
+def test_bad_rows_that_may_be_skipped_do_not_refuse_the_data(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", b"{\n" + json_lines([pair("a"), pair("b")]))
+    assert not check(data_of(path)).ok
+    report = check(data_of(path, bad_rows="skip"))
+    assert report.ok
+    assert report.files[0].skipped == 1
+    assert [problem.code for problem in report.problems] == ["truncated_json"]
+
+
+def test_a_file_that_breaks_off_refuses_the_data_whatever_may_be_skipped(tmp_path: Path):
+    path = put(tmp_path, "t.csv", b'prompt,completion\na,b\nc,d\n"e,f\n')
+    report = check(data_of(path, bad_rows="skip"))
+    assert not report.ok
+    assert report.files[0].usable == 2
+    assert report.files[0].is_readable is False
+
+
+def test_nothing_left_to_train_refuses_the_data(tmp_path: Path):
+    report = check(data_of(put(tmp_path, "a.jsonl", b"{\n"), bad_rows="skip"))
+    assert report.refusals == ("data.train: no row can be used",)
+
+
+def finds_repeated_rows(checked: Callable[[Data], CheckReport], folder: Path) -> None:
+    rows = [pair("a"), pair("b"), pair("a"), pair("c"), pair("a"), pair("b")]
+    report = checked(
+        data_of(put(folder, "a.jsonl", json_lines(rows[:4])), put(folder, "b.jsonl", json_lines(rows[4:])))
+    )
+    found = [(Path(here.path).name, here.line, there.line) for here, there in report.duplicates.examples]
+    assert report.duplicates.num == 3
+    assert found == [("a.jsonl", 3, 1), ("b.jsonl", 1, 1), ("b.jsonl", 2, 2)]
+    assert report.warnings == {"duplicate": 3}
+
+
+def test_repeated_rows_are_named_with_the_first_one(tmp_path: Path):
+    finds_repeated_rows(check, tmp_path)
+
+
+def test_a_check_of_neighbours_only_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def neighbours(hashes_I: Any) -> Any:
+        again = np.flatnonzero(hashes_I[1:] == hashes_I[:-1]) + 1
+        return np.stack([again, again - 1], axis=1)
+
+    monkeypatch.setattr("tunesmith.data.check._duplicates", neighbours)
+    with pytest.raises(AssertionError):
+        finds_repeated_rows(check, tmp_path)
+
+
+def test_the_same_words_in_another_format_and_shape_are_the_same_row(tmp_path: Path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    train = put(
+        tmp_path, "a.jsonl", json_lines([chat, {"messages": [{"role": "user", "content": "z"}, chat["messages"][1]]}])
+    )
+    report = check(data_of(train, held=[put(tmp_path, "t.csv", comma_separated([pair("a"), pair("y"), pair("a")]))]))
+    assert report.overlap.num == 2
+    assert [(here.line, there.line) for here, there in report.overlap.examples] == [(2, 1), (4, 1)]
+    assert report.warnings == {"overlap": 2}
+    assert report.ok
+    assert report.held_out == 3
+
+
+def test_overlap_can_be_an_error(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines([pair("a")]))
+    report = check(data_of(path, held=[path], overlap="error"))
+    assert report.errors == {"overlap": 1}
+    assert report.refusals == ("held-out rows stand in the training files, and data.overlap is error",)
+    assert check(data_of(path, held=[path], overlap="error", bad_rows="skip")).refusals == report.refusals
+
+
+def test_many_repeated_rows_are_counted_and_few_listed(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines([pair("a")] * 5000))
+    report = check(data_of(path, held=[path]))
+    assert (report.duplicates.num, report.overlap.num) == (4999, 5000)
+    assert report.warnings == {"duplicate": 4999, "overlap": 5000}
+    assert len(report.problems) == 40
+
+
+def test_a_share_too_small_for_the_rows_is_said(tmp_path: Path):
+    report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a"), pair("b")])), held_out=1e-12))
+    assert report.held_out == 1
+    assert "held out instead" in report.notes[0]
+    report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a")]))))
+    assert report.notes == ("nothing is held out: it takes two different rows",)
+
+
+def test_progress_ends_where_the_files_end(tmp_path: Path):
+    files = [put(tmp_path, f"{n}.jsonl", json_lines([pair(str(i)) for i in range(3000)])) for n in range(2)]
+    seen: list[tuple[int, int]] = []
+    check(data_of(*files, tmp_path / "gone"), progress=lambda done, total: seen.append((done, total)))
+    total = sum(file.stat().st_size for file in files)
+    assert seen == sorted(seen)
+    assert len(seen) > 6
+    assert seen[-1] == (total, total)
+
+
+def test_nothing_is_written(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines([pair("a")]))
+    check(data_of(path), renderer=renderer())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_report_can_be_written_as_json(tmp_path: Path):
+    report = check(data_of(put(tmp_path, "a.jsonl", b"{\n" + json_lines([pair("a")] * 2))), renderer=renderer())
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["errors"] == {"truncated_json": 1}
+
+
+# with a model
+
+
+def test_tokens_are_counted_as_the_renderer_counts_them(tmp_path: Path):
+    rows = [pair("Hello there", "x " * n) for n in (1, 20, 300)]
+    report = check(data_of(put(tmp_path, "a.jsonl", json_lines(rows))), renderer=renderer())
+    examples, _ = examples_in(tmp_path / "a.jsonl")
+    encoded = [row for row in renderer().encode(examples) if isinstance(row, Row)]
+    lengths = [len(row.ids) for row in encoded]
+    stats = report.tokens["train"]
+    assert (stats.rows, stats.tokens, stats.longest) == (3, sum(lengths), max(lengths))
+    assert stats.trained == sum(int(row.trained[1:].sum()) for row in encoded)
+    assert sum(stats.counts) == 3
+    assert stats.edges[-2] <= stats.longest < stats.edges[-1]
+
+
+def test_first_rows_are_shown_as_the_model_sees_them(tmp_path: Path):
+    rows = [pair(f"Question {i}", f"Answer {i}.") for i in range(9)]
+    report = check(data_of(put(tmp_path, "a.jsonl", json_lines(rows))), renderer=renderer())
+    assert len(report.first_rows) == 3
+    assert [span for span in report.first_rows[1] if span[1]] == [("Answer 1.<|im_end|>", True)]
+    assert "".join(text for text, _ in report.first_rows[1]).startswith("<|im_start|>user\nQuestion 1<|im_end|>")
+
+
+def test_what_only_a_model_can_say_is_said(tmp_path: Path):
+    rows = [pair("a"), pair("<|im_end|>"), pair("long " * 200), pair("c")]
+    path = put(tmp_path, "a.jsonl", json_lines(rows))
+    assert check(data_of(path)).errors == {}
+    report = check(data_of(path), renderer=renderer(max_tokens=64))
+    assert report.errors == {"control_token": 1, "too_long": 1}
+    assert [(problem.source.line, problem.code) for problem in report.problems] == [
+        (2, "control_token"),
+        (3, "too_long"),
+    ]
+    assert report.files[0].usable == 2
+
+
+def test_rows_that_are_too_long_and_are_to_be_dropped_do_not_refuse_the_data(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines([pair("a"), pair("long " * 200)]))
+    report = check(data_of(path, too_long="drop"), renderer=renderer(max_tokens=64, too_long="drop"))
+    assert report.ok
+    assert report.errors == {"too_long": 1}
+
+
+def test_rows_are_encoded_a_few_at_a_time(tmp_path: Path):
+    class Counting:
+        tokenizer = tiny_tokenizer()
+        largest = 0
+
+        def encode(self, examples: Sequence[Example], *, on_warning: Any = None) -> list[Row | list[Problem]]:
+            self.largest = max(self.largest, len(examples))
+            one = np.ones(2, np.int32)
+            return [Row(one, one.astype(np.bool_), example.source) for example in examples]
+
+    counting = Counting()
+    report = check(
+        data_of(put(tmp_path, "a.jsonl", json_lines([pair(str(i)) for i in range(2000)]))), renderer=counting
+    )
+    assert counting.largest == 512
+    assert report.tokens["train"].trained == 2000  # the first token of a row is no target
+
+
+def test_spans_join_to_the_text_of_the_row():
+    class Dropping:
+        """A tokenizer that drops the space at the start of a text, as those of Llama 2 do."""
+
+        words = ("<s>", " Hi", " there", " you", "</s>")
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join(self.words[i] for i in ids).removeprefix(" ")
+
+    row = Row(np.arange(5, dtype=np.int32), np.array([0, 0, 1, 1, 0], np.bool_), Source("x", 1))
+    assert spans_of(row, Dropping().decode) == (("<s> Hi", False), (" there you", True), ("</s>", False))
+
+
+def test_statistics_of_lengths():
+    stats = token_stats(np.array([1, 31, 32, 63, 64, 1000], np.int32), np.array([1, 2, 3, 4, 5, 6], np.int32))
+    assert stats.edges == (0, 32, 64, 128, 256, 512, 1024)
+    assert stats.counts == (2, 2, 1, 0, 0, 1)
+    assert (stats.shortest, stats.median, stats.p95, stats.longest) == (1, 63, 1000, 1000)
+    assert (stats.tokens, stats.trained) == (1191, 21)
