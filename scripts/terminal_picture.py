@@ -17,9 +17,10 @@ from rich.text import Text
 
 from tunesmith.cli.live import Live
 from tunesmith.cli.story import Story
-from tunesmith.cli.talking import Talk, open_speakers
+from tunesmith.cli.talking import STYLES, open_speakers
 from tunesmith.generation import Sampling
 from tunesmith.run import Run
+from tunesmith.types import Part
 
 WIDTH = 100
 MOMENT = 0.6
@@ -83,8 +84,11 @@ def main(run_path: str, target: str, question: str = "") -> None:
 def ask(console: Console, run_path: str, question: str) -> None:
     words = f"tunesmith chat {run_path} --compare --once {shlex.quote(question)}"
     console.print("", Text.assemble(("$ ", "green"), (words, "bold")), sep="\n")
-    voices = open_speakers(run_path, root=Path("runs"), base=False, compare=True, offline=True, note=lambda text: None)
-    Talk(voices, Sampling(max_new_tokens=60), screen=console).ask(question)
+    how = Sampling(max_new_tokens=60)
+    parts = [Part("user", question, trained=False)]
+    for voice in open_speakers(run_path, root=Path("runs"), base=False, compare=True, offline=True, note=print):
+        said = "".join(voice.answer(parts, how)).strip()
+        console.print(Text.assemble((f"{voice.name:>6}: ", "bright_black"), (said, STYLES[voice.name])))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from tunesmith import generation, loading
 from tunesmith.cli.options import is_run
 from tunesmith.cli.output import console, json_line
@@ -69,14 +67,13 @@ class Talk:
         *,
         system: str | None = None,
         as_json: bool = False,
-        screen: Console | None = None,
     ) -> None:
         self.voices = voices
         self.how = how
         self.as_json = as_json
         self.begin = [Part("system", system, trained=False)] if system else []
         self.parts = list(self.begin)
-        self.screen = screen or console(stderr=as_json)
+        self.screen = console(stderr=as_json)
 
     def ask(self, text: str) -> dict[str, str]:
         """Every voice's answer, shown as it is written."""

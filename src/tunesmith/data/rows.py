@@ -108,7 +108,12 @@ def encode_rows(
     store = encode(data.train, places.train)
     held_store = encode(data.eval, places.held_out) if data.eval else store
     stores = [store, held_store] if data.eval else [store]
-    _refuse_bad(data, stores, problems)
+    try:
+        _refuse_bad(data, stores, problems)
+    except DataError:
+        for refused in stores:
+            refused.discard()
+        raise
     notes = _counted(stores)
     if data.eval:
         train, held = np.arange(len(store)), np.arange(len(held_store))

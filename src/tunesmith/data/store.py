@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -122,6 +123,16 @@ class RowStore:
                     with open(path, "rb") as source, disk.writing(target) as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
             disk.fsync_dir(folder)
+
+    def discard(self) -> None:
+        """Remove what `build` wrote for this store, since the data is refused; rows found there before stay."""
+        if self.reused:
+            return
+        with disk.storing(self._folder):
+            for path in (_json(self._folder, self.key), _arrow(self._folder, self.key)):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it holds rows of others
+                self._folder.rmdir()
 
 
 def build(

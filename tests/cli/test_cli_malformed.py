@@ -1,0 +1,89 @@
+"""Every malformed file ends in a named error with its line and exit code 2; no traceback, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from data.malformed_corpus import CASES, Case
+from tiny_run import model_folder
+from tunesmith.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = [case.name for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own to stand in: whatever a verb would write, it would write here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(place: Path, case: Case) -> list[str]:
+    """Files that were not there before. The list of problems may be; half-written ones may not."""
+    everything = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    return [name for name in everything if name != case.filename and Path(name).name != "problems.jsonl"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_check_names_the_line(case: Case, place: Path) -> None:
+    (place / case.filename).write_bytes(case.payload)
+    result = CliRunner().invoke(app, ["check", case.filename])
+    assert result.exit_code == 2
+    assert f"{case.filename}:{case.line}: {case.code}: " in result.stdout
+    assert "Traceback" not in result.output
+    assert "\x1b" not in result.output
+    assert written(place, case) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_train_refuses_before_anything_is_written(case: Case, place: Path, model: Path) -> None:
+    (place / case.filename).write_bytes(case.payload)
+    result = CliRunner().invoke(app, ["train", str(model), case.filename, "--offline"])
+    assert result.exit_code == 2, result.output
+    assert f"{case.filename}:{case.line}: {case.code}: " in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout.replace("encoding rows\n", "") == ""
+    assert written(place, case) == []
+
+
+@pytest.mark.parametrize("case", CASES[:: len(CASES) // 8], ids=IDS[:: len(CASES) // 8])
+def test_machines_are_told_the_same(case: Case, place: Path) -> None:
+    (place / case.filename).write_bytes(case.payload)
+    told = json.loads(CliRunner().invoke(app, ["check", case.filename, "--json"]).stdout)
+    assert told["ok"] is False
+    findings = [(problem["code"], problem["source"]["line"]) for problem in told["problems"]]
+    assert (case.code, case.line) in findings
+
+
+@pytest.mark.parametrize("case", CASES[:: len(CASES) // 4], ids=IDS[:: len(CASES) // 4])
+def test_a_real_process_ends_the_same_way(case: Case, place: Path) -> None:
+    (place / case.filename).write_bytes(case.payload)
+    command = [sys.executable, "-m", "tunesmith", "check", case.filename]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{case.filename}:{case.line}: {case.code}: " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_file_and_a_missing_one_are_named(place: Path, model: Path) -> None:
+    (place / "empty.jsonl").write_bytes(b"")
+    for name in ("empty.jsonl", "missing.jsonl"):
+        for words in (["check", name], ["train", str(model), name, "--offline"]):
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 2
+            assert name in result.output
+            assert "Traceback" not in result.output
