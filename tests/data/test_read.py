@@ -313,3 +313,28 @@ def test_gzip_members_one_after_the_other_are_one_file(tmp_path: Path):
 def test_parquet_that_unpacks_to_many_times_its_size_is_refused(tmp_path: Path):
     payload = gzip.compress(b"PAR1" + bytes(4 << 20) + b"PAR1")
     assert said(rows_in(put(tmp_path, "rows.parquet.gz", payload))[1]) == [("unpacks_too_large", 1)]
+
+
+def test_a_parquet_value_that_python_cannot_hold_is_a_finding(tmp_path: Path):
+    times = pa.array([0, -(2**62)], pa.timestamp("ms"))  # the second lies before the year 1
+    pq.write_table(pa.table({"prompt": ["a", "b"], "time": times}), tmp_path / "t.parquet")
+    rows, problems = rows_in(tmp_path / "t.parquet")
+    assert [line for line, _ in rows] == [1]
+    assert said(problems) == [("wrong_type", 2)]
+
+
+def test_a_parquet_file_whose_columns_have_no_names_is_damaged(tmp_path: Path):
+    payload = parquet([PAIR]).replace(b"prompt", b"\xff\xffompt")
+    assert said(rows_in(put(tmp_path, "t.parquet", payload))[1]) == [("damaged_parquet", 1)]
+
+
+def test_nanoseconds_beside_the_text_do_not_stand_in_its_way(tmp_path: Path):
+    columns = {
+        "at": pa.array([1], pa.timestamp("ns", "UTC")),
+        "took": pa.array([1], pa.duration("ns")),
+        "clock": pa.array([1], pa.time64("ns")),
+    }
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"], **columns}), tmp_path / "t.parquet")
+    rows, problems = rows_in(tmp_path / "t.parquet")
+    assert problems == []
+    assert rows[0][1].items() >= PAIR.items()

@@ -16,6 +16,9 @@ from tunesmith.recipe.knobs import Limits
 
 BATCH_BYTES = 16 * 1024 * 1024
 MOST_ROWS = 1024
+_BROKEN = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises for a damaged file; a ValueError where a column's name is no text."""
+_UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
 
 
 def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -23,7 +26,7 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
     with opened_parquet(facts) as stream:
         try:
             table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        except (pa.ArrowException, OSError) as error:
+        except _BROKEN as error:
             raise _damaged(facts, error) from None
         _check_columns(facts, table.schema_arrow, limits.depth)
         facts.columns = tuple(table.schema_arrow.names)
@@ -58,24 +61,42 @@ def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any]
     while True:
         try:
             batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
+        except _BROKEN as error:
             raise _damaged(facts, error) from None
         if batch is None:
             return
         facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
         try:
-            yield from batch.to_pylist()
-        except UnicodeDecodeError:
+            records = _in_microseconds(batch).to_pylist()
+        except _UNHOLDABLE:
             yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
+        else:
+            yield from records
+
+
+def _in_microseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch without nanoseconds, which Python's times do not have. No time is text, so none is ever used."""
+    for i, field in enumerate(batch.schema):
+        if getattr(field.type, "unit", "") == "ns":
+            in_us = {
+                pa.types.is_timestamp: pa.timestamp("us", getattr(field.type, "tz", None)),
+                pa.types.is_duration: pa.duration("us"),
+                pa.types.is_time: pa.time64("us"),
+            }
+            kind = next(kind for is_it, kind in in_us.items() if is_it(field.type))
+            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
+    return batch
 
 
 def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
-    """The row of a batch whose text may not be UTF-8: then the writer broke the format's promise."""
+    """The row of a batch that may hold what Python cannot: text that is not UTF-8, a date before the year 1."""
     try:
-        return batch.to_pylist()[0]  # type: ignore[no-any-return]
+        return _in_microseconds(batch).to_pylist()[0]  # type: ignore[no-any-return]
     except UnicodeDecodeError as error:
         message = f"byte 0x{error.object[error.start]:02X} of a text is not UTF-8"
         return BadRow("invalid_utf8", message, "Write the file again from the text.")
+    except _UNHOLDABLE as error:
+        return BadRow("wrong_type", f"one of its values cannot be read: {str(error)[:120]}", "Write it as text.")
 
 
 def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
