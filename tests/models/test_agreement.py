@@ -68,7 +68,7 @@ def test_disagrees_with_the_words_of_a_model_that_cannot_be_called_so():
     model = sharp("llama")
     real = model.forward
 
-    def strict(input_ids, use_cache):
+    def strict(input_ids, use_cache, logits_to_keep):
         return real(input_ids=input_ids, use_cache=use_cache)
 
     model.forward = strict

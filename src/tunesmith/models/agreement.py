@@ -1,11 +1,13 @@
 """Whether a model answers the same for rows packed end to end as for each row alone."""
 
-# L tokens of one row, V vocabulary
+# L tokens of one row, T of all rows, K positions that are compared, V vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,13 @@ from transformers import PreTrainedModel
 
 from tunesmith.models.attention import Segments, Trace, UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.modes import evaluating
+from tunesmith.models.quiet import quiet
 from tunesmith.types import Row
 
 PROBE_TOKENS = 128
-"""Tokens of a row that are compared: enough to see another row shine through, cheap enough for every start."""
+"""Tokens of a row that are run: enough to see another row shine through, cheap enough for every start."""
+PROBE_POSITIONS = 32
+"""Positions of a row whose logits are compared: those of all would be gigabytes with a large vocabulary."""
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest mean error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each
@@ -44,14 +49,16 @@ def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row]) -> Agreement:
     own = model.config._attn_implementation
     pieces = _pieces(rows, model.device)
     with evaluating(model):
-        alone = [model(input_ids=ids_L[None], use_cache=False).logits[0].float() for ids_L in pieces]
+        alone = [_logits(model, ids_L[None], _positions(len(ids_L))) for ids_L in pieces]
         try:
-            packed, trace = _packed_logits(model, pieces)
+            with quiet():  # transformers warns of attention that cannot be replaced; here that is an answer
+                packed, trace = _packed_logits(model, pieces)
         except (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError) as error:
             # Whatever a foreign model says when it is called this way, the answer is the padded layout.
             return Agreement(False, float("nan"), float("nan"), str(error) or type(error).__name__)
         finally:
-            model.set_attn_implementation(own)
+            with quiet():
+                model.set_attn_implementation(own)
     return _judge(alone, packed, trace, model.dtype)
 
 
@@ -64,25 +71,41 @@ def _pieces(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
     return [torch.tensor(ids, dtype=torch.int64, device=device) for ids in capped]
 
 
-def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[list[Tensor], Trace]:
+def _positions(length: int) -> Tensor:
+    """[K], spread over a row from its first to its last."""
+    return torch.linspace(0, length - 1, min(length, PROBE_POSITIONS)).round().long()
+
+
+def _logits(model: PreTrainedModel, ids_1T: Tensor, positions_K: Tensor, **how: Any) -> Tensor:
+    """[K, V] in float32."""
+    positions_K = positions_K.to(model.device)
+    logits_KV: Tensor = model(input_ids=ids_1T, use_cache=False, logits_to_keep=positions_K, **how).logits[0]
+    # Of a model that does not know logits_to_keep, those of all T come back.
+    return (logits_KV if len(logits_KV) == len(positions_K) else logits_KV[positions_K]).float()
+
+
+def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Trace]:
     lengths = [len(ids_L) for ids_L in pieces]
+    starts = [0, *accumulate(lengths)]
+    positions = [start + _positions(length) for start, length in zip(starts, lengths, strict=False)]
     use_ragged(model)
     with ragged_pass() as trace:
-        logits_1TV = model(
-            input_ids=torch.cat(list(pieces))[None],
+        logits_KV = _logits(
+            model,
+            torch.cat(list(pieces))[None],
+            torch.cat(positions),
             position_ids=torch.cat([torch.arange(length, device=model.device) for length in lengths])[None],
-            use_cache=False,
             segments=Segments.of(lengths, device=model.device),
-        ).logits
-    return list(logits_1TV[0].float().split(lengths)), trace
+        )
+    return torch.split(logits_KV, [len(positions_K) for positions_K in positions]), trace
 
 
 def _judge(alone: Sequence[Tensor], packed: Sequence[Tensor], trace: Trace, dtype: torch.dtype) -> Agreement:
-    differences = [packed_LV - alone_LV for packed_LV, alone_LV in zip(packed, alone, strict=True)]
-    largest = max(float(difference_LV.abs().max()) for difference_LV in differences)
+    differences = [packed_KV - alone_KV for packed_KV, alone_KV in zip(packed, alone, strict=True)]
+    largest = max(float(difference_KV.abs().max()) for difference_KV in differences)
     error = max(
-        float((difference_LV.square().mean(-1).sqrt() / alone_LV.std(-1)).mean())
-        for difference_LV, alone_LV in zip(differences, alone, strict=True)
+        float((difference_KV.square().mean(-1).sqrt() / alone_KV.std(-1)).mean())
+        for difference_KV, alone_KV in zip(differences, alone, strict=True)
     )
     reason = ""
     if trace.calls == 0:

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from tunesmith.errors import ModelError
 from tunesmith.files import sha256_file
@@ -31,8 +30,9 @@ from tunesmith.models import gguf_tokenizer
 from tunesmith.models.folder import weight_files
 from tunesmith.models.locate import Located
 from tunesmith.models.machine import choose_device, choose_precision
+from tunesmith.models.quiet import quiet
 
-__all__ = ["choose_device", "choose_precision", "fingerprint", "load_config", "load_model", "load_tokenizer", "quiet"]
+__all__ = ["choose_device", "choose_precision", "fingerprint", "load_config", "load_model", "load_tokenizer"]
 
 OnNote = Callable[[str], None]
 
@@ -163,21 +163,6 @@ def _blaming(located: Located, what: str) -> Iterator[None]:
     except _FOREIGN as error:
         text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise ModelError(f"{located.path}: {what}: {text[:500]}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no log lines of transformers inside the block; errors come as exceptions anyway."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def fingerprint(located: Located) -> dict[str, str]:

@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.errors import StorageError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
-from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer, quiet
+from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.locate import Located
+from tunesmith.models.quiet import quiet
 
 SHARD_BYTES = 5 * 1000**3
 """Largest weights file; what the hub and most tools write."""
