@@ -253,3 +253,9 @@ def test_missing_field_names_the_way_out():
         "rows.jsonl:7: missing_field: completion is missing. "
         "Give it, or name the field you have by data.columns: {completion: ...}."
     )
+
+
+def test_a_row_with_a_million_problems_lists_fifty():
+    content = [5] * 100_000
+    found = problems("messages", {"messages": [{"role": "user", "content": content}, ANSWER]})
+    assert [problem.code for problem in found] == ["wrong_type"] * 50 + ["and_more"]

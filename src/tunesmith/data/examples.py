@@ -205,7 +205,7 @@ def _shapes_fix(record: Mapping[str, Any]) -> str:
 
 
 def _names(record: Mapping[str, Any]) -> str:
-    names = [repr(name[:60]) for name in record]
+    names = [repr(name[:60]) for name in record] or ["none"]
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from tunesmith.types import Problem, Source
 
+MOST = 50
+"""Problems listed of one row: a row can have millions."""
+
 
 class Findings:
     """Problems of one row."""
@@ -16,7 +19,10 @@ class Findings:
         self.problems: list[Problem] = []
 
     def add(self, code: str, message: str, fix: str = "") -> None:
-        self.problems.append(Problem(self.source, code, message, fix))
+        if len(self.problems) < MOST:
+            self.problems.append(Problem(self.source, code, message, fix))
+        elif len(self.problems) == MOST:
+            self.problems.append(Problem(self.source, "and_more", "more is wrong with this row."))
 
     def text(self, record: dict[str, Any], key: str) -> str:
         """The text of a field that has to be there; "" beside a problem when it is not text."""

@@ -7,7 +7,8 @@ import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,14 @@ def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> Dat
     """The error for a file in which nothing, or nothing more, can be read. No knob leaves it out."""
     problem = Problem(Source(path, line), code, message, fix)
     return DataError(str(problem), [problem])
+
+
+def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, ...]:
+    """The columns of a table. Raises `DataError` when two have one name."""
+    if len(set(columns)) < len(columns):
+        name = Counter(columns).most_common(1)[0][0][:60]
+        raise refusal(facts.path, line, "duplicate_column", f"two columns are named {name!r}.", "Rename one.")
+    return tuple(columns)
 
 
 def look_at(path: str) -> tuple[FileFacts, list[Problem]]:

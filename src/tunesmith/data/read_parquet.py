@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.opening import FileFacts, opened_parquet, refusal
+from tunesmith.data.opening import FileFacts, distinct, opened_parquet, refusal
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, nul_character, strings
 from tunesmith.errors import DataError
@@ -28,8 +28,8 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
             table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         except _BROKEN as error:
             raise _damaged(facts, error) from None
-        _check_columns(facts, table.schema_arrow, limits.depth)
-        facts.columns = tuple(table.schema_arrow.names)
+        facts.columns = distinct(facts, table.schema_arrow.names, 1)
+        _check_depth(facts, table.schema_arrow, limits.depth)
         has_structs = any(pa.types.is_nested(field.type) for field in table.schema_arrow)
         for record in _records(table, facts):
             facts.line += 1
@@ -41,10 +41,7 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
                 yield facts.line, _without_nulls(record) if has_structs else record
 
 
-def _check_columns(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if twice:
-        raise refusal(facts.path, 1, "duplicate_column", f"two columns are named {twice[0]!r}.", "Rename one.")
+def _check_depth(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
     nesting, types = 1, [field.type for field in schema]
     while types := [kind.field(i).type for kind in types for i in range(kind.num_fields)]:
         nesting += 1

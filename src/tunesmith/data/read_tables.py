@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 
-from tunesmith.data.opening import FileFacts, Stream, refusal
+from tunesmith.data.opening import FileFacts, Stream, distinct, refusal
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, invalid_utf8, nul_character
 from tunesmith.errors import DataError
@@ -22,20 +22,13 @@ def csv_rows(
     """
     for line, values in _records(stream, facts, limits=limits, on_bad=on_bad):
         if facts.columns is None:
-            facts.columns = _header(facts, line, values)
+            facts.columns = distinct(facts, values, line)
             continue
         facts.rows += 1
         if len(values) == len(facts.columns):
             yield line, dict(zip(facts.columns, values, strict=True))
         else:
             on_bad(line, _ragged(values, facts.columns), 0)
-
-
-def _header(facts: FileFacts, line: int, columns: Sequence[str]) -> tuple[str, ...]:
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise refusal(facts.path, line, "duplicate_column", f"the header names {twice[0]!r} twice.", "Rename one.")
-    return tuple(columns)
 
 
 def _ragged(values: Sequence[str], columns: Sequence[str]) -> BadRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,12 +124,12 @@ def _duplicate_key(raw: bytes) -> BadRow:
     twice: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for i, key in enumerate(keys) if key in keys[:i])
-        return dict(pairs)
+        if len(kept := dict(pairs)) < len(pairs):
+            twice.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return kept
 
     json.loads(raw, object_pairs_hook=collect)
-    name = repr(twice[0]) if twice else "a key"
+    name = repr(twice[0][:60]) if twice else "a key"
     return BadRow("duplicate_key", f"{name} stands twice in one object", "Keep one of them.")
 
 
@@ -164,7 +165,9 @@ def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
     if "surrogate" in reason:
         message = f"{text[pos - 1 : pos + 5]!r} is half of a character"
         return "lone_surrogate", message, "Have the program that wrote it write both halves, or UTF-8."
-    if "infinity" in reason or rest.startswith(_NOT_NUMBERS):
+    if "infinity" in reason:
+        return "not_a_number", f"{rest[:12]}… is too large a number", "Write it as text, or leave it out."
+    if rest.startswith(_NOT_NUMBERS):
         return "not_a_number", f"{rest[:12]!r} is not a number in JSON", "Leave it out."
     if "end of data" in reason or pos >= len(text.rstrip()):
         message = f"the row stops before its end: …{text.rstrip()[-40:]!r}"
