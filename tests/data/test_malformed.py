@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from data.malformed_corpus import CASES, Case
+from tunesmith import data
 from tunesmith.data.check import check
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError
@@ -19,9 +21,9 @@ IDS = [case.name for case in CASES]
 def findings(path: Path) -> list[Problem]:
     """What reading says of a file that is wrong, in the order in which it says it."""
     found: list[Problem] = []
-    data = Data(train=(DataFile(path=str(path)),))
+    files = (DataFile(path=str(path)),)
     try:
-        for _ in examples(data.train, data, found.append):
+        for _ in examples(files, Data(train=files), found.append):
             pass
     except DataError as error:
         found += error.problems
@@ -31,6 +33,14 @@ def findings(path: Path) -> list[Problem]:
 def test_the_corpus_has_200_cases_with_names_of_their_own():
     assert len(CASES) >= 200
     assert len(set(IDS)) == len(IDS)
+
+
+def test_every_code_is_documented_and_every_documented_code_exists():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    documented = set(re.findall(r"^\| `(\w+)`(?: †)? \| (?:error|warning) ", page, re.MULTILINE))
+    source = "".join(path.read_text("utf-8") for path in Path(data.__file__).parent.rglob("*.py"))
+    assert {case.code for case in CASES} <= documented
+    assert {code for code in documented if f'"{code}"' not in source} == set()
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
