@@ -12,7 +12,7 @@ import sys
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RANK, ALPHA, LR, WARMUP, CLIP, ROWS_PER_STEP, SEED = 16, 32.0, 5e-4, 0.05, 1.0, 4, 0
@@ -56,7 +56,7 @@ def lr_at(step, total):
 def loss_of(model, ids, trained):
     """Sum of -log p over the trained tokens of one row; position t predicts token t + 1."""
     logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    targets = torch.tensor([token if is_trained else -100 for token, is_trained in zip(ids, trained)][1:])
+    targets = torch.tensor([token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=True)][1:])
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 

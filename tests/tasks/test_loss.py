@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_model
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
+from tiny_model import tiny_model
 from tunesmith.data.batch import build_batch
 from tunesmith.models.attention import use_ragged
 from tunesmith.tasks import TASKS
