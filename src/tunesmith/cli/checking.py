@@ -43,6 +43,10 @@ def draw(report: CheckReport) -> None:
     print_problems(warnings, num=sum(report.warnings.values()), stderr=False)
     if report.problems:
         _say(screen, "")
+    for what, counts in (("error", report.errors), ("warning", report.warnings)):
+        if counts:
+            by_code = ", ".join(f"{number:,} {code}" for code, number in sorted(counts.items()))
+            _say(screen, f"{plural(sum(counts.values()), what)}: {by_code}")
     for file in report.files:
         shape = f"{file.shape} in {file.format}" if file.shape else file.format or "unreadable"
         _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")

@@ -82,9 +82,10 @@ def print_problems(problems: Sequence[Problem], *, num: int | None = None, stder
     shown = problems[:SHOWN_PROBLEMS]
     for problem in shown:
         _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
-    more = (len(problems) if num is None else num) - len(shown)
-    if more > 0:
-        _print(f"and {more:,} more (all with --json)", style="bold", stderr=stderr)
+    num = len(problems) if num is None else num
+    if num > len(shown):
+        listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
+        _print(f"and {num - len(shown):,} more ({listed})", style="bold", stderr=stderr)
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:
