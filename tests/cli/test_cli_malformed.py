@@ -48,7 +48,7 @@ def test_check_names_the_line(case: Case, place: Path) -> None:
     assert written(place, case) == []
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", CASES[::3], ids=IDS[::3])  # it reads rows as `check` does; this costs a tokenizer each
 def test_train_refuses_before_anything_is_written(case: Case, place: Path, model: Path) -> None:
     (place / case.filename).write_bytes(case.payload)
     result = CliRunner().invoke(app, ["train", str(model), case.filename, "--offline"])
