@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -35,6 +36,8 @@ def test_commands_have_verbs_and_options_that_exist(command: str) -> None:
 def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word, with a small model in the place of the real one."""
     monkeypatch.chdir(tmp_path)
+    # One thread: two that wait for each other beside other tests take ten times as long.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     model = model_folder(tmp_path / "model")
     chats(tmp_path / "support.jsonl", 24)
     names: dict[str, object] = {}
