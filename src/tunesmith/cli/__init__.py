@@ -10,6 +10,9 @@ def main() -> None:
 
     from tunesmith.cli.app import app
 
+    # Threads that wait for each other sleep instead of spinning. Beside one other busy program, spinning made training
+    # six times slower (docs/EXPERIMENTS.md). Read once, when torch is imported; what a person has set counts more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     app(prog_name="tunesmith")
