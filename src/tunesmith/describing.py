@@ -46,7 +46,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
-        "total_parameters": sum(p.numel() for p in setup.model.parameters()),
+        "total_parameters": setup.num_parameters,
         "precision": setup.recipe.precision,
         "device": setup.device,
         "sample": sample_spans(setup),

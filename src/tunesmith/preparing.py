@@ -43,6 +43,8 @@ class Setup:
     """What a person should know before the first step: fallbacks, cut rows, overlaps."""
     located: locate.Located
     model: PreTrainedModel
+    num_parameters: int
+    """Weights of the model itself."""
     renderer: Renderer
     task: Task
     attachment: Attachment
@@ -100,6 +102,7 @@ def prepare(
         notes=[*notes, *rows.notes, *padding_notes, *attachment.notes],
         located=located,
         model=model,
+        num_parameters=model_size.num_params,
         renderer=renderer,
         task=TASKS[known(recipe.task)],
         attachment=attachment,

@@ -10,9 +10,9 @@ def main() -> None:
 
     from tunesmith.cli.app import app
 
-    # Threads that wait for each other sleep instead of spinning. Beside one other busy program, spinning made training
-    # six times slower (docs/EXPERIMENTS.md). Read once, when torch is imported; what a person has set counts more.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that wait for each other soon go to sleep. Spinning on, as is the default, made training several times
+    # slower beside one other busy program (docs/EXPERIMENTS.md). Read when torch is imported; what is set counts more.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     app(prog_name="tunesmith")

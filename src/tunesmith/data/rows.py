@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,14 +111,14 @@ def encode_rows(
     stores = [store, held_store] if data.eval else [store]
     try:
         _refuse_bad(data, stores, problems)
+        overlap = _overlap(data, store, held_store) if data.eval else []
     except DataError:
         for refused in stores:
             refused.discard()
         raise
-    notes = _counted(stores)
+    notes = [*_counted(stores, problems), *overlap]
     if data.eval:
         train, held = np.arange(len(store)), np.arange(len(held_store))
-        notes += _overlap(data, store, held_store)
     else:
         mask = held_out_mask(store.hashes, data.held_out)
         train, held = np.flatnonzero(~mask), np.flatnonzero(mask)
@@ -143,13 +144,19 @@ def _refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Probl
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)
 
 
-def _counted(stores: Sequence[RowStore]) -> list[str]:
-    """What was left out or changed, a line a kind."""
-    notes = []
+def _counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
+    """What was left out or changed: the first finding of each kind in its own words, and how many there are."""
+    totals: Counter[str] = Counter()
     for store in stores:
-        where = ", ".join(store.paths)
-        notes += [f"{where}: {n:,} × {code}: left out" for code, n in sorted(store.summary.errors.items())]
-        notes += [f"{where}: {n:,} × {code}" for code, n in sorted(store.summary.warnings.items())]
+        totals.update(store.summary.errors)
+        totals.update(store.summary.warnings)
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.code, problem)
+    notes = []
+    for code, num in sorted(totals.items()):
+        example = str(first[code]) if code in first else code
+        notes.append(f"{example} ({num:,} in all)" if num > 1 else example)
     return notes
 
 
