@@ -175,3 +175,61 @@ def test_the_best_checkpoint_is_kept_although_none_was_due(tmp_path):  # trap: R
     best = min(losses, key=losses.__getitem__)
     assert report_of(run)["best"]["step"] in {best, 8}
     assert (run.checkpoints_path / f"step-{best}").is_dir()
+
+
+def with_rows(recipe, path: Path, rows: list[dict], **weights):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (recipe.data.train[0].model_copy(update={"path": str(path), **weights}),)
+    return recipe.model_copy(update={"task": "auto", "data": recipe.data.model_copy(update={"train": files})})
+
+
+def test_pairs_of_messages_are_chats_and_pairs_of_text_are_not(tmp_path):
+    turns = [
+        {"prompt": [{"role": "user", "content": f"hello {i}"}], "completion": [{"role": "assistant", "content": "yes"}]}
+        for i in range(12)
+    ]
+    chat = prepare(with_rows(tiny_recipe(tmp_path), tmp_path / "turns.jsonl", turns), root=tmp_path)
+    assert chat.task.name == "chat"
+    assert "<|im_start|>" in chat.renderer.tokenizer.decode(chat.rows.store.row(0).ids)
+    text = [{"prompt": f"hello {i}", "completion": " yes"} for i in range(12)]
+    plain = prepare(with_rows(tiny_recipe(tmp_path), tmp_path / "text.jsonl", text), root=tmp_path)
+    assert plain.task.name == "generate"
+    with pytest.raises(DataError) as refusal:
+        prepare(chat.recipe.model_copy(update={"task": "generate"}), root=tmp_path)
+    assert {problem.code for problem in refusal.value.problems} == {"not_a_pair"}
+
+
+def test_a_weight_that_rounds_to_no_row_still_takes_one(tmp_path):
+    rows = [json.loads(line) for line in chats(tmp_path / "few.jsonl", 4).read_text().splitlines()]
+    setup = prepare(with_rows(tiny_recipe(tmp_path), tmp_path / "few.jsonl", rows, weight=0.1), root=tmp_path)
+    assert setup.plan.rows_per_epoch == 1
+    assert setup.total_steps >= 1
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out_and_counted(tmp_path):
+    recipe = tiny_recipe(tmp_path, arch="gpt2", evaluation={"samples": 3, "sample_tokens": 500})
+    setup = prepare(recipe, root=tmp_path)  # the model has 512 positions
+    assert setup.samples == []
+    assert any("too long to be answered" in note for note in setup.notes)
+
+
+def test_whatever_ends_a_run_is_the_last_line_of_its_log(tmp_path, monkeypatch):
+    def broken(*args):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("tunesmith.training._take_steps", broken)
+    with pytest.raises(MemoryError):
+        train(recipe_of(tmp_path), root=tmp_path / "runs")
+    run = runs(tmp_path / "runs")[0]
+    assert run.state() == "failed"
+    assert list(run.events())[-1].values["code"] == "MemoryError"
+
+
+def test_a_result_that_cannot_be_saved_is_known_before_the_first_step(tmp_path, monkeypatch):
+    def refuses(*args):
+        raise ModelError("cannot be saved")
+
+    monkeypatch.setattr("tunesmith.training._write_result", refuses)
+    with pytest.raises(ModelError):
+        train(recipe_of(tmp_path), root=tmp_path / "runs")
+    assert max(event.step for event in runs(tmp_path / "runs")[0].events()) == 0

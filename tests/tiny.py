@@ -54,7 +54,7 @@ def chat(
 def pair(prompt: str, completion: str, *, line: int = 1) -> Example:
     """A prompt and the completion that is trained."""
     parts = (Part("user", prompt, False), Part("assistant", completion, True))
-    return Example(parts, Source("pairs.jsonl", line), "prompt_completion")
+    return Example(parts, Source("pairs.jsonl", line), "prompt_completion", plain=True)
 
 
 def tiny_tokenizer(

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tunesmith.api import load, train
+    from tunesmith.api import load, resume, train
     from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
     from tunesmith.loop import training_steps
     from tunesmith.preparing import prepare
     from tunesmith.recipe.knobs import Recipe
     from tunesmith.run import Run
-    from tunesmith.training import Listener, resume
+    from tunesmith.training import Listener
     from tunesmith.types import Event
 
 __all__ = [
@@ -45,13 +45,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("load", "train"),
+    "api": ("load", "resume", "train"),
     "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
     "loop": ("training_steps",),
     "preparing": ("prepare",),
     "recipe.knobs": ("Recipe",),
     "run": ("Run",),
-    "training": ("Listener", "resume"),
+    "training": ("Listener",),
     "types": ("Event",),
 }
 

@@ -58,6 +58,22 @@ def train(
     return training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
 
 
+def resume(
+    run: Run | str | PathLike[str],
+    *,
+    root: str | PathLike[str] = "runs",
+    offline: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Go on with a stopped or broken run, named as on the command line, as if it had never stopped.
+
+    Raises:
+        RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
+    """
+    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    return training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
+
+
 def load(
     run: Run | str | PathLike[str], *, root: str | PathLike[str] = "runs", offline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -96,10 +96,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def peak_memory_bytes() -> int:
-    """Most memory held so far: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: str) -> int:
+    """Most memory held so far: on a CUDA device by tensors, else by this process."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     try:
         import resource
     except ImportError:  # Windows

@@ -92,7 +92,8 @@ def truncate_after(path: Path, step: int) -> int:
     with writing(path) as file:
         for number, line in enumerate(_whole_lines(path), start=1):
             event = _event(line, f"{path}:{number}")
-            measured_after = event.kind in _MEASURES and event.step == step and checkpoint_passed
+            is_last_look = event.values.get("name") == "after"  # it follows the last checkpoint, logged or not
+            measured_after = event.kind in _MEASURES and event.step == step and (checkpoint_passed or is_last_look)
             if (event.step > step and event.kind in done_again) or measured_after:
                 num_dropped += 1
             else:

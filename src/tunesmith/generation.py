@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -58,7 +59,7 @@ def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequenc
         ids_BT[b, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BT[b, longest - len(prompt) :] = 1
     config = how.config(stop_ids=renderer.stop_ids, pad_id=renderer.stop_ids[0])
-    with evaluating(model):
+    with evaluating(model), _without_own_config(model):
         out_BT = model.generate(
             ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
         )
@@ -74,7 +75,7 @@ def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], ho
 
     def write() -> None:
         try:
-            with evaluating(model):
+            with evaluating(model), _without_own_config(model):
                 model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -96,6 +97,16 @@ def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], ho
         worker.join()
     if left.error is not None:
         raise left.error
+
+
+@contextmanager
+def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
+    # transformers fills what a config leaves open from the model's own: a repetition penalty would not be greedy.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Left(StoppingCriteria):  # type: ignore[misc]

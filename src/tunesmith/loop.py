@@ -45,7 +45,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
             (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
             attachment.collect_gradients()
             losses.append(loss_sum.detach())
-        pass_losses = torch.stack(losses).double().tolist()
+        pass_losses = torch.stack(losses).cpu().double().tolist()
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
@@ -71,7 +71,11 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
                 "passes": len(passes),
                 "rows": row_ids,
             },
-            timing={"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak_memory_bytes()},
+            timing={
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "peak_bytes": peak_memory_bytes(setup.device),
+            },
         )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import Plan
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Places, Rows, encode_rows, peek_shape
+from tunesmith.data.rows import Places, Rows, encode_rows, first_example
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.methods import METHODS
@@ -96,10 +96,11 @@ def prepare(
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
+    samples, sample_notes = _samples(recipe, renderer, rows, model_size)
     return Setup(
         recipe=recipe,
         choices=[*choices, *more, kernel(attachment.trained)],
-        notes=[*notes, *rows.notes, *padding_notes, *attachment.notes],
+        notes=[*notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
         located=located,
         model=model,
         num_parameters=model_size.num_params,
@@ -111,7 +112,7 @@ def prepare(
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
-        samples=sample_prompts(renderer, rows.sample_examples(recipe.evaluation.samples)),
+        samples=samples,
         identity=_identity(recipe, rows, renderer, located),
     )
 
@@ -126,7 +127,7 @@ def _decide_before_rows(recipe: Recipe, located: locate.Located, model_size: Mod
         )
     choices: list[Choice] = []
     if recipe.task == "auto":
-        choices.append(choose_task(peek_shape(recipe.data)))
+        choices.append(choose_task(first_example(recipe.data)))
     if recipe.method.name == "auto":
         choices.append(choose_method(model_size.num_params))
     device = machine.choose_device(recipe.device)
@@ -137,6 +138,17 @@ def _decide_before_rows(recipe: Recipe, located: locate.Located, model_size: Mod
     for choice in choices:
         recipe = with_choice(recipe, choice)
     return recipe, choices
+
+
+def _samples(
+    recipe: Recipe, renderer: Renderer, rows: Rows, model_size: ModelSize
+) -> tuple[list[SamplePrompt], list[str]]:
+    """Prompts that leave room for an answer in what the model can attend to; the others are counted."""
+    examples = rows.sample_examples(recipe.evaluation.samples)
+    room = min(known(recipe.data.max_tokens), model_size.max_tokens - recipe.evaluation.sample_tokens)
+    prompts = sample_prompts(renderer, examples, max_tokens=room)
+    left_out = len(examples) - len(prompts)
+    return prompts, [f"{left_out} held-out prompts are empty or too long to be answered"] if left_out else []
 
 
 def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:

@@ -6,6 +6,7 @@ What happens becomes an event; `train` and `resume` differ only in where they st
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,10 +16,11 @@ from typing import Any
 
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
-from tunesmith.errors import RunError, Stopped, StorageError, TunesmithError
+from tunesmith.errors import RunError, Stopped, StorageError
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.samples import answer_samples
+from tunesmith.files import fsync_file, remove, temporary_folder
 from tunesmith.generation import Sampling
 from tunesmith.loop import training_steps
 from tunesmith.methods import METHODS, restore
@@ -110,15 +112,19 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
     if run.state() == "done":
         raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
     listener = listener or Listener()
+    begun = time.perf_counter()
     with run.lock():
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         setup = prepare(run.recipe(), root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
-        if newest:
-            _refuse_changes(run, setup.identity, newest.state["identity"])
+        then = newest.state["identity"] if newest else _identity_at_start(run)
+        if then is not None:
+            _refuse_changes(run, setup.identity, then)
         run.truncate_after(newest.step if newest else -1)
-        session = _Session(setup, run, Progress(**newest.state["progress"] if newest else {}), listener)
+        seconds = time.perf_counter() - begun
+        progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
+        session = _Session(setup, run, progress, listener)
         for text in damaged:
             session.emit("note", {"text": text})
         if newest:
@@ -127,6 +133,11 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
             session.emit("resume", {"from_step": newest.step})
         _drive(session, fresh=newest is None)
     return run
+
+
+def _identity_at_start(run: Run) -> Mapping[str, str] | None:
+    """What a run that was killed before its first checkpoint said it rests on; None if it had not come so far."""
+    return next((event.values["identity"] for event in run.events() if event.kind == "start"), None)
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
@@ -151,6 +162,7 @@ def _drive(session: _Session, *, fresh: bool) -> None:
             session.emit("plan", plan_values(setup))
             _look(session, "before")
             _save(session)
+            _rehearse_result(setup, run)
         _take_steps(session)
         _look(session, "after")
         _save_result(setup, run)
@@ -158,7 +170,7 @@ def _drive(session: _Session, *, fresh: bool) -> None:
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
-    except TunesmithError as error:
+    except Exception as error:  # the outermost frame of a run: whatever ends it is told, and raised on
         with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
             session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
@@ -190,7 +202,7 @@ def _stop_if_asked(session: _Session, *, saved: bool) -> None:
         if not saved:
             _save(session)
         done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
-        raise Stopped(f"{done}; go on with: tunesmith resume {session.run.path}")
+        raise Stopped(f"{done}; go on with: tunesmith resume {shlex.quote(str(session.run.path))}")
 
 
 def _look(session: _Session, name: str) -> None:
@@ -229,6 +241,7 @@ def _evaluate(session: _Session, name: str) -> None:
 
 def _save(session: _Session) -> None:
     setup, run, step = session.setup, session.run, session.progress.step
+    fsync_file(run.events_path)  # a checkpoint never knows of steps that its log has lost
     folder = checkpoint.save(
         run.checkpoints_path,
         step,
@@ -240,7 +253,19 @@ def _save(session: _Session) -> None:
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
 
 
+def _rehearse_result(setup: Setup, run: Run) -> None:
+    """Save the result once and remove it, so that it cannot fail for the first time after the last step."""
+    folder = temporary_folder(run.path, "rehearsal")
+    try:
+        _write_result(setup, folder)
+    finally:
+        remove(folder)
+
+
 def _save_result(setup: Setup, run: Run) -> None:
+    _write_result(setup, run.model_path if setup.recipe.method.name == "full" else run.adapter_path)
+
+
+def _write_result(setup: Setup, folder: Path) -> None:
     method = METHODS[setup.recipe.method.name]
-    folder = run.model_path if method.name == "full" else run.adapter_path
     method.save_result(setup.attachment, folder, model=setup.model, renderer=setup.renderer, located=setup.located)

@@ -71,6 +71,8 @@ class Example:
     shape: Shape
     tools: tuple[Mapping[str, Any], ...] = ()
     """Tool definitions that came with the row, handed to the template as they are."""
+    plain: bool = False
+    """Text and its continuation, which no template is put around, rather than a conversation."""
 
 
 @dataclass(frozen=True, slots=True)

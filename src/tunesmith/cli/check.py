@@ -63,7 +63,7 @@ def check(
 def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     """The renderer that training would use; None where no row is good enough to tell the task from."""
     from tunesmith.data.render import Renderer
-    from tunesmith.data.rows import peek_shape
+    from tunesmith.data.rows import first_example
     from tunesmith.errors import DataError
     from tunesmith.models import locate
     from tunesmith.models.load import load_tokenizer
@@ -73,7 +73,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     tokenizer = load_tokenizer(located, recipe.data.template)
     try:
-        task = choose_task(peek_shape(recipe.data)).value if recipe.task == "auto" else recipe.task
+        task = choose_task(first_example(recipe.data)).value if recipe.task == "auto" else recipe.task
     except DataError:
         return None
     limit = size(located).max_tokens if recipe.data.max_tokens == "auto" else recipe.data.max_tokens

@@ -57,13 +57,13 @@ class Plan:
         return fill_passes(rows, lengths, tokens_per_pass=self.tokens_per_pass, layout=self.layout)
 
     def _copies(self, epoch: int) -> NDArray[np.int64]:
-        """How often each row stands in an epoch; a file of weight w and n rows gives round(w n) rows every epoch."""
+        """How often each row stands in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
         whole = np.floor(self.weights_I).astype(np.int64)
         part = self.weights_I - whole
         for weight in np.unique(part[part > 0]):
             members = np.flatnonzero(part == weight)
             keys = _keys(members, self.seed, epoch, salt=1)
-            extra = members[np.argsort(keys, kind="stable")[: round(float(weight) * len(members))]]
+            extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
             whole[extra] += 1
         return whole
 

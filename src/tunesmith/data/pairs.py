@@ -82,6 +82,13 @@ class Pairs:
 
 
 def _pair(example: Example) -> tuple[str, str] | Problem:
+    if not example.plain:
+        return Problem(
+            example.source,
+            "not_a_pair",
+            "it is a conversation; generate takes a prompt and a completion, both plain text.",
+            "Use task: chat for conversations.",
+        )
     trained = [part.trained for part in example.parts]
     if not trained or any(trained[:-1]) or not trained[-1]:
         return Problem(

@@ -17,7 +17,7 @@ from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Example, Problem, Shape
+from tunesmith.types import Example, Problem
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -57,6 +57,8 @@ class Rows:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
         wanted = {str(self.held_store.source(int(i))): n for n, i in enumerate(self.held_rows[:num])}
         found: dict[int, Example] = {}
+        if not wanted:
+            return []
         for _, example in examples(self._held_files, self.data, lambda problem: None):
             place = wanted.get(str(example.source))
             if place is not None:
@@ -70,11 +72,11 @@ class Rows:
         return self.data.eval or self.data.train
 
 
-def peek_shape(data: Data) -> Shape:
-    """The shape of the first row that can be read."""
+def first_example(data: Data) -> Example:
+    """The first row that can be used."""
     problems: list[Problem] = []
     for _, example in examples(data.train, data, problems.append):
-        return example.shape
+        return example
     raise DataError("data.train: no row can be read", problems)
 
 

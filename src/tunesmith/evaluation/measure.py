@@ -46,7 +46,7 @@ def evaluate(
         for members in passes:
             batch = build_batch([store.row(i) for i in members], members, layout=layout, device=device)
             measured = task.measure(model, batch)
-            loss += float(measured.loss_sum.double())
+            loss += float(measured.loss_sum)
             correct += int(measured.correct)
             count += measured.count
             done += len(members)

@@ -26,17 +26,20 @@ class SamplePrompt:
     source: str
 
 
-def sample_prompts(renderer: Renderer, examples: Sequence[Example]) -> list[SamplePrompt]:
-    """The prompt of each example that has one: everything before its last trained part."""
+def sample_prompts(renderer: Renderer, examples: Sequence[Example], *, max_tokens: int) -> list[SamplePrompt]:
+    """The prompt of each example that has one of at most `max_tokens`: everything before its last trained part."""
     prompts = []
     for example in examples:
         last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
         if last == 0:
             continue
         before = example.parts[:last]
+        ids = tuple(renderer.prompt_ids(before, example.tools))
+        if not 0 < len(ids) <= max_tokens:
+            continue
         prompts.append(
             SamplePrompt(
-                ids=tuple(renderer.prompt_ids(before, example.tools)),
+                ids=ids,
                 prompt=before[-1].text,
                 reference=example.parts[last].text,
                 source=str(example.source),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
-from tunesmith.types import Choice, Shape
+from tunesmith.types import Choice, Example
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
@@ -28,12 +28,14 @@ class Facts:
     """Tokens of each training row."""
 
 
-def choose_task(shape: Shape) -> Choice:
-    """The task that rows of a shape are made for."""
-    if shape == "prompt_completion":
+def choose_task(example: Example) -> Choice:
+    """The task that rows like this one are made for."""
+    if example.plain:
         reason = "rows are prompt and completion as plain text; task: chat would put them into the chat template"
         return Choice("task", "generate", reason)
-    return Choice("task", "chat", f"rows are conversations ({shape}), rendered by the model's own chat template")
+    return Choice(
+        "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
+    )
 
 
 def choose_method(num_parameters: int) -> Choice:

@@ -108,7 +108,7 @@ class FullMethod(Section):
 
 
 class AutoMethod(Section):
-    """Decided from the model's size, the data and this machine's memory."""
+    """LoRA, unless the model is so small that training every weight is as cheap."""
 
     name: Literal["auto"] = "auto"
 
@@ -176,7 +176,7 @@ class Checkpoint(Section):
     """What is kept so that a run can go on."""
 
     every: Positive | Auto = "auto"
-    """Steps between checkpoints. auto: about every five minutes."""
+    """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by held-out loss is kept beside them."""
 

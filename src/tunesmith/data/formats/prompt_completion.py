@@ -37,4 +37,4 @@ def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
     )
     if isinstance(completion, str) and not completion.strip():
         found.add("empty_answer", "completion is empty.", "Write it, or remove the row.")
-    return found.problems or Example(parts, source, NAME, tools)
+    return found.problems or Example(parts, source, NAME, tools, plain=True)
