@@ -21,7 +21,9 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".cfg"
 # Spelled in pieces, so that this file passes its own test.
 NOT_IN_FILES = {
     "a folder of somebody's machine": re.compile(r"(?<![\w.])/" + r"(work|root|home/[a-z]\w*|Users/\w+|opt/wheels)/"),
-    "the host of a package registry": re.compile(r"(files\.pythonhosted|registry\.npmjs|download\.py" + r"torch)\.org"),
+    "the host of a package registry": re.compile(
+        r"(files\.python" + r"hosted|registry\.np" + r"mjs|download\.py" + r"torch)\.org"
+    ),
     "a package index option": re.compile(r"--(extra-)?index" + r"-url"),
     "a local build of torch": re.compile(r"torch[=><~ \d.]*\+" + r"(cpu|cu\d+)"),
 }
