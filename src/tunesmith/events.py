@@ -15,8 +15,8 @@ from tunesmith.types import Event
 Standing = Literal["new", "stopped", "failed", "done", "interrupted"]
 
 _DURABLE = {"checkpoint", "stopped", "failed", "end"}
-_DONE_AGAIN = {"step", "evaluation", "checkpoint", "sample", "stopped", "failed", "end"}
-_MEASURES = {"evaluation", "sample"}
+_MEASURES = {"evaluation", "sample", "answers", "general"}
+_DONE_AGAIN = _MEASURES | {"step", "checkpoint", "stopped", "failed", "end"}
 _ENDS: dict[str, Standing] = {"stopped": "stopped", "failed": "failed", "end": "done"}
 _KIND_AT = len('{"kind":"')
 

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
 
-Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
-Layout = Literal["ragged", "padded"]
-TaskName = Literal["chat", "generate"]
+Shape = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
+]
+Layout = Literal["ragged", "padded", "encoder_decoder"]
+"""How the rows of a pass lie: end to end, one a line, or one a line on each side of an encoder–decoder."""
+TaskName = Literal["chat", "generate", "text", "summarize", "classify", "tag"]
+ModelKind = Literal["causal", "encoder", "encoder_decoder"]
+HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
+"""What a model answers: the next token, a masked token, something about a whole text, or about each of its words."""
+LabelKind = Literal["one", "many", "number", "tags"]
+"""One class a row, any number of classes a row, a number a row, or one class a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +81,30 @@ class Example:
     """Tool definitions that came with the row, handed to the template as they are."""
     plain: bool = False
     """Text and its continuation, which no template is put around, rather than a conversation."""
+    labels: tuple[str, ...] = ()
+    """classify: the row's classes, or its number as it is written; tag: one for each part, which is a word."""
+    many: bool = False
+    """`labels` came as a list: any number of them can hold, none too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One encoded example: T token ids and, for each, whether it is a target. Not yet shifted."""
+    """One encoded example: T token ids and, for each, whether something is learnt there. Not yet shifted.
+
+    Without `labels` the trained tokens themselves are learnt, each predicted by what stands before it. For an
+    encoder–decoder the tokens before the first trained one are the source, the others the target.
+    """
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     source: Source
+    labels: NDArray[np.generic] | None = None
+    """What is learnt at the trained positions, in their order, instead of the tokens that stand there: class ids
+    int64 [N], numbers float32 [N], 0 or 1 for each class float32 [1, C], or the token under a mask int64 [N]."""
+    second: int = 0
+    """Where the second text of a pair begins (token type 1); 0: there is none."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the text that the trained tokens of a document spell; 0 for other tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +125,17 @@ class Batch:
     lengths: tuple[int, ...]
     """Tokens of each example, in the order they stand."""
     predict_N: Tensor
-    """int64, positions in the flattened [B * T] tokens."""
+    """int64, positions in the flattened [B * T] tokens; encoder–decoder: in the flattened [B * U] of the decoder."""
     targets_N: Tensor
-    """int64, token ids."""
+    """int64 token or class ids; float32 numbers; or float32 [N, C], 0 or 1 for each class."""
+    row_of_N: Tensor
+    """int64, which row of the pass each target belongs to."""
     row_indices: tuple[int, ...]
     """Rows of the store that this pass holds, in order."""
+    types_BT: Tensor | None = None
+    """int64, 1 in the second text of a pair; None for models without token types."""
+    decoder_ids_BU: Tensor | None = None
+    """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
 
     @property
     def num_tokens(self) -> int:
@@ -115,18 +144,17 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        return int(self.targets_N.numel())
+        return int(self.targets_N.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Sums over the targets of one batch; divide by `count` after adding batches, never before."""
+    """What a model made of one batch, target by target."""
 
-    loss_sum: Tensor
-    """float32 scalar, nats."""
-    correct: Tensor
-    """int64 scalar: targets whose most likely token was right."""
-    count: int
+    losses_N: Tensor
+    """float32, each target's share of the batch's loss sum."""
+    outputs_N: Tensor
+    """The most likely token or class, int64 [N]; of a sequence head what it answered, float32 [N, C]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +165,12 @@ class Task:
     doc: str
     shapes: tuple[Shape, ...]
     """Data shapes the task accepts."""
+    heads: Mapping[ModelKind, HeadName]
+    """The kinds of model that can learn it, and the head each needs."""
     loss_sum: Callable[[nn.Module, Batch], Tensor]
-    """Sum of -log p(target) over the batch, float32, nats; with gradient."""
+    """Sum of the targets' losses over the batch (nats, or squared error), float32; with gradient."""
     measure: Callable[[nn.Module, Batch], Measured]
-    """The same sum without gradient, and what else an evaluation counts."""
-    count: Callable[[Batch], int]
-    """What the loss is divided by, summed over the passes of a step."""
+    """The same losses one by one, without gradient, and what the model answered."""
 
 
 class Attachment(Protocol):
@@ -168,8 +196,9 @@ class Event:
     """One line of events.jsonl. `values` repeat bit for bit when a run is repeated; `timing` does not."""
 
     kind: Literal[
-        "start", "plan", "evaluation", "step", "checkpoint", "sample", "note", "resume", "stopped", "failed", "end"
-    ]
+        "start", "plan", "evaluation", "step", "checkpoint", "sample", "answers", "general", "note", "resume",
+        "stopped", "failed", "end",
+    ]  # fmt: skip
     step: int
     time: float
     """Seconds since the epoch."""

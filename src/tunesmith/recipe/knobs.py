@@ -62,8 +62,22 @@ class Data(Section):
     """A Jinja chat template file, for models that have none. Saved with the result."""
     max_tokens: Positive | Auto = "auto"
     """Longest row, in tokens. auto: what the model can attend to."""
-    too_long: Literal["error", "drop", "cut"] = "error"
-    """A row over max_tokens: refuse the data, drop the row (counted), or cut its end (counted)."""
+    too_long: Literal["error", "drop", "cut"] | Auto = "auto"
+    """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted).
+    auto: cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
+    stride: Positive | Auto = "auto"
+    """Task text: tokens from the start of one window of a long document to the start of the next. auto: as few tokens
+    as possible stand in two windows (one). Smaller: each window begins with context that is read but not trained."""
+    prompt: str | None = None
+    """Task summarize: what is asked, with {document} where the document stands. null: a stated default."""
+    labels: tuple[str, ...] = ()
+    """Tasks classify and tag: the classes in the order of their ids. Empty: those of the training rows, whole numbers
+    first by value, then words by code point. A class that is not in the list is an error."""
+    label_kind: Literal["one", "many", "number"] | Auto = "auto"
+    """Task classify: one class a row, any number of classes a row, or a number. auto: lists are many, numbers with a
+    decimal point are a number, all else is one class."""
+    replay: tuple[DataFile, ...] = ()
+    """Files of general rows mixed into training against forgetting; never held out."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used: refuse the data, or skip the row (counted and listed)."""
     control_tokens: Literal["error", "allow"] = "error"
@@ -72,7 +86,7 @@ class Data(Section):
     """Held-out rows that also stand in the training files: refuse, or train and say how many."""
     limits: Limits = Limits()
 
-    @field_validator("train", "eval", mode="before")
+    @field_validator("train", "eval", "replay", mode="before")
     @classmethod
     def _paths_are_files(cls, value: Any) -> Any:
         entries = [value] if isinstance(value, (str, dict)) else value
@@ -157,6 +171,11 @@ class Train(Section):
     """Most tokens in one forward and backward. Smaller needs less memory and gives the same update."""
     checkpointed_layers: Annotated[int, Field(ge=0)] = 0
     """Layers whose activations are recomputed in the backward pass instead of kept."""
+    class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
+    """Task classify and tag: what an example of a class counts. balanced: rare classes count as much as frequent ones;
+    or a weight by name."""
+    masked: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Task text on an encoder: share of the tokens that are masked and learnt, drawn anew at every step."""
 
 
 class Evaluation(Section):
@@ -166,10 +185,28 @@ class Evaluation(Section):
     """Steps between evaluations; null: before the first step and after the last only."""
     max_rows: Positive | None = 1000
     """Most held-out rows measured, chosen by content hash; null: all."""
+    metric: str = "loss"
+    """Held-out measure that says which evaluation was best: loss, token_accuracy, accuracy, macro_f1, span_f1, ..."""
+    patience: Positive | None = None
+    """Stop after this many evaluations in a row without a new best; needs `every`. null: go to the end."""
+    keep: Literal["last", "best"] | Auto = "auto"
+    """Whose weights are the result. auto: the best evaluation's where `every` is set, else the last step's."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Held-out prompts answered before and after."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer."""
+    bleu: bool = False
+    """BLEU and chrF of the answers too; needs the extra tunesmith[bleu]."""
+    general: bool = True
+    """Measure before and after how well a causal model still does on general text and instructions."""
+    surprising: Annotated[int, Field(ge=0)] = 200
+    """Most training rows looked at afterwards for those that the tuned model finds least likely."""
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Evaluation:
+        if self.patience is not None and self.every is None:
+            raise ValueError("patience: counts evaluations, but there are none on the way: set evaluation.every too")
+        return self
 
 
 class Checkpoint(Section):
@@ -190,8 +227,9 @@ class Recipe(Section):
     """Commit, tag or branch of a hub id."""
     name: str | None = None
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
-    task: Literal["auto", "chat", "generate"] = "auto"
-    """What is learnt: answers of the assistant in a chat, or the completion of a prompt."""
+    task: Literal["auto", "chat", "generate", "text", "summarize", "classify", "tag"] = "auto"
+    """What is learnt: answers of the assistant in a chat, the completion of a prompt, plain text, summaries, classes
+    of texts, or a tag for each word. auto: what the rows are made for."""
     method: Method = AutoMethod()
     """How weights change."""
     data: Data = Data()
