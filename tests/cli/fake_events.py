@@ -38,9 +38,23 @@ def plan(**changes: Any) -> dict[str, Any]:
     return values | changes
 
 
-def evaluation(name: str, step: int, loss: float) -> Event:
-    values = {"name": name, "loss": loss, "token_accuracy": 0.7 - loss / 10, "rows": 60, "targets": 1234}
+def interval(value: float, margin: float = 0.05) -> dict[str, float]:
+    return {"value": value, "low": value - margin, "high": value + margin}
+
+
+def evaluation(name: str, step: int, loss: float, **more: dict[str, float]) -> Event:
+    measures = {"loss": interval(loss), "token_accuracy": interval(0.7 - loss / 10), **more}
+    values = {"name": name, "loss": loss, "rows": 60, "targets": 1234, "measures": measures}
     return Event("evaluation", step, 0.0, values, {"seconds": 1.0})
+
+
+def answers(name: str, step: int, rouge: float) -> Event:
+    return Event("answers", step, 0.0, {"name": name, "num": 8, "measures": {"rougeL": interval(rouge, 0.2)}})
+
+
+def general(name: str, step: int, loss: float) -> Event:
+    told = [{"prompt": "Name a colour.", "answer": "Blue."}]
+    return Event("general", step, 0.0, {"name": name, "loss": loss, "tokens": 4321, "answers": told})
 
 
 def step(number: int, loss: float) -> Event:
@@ -60,6 +74,8 @@ def whole_run(*, changes: dict[str, Any] | None = None, prompts: Sequence[str] =
     yield evaluation("before", 0, 3.5)
     for index, prompt in enumerate(prompts):
         yield sample("before", index, prompt=prompt, answer=ANSWERS["before"])
+    yield answers("before", 0, 0.2)
+    yield general("before", 0, 3.1)
     yield Event("checkpoint", 0, 0.0, {"path": "checkpoints/step-0"})
     for number in range(1, STEPS + 1):
         yield step(number, 3.5 - number / 10)
@@ -70,4 +86,6 @@ def whole_run(*, changes: dict[str, Any] | None = None, prompts: Sequence[str] =
     yield evaluation("after", STEPS, 2.25)
     for index, prompt in enumerate(prompts):
         yield sample("after", index, prompt=prompt, answer=ANSWERS["after"])
+    yield answers("after", STEPS, 0.3)
+    yield general("after", STEPS, 3.2)
     yield Event("end", STEPS, 0.0, {"report": {}})

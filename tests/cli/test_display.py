@@ -10,6 +10,7 @@ from rich.console import Console
 from cli import fake_events
 from tunesmith.cli.display import Plain, Silent, display_for
 from tunesmith.cli.live import Live
+from tunesmith.cli.scores import BETTER, MUTED, WORSE, change, gist, with_bounds
 from tunesmith.cli.story import Story
 from tunesmith.types import Event
 
@@ -46,13 +47,17 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "runs on: cpu in bfloat16",
     ]
     assert "chosen: optim.lr = 0.0005: usual for LoRA on a model below a billion weights" in lines
-    assert "held out at step 0: loss 3.5000, 35.0 % of tokens right (60 rows, 1,234 targets)" in lines
+    assert "held out at step 0: loss 3.5000, tokens guessed right 35.0% (60 rows, 1,234 targets)" in lines
+    assert "answers at step 0: ROUGE-L 0.2000 (8 answers)" in lines
+    assert "general ability at step 12: general text 3.2000 (4,321 tokens)" in lines
     assert "step 1/12: loss 3.4000, rate 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
     assert "step 12/12: loss 2.3000, rate 0.0005, 500 tokens/s, 1.0 GiB" in lines
     assert "note: a note on the way" in lines
-    assert lines[-2:] == [
-        "held-out loss 3.5000 before, 2.2500 after",
-        "tokens guessed right 35.0 % before, 47.5 % after",
+    assert lines[-4:] == [
+        "held-out loss 3.5000 (3.450–3.550) before, 2.2500 (2.200–2.300) after",
+        "tokens guessed right 35.0% (30.0–40.0) before, 47.5% (42.5–52.5) after",
+        "ROUGE-L 0.2000 (0.000–0.400) before, 0.3000 (0.100–0.500) after",
+        "general text 3.1000 before, 3.2000 after",
     ]
 
 
@@ -95,7 +100,7 @@ def test_terminal_shows_plan_difference_and_answers() -> None:
     text = without_colours(told(terminal(), fake_events.whole_run()))
     for words in ("╭─ plan ", "chosen for you", "optim.lr", "because", "what is learnt", "Check the cable."):
         assert words in text
-    for words in ("loss, nats per target", "3.5000", "2.2500", "-36%", "+12.5 points", "Tell me a joke"):
+    for words in ("held-out loss", "3.5000", "2.2500", "-36%", "+12.5 points", "Tell me a joke"):
         assert words in text
     assert fake_events.ANSWERS["after"] in text
 
@@ -133,7 +138,7 @@ def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
 def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
     console = terminal(120)
     live = Live(console, Story())
-    for event in list(fake_events.whole_run())[:15]:
+    for event in list(fake_events.whole_run())[:17]:
         live.event(event)
     console.file = io.StringIO()
     console.print(live.moving())
@@ -155,7 +160,9 @@ def test_progress_of_a_phase_is_a_bar() -> None:
 
 
 def test_run_without_held_out_rows_is_shown() -> None:
-    events = [event for event in fake_events.whole_run() if event.kind not in ("evaluation", "sample")]
+    events = [
+        event for event in fake_events.whole_run() if event.kind not in ("evaluation", "answers", "general", "sample")
+    ]
     assert "step 12/12" in told(plain_console(), events)
     assert "plan" in told(terminal(), events)
 
@@ -163,11 +170,11 @@ def test_run_without_held_out_rows_is_shown() -> None:
 def test_resumed_run_keeps_what_it_had() -> None:
     """The final comparison needs the measure of the first session; a step told twice counts once."""
     events = list(fake_events.whole_run())
-    story = Story.of(events[:10])
+    story = Story.of(events[:12])
     with display_for(plain_console(), quiet=True, story=story) as display:
         display.event(Event("resume", 2, 0.0, {"from_step": 2}))
         assert story.step == 2
-        for event in events[8:]:
+        for event in events[10:]:
             display.event(event)
     assert story.before["loss"] == 3.5
     assert sorted(story.losses) == list(range(1, 13))
@@ -181,3 +188,43 @@ def test_time_left_follows_recent_steps() -> None:
     for number in range(1, 51):
         story.hear(fake_events.step(number, 1.0))
     assert story.seconds_left == 100.0  # 50 steps of 2 s
+
+
+def test_colour_says_direction_only_where_intervals_lie_apart() -> None:
+    apart = fake_events.interval(0.5, 0.1), fake_events.interval(0.8, 0.1)
+    assert change("accuracy", *apart) == ("+30.0 points", BETTER)
+    assert change("accuracy", *apart[::-1]) == ("-30.0 points", WORSE)
+    assert change("calibration_error", *apart) == ("+60%", WORSE)
+    assert change("length_ratio", *apart) == ("+0.30", MUTED)
+    overlapping = fake_events.interval(0.5, 0.1), fake_events.interval(0.6, 0.1)
+    assert change("macro_f1", *overlapping) == ("+0.1000", MUTED)
+    assert change("general_loss", {"value": 2.0}, {"value": 1.0}) == (
+        "-50%",
+        MUTED,
+    )  # no interval: nothing is sure
+    assert change("accuracy", {"value": float("nan")}, {"value": 1.0}) == ("", MUTED)
+
+
+def test_measures_are_written_with_their_intervals() -> None:
+    assert with_bounds("accuracy", {"value": 0.7123, "low": 0.69, "high": 0.731}) == "71.2% (69.0–73.1)"
+    assert with_bounds("bleu", {"value": 31.234, "low": 29.0, "high": 33.5}) == "31.23 (29.00–33.50)"
+    assert with_bounds("macro_f1", {"value": 0.5, "low": 0.5, "high": 0.5}) == "0.5000"
+    assert with_bounds("a_newer_one", {"value": 0.5, "low": 0.4, "high": 0.6}) == "0.5000 (0.400–0.600)"
+
+
+def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:
+    before, after = ({"loss": fake_events.interval(x), "accuracy": fake_events.interval(x)} for x in (0.4, 0.6))
+    assert gist(before, after) == "accuracy 40.0% → 60.0%"
+    assert gist({"loss": before["loss"]}, after) == ""
+
+
+def test_a_plan_of_classes_counts_them_and_shows_no_tokens() -> None:
+    labels = {"odd": 2, "good": 1200, "b\x1b[2Jad": 80} | {f"c{i:02}": 1 for i in range(30)}
+    changes = {"labels": labels, "windows": "3 documents in 12 windows of 512 tokens, one every 511"}
+    plain = told(plain_console(), fake_events.whole_run(changes=changes))
+    assert "labels: 33 classes: good 1,200, b\\x1b[2Jad 80, odd 2, c00 1" in plain
+    assert "c08 1, … and 21 more" in plain
+    assert "windows: 3 documents in 12 windows of 512 tokens, one every 511" in plain
+    drawn = without_colours(told(terminal(), fake_events.whole_run(changes=changes)))
+    assert "33 classes" in drawn
+    assert "what is learnt" not in drawn

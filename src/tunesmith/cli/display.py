@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
+from tunesmith.cli.scores import score_line, score_lines
 from tunesmith.cli.story import Story
-from tunesmith.cli.text import duration, knob, loss, percent, plural, size, visible
+from tunesmith.cli.text import duration, knob, loss, size, visible
 from tunesmith.types import Event
 
 PHASES = {
@@ -102,7 +103,9 @@ class Plain(Silent):
     def _lines(self, event: Event) -> list[str]:
         words: dict[str, Callable[[], list[str]]] = {
             "plan": self._plan_lines,
-            "evaluation": lambda: [f"held out at step {event.step}: {score_line(event.values)}"],
+            "evaluation": lambda: [f"held out at step {event.step}: {score_line(event)}"],
+            "answers": lambda: [f"answers at step {event.step}: {score_line(event)}"],
+            "general": lambda: [f"general ability at step {event.step}: {score_line(event)}"],
             "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
             "note": lambda: [f"note: {event.values['text']}"],
             "resume": lambda: [f"resumed after step {event.step}"],
@@ -136,19 +139,5 @@ class Plain(Silent):
         )
 
     def _end_lines(self) -> list[str]:
-        before, after = self.story.before, self.story.after
-        if not before or not after:
-            return []
-        right = percent(before["token_accuracy"]), percent(after["token_accuracy"])
-        return [
-            f"held-out loss {loss(before['loss'])} before, {loss(after['loss'])} after",
-            f"tokens guessed right {right[0]} before, {right[1]} after",
-        ]
-
-
-def score_line(score: Mapping[str, Any]) -> str:
-    """One evaluation in words."""
-    return (
-        f"loss {loss(score['loss'])}, {percent(score['token_accuracy'])} of tokens right "
-        f"({plural(score['rows'], 'row')}, {score['targets']:,} targets)"
-    )
+        measures = self.story.measures
+        return list(score_lines(measures["before"], measures["after"])) if "after" in measures else []

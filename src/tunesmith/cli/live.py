@@ -12,14 +12,16 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.display import PHASES, Silent, score_line
-from tunesmith.cli.panels import ACCENT, MUTED, answers, plan_panel, sample_row, score_table
+from tunesmith.cli.display import PHASES, Silent
+from tunesmith.cli.panels import ACCENT, MUTED, answers, plan_panel, sample_row, scores
+from tunesmith.cli.scores import score_line
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import duration, loss, size, sparkline, visible
 from tunesmith.types import Event
 
 MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8
+MEASURED = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
 
 
 class Live(Silent):
@@ -53,13 +55,13 @@ class Live(Silent):
         values, console = event.values, self.console
         if event.kind == "plan":
             console.print(plan_panel(values))
-            if values.get("sample"):
+            if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 console.print(sample_row([tuple(span) for span in values["sample"]]), "")
             for text in values.get("warnings", ()):
                 self._note(text)
-        elif event.kind == "evaluation" and values["name"] != "after":
+        elif event.kind in MEASURED and values["name"] != "after":
             what = "untouched model" if values["name"] == "before" else f"step {event.step}"
-            console.print(Text.assemble((f"{what}: ", "bold"), ("held-out ", MUTED), score_line(values)))
+            console.print(Text.assemble((f"{what}: ", "bold"), (MEASURED[event.kind], MUTED), score_line(event)))
         elif event.kind == "note":
             self._note(values["text"])
         elif event.kind == "resume":
@@ -73,8 +75,8 @@ class Live(Silent):
     def _end(self) -> None:
         story = self.story
         self.area.stop()
-        if story.before and story.after:
-            self.console.print(score_table(story.before, story.after))
+        if "after" in story.measures:
+            self.console.print(scores(story))
         if story.samples:
             samples = [story.samples[index] for index in sorted(story.samples)]
             self.console.print(answers(samples, width=self.console.width, most=MOST_ANSWERS))

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.box import ROUNDED
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.text import count, knob, loss, one_line, percent, plural, visible
+from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
+from tunesmith.cli.story import Story
+from tunesmith.cli.text import count, knob, one_line, percent, plural, visible
 
 ACCENT = "cyan"
 TRAINED = "bold green"
-MUTED = "bright_black"
+MOST_LABELS = 12
+"""Classes named in the plan."""
 MAX_SPAN = 600
 """Most characters shown of one stretch of the sample row."""
 
@@ -45,9 +48,21 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", held_out + skipped),
         ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch"),
     ]
+    if plan.get("labels"):
+        facts.append(("labels", label_counts(plan["labels"])))
+    if plan.get("windows"):
+        facts.append(("windows", visible(str(plan["windows"]))))
     if plan.get("device"):
         facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
     return [fact for fact in facts if fact[1]]
+
+
+def label_counts(rows_of: Mapping[str, int]) -> str:
+    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
+    by_size = sorted(rows_of.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{one_line(name, 40)} {rows:,}" for name, rows in by_size[:MOST_LABELS])
+    more = f", … and {len(by_size) - MOST_LABELS} more" if len(by_size) > MOST_LABELS else ""
+    return f"{len(rows_of)} classes: {shown}{more}"
 
 
 def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
@@ -73,27 +88,10 @@ def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
     return text
 
 
-def score_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    """Held-out measures of the untouched and the tuned model."""
-    rows = f"{plural(before['rows'], 'row')}, {before['targets']:,} targets"
-    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
-    table.title, table.title_style, table.title_justify = f"held out: {rows}", MUTED, "left"
-    table.add_column("", style=MUTED)
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right", style="bold")
-    table.add_column("change", justify="right")
-    change = after["loss"] - before["loss"]
-    better = "green" if change < 0 else "red"
-    share = f"{change / before['loss']:+.0%}" if before["loss"] else ""
-    table.add_row("loss, nats per target", loss(before["loss"]), loss(after["loss"]), Text(share, style=better))
-    gain = after["token_accuracy"] - before["token_accuracy"]
-    table.add_row(
-        "tokens guessed right",
-        percent(before["token_accuracy"]),
-        percent(after["token_accuracy"]),
-        Text(f"{gain * 100:+.1f} points", style="green" if gain > 0 else "red" if gain < 0 else MUTED),
-    )
-    return table
+def scores(story: Story) -> Table:
+    """What was measured of the untouched and the tuned model."""
+    title = f"held out: {rows_and_targets(story.after)}; in grey 95 % intervals" if story.after else "nothing held out"
+    return score_table(story.measures["before"], story.measures["after"], title=title, names=("before", "after"))
 
 
 def answers(samples: Iterable[Mapping[str, Any]], *, width: int, most: int) -> RenderableType:

@@ -56,16 +56,18 @@ def facts(run: Run) -> dict[str, Any]:
             "steps": story.total_steps,
             "before": story.before.get("loss"),
             "after": story.after.get("loss", story.curve[-1] if len(story.curve) > 1 else None),
+            "measures": story.measures,
         }
     except TunesmithError as error:
         return known | {"problem": str(error)}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    from tunesmith.cli.scores import gist
     from tunesmith.cli.text import age, loss, visible
 
     if "problem" in row:
-        return [row["name"], row["state"], visible(row["problem"]), "", "", "", "", ""]
+        return [row["name"], row["state"], visible(row["problem"]), "", "", "", "", "", ""]
     return [
         row["name"],
         row["state"],
@@ -74,6 +76,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["method"],
         f"{row['step']}/{row['steps']}",
         f"{loss(row['before'])} → {loss(row['after'])}",
+        gist(row["measures"].get("before", {}), row["measures"].get("after", {})),
         age(time.time() - row["created"]),
     ]
 
@@ -86,7 +89,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     table = Table(box=SIMPLE_HEAD, header_style="bold")
     for name in ("run", "state", "model", "task", "method"):
         table.add_column(name, overflow="fold")
-    for name in ("steps", "held-out loss", "made"):
+    for name in ("steps", "held-out loss", "measure", "made"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = [Text(cell) for cell in _cells(row)]

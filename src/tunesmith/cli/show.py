@@ -59,7 +59,7 @@ def _plan(screen: Console, story: Story) -> None:
 
 
 def _measures(screen: Console, story: Story) -> None:
-    from tunesmith.cli.panels import answers, score_table
+    from tunesmith.cli.panels import answers, scores
     from tunesmith.cli.text import loss, sparkline
 
     if story.losses:
@@ -67,8 +67,8 @@ def _measures(screen: Console, story: Story) -> None:
         screen.print(f"training loss {loss(first)} {sparkline(story.smoothed())} {loss(last)}, {story.step} steps")
     if len(story.curve) > 1:
         screen.print(f"held-out loss {loss(story.curve[0])} {sparkline(story.curve)} {loss(story.curve[-1])}")
-    if story.before and story.after:
-        screen.print(score_table(story.before, story.after))
+    if "after" in story.measures:
+        screen.print(scores(story))
     if story.samples:
         samples = [story.samples[index] for index in sorted(story.samples)]
         screen.print(answers(samples, width=min(screen.width, 120), most=len(samples)))

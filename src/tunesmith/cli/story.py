@@ -9,6 +9,8 @@ from typing import Any
 
 from tunesmith.types import Event
 
+Interval = Mapping[str, float]
+"""{"value", "low", "high"} of a measure."""
 RECENT_STEPS = 20
 """Steps that the time left is estimated from."""
 
@@ -25,6 +27,8 @@ class Story:
     timing: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Any] = field(default_factory=dict)
     after: Mapping[str, Any] = field(default_factory=dict)
+    measures: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """"before" and "after" → every measure of rows, answers and general text, in the order they were told."""
     held_out: dict[int, float] = field(default_factory=dict)
     """Step → held-out loss."""
     losses: dict[int, float] = field(default_factory=dict)
@@ -48,12 +52,10 @@ class Story:
             self.step = event.step
         elif event.kind == "plan":
             self.plan = values
-        elif event.kind == "evaluation":
-            self.held_out[event.step] = values["loss"]
-            if values["name"] == "before":
-                self.before = values
-            elif values["name"] == "after":
-                self.after = values
+        elif event.kind in ("evaluation", "answers", "general"):
+            self.measures.setdefault(values["name"], {}).update(measures_of(event))
+            if event.kind == "evaluation":
+                self._hear_evaluation(event)
         elif event.kind == "step":
             self._hear_step(event)
         elif event.kind == "sample":
@@ -62,6 +64,13 @@ class Story:
             sample |= {"prompt": values["prompt"], "reference": values["reference"], values["name"]: answer}
         elif event.kind == "end":
             self.report = values.get("report", {})
+
+    def _hear_evaluation(self, event: Event) -> None:
+        self.held_out[event.step] = event.values["loss"]
+        if event.values["name"] == "before":
+            self.before = event.values
+        elif event.values["name"] == "after":
+            self.after = event.values
 
     def _hear_step(self, event: Event) -> None:
         self.step, self.last, self.timing = event.step, event.values, event.timing
@@ -95,3 +104,11 @@ class Story:
         stretch = max(1, -(-len(losses) // width))
         parts = [losses[i : i + stretch] for i in range(0, len(losses), stretch)]
         return [sum(part) / len(part) for part in parts]
+
+
+def measures_of(event: Event) -> dict[str, Interval]:
+    """The measures by their keys in MEASURES that an "evaluation", "answers" or "general" event tells."""
+    if event.kind == "general":
+        return {"general_loss": {"value": event.values["loss"]}}
+    loss = {"loss": {"value": event.values["loss"]}} if event.kind == "evaluation" else {}
+    return {**loss, **event.values.get("measures", {})}
