@@ -23,6 +23,8 @@ _CELLS = 1 << 22  # weights held at once: 32 MiB
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Weights [R, I] to the measure's value in each resample [R]; NaN where it is not defined there."""
+Estimate = tuple[float, Statistic]
+"""A measure's value, and the same as a function of row weights."""
 
 
 class Interval(TypedDict):
@@ -33,7 +35,7 @@ class Interval(TypedDict):
     high: float
 
 
-def intervals(num_rows: int, measures: Mapping[str, tuple[float, Statistic]]) -> dict[str, Interval]:
+def intervals(num_rows: int, measures: Mapping[str, Estimate]) -> dict[str, Interval]:
     """Each measure's value with the interval of its statistic over resamples of at least one row."""
     values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in measures}
     for weights_RI in resamples(num_rows):

@@ -57,18 +57,27 @@ def macro_f1(true_I: NDArray[np.int64], predicted_I: NDArray[np.int64]) -> Stati
     return statistic
 
 
-def macro_f1_of_sets(true_IC: NDArray[np.bool_], predicted_IC: NDArray[np.bool_]) -> Statistic:
-    """Mean F1 of all classes where a row has any number of them; 0 for one neither true nor predicted."""
-    right_IC = (true_IC & predicted_IC).astype(np.float64)
-    both_IC = true_IC.astype(np.float64) + predicted_IC
-    return lambda weights_RI: divided(2 * (weights_RI @ right_IC), weights_RI @ both_IC).mean(1)
+def macro_f1_of_counts(right_IC: NDArray[np.generic], both_IC: NDArray[np.generic], *, absent_count: bool) -> Statistic:
+    """Mean F1 of classes from what each row adds: how often it is right, and how often found plus how often true.
+
+    A class that is neither found nor true counts 0 (`absent_count`, as scikit-learn where a row has any number of
+    classes) or is left out of the mean (as where each item has one).
+    """
+    rights_IC, boths_IC = np.asarray(right_IC, np.float64), np.asarray(both_IC, np.float64)
+
+    def statistic(weights_RI: Floats) -> Floats:
+        both_RC = weights_RI @ boths_IC
+        counted_RC = np.ones_like(both_RC) if absent_count else both_RC > 0
+        return divided(divided(2 * (weights_RI @ rights_IC), both_RC).sum(1), counted_RC.sum(1))
+
+    return statistic
 
 
 def calibration_error(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> Statistic:
     """Gap of mean confidence and accuracy in each bin, weighted by the bin's rows: ECE (Guo et al. 2017, §2)."""
     gaps_IB = np.zeros((len(hits_I), BINS))
     gaps_IB[np.arange(len(hits_I)), bins(confidences_I)] = confidences_I - hits_I
-    return lambda weights_RI: np.abs(weights_RI @ gaps_IB).sum(1) / weights_RI.sum(1)
+    return lambda weights_RI: divided(np.abs(weights_RI @ gaps_IB).sum(1), weights_RI.sum(1))
 
 
 def bins(confidences_I: Floats) -> NDArray[np.int64]:
@@ -110,7 +119,7 @@ def spearman(ones_I: Floats, others_I: Floats) -> Statistic:
 def divided(tops: NDArray[np.generic], bottoms: NDArray[np.generic], *, otherwise: float = 0.0) -> Floats:
     """tops / bottoms, and `otherwise` where bottoms is 0."""
     tops, bottoms = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
-    return np.divide(tops, bottoms, out=np.full(tops.shape, otherwise), where=bottoms != 0)
+    return np.asarray(np.divide(tops, bottoms, out=np.full(tops.shape, otherwise), where=bottoms != 0))
 
 
 def _sum_by_class(weights_RI: Floats, classes_I: NDArray[np.int64], num_classes: int) -> Floats:
