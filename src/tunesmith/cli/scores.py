@@ -40,7 +40,7 @@ def _rested_on(kind: str, values: Mapping[str, Any]) -> str:
     if kind == "answers":
         return plural(values["num"], "answer")
     if kind == "general":
-        return f"{values['tokens']:,} tokens"
+        return f"{values['targets']:,} tokens"
     return rows_and_targets(values)
 
 
@@ -96,8 +96,8 @@ def score_table(
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.title, table.title_style, table.title_justify = title, MUTED, "left"
     table.add_column("", style=MUTED, overflow="fold")
-    table.add_column(names[0], justify="right")
-    table.add_column(names[1], justify="right")
+    table.add_column(names[0], justify="right", overflow="fold")
+    table.add_column(names[1], justify="right", overflow="fold")
     table.add_column("change", justify="right")
     for key in (key for key in before if key in after):
         text, colour = change(key, before[key], after[key])

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from faults import Faults, in_child
+from tunesmith.errors import InputError, StorageError
+from tunesmith.predicting.output import Output
+
+ROOT = Path(__file__).resolve().parents[2]
+IDENTITY = {"input a.jsonl": "0" * 64, "model": "m"}
+
+
+def line(number: int) -> dict[str, object]:
+    return {"source": f"a.jsonl:{number}", "text": "wörds " * (number % 7), "value": number}
+
+
+WHOLE = [line(n) for n in range(1, 41)]
+
+
+def go_on(path: Path, *, most: int = 1000) -> None:
+    """What a call does: the lines that are missing, in chunks of five."""
+    output = Output.open(path, IDENTITY)
+    rest = WHOLE[output.num_lines :][:most]
+    for start in range(0, len(rest), 5):
+        output.write(rest[start : start + 5])
+    if output.num_lines + len(rest) == len(WHOLE):
+        output.finish()
+    else:
+        output.close()
+
+
+def lines_in(path: Path) -> list[dict[str, object]]:
+    return [json.loads(text) for text in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 17, 10_000])
+def test_a_file_is_gone_on_with_after_its_last_whole_line(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "out.jsonl"
+    go_on(path, most=20)
+    begun = path.read_bytes()
+    path.write_bytes(begun[: max(0, len(begun) - cut)])
+    go_on(path)
+    assert lines_in(path) == WHOLE
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_lines_without_an_answer_are_counted_again(tmp_path: Path) -> None:
+    output = Output.open(tmp_path / "out", IDENTITY)
+    output.write([line(1), {"source": "a.jsonl:2", "error": "x"}, {"source": "a.jsonl:3", "error": "x", "value": 1}])
+    output.close()
+    output = Output.open(tmp_path / "out", IDENTITY)
+    assert (output.num_lines, output.num_errors, output.last_source) == (3, 1, "a.jsonl:3")
+
+
+def test_what_was_made_from_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    go_on(path, most=5)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"input a.jsonl was 000000000000…, is 1; threshold was absent, is 0.5"):
+        Output.open(path, {**IDENTITY, "input a.jsonl": "1", "threshold": "0.5"})
+    assert path.read_bytes() == before
+    Output.open(path, {"input": "1"}, overwrite=True).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_complete_file_is_never_written_over_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    go_on(path)
+    with pytest.raises(InputError, match="--overwrite"):
+        Output.open(path, IDENTITY)
+    assert lines_in(path) == WHOLE
+    go_on_anew = Output.open(path, IDENTITY, overwrite=True)
+    assert go_on_anew.num_lines == 0
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
+    """Every call that touches the disk fails in turn; the next call ends with the same file."""
+    at = 0
+    while True:
+        at += 1
+        path = tmp_path / f"out-{at}"
+        with Faults(at, errno.ENOSPC) as faults:
+            try:
+                go_on(path)
+            except StorageError:
+                pass
+            except OSError:
+                assert faults.failed == "ftruncate"  # the disk fails twice: nothing can be put right
+        if path.exists():
+            assert all(json.loads(text) for text in path.read_text("utf-8").splitlines())
+        if faults.failed is None:
+            break
+        if not (path.exists() and not path.with_name(f"{path.name}.progress.json").exists()):
+            go_on(path)
+        assert lines_in(path) == WHOLE
+    assert at > 15
+
+
+def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
+    """A killed write has written half; what follows the last line end is dropped by the next call."""
+
+    def killed(path: Path, at: int) -> None:
+        with Faults(at, None):
+            go_on(path)
+
+    at = 0
+    while True:
+        at += 1
+        path = tmp_path / f"out-{at}"
+        ended = in_child(lambda path=path, at=at: killed(path, at))  # type: ignore[misc]
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        if path.exists() and path.read_bytes():
+            *whole, _ = path.read_bytes().split(b"\n")
+            assert [json.loads(text) for text in whole] == WHOLE[: len(whole)]
+        if not (path.exists() and path.stat().st_size and not path.with_name(path.name + ".progress.json").exists()):
+            go_on(path)
+        assert lines_in(path) == WHOLE
+    assert at > 15
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from tunesmith.predicting.lines import Lines
+from tunesmith.predicting.output import Output
+from tunesmith.types import Example, Part, Source
+
+def answers(examples, done):
+    time.sleep(0.002)
+    return [{"value": len(e.parts[0].text)} for e in examples]
+
+output = Output.open(Path(sys.argv[1]), {"input": "same"})
+lines = Lines(answers, output.write, chunk_rows=8, skip=output.num_lines)
+for n in range(1, 801):
+    lines.take(Example((Part("text", "word " * (n % 50), False),), Source("a", n), "text_label", plain=True))
+lines.flush()
+assert str(lines.last_skipped or "") == output.last_source
+output.finish()
+"""
+
+
+def test_killed_again_and_again_the_end_is_the_same(tmp_path: Path) -> None:
+    """Killed at random moments, a file of 800 lines grows to what an undisturbed call writes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    whole, path = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", PROGRAM]
+    subprocess.run([*command, str(whole)], env=environment, check=True)
+    draw = random.Random(0)
+    num_kills = 0
+    while True:
+        work = subprocess.Popen([*command, str(path)], env=environment)
+        time.sleep(draw.uniform(0.15, 0.3))
+        work.kill()
+        ended = work.wait()
+        so_far = path.read_bytes() if path.exists() else b""
+        assert whole.read_bytes().startswith(so_far)
+        if ended == 0:
+            break
+        num_kills += 1
+        assert num_kills < 100
+    assert path.read_bytes() == whole.read_bytes()
+    assert num_kills >= 1
