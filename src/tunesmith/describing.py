@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunesmith import __version__
@@ -49,6 +50,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "total_parameters": setup.num_parameters,
         "precision": setup.recipe.precision,
         "device": setup.device,
+        "labels": label_counts(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
     }
@@ -67,8 +69,26 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "threads": known(setup.recipe.threads),
         "versions": versions(),
         "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
+        "labels": label_counts(setup),
+        "lengths": length_histogram(setup),
         "notes": setup.notes,
     }
+
+
+def label_counts(setup: Setup) -> dict[str, int]:
+    """Training rows (of tags: words) of each class, in the order of their ids; empty for other tasks."""
+    labels = setup.rows.labels
+    if labels is None or labels.kind == "number":
+        return {}
+    counts_C = setup.rows.class_counts
+    return {name: int(num) for name, num in zip(labels.names, counts_C, strict=True)}
+
+
+def length_histogram(setup: Setup) -> dict[str, Any]:
+    """Tokens of the training rows in at most 40 bins of equal width."""
+    lengths_I = setup.plan.lengths_I
+    counts, edges = np.histogram(lengths_I, bins=min(40, int(np.ptp(lengths_I)) + 1))
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "max_tokens": known(setup.recipe.data.max_tokens)}
 
 
 def row_counts(setup: Setup) -> dict[str, int]:

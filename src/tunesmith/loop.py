@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tunesmith.data.batch import Pass, build_batch
+from tunesmith.data.batch import Pass
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import NonFiniteError
 from tunesmith.optim import clip_, rate
@@ -37,10 +37,10 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         torch.manual_seed(_step_seed(recipe.seed, step))
         setup.model.train()
         passes = plan.step(step)
-        num_targets = sum(int(setup.rows.store.targets[i]) for rows in passes for i in rows)
+        num_targets = sum(float(setup.rows.store.denominators[i]) for rows in passes for i in rows)
         losses = []
         for rows in passes:
-            batch = build_batch([setup.rows.store.row(i) for i in rows], rows, layout=plan.layout, device=setup.device)
+            batch = setup.feed.batch(rows, draw=step)
             loss_sum = setup.task.loss_sum(setup.model, batch)
             (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
             attachment.collect_gradients()

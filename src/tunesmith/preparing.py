@@ -11,22 +11,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tunesmith.chaining import start_from
 from tunesmith.data.batch import Plan
+from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.labels import Labels
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Places, Rows, encode_rows, first_example
-from tunesmith.errors import ModelError
+from tunesmith.data.rows import Places, Rows, encode_rows
+from tunesmith.data.store import RowStore
+from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.methods import METHODS
-from tunesmith.models import attention, load, locate, machine
+from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.kind import model_kind
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import adamw, kernel
-from tunesmith.planning.advise import Facts, choose_method, choose_task, decide, total_steps, with_choice
+from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
+from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
-from tunesmith.tasks import TASKS
-from tunesmith.types import Attachment, Choice, Layout, Task
+from tunesmith.tasks import bind
+from tunesmith.types import Attachment, Choice, HeadName, Layout, ModelKind, Task
 
 OnProgress = Callable[[str, int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,15 +53,25 @@ class Setup:
     """Weights of the model itself."""
     renderer: Renderer
     task: Task
+    head: HeadName
     attachment: Attachment
     optimizer: torch.optim.Optimizer
     rows: Rows
+    feed: Feed
+    """Passes of `rows.store`."""
+    held_feed: Feed
+    """Passes of `rows.held_store`."""
     plan: Plan
     total_steps: int
     device: str
     samples: list[SamplePrompt]
     identity: dict[str, str] = field(default_factory=dict)
     """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the model goes on with text, so that its general ability can be asked for."""
+        return self.head == "next_token" and self.plan.layout != "encoder_decoder"
 
 
 def prepare(
@@ -71,44 +87,54 @@ def prepare(
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    notes: list[str] = []
+    model, chained = start_from(recipe.model, root=root, offline=offline)
+    recipe = recipe.model_copy(update={"model": model})
+    notes: list[str] = [chained] if chained else []
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
-    model_size = size(located)
-    recipe, choices = _decide_before_rows(recipe, located, model_size)
-    renderer = _renderer(recipe, tokenizer)
+    model_size, kind = size(located), model_kind(located)
+    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    head = find_head(recipe, located, kind)
+    renderer = _renderer(recipe, tokenizer, kind)
     rows = encode_rows(
         recipe.data,
         renderer,
         places=_places(root, run),
         max_held=recipe.evaluation.max_rows,
+        task=known(recipe.task),
+        class_weights=recipe.train.class_weights,
         on_progress=on_progress,
     )
+    for choice in rows.choices:
+        recipe = with_choice(recipe, choice)
     lengths_I = rows.store.lengths[rows.train_rows]
-    recipe, more = decide(recipe, Facts(model_size.num_params, recipe.device, lengths_I))
+    recipe, more = decide(recipe, Facts(model_size.num_params, recipe.device, kind, lengths_I))
 
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
-    dtype = DTYPES[known(recipe.precision)]
-    model = load.load_model(located, dtype=dtype, device=recipe.device, on_note=notes.append)
-    layout, padding_notes = _layout(model, rows)
+    model = _load(recipe, located, head, rows.labels, notes)
+    layout, padding_notes = _layout(model, rows, kind)
     checkpoint_layers(model, recipe.train.checkpointed_layers)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
-    samples, sample_notes = _samples(recipe, renderer, rows, model_size)
+    of_feed: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "layout": layout, "head": head}
+    samples, sample_notes = _samples(recipe, renderer, rows, model_size, head)
     return Setup(
         recipe=recipe,
-        choices=[*choices, *more, kernel(attachment.trained)],
+        choices=[*choices, *rows.choices, *more, kernel(attachment.trained)],
         notes=[*notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
         located=located,
         model=model,
         num_parameters=model_size.num_params,
         renderer=renderer,
-        task=TASKS[known(recipe.task)],
+        task=bind(known(recipe.task), rows.labels),
+        head=head,
         attachment=attachment,
         optimizer=adamw(attachment.trained, recipe.optim),
         rows=rows,
+        feed=_feed(rows.store, recipe, seed=recipe.seed, **of_feed),
+        held_feed=_feed(rows.held_store, recipe, seed=0, **of_feed),
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
@@ -117,47 +143,74 @@ def prepare(
     )
 
 
-def _decide_before_rows(recipe: Recipe, located: locate.Located, model_size: ModelSize) -> tuple[Recipe, list[Choice]]:
-    """What has to be known before rows can be encoded: task, method, device, precision, longest row."""
-    limit = model_size.max_tokens
-    asked = recipe.data.max_tokens
-    if asked != "auto" and asked > limit:
-        raise ModelError(
-            f"{located.name}: data.max_tokens is {asked:,}, but the model can attend to {limit:,} tokens. Lower it."
+def _load(
+    recipe: Recipe, located: locate.Located, head: HeadName, labels: Labels | None, notes: list[str]
+) -> PreTrainedModel:
+    if labels is not None and labels.kind in ("many", "number") and recipe.train.class_weights != "equal":
+        raise RecipeError(
+            f"train.class_weights: {recipe.train.class_weights}: a row has one class when classes are weighed, but "
+            f"data.label_kind is {labels.kind}. Set it to equal."
         )
-    choices: list[Choice] = []
-    if recipe.task == "auto":
-        choices.append(choose_task(first_example(recipe.data)))
-    if recipe.method.name == "auto":
-        choices.append(choose_method(model_size.num_params))
-    device = machine.choose_device(recipe.device)
-    precision = machine.choose_precision(recipe.precision, str(device.value))
-    choices += [device] if recipe.device == "auto" else []
-    choices += [precision] if recipe.precision == "auto" else []
-    choices += [Choice("data.max_tokens", limit, "the most this model can attend to")] if asked == "auto" else []
-    for choice in choices:
-        recipe = with_choice(recipe, choice)
-    return recipe, choices
+    return load.load_model(
+        located,
+        dtype=DTYPES[known(recipe.precision)],
+        device=recipe.device,
+        head=head,
+        labels=labels,
+        seed=recipe.seed,
+        on_note=notes.append,
+    )
+
+
+def _feed(
+    store: RowStore,
+    recipe: Recipe,
+    *,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    layout: Layout,
+    head: HeadName,
+    seed: int,
+) -> Feed:
+    """Held-out rows are masked by one `seed` in all runs, so that their measures can be compared."""
+    masking = None
+    if head == "masked_token":
+        store.use_masks(recipe.train.masked)
+        masking = Masking.of(tokenizer, share=recipe.train.masked, seed=seed)
+    return Feed(
+        store,
+        layout=layout,
+        device=recipe.device,
+        masking=masking,
+        decoder_start=getattr(model.config, "decoder_start_token_id", None),
+        has_types="token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1,
+    )
 
 
 def _samples(
-    recipe: Recipe, renderer: Renderer, rows: Rows, model_size: ModelSize
+    recipe: Recipe, renderer: Renderer, rows: Rows, model_size: ModelSize, head: HeadName
 ) -> tuple[list[SamplePrompt], list[str]]:
     """Prompts that leave room for an answer in what the model can attend to; the others are counted."""
+    if head != "next_token":
+        return [], []
     examples = rows.sample_examples(recipe.evaluation.samples)
     room = min(known(recipe.data.max_tokens), model_size.max_tokens - recipe.evaluation.sample_tokens)
-    prompts = sample_prompts(renderer, examples, max_tokens=room)
+    new_tokens = recipe.evaluation.sample_tokens
+    prompts = sample_prompts(renderer, examples, max_tokens=room, new_tokens=new_tokens)
     left_out = len(examples) - len(prompts)
     return prompts, [f"{left_out} held-out prompts are empty or too long to be answered"] if left_out else []
 
 
-def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
+def _renderer(recipe: Recipe, tokenizer: Any, kind: ModelKind) -> Renderer:
     return Renderer(
         tokenizer,
         known(recipe.task),
+        kind=kind,
         max_tokens=known(recipe.data.max_tokens),
-        too_long=recipe.data.too_long,
+        too_long=known(recipe.data.too_long),
         control_tokens=recipe.data.control_tokens,
+        stride=None if recipe.data.stride == "auto" else recipe.data.stride,
+        prompt=recipe.data.prompt,
     )
 
 
@@ -167,8 +220,10 @@ def _places(root: Path, run: Run | None) -> Places:
     return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
 
 
-def _layout(model: PreTrainedModel, rows: Rows) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, rows: Rows, kind: ModelKind) -> tuple[Layout, list[str]]:
     """Ragged if the model gives the same logits for packed rows as for each alone, padded otherwise, and said."""
+    if kind != "causal":
+        return ("encoder_decoder" if kind == "encoder_decoder" else "padded"), []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
     agreement = ragged_agrees(model, probe)
     if agreement.ok:
@@ -179,7 +234,7 @@ def _layout(model: PreTrainedModel, rows: Rows) -> tuple[Layout, list[str]]:
 
 
 def _plan(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
-    weights = np.array([file.weight for file in recipe.data.train])
+    weights = np.array([file.weight for file in (*recipe.data.train, *recipe.data.replay)])
     return Plan(
         rows_I=rows.train_rows,
         weights_I=weights[rows.store.file_index[rows.train_rows]],

@@ -232,6 +232,15 @@ def runs(root: Path) -> list[Run]:
     return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
 
 
+def is_run(target: str, root: Path) -> bool:
+    """Whether a word that can mean a run or a model means a run: its folder, "last", or a name in `root`."""
+    if Path(target).exists():
+        return (Path(target) / "run.json").is_file()
+    if "/" in target:
+        return False
+    return target == "last" or any(run.path.name.startswith(target) for run in runs(root))
+
+
 def _slug(name: str) -> str:
     """A name that is safe as a folder's on every system, and still the person's own word."""
     plain = unicodedata.normalize("NFKC", name).lower()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tunesmith import checkpoint
-from tunesmith.data.batch import build_batch
 from tunesmith.loop import training_steps
 from tunesmith.methods import restore
 from tunesmith.models.agreement import TOLERANCES, ragged_agrees
@@ -112,11 +111,11 @@ def _accumulation(setup: Setup) -> Proof:
 
 def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     store = setup.rows.store
-    count = sum(int(store.targets[i]) for rows in passes for i in rows)
+    count = sum(float(store.denominators[i]) for rows in passes for i in rows)
     setup.optimizer.zero_grad(set_to_none=True)
     setup.model.eval()  # no dropout: it would differ between the two ways
     for rows in passes:
-        batch = build_batch([store.row(i) for i in rows], rows, layout=setup.plan.layout, device=setup.device)
+        batch = setup.feed.batch(rows, draw=0)
         (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}

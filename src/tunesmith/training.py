@@ -5,75 +5,30 @@ What happens becomes an event; `train` and `resume` differ only in where they st
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
-from tunesmith.errors import RunError, Stopped, StorageError
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.errors import CheckpointError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
-from tunesmith.evaluation.samples import answer_samples
 from tunesmith.files import fsync_file, remove, temporary_folder
-from tunesmith.generation import Sampling
+from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
+from tunesmith.measures import MEASURES
 from tunesmith.methods import METHODS, restore
 from tunesmith.optim import load_optimizer_tensors, optimizer_tensors
-from tunesmith.preparing import OnProgress, Setup, prepare
+from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run
-from tunesmith.types import Event
+from tunesmith.session import Listener, OnEvent, Progress, Session
 
-OnEvent = Callable[[Event], None]
-
-
-@dataclass
-class Progress:
-    """What a run carries from checkpoint to checkpoint beside the tensors."""
-
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    train_seconds: float = 0.0
-    prepare_seconds: float = 0.0
-    evaluate_seconds: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
-    """{"step", "loss"} of the lowest held-out loss so far."""
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who is told what happens, and who may ask to stop."""
-
-    on_event: OnEvent = lambda event: None
-    on_progress: OnProgress = lambda what, done, total: None
-    """Of anything that takes seconds: what, how much is done, of how much."""
-    should_stop: Callable[[], bool] = lambda: False
-    """Asked after every step."""
-
-
-@dataclass
-class _Session:
-    """One process at work on one run."""
-
-    setup: Setup
-    run: Run
-    progress: Progress
-    listener: Listener
-
-    def emit(self, kind: Any, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        self.pass_on(Event(kind, self.progress.step, time.time(), values, timing or {}))
-
-    def pass_on(self, event: Event) -> None:
-        self.run.append(event)
-        self.listener.on_event(event)
+__all__ = ["Listener", "OnEvent", "resume", "train"]
 
 
 def train(
@@ -98,7 +53,7 @@ def train(
     with run.lock():
         setup.rows.keep(run.rows_path)
         progress = Progress(prepare_seconds=time.perf_counter() - begun)
-        _drive(_Session(setup, run, progress, listener), fresh=True)
+        _drive(Session(setup, run, progress, listener), fresh=True)
     return run
 
 
@@ -124,7 +79,7 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
-        session = _Session(setup, run, progress, listener)
+        session = Session(setup, run, progress, listener)
         for text in damaged:
             session.emit("note", {"text": text})
         if newest:
@@ -153,18 +108,20 @@ def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -
         )
 
 
-def _drive(session: _Session, *, fresh: bool) -> None:
+def _drive(session: Session, *, fresh: bool) -> None:
     """Everything a run does once model and rows are ready; whatever ends it is the last event in its log."""
     setup, run = session.setup, session.run
     try:
         if fresh:
             session.emit("start", start_values(setup))
             session.emit("plan", plan_values(setup))
-            _look(session, "before")
+            look(session, "before")
             _save(session)
             _rehearse_result(setup, run)
         _take_steps(session)
-        _look(session, "after")
+        _keep_best(session)
+        look(session, "after")
+        find_surprising(session)
         _save_result(setup, run)
         session.emit("end", {"report": write_report(run, report_facts(setup), asdict(session.progress))})
     except Stopped as stopped:
@@ -176,10 +133,12 @@ def _drive(session: _Session, *, fresh: bool) -> None:
         raise
 
 
-def _take_steps(session: _Session) -> None:
+def _take_steps(session: Session) -> None:
     setup, progress = session.setup, session.progress
-    evaluate_every, save_every = setup.recipe.evaluation.every, known(setup.recipe.checkpoint.every)
+    save_every = known(setup.recipe.checkpoint.every)
     _stop_if_asked(session, saved=True)
+    if _patience_is_over(session):
+        return
     for event in training_steps(setup, start=progress.step):
         progress.step = event.step
         progress.tokens += event.values["tokens"]
@@ -187,17 +146,54 @@ def _take_steps(session: _Session) -> None:
         progress.train_seconds += event.timing["seconds"]
         session.pass_on(event)
         last = event.step == setup.total_steps
-        if evaluate_every and event.step % evaluate_every == 0 and not last:
-            _evaluate(session, "step")
+        if _evaluation_is_due(setup, event.step):
+            measure_held_out(session, "step")
+        over = not last and _patience_is_over(session)
         is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
-        due = last or is_best or event.step % save_every == 0
+        due = last or over or is_best or event.step % save_every == 0
         if due:
             _save(session)
+        if over:
+            patience = setup.recipe.evaluation.patience
+            why = f"{patience} evaluations without a new best (evaluation.patience)"
+            session.emit("note", {"text": f"stopped early after step {event.step}: {why}"})
+            return
         if not last:
             _stop_if_asked(session, saved=due)
 
 
-def _stop_if_asked(session: _Session, *, saved: bool) -> None:
+def _evaluation_is_due(setup: Setup, step: int) -> bool:
+    """On the way, and at the last step when it may be the best."""
+    every = setup.recipe.evaluation.every
+    if every is None:
+        return False
+    return step % every == 0 if step < setup.total_steps else setup.recipe.evaluation.keep == "best"
+
+
+def _patience_is_over(session: Session) -> bool:
+    patience = session.setup.recipe.evaluation.patience
+    return patience is not None and session.progress.without_best >= patience
+
+
+def _keep_best(session: Session) -> None:
+    """Put the weights of the best evaluation back, where the recipe asks for them and they are not the last ones."""
+    setup, progress = session.setup, session.progress
+    best, metric = progress.best, setup.recipe.evaluation.metric
+    progress.kept = {"step": progress.step, "reason": "the last step"}
+    if setup.recipe.evaluation.keep != "best" or not best:
+        return
+    value = f"{MEASURES[metric].label} {MEASURES[metric].text(best['value'])}"
+    if best["step"] != progress.step:
+        try:
+            restore(setup.attachment, checkpoint.load(session.run.checkpoints_path / f"step-{best['step']}").weights)
+        except CheckpointError as error:
+            session.emit("note", {"text": f"the best step's checkpoint is lost, the last step is kept: {error}"})
+            return
+    progress.kept = {"step": best["step"], "reason": f"the best evaluation: {value}"}
+    session.emit("note", {"text": f"kept: step {best['step']}, {progress.kept['reason']}"})
+
+
+def _stop_if_asked(session: Session, *, saved: bool) -> None:
     if session.listener.should_stop() or session.run.stop_asked():
         if not saved:
             _save(session)
@@ -205,41 +201,7 @@ def _stop_if_asked(session: _Session, *, saved: bool) -> None:
         raise Stopped(f"{done}; go on with: tunesmith resume {shlex.quote(str(session.run.path))}")
 
 
-def _look(session: _Session, name: str) -> None:
-    """Held-out loss, then the sample prompts answered."""
-    setup = session.setup
-    _evaluate(session, name)
-    begun = time.perf_counter()
-    how = Sampling(max_new_tokens=setup.recipe.evaluation.sample_tokens)
-    answers = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
-    for index, sample in enumerate(answers):
-        session.emit("sample", {"name": name, "index": index, **sample})
-    session.progress.evaluate_seconds += time.perf_counter() - begun
-
-
-def _evaluate(session: _Session, name: str) -> None:
-    setup, progress = session.setup, session.progress
-    if len(setup.rows.held_rows) == 0:
-        return
-    begun = time.perf_counter()
-    score = evaluate(
-        setup.model,
-        setup.task,
-        store=setup.rows.held_store,
-        rows=[int(i) for i in setup.rows.held_rows],
-        tokens_per_pass=setup.plan.tokens_per_pass,
-        layout=setup.plan.layout,
-        device=setup.device,
-        progress=lambda done, total: session.listener.on_progress("evaluate", done, total),
-    )
-    seconds = time.perf_counter() - begun
-    progress.evaluate_seconds += seconds
-    if name != "before" and score.loss < progress.best.get("loss", math.inf):
-        progress.best = {"step": progress.step, "loss": score.loss}
-    session.emit("evaluation", {"name": name, **asdict(score)}, {"seconds": seconds})
-
-
-def _save(session: _Session) -> None:
+def _save(session: Session) -> None:
     setup, run, step = session.setup, session.run, session.progress.step
     fsync_file(run.events_path)  # a checkpoint never knows of steps that its log has lost
     folder = checkpoint.save(

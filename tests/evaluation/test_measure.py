@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tiny_model import tiny_model
+from tunesmith.data.feed import Feed
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.models.attention import use_ragged
 from tunesmith.tasks import TASKS
@@ -28,6 +27,8 @@ class Shelf:
             trained = np.arange(n) >= n // 2
             self.rows.append(Row(draw.integers(3, VOCAB, n).astype(np.int32), trained, Source("x.jsonl", 1)))
         self.lengths = np.array(lengths, np.int32)
+        self.denominators = np.array([row.trained[1:].sum() for row in self.rows], np.float64)
+        self.num_bytes = np.zeros(len(lengths), np.int32)
 
     def row(self, index: int) -> Row:
         return self.rows[index]
@@ -42,10 +43,14 @@ def model_of(arch: str, *, dropout: float = 0.0):
     return model
 
 
-def score(model, tokens_per_pass: int, *, layout="ragged"):
-    return evaluate(
-        model, TASKS["chat"], store=SHELF, rows=range(8), tokens_per_pass=tokens_per_pass, layout=layout, device="cpu"
-    )
+def outcomes(model, tokens_per_pass: int, *, layout="ragged", rows=range(8)):
+    feed = Feed(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
+    return evaluate(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
+
+
+def loss(model, tokens_per_pass: int, *, layout="ragged") -> float:
+    found = outcomes(model, tokens_per_pass, layout=layout)
+    return found.losses_I.sum() / found.counts_I.sum()
 
 
 def independent_of_batching(measure) -> None:
@@ -56,7 +61,7 @@ def independent_of_batching(measure) -> None:
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 def test_loss_does_not_depend_on_batching(layout):  # trap: L5
     model = model_of("gpt2")
-    independent_of_batching(lambda tokens: score(model, tokens, layout=layout).loss)
+    independent_of_batching(lambda tokens: loss(model, tokens, layout=layout))
 
 
 def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
@@ -70,7 +75,7 @@ def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
         for members in passes:
             batch = build_batch([SHELF.row(i) for i in members], members, layout="ragged", device="cpu")
             measured = TASKS["chat"].measure(model, batch)
-            means.append(float(measured.loss_sum) / measured.count)
+            means.append(float(measured.losses_N.mean()))
         return sum(means) / len(means)
 
     with pytest.raises(AssertionError):
@@ -87,10 +92,18 @@ def test_loss_is_the_sum_by_hand_over_the_targets():  # trap: L5
             keep = torch.from_numpy(row.trained[1:])
             total += float(F.cross_entropy(logits[keep], ids[1:][keep], reduction="sum"))
             count += int(keep.sum())
-    found = score(model, 100)
-    assert found.targets == count
-    assert found.loss == pytest.approx(total / count, rel=1e-6)
-    assert math.exp(found.loss) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert outcomes(model, 100).counts_I.sum() == count
+    assert loss(model, 100) == pytest.approx(total / count, rel=1e-6)
+
+
+def test_every_row_keeps_its_own_outcome_in_the_order_asked_for():
+    model = model_of("llama").eval()
+    order = [5, 0, 7, 2]
+    some, every = outcomes(model, 60, rows=order), outcomes(model, 10_000)
+    for i, row in enumerate(order):
+        assert some.losses_I[i] == pytest.approx(every.losses_I[row], rel=1e-5)
+        assert some.outputs[i].tolist() == every.outputs[row].tolist()
+        assert some.targets[i].tolist() == SHELF.rows[row].ids[1:][SHELF.rows[row].trained[1:]].tolist()
 
 
 def dropout_is_off_and_modes_come_back(model, measure) -> None:
@@ -103,7 +116,7 @@ def dropout_is_off_and_modes_come_back(model, measure) -> None:
 
 def test_dropout_is_off_and_every_mode_comes_back():  # trap: L11
     model = model_of("gpt2", dropout=0.5)
-    dropout_is_off_and_modes_come_back(model, lambda: score(model, 100).loss)
+    dropout_is_off_and_modes_come_back(model, lambda: loss(model, 100))
 
 
 def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
@@ -112,4 +125,4 @@ def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
     model = model_of("gpt2", dropout=0.5)
     batch = build_batch(SHELF.rows, range(8), layout="ragged", device="cpu")
     with pytest.raises(AssertionError):
-        dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).loss_sum))
+        dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).losses_N.sum()))

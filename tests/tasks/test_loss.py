@@ -123,12 +123,12 @@ def test_a_batch_without_targets_is_zero_and_never_nan():  # trap: L6
     assert float(loss.detach()) == 0.0
 
 
-def test_measure_counts_the_first_choice():
+def test_measure_tells_each_loss_and_each_first_choice():
     model = model_of("llama").eval()
     rows = rows_of([7, 9])
     batch = build_batch(rows, (0, 1), layout="ragged", device="cpu")
     measured = TASKS["chat"].measure(model, batch)
     with torch.no_grad():
-        assert float(measured.loss_sum) == pytest.approx(float(LOSS(model, batch)), rel=1e-6)
-    assert measured.count == batch.num_targets
-    assert 0 <= int(measured.correct) <= measured.count
+        assert float(measured.losses_N.sum()) == pytest.approx(float(LOSS(model, batch)), rel=1e-6)
+    assert len(measured.losses_N) == len(measured.outputs_N) == batch.num_targets
+    assert batch.row_of_N.tolist() == [0] * int(rows[0].trained[1:].sum()) + [1] * int(rows[1].trained[1:].sum())

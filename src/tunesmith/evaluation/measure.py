@@ -1,54 +1,67 @@
-"""Held-out loss and token accuracy: sums over rows divided once, so that batching cannot change them."""
+"""What a model makes of rows: each row's losses and answers, so that every measure is a function of one pass."""
+
+# I rows
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from tunesmith.data.batch import build_batch, fill_passes
-from tunesmith.data.store import RowStore
+from tunesmith.data.batch import fill_passes
+from tunesmith.data.feed import Feed
+from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Layout, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What one evaluation found."""
-
-    loss: float
-    """Nats per target."""
-    token_accuracy: float
-    """Share of targets that were the model's first choice."""
-    rows: int
-    targets: int
+from tunesmith.types import Task
 
 
 def evaluate(
     model: nn.Module,
     task: Task,
-    *,
-    store: RowStore,
+    feed: Feed,
     rows: Sequence[int],
+    *,
     tokens_per_pass: int,
-    layout: Layout,
-    device: torch.device | str,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Score:
-    """The task's measures over the given rows of a store. Sums are kept in float64; nothing random is consumed."""
+) -> Outcomes:
+    """The outcome of every given row of the feed's store, in the order given.
+
+    How rows are cut into passes changes nothing, and no random number of the loop is consumed: what is masked follows
+    from the row alone.
+    """
+    store = feed.store
     lengths = [int(n) for n in store.lengths[np.asarray(rows, np.int64)]]
-    passes = fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout)
-    loss, correct, count, done = 0.0, 0, 0, 0
+    place = {row: i for i, row in enumerate(rows)}
+    losses_I = np.zeros(len(rows))
+    outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
+    targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
+    done = 0
     with evaluating(model):
-        for members in passes:
-            batch = build_batch([store.row(i) for i in members], members, layout=layout, device=device)
+        for members in fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=feed.layout):
+            batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
-            loss += float(measured.loss_sum)
-            correct += int(measured.correct)
-            count += measured.count
+            losses_N = measured.losses_N.double().cpu().numpy()
+            row_of_N = batch.row_of_N.cpu().numpy()
+            sums = np.bincount(row_of_N, losses_N, minlength=len(members))
+            cuts = np.flatnonzero(np.diff(row_of_N)) + 1
+            for b, (out, target) in enumerate(
+                zip(
+                    np.split(measured.outputs_N.cpu().numpy(), cuts),
+                    np.split(batch.targets_N.cpu().numpy(), cuts),
+                    strict=True,
+                )
+            ):
+                i = place[members[b]]
+                losses_I[i], outputs[i], targets[i] = sums[b], out, target
             done += len(members)
             progress(done, len(rows))
-    return Score(loss=loss / count, token_accuracy=correct / count, rows=len(rows), targets=count)
+    index = np.asarray(rows, np.int64)
+    return Outcomes(
+        losses_I=losses_I,
+        counts_I=store.denominators[index],
+        num_bytes_I=store.num_bytes[index].astype(np.int64),
+        outputs=outputs,
+        targets=targets,
+    )

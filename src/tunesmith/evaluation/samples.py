@@ -13,6 +13,8 @@ from tunesmith.generation import Sampling, answer
 from tunesmith.types import Example
 
 ANSWERED_TOGETHER = 8
+BEGINNING_TOKENS = 48
+"""Of a document that is given to be gone on with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +28,34 @@ class SamplePrompt:
     source: str
 
 
-def sample_prompts(renderer: Renderer, examples: Sequence[Example], *, max_tokens: int) -> list[SamplePrompt]:
-    """The prompt of each example that has one of at most `max_tokens`: everything before its last trained part."""
-    prompts = []
-    for example in examples:
-        last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
-        if last == 0:
-            continue
-        before = example.parts[:last]
-        ids = tuple(renderer.prompt_ids(before, example.tools))
-        if not 0 < len(ids) <= max_tokens:
-            continue
-        prompts.append(
-            SamplePrompt(
-                ids=ids,
-                prompt=before[-1].text,
-                reference=example.parts[last].text,
-                source=str(example.source),
-            )
-        )
-    return prompts
+def sample_prompts(
+    renderer: Renderer, examples: Sequence[Example], *, max_tokens: int, new_tokens: int
+) -> list[SamplePrompt]:
+    """The prompt of each example that has one of at most `max_tokens`: everything before its last trained part.
+
+    Of a document that is its beginning, and the reference is how it goes on for `new_tokens`.
+    """
+    made = [_begun(renderer, example, new_tokens) if example.shape == "text" else _asked(renderer, example)
+            for example in examples]  # fmt: skip
+    return [prompt for prompt in made if prompt is not None and 0 < len(prompt.ids) <= max_tokens]
+
+
+def _asked(renderer: Renderer, example: Example) -> SamplePrompt | None:
+    last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+    if last == 0:
+        return None
+    before = example.parts[:last]
+    ids = tuple(renderer.prompt_ids(before, example.tools))
+    return SamplePrompt(ids, before[-1].text, reference=example.parts[last].text, source=str(example.source))
+
+
+def _begun(renderer: Renderer, example: Example, new_tokens: int) -> SamplePrompt | None:
+    ids = tuple(renderer.prompt_ids(example.parts, ()))
+    if len(ids) <= BEGINNING_TOKENS:
+        return None
+    begin, rest = ids[:BEGINNING_TOKENS], ids[BEGINNING_TOKENS : BEGINNING_TOKENS + new_tokens]
+    begun, reference = (renderer.tokenizer.decode(some, skip_special_tokens=True) for some in (begin, rest))
+    return SamplePrompt(begin, begun, reference=reference, source=str(example.source))
 
 
 def answer_samples(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
-from tunesmith.types import Choice, Example
+from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
@@ -24,18 +24,59 @@ class Facts:
 
     num_parameters: int
     device: str
+    kind: ModelKind
     lengths_I: NDArray[np.int32]
     """Tokens of each training row."""
 
 
-def choose_task(example: Example) -> Choice:
+_TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
+    "text": ("text", "rows are plain text, learnt as it stands"),
+    "document_summary": ("summarize", "rows are documents and their summaries"),
+    "text_label": ("classify", "rows are texts and their labels"),
+    "tokens_tags": ("tag", "rows are words and their tags"),
+}
+TEXT_TOKENS = 1024
+"""Longest window of a document: attention to more costs more than it teaches, on most machines."""
+UNBOUNDED_TOKENS = 512
+"""Longest row for a model that names no limit, as T5 was trained."""
+
+
+def choose_task(example: Example, kind: ModelKind) -> Choice:
     """The task that rows like this one are made for."""
-    if example.plain:
-        reason = "rows are prompt and completion as plain text; task: chat would put them into the chat template"
-        return Choice("task", "generate", reason)
+    if example.shape in _TASK_OF_SHAPE:
+        return Choice("task", *_TASK_OF_SHAPE[example.shape])
+    if example.plain or kind == "encoder_decoder":
+        other = "; task: chat would put them into the chat template" if kind == "causal" else ""
+        return Choice("task", "generate", f"rows are prompt and completion as plain text{other}")
     return Choice(
         "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
     )
+
+
+def choose_longest(task: TaskName, kind: ModelKind, limit: int, *, unbounded: int) -> Choice:
+    """The longest row, in tokens."""
+    if task == "text" and kind == "causal" and limit > TEXT_TOKENS:
+        reason = f"documents are cut in windows; the model could attend to {limit:,}"
+        return Choice("data.max_tokens", TEXT_TOKENS, reason)
+    if kind == "encoder_decoder" and limit >= unbounded:
+        return Choice("data.max_tokens", UNBOUNDED_TOKENS, "the model names no limit; of source and target each")
+    return Choice("data.max_tokens", limit, "the most this model can attend to")
+
+
+def choose_stride(kind: ModelKind, max_tokens: int) -> Choice:
+    """How far apart the windows of a long document begin."""
+    if kind == "encoder":
+        return Choice("data.stride", max_tokens, "windows of a long document stand side by side")
+    return Choice("data.stride", max(1, max_tokens - 1), "each window begins with the last token of the one before it")
+
+
+def choose_too_long(task: TaskName) -> Choice:
+    """What happens to a row over the limit."""
+    if task in ("classify", "tag"):
+        return Choice("data.too_long", "cut", "the beginning of a text tells its class; cut rows are counted")
+    if task == "summarize":
+        return Choice("data.too_long", "cut", "the end of a document is cut, never its summary; cut rows are counted")
+    return Choice("data.too_long", "error", "a cut answer would teach the model to break off")
 
 
 def choose_method(num_parameters: int) -> Choice:
@@ -77,6 +118,9 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    if facts.kind != "causal" and recipe.method.name == "full":
+        rate = 1e-4 if facts.num_parameters < 50e6 else 3e-5 if facts.kind == "encoder" else 1e-4
+        return rate, f"usual for full tuning of an {facts.kind.replace('_', '–')} of this size"
     small = facts.num_parameters < 1e9
     if recipe.method.name == "lora":
         return (5e-4 if small else 2e-4), f"usual for LoRA on a model {'below' if small else 'above'} a billion weights"
@@ -85,6 +129,9 @@ def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
+    if recipe.task in ("classify", "tag"):
+        epochs = 5.0 if rows < 1000 else 3.0
+        return epochs, f"{rows:,} rows, and a new head has to be learnt"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
     return epochs, f"{rows:,} rows: {'few rows are seen more often' if epochs > 1 else 'enough to see each once'}"
 
@@ -101,6 +148,12 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if longest > usual:
         return longest, f"the longest row has {longest:,} tokens"
     return usual, f"fills the matrix products of {facts.device}; the longest row has {longest:,} tokens"
+
+
+def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    if recipe.evaluation.every is None:
+        return "last", "nothing is measured on the way"
+    return "best", f"the evaluation with the best {recipe.evaluation.metric} is the result"
 
 
 def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -122,6 +175,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "train.rows_per_step": _rows_per_step,
     "train.tokens_per_pass": _tokens_per_pass,
     "threads": _threads,
+    "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
 }
 """In order: a later rule may rest on what an earlier one decided."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tunesmith.tasks._causal import next_token_loss_sum, next_token_measure, num_targets
+from tunesmith.tasks._tokens import token_loss_sum, token_measure
 from tunesmith.types import Task
 
 GENERATE = Task(
     name="generate",
     doc="The completion of a prompt, plain text, followed by the end token.",
     shapes=("prompt_completion",),
-    loss_sum=next_token_loss_sum,
-    measure=next_token_measure,
-    count=num_targets,
+    heads={"causal": "next_token", "encoder_decoder": "next_token"},
+    loss_sum=token_loss_sum,
+    measure=token_measure,
 )

@@ -1,0 +1,46 @@
+"""One line a row of what an evaluation found, so that two evaluations can be compared and a person can look."""
+
+# I rows
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.labels import Labels
+from tunesmith.data.store import RowStore
+from tunesmith.evaluation.outcomes import Outcomes, row_facts
+from tunesmith.types import HeadName
+
+MAX_CHARS = 10_000
+"""Of a row's text that is written down."""
+MOST_SURPRISING = 20
+"""Training rows listed of those that were looked at."""
+
+
+def row_lines(
+    store: RowStore,
+    rows_I: NDArray[np.int64],
+    outcomes: Outcomes,
+    *,
+    head: HeadName,
+    labels: Labels | None,
+    tokenizer: Any,
+) -> Iterator[dict[str, Any]]:
+    """{"source", "hash", "text"} of each row and what `row_facts` says of it."""
+    for row, facts in zip(map(int, rows_I), row_facts(head, labels, outcomes), strict=True):
+        text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
+        yield {
+            "source": str(store.source(row)),
+            "hash": f"{int(store.hashes[row]):016x}",
+            "text": text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …",
+            **facts,
+        }
+
+
+def most_surprising(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of highest loss per target, the highest first."""
+    return sorted(lines, key=lambda line: -line["loss"] / line["count"])[:MOST_SURPRISING]

@@ -1,0 +1,151 @@
+"""Looking at a model between steps: held-out rows measured, prompts answered, general ability, surprising rows.
+
+Nothing here changes a weight or draws from the loop's random numbers.
+"""
+
+# I rows
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.store import RowStore
+from tunesmith.evaluation import general
+from tunesmith.evaluation.answers import answer_measures
+from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.evaluation.row_lines import most_surprising, row_lines
+from tunesmith.evaluation.samples import answer_samples
+from tunesmith.evaluation.scores import score
+from tunesmith.files import to_json, write_atomic
+from tunesmith.generation import Sampling
+from tunesmith.measures import MEASURES
+from tunesmith.session import Session
+
+
+def look(session: Session, name: str) -> None:
+    """Everything that is compared before and after: held-out rows, sample prompts, general ability."""
+    measure_held_out(session, name)
+    begun = time.perf_counter()
+    _answer(session, name)
+    if session.setup.recipe.evaluation.general and session.setup.speaks:
+        _measure_general(session, name)
+    session.progress.evaluate_seconds += time.perf_counter() - begun
+
+
+def measure_held_out(session: Session, name: str) -> None:
+    """An "evaluation" event; before and after, also each row's outcome in the run's folder `evaluation`."""
+    setup, progress = session.setup, session.progress
+    if len(setup.rows.held_rows) == 0:
+        return
+    begun = time.perf_counter()
+    outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
+    measures, details = score(
+        setup.head,
+        setup.rows.labels,
+        outcomes,
+        task=setup.task.name,
+        majority=setup.rows.majority,
+        mean=setup.rows.mean,
+    )
+    if name in ("before", "after"):
+        folder = session.run.path / "evaluation"
+        lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)
+        write_atomic(folder / f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
+        write_atomic(folder / f"{name}.json", to_json(details))
+    seconds = time.perf_counter() - begun
+    progress.evaluate_seconds += seconds
+    if name == "step":
+        _remember(session, measures[setup.recipe.evaluation.metric]["value"])
+    values = {
+        "name": name,
+        "loss": measures["loss"]["value"],
+        "rows": len(setup.rows.held_rows),
+        "targets": int(sum(len(targets) for targets in outcomes.targets)),
+        "measures": measures,
+    }
+    session.emit("evaluation", values, {"seconds": seconds})
+
+
+def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Outcomes:
+    return evaluate(
+        session.setup.model,
+        session.setup.task,
+        feed,
+        [int(i) for i in rows_I],
+        tokens_per_pass=session.setup.plan.tokens_per_pass,
+        progress=lambda done, total: session.listener.on_progress(what, done, total),
+    )
+
+
+def _lines(
+    session: Session, store: RowStore, rows_I: NDArray[np.int64], outcomes: Outcomes
+) -> Iterator[dict[str, Any]]:
+    setup = session.setup
+    return row_lines(
+        store,
+        rows_I,
+        outcomes,
+        head=setup.head,
+        labels=setup.rows.labels,
+        tokenizer=setup.renderer.tokenizer,
+    )
+
+
+def _remember(session: Session, value: float) -> None:
+    """Whether this evaluation is the best so far, by the metric that the recipe names."""
+    progress = session.progress
+    sign = -1.0 if MEASURES[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
+    progress.measured_step = progress.step
+    best = progress.best.get("value")
+    if best is None or sign * value < sign * best:
+        progress.best = {"step": progress.step, "value": value}
+        progress.without_best = 0
+    else:
+        progress.without_best += 1
+
+
+def _answer(session: Session, name: str) -> None:
+    """A "sample" event a prompt, then one "answers" event with the measures of all."""
+    setup = session.setup
+    if not setup.samples:
+        return
+    how = Sampling(max_new_tokens=setup.recipe.evaluation.sample_tokens)
+    answers = []
+    samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
+    for index, sample in enumerate(samples):
+        answers.append(sample["answer"])
+        session.emit("sample", {"name": name, "index": index, **sample})
+    references = [sample.reference for sample in setup.samples]
+    measures = answer_measures(answers, references, bleu=setup.recipe.evaluation.bleu)
+    session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
+
+
+def _measure_general(session: Session, name: str) -> None:
+    """A "general" event: loss on the general text kept in the package, and general instructions answered."""
+    setup = session.setup
+    loss, num_targets = general.text_loss(
+        setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
+    )
+    answers = general.answers(setup.model, setup.renderer) if setup.task.name == "chat" else []
+    session.emit("general", {"name": name, "loss": loss, "targets": num_targets, "answers": answers})
+
+
+def find_surprising(session: Session) -> None:
+    """The training rows that the tuned model still finds least likely, in `evaluation/surprising.json`."""
+    setup = session.setup
+    most = setup.recipe.evaluation.surprising
+    if most == 0:
+        return
+    begun = time.perf_counter()
+    rows_I = setup.rows.train_rows
+    rows_I = rows_I[np.argsort(setup.rows.store.hashes[rows_I], kind="stable")][:most]
+    outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
+    lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
+    write_atomic(session.run.path / "evaluation" / "surprising.json", to_json(lines))
+    session.progress.evaluate_seconds += time.perf_counter() - begun

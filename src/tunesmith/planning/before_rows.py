@@ -1,0 +1,61 @@
+"""What is decided of a run from its model and its first row, before the rows can be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tunesmith.data.rows import first_example
+from tunesmith.errors import ModelError
+from tunesmith.models import machine
+from tunesmith.models.locate import Located
+from tunesmith.models.size import UNBOUNDED, ModelSize
+from tunesmith.planning import advise
+from tunesmith.planning.advise import with_choice
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.tasks import TASKS
+from tunesmith.types import Choice, HeadName, ModelKind
+
+
+def decide_before_rows(
+    recipe: Recipe, located: Located, model_size: ModelSize, kind: ModelKind
+) -> tuple[Recipe, list[Choice]]:
+    """What has to be known before rows can be encoded: task, method, device, precision, longest row."""
+    limit = model_size.max_tokens
+    if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
+        raise ModelError(
+            f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
+            "tokens. Lower it."
+        )
+    choices: list[Choice] = []
+
+    def choose(key: str, rule: Callable[[], Choice]) -> None:
+        nonlocal recipe
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(recipe, section) if section else recipe, name)
+        if value == "auto" or getattr(value, "name", None) == "auto":
+            choices.append(rule())
+            recipe = with_choice(recipe, choices[-1])
+
+    choose("task", lambda: advise.choose_task(first_example(recipe.data), kind))
+    choose("method", lambda: advise.choose_method(model_size.num_params))
+    choose("device", lambda: machine.choose_device("auto"))
+    choose("precision", lambda: machine.choose_precision("auto", recipe.device))
+    task = known(recipe.task)
+    choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
+    choose("data.too_long", lambda: advise.choose_too_long(task))
+    if task == "text":
+        choose("data.stride", lambda: advise.choose_stride(kind, known(recipe.data.max_tokens)))
+    return recipe, choices
+
+
+def find_head(recipe: Recipe, located: Located, kind: ModelKind) -> HeadName:
+    """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
+    heads = TASKS[known(recipe.task)].heads
+    if kind not in heads:
+        others = " or ".join(f"a {name.replace('_', '–')} model" for name in heads)
+        can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
+        raise ModelError(
+            f"{located.name}: a model that is {'an ' if kind[0] in 'aeiou' else ''}{kind.replace('_', '–')} cannot "
+            f"learn the task {recipe.task}. Use {others}, or one of the tasks it can learn: {can}."
+        )
+    return heads[kind]
