@@ -1,0 +1,104 @@
+"""Measures of answers: by hand, and equal to rouge-score and sacrebleu."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from tunesmith.errors import RecipeError
+from tunesmith.evaluation.answers import Words, answer_measures
+
+ANSWERS = ["The cat sat on the mat.", "It rained all day in Rome", "", "No_one came: 3 of 10!"]
+REFERENCES = ["A cat sat on the mat.", "All day it rained", "Nothing", "no one came; 3 of 10"]
+
+
+def values(answers, references, *, bleu=False):
+    return {key: found["value"] for key, found in answer_measures(answers, references, bleu=bleu).items()}
+
+
+def test_answers_counted_by_hand():
+    """Two of three words, one of two pairs: F1 of (2/3, 2/2) and of (1/2, 1/1)."""
+    assert values(["the cat sat", " same "], ["the cat", "same"]) == pytest.approx(
+        {
+            "exact_match": 1 / 2,
+            "rouge1": (4 / 5 + 1) / 2,
+            "rouge2": (2 / 3 + 0) / 2,
+            "rougeL": (4 / 5 + 1) / 2,
+            "length_ratio": (3 + 1) / (2 + 1),
+        }
+    )
+
+
+def test_bleu_by_hand():
+    """Four of five words, 3/4 pairs, 2/3 triples, 1/2 of four; as long as the reference."""
+    found = values(["a b c d e"], ["a b c d f"], bleu=True)["bleu"]
+    assert found == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4))
+
+
+def test_chrf_by_hand():
+    """One of two letters, none of one pair: precision and recall are both the mean 1/4."""
+    assert values(["ab"], ["ac"], bleu=True)["chrf"] == pytest.approx(25)
+
+
+def test_rouge_is_that_of_rouge_score_in_ascii_text():
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    expected = [scorer.score(reference, answer) for answer, reference in zip(ANSWERS, REFERENCES, strict=True)]
+    found = values(ANSWERS, REFERENCES)
+    for key in ("rouge1", "rouge2", "rougeL"):
+        assert found[key] == pytest.approx(np.mean([score[key].fmeasure for score in expected]), rel=1e-12)
+
+
+def test_corpus_measures_are_those_of_sacrebleu():
+    found = values(ANSWERS, REFERENCES, bleu=True)
+    assert found["bleu"] == BLEU().corpus_score(ANSWERS, [REFERENCES]).score
+    assert found["chrf"] == CHRF().corpus_score(ANSWERS, [REFERENCES]).score
+
+
+def test_corpus_measures_are_resampled_as_corpora(monkeypatch):
+    from tunesmith.evaluation import answers as module
+
+    monkeypatch.setattr(module, "intervals", lambda num, measures: measures)
+    estimates = answer_measures(ANSWERS, REFERENCES, bleu=True)
+    weights_RI = np.array([[1, 1, 1, 1], [2, 0, 1, 1], [0, 3, 0, 1]], np.float64)
+    for metric, key in ((BLEU(), "bleu"), (CHRF(), "chrf")):
+        for weights_I, found in zip(weights_RI, estimates[key][1](weights_RI), strict=True):
+            rows = np.repeat(np.arange(4), weights_I.astype(int))
+            drawn = [ANSWERS[i] for i in rows], [[REFERENCES[i] for i in rows]]
+            assert found == pytest.approx(metric.corpus_score(*drawn).score, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't stop_now 3.5", ["don", "t", "stop", "now", "3", "5"]),
+        ("Für Straße", ["für", "straße"]),
+        ("ЛЕС и поле", ["лес", "и", "поле"]),
+        ("今日はgood天気", ["今", "日", "は", "good", "天", "気"]),
+        ("...", []),
+    ],
+)
+def test_words(text, words):
+    assert Words().tokenize(text) == words
+
+
+def test_words_are_those_of_rouge_score_for_every_ascii_character():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    text = "".join(f"a{chr(i)}b " for i in range(128))
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+
+
+def test_empty_answers_score_nothing_and_no_answers_have_no_measures():
+    found = values([""], ["something said"], bleu=True)
+    assert set(found.values()) == {0.0}
+    assert answer_measures([], [], bleu=True) == {}
+
+
+def test_bleu_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(RecipeError, match=r"pip install 'tunesmith\[bleu\]'"):
+        answer_measures(["a"], ["a"], bleu=True)

@@ -1,0 +1,53 @@
+"""Intervals of the bootstrap: as wide as theory says, the same every time, and undefined where nothing is."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tunesmith.evaluation import intervals as module
+from tunesmith.evaluation.intervals import interval, intervals, resamples
+from tunesmith.evaluation.statistics import bins, ratio
+
+
+def shares(num: int):
+    return ratio(np.arange(num) % 2)
+
+
+def test_interval_of_a_share_is_as_wide_as_the_normal_approximation():
+    """Half of 400 rows: 0.5 ± 1.96 · √(0.25 / 400) = ± 0.049. 0.006: the spread of percentiles of 1000 resamples."""
+    found = intervals(400, {"share": (0.5, shares(400))})["share"]
+    assert found["low"] == pytest.approx(0.451, abs=0.006)
+    assert found["high"] == pytest.approx(0.549, abs=0.006)
+
+
+def test_every_resample_draws_as_many_rows_as_there_are():
+    weights_RI = np.concatenate(list(resamples(7)))
+    assert weights_RI.shape == (1000, 7)
+    assert set(weights_RI.sum(1)) == {7.0}
+
+
+def test_resamples_repeat_and_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
+    whole = np.concatenate(list(resamples(50)))
+    monkeypatch.setattr(module, "_CELLS", 50 * 7)
+    assert np.array_equal(np.concatenate(list(resamples(50))), whole)
+
+
+def test_one_row_has_no_width():
+    assert intervals(1, {"share": (0.0, shares(1))})["share"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_resamples_where_a_measure_is_not_defined_are_left_out():
+    found = interval(2.0, np.array([math.nan, 1.0, 3.0]))
+    assert (found["low"], found["high"]) == pytest.approx((1.05, 2.95))
+    assert all(math.isnan(end) for end in interval(2.0, np.array([math.nan])).values() if end != 2.0)
+
+
+def test_ratio_without_a_denominator_is_not_defined():
+    assert math.isnan(ratio(np.array([1.0]), np.array([0.0]))(np.ones((1, 1)))[0])
+
+
+def test_bins_hold_their_upper_edge():
+    assert bins(np.array([0.0, 0.1, 0.11, 0.7, 0.71, 1.0])).tolist() == [0, 0, 1, 6, 7, 9]

@@ -1,0 +1,289 @@
+"""Every measure against a case counted by hand, and every resampled one against its library on the drawn rows."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
+
+from evaluation.outcome_rows import classes, drawn, numbers, outcomes_of, sets, tokens
+from tunesmith.data.labels import Labels
+from tunesmith.evaluation import scores
+from tunesmith.evaluation.intervals import resamples
+from tunesmith.evaluation.outcomes import row_facts
+from tunesmith.evaluation.scores import score
+from tunesmith.files import from_json, to_json
+from tunesmith.measures import MEASURES
+
+nan = math.nan
+
+
+def measured(head, labels, outcomes, *, task="classify", majority=None, mean=None):
+    measures, details = score(head, labels, outcomes, task=task, majority=majority, mean=mean)
+    assert set(measures) <= set(MEASURES)
+    assert from_json(to_json(details)) == details
+    return {key: interval["value"] for key, interval in measures.items()}, details
+
+
+# Tokens
+
+
+def test_loss_of_tokens_is_sum_over_sum_not_the_mean_of_rows():
+    outcomes = tokens([[5, 6], [7]], [[5, 9], [8]], losses=[2.0, 3.0], counts=[2.0, 1.0])
+    values, _ = measured("next_token", None, outcomes, task="chat")
+    assert values == pytest.approx({"loss": 5 / 3, "perplexity": math.exp(5 / 3), "token_accuracy": 1 / 3})
+
+
+def test_bits_per_byte_are_the_losses_in_bits_over_the_bytes_of_the_text():
+    outcomes = tokens([[5], [6]], [[5], [6]], losses=[2 * math.log(2), 6 * math.log(2)], num_bytes=[1, 3])
+    values, _ = measured("next_token", None, outcomes, task="text")
+    assert values["bits_per_byte"] == pytest.approx(2.0)
+
+
+def test_masked_tokens_have_no_bits_per_byte():
+    """Only a share of the tokens is guessed, but the bytes are those of all."""
+    outcomes = tokens([[5]], [[5]], num_bytes=[4])
+    assert set(measured("masked_token", None, outcomes, task="text")[0]) == {"loss", "perplexity", "token_accuracy"}
+
+
+def test_perplexity_of_a_lost_model_is_a_number_still():
+    values, _ = measured("next_token", None, tokens([[1]], [[2]], losses=[1e6]), task="chat")
+    assert math.isfinite(values["perplexity"])
+
+
+def test_loss_that_is_not_a_number_is_said_so():
+    measures, _ = score("next_token", None, tokens([[1]], [[2]], losses=[nan]), task="chat", majority=None, mean=None)
+    assert all(math.isnan(measures["loss"][end]) for end in ("value", "low", "high"))
+
+
+# One class a row
+
+FIVE = Labels("one", ("a", "b", "c", "d", "e"))
+CERTAIN = np.eye(5) * 0.95 + 0.01
+
+
+def test_classes_counted_by_hand():
+    """a: 1 right, 1 found, 2 true. b: 2 right, 3 found, 2 true. c is never found, d never true, e neither."""
+    outcomes = classes(CERTAIN[[0, 1, 1, 1, 3]], [0, 0, 1, 1, 2])
+    values, details = measured("sequence", FIVE, outcomes, majority=1)
+    f1_a, f1_b = 2 * 1 / (1 + 2), 2 * 2 / (3 + 2)
+    assert values["accuracy"] == pytest.approx(3 / 5)
+    assert values["macro_f1"] == pytest.approx((f1_a + f1_b + 0 + 0) / 4)  # e is left out, as in scikit-learn
+    assert values["majority"] == pytest.approx(2 / 5)
+    assert details["confusion"] == [[1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
+    table = [(row["label"], row["precision"], row["recall"], row["support"]) for row in details["per_class"]]
+    assert table == [("a", 1, 1 / 2, 2), ("b", 2 / 3, 1, 2), ("c", 0, 0, 1), ("d", 0, 0, 0), ("e", 0, 0, 0)]
+    assert [row["f1"] for row in details["per_class"]] == pytest.approx([f1_a, f1_b, 0, 0, 0])
+
+
+def test_calibration_error_counted_by_hand():
+    """Two rows 95 % sure, one of them right: gap 0.45 each. One row 55 % sure and right: gap 0.45."""
+    two = Labels("one", ("no", "yes"))
+    outcomes = classes([[0.95, 0.05], [0.05, 0.95], [0.45, 0.55]], [0, 0, 1])
+    values, details = measured("sequence", two, outcomes)
+    assert values["calibration_error"] == pytest.approx((2 * 0.45 + 1 * 0.45) / 3, abs=1e-6)  # float32 logits
+    bins = details["reliability"]
+    assert [row["count"] for row in bins] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert bins[9]["confidence"] == pytest.approx(0.95, abs=1e-6)
+    assert bins[9]["accuracy"] == 0.5
+    assert bins[0] == {"confidence": None, "accuracy": None, "count": 0}
+
+
+def test_area_under_the_curve_counted_by_hand():
+    """Of the four pairs of a positive and a negative two are in order, one is not, one is tied."""
+    two = Labels("one", ("no", "yes"))
+    outcomes = classes([[0.1, 0.9], [0.6, 0.4], [0.4, 0.6], [0.6, 0.4]], [1, 1, 0, 0])
+    values, details = measured("sequence", two, outcomes)
+    assert values["roc_auc"] == pytest.approx(2.5 / 4)
+    at = {round(point["threshold"], 2): point for point in details["threshold"]}
+    assert len(at) == 99
+    assert at[0.5] == pytest.approx({"threshold": 0.5, "precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2})
+    assert at[0.95] == pytest.approx({"threshold": 0.95, "precision": 0, "recall": 0, "f1": 0})
+
+
+def test_area_under_the_curve_of_one_class_is_not_defined():
+    two = Labels("one", ("no", "yes"))
+    measures, _ = score("sequence", two, classes([[0.1, 0.9]], [1]), task="classify", majority=None, mean=None)
+    assert all(math.isnan(measures["roc_auc"][end]) for end in ("value", "low", "high"))
+
+
+# Any number of classes a row
+
+
+def test_sets_of_classes_counted_by_hand():
+    """3 right of 4 found and 4 true. a: F1 1. b: 1 right, 2 found, 1 true. c: 0 of 0 found and 1. d: neither."""
+    many = Labels("many", ("a", "b", "c", "d"))
+    chances = [[0.9, 0.8, 0.1, 0.1], [0.7, 0.6, 0.2, 0.1], [0.2, 0.1, 0.1, 0.1]]
+    outcomes = sets(chances, [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    values, details = measured("sequence", many, outcomes)
+    assert values["micro_f1"] == pytest.approx(2 * 3 / (4 + 4))
+    assert values["macro_f1"] == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)  # every class counts, as in scikit-learn
+    assert values["exact_rows"] == pytest.approx(2 / 3)
+    assert [row["support"] for row in details["per_class"]] == [2, 1, 1, 0]
+
+
+# Numbers
+
+
+def test_numbers_counted_by_hand():
+    values, details = measured("sequence", Labels("number"), numbers([1, 3, 2, 4], [1, 2, 3, 4]), mean=2.0)
+    assert values["mse"] == pytest.approx((0 + 1 + 1 + 0) / 4)
+    assert values["baseline_mse"] == pytest.approx((1 + 0 + 1 + 4) / 4)
+    assert values["spearman"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 0) / (4 * (16 - 1)))
+    assert details["scatter"] == [[1, 1], [2, 3], [3, 2], [4, 4]]
+
+
+def test_rank_correlation_of_a_constant_is_not_defined(recwarn):
+    values, _ = measured("sequence", Labels("number"), numbers([2, 2, 2], [1, 2, 3]))
+    assert math.isnan(values["spearman"])
+    assert not recwarn.list
+
+
+def test_scatter_shows_five_hundred_rows_evenly():
+    _, details = measured("sequence", Labels("number"), numbers(range(2000), range(2000)))
+    assert len(details["scatter"]) == 500
+    assert details["scatter"][0] == [0, 0]
+    assert details["scatter"][-1] == [1999, 1999]
+
+
+# Tags
+
+TAGS = Labels("tags", ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"))
+OUT, BP, IP, BL, IL = range(5)
+
+
+def test_spans_counted_by_hand():
+    """True: PER 0–1, LOC 3, PER 0. Found: PER 0–1, PER 3, LOC 0–1. One of three is right both ways."""
+    outcomes = tokens([[BP, IP, OUT, BP], [BL, IL]], [[BP, IP, OUT, BL], [BP, OUT]])
+    values, details = measured("tokens", TAGS, outcomes, task="tag")
+    assert (values["span_precision"], values["span_recall"], values["span_f1"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert values["tag_accuracy"] == pytest.approx(3 / 6)
+    assert details["per_type"] == [
+        {"type": "LOC", "precision": 0, "recall": 0, "f1": 0, "support": 1},
+        {"type": "PER", "precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2},
+    ]
+
+
+FIXTURES = {
+    "IOB2": ([["B-A", "I-A", "B-A", "O", "B-B"]], [["B-A", "I-A", "I-A", "O", "B-B"]]),
+    "IOB1": ([["I-A", "I-A", "B-A", "O", "I-B"]], [["I-A", "I-A", "I-A", "O", "I-B"]]),
+    "a type changes inside a span": ([["B-A", "I-B", "I-B"]], [["B-A", "I-A", "I-B"]]),
+    "IOBES": ([["B-A", "E-A", "S-B", "O"]], [["B-A", "I-A", "S-B", "O"]]),
+    "without types": ([["B", "I", "O", "B"]], [["B", "I", "O", "O"]]),
+    "nothing true": ([["O", "O"]], [["B-A", "O"]]),
+    "nothing found": ([["B-A", "O"]], [["O", "O"]]),
+    "neither": ([["O", "O"]], [["O", "O"]]),
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.filterwarnings("ignore")  # seqeval's own remarks on what is not defined
+def test_spans_are_those_of_seqeval(name):
+    true, found = FIXTURES[name]
+    names = tuple(dict.fromkeys(tag for row in [*true, *found] for tag in [*row, "B-A"]))
+    ids = [[[names.index(tag) for tag in row] for row in rows] for rows in (found, true)]
+    values, details = measured("tokens", Labels("tags", names), tokens(*ids), task="tag")
+    assert values["span_f1"] == f1_score(true, found)
+    assert values["span_precision"] == precision_score(true, found)
+    assert values["span_recall"] == recall_score(true, found)
+    report = classification_report(true, found, output_dict=True) if details["per_type"] else {}
+    for row in details["per_type"]:
+        assert row["f1"] == report[row["type"]]["f1-score"]
+
+
+def test_tags_that_are_no_spans_are_scored_one_by_one():
+    """N: 2 right, 3 found, 2 true. V: 1 right, 1 found, 2 true."""
+    outcomes = tokens([[0, 1], [0, 0]], [[0, 1], [0, 1]])
+    values, details = measured("tokens", Labels("tags", ("N", "V", "X")), outcomes, task="tag")
+    assert values["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert values["tag_accuracy"] == pytest.approx(3 / 4)
+    assert "span_f1" not in values
+    assert [row["type"] for row in details["per_type"]] == ["N", "V", "X"]
+
+
+# Every statistic is its library's number on the rows that were drawn
+
+
+def cases():
+    draw = np.random.default_rng(3)
+    num = 40
+    sums = {"losses": draw.exponential(size=num), "counts": draw.integers(1, 9, num), "num_bytes": [7] * num}
+    lengths = draw.integers(1, 9, num)
+    rows = [draw.integers(0, 5, n) for n in lengths]
+    guesses = [np.where(draw.random(len(row)) < 0.6, row, draw.integers(0, 5, len(row))) for row in rows]
+    yield "tokens", ("next_token", None, tokens(guesses, rows, **sums), "text", None, None)
+    yield "spans", ("tokens", TAGS, tokens(guesses, rows, **sums), "tag", None, None)
+    yield "tags", ("tokens", Labels("tags", tuple("NVADX")), tokens(guesses, rows, **sums), "tag", None, None)
+    for num_classes in (2, 12):  # with 12 many a resample lacks a class
+        chances = draw.dirichlet(np.ones(num_classes), num).round(2) + 1e-3  # rounded: some are tied
+        true = draw.integers(0, num_classes, num)
+        labels = Labels("one", tuple(f"c{i}" for i in range(num_classes)))
+        yield f"{num_classes} classes", ("sequence", labels, classes(chances, true), "classify", 1, None)
+    chances = draw.uniform(0.05, 0.95, (num, 6))
+    many = Labels("many", tuple("abcdef"))
+    yield "sets", ("sequence", many, sets(chances, draw.integers(0, 2, (num, 6))), "classify", None, None)
+    true, predicted = draw.integers(0, 9, num), draw.integers(0, 9, num)
+    yield "numbers", ("sequence", Labels("number"), numbers(predicted, true), "classify", None, 3.5)
+
+
+CASES = dict(cases())
+
+
+def estimates(case, outcomes):
+    head, labels, _, task, majority, mean = case
+    return score(head, labels, outcomes, task=task, majority=majority, mean=mean)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_statistic_is_the_value_on_the_rows_drawn(monkeypatch, name):
+    monkeypatch.setattr(scores, "intervals", lambda num, measures: measures)
+    case = CASES[name]
+    outcomes = case[2]
+    num = len(outcomes)
+    weights_RI = np.concatenate([np.ones((1, num)), next(iter(resamples(num)))[:12]])
+    of_all = {key: statistic(weights_RI) for key, (_, statistic) in estimates(case, outcomes).items()}
+    for r, weights_I in enumerate(weights_RI):
+        of_drawn = estimates(case, drawn(outcomes, np.repeat(np.arange(num), weights_I.astype(int))))
+        expected = {key: value for key, (value, _) in of_drawn.items()}
+        # 1e-12: the same sums in another order
+        assert {key: values_R[r] for key, values_R in of_all.items()} == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_thousand_rows_of_21_classes_take_less_than_a_second():
+    draw = np.random.default_rng(0)
+    outcomes = classes(draw.dirichlet(np.ones(21), 1000), draw.integers(0, 21, 1000))
+    labels = Labels("one", tuple(map(str, range(21))))
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        measured("sequence", labels, outcomes, majority=0)
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1
+
+
+# What is kept of each row
+
+
+def test_facts_of_rows_by_head():
+    def facts(head, labels, outcomes):
+        return [
+            {k: v for k, v in row.items() if k not in ("loss", "count")} for row in row_facts(head, labels, outcomes)
+        ]
+
+    assert facts("next_token", None, tokens([[5, 6]], [[5, 7]])) == [{"correct": 1}]
+    assert facts("tokens", TAGS, tokens([[OUT, BP]], [[OUT, BL]])) == [
+        {"tags": ["O", "B-LOC"], "predicted": ["O", "B-PER"]}
+    ]
+    assert facts("sequence", Labels("number"), numbers([2], [1])) == [{"value": 1, "predicted": 2}]
+    [one] = facts("sequence", FIVE, classes(CERTAIN[[3]], [1]))
+    assert one == {"label": "b", "predicted": "d", "probability": pytest.approx(0.96, abs=1e-6)}
+    [many] = facts("sequence", Labels("many", ("a", "b")), sets([[0.9, 0.2]], [[1, 1]]))
+    assert many == {"label": ["a", "b"], "predicted": ["a"], "probability": [pytest.approx(0.9, abs=1e-6)]}
+
+
+def test_facts_start_with_loss_and_count():
+    outcomes = outcomes_of([np.array([1])], [np.array([1])], losses=[0.5], counts=[2.0])
+    assert list(row_facts("next_token", None, outcomes)) == [{"loss": 0.5, "count": 2.0, "correct": 1}]
