@@ -17,7 +17,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile, Limits
-from tunesmith.types import Example, Problem
+from tunesmith.types import Example, Problem, TaskName
 
 Record = Mapping[str, Any]
 
@@ -84,13 +84,15 @@ def rows_in(path: Path, *, limits: Limits | None = None) -> tuple[list[tuple[int
     return rows, problems
 
 
-def examples_in(*paths: Path, **knobs: Any) -> tuple[list[Example], list[Problem]]:
+def examples_in(
+    *paths: Path, task: TaskName | None = None, answered: bool = True, **knobs: Any
+) -> tuple[list[Example], list[Problem]]:
     """Examples of files, and everything said about them. `knobs` are those of the section `data`."""
     data = Data(train=tuple(DataFile(path=str(path)) for path in paths), **knobs)
     found: list[Example] = []
     problems: list[Problem] = []
     try:
-        found += [example for _, example in examples(data.train, data, problems.append)]
+        found += [example for _, example in examples(data.train, data, problems.append, task=task, answered=answered)]
     except DataError as error:
         problems += error.problems
     return found, problems

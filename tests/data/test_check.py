@@ -196,7 +196,7 @@ def test_tokens_are_counted_as_the_renderer_counts_them(tmp_path: Path):
     rows = [pair("Hello there", "x " * n) for n in (1, 20, 300)]
     report = check(data_of(put(tmp_path, "a.jsonl", json_lines(rows))), renderer=renderer())
     examples, _ = examples_in(tmp_path / "a.jsonl")
-    encoded = [row for row in renderer().encode(examples) if isinstance(row, Row)]
+    encoded = [row for rows in renderer().encode(examples) for row in rows if isinstance(row, Row)]
     lengths = [len(row.ids) for row in encoded]
     stats = report.tokens["train"]
     assert (stats.rows, stats.tokens, stats.longest) == (3, sum(lengths), max(lengths))
@@ -238,10 +238,10 @@ def test_rows_are_encoded_a_few_at_a_time(tmp_path: Path):
         tokenizer = tiny_tokenizer()
         largest = 0
 
-        def encode(self, examples: Sequence[Example], *, on_warning: Any = None) -> list[Row | list[Problem]]:
+        def encode(self, examples: Sequence[Example], *, on_warning: Any = None) -> list[list[Row]]:
             self.largest = max(self.largest, len(examples))
             one = np.ones(2, np.int32)
-            return [Row(one, one.astype(np.bool_), example.source) for example in examples]
+            return [[Row(one, one.astype(np.bool_), example.source)] for example in examples]
 
     counting = Counting()
     report = check(

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
-from tunesmith.data.examples import content_hash, held_out_mask, is_held_out, split_note
+from tunesmith.data.examples import content_hash
+from tunesmith.data.split import held_out_mask, is_held_out, split_note
 from tunesmith.errors import RecipeError
-from tunesmith.types import Example, Part, Source
+from tunesmith.types import Example, Part, Source, TaskName
 
 PAIR = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -118,10 +119,111 @@ def test_columns_that_no_shape_has_are_refused(columns: dict[str, str], hint: st
     assert hint in str(refused.value)
 
 
-def test_fields_of_no_shape_get_a_proposal(tmp_path: Path):
-    path = put(tmp_path, "rows.jsonl", json_lines([{"document": "a", "summary": "b"}]))
+@pytest.mark.parametrize(
+    ("row", "task", "columns"),
+    [
+        ({"question": "a", "answer": "b"}, None, "{prompt: question, completion: answer}"),
+        ({"article": "a", "highlights": "b"}, None, "{document: article, summary: highlights}"),
+        ({"article": "a", "highlights": "b"}, "summarize", "{document: article, summary: highlights}"),
+        ({"sentence": "a", "label": "b"}, None, "{text: sentence}"),
+        ({"review": "a", "category": "b"}, "classify", "{text: review, label: category}"),
+        ({"sentence": ["a"], "ner_tags": [1]}, None, "{tokens: sentence, tags: ner_tags}"),
+        ({"body": "a"}, "text", "{text: body}"),
+    ],
+)
+def test_fields_of_no_shape_get_a_proposal(row: dict[str, Any], task: TaskName | None, columns: str, tmp_path: Path):
+    _, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])), task=task)
+    assert (problem.code, problem.fix) == ("unknown_shape", f"Did you mean data.columns: {columns}?")
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "fix"),
+    [
+        ({"text": "a", "label": "b"}, "chat", "Set task: classify."),
+        (PAIR, "classify", "Set data.columns: {text: prompt, label: completion}, or task: chat or generate."),
+        (PAIR, "summarize", "Set data.columns: {document: prompt, summary: completion}, or task: chat or generate."),
+        (CHAT, "tag", "Set task: chat or generate."),
+        ({"text": "a"}, "classify", "Set task: text."),
+        ({"text": "a", "category": "b"}, "classify", "Set data.columns: {label: category}, or task: text."),
+    ],
+)
+def test_rows_of_another_task_are_said_to_be_that(row: dict[str, Any], task: TaskName, fix: str, tmp_path: Path):
+    _, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])), task=task)
+    assert (problem.code, problem.fix) == ("other_task", fix)
+
+
+def test_the_task_decides_between_shapes_that_share_fields(tmp_path: Path):
+    path = put(tmp_path, "rows.csv", comma_separated([{"text": "a", "label": "b"}]))
+    (example,), problems = examples_in(path)
+    assert (example.shape, example.labels, problems) == ("text_label", ("b",), [])
+    (example,), (problem,) = examples_in(path, task="text")
+    assert (example.shape, example.labels) == ("text", ())
+    assert (problem.code, problem.fix) == ("ignored_fields", "For classes of texts: task: classify.")
+    path = put(tmp_path, "rows.csv", comma_separated([{"text": "a", "topic": "b"}]))
     _, (problem,) = examples_in(path)
-    assert "data.columns: {prompt: document, completion: summary}" in problem.fix
+    assert problem.fix == "For classes of texts: task: classify, data.columns: {label: topic}."
+
+
+def test_a_row_without_its_label_is_no_row_of_another_shape(tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{"text": "a", "label": "b"}, {"text": "c"}]))
+    assert said(examples_in(path)[1]) == [("missing_field", 2)]
+
+
+def test_labels_are_lists_in_every_row_of_a_file_or_in_none(tmp_path: Path):
+    rows = [{"text": "a", "label": ["x"]}, {"text": "b", "label": "x"}, {"text": "c", "label": []}]
+    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
+    assert [example.labels for example in found] == [("x",), ()]
+    assert said(problems) == [("mixed_labels", 2)]
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "texts"),
+    [
+        ({"text": "a", "label": ""}, "classify", ["a"]),
+        ({"text": "a"}, "classify", ["a"]),
+        ({"document": "a"}, "summarize", ["a"]),
+        ({"tokens": ["a", "b"]}, "tag", ["a", "b"]),
+        ({"prompt": "a"}, "generate", ["a"]),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "chat", ["a"]),
+        ({"instruction": "a", "input": "b"}, "chat", ["a\n\nb"]),
+        ({"instruction": "a", "output": "b"}, "chat", ["a"]),
+        (CHAT, "chat", ["a"]),
+        ({"messages": CHAT["messages"][:1]}, "chat", ["a"]),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "chat", ["a"]),
+        ({"text": ""}, "text", [""]),
+    ],
+)
+def test_without_answers_an_example_is_what_a_prediction_is_made_from(
+    row: dict[str, Any], task: TaskName, texts: list[str], tmp_path: Path
+):
+    path = put(tmp_path, "rows.jsonl", json_lines([row]))
+    (example,), problems = examples_in(path, task=task, answered=False)
+    assert [part.text for part in example.parts] == texts
+    assert (example.labels, example.many) == ((), False)
+    assert errors(problems) == []
+
+
+def test_a_chat_that_nobody_asks_anything_in_cannot_be_answered(tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{"messages": [{"role": "assistant", "content": "a"}]}]))
+    assert errors(examples_in(path, task="chat", answered=False)[1]) == [("no_question", 1)]
+
+
+@pytest.mark.parametrize(
+    ("tags", "said_of"),
+    [
+        (["O", "I-PER"], "word 2 has the tag 'I-PER' after 'O'"),
+        (["B-PER", "I-LOC"], "word 2 has the tag 'I-LOC' after 'B-PER'"),
+        (["B-", "O"], "word 1 has the tag 'B-'"),
+        (["B-PER", "I-PER"], None),
+        (["NOUN", "VERB"], None),
+    ],
+)
+def test_spans_that_begin_oddly_are_remarked_on(tags: list[str], said_of: str | None, tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{"tokens": ["a", "b"], "tags": tags}]))
+    found, problems = examples_in(path)
+    assert len(found) == 1
+    assert [(problem.code, problem.severity) for problem in problems] == [("odd_tag", "warning")] * bool(said_of)
+    assert all(said_of in problem.message for problem in problems if said_of)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +288,20 @@ def test_hash_does_not_follow_where_a_row_stands():
     swapped = Part("user", "a", False, {"x": {"q": 2, "p": 1}, "name": "n"}), BASE[1]
     moved = Example(swapped, Source("other.csv", 99), "sharegpt")
     assert content_hash(moved) == content_hash(an_example(*BASE))
+
+
+def test_hash_follows_labels_and_stays_the_same_without():
+    text = (Part("text", "a", False),)
+    some = [((), False), (("b",), False), (("c",), False), ((), True), (("b",), True), (("b", "c"), True)]
+    hashes = [
+        content_hash(Example(text, Source("x", 1), "text_label", labels=names, many=many)) for names, many in some
+    ]
+    assert len(set(hashes)) == len(some)
+    assert hashes[0] == content_hash(an_example(*text))  # the hash of rows that have none
+    turned = Example(text, Source("x", 1), "text_label", labels=("c", "b"), many=True)
+    assert content_hash(turned) == hashes[-1]  # classes of one row have no order
+    tags = [Example(text * 2, Source("x", 1), "tokens_tags", labels=tags) for tags in (("b", "c"), ("c", "b"))]
+    assert content_hash(tags[0]) != content_hash(tags[1])
 
 
 def stays_when_rows_are_added(held_out: Callable[[list[str]], dict[str, bool]]) -> None:

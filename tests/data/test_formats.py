@@ -37,13 +37,25 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
     "alpaca": {"instruction": "Hi", "output": "Hello."},
     "prompt_completion": {"prompt": "Hi", "completion": "Hello."},
+    "text": {"text": "Hi"},
+    "document_summary": {"document": "Hi", "summary": "Hello."},
+    "text_label": {"text": "Hi", "label": "greeting", "text_pair": "Hello."},
+    "tokens_tags": {"tokens": ["Hi", "Ann"], "tags": ["O", "B-PER"]},
+}
+PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
+    "text": [("text", "Hi", True)],
+    "document_summary": [("document", "Hi", False), ("summary", "Hello.", True)],
+    "text_label": [("text", "Hi", False), ("text_pair", "Hello.", False)],
+    "tokens_tags": [("word", "Hi", False), ("word", "Ann", False)],
 }
 
 
 @pytest.mark.parametrize("shape", FORMATS)
 def test_every_shape_is_found_by_its_fields_and_gives_parts(shape: Shape):
     assert find_shape(GOOD[shape]) == shape
-    assert turns(parsed(shape, GOOD[shape])) == [("user", "Hi", False), ("assistant", "Hello.", True)]
+    expected = PARTS.get(shape, [("user", "Hi", False), ("assistant", "Hello.", True)])
+    assert turns(parsed(shape, GOOD[shape])) == expected
+    assert set(FORMATS[shape].INPUTS) <= set(FORMATS[shape].REQUIRED)
     assert set(GOOD[shape]) <= set(FORMATS[shape].FIELDS) <= set(FIELDS)
 
 
@@ -53,8 +65,9 @@ def test_every_shape_is_found_by_its_fields_and_gives_parts(shape: Shape):
 )
 def test_no_value_in_any_field_ends_in_an_exception(shape: Shape, value: Any):
     for field in FORMATS[shape].FIELDS:
-        found = FORMATS[shape].parse({**GOOD[shape], field: value}, SOURCE)
-        assert isinstance(found, Example) or found
+        for answered in (True, False):
+            found = FORMATS[shape].parse({**GOOD[shape], field: value}, SOURCE, answered=answered)
+            assert isinstance(found, Example) or found
 
 
 def test_fields_of_no_shape_are_no_shape():
@@ -253,6 +266,76 @@ def test_missing_field_names_the_way_out():
         "rows.jsonl:7: missing_field: completion is missing. "
         "Give it, or name the field you have by data.columns: {completion: ...}."
     )
+
+
+# texts and labels
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "many"),
+    [
+        ("eye", ("eye",), False),
+        (" eye ", (" eye ",), False),
+        (2, ("2",), False),
+        (-1, ("-1",), False),
+        (0.5, ("0.5",), False),
+        (2.0, ("2.0",), False),
+        (1e-7, ("1e-07",), False),
+        (True, ("true",), False),
+        (["b", "a"], ("b", "a"), True),
+        ([1, False], ("1", "false"), True),
+        ([], (), True),
+    ],
+)
+def test_a_label_is_text_as_it_is_written(label: Any, labels: tuple[str, ...], many: bool):
+    example = parsed("text_label", {"text": "a", "label": label})
+    assert (example.labels, example.many, example.plain) == (labels, many, False)
+
+
+@pytest.mark.parametrize(
+    ("label", "code", "message"),
+    [
+        ("", "bad_label", "label is empty."),
+        (" \n", "bad_label", "label is empty."),
+        (None, "missing_field", "label is null."),
+        (float("nan"), "bad_label", "label is nan."),
+        ({"a": 1}, "wrong_type", "label is an object, expected text or a number."),
+        (["a", ""], "bad_label", "label[1] is empty."),
+        (["a", None], "bad_label", "label[1] is null."),
+        (["a", "b", "a"], "bad_label", "label names 'a' twice."),
+        ([["a"]], "wrong_type", "label[0] is a list, expected text or a number."),
+    ],
+)
+def test_a_label_that_names_no_class_is_refused(label: Any, code: str, message: str):
+    (problem,) = problems("text_label", {"text": "a", "label": label})
+    assert (problem.code, problem.message) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "ragged_tags"),
+        ({"tokens": [], "tags": []}, "no_text"),
+        ({"tokens": "a b", "tags": ["O", "O"]}, "wrong_type"),
+        ({"tokens": ["a", 1], "tags": ["O", "O"]}, "wrong_type"),
+        ({"tokens": ["a"], "tags": [None]}, "bad_label"),
+        ({"tokens": ["a"], "tags": None}, "missing_field"),
+    ],
+)
+def test_each_word_has_one_tag(row: dict[str, Any], code: str):
+    (problem,) = problems("tokens_tags", row)
+    assert problem.code == code
+
+
+def test_tags_may_be_numbers():
+    assert parsed("tokens_tags", {"tokens": ["a", "b"], "tags": [0, 7]}).labels == ("0", "7")
+
+
+def test_a_document_without_text_and_an_empty_summary_teach_nothing():
+    assert [problem.code for problem in problems("text", {"text": " \n"})] == ["no_text"]
+    assert [problem.code for problem in problems("document_summary", {"document": "a", "summary": ""})] == [
+        "empty_answer"
+    ]
 
 
 def test_a_row_with_a_million_problems_lists_fifty():

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.check_report import CheckReport, FileReport, Pairs, Side, Span, TokenStats, spans_of, token_stats
-from tunesmith.data.examples import content_hash, examples, held_out_mask, split_note
+from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.opening import FileFacts
+from tunesmith.data.split import held_out_mask, split_note
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, Problem, Row, Shape, Source
@@ -39,7 +40,7 @@ class Encodes(Protocol):
 
     def encode(
         self, examples: Sequence[Example], *, on_warning: Callable[[Problem], None] | None = None
-    ) -> list[Row | list[Problem]]: ...
+    ) -> Sequence[Sequence[Row] | Sequence[Problem]]: ...
 
 
 def check(
@@ -137,22 +138,25 @@ class _Check:
         """Remember what is usable of some examples. Returns how many are."""
         side = self._files[index][0]
         rows = self._rows[side]
-        encoded: Sequence[Row | list[Problem] | None] = [None] * len(chunk)
+        encoded: Sequence[Sequence[Row] | Sequence[Problem]] = [()] * len(chunk)
         if self._renderer is not None:
             encoded = self._renderer.encode(chunk, on_warning=self._hear)
         usable = 0
-        for example, row in zip(chunk, encoded, strict=True):
-            if isinstance(row, list):
-                for problem in row:
-                    self._hear(problem)
+        for example, result in zip(chunk, encoded, strict=True):
+            bad = [problem for problem in result if isinstance(problem, Problem)]
+            for problem in bad:
+                self._hear(problem)
+            if bad:
                 continue
             usable += 1
             rows.hashes.append(content_hash(example))
             rows.files.append(index)
             rows.lines.append(example.source.line)
-            if row is not None:
+            for row in result:
+                assert isinstance(row, Row)
                 rows.lengths.append(len(row.ids))
-                rows.targets.append(int(row.trained[1:].sum()))
+                trained = row.trained if row.labels is not None else row.trained[1:]
+                rows.targets.append(int(trained.sum()))
                 if side == "train" and len(self._first_rows) < FIRST_ROWS:
                     self._first_rows.append(self._spans(row))
         return usable

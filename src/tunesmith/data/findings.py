@@ -40,6 +40,13 @@ class Findings:
             self.wrong_type(key, value, "text")
         return ""
 
+    def answer(self, record: dict[str, Any], key: str) -> str:
+        """The text of a field that is trained and so must not be empty."""
+        text = self.text(record, key)
+        if isinstance(record.get(key), str) and not text.strip():
+            self.add("empty_answer", f"{key} is empty.", "Write it, or remove the row.")
+        return text
+
     def optional_text(self, record: dict[str, Any], key: str) -> str:
         """The text of a field that may be missing or null: then ""."""
         return "" if record.get(key) is None else self.text(record, key)

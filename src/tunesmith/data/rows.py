@@ -11,8 +11,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import examples, held_out_mask, split_note
+from tunesmith.data.examples import examples
 from tunesmith.data.render import Renderer
+from tunesmith.data.split import held_out_mask, split_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic

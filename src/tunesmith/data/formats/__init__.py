@@ -6,18 +6,47 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from tunesmith.data.formats import alpaca, messages, prompt_completion, sharegpt
-from tunesmith.types import Shape
+from tunesmith.data.formats import (
+    alpaca,
+    document_summary,
+    messages,
+    prompt_completion,
+    sharegpt,
+    text,
+    text_label,
+    tokens_tags,
+)
+from tunesmith.types import Shape, TaskName
 
 FORMATS: Mapping[Shape, ModuleType] = {
-    module.NAME: module for module in (messages, sharegpt, alpaca, prompt_completion)
+    module.NAME: module
+    for module in (messages, sharegpt, alpaca, prompt_completion, document_summary, text_label, tokens_tags, text)
 }
-"""Each has NAME, FIELDS it knows, those REQUIRED, matches(record) and parse(record, source). The first match counts."""
+"""Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
+parse(record, source, answered=). The first match counts."""
 
 FIELDS = tuple(dict.fromkeys(field for module in FORMATS.values() for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 
+_CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
+SHAPES: Mapping[TaskName, tuple[Shape, ...]] = {
+    "chat": _CHATS,
+    "generate": _CHATS,  # of which it takes those that are plain pairs, and says so row by row
+    "text": ("text",),
+    "summarize": ("document_summary",),
+    "classify": ("text_label",),
+    "tag": ("tokens_tags",),
+}
+"""What a file is looked through for, by task."""
 
-def find_shape(record: Mapping[str, Any]) -> Shape | None:
-    """The shape whose fields a row has; None if it has those of no shape."""
-    return next((name for name, module in FORMATS.items() if module.matches(record)), None)
+
+def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
+    """The shape whose fields a row has, of those that `task` learns from; None if it has those of no shape.
+
+    Without answers, the fields that are enough to predict decide.
+    """
+    for name in SHAPES[task] if task else FORMATS:
+        module = FORMATS[name]
+        if module.matches(record) if answered else all(field in record for field in module.INPUTS):
+            return name
+    return None

@@ -176,7 +176,7 @@ def tools_of(record: Mapping[str, Any], found: Findings) -> tuple[Mapping[str, A
     return tuple(tools)
 
 
-def check_order(parts: Sequence[Part], found: Findings, *, place: str = "messages") -> None:
+def check_order(parts: Sequence[Part], found: Findings, *, place: str = "messages", answered: bool = True) -> None:
     """Problems of the order in which roles stand, and of a row in which nothing is to be learnt."""
     roles = [part.role for part in parts]
     for i, role in enumerate(roles):
@@ -198,12 +198,22 @@ def check_order(parts: Sequence[Part], found: Findings, *, place: str = "message
             "Add the user's message, or set the weight of the answer to 0.",
         )
     _check_ids(parts, found, place)
-    if "" in roles or found.problems:
+    if "" in roles or found.problems or not answered:
         return
     if "assistant" not in roles:
         found.add("no_answer", "it has no message of the assistant: there is nothing to learn.", "Add one.")
     elif not any(part.trained for part in parts):
         found.add("no_target", "the weight of every answer is 0: there is nothing to learn.", "Remove the row.")
+
+
+def without_answer(parts: Sequence[Part], found: Findings) -> list[Part]:
+    """The turns up to the last answer, which is to be given anew: what a prediction is asked from."""
+    end = len(parts)
+    while end and parts[end - 1].role == "assistant":
+        end -= 1
+    if not end and not found.problems:
+        found.add("no_question", "it has no message that could be answered.", "Add the user's message.")
+    return list(parts[:end])
 
 
 def _check_ids(parts: Sequence[Part], found: Findings, place: str) -> None:

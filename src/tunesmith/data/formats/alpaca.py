@@ -10,28 +10,27 @@ from tunesmith.types import Example, Part, Problem, Shape, Source
 NAME: Shape = "alpaca"
 FIELDS = ("instruction", "input", "output", "system", "history")
 REQUIRED = ("instruction", "output")
+INPUTS = ("instruction",)
 
 
 def matches(record: dict[str, Any]) -> bool:
     return "instruction" in record
 
 
-def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: instruction, a blank line and input are the user's message; the output is trained.
 
     Answers in `history` are trained too.
     """
     found = Findings(source)
     instruction = found.text(record, "instruction")
-    output = found.text(record, "output")
     extra = found.optional_text(record, "input")
     system = found.optional_text(record, "system")
     parts = [Part("system", system, False)] if system else []
     parts += _history(record.get("history"), found)
-    if isinstance(record.get("output"), str) and not output.strip():
-        found.add("empty_answer", "output is empty.", "Write it, or remove the row.")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
-    parts += [Part("user", question, False), Part("assistant", output, True)]
+    parts.append(Part("user", f"{instruction}\n\n{extra}" if extra else instruction, False))
+    if answered:
+        parts.append(Part("assistant", found.answer(record, "output"), True))
     return found.problems or Example(tuple(parts), source, NAME)
 
 

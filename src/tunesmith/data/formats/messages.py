@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.data.findings import Findings
-from tunesmith.data.formats._turns import check_order, parts_of, tools_of
+from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.types import Example, Problem, Shape, Source
 
 NAME: Shape = "messages"
 FIELDS = ("messages", "tools")
 REQUIRED = ("messages",)
+INPUTS = ("messages",)
 
 
 def matches(record: dict[str, Any]) -> bool:
     return "messages" in record
 
 
-def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
-    """The example of one row; every answer whose weight is not 0 is trained."""
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row; every answer whose weight is not 0 is trained. Not `answered`: up to its last answer."""
     found = Findings(source)
     if record.get("messages") is None:
         found.add("missing_field", "messages is missing or null.", "Remove the row.")
         return found.problems
     tools = tools_of(record, found)
-    parts = parts_of(record["messages"], found)
-    check_order(parts, found)
+    parts = parts_of(record["messages"], found, trained=answered)
+    if not answered:
+        parts = without_answer(parts, found)
+    check_order(parts, found, answered=answered)
     return found.problems or Example(tuple(parts), source, NAME, tools)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.data.findings import Findings, kind_of
@@ -11,30 +12,41 @@ from tunesmith.types import Example, Part, Problem, Shape, Source
 NAME: Shape = "prompt_completion"
 FIELDS = ("prompt", "completion", "tools")
 REQUIRED = ("prompt", "completion")
+INPUTS = ("prompt",)
 
 
 def matches(record: dict[str, Any]) -> bool:
     return "prompt" in record or "completion" in record
 
 
-def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the completion is trained; in messages, its answers are."""
     found = Findings(source)
     prompt, completion = record.get("prompt"), record.get("completion")
     tools = tools_of(record, found)
+    if not answered:
+        return _prompt(prompt, tools, found)
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = parts_of(prompt, found, place="prompt", trained=False)
-        answered = parts_of(completion, found, place="completion")
-        check_order([*asked, *answered], found, place="prompt and completion")
-        return found.problems or Example((*asked, *answered), source, NAME, tools)
+        told = parts_of(completion, found, place="completion")
+        check_order([*asked, *told], found, place="prompt and completion")
+        return found.problems or Example((*asked, *told), source, NAME, tools)
     if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
         message = f"prompt is {kind_of(prompt)}, but completion is {kind_of(completion)}."
         found.add("wrong_type", message, "Both are text, or both are lists of messages.")
         return found.problems
     parts = (
         Part("user", found.text(record, "prompt"), False),
-        Part("assistant", found.text(record, "completion"), True),
+        Part("assistant", found.answer(record, "completion"), True),
     )
-    if isinstance(completion, str) and not completion.strip():
-        found.add("empty_answer", "completion is empty.", "Write it, or remove the row.")
     return found.problems or Example(parts, source, NAME, tools, plain=True)
+
+
+def _prompt(prompt: Any, tools: tuple[Mapping[str, Any], ...], found: Findings) -> Example | list[Problem]:
+    """The example of a prompt that waits for its completion."""
+    if isinstance(prompt, list):
+        asked = parts_of(prompt, found, place="prompt", trained=False)
+        check_order(asked, found, place="prompt", answered=False)
+        return found.problems or Example(tuple(asked), found.source, NAME, tools)
+    parts = (Part("user", found.text({"prompt": prompt}, "prompt"), False),)
+    return found.problems or Example(parts, found.source, NAME, tools, plain=True)

@@ -7,12 +7,13 @@ from typing import Any
 import orjson
 
 from tunesmith.data.findings import Findings
-from tunesmith.data.formats._turns import check_order, parts_of, tools_of
+from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.types import Example, Problem, Shape, Source
 
 NAME: Shape = "sharegpt"
 FIELDS = ("conversations", "system", "tools")
 REQUIRED = ("conversations",)
+INPUTS = ("conversations",)
 ROLES = {
     "human": "user",
     "user": "user",
@@ -34,8 +35,11 @@ def matches(record: dict[str, Any]) -> bool:
     return "conversations" in record
 
 
-def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
-    """The example of one row; every answer whose weight is not 0 is trained, and so is every call of a tool."""
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row; every answer whose weight is not 0 is trained, and so is every call of a tool.
+
+    Not `answered`: up to its last answer.
+    """
     found = Findings(source)
     turns = record.get("conversations")
     if not isinstance(turns, list):
@@ -50,8 +54,11 @@ def parse(record: dict[str, Any], source: Source) -> Example | list[Problem]:
     if found.problems:
         return found.problems
     first = [{"role": "system", "content": system}] if system else []
-    parts = parts_of(first, found) + parts_of(messages, found, place="conversations")
-    check_order(parts, found, place="system and conversations" if system else "conversations")
+    parts = parts_of(first, found) + parts_of(messages, found, place="conversations", trained=answered)
+    if not answered:
+        parts = without_answer(parts, found)
+    place = "system and conversations" if system else "conversations"
+    check_order(parts, found, place=place, answered=answered)
     return found.problems or Example(tuple(parts), source, NAME, tools)
 
 

@@ -1,0 +1,26 @@
+"""Documents and their summaries: {"document": "...", "summary": "..."}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.data.findings import Findings
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "document_summary"
+FIELDS = ("document", "summary")
+REQUIRED = ("document", "summary")
+INPUTS = ("document",)
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "document" in record and "summary" in record
+
+
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: the summary is trained."""
+    found = Findings(source)
+    parts = [Part("document", found.text(record, "document"), False)]
+    if answered:
+        parts.append(Part("summary", found.answer(record, "summary"), True))
+    return found.problems or Example(tuple(parts), source, NAME, plain=True)

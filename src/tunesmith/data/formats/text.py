@@ -1,0 +1,26 @@
+"""Plain documents: {"text": "..."}, or a .txt or .md file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.data.findings import Findings
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "text"
+FIELDS = ("text",)
+REQUIRED = ("text",)
+INPUTS = ("text",)
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "text" in record
+
+
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: all of it is trained."""
+    found = Findings(source)
+    text = found.text(record, "text")
+    if answered and isinstance(record.get("text"), str) and not text.strip():
+        found.add("no_text", "it holds no text: there is nothing to learn.", "Remove it, or set data.bad_rows: skip.")
+    return found.problems or Example((Part("text", text, True),), source, NAME, plain=True)
