@@ -44,13 +44,13 @@ def examples(
     """
     check_columns(data.columns)
     known: list[FileFacts] = [] if facts is None else facts
-    of_file: _FileExamples | None = None
+    of_file: FileExamples | None = None
     index = -1
     for i, record, source in read(files, limits=data.limits, on_problem=on_problem, facts=known):
         if of_file is None or i != index:
             if of_file is not None:
                 of_file.finish()
-            index, of_file = i, _FileExamples(known[-1], data, on_problem, task, answered)
+            index, of_file = i, FileExamples(known[-1], data, on_problem, task, answered)
         example = of_file.example(record, source)
         if example is not None:
             yield i, example
@@ -59,7 +59,7 @@ def examples(
 
 
 @dataclass
-class _FileExamples:
+class FileExamples:
     """The rows of one file on their way to examples."""
 
     facts: FileFacts
@@ -159,7 +159,7 @@ class _FileExamples:
     def _shape(self, record: dict[str, Any], source: Source) -> Shape | None:
         """The shape of a row that is not of the file's shape, or of one before that is known."""
         shape = find_shape(record, task=self.task, answered=self.answered)
-        if self.shape is not None and (shape is None or _KNOWN[shape] < _KNOWN[self.shape]):
+        if self.shape is not None and (shape is None or _KNOWN[shape] <= _KNOWN[self.shape]):
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task)
