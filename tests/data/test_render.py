@@ -18,7 +18,7 @@ from tiny import CHATML, chat, pair, template, tiny_tokenizer
 from tunesmith.data import template as template_module
 from tunesmith.data import tokens as tokens_module
 from tunesmith.data.batch import build_batch
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Encoded, Renderer
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Part, Problem, Row, Source
 
@@ -27,14 +27,15 @@ def renderer(tokenizer: Any, task: Any = "chat", **knobs: Any) -> Renderer:
     return Renderer(tokenizer, task, **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs})
 
 
-def only_row(result: Row | list[Problem]) -> Row:
-    assert isinstance(result, Row), result
-    return result
-
-
-def only_problem(result: Row | list[Problem]) -> Problem:
-    assert isinstance(result, list), result
+def only_row(result: Encoded) -> Row:
     assert len(result) == 1, result
+    assert isinstance(result[0], Row), result
+    return result[0]
+
+
+def only_problem(result: Encoded) -> Problem:
+    assert len(result) == 1, result
+    assert isinstance(result[0], Problem), result
     return result[0]
 
 
@@ -228,11 +229,11 @@ def test_a_model_without_template_is_told_of_data_template() -> None:
 # --- Control tokens in text
 
 
-def assert_structure_only(results: list[Row | list[Problem]], tokenizer: Any) -> None:
+def assert_structure_only(results: list[Encoded], tokenizer: Any) -> None:
     """Whatever becomes a row holds the control tokens of the template alone: two a turn in ChatML."""
-    for result in results:
-        if isinstance(result, Row):
-            control = [i for i in result.ids.tolist() if i in tokenizer.all_special_ids or i in (5, 6)]
+    for row in (item for result in results for item in result):
+        if isinstance(row, Row):
+            control = [i for i in row.ids.tolist() if i in tokenizer.all_special_ids or i in (5, 6)]
             assert len(control) == 2 * 2
 
 
@@ -272,7 +273,6 @@ def test_control_tokens_in_tools_and_nested_fields_are_problems() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": "ends with <|endoftext|>"}}
     example = chat(("user", "a"), ("assistant", "b", {"tool_calls": [call]}), tools=(tool,))
     problems = renderer(tiny_tokenizer(template("qwen3"))).encode([example])[0]
-    assert isinstance(problems, list)
     assert ["messages[1]" in problems[0].message, "tool definition" in problems[1].message] == [True, True]
 
 
@@ -287,7 +287,7 @@ def test_text_that_only_looks_like_a_control_token_is_text() -> None:
 LONG = chat(("user", "Hello " * 100), ("assistant", "fine " * 20))
 
 
-def cut_at(limit: int, **knobs: Any) -> tuple[Row | list[Problem], list[Problem]]:
+def cut_at(limit: int, **knobs: Any) -> tuple[Encoded, list[Problem]]:
     heard: list[Problem] = []
     made = renderer(tiny_tokenizer(), max_tokens=limit, **knobs)
     return made.encode([LONG], on_warning=heard.append)[0], heard
@@ -308,12 +308,12 @@ def test_a_row_of_exactly_the_limit_is_kept_whole() -> None:
     assert kept.ids.tolist() == full.ids.tolist()
 
 
-def assert_cut_answers_are_said(result: Row | list[Problem], heard: list[Problem]) -> None:
+def assert_cut_answers_are_said(result: Encoded, heard: list[Problem]) -> None:
     """A row is named when it lost its targets, and warned of when it lost some."""
-    if isinstance(result, list):
-        assert [problem.code for problem in result] == ["no_target"]
+    if isinstance(result[0], Problem):
+        assert only_problem(result).code == "no_target"
     else:
-        assert result.trained[1:].any()
+        assert only_row(result).trained[1:].any()
         assert [warning.code for warning in heard] == ["cut"]
 
 
@@ -338,7 +338,7 @@ def test_a_row_without_target_is_named_in_the_words_of_the_style_guide() -> None
 def test_a_target_at_the_first_token_is_none_after_the_shift() -> None:
     tokenizer = tiny_tokenizer()
     row = only_row(renderer(tokenizer, "generate").encode([pair("", "a")])[0])
-    assert row.trained.tolist() == [True, True]
+    assert row.trained.tolist() == [False, True]
     problem = only_problem(renderer(tokenizer, "generate", max_tokens=1, too_long="cut").encode([pair("", "a")])[0])
     assert problem.code == "no_target"
 
@@ -352,7 +352,7 @@ def test_a_conversation_without_answer_is_a_problem() -> None:
 def test_silent_cutting_would_be_seen() -> None:
     full = only_row(renderer(tiny_tokenizer()).encode([LONG])[0])
     with pytest.raises(AssertionError):
-        assert_cut_answers_are_said(Row(full.ids[:64], full.trained[:64], full.source), [])
+        assert_cut_answers_are_said([Row(full.ids[:64], full.trained[:64], full.source)], [])
 
 
 # --- Prompt and completion
@@ -425,8 +425,8 @@ def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
 def test_results_stand_in_the_order_of_the_examples() -> None:
     examples = [chat(("user", f"n {i}"), ("assistant", "<s>" if i % 3 == 0 else f"a {i}"), line=i) for i in range(20)]
     results = renderer(tiny_tokenizer()).encode(examples)
-    assert [isinstance(result, list) for result in results] == [i % 3 == 0 for i in range(20)]
-    assert [only_row(r).source for r in results if isinstance(r, Row)] == [
+    assert [isinstance(result[0], Problem) for result in results] == [i % 3 == 0 for i in range(20)]
+    assert [item.source for result in results for item in result if isinstance(item, Row)] == [
         Source("chat.jsonl", i) for i in range(20) if i % 3
     ]
 

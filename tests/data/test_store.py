@@ -65,13 +65,13 @@ def test_rows_are_those_of_the_renderer(tmp_path: Path, files: list[DataFile], m
     store, heard = make(tmp_path / "rows", *files)
     expected = make_renderer().encode([example for _, example in examples(files, Data(), heard.append)])
     assert len(store) == len(expected) == 12
-    for i, row in enumerate(expected):
+    for i, (row,) in enumerate(expected):
         assert isinstance(row, Row)
         found = store.row(i)
         assert (found.ids.tolist(), found.trained.tolist(), found.source) == (
             row.ids.tolist(), row.trained.tolist(), row.source)  # fmt: skip
         assert (found.ids.dtype, found.trained.dtype) == (np.int32, np.bool_)
-        assert (store.lengths[i], store.targets[i]) == (len(row.ids), row.trained[1:].sum())
+        assert (store.lengths[i], store.targets[i]) == (len(row.ids), row.trained.sum())
     assert store.file_index.tolist() == [0] * 7 + [1] * 5
     assert store.lines.tolist() == [*range(1, 8), *range(1, 6)]
     assert str(store.source(8)) == f"{files[1].path}:2"

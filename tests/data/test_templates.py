@@ -47,7 +47,7 @@ def three_turns() -> Example:
 
 def row_of(example: Example, family: str, **knobs: object) -> tuple[Row, object]:
     made, tokenizer = renderer(family, **knobs)
-    row = made.encode([example])[0]
+    row = made.encode([example])[0][0]
     assert isinstance(row, Row), row
     return row, tokenizer
 
@@ -106,7 +106,7 @@ def test_the_end_of_every_answer_is_trained_and_is_a_stop_token(family: str) -> 
     made, tokenizer = renderer(family)
     last_end = "<|im_end|>" if family == "two_ends" else FAMILIES[family][1]
     assert tokenizer.convert_ids_to_tokens(list(made.stop_ids)) == [last_end]  # type: ignore[attr-defined]
-    row = made.encode([three_turns()])[0]
+    row = made.encode([three_turns()])[0][0]
     assert isinstance(row, Row)
     assert_every_answer_ends_in_a_stop(row, made.stop_ids)
 
@@ -114,7 +114,7 @@ def test_the_end_of_every_answer_is_trained_and_is_a_stop_token(family: str) -> 
 # trap: T4
 def test_an_untrained_end_would_be_seen() -> None:
     made, _ = renderer("chatml")
-    row = made.encode([three_turns()])[0]
+    row = made.encode([three_turns()])[0][0]
     assert isinstance(row, Row)
     buggy = Row(row.ids, row.trained & ~np.isin(row.ids, made.stop_ids), row.source)
     with pytest.raises(AssertionError):
@@ -169,7 +169,7 @@ def test_a_trained_empty_think_block_would_be_seen(monkeypatch: pytest.MonkeyPat
 def test_reasoning_is_trained_where_the_template_shows_it_and_its_loss_is_said(as_field: bool) -> None:
     made, tokenizer = renderer("qwen3")
     heard: list[Problem] = []
-    row = made.encode([thinking(as_field=as_field)], on_warning=heard.append)[0]
+    row = made.encode([thinking(as_field=as_field)], on_warning=heard.append)[0][0]
     assert isinstance(row, Row)
     assert runs(row, tokenizer, trained=True) == ["yes<|im_end|>", "<think>\nwell\n</think>\n\nno<|im_end|>"]
     assert [(w.code, "messages[1]" in w.message) for w in heard] == [("not_shown", True)]
@@ -183,7 +183,7 @@ def test_reasoning_that_the_prompt_opens_is_trained_from_its_first_word() -> Non
 def test_a_context_that_serving_would_not_show_is_a_counted_warning() -> None:
     made, _ = renderer("thinks_first")
     heard: list[Problem] = []
-    assert isinstance(made.encode([three_turns()], on_warning=heard.append)[0], Row)
+    assert isinstance(made.encode([three_turns()], on_warning=heard.append)[0][0], Row)
     # The last answer stands behind the <think> that the prompt opens, the earlier ones do not.
     assert [(w.code, w.severity) for w in heard] == [("context_rewritten", "warning")] * 2
     assert ["messages[1]" in heard[0].message, "messages[3]" in heard[1].message] == [True, True]
@@ -192,7 +192,6 @@ def test_a_context_that_serving_would_not_show_is_a_counted_warning() -> None:
 def test_a_template_that_rewrites_an_answer_is_an_error_that_names_row_and_message() -> None:
     made, _ = renderer("rewrites")
     problems = made.encode([three_turns()])[0]
-    assert isinstance(problems, list)
     assert [str(p.source) for p in problems] == ["chat.jsonl:1"]
     assert problems[0].code == "template_ambiguous"
     assert "messages[1] (assistant)" in problems[0].message
@@ -223,7 +222,6 @@ def test_a_tool_call_without_text_is_trained() -> None:
 def test_a_tool_call_that_the_template_does_not_show_is_an_error() -> None:
     made, _ = renderer("chatml")
     problems = made.encode([chat(("user", "Rain?"), ("assistant", "", {"tool_calls": [CALL]}))])[0]
-    assert isinstance(problems, list)
     assert (problems[0].code, problems[0].severity) == ("not_shown", "error")
 
 
@@ -237,10 +235,9 @@ def test_tools_that_the_template_does_not_show_are_a_warning() -> None:
 def test_what_the_template_refuses_is_a_problem_in_its_words() -> None:
     made, _ = renderer("gemma")
     results = made.encode([chat(("system", "Be kind."), ("user", "a"), ("assistant", "b")), three_turns()])
-    assert isinstance(results[0], list)
     assert results[0][0].code == "template_error"
     assert "System role not supported" in results[0][0].message
-    assert isinstance(results[1], Row)
+    assert isinstance(results[1][0], Row)
 
 
 def test_untrained_answers_stay_untrained() -> None:
@@ -264,9 +261,10 @@ TEXTS = st.text(
 def test_any_text_is_trained_exactly_or_named(turns: list[tuple[str, str]], family: str) -> None:
     made, tokenizer = RENDERERS[family]
     messages = [turn for user, answer in turns for turn in (("user", user), ("assistant", answer))]
-    row = made.encode([chat(*messages)])[0]
-    if isinstance(row, list):
-        assert {problem.code for problem in row} <= {"token_boundary", "control_token"}
+    encoded = made.encode([chat(*messages)])[0]
+    row = encoded[0]
+    if isinstance(row, Problem):
+        assert {problem.code for problem in encoded} <= {"token_boundary", "control_token"}
         return
     end = FAMILIES[family][1]
     found = runs(row, tokenizer, trained=True)
@@ -309,7 +307,7 @@ def assert_trained_prompts_are_served_prompts(row: Row, example: Example, tokeni
 def test_trained_prompts_are_served_prompts_for_50_chats(family: str, metaspace: bool) -> None:
     made, tokenizer = renderer(family, metaspace=metaspace)
     chats = random_chats(50)
-    for example, row in zip(chats, made.encode(chats), strict=True):
+    for example, (row,) in zip(chats, made.encode(chats), strict=True):
         assert isinstance(row, Row), row
         assert_trained_prompts_are_served_prompts(row, example, tokenizer)
         assert made.prompt_ids(example.parts[:1]) == row.ids[: int(np.argmax(row.trained))].tolist()
@@ -320,7 +318,7 @@ def test_another_template_at_serving_would_be_seen() -> None:
     made, _ = renderer("chatml")
     served_by = tiny_tokenizer(CHATML.replace("assistant\\n' }}{% endif", "assistant' }}{% endif"), eos="</s>")
     example = random_chats(1)[0]
-    row = made.encode([example])[0]
+    row = made.encode([example])[0][0]
     assert isinstance(row, Row)
     with pytest.raises(AssertionError):
         assert_trained_prompts_are_served_prompts(row, example, served_by)

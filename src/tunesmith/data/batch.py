@@ -4,7 +4,7 @@ Everything about order is a pure function of (lengths, seed, epoch), so any step
 without replaying those before it.
 """
 
-# B rows, T tokens, N targets
+# B rows, T tokens, N targets, U tokens of the decoder
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from tunesmith.types import Batch, Layout, Row
 
 Pass = tuple[int, ...]
 """Row indices that go through the model together."""
+Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
+"""Flat positions that predict, and what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Plan:
         part = self.weights_I - whole
         for weight in np.unique(part[part > 0]):
             members = np.flatnonzero(part == weight)
-            keys = _keys(members, self.seed, epoch, salt=1)
+            keys = sort_keys(members, self.seed, epoch, salt=1)
             extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
             whole[extra] += 1
         return whole
@@ -70,13 +72,13 @@ class Plan:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._last_order.get("epoch") != epoch:  # one epoch serves many steps in a row: the last is kept
             copies = np.repeat(np.arange(len(self.rows_I)), self._copies(epoch))
-            keys = _keys(np.arange(len(copies)), self.seed, epoch, salt=0)
+            keys = sort_keys(np.arange(len(copies)), self.seed, epoch, salt=0)
             self._last_order.update(epoch=epoch, order=copies[np.argsort(keys, kind="stable")])
         order: NDArray[np.int64] = self._last_order["order"]
         return order
 
 
-def _keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:
+def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:
     """One 64-bit sort key an item: splitmix64 of (seed, epoch, item), the same on every platform and numpy release.
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
@@ -116,35 +118,89 @@ def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass:
 
 
 def build_batch(
-    rows: Sequence[Row], row_indices: Sequence[int], *, layout: Layout, device: torch.device | str
+    rows: Sequence[Row],
+    row_indices: Sequence[int],
+    *,
+    layout: Layout,
+    device: torch.device | str,
+    decoder_start: int | None = None,
+    has_types: bool = False,
 ) -> Batch:
-    """The tensors of one pass. The one place where targets are shifted: position t predicts token t + 1 of its row."""
-    lengths = [len(row.ids) for row in rows]
+    """The tensors of one pass. The one place where targets are shifted: position t predicts token t + 1 of its row.
+
+    Rows with labels are not shifted: what they hold is learnt where it stands. An encoder–decoder reads the source,
+    and its decoder `decoder_start` and the target but for its last token. `has_types`: the model tells the two texts
+    of a pair apart by token types.
+    """
+    is_pair = layout == "encoder_decoder"
+    read = [_source(row) if is_pair else row.ids for row in rows]
+    lengths = [len(ids) for ids in read]
     longest = max(lengths)
-    starts = np.cumsum([0, *lengths[:-1]]) if layout == "ragged" else np.arange(len(rows)) * longest
-    predict = [start + np.flatnonzero(row.trained[1:]) for start, row in zip(starts, rows, strict=True)]
-    targets = [row.ids[1:][row.trained[1:]] for row in rows]
     if layout == "ragged":
-        ids = np.concatenate([row.ids for row in rows])[None]
-        positions = np.concatenate([np.arange(n) for n in lengths])[None]
-        mask = None
+        starts = np.cumsum([0, *lengths[:-1]])
+        ids_BT: NDArray[np.generic] = np.concatenate(read)[None]
+        positions_BT = np.concatenate([np.arange(n) for n in lengths])[None]
+        mask_BT = None
     else:
+        starts = np.arange(len(rows)) * longest
+        ids_BT = _padded(read, longest)
+        positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
         # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
-        mask = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
-        ids = np.zeros((len(rows), longest), np.int64)
-        ids[mask.astype(bool)] = np.concatenate([row.ids for row in rows])
-        positions = np.broadcast_to(np.arange(longest), ids.shape)
+        mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
+    decoder_ids_BU, learnt = None, [_learnt(row, int(start)) for row, start in zip(rows, starts, strict=True)]
+    if is_pair:
+        assert decoder_start is not None, "the model does not say which token its decoder starts from"
+        decoder_ids_BU, learnt = _decoder([row.ids[n:] for row, n in zip(rows, lengths, strict=True)], decoder_start)
+    counts = [len(places) for places, _ in learnt]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, np.int64)).to(device, non_blocking=True)
+        whole = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
+        return torch.from_numpy(np.array(whole)).to(device, non_blocking=True)
 
     return Batch(
         layout=layout,
-        ids_BT=tensor(ids),
-        positions_BT=tensor(positions),
-        mask_BT=None if mask is None else tensor(mask),
-        lengths=tuple(lengths),
-        predict_N=tensor(np.concatenate(predict)),
-        targets_N=tensor(np.concatenate(targets)),
+        ids_BT=tensor(ids_BT),
+        positions_BT=tensor(positions_BT),
+        mask_BT=None if mask_BT is None else tensor(mask_BT),
+        lengths=tuple(len(row.ids) for row in rows),
+        predict_N=tensor(np.concatenate([places for places, _ in learnt])),
+        targets_N=tensor(np.concatenate([targets for _, targets in learnt])),
+        row_of_N=tensor(np.repeat(np.arange(len(rows)), counts)),
         row_indices=tuple(row_indices),
+        types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
+        decoder_ids_BU=None if decoder_ids_BU is None else tensor(decoder_ids_BU),
     )
+
+
+def _learnt(row: Row, start: int) -> Learnt:
+    """Labels are predicted where they stand, tokens by the one before."""
+    if row.labels is not None:
+        return start + np.flatnonzero(row.trained), row.labels
+    return start + np.flatnonzero(row.trained[1:]), row.ids[1:][row.trained[1:]]
+
+
+def _source(row: Row) -> NDArray[np.int32]:
+    return row.ids[: int(np.argmax(row.trained))]
+
+
+def _decoder(targets: Sequence[NDArray[np.int32]], start_id: int) -> tuple[NDArray[np.int64], list[Learnt]]:
+    """What a decoder reads, [B, U], and what it learns: each token of the target from those before it."""
+    longest = max(map(len, targets))
+    shifted = [np.concatenate([[start_id], target[:-1]]) for target in targets]
+    learnt: list[Learnt] = [(b * longest + np.arange(len(target)), target) for b, target in enumerate(targets)]
+    return _padded(shifted, longest), learnt
+
+
+def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.generic]) -> NDArray[np.int64]:
+    flat = np.zeros(ids_BT.size, np.int64)
+    for row, start in zip(rows, starts, strict=True):
+        if row.second:
+            flat[start + row.second : start + len(row.ids)] = 1
+    return flat.reshape(ids_BT.shape)
+
+
+def _padded(lines: Sequence[NDArray[np.generic]], longest: int) -> NDArray[np.int64]:
+    padded = np.zeros((len(lines), longest), np.int64)
+    for b, line in enumerate(lines):
+        padded[b, : len(line)] = line
+    return padded

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.drafts import Draft, Drafted, Room
 from tunesmith.data.spans import Ambiguous, Turn, find_turn, not_shown
 from tunesmith.data.stops import QUESTION, find_stops
 from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
@@ -19,17 +20,6 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
 
 CACHED_PROMPTS = 10_000
-
-
-@dataclass(slots=True)
-class Draft:
-    """An example as tokens, before limits on its length are applied."""
-
-    ids_T: NDArray[np.int32]
-    trained_T: NDArray[np.bool_]
-    num_unspelled: int = 0
-    """Control tokens that are not spelled in its text."""
-    warnings: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +34,10 @@ class _Text:
 class Conversations:
     """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder) -> None:
+    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room) -> None:
         self._template = ChatTemplate(tokenizer)
         self._encoder = encoder
+        self._room = room
         self.template_text = self._template.text
         self.control = ControlTokens(tokenizer, self.template_text)
         stops = self._template.bounded(lambda: find_stops(self._bare_render, self.control, name=encoder.name))
@@ -56,8 +47,8 @@ class Conversations:
         self._refuse_two_bos()
         self._opening_ids: dict[str, NDArray[np.int32]] = {}
 
-    def encode(self, examples: Sequence[Example]) -> list[Draft | Problem]:
-        """Drafts aligned with `examples`; a Problem stands where one cannot be used."""
+    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+        """Aligned with `examples`."""
         texts = self._template.bounded(lambda: [self._render(example) for example in examples])
         tokens = self._encoder.encode([text.whole for text in texts if isinstance(text, _Text)])
         self._learn_openings([text for text in texts if isinstance(text, _Text)], tokens)
@@ -109,7 +100,7 @@ class Conversations:
         useless = [problem for problem in missing if problem.severity == "error"]
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
-    def _draft(self, source: Source, text: _Text, tokens: Tokens) -> Draft | Problem:
+    def _draft(self, source: Source, text: _Text, tokens: Tokens) -> Drafted:
         if self._starts_with_two_bos(tokens.ids_T):
             return Problem(
                 source,
@@ -138,7 +129,7 @@ class Conversations:
                     "Split the row so that it ends with that answer, or give another template by data.template.",
                 )
             draft.trained_T[first : last + 1] = True
-        return draft
+        return self._room.fit(source, draft)
 
     def _first_token(
         self, source: Source, whole: str, turn: Turn, tokens: Tokens, warnings: list[Problem]

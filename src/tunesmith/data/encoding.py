@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.opening import FileFacts
@@ -31,6 +32,9 @@ SCHEMA = pa.schema(
         ("file", pa.int16()),
         ("line", pa.int64()),
         ("hash", pa.uint64()),
+        ("labels", pa.list_(pa.int64())),
+        ("second", pa.int32()),
+        ("bytes", pa.int32()),
     ]
 )
 
@@ -68,20 +72,29 @@ class Encoding:
         self.errors: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
         self.problems: list[Problem] = []
+        self.vocabulary: dict[str, int] = {}
+        """Classes by their first appearance, which rows count by until it is known what a model learns."""
+        self.many: bool | None = None
+        """Whether classes came as lists; None: rows without classes."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         rows: list[tuple[int, int, Row]] = []
         num_tokens = 0
         for chunk in self._chunks():
-            encoded = self._renderer.encode([example for _, example in chunk], on_warning=self._hear)
+            encoded = self._renderer.encode(
+                [example for _, example in chunk], on_warning=self._hear, vocabulary=self.vocabulary
+            )
             for (file, example), result in zip(chunk, encoded, strict=True):
-                if isinstance(result, Row):
-                    rows.append((file, content_hash(example), result))
-                    num_tokens += len(result.ids)
+                content = content_hash(example)
+                for item in result:
+                    if isinstance(item, Problem):
+                        self._hear(item)
+                        continue
+                    rows.append((file, content, item))
+                    num_tokens += len(item.ids)
                     self.num_rows += 1
-                else:
-                    for problem in result:
-                        self._hear(problem)
+                    if item.labels is not None:
+                        self.many = bool(self.many) or example.many
             if len(rows) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
                 yield self._batch(rows)
                 rows, num_tokens = [], 0
@@ -94,7 +107,9 @@ class Encoding:
         """Examples with the index of their file."""
         chunk: list[tuple[int, Example]] = []
         num_chars = 0
-        for file, example in examples(self._files, self._data, self._hear, facts=self._facts):
+        for file, example in examples(
+            self._files, self._data, self._hear, facts=self._facts, task=self._renderer.task_name
+        ):
             chunk.append((file, example))
             num_chars += sum(len(part.text) for part in example.parts)
             if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
@@ -104,18 +119,18 @@ class Encoding:
             yield chunk
 
     def _batch(self, rows: Sequence[tuple[int, int, Row]]) -> pa.RecordBatch:
-        lengths = np.array([len(row.ids) for _, _, row in rows], np.int32)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        ids = pa.array(np.concatenate([row.ids for _, _, row in rows]))
-        trained = pa.array(np.concatenate([row.trained for _, _, row in rows]))
+        labels = [np.empty(0, np.int64) if row.labels is None else row.labels for _, _, row in rows]
         columns = [
-            pa.ListArray.from_arrays(offsets, ids),
-            pa.ListArray.from_arrays(offsets, trained),
-            pa.array(lengths),
-            pa.array(np.array([row.trained[1:].sum() for _, _, row in rows], np.int32)),
+            _lists([row.ids for _, _, row in rows]),
+            _lists([row.trained for _, _, row in rows]),
+            pa.array(np.array([len(row.ids) for _, _, row in rows], np.int32)),
+            pa.array(np.array([row.trained.sum() for _, _, row in rows], np.int32)),
             pa.array(np.array([file for file, _, _ in rows], np.int16)),
             pa.array(np.array([row.source.line for _, _, row in rows], np.int64)),
             pa.array(np.array([content for _, content, _ in rows], np.uint64)),
+            _lists(labels),
+            pa.array(np.array([row.second for _, _, row in rows], np.int32)),
+            pa.array(np.array([row.num_bytes for _, _, row in rows], np.int32)),
         ]
         return pa.record_batch(columns, schema=SCHEMA)
 
@@ -128,3 +143,8 @@ class Encoding:
         if len(self.problems) < self._data.limits.problems:
             self.problems.append(problem)
             self._on_problem(problem)
+
+
+def _lists(arrays: Sequence[NDArray[np.generic]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(array) for array in arrays)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.conversations import Draft
+from tunesmith.data.drafts import Draft, Drafted, Room
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError
 from tunesmith.types import Example, Part, Problem
@@ -24,8 +24,9 @@ class Pairs:
 
     template_text = ""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder) -> None:
+    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room) -> None:
         self._encoder = encoder
+        self._room = room
         if encoder.eos_id is None:
             raise ModelError(
                 f"{encoder.name}: its tokenizer has no EOS token: the tuned model would never stop. "
@@ -42,9 +43,9 @@ class Pairs:
                 "continued. Set add_eos_token to false in its tokenizer_config.json."
             )
 
-    def encode(self, examples: Sequence[Example]) -> list[Draft | Problem]:
-        """Drafts aligned with `examples`; a Problem stands where one cannot be used."""
-        pairs = [_pair(example) for example in examples]
+    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+        """Aligned with `examples`."""
+        pairs = [pair_of(example) for example in examples]
         good = [pair for pair in pairs if not isinstance(pair, Problem)]
         prompts = iter(self._encoder.ids([prompt for prompt, _ in good], plain=True))
         wholes = iter(self._encoder.ids([prompt + completion for prompt, completion in good], plain=True))
@@ -60,7 +61,7 @@ class Pairs:
 
     def _draft(
         self, example: Example, pair: tuple[str, str], prompt_P: NDArray[np.int32], whole_T: NDArray[np.int32]
-    ) -> Draft | Problem:
+    ) -> Drafted:
         prompt, completion = pair
         num_prompt = len(prompt_P)
         if not np.array_equal(whole_T[:num_prompt], prompt_P):
@@ -78,10 +79,12 @@ class Pairs:
         if not len(whole_T) or whole_T[-1] != self._eos_id:
             whole_T = np.append(whole_T, np.int32(self._eos_id))
         num_spelled = self.control.count(prompt) + self.control.count(completion)
-        return Draft(whole_T, np.arange(len(whole_T)) >= num_prompt, num_unspelled=num_control - num_spelled)
+        draft = Draft(whole_T, np.arange(len(whole_T)) >= num_prompt, num_unspelled=num_control - num_spelled)
+        return self._room.fit(example.source, draft)
 
 
-def _pair(example: Example) -> tuple[str, str] | Problem:
+def pair_of(example: Example) -> tuple[str, str] | Problem:
+    """The prompt and the completion of an example that is plain text."""
     if not example.plain:
         return Problem(
             example.source,

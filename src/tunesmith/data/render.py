@@ -1,27 +1,50 @@
 """Examples to rows: which tokens, and which of them are trained. How: docs/rendering.md."""
 
-# T tokens
+# T tokens, N targets
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tunesmith.data.conversations import Conversations, Draft
+from tunesmith.data.conversations import Conversations
+from tunesmith.data.drafts import Draft, Drafted, Room, TooLong
 from tunesmith.data.pairs import Pairs
-from tunesmith.data.tokens import Encoder, fingerprint
-from tunesmith.types import Example, Part, Problem, Row, TaskName
+from tunesmith.data.tokens import ControlTokens, Encoder, fingerprint
+from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, TaskName
 
-Encoded = Row | list[Problem]
+Encoded = list[Row] | list[Problem]
+
+
+class Way(Protocol):
+    """One way from examples to tokens."""
+
+    control: ControlTokens
+    template_text: str
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+        """Aligned with `examples`."""
+        ...
+
+
+@runtime_checkable
+class Answers(Way, Protocol):
+    """A way whose model writes something."""
+
+    stop_ids: tuple[int, ...]
+
+    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]]) -> list[int]: ...
 
 
 class Renderer:
-    """Turns examples into rows for one task, with the ids that serving will feed.
+    """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
-    `max_tokens`: longest row, None for no limit. `too_long` and `control_tokens` are the knobs of `data`.
-    Raises `ModelError` for a tokenizer or template that cannot be trained with.
+    `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the knobs of
+    `data`; None: as the knob's "auto" or null. Raises `ModelError` for a tokenizer or template that cannot be trained
+    with, `RecipeError` for knobs that leave a row no room.
     """
 
     def __init__(
@@ -29,36 +52,56 @@ class Renderer:
         tokenizer: Any,
         task_name: TaskName,
         *,
+        kind: ModelKind = "causal",
         max_tokens: int | None,
-        too_long: Literal["error", "drop", "cut"],
+        too_long: TooLong,
         control_tokens: Literal["error", "allow"],
+        stride: int | None = None,
+        prompt: str | None = None,
     ) -> None:
         encoder = Encoder(tokenizer)
-        self.tokenizer = tokenizer
+        room = Room(max_tokens, too_long)
         self.tokenizer = tokenizer
         self.task_name = task_name
+        self.kind = kind
         self.max_tokens = max_tokens
         self.too_long = too_long
         self.control_tokens = control_tokens
-        self._task: Conversations | Pairs = (Conversations if task_name == "chat" else Pairs)(tokenizer, encoder)
-        self._control = self._task.control
-        self.stop_ids: tuple[int, ...] = self._task.stop_ids
-        """Ids that end an answer: of the chat template, found by rendering, or EOS."""
-        self.fingerprint: str = fingerprint(tokenizer, self._task.template_text)
+        self.stride = stride
+        self.prompt = prompt
+        self._way: Way = (Conversations if task_name == "chat" else Pairs)(tokenizer, encoder, room)
+        self._control = self._way.control
+        self.stop_ids: tuple[int, ...] = self._way.stop_ids if isinstance(self._way, Answers) else ()
+        """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
+        self.fingerprint: str = fingerprint(tokenizer, self._way.template_text)
         """SHA-256 of the template and of what the tokenizer does to a probe text."""
 
     def encode(
-        self, examples: Sequence[Example], *, on_warning: Callable[[Problem], None] | None = None
+        self,
+        examples: Sequence[Example],
+        *,
+        on_warning: Callable[[Problem], None] | None = None,
+        vocabulary: dict[str, int] | None = None,
     ) -> list[Encoded]:
-        """A row for each example, or the problems that make it unusable. About 512 examples at a time are fast.
+        """One or more rows for each example, or the problems that make it unusable. About 512 at a time are fast.
 
         `on_warning` hears of rows that can be used but were cut, or are not what serving shows (codes `cut`,
-        `context_rewritten`).
+        `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
+        not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
         """
         results: list[Encoded] = [list(self._control_problems(example)) for example in examples]
         clean = [i for i, problems in enumerate(results) if not problems]
-        for i, draft in zip(clean, self._task.encode([examples[i] for i in clean]), strict=True):
-            results[i] = self._finish(examples[i], draft, on_warning)
+        known = {} if vocabulary is None else vocabulary
+        for i, drafted in zip(clean, self._way.encode([examples[i] for i in clean]), strict=True):
+            if isinstance(drafted, Problem):
+                results[i] = [drafted]
+                continue
+            results[i] = self._spelled_otherwise(examples[i], drafted)
+            if not results[i]:
+                results[i] = [_row(examples[i], draft, known) for draft in drafted]
+                for warning in (warning for draft in drafted for warning in draft.warnings):
+                    if on_warning is not None:
+                        on_warning(warning)
         return results
 
     def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -66,66 +109,8 @@ class Renderer:
 
         Raises `DataError` when the template refuses the parts.
         """
-        return self._task.prompt_ids(parts, tools)
-
-    def _finish(
-        self, example: Example, draft: Draft | Problem, on_warning: Callable[[Problem], None] | None
-    ) -> Encoded:
-        if isinstance(draft, Problem):
-            return [draft]
-        problems = [*self._spelled_otherwise(example, draft), *self._too_long(example, draft)]
-        problems = problems or self._untrained(example, draft)
-        if problems:
-            return problems
-        if on_warning is not None:
-            for warning in draft.warnings:
-                on_warning(warning)
-        end = self.max_tokens
-        return Row(draft.ids_T[:end], draft.trained_T[:end], example.source)
-
-    def _too_long(self, example: Example, draft: Draft) -> list[Problem]:
-        num_tokens = len(draft.ids_T)
-        if self.max_tokens is None or num_tokens <= self.max_tokens:
-            return []
-        limit = f"more than data.max_tokens, which is {self.max_tokens}"
-        if self.too_long == "cut":
-            lost = int(draft.trained_T[self.max_tokens :].sum())
-            draft.warnings.append(
-                Problem(
-                    example.source,
-                    "cut",
-                    f"its {num_tokens} tokens are {limit}: the end was cut off, {lost} of its trained tokens with it.",
-                    severity="warning",
-                )
-            )
-            return []
-        fix = "Raise it, shorten the row, or set data.too_long: drop or cut." if self.too_long == "error" else ""
-        return [Problem(example.source, "too_long", f"its {num_tokens} tokens are {limit}.", fix)]
-
-    def _untrained(self, example: Example, draft: Draft) -> list[Problem]:
-        """A row is useless when nothing is left of its targets: the first token is never one, nothing predicts it."""
-        end = min(self.max_tokens or len(draft.ids_T), len(draft.ids_T))
-        if draft.trained_T[1:end].any():
-            return []
-        if not draft.trained_T.any():
-            return [
-                Problem(
-                    example.source,
-                    "no_target",
-                    f"none of its {end} tokens is trained: it has no answer that is marked to be trained.",
-                    "Give it one, or remove the row.",
-                )
-            ]
-        starts_at = int(np.argmax(draft.trained_T)) + 1
-        return [
-            Problem(
-                example.source,
-                "no_target",
-                f"none of its {end} tokens is trained: the answer starts at token {starts_at}, but data.max_tokens is "
-                f"{self.max_tokens}.",
-                "Raise it, shorten the prompt, or set data.too_long: drop.",
-            )
-        ]
+        assert isinstance(self._way, Answers), f"a model of task {self.task_name} writes nothing"
+        return self._way.prompt_ids(parts, tools)
 
     def _control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
@@ -145,18 +130,30 @@ class Renderer:
                     "Remove it, or set data.control_tokens: allow when the text can be trusted.",
                 )
 
-    def _spelled_otherwise(self, example: Example, draft: Draft) -> list[Problem]:
+    def _spelled_otherwise(self, example: Example, drafts: Sequence[Draft]) -> list[Problem]:
         """Control tokens that the tokenizer made of text that does not spell them."""
-        if self.control_tokens == "allow" or not draft.num_unspelled:
+        num_unspelled = sum(draft.num_unspelled for draft in drafts)
+        if self.control_tokens == "allow" or not num_unspelled:
             return []
         return [
             Problem(
                 example.source,
                 "control_token",
-                f"the tokenizer makes {draft.num_unspelled} control tokens of text that does not spell them.",
+                f"the tokenizer makes {num_unspelled} control tokens of text that does not spell them.",
                 "Remove it, or set data.control_tokens: allow when the text can be trusted.",
             )
         ]
+
+
+def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
+    labels_N: NDArray[np.int64] | None = None
+    if draft.classes_N is not None:
+        ids = [vocabulary.setdefault(name, len(vocabulary)) for name in draft.classes_N]
+        is_answered = bool(example.labels) or example.many
+        labels_N = np.array(ids, np.int64) if is_answered else np.full(draft.trained_T.sum(), IGNORE, np.int64)
+    return Row(
+        draft.ids_T, draft.trained_T, example.source, labels=labels_N, second=draft.second, num_bytes=draft.num_bytes
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:

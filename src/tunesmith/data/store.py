@@ -7,18 +7,19 @@ The key is a hash of everything the rows follow from, so an equal key means equa
 A killed build leaves only a `.tmp-` file.
 """
 
-# I rows, T tokens
+# I rows, T tokens, N targets
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
@@ -26,38 +27,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith import files as disk
-from tunesmith.data.encoding import SCHEMA, Encoding, OnProblem, OnProgress
+from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
+from tunesmith.data.label_column import LabelColumn
+from tunesmith.data.labels import Labels
 from tunesmith.data.read import look_at_all
 from tunesmith.data.render import Renderer
+from tunesmith.data.store_files import VERSION, Summary, arrow_path, as_problem, find, json_path, write
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Problem, Row, Source
+from tunesmith.types import Row, Source
 
-VERSION = 1
-"""Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What the .json file says about the .arrow file."""
-
-    version: int
-    key: str
-    num_rows: int
-    skipped: int
-    """Rows read that are not in the store."""
-    errors: dict[str, int]
-    """Problems by code, of rows that are not in the store."""
-    warnings: dict[str, int]
-    """Problems by code, of rows that are."""
-    problems: list[dict[str, Any]]
-    """The first `data.limits.problems` of both kinds."""
-    data_sha256: list[str]
-    """Of each data file."""
-    arrow_sha256: str
-    arrow_bytes: int
 
 
 class RowStore:
@@ -71,17 +52,23 @@ class RowStore:
         """Whether the rows had been encoded before."""
         self.paths = tuple(paths)
         self._folder = folder
-        reader = pa.ipc.open_file(pa.memory_map(str(_arrow(folder, summary.key))))
+        reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(folder, summary.key))))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
         self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
-        """Trained targets after the shift, row by row: the first token is none."""
+        """Trained tokens of each row."""
         self.file_index: NDArray[np.int16] = _column(batches, "file", np.int16)
         self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
         self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]
         self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
+        self._second: NDArray[np.int32] = _column(batches, "second", np.int32)
+        self.num_bytes: NDArray[np.int32] = _column(batches, "bytes", np.int32)
+        self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
+        """What each row adds to the number that the loss is divided by."""
+        self._labels = LabelColumn(batches, summary.labels)
+        self._learnt: Labels | None = None
         self._bits = [np.frombuffer(batch.column("trained").values.buffers()[1], np.uint8) for batch in batches]
 
     def __len__(self) -> int:
@@ -98,13 +85,52 @@ class RowStore:
 
     def row(self, index: int) -> Row:
         """One row; its ids are a read-only view of the file. Raises IndexError."""
+        batch, place = self._place(index)
+        start, end = self._offsets[batch][place : place + 2]
+        bits = np.unpackbits(self._bits[batch][start // 8 : (end + 7) // 8], bitorder="little")
+        trained = bits[start % 8 :][: end - start].astype(np.bool_)
+        labels: NDArray[np.generic] | None = None
+        if self.summary.many is not None:
+            learnt = self._learnt
+            labels = self._labels.at(batch, place) if learnt is None else self._labels.targets_at(batch, place, learnt)
+        return Row(
+            self._ids[batch][start:end],
+            trained,
+            self.source(index),
+            labels=labels,
+            second=int(self._second[index]),
+            num_bytes=int(self.num_bytes[index]),
+        )
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Classes of the rows by first appearance; `label_ids` count by it."""
+        return self._labels.vocabulary
+
+    def label_ids(self, index: int) -> NDArray[np.int64]:
+        """The classes of one row, in the order of its targets. Raises IndexError."""
+        return self._labels.at(*self._place(index))
+
+    @cached_property
+    def first_labels(self) -> NDArray[np.int64]:
+        """[I], the first of each row's `label_ids`; -1: it has none."""
+        return self._labels.firsts()
+
+    def use(self, labels: Labels) -> None:
+        """From now on rows hold what a model learns: `labels` say what that is."""
+        self._learnt = labels
+        self.denominators = self._labels.denominators(labels)
+
+    def use_masks(self, share: float) -> None:
+        """From now on this share of a row's trained tokens is counted as learnt, at least one; see `feed.Masking`."""
+        self.denominators = np.maximum(1.0, np.round(share * self.targets))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The record batch that holds a row, and where."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a store of {len(self)}")
         batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        start, end = self._offsets[batch][index - self._first_rows[batch] :][:2]
-        bits = np.unpackbits(self._bits[batch][start // 8 : (end + 7) // 8], bitorder="little")
-        trained = bits[start % 8 :][: end - start].astype(np.bool_)
-        return Row(self._ids[batch][start:end], trained, self.source(index))
+        return batch, index - int(self._first_rows[batch])
 
     def keep(self, folder: Path) -> None:
         """Put the store into another folder too, by hard link where the disk allows; `build` finds it there.
@@ -113,7 +139,7 @@ class RowStore:
         """
         with disk.storing(folder, num_bytes=self.summary.arrow_bytes):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (_arrow(self._folder, self.key), _json(self._folder, self.key)):
+            for path in (arrow_path(self._folder, self.key), json_path(self._folder, self.key)):
                 target = folder / path.name
                 if target.exists():
                     continue
@@ -129,7 +155,7 @@ class RowStore:
         if self.reused:
             return
         with disk.storing(self._folder):
-            for path in (_json(self._folder, self.key), _arrow(self._folder, self.key)):
+            for path in (json_path(self._folder, self.key), arrow_path(self._folder, self.key)):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it holds rows of others
                 self._folder.rmdir()
@@ -156,76 +182,20 @@ def build(
     hashes = [_sha256(file.path) for file in files]
     key = _key(hashes, data, renderer)
     paths = [file.path for file in files]
-    summary = _find(folder, key)
+    summary = find(folder, key)
     reused = summary is not None
     if summary is None:
         with disk.storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         disk.clean(folder, older_than_s=STALE_S)
         encoding = Encoding(data, files, renderer, num_bytes=num_bytes, on_problem=on_problem, progress=progress)
-        summary = _write(_arrow(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
-        disk.write_atomic(_json(folder, key), orjson.dumps(asdict(summary)))
+        summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
+        disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
     else:
         for problem in summary.problems:
-            on_problem(_problem(problem))
+            on_problem(as_problem(problem))
         progress(summary.num_rows, num_bytes, num_bytes)
     return RowStore(folder, summary, paths, reused=reused)
-
-
-def _write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
-    """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
-    with disk.writing(path) as file:
-        hashing = _Hashing(file)
-        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as sink:
-            for batch in encoding.batches():
-                sink.write_batch(batch)
-        check()
-    return Summary(
-        version=VERSION,
-        key=key,
-        num_rows=encoding.num_rows,
-        skipped=encoding.skipped,
-        errors=dict(encoding.errors),
-        warnings=dict(encoding.warnings),
-        problems=[_as_json(problem) for problem in encoding.problems],
-        data_sha256=hashes,
-        arrow_sha256=hashing.digest.hexdigest(),
-        arrow_bytes=hashing.num_bytes,
-    )
-
-
-class _Hashing:
-    """A file to write to that knows the SHA-256 of what was written."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.num_bytes += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """Left to the owner of the file."""
-
-
-def _find(folder: Path, key: str) -> Summary | None:
-    """The summary of a store that is there and whole."""
-    try:
-        summary = Summary(**orjson.loads(_json(folder, key).read_bytes()))
-        arrow = _arrow(folder, key)
-        if summary.version != VERSION or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
-            return None
-        return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
@@ -238,6 +208,9 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "limits": limits,
         "tokenizer and template": renderer.fingerprint,
         "task": renderer.task_name,
+        "kind": renderer.kind,
+        "stride": renderer.stride,
+        "prompt": renderer.prompt,
         "max_tokens": renderer.max_tokens,
         "too_long": renderer.too_long,
         "control_tokens": renderer.control_tokens,
@@ -269,19 +242,3 @@ def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int,
 
 def _column(batches: Sequence[Any], name: str, dtype: Any) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)]).astype(dtype)
-
-
-def _as_json(problem: Problem) -> dict[str, Any]:
-    return {**asdict(problem), "source": [problem.source.path, problem.source.line]}
-
-
-def _problem(saved: dict[str, Any]) -> Problem:
-    return Problem(**{**saved, "source": Source(*saved["source"])})
-
-
-def _arrow(folder: Path, key: str) -> Path:
-    return folder / f"{key[:16]}.arrow"
-
-
-def _json(folder: Path, key: str) -> Path:
-    return folder / f"{key[:16]}.json"

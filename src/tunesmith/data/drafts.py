@@ -1,0 +1,93 @@
+"""Examples as tokens, before they are rows, and how long a row may be."""
+
+# T tokens, N targets
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.types import Problem, Source
+
+TooLong = Literal["error", "drop", "cut"]
+
+
+@dataclass(slots=True)
+class Draft:
+    """An example, or one window of it, as tokens."""
+
+    ids_T: NDArray[np.int32]
+    trained_T: NDArray[np.bool_]
+    num_unspelled: int = 0
+    """Control tokens that are not spelled in its text."""
+    warnings: list[Problem] = field(default_factory=list)
+    classes_N: tuple[str, ...] | None = None
+    """What is learnt at the trained tokens by its words, instead of the tokens that stand there; empty: any."""
+    second: int = 0
+    num_bytes: int = 0
+
+
+Drafted = list[Draft] | Problem
+"""The windows of an example, mostly one, or why it cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How long a row may be (None: as long as it is), and what becomes of a longer one."""
+
+    max_tokens: int | None
+    too_long: TooLong
+
+    def excess(self, num_tokens: int) -> int:
+        """Tokens too many."""
+        return 0 if self.max_tokens is None else max(0, num_tokens - self.max_tokens)
+
+    def refusal(self, source: Source, what: str) -> Problem:
+        """`what` is too long: "its 312 tokens"."""
+        fix = "Raise it, shorten the row, or set data.too_long: drop or cut." if self.too_long == "error" else ""
+        return Problem(source, "too_long", f"{what} are {self._rule}.", fix)
+
+    def cut_warning(self, source: Source, what: str, *, cost: str) -> Problem:
+        """`what` was too long, and was cut at a `cost`."""
+        return Problem(source, "cut", f"{what} are {self._rule}: {cost}.", severity="warning")
+
+    def fit(self, source: Source, draft: Draft) -> Drafted:
+        """A draft of next tokens within the room, its end cut off where that is asked for.
+
+        Its first token is not trained: nothing predicts it.
+        """
+        num_tokens = len(draft.ids_T)
+        starts_at = int(np.argmax(draft.trained_T)) + 1 if draft.trained_T.any() else None
+        draft.trained_T[:1] = False
+        end = num_tokens - self.excess(num_tokens)
+        if end < num_tokens:
+            if self.too_long != "cut":
+                return self.refusal(source, f"its {num_tokens} tokens")
+            lost = int(draft.trained_T[end:].sum())
+            cost = f"the end was cut off, {lost} of its trained tokens with it"
+            draft.warnings.append(self.cut_warning(source, f"its {num_tokens} tokens", cost=cost))
+            draft.ids_T, draft.trained_T = draft.ids_T[:end], draft.trained_T[:end]
+        return [draft] if draft.trained_T.any() else self._untrained(source, end, starts_at)
+
+    def _untrained(self, source: Source, num_tokens: int, starts_at: int | None) -> Problem:
+        if starts_at is None:
+            return Problem(
+                source,
+                "no_target",
+                f"none of its {num_tokens} tokens is trained: it has no answer that is marked to be trained.",
+                "Give it one, or remove the row.",
+            )
+        return Problem(
+            source,
+            "no_target",
+            f"none of its {num_tokens} tokens is trained: the answer starts at token {starts_at}, but "
+            f"data.max_tokens is {self.max_tokens}.",
+            "Raise it, shorten the prompt, or set data.too_long: drop.",
+        )
+
+    @property
+    def _rule(self) -> str:
+        return f"more than data.max_tokens, which is {self.max_tokens}"

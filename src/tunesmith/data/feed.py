@@ -1,0 +1,95 @@
+"""Rows of a store as batches of a model: masked where the model learns masked tokens."""
+
+# T tokens, N targets
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.data.batch import build_batch, sort_keys
+from tunesmith.data.store import RowStore
+from tunesmith.types import Batch, Layout, Row
+
+RANDOM_BEYOND = 0.8
+KEPT_BEYOND = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Which tokens of a row are learnt, and what stands in their place.
+
+    80 % show the mask, 10 % a random token, 10 % themselves. Source: Devlin et al. 2018, "BERT", section 3.1.
+    """
+
+    mask_id: int
+    ordinary_ids: NDArray[np.int64]
+    """Tokens that can take the place of another."""
+    share: float
+    """Of a row's trained tokens, at least one is learnt."""
+    seed: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, share: float, seed: int) -> Masking:
+        """Masking by the mask of a tokenizer that has one."""
+        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+        return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)
+
+    def apply(self, row: Row, *, num: int, draw: int, index: int) -> Row:
+        """`row` with `num` of its trained tokens to be learnt: a pure function of (seed, draw, index)."""
+        places = np.flatnonzero(row.trained)
+
+        def keys(purpose: int) -> NDArray[np.uint64]:
+            return sort_keys(places, self.seed, draw, salt=4 * index + purpose)
+
+        order = np.argsort(keys(1), kind="stable")[:num]
+        order.sort()
+        chosen_N = places[order]
+        shares_N = (keys(2) / 2.0**64)[order]
+        random_N = self.ordinary_ids[(keys(3) % np.uint64(len(self.ordinary_ids))).astype(np.int64)[order]]
+        ids_T = row.ids.astype(np.int64)
+        originals_N = ids_T[chosen_N]
+        shown_N = np.where(shares_N < RANDOM_BEYOND, self.mask_id, random_N)
+        ids_T[chosen_N] = np.where(shares_N < KEPT_BEYOND, shown_N, originals_N)
+        trained_T = np.zeros(len(ids_T), np.bool_)
+        trained_T[chosen_N] = True
+        return replace(row, ids=ids_T.astype(np.int32), trained=trained_T, labels=originals_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The rows of a store as a model takes them."""
+
+    store: RowStore
+    layout: Layout
+    device: torch.device | str
+    masking: Masking | None = None
+    """None: the model does not learn masked tokens."""
+    decoder_start: int | None = None
+    has_types: bool = False
+
+    def __post_init__(self) -> None:
+        if self.masking is not None:
+            self.store.use_masks(self.masking.share)
+
+    def batch(self, members: Sequence[int], *, draw: int) -> Batch:
+        """One pass over rows of the store. `draw` numbers the maskings of a row: the step, or 0 for held-out rows."""
+        return build_batch(
+            [self._row(index, draw) for index in members],
+            members,
+            layout=self.layout,
+            device=self.device,
+            decoder_start=self.decoder_start,
+            has_types=self.has_types,
+        )
+
+    def _row(self, index: int, draw: int) -> Row:
+        row = self.store.row(index)
+        if self.masking is None:
+            return row
+        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=index)
