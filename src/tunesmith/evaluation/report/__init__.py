@@ -1,0 +1,86 @@
+"""The report of a run: report.json, report.md and report.html, made from its folder alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.evaluation.report import wording
+from tunesmith.evaluation.report.build import build
+from tunesmith.evaluation.report.log import Log
+from tunesmith.evaluation.report.markdown import as_markdown
+from tunesmith.files import write_atomic
+from tunesmith.run import Run
+
+
+def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a finished run, written into its folder in three forms; its values as report.json has them.
+
+    `facts` are what `describing.report_facts` says, `progress` is `training.Progress` in plain values.
+    """
+    log = Log.of(run.events())
+    report = build(run, log, facts, progress)
+    run.write_json("report.json", report)
+    _write_pages(run, log, report)
+    return report
+
+
+def redraw(run: Run) -> None:
+    """report.md and report.html once more, from report.json and the events.
+
+    Raises RunError where the run has no report.
+    """
+    _write_pages(run, Log.of(run.events()), run.read_json("report.json"))
+
+
+def _write_pages(run: Run, log: Log, report: Mapping[str, Any]) -> None:
+    from tunesmith.evaluation.report.html import as_html
+    from tunesmith.evaluation.report.plots import answer_plots, length_plot, training_plots
+
+    page = _page(run, log, report)
+    write_atomic(run.path / "report.md", as_markdown(page).encode())
+    details = report["details"]["after"]
+    lengths = [length_plot(report["lengths"])] if report.get("lengths") else []
+    html = as_html(page, training_plots(log, report), answer_plots(details), lengths)
+    write_atomic(run.path / "report.html", html.encode())
+
+
+def _page(run: Run, log: Log, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What every form of the report is made of."""
+    notes = dict.fromkeys([*report["notes"], *log.plan.get("warnings", ()), *log.notes])
+    return {
+        "report": report,
+        "summary": wording.summary(report, log.plan),
+        "kept": wording.kept(report),
+        "gist": wording.gist_lines(report),
+        "lines": wording.measure_lines(report),
+        "pairs": wording.confused_pairs(report["details"]["after"]),
+        "notes": list(notes),
+        "choices": log.plan.get("choices", []),
+        "hashes": {key: digest for key, digest in log.identity.items() if not key.startswith("setting ")},
+        "recipe": run.recipe_path.read_text("utf-8"),
+        "command": f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}",
+        "created": run.created,
+        "sections": [(name, title) for name, title, there in _sections(report, log, list(notes)) if there],
+    }
+
+
+def _sections(report: Mapping[str, Any], log: Log, notes: list[str]) -> list[tuple[str, str, bool]]:
+    return [
+        ("notes", "Worth knowing", bool(notes)),
+        ("measures", "Measures", report["metrics"]["after"] is not None),
+        ("training", "Training", True),
+        ("details", "Right and wrong", bool(report["details"]["after"])),
+        ("answers", "Answers", bool(report["samples"])),
+        (
+            "flips",
+            "Rows that flipped" if report["flips"] else "Rows that got worse",
+            bool(report["flips"] or report["worse_rows"]),
+        ),
+        ("surprising", "Surprising rows", bool(report["surprising"])),
+        ("general", "General ability", report["general"] is not None),
+        ("data", "Data", True),
+        ("choices", "Choices", bool(log.plan.get("choices"))),
+        ("repeat", "Repeat", True),
+    ]

@@ -1,0 +1,56 @@
+"""The report as plain values: all of it that repeats when the run is repeated, and a few times and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
+from tunesmith.evaluation.report.log import Log
+from tunesmith.run import Run
+
+
+def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of report.json; see docs/report.md."""
+    before, after = rows_of(run, "before"), rows_of(run, "after")
+    flipped = flips(before, after)
+    return {
+        **facts,
+        "metrics": {name: log.score(name) for name in ("before", "after")},
+        "tokens": {"processed": progress["tokens"], "trained": progress["targets"]},
+        "steps": progress["step"],
+        "seconds": {part: round(progress[f"{part}_seconds"], 3) for part in ("prepare", "train", "evaluate")},
+        "tokens_per_second": round(progress["tokens"] / max(progress["train_seconds"], 1e-9), 2),
+        "peak_memory_bytes": max((step.peak_bytes for step in log.steps), default=0),
+        "best": progress["best"],
+        "kept": facts.get("kept") or progress.get("kept") or {},
+        "held_out_curve": [[step, values["loss"]] for step, values in log.evaluations],
+        "samples": [log.samples[index] for index in sorted(log.samples)],
+        "details": {name: _optional(run, f"evaluation/{name}.json", {}) for name in ("before", "after")},
+        "flips": flipped,
+        "worse_rows": worse_rows(before, after) if flipped is None else [],
+        "surprising": _optional(run, "evaluation/surprising.json", []),
+        "general": _general(log),
+    }
+
+
+def _optional(run: Run, name: str, absent: Any) -> Any:
+    return run.read_json(name) if (run.path / name).exists() else absent
+
+
+def _general(log: Log) -> dict[str, Any] | None:
+    """How general ability moved; None where it was not measured on both sides."""
+    if not {"before", "after"} <= set(log.general):
+        return None
+    from tunesmith.evaluation.general import verdict
+
+    before, after = log.general["before"], log.general["after"]
+    text, past_bound = verdict(before["loss"], after["loss"])
+    pairs = zip(before["answers"], after["answers"], strict=True)
+    return {
+        "verdict": text,
+        "past_bound": past_bound,
+        "before": before["loss"],
+        "after": after["loss"],
+        "answers": [{"prompt": a["prompt"], "before": a["answer"], "after": b["answer"]} for a, b in pairs],
+    }

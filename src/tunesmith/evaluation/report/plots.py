@@ -1,0 +1,226 @@
+"""The plots of a report. Lines differ by style and bars by hatching, so that none needs its colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from tunesmith.evaluation.report.figure import ACCENT, INK, MUTED, PAPER, Plot, draw
+from tunesmith.evaluation.report.log import Log
+from tunesmith.evaluation.report.marking import one_line
+from tunesmith.evaluation.report.wording import kept_step
+
+# S steps, C classes
+
+MOST_POINTS = 2000
+"""Of a line; beyond, of each stretch its lowest and highest point are drawn."""
+MOST_MATRIX = 40
+"""Classes of a confusion matrix; beyond, the pairs that are confused most are listed alone."""
+MOST_NUMBERED = 25
+MOST_BARS = 40
+Floats = NDArray[np.float64]
+
+
+def training_plots(log: Log, report: Mapping[str, Any]) -> list[Plot]:
+    """Loss, learning rate, speed and memory over the steps."""
+    if not log.steps:
+        return []
+    steps_S, losses_S, rates_S, speeds_S, peaks_S = (np.asarray(column, np.float64) for column in zip(*log.steps))
+    plots = [_loss(log, steps_S, losses_S, kept_step(report))]
+    plots += [
+        _line("rate", "Learning rate", "The rate of each update.", steps_S, rates_S, "rate"),
+        _line("speed", "Speed", "Tokens of each update over the seconds it took.", steps_S, speeds_S, "tokens/s"),
+        _line("memory", "Memory", "The most that was held so far.", steps_S, peaks_S / 2**30, "GiB"),
+    ]
+    return plots
+
+
+def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
+    window = max(1, len(steps_S) // 25)
+    held = np.asarray([(step, values["loss"]) for step, values in log.evaluations], np.float64).reshape(-1, 2)
+
+    def paint(axes: Any) -> None:
+        raw = thinned(steps_S, losses_S)
+        if window > 1:
+            axes.plot(*raw, color=MUTED, linewidth=0.7, alpha=0.45)
+            axes.plot(*thinned(steps_S, smooth(losses_S, window)), color=INK, linewidth=1.6, label="training, smoothed")
+        else:
+            axes.plot(*raw, color=INK, linewidth=1.4, label="training")
+        if len(held):
+            style = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
+            axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **style)
+        axes.axvline(kept, color=MUTED, linewidth=1, linestyle=":", label=f"kept: step {kept:,}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss per target")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.legend()
+
+    smoothed = f"; the thick line is the mean over {window} neighbouring steps" if window > 1 else ""
+    return draw("loss", "Loss", f"Of the training rows at each step{smoothed}, and of the held-out rows.", paint)
+
+
+def _line(name: str, title: str, text: str, steps_S: Floats, values_S: Floats, unit: str) -> Plot:
+    def paint(axes: Any) -> None:
+        axes.plot(*thinned(steps_S, values_S), color=INK, linewidth=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+    return draw(name, title, text, paint)
+
+
+def smooth(values_S: Floats, window: int) -> Floats:
+    """The mean over `window` neighbours, of fewer at both ends."""
+    padded = np.concatenate([[0.0], np.cumsum(values_S)])
+    centre = np.arange(len(values_S))
+    low = np.maximum(centre - window // 2, 0)
+    high = np.minimum(centre + (window + 1) // 2, len(values_S))
+    return np.asarray((padded[high] - padded[low]) / (high - low))
+
+
+def thinned(steps_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
+    """At most MOST_POINTS of the points, with every peak among them."""
+    values_S = _finite(values_S)
+    if len(values_S) <= MOST_POINTS:
+        return steps_S, values_S
+    parts = np.array_split(np.arange(len(values_S)), MOST_POINTS // 2)
+    low = [part[np.argmin(np.nan_to_num(values_S[part], nan=np.inf))] for part in parts]
+    high = [part[np.argmax(np.nan_to_num(values_S[part], nan=-np.inf))] for part in parts]
+    kept = np.unique(np.asarray([low, high]))
+    return steps_S[kept], values_S[kept]
+
+
+def _finite(values: Floats) -> Floats:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
+    """What `evaluation.scores` left of the tuned model's answers: classes, types of spans, or numbers."""
+    plots = []
+    if 2 <= len(details.get("labels", ())) <= MOST_MATRIX and "confusion" in details:
+        plots.append(_confusion(details["labels"], np.asarray(details["confusion"], np.float64)))
+    rows = details.get("per_class") or details.get("per_type")
+    if rows:
+        plots.append(_bars([{**row, "label": row.get("label", row.get("type"))} for row in rows]))
+    if details.get("reliability"):
+        plots.append(_reliability(details["reliability"]))
+    if details.get("threshold"):
+        plots.append(_threshold(details["threshold"]))
+    if details.get("scatter"):
+        plots.append(_scatter(np.asarray(details["scatter"], np.float64)))
+    return plots
+
+
+def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:
+    num = len(labels)
+    cell = min(46.0, max(15.0, 420 / num))
+    shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+
+    def paint(axes: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        for i, j in zip(*np.nonzero(counts_CC), strict=True):
+            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ACCENT, alpha=0.08 + 0.5 * shares_CC[i, j]))
+            if num <= MOST_NUMBERED:
+                weight = "bold" if i == j else "normal"
+                size = 10.5 if num <= 12 else 8
+                axes.text(j, i, f"{counts_CC[i, j]:g}", ha="center", va="center", fontsize=size, fontweight=weight)
+        names = [one_line(label, 16) for label in labels]
+        small = 10.5 if num <= 25 else 9
+        axes.set_xticks(range(num), names, rotation=90 if num > 4 else 0, fontsize=small)
+        axes.set_yticks(range(num), names, fontsize=small)
+        axes.set(xlim=(-0.5, num - 0.5), ylim=(num - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel="true")
+        axes.grid(False)
+
+    text = "Rows of each true class (down) by the class they were given (across); shade: share of the true class."
+    side = num * cell
+    return draw("confusion", "Confusion matrix", text, paint, width=max(480, side + 150), height=side + 130)
+
+
+def _bars(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    worst = sorted(rows, key=lambda row: (row["f1"], row["label"]))[:MOST_BARS]
+
+    def paint(axes: Any) -> None:
+        at = np.arange(len(worst))
+        axes.barh(at, [row["f1"] for row in worst], height=0.62, color=ACCENT, alpha=0.55, label="F1")
+        axes.plot([row["precision"] for row in worst], at, linestyle="", marker=4, color=INK, label="precision")
+        axes.plot([row["recall"] for row in worst], at, linestyle="", marker="|", ms=9, color=INK, label="recall")
+        axes.set_yticks(at, [f"{one_line(row['label'], 22)} ({row['support']:,})" for row in worst])
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(-0.6, len(worst) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    listed = f" The {MOST_BARS} of {len(rows)} with the lowest." if len(rows) > MOST_BARS else ""
+    text = f"F1, precision and recall of each; in brackets, how often it is the truth.{listed}"
+    return draw("bars", "Class by class", text, paint, height=70 + 19 * len(worst))
+
+
+def _reliability(bins: Sequence[Mapping[str, float]]) -> Plot:
+    filled = [one for one in bins if one["count"]]
+
+    def paint(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":", label="as sure as it is right")
+        confidence, accuracy = ([one[key] for one in filled] for key in ("confidence", "accuracy"))
+        axes.plot(confidence, accuracy, color=ACCENT, linewidth=1.6)
+        sizes = np.asarray([one["count"] for one in filled], np.float64)
+        area = 14 + 150 * sizes / sizes.max()
+        axes.scatter(confidence, accuracy, s=area, facecolor=PAPER, edgecolor=ACCENT, linewidth=1.4, zorder=3)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="confidence", ylabel="share that was right")
+        axes.legend(loc="upper left")
+
+    text = "How often the model is right when it is so sure. Below the dotted line it is too sure. Larger: more rows."
+    return draw("reliability", "Reliability", text, paint)
+
+
+def _threshold(points: Sequence[Mapping[str, float]]) -> Plot:
+    def paint(axes: Any) -> None:
+        at = [one["threshold"] for one in points]
+        for key, style, colour in (
+            ("precision", (0, (5, 2)), INK),
+            ("recall", (0, (1, 1.2)), INK),
+            ("f1", "-", ACCENT),
+        ):
+            axes.plot(at, [one[key] for one in points], linestyle=style, color=colour, label=key.replace("f1", "F1"))
+        best = max(points, key=lambda one: one["f1"])
+        axes.plot(best["threshold"], best["f1"], marker="o", linestyle="", color=ACCENT, markerfacecolor=PAPER)
+        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="probability from which a row counts as the second class")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    best = max(points, key=lambda one: one["f1"])
+    text = f"What another threshold would give. The best F1, {best['f1']:.3f}, is at {best['threshold']:.2f} (circle)."
+    return draw("threshold", "Threshold", text, paint)
+
+
+def _scatter(pairs: Floats) -> Plot:
+    def paint(axes: Any) -> None:
+        low, high = np.nanmin(_finite(pairs)), np.nanmax(_finite(pairs))
+        axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle=":", label="exactly right")
+        axes.scatter(pairs[:, 0], pairs[:, 1], s=16, facecolor="none", edgecolor=ACCENT, linewidth=1)
+        axes.set(xlabel="true", ylabel="predicted")
+        axes.legend(loc="upper left")
+
+    return draw("scatter", "Numbers", f"{len(pairs):,} held-out rows: the number and what the model said.", paint)
+
+
+def length_plot(lengths: Mapping[str, Any]) -> Plot:
+    """Histogram of the training rows' lengths, with the limit marked."""
+    edges, counts, limit = lengths["edges"], lengths["counts"], lengths["max_tokens"]
+    near = limit <= 2 * edges[-1]
+
+    def paint(axes: Any) -> None:
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=ACCENT, alpha=0.55, edgecolor=PAPER)
+        if near:
+            axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label=f"limit: {limit:,} tokens")
+            axes.legend()
+        axes.set(xlabel="tokens", ylabel="rows")
+        axes.grid(visible=False, axis="x")
+
+    where = "the dashed line is" if near else "far to the right is"
+    text = f"Training rows by their number of tokens; {where} the limit, {limit:,}."
+    return draw("lengths", "Lengths", text, paint)
