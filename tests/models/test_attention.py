@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,10 +59,7 @@ def test_packed_test_catches_a_mask_of_ones():  # trap: T11 planted
 
 
 def without_restart(batch: Batch) -> Batch:
-    return Batch(
-        "ragged", batch.ids_BT, torch.arange(batch.num_tokens)[None], None, batch.lengths, batch.predict_N,
-        batch.targets_N, batch.row_indices,
-    )  # fmt: skip
+    return replace(batch, positions_BT=torch.arange(batch.num_tokens)[None])
 
 
 def test_packed_test_catches_positions_that_do_not_restart():  # trap: T12 planted

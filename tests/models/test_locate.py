@@ -135,7 +135,6 @@ def test_code_of_a_model_is_refused_before_any_import(folder, tmp_path, file):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"quantization_config": 1}, "quantized (unknown)"),
-        ({"is_encoder_decoder": True}, "encoder-decoder"),
     ],
 )
 def test_models_that_cannot_be_tuned_are_refused(folder, changes, said):

@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Raise ModelError unless `folder` holds a causal model in plain safetensors that needs no code of its own."""
+    """Raise ModelError unless `folder` holds a model in plain safetensors that needs no code of its own."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: no config.json.{_instead(folder, name)}")
     config = read_json(folder / "config.json")
@@ -34,8 +34,6 @@ def check_folder(folder: Path, name: str) -> None:
             f"{folder / 'config.json'}: its weights are quantized ({kind}), and tuning needs them as they were. "
             "Use the model it was made from, or a GGUF file."
         )
-    if config.get("is_encoder_decoder"):
-        raise ModelError(f"{name}: {config.get('model_type')}: an encoder-decoder. Use a causal language model.")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{name}: a model and an adapter (adapter_config.json) in one folder: it is not clear which is meant. "

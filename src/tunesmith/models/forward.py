@@ -1,13 +1,19 @@
-"""Logits where something is predicted, whichever way the rows of a batch are laid out."""
+"""What a model answers where something is learnt, whichever way the rows of a batch are laid out."""
 
-# B rows, T tokens, N targets, U columns that hold a target, V vocabulary
+# B rows, T tokens, N targets, D hidden size, V vocabulary, C classes
 
 from __future__ import annotations
 
-import torch
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
 from torch import Tensor, nn
 
 from tunesmith.models.attention import Segments, ragged_pass
+from tunesmith.models.heads import pools_last
 from tunesmith.types import Batch
 
 
@@ -16,29 +22,73 @@ def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
 
     A ragged batch needs a model that was given to `attention.use_ragged`.
     """
-    return _ragged(model, batch) if batch.layout == "ragged" else _padded(model, batch)
+    with _only(model, batch.predict_N) as done, _passing(batch):
+        logits: Tensor = model(**_inputs(model, batch)).logits
+    return logits[0] if done else logits.flatten(0, 1)[batch.predict_N]
 
 
-def _ragged(model: nn.Module, batch: Batch) -> Tensor:
-    segments = Segments.of(batch.lengths, device=batch.ids_BT.device)
-    with ragged_pass():
-        logits_1TV: Tensor = model(
-            input_ids=batch.ids_BT,
-            position_ids=batch.positions_BT,
-            use_cache=False,
-            logits_to_keep=batch.predict_N,
-            segments=segments,
-        ).logits
-    # A model that does not know logits_to_keep answers at all T positions; there are always fewer targets than tokens.
-    return logits_1TV[0] if logits_1TV.shape[1] == batch.num_targets else logits_1TV[0, batch.predict_N]
+token_logits = logits_at_targets
+"""[N, C]: the classes at each target's position."""
 
 
-def _padded(model: nn.Module, batch: Batch) -> Tensor:
-    longest = batch.ids_BT.shape[1]
-    columns_U, place_N = torch.unique(batch.predict_N % longest, return_inverse=True)
-    logits_BUV: Tensor = model(
-        input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, logits_to_keep=columns_U
-    ).logits
-    if logits_BUV.shape[1] != len(columns_U):
-        place_N = columns_U[place_N]
-    return logits_BUV[batch.predict_N // longest, place_N]
+def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, C]: the classes of each row, or its number. What a causal model answers with is its last token, known by
+    the row's length and never by the padding's id."""
+    if not pools_last(model):
+        logits_BC: Tensor = model(**_inputs(model, batch)).logits
+        return logits_BC
+    with _passing(batch):
+        hidden_BTD: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+    pooled: Tensor = model.score(hidden_BTD.flatten(0, 1)[batch.predict_N])  # type: ignore[operator]
+    return pooled
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
+    if _has_cache(type(model).forward):
+        inputs["use_cache"] = False
+    if batch.layout == "ragged":
+        segments = Segments.of(batch.lengths, device=batch.ids_BT.device)
+        return {**inputs, "position_ids": batch.positions_BT, "segments": segments}
+    if batch.types_BT is not None:
+        inputs["token_type_ids"] = batch.types_BT
+    if batch.decoder_ids_BU is not None:
+        inputs["decoder_input_ids"] = batch.decoder_ids_BU
+    return {**inputs, "attention_mask": batch.mask_BT}
+
+
+@cache
+def _has_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
+
+
+def _passing(batch: Batch) -> Any:
+    return ragged_pass() if batch.layout == "ragged" else nullcontext()
+
+
+@contextmanager
+def _only(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
+    """Inside the block the output layers see one row of N positions, of all B × T; the list is empty if they do not.
+
+    Not every model has an argument for this (logits_to_keep of causal ones), and none keeps other positions for
+    each row.
+    """
+    done: list[bool] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        done.append(True)
+        hidden_BTD: Tensor = output[0]
+        output[next(iter(output))] = hidden_BTD.flatten(0, 1)[positions_N][None]
+        return output
+
+    hook = _body(model).register_forward_hook(keep)
+    try:
+        yield done
+    finally:
+        hook.remove()
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """What the output layers stand on: the base model, or its decoder."""
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    return getattr(base, "decoder", base)

@@ -1,36 +1,43 @@
 """Tokenizer and weights of a model that was located, through transformers.
 
-Every weight comes from the file: a layer that the file does not fill is an error, never a random start.
+Every weight comes from the file: a layer that the file does not fill is an error, never a random start; but for the
+head of a task that the model meets for the first time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from tunesmith.data.labels import Labels
 from tunesmith.errors import ModelError
 from tunesmith.files import sha256_file
-from tunesmith.models import gguf_tokenizer
+from tunesmith.models import gguf_tokenizer, heads, padding
 from tunesmith.models.folder import weight_files
 from tunesmith.models.locate import Located
 from tunesmith.models.machine import choose_device, choose_precision
-from tunesmith.models.quiet import quiet
+from tunesmith.models.source import blaming, load_config, source
+from tunesmith.types import HeadName
 
 __all__ = ["choose_device", "choose_precision", "fingerprint", "load_config", "load_model", "load_tokenizer"]
 
@@ -42,18 +49,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 MAX_TEMPLATE_BYTES = 64 * 1024
 
-_FOREIGN = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
-    AssertionError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises at files it cannot use: it states no error of its own."""
-
-
-def load_config(located: Located) -> PreTrainedConfig:
-    """The model's config. Raises ModelError for an architecture that transformers does not have."""
-    with _blaming(located, "its config cannot be used"):
-        return AutoConfig.from_pretrained(**_source(located))
-
 
 def load_tokenizer(
     located: Located, template: str | None, *, on_note: OnNote = lambda text: None
@@ -62,8 +57,8 @@ def load_tokenizer(
 
     `on_note` is told what a person should know: a template that was replaced, a GGUF's tokenizer that was mended.
     """
-    with _blaming(located, "its tokenizer cannot be used"):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(located))
+    with blaming(located, "its tokenizer cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(**source(located))
     if not tokenizer.is_fast:
         raise ModelError(f"{located.name}: its tokenizer has no fast form (tokenizer.json). Use a model that has one.")
     if located.is_gguf:
@@ -93,39 +88,92 @@ def _read_template(path: Path) -> str:
 
 
 def load_model(
-    located: Located, *, dtype: torch.dtype, device: str, on_note: OnNote = lambda text: None
+    located: Located,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    head: HeadName = "next_token",
+    labels: Labels | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_note: OnNote = lambda text: None,
 ) -> PreTrainedModel:
-    """The model with its weights in `dtype` on `device`, in eval mode.
+    """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
-    Raises ModelError where a weight is missing or of another shape than the config says. `on_note` is told of weights
-    that the model does not use, and so are not in what is saved.
+    A head that answers with them already is kept, and without `labels` whatever head there is; any other is new, drawn
+    from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` is told of new weights, and of
+    weights that the model does not use, and so are not in what is saved.
+
+    Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
+    has no such head for the model.
     """
-    with _blaming(located, "its weights cannot be loaded"):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            **_source(located), dtype=dtype, output_loading_info=True, **({} if located.is_gguf else _SAFE)
+    config = load_config(located)
+    settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
+    # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
+    with torch.random.fork_rng(devices=[]), blaming(located, "its weights cannot be loaded"):
+        model, found = _auto_class(located, config, head).from_pretrained(
+            **source(located),
+            **settings,
+            **({} if located.is_gguf else {"use_safetensors": True}),
+            dtype=dtype,
+            ignore_mismatched_sizes=labels is not None,
+            output_loading_info=True,
         )
-    _check_filled(located, found)
+    lacks = _lacking(located, model, found, drawable=labels is not None or head == "masked_token")
+    keep = labels is None or heads.same_labels(config, head, labels)
+    fresh = heads.fresh_names(model, lacks, keep=keep)
+    heads.draw(model, fresh, seed=seed)
+    if not keep and not lacks:
+        on_note(f"{located.name} has a head for other labels ({_listed(config.id2label.values())}): it is replaced")
+    if fresh:
+        on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {_listed(fresh)}")
     if unused := sorted(found["unexpected_keys"]):
         on_note(f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}")
+    if heads.pools_last(model):
+        padding.choose(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
         _forget_gguf(model, located)
     return model.to(device)
 
 
-_SAFE = {"use_safetensors": True}
+def _auto_class(located: Located, config: PreTrainedConfig, head: HeadName) -> Any:
+    auto, known = _AUTO["translated" if head == "next_token" and config.is_encoder_decoder else head]
+    if type(config) not in known:
+        what = {"next_token": "goes on with a text", "masked_token": "guesses masked tokens"}.get(head, "answers so")
+        raise ModelError(
+            f"{located.name}: transformers has no {config.model_type} that {what} ({auto.__name__}). Use another model."
+        )
+    return auto
 
 
-def _check_filled(located: Located, found: dict[str, Any]) -> None:
-    missing = sorted(found["missing_keys"])
-    misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"])
+_AUTO: dict[str, tuple[Any, Any]] = {
+    "next_token": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "translated": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "masked_token": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    "sequence": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "tokens": (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+}
+
+
+def _lacking(located: Located, model: PreTrainedModel, found: dict[str, Any], *, drawable: bool) -> set[str]:
+    """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack any other."""
+    missing = set(found["missing_keys"])
+    misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
+    may_be_new = {name for name in missing | misshapen if drawable and heads.in_head(model, name)}
     for names, what in ((missing, "not in its files"), (misshapen, "of another shape than its config says")):
-        if names:
+        if wrong := sorted(names - may_be_new):
             raise ModelError(
-                f"{located.name}: {len(names)} weights are {what}, such as {names[0]}: they would start as random "
-                "numbers. Use a whole causal language model."
+                f"{located.name}: {len(wrong)} weights are {what}, such as {wrong[0]}: they would start as random "
+                f"numbers. Use a whole {type(model).__name__}."
             )
     if found.get("error_msgs"):
         raise ModelError(f"{located.name}: its weights cannot be loaded: {found['error_msgs'][0]}")
+    return may_be_new
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(map(str, names))
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
 
 
 def _forget_gguf(model: PreTrainedModel, located: Located) -> None:
@@ -142,27 +190,6 @@ def _forget_gguf(model: PreTrainedModel, located: Located) -> None:
         if isinstance(value, float):
             setattr(model.config, name, float(f"{value:.7g}"))
     vars(model.config).pop("_model_name_or_path", None)
-
-
-def _source(located: Located) -> dict[str, Any]:
-    """The arguments of from_pretrained that name a model that is here already, and forbid all else."""
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if located.is_gguf:
-        return {"pretrained_model_name_or_path": str(located.path.parent), "gguf_file": located.path.name, **here}
-    return {"pretrained_model_name_or_path": str(located.path), **here}
-
-
-@contextlib.contextmanager
-def _blaming(located: Located, what: str) -> Iterator[None]:
-    """Foreign errors become a ModelError that names the model; foreign output is kept off the terminal."""
-    try:
-        # The bar of the GGUF loader knows no switch; it writes to stderr.
-        gguf_bar = contextlib.redirect_stderr(io.StringIO()) if located.is_gguf else contextlib.nullcontext()
-        with quiet(), gguf_bar:
-            yield
-    except _FOREIGN as error:
-        text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-        raise ModelError(f"{located.path}: {what}: {text[:500]}") from error
 
 
 def fingerprint(located: Located) -> dict[str, str]:

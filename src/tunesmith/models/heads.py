@@ -1,0 +1,156 @@
+"""The last layers of a model, which turn what it has read into classes or a number.
+
+A head is everything outside the base model, and the pooler before it. Its weights are new when a model meets a task for
+the first time: drawn here, from the seed and the weight's name alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tunesmith.data.labels import Labels
+from tunesmith.errors import ModelError
+from tunesmith.types import HeadName, LabelKind
+
+LABELS_FILE = "labels.json"
+
+_PROBLEMS: Mapping[LabelKind, str] = {
+    "one": "single_label_classification",
+    "many": "multi_label_classification",
+    "number": "regression",
+}
+_CLASSES: Mapping[str, HeadName] = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "tokens",
+    "ForMaskedLM": "masked_token",
+}
+
+
+def head_of(model: PreTrainedModel) -> HeadName:
+    """What the model answers, by the name of its class."""
+    return next((head for end, head in _CLASSES.items() if type(model).__name__.endswith(end)), "next_token")
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the weight of this name belongs to the head."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def pools_last(model: nn.Module) -> bool:
+    """Whether the model answers about a text at its last token, as causal ones do."""
+    return type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")
+
+
+def new_head_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The weights of a head that answers with classes or numbers, which are trained whole; none for other models."""
+    if head_of(model) not in ("sequence", "tokens"):
+        return ()
+    return tuple(name for name, _ in model.named_parameters() if in_head(model, name))
+
+
+def label_settings(labels: Labels) -> dict[str, Any]:
+    """What a config says of labels: names by id and back, and what kind of answer they are."""
+    names = labels.names or ("LABEL_0",)
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": _PROBLEMS.get(labels.kind),
+    }
+
+
+def labels_of(model: PreTrainedModel) -> Labels | None:
+    """What a head answers with, in the order of its outputs; None for a model that answers with tokens."""
+    head = head_of(model)
+    if head not in ("sequence", "tokens"):
+        return None
+    return _labels(model.config, head)
+
+
+def _labels(config: PreTrainedConfig, head: HeadName) -> Labels:
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    if head == "tokens":
+        return Labels("tags", names)
+    kinds: dict[str | None, LabelKind] = {problem: kind for kind, problem in _PROBLEMS.items()}
+    kind = kinds.get(config.problem_type, "number" if config.num_labels == 1 else "one")
+    return Labels(kind, () if kind == "number" else names)
+
+
+def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> bool:
+    """Whether a head that is there already answers with these labels, in this order."""
+    found = _labels(config, head)
+    return (found.kind, found.names) == (labels.kind, labels.names)
+
+
+def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple[str, ...]:
+    """The weights to draw: those that the files lack, and the whole head if one of its own is among them or if it is
+    not to be kept."""
+    own = [name for name in new_head_names(model) if not name.startswith(f"{model.base_model_prefix}.")]
+    whole = own if not keep or not lacks.isdisjoint(own) else []
+    return tuple(name for name, _ in model.named_parameters() if name in lacks or name in whole)
+
+
+@torch.no_grad()
+def draw(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
+    """Fresh values for weights: matrices normal with the config's initializer_range, biases 0, scales of norms 1.
+
+    Drawn on the CPU in float32, each from (seed, name): the same in every precision, on every device, and whatever
+    random numbers the process has used or will use.
+    """
+    std = float(getattr(model.config, "initializer_range", 0.02))
+    for name in names:
+        weight = model.get_parameter(name)
+        if weight.ndim == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator(seed, name)))
+    model.drawn = tuple(names)
+
+
+def drawn_names(model: nn.Module) -> tuple[str, ...]:
+    """The weights that were drawn when the model was loaded."""
+    return getattr(model, "drawn", ())
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers for one weight, by its name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def write_labels(model: PreTrainedModel, folder: Path) -> None:
+    """Write what the head answers with beside a result; nothing for a model that answers with tokens."""
+    labels = labels_of(model)
+    if labels is not None:
+        text = json.dumps({"kind": labels.kind, "names": labels.names}, indent=2, ensure_ascii=False)
+        (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_labels(folder: Path) -> Labels | None:
+    """What the head of a result answers with; None if it was saved without a head. Raises ModelError if damaged."""
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return Labels(saved["kind"], tuple(saved["names"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged ({error!r}). Copy the result again.") from error
+
+
+def check_labels(model: PreTrainedModel, folder: Path) -> None:
+    """Raise ModelError if a result answers with other labels than the model that it is loaded into."""
+    saved, labels = read_labels(folder), labels_of(model)
+    if saved is not None and (labels is None or (saved.kind, saved.names) != (labels.kind, labels.names)):
+        expected = "tokens" if labels is None else f"{labels.kind} of {list(labels.names)}"
+        raise ModelError(
+            f"{folder / LABELS_FILE}: {saved.kind} of {list(saved.names)}, but the model answers with {expected}. "
+            "Load the model with the labels of the result."
+        )
