@@ -1,0 +1,140 @@
+"""The forgetting probe: every token of the general text counts once, the same on every machine; the bound is said."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tiny import tiny_tokenizer
+from tiny_model import tiny_model
+from tunesmith.data.render import Renderer
+from tunesmith.data.tokens import Encoder
+from tunesmith.evaluation import general
+from tunesmith.models.attention import use_ragged
+from tunesmith.tasks import TASKS
+
+TOKENIZER = tiny_tokenizer()
+
+
+def model():
+    return tiny_model("llama", vocab_size=len(TOKENIZER), hidden=32, layers=1)
+
+
+def test_text_is_a_few_hundred_sentences():
+    passages = general.passages()
+    assert len(passages) >= 90
+    assert len(re.findall(r"[.?!](?=\s|$|\")", "\n".join(passages))) >= 280
+    assert len(set(passages)) == len(passages)
+    assert "CC0" not in "".join(passages)  # the licence is said in the file, and not measured
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monkeypatch):
+    monkeypatch.setattr(general, "MAX_TOKENS", 20)
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    wholes = Encoder(tokenizer).ids(general.passages(), plain=True)
+    rows = general.general_rows(tokenizer)
+    assert max(len(row.ids) for row in rows) == 20
+    for number, whole in enumerate(wholes, start=1):
+        targets = [row.ids[row.trained] for row in rows if row.source.line == number]
+        assert np.array_equal(np.concatenate(targets), whole[1:])
+    assert not any(row.trained[0] for row in rows)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+def test_loss_is_the_sum_by_hand_over_the_targets(layout, monkeypatch):
+    monkeypatch.setattr(general, "passages", lambda: ["A brown fox jumps.", "One two", "What is it?\nYes."])
+    tiny = model()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in Encoder(TOKENIZER).ids(general.passages(), plain=True):
+            ids_T = torch.from_numpy(ids.astype(np.int64))
+            logits = tiny.eval()(input_ids=ids_T[None]).logits[0, :-1].double()
+            total += float(F.cross_entropy(logits, ids_T[1:], reduction="sum"))
+            count += len(ids_T) - 1
+    if layout == "ragged":
+        use_ragged(tiny)
+    loss, num_targets = general.text_loss(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
+    assert num_targets == count
+    assert loss == pytest.approx(total / count, rel=1e-6)  # float32 logits
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    tiny = model().train()
+    state = torch.get_rng_state()
+    general.text_loss(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
+    assert tiny.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "task", "asked"),
+    [
+        (TOKENIZER, "chat", "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"),
+        (TOKENIZER, "generate", "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"),
+        (tiny_tokenizer(template=None), "generate", "What is the capital of France?\n"),
+    ],
+)
+def test_instructions_are_asked_as_chats_where_there_is_a_template(tokenizer, task, asked, monkeypatch):
+    seen = []
+
+    def answer(model, renderer, prompts, how):
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [type("Answer", (), {"text": "Paris"})] * len(prompts)
+
+    monkeypatch.setattr(general, "answer", answer)
+    renderer = Renderer(tokenizer, task, max_tokens=None, too_long="error", control_tokens="error")
+    found = general.answers(model(), renderer)
+    assert len(found) == 12
+    assert found[0] == {"prompt": "What is the capital of France?", "answer": "Paris"}
+    assert seen[0].endswith(asked)
+
+
+def test_instructions_are_answered(monkeypatch):
+    monkeypatch.setattr(general, "ANSWER_TOKENS", 2)
+    renderer = Renderer(TOKENIZER, "chat", max_tokens=None, too_long="error", control_tokens="error")
+    found = general.answers(model(), renderer)
+    assert [one["prompt"] for one in found] == list(general.GENERAL_INSTRUCTIONS)
+    assert all(isinstance(one["answer"], str) for one in found)
+
+
+def test_instructions_are_twelve_and_differ():
+    assert len(set(general.GENERAL_INSTRUCTIONS)) == 12
+
+
+def test_verdict_says_how_far_the_loss_moved():
+    assert general.verdict(3.0, 3.05) == (
+        "General text: loss 3.0000 before, 3.0500 after (perplexity +5.1 %), within the bound of +0.1 nats.",
+        False,
+    )
+    assert "(perplexity -4.9 %), within" in general.verdict(3.05, 3.0)[0]
+
+
+def test_verdict_past_the_bound_names_the_knobs_that_help():
+    line, past = general.verdict(3.0, 3.2)
+    assert past
+    assert "(perplexity +22.1 %), past the bound of +0.1 nats" in line
+    for knob in ("optim.lr", "train.epochs", "method.targets=mlp", "data.replay"):
+        assert knob in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("after", [math.nan, math.inf, 1e6])
+def test_verdict_of_a_lost_model_is_past_the_bound(after):
+    line, past = general.verdict(3.0, after)
+    assert past
+    assert len(line) < 400
+
+
+def test_verdict_names_knobs_that_exist():
+    from tunesmith.recipe.knobs import Data, LoraMethod, Optim, Train
+
+    assert "lr" in Optim.model_fields
+    assert "epochs" in Train.model_fields
+    assert "targets" in LoraMethod.model_fields
+    assert "replay" in Data.model_fields
