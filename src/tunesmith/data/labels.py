@@ -1,20 +1,41 @@
 """Classes, their order and what they weigh: from the words of the rows to the numbers that a head learns.
 
-The order of classes is that of the recipe's data.labels, or the sorted classes of the training rows: whole numbers
+The order of classes is that of the recipe's data.labels, or the sorted classes of the training files: whole numbers
 first, by value, then all other words by code point. It never follows from the order of rows. Resolved, it is written
 into the run's recipe, so a run that is repeated with more rows keeps every id.
 """
 
-# C classes, I rows
+# C classes, I rows, N targets, V words of a store's vocabulary
 
 from __future__ import annotations
 
+import difflib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.types import LabelKind
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe.knobs import Data
+from tunesmith.types import Choice, LabelKind, Problem, Source, TaskName
+
+if TYPE_CHECKING:
+    from tunesmith.data.store import RowStore
+
+ClassWeights = Literal["equal", "balanced"] | Mapping[str, float]
+
+MOST_CLASSES = 1000
+"""Classes that rows may bring without being asked for in data.labels."""
+MOST_LISTED = 20
+"""Rows named one by one, one for each label that cannot be used."""
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +52,237 @@ class Labels:
     def num_outputs(self) -> int:
         """Outputs of the head."""
         return 1 if self.kind == "number" else len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The labels of some rows."""
+
+    names: Sequence[str]
+    counts_V: NDArray[np.int64]
+    """How often each stands there: in how many rows, of tags at how many words."""
+    many: bool
+    """Whether rows have lists of them."""
+    place: Callable[[int], Source]
+    """Where one of `names` stands first, by its index."""
+
+    @property
+    def present(self) -> list[str]:
+        """The names that a row has."""
+        return [name for name, count in zip(self.names, self.counts_V, strict=True) if count]
+
+
+def order(names: Iterable[str]) -> tuple[str, ...]:
+    """Classes in the order of their ids: whole numbers by value, then all other words by code point."""
+    return tuple(sorted(set(names), key=_rank))
+
+
+def _rank(name: str) -> tuple[bool, int, str]:
+    is_whole = _WHOLE.fullmatch(name) is not None
+    return not is_whole, int(name) if is_whole else 0, name
+
+
+def decide_labels(
+    *,
+    task: TaskName,
+    data: Data,
+    class_weights: ClassWeights,
+    store: RowStore,
+    train_rows: NDArray[np.int64],
+    held_store: RowStore,
+) -> tuple[Labels, list[Choice]]:
+    """What the head of a classifier or tagger learns, and what was decided for the user.
+
+    Classes are those of all rows of the training files; weights follow from the rows that are trained on.
+
+    Raises:
+        DataError: a label is not one of the classes, or no number; there is one class, or far too many.
+        RecipeError: data.labels or train.class_weights do not fit.
+    """
+    trained = see(store, train_rows)
+    sides = [see(store)] if held_store is store else [see(store), see(held_store)]
+    return decide(task=task, data=data, class_weights=class_weights, trained=trained, sides=sides)
+
+
+def decide(
+    *, task: TaskName, data: Data, class_weights: ClassWeights, trained: Seen, sides: Sequence[Seen]
+) -> tuple[Labels, list[Choice]]:
+    """As `decide_labels`, from labels that were counted. `sides`: those of the training files, of held-out files."""
+    kind, choices = find_kind(task, data, sides)
+    if kind == "number":
+        if data.labels or class_weights != "equal":
+            knob = "data.labels" if data.labels else "train.class_weights"
+            raise RecipeError(
+                f"{knob}: labels are numbers, which have no classes. Leave it out, or set data.label_kind."
+            )
+        _refuse(sides, lambda name: not is_number(name), _no_number)
+        return Labels("number"), choices
+    names = data.labels or order(sides[0].present)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecipeError(f"data.labels: {twice!r} stands twice. Name each class once.")
+    known = frozenset(names)
+    _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, names, is_given=bool(data.labels)))
+    if not data.labels:
+        _refuse_too_many(names, sides[0], data, task)
+        choices.append(Choice("data.labels", names, "classes of the training files, whole numbers first, then by name"))
+    counts_C = _by_class(trained, names)
+    if (counts_C > 0).sum() < (1 if kind == "many" else 2):
+        only = next((name for name, count in zip(names, counts_C, strict=True) if count), None)
+        which = f"every training row has the class {only!r}" if only else "no training row has a class"
+        raise DataError(f"data.train: {which}: there is nothing to tell apart. Add rows of other classes.")
+    return Labels(kind, names, _weights(class_weights, kind, names, counts_C)), choices
+
+
+def find_kind(task: TaskName, data: Data, sides: Sequence[Seen]) -> tuple[LabelKind, list[Choice]]:
+    """What a row's labels are, and the choice if it was one. Raises DataError where lists are no lists."""
+    if task == "tag":
+        return "tags", []
+    has_lists = [side for side in sides if side.many]
+    if data.label_kind == "auto":
+        if sides[0].many:
+            return "many", [Choice("data.label_kind", "many", "labels are lists")]
+        present = sides[0].present
+        if not data.labels and present and all(map(is_number, present)) and any(re.search("[.eE]", n) for n in present):
+            return "number", [Choice("data.label_kind", "number", "labels are numbers with a decimal point")]
+    if has_lists and data.label_kind != "many":
+        place = has_lists[0].place(int(np.argmax(has_lists[0].counts_V))) if has_lists[0].present else "data"
+        given = data.label_kind if data.label_kind != "auto" else "one, as in the training files"
+        raise DataError(f"{place}: label is a list, but data.label_kind is {given}. Set data.label_kind: many.")
+    if data.label_kind == "auto":
+        return "one", [Choice("data.label_kind", "one", "each row has one class")]
+    return data.label_kind, []
+
+
+def is_number(name: str) -> bool:
+    """Whether a label is a number that float32 can hold."""
+    return _NUMBER.fullmatch(name) is not None and abs(float(name)) < float(np.finfo(np.float32).max)
+
+
+def remark_on(names: Iterable[str]) -> list[str]:
+    """What to say of classes that differ only by white space, case or Unicode's ways of writing one character."""
+    alike: dict[str, list[str]] = {}
+    for name in order(names):
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    return [
+        f"the classes {' and '.join(map(repr, group))} differ only in white space, case or how characters are encoded: "
+        "they are learnt as different ones. If they are one, write them alike"
+        for group in alike.values()
+        if len(group) > 1
+    ]
+
+
+def see(store: RowStore, rows_I: NDArray[np.int64] | None = None) -> Seen:
+    """The labels of some rows of a store, or of all."""
+    rows = np.arange(len(store)) if rows_I is None else rows_I
+    ids_N = np.concatenate([np.empty(0, np.int64), *(store.label_ids(int(i)) for i in rows)])
+
+    def place(label: int) -> Source:
+        return store.source(next(int(i) for i in rows if label in store.label_ids(int(i))))
+
+    counts_V = np.bincount(ids_N, minlength=len(store.vocabulary))
+    return Seen(store.vocabulary, counts_V, bool(store.summary.many), place)
+
+
+def count_classes(labels: Labels, store: RowStore, rows_I: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[C], how many of some rows (of tags: words) have each class."""
+    return _by_class(see(store, rows_I), labels.names)
+
+
+def _by_class(seen: Seen, names: Sequence[str]) -> NDArray[np.int64]:
+    counts = dict(zip(seen.names, seen.counts_V.tolist(), strict=True))
+    return np.array([counts.get(name, 0) for name in names], np.int64)
+
+
+def targets(labels: Labels, local_ids: NDArray[np.int64], vocabulary: Sequence[str]) -> NDArray[np.generic]:
+    """What a head learns of one row, whose labels are given as indices into `vocabulary`.
+
+    Class ids int64 [N], a number float32 [1], or 0 and 1 for each class float32 [1, C]. Raises DataError for a label
+    that is not one of the classes.
+    """
+    if labels.kind == "number":
+        return np.array([float(vocabulary[i]) for i in local_ids], np.float32)
+    classes_N: NDArray[np.int64] = _classes(labels.names, tuple(vocabulary))[local_ids]
+    if (classes_N < 0).any():
+        raise DataError(_unknown(vocabulary[int(local_ids[classes_N < 0][0])], labels.names, is_given=True)[0])
+    if labels.kind != "many":
+        return classes_N
+    held_1C = np.zeros((1, len(labels.names)), np.float32)
+    held_1C[0, classes_N] = 1.0
+    return held_1C
+
+
+@lru_cache(maxsize=16)
+def _classes(names: tuple[str, ...], vocabulary: tuple[str, ...]) -> NDArray[np.int64]:
+    """[V], the class of each word, -1 where it is none."""
+    ids = {name: i for i, name in enumerate(names)}
+    return np.array([ids.get(word, -1) for word in vocabulary], np.int64)
+
+
+def _weights(
+    class_weights: ClassWeights, kind: LabelKind, names: Sequence[str], counts_C: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    """[C]; balanced: rows / (classes * rows of the class), as scikit-learn's compute_class_weight."""
+    if class_weights == "equal":
+        return None
+    if kind == "many":
+        raise RecipeError("train.class_weights: a row can have several classes, which cannot be weighed. Leave it out.")
+    if class_weights == "balanced":
+        present = int((counts_C > 0).sum())
+        return np.asarray(np.where(counts_C > 0, counts_C.sum() / (present * np.maximum(counts_C, 1)), 1.0))
+    for name in class_weights:
+        if name not in names:
+            raise RecipeError(f"train.class_weights: {name!r} is not one of the classes.{_near(name, names)}")
+    return np.array([class_weights.get(name, 1.0) for name in names], np.float64)
+
+
+def _refuse(sides: Sequence[Seen], is_bad: Callable[[str], bool], explain: Callable[[str], tuple[str, str]]) -> None:
+    """Raise for labels that cannot be used, each with the place where it stands first."""
+    problems: list[Problem] = []
+    for side in sides:
+        for i, name in enumerate(side.names):
+            if side.counts_V[i] and is_bad(name):
+                if len(problems) < MOST_LISTED:
+                    problems.append(Problem(side.place(i), "unknown_label", *explain(name)))
+                else:
+                    raise DataError(f"more than {MOST_LISTED} labels cannot be used", problems)
+    if problems:
+        raise DataError("\n".join(map(str, problems)), problems)
+
+
+def _unknown(name: str, names: Sequence[str], *, is_given: bool) -> tuple[str, str]:
+    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
+    if is_given:
+        return (
+            f"the label {name[:60]!r} is not in data.labels ({listed}).",
+            f"Correct it, or add it.{_near(name, names)}",
+        )
+    message = f"no training row has the label {name[:60]!r} of this held-out row (there are {listed})."
+    return message, f"Correct it, add training rows, or name all classes in data.labels.{_near(name, names)}"
+
+
+def _no_number(name: str) -> tuple[str, str]:
+    return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _refuse_too_many(names: Sequence[str], seen: Seen, data: Data, task: TaskName) -> None:
+    total = int(seen.counts_V.sum())
+    is_unique = len(names) >= 20 and len(names) > total / 2
+    if len(names) <= MOST_CLASSES and not is_unique:
+        return
+    what = "nearly every row is a class of its own" if is_unique else f"more than {MOST_CLASSES:,} are seldom meant"
+    ways = []
+    if all(map(is_number, names)):
+        ways.append("if they are numbers, set data.label_kind: number")
+    elif task == "classify":
+        ways.append(
+            "if they are answers to be written, use task: generate with data.columns: "
+            f"{{prompt: {data.columns.get('text', 'text')}, completion: {data.columns.get('label', 'label')}}}"
+        )
+    ways.append("if they are classes, name them in data.labels")
+    raise DataError(f"data.train: {len(names):,} classes in {total:,} labels: {what}. To go on: {'; '.join(ways)}.")

@@ -1,0 +1,331 @@
+"""Classes keep their ids whatever the order of rows, and labels that cannot be learnt are named with their place."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
+
+from tunesmith.data.labels import Labels, count_classes, decide_labels, is_number, order, remark_on, targets
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe.knobs import Data
+from tunesmith.types import Choice, Source, TaskName
+
+
+class FakeStore:
+    """What `labels` asks of a row store: words by first appearance, and each row's as indices."""
+
+    def __init__(self, rows: Sequence[str | Sequence[str]], path: str = "train.csv") -> None:
+        lists = [[row] if isinstance(row, str) else list(row) for row in rows]
+        self.vocabulary = tuple(dict.fromkeys(itertools.chain(*lists)))
+        self._ids = [np.array([self.vocabulary.index(name) for name in row], np.int64) for row in lists]
+        self.summary = SimpleNamespace(many=any(not isinstance(row, str) for row in rows))
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def label_ids(self, index: int) -> np.ndarray:
+        return self._ids[index]
+
+    def source(self, index: int) -> Source:
+        return Source(self._path, index + 2)
+
+
+def decided(
+    rows: Sequence[Any],
+    held: Sequence[Any] | None = None,
+    *,
+    task: TaskName = "classify",
+    class_weights: Any = "equal",
+    train_rows: Sequence[int] | None = None,
+    **knobs: Any,
+) -> tuple[Labels, list[Choice]]:
+    store: Any = FakeStore(rows)
+    held_store: Any = store if held is None else FakeStore(held, "test.csv")
+    chosen = np.array(range(len(rows)) if train_rows is None else train_rows)
+    return decide_labels(
+        task=task,
+        data=Data(**knobs),
+        class_weights=class_weights,
+        store=store,
+        train_rows=chosen,
+        held_store=held_store,
+    )
+
+
+def refused(*args: Any, **knobs: Any) -> list[str]:
+    with pytest.raises(DataError) as error:
+        decided(*args, **knobs)
+    return [str(problem) for problem in error.value.problems] or [str(error.value)]
+
+
+# order
+
+NAMES = ["2", "10", "b", "a"]
+ORDERED = ("2", "10", "a", "b")
+ORDER_IN_A_PROCESS = """
+import json, sys
+from tunesmith.data import labels
+rows = json.loads(sys.argv[1])
+print(json.dumps(labels.order({name for name in rows})))
+"""
+
+
+def in_a_process(names: Iterable[str], hash_seed: int) -> tuple[str, ...]:
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": str(hash_seed)}
+    run = subprocess.run(
+        [sys.executable, "-c", ORDER_IN_A_PROCESS, json.dumps(list(names))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return tuple(json.loads(run.stdout))
+
+
+def keeps_ids(ordered: Callable[[Sequence[str]], Sequence[str]]) -> None:
+    rows = NAMES * 5
+    for seed in range(5):
+        random.Random(seed).shuffle(rows)
+        assert tuple(ordered(rows)) == ORDERED
+
+
+def test_ids_do_not_follow_the_order_of_rows():  # trap: A12
+    keeps_ids(lambda rows: decided(rows)[0].names)
+
+
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        pytest.param(lambda rows: sorted(set(rows)), id="by text"),  # "10" before "2"
+        pytest.param(lambda rows: list(dict.fromkeys(rows)), id="by first appearance"),
+    ],
+)
+def test_other_orders_would_be_caught(ordered: Callable[[Sequence[str]], Sequence[str]]):  # trap: A12, planted
+    with pytest.raises(AssertionError):
+        keeps_ids(ordered)
+
+
+@pytest.mark.parametrize("hash_seed", range(5))
+def test_ids_are_the_same_in_every_process(hash_seed: int):  # trap: A12
+    assert in_a_process(NAMES, hash_seed) == ORDERED
+
+
+def test_an_order_that_follows_hashes_would_be_caught(monkeypatch: pytest.MonkeyPatch):  # trap: A12, planted
+    monkeypatch.setattr(sys.modules[__name__], "ORDER_IN_A_PROCESS", ORDER_IN_A_PROCESS.replace("labels.order", "list"))
+    orders = {in_a_process(NAMES, hash_seed) for hash_seed in range(3)}
+    with pytest.raises(AssertionError):
+        assert orders == {ORDERED}
+
+
+@given(st.lists(st.text(max_size=4) | st.integers().map(str), min_size=1))
+def test_order_is_one_of_all_names_and_repeats(names: list[str]):
+    ordered = order(names)
+    assert sorted(ordered) == sorted(set(names))
+    assert order(reversed(names)) == ordered
+    assert order(ordered) == ordered
+
+
+def test_whole_numbers_come_first_by_value():
+    names = ["b", "é", "10", "-3", "B", "2", "007", "7", "1.5", "true", "2 ", "9" * 30]
+    assert order(names) == ("-3", "2", "007", "7", "10", "1.5", "2 ", "9" * 30, "B", "b", "true", "é")
+
+
+def test_rows_that_are_added_change_no_id_once_the_order_is_in_the_recipe():  # trap: A12
+    labels, choices = decided(["b", "a", "c"])
+    (resolved,) = [choice.value for choice in choices if choice.key == "data.labels"]
+    assert resolved == labels.names == ("a", "b", "c")
+    assert decided(["c", "b", "a"] * 9, labels=resolved)[0].names == ("a", "b", "c")
+    assert "'aa' is not in data.labels (a, b, c)" in refused(["c", "b", "a", "aa"], labels=resolved)[0]
+
+
+def test_a_class_that_no_held_out_row_has_keeps_its_id():  # trap: A12
+    assert decided(["b", "a", "c"], held=["c", "c"])[0].names == ("a", "b", "c")
+
+
+# kinds
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (["a", "b"], "one"),
+        (["1", "2"], "one"),
+        (["1.5", "2", "3e-1"], "number"),
+        (["1.5", "two"], "one"),
+        ([["a"], ["a", "b"], []], "many"),
+        (["true", "false"], "one"),
+        (["nan", "1.5"], "one"),
+    ],
+)
+def test_kind_is_read_from_the_labels_and_said(rows: Sequence[Any], kind: str):
+    labels, choices = decided(rows)
+    assert labels.kind == kind
+    assert ("data.label_kind", kind) in [(choice.key, choice.value) for choice in choices]
+    assert labels.num_outputs == (1 if kind == "number" else len(labels.names))
+
+
+def test_kind_can_be_said():
+    assert decided(["1", "2"], label_kind="number")[0].kind == "number"
+    assert decided(["1.5", "2.5"], label_kind="one")[0].names == ("1.5", "2.5")
+    assert decided(["a", "b"], label_kind="many")[0].kind == "many"
+    assert decided([["O", "B-PER"], ["O"]], task="tag")[0] == Labels("tags", ("B-PER", "O"))
+
+
+# refusals
+
+
+def test_a_label_that_only_a_held_out_row_has_is_refused_with_its_place():  # trap: A12
+    (problem,) = refused(["eye", "ear", "eye"], held=["eye", "eyes"])
+    assert problem == (
+        "test.csv:3: unknown_label: no training row has the label 'eyes' of this held-out row (there are ear, eye). "
+        "Correct it, add training rows, or name all classes in data.labels. Did you mean 'eye'?"
+    )
+
+
+def test_labels_that_no_list_names_are_listed_with_the_first_place_of_each():
+    problems = refused(["a", "x", "b", "y", "x"], held=["z"], labels=("a", "b"))
+    assert [problem.split(" is not in")[0] for problem in problems] == [
+        "train.csv:3: unknown_label: the label 'x'",
+        "train.csv:5: unknown_label: the label 'y'",
+        "test.csv:2: unknown_label: the label 'z'",
+    ]
+    assert len(refused([f"x{i}" for i in range(50)], labels=("a", "b"))) == 20
+
+
+def test_labels_that_are_no_numbers_are_refused():
+    problems = refused(["1.5", "high", "2"], held=["inf"], label_kind="number")
+    assert [problem.split(". ")[0] for problem in problems] == [
+        "train.csv:3: unknown_label: the label 'high' is not a number",
+        "test.csv:2: unknown_label: the label 'inf' is not a number",
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "nan", "-inf", "1_000", " 1", "1e39", "0x1", "1,5", "١"])
+def test_what_looks_like_a_number_to_python_alone_is_none(name: str):
+    assert not is_number(name)
+
+
+def test_one_class_teaches_nothing():
+    assert "every training row has the class 'a'" in refused(["a", "a"])[0]
+    assert "every training row has the class 'a'" in refused(["a", "a"], labels=("a", "b"))[0]
+    assert "no training row has a class" in refused([[], []])[0]
+    assert "every training row has the class 'O'" in refused([["O"], ["O", "O"]], task="tag")[0]
+
+
+def test_too_many_classes_are_refused_with_what_may_have_been_meant():
+    (text,) = refused([f"Answer {i}" for i in range(30)], columns={"text": "q", "label": "a"})
+    assert "30 classes in 30 labels: nearly every row is a class of its own" in text
+    assert "task: generate with data.columns: {prompt: q, completion: a}" in text
+    (text,) = refused([str(i) for i in range(30)])
+    assert "data.label_kind: number" in text
+    (text,) = refused([f"c{i % 1500}" for i in range(6000)])
+    assert "1,500 classes" in text
+    names = [f"c{i}" for i in range(30)]
+    assert decided(names, labels=tuple(names))[0].num_outputs == 30
+
+
+def test_lists_where_one_class_is_expected_are_refused():
+    (text,) = refused(["a", "b"], held=[["a"]])
+    assert text.startswith("test.csv:2: label is a list, but data.label_kind is one, as in the training files.")
+    assert "data.label_kind is number" in refused([["a"], ["b"]], label_kind="number")[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "knobs", "text"),
+    [
+        (["a", "b"], {"labels": ("a", "b", "a")}, "data.labels: 'a' stands twice"),
+        (["1.5", "2"], {"labels": ("1.5", "2"), "label_kind": "number"}, "data.labels: labels are numbers"),
+        (["1.5", "2"], {"class_weights": "balanced"}, "train.class_weights: labels are numbers"),
+        ([["a"], ["b"]], {"class_weights": "balanced"}, "train.class_weights: a row can have several"),
+        (["eye", "ear"], {"class_weights": {"eyes": 2.0}}, "'eyes' is not one of the classes. Did you mean 'eye'?"),
+    ],
+)
+def test_knobs_that_do_not_fit_the_labels_are_refused(rows: Sequence[Any], knobs: dict[str, Any], text: str):
+    with pytest.raises(RecipeError) as error:
+        decided(rows, **knobs)
+    assert text in str(error.value)
+
+
+# weights
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=50).filter(lambda rows: len(set(rows)) > 1))
+def test_balanced_weights_are_those_of_scikit_learn(rows: list[str]):
+    labels, _ = decided(rows, class_weights="balanced")
+    expected = compute_class_weight("balanced", classes=np.array(labels.names), y=np.array(rows))
+    np.testing.assert_allclose(labels.weights_C, expected, rtol=1e-15)
+
+
+def test_balanced_weights_by_hand_from_the_rows_that_are_trained():
+    rows = ["a", "a", "a", "b", "b", "c"]
+    labels, _ = decided(rows, class_weights="balanced", train_rows=[0, 1, 2, 3])
+    # 4 rows, 2 classes present: 4 / (2 * 3), 4 / (2 * 1); a class without a row weighs 1
+    assert labels.weights_C is not None
+    assert labels.weights_C.tolist() == [4 / 6, 2.0, 1.0]
+    assert decided(rows, class_weights={"b": 2.5})[0].weights_C.tolist() == [1.0, 2.5, 1.0]  # type: ignore[union-attr]
+    assert decided(rows)[0].weights_C is None
+
+
+def test_tags_are_weighed_by_words():
+    labels, _ = decided([["O", "O", "B"], ["O"]], task="tag", class_weights="balanced")
+    assert labels.names == ("B", "O")
+    assert labels.weights_C is not None
+    assert labels.weights_C.tolist() == [4 / 2, 4 / 6]
+
+
+# targets
+
+
+def test_targets_are_what_the_head_learns():
+    vocabulary = ("b", "a", "c")
+    ids = np.array([0, 2], np.int64)
+    one = targets(Labels("tags", ("a", "b", "c")), ids, vocabulary)
+    assert (one.tolist(), one.dtype) == ([1, 2], np.int64)
+    many = targets(Labels("many", ("a", "b", "c")), ids, vocabulary)
+    assert (many.tolist(), many.dtype) == ([[0.0, 1.0, 1.0]], np.float32)
+    none = targets(Labels("many", ("a", "b", "c")), ids[:0], vocabulary)
+    assert none.tolist() == [[0.0, 0.0, 0.0]]
+    number = targets(Labels("number"), np.array([1]), ("1", "-2.5"))
+    assert (number.tolist(), number.dtype) == ([-2.5], np.float32)
+    with pytest.raises(DataError, match="'c' is not in data"):
+        targets(Labels("one", ("a", "b")), np.array([2]), vocabulary)
+
+
+def test_classes_of_some_rows_are_counted_by_id():
+    store: Any = FakeStore(["b", "a", "b", "c"])
+    assert count_classes(Labels("one", ("a", "b", "c", "d")), store, np.array([0, 1, 2])).tolist() == [1, 2, 0, 0]
+
+
+# remarks
+
+
+@pytest.mark.parametrize(
+    ("names", "num"),
+    [
+        (("eye", "eye "), 1),
+        (("Eye", "eye", "EYE", "ear"), 1),
+        (("caf\u00e9", "cafe\u0301"), 1),
+        (("a b", "a  b", "c", "C"), 2),
+        (("eye", "eyes"), 0),
+    ],
+)
+def test_classes_that_look_alike_are_remarked_on(names: tuple[str, ...], num: int):
+    assert len(remark_on(names)) == num
+
+
+def test_a_remark_shows_the_white_space():
+    assert "the classes 'eye' and 'eye ' differ only in white space" in remark_on(["eye ", "eye"])[0]
