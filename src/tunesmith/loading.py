@@ -1,25 +1,31 @@
-"""A tuned model ready to answer: the result of a run, or what a run that has not ended knows so far."""
+"""A model ready to answer as it was trained to: a run's result, what an unfinished run knows so far, or any model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import checkpoint
+from tunesmith.data.labels import Labels
 from tunesmith.data.render import Renderer
-from tunesmith.errors import RunError
+from tunesmith.errors import InputError, ModelError, RunError
+from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS, restore
 from tunesmith.methods.lora import LoraAttachment, without_adapter
-from tunesmith.models import load, locate
+from tunesmith.models import heads, load, locate
+from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.run import Run
-from tunesmith.types import TaskName
+from tunesmith.models.size import size
+from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.run import Run, is_run
+from tunesmith.types import HeadName, LabelKind, ModelKind, TaskName
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,16 @@ class Speaker:
 
     model: PreTrainedModel
     renderer: Renderer
+    recipe: Recipe
+    """Of its run, or what a run would choose."""
+    head: HeadName
+    located: Located
+    labels: Labels | None = None
+    """What its head answers with."""
     attachment: Any = None
     """The adapter of a LoRA run."""
+    result: Path | None = None
+    """The folder that the adapter was read from."""
     note: str = ""
     """What a person should know before trusting an answer."""
 
@@ -39,6 +53,39 @@ class Speaker:
         assert isinstance(self.attachment, LoraAttachment), "only an adapter can be looked past"
         with without_adapter(self.attachment):
             yield
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the model tells the two texts of a pair apart by token types."""
+        return has_token_types(self.model, self.renderer.tokenizer)
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of all that an answer follows from beside the question, by name."""
+        digests = {f"model {name}": digest for name, digest in load.fingerprint(self.located).items()}
+        if self.result is not None:
+            weights = [path for path in sorted(self.result.iterdir()) if path.is_file()]
+            digests |= {f"{self.result.name} {path.name}": sha256_file(path) for path in weights}
+        settings = {"task": self.recipe.task, "precision": self.recipe.precision, "renderer": self.renderer.fingerprint}
+        limits = {"max_tokens": self.recipe.data.max_tokens, "prompt": self.recipe.data.prompt}
+        return digests | {name: str(value) for name, value in {**settings, **limits}.items()}
+
+
+def load_target(
+    target: str, *, root: Path, base: bool = False, task: TaskName | None = None, offline: bool = False
+) -> Speaker:
+    """What RUN|MODEL names: the tuned model of a run, with `base` its untouched one, or a model.
+
+    Raises InputError for what only the other of the two can do, and whatever the functions below raise.
+    """
+    if not is_run(target, root):
+        if base:
+            raise InputError(f"{target}: --base needs a run: a model has no untouched version beside it.")
+        return load_model(target, task=task, offline=offline)
+    run = Run.open(target, root)
+    learnt = run.recipe().task
+    if task not in (None, learnt):
+        raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
+    return load_base(run, offline=offline) if base else load_run(run, offline=offline)
 
 
 def load_run(run: Run, *, offline: bool = False) -> Speaker:
@@ -50,11 +97,12 @@ def load_run(run: Run, *, offline: bool = False) -> Speaker:
     """
     recipe = run.recipe()
     if run.model_path.exists():
-        return _speaker(locate.locate(str(run.model_path), offline=True), recipe)
+        return _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
     base = load_base(run, offline=offline)
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
-        return replace(base, attachment=method.load_result(base.model, run.adapter_path))
+        attachment = method.load_result(base.model, run.adapter_path)
+        return replace(base, attachment=attachment, result=run.adapter_path, note="")
     # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
     with run.lock():
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
@@ -62,37 +110,108 @@ def load_run(run: Run, *, offline: bool = False) -> Speaker:
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
     attachment = method.attach(base.model, recipe.method, seed=recipe.seed)
     restore(attachment, newest.weights)
-    return replace(base, attachment=attachment, note=f"not ended: these are the weights of step {newest.step}")
+    note = f"not ended: these are the weights of step {newest.step}"
+    return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
 def load_base(run: Run, *, offline: bool = False) -> Speaker:
     """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with."""
     recipe = run.recipe()
+    labels = run_labels(recipe)
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = Located("folder", folder, str(folder))
-            return _speaker(located, recipe, tokenizer=load.load_tokenizer(saved, None))
-    return _speaker(located, recipe, tokenizer=load.load_tokenizer(located, recipe.data.template))
+            return _speaker(located, recipe, labels=labels, tokenizer=load.load_tokenizer(saved, None))
+    tokenizer = load.load_tokenizer(located, recipe.data.template)
+    return _speaker(located, recipe, labels=labels, tokenizer=tokenizer)
 
 
-def load_model(name: str, *, offline: bool = False) -> Speaker:
-    """A model that was not tuned here, in the precision and on the device that a run would choose."""
+def run_labels(recipe: Recipe) -> Labels | None:
+    """What the head of a run answers with, by its resolved recipe; None where it has none."""
+    if recipe.task == "tag":
+        return Labels("tags", recipe.data.labels)
+    if recipe.task == "classify":
+        kind: LabelKind = known(recipe.data.label_kind)
+        return Labels(kind, () if kind == "number" else recipe.data.labels)
+    return None
+
+
+def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> Speaker:
+    """A model that was not tuned here, in the precision and on the device that a run would choose.
+
+    `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError where it
+    has no head for the task.
+    """
     located = locate.locate(name, offline=offline)
+    kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, None)
-    task: TaskName = "chat" if tokenizer.chat_template else "generate"
-    return _speaker(located, Recipe(model=name, task=task), tokenizer=tokenizer)
+    made_for = _made_for(located, kind, has_template=bool(tokenizer.chat_template))
+    chosen = task or made_for
+    if chosen in ("classify", "tag") and chosen != made_for:
+        raise ModelError(
+            f"{name}: it has no head for the task {chosen}. Tune one: tunesmith train {name} DATA --task {chosen}"
+        )
+    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, size(located), kind)
+    return _speaker(located, recipe, tokenizer=tokenizer)
 
 
-def _speaker(located: Located, recipe: Recipe, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Speaker:
+def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:
+    """The task that a model can do as it is."""
+    architectures = (None if located.is_gguf else load.load_config(located).architectures) or [""]
+    for end, task in _HEADED.items():
+        if architectures[0].endswith(end):
+            return task
+    if kind == "encoder":
+        return "text"
+    return "chat" if has_template and kind == "causal" else "generate"
+
+
+_HEADED: dict[str, TaskName] = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
+
+
+def _speaker(
+    located: Located,
+    recipe: Recipe,
+    *,
+    labels: Labels | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Speaker:
+    """The model with a head for `labels`; None: with the head that it has, if its task needs one."""
+    kind = model_kind(located)
+    head = find_head(recipe, located, kind)
     device = load.choose_device(recipe.device).value
     precision = load.choose_precision(recipe.precision, device).value
-    model = load.load_model(located, dtype=getattr(torch, precision), device=device)
-    renderer = Renderer(
-        tokenizer or load.load_tokenizer(located, None),
-        "generate" if recipe.task == "generate" else "chat",
-        max_tokens=None,
-        too_long="error",
-        control_tokens="allow",
+    tokenizer = tokenizer or load.load_tokenizer(located, None)
+    notes: list[str] = []
+    model = load.load_model(
+        located,
+        dtype=getattr(torch, precision),
+        device=device,
+        head=head,
+        labels=labels,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        on_note=notes.append,
     )
-    return Speaker(model, renderer)
+    renderer = make_renderer(recipe, tokenizer, kind)
+    return Speaker(model, renderer, recipe, head, located, heads.labels_of(model), note="; ".join(notes))
+
+
+def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:
+    """The renderer of a resolved recipe."""
+    return Renderer(
+        tokenizer,
+        known(recipe.task),
+        kind=kind,
+        max_tokens=known(recipe.data.max_tokens),
+        too_long=known(recipe.data.too_long),
+        control_tokens=recipe.data.control_tokens,
+        stride=None if recipe.data.stride == "auto" else recipe.data.stride,
+        prompt=recipe.data.prompt,
+    )
+
+
+def has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model tells the two texts of a pair apart by token types."""
+    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1

@@ -6,8 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
-from tunesmith.cli.options import data_file, given, is_run
+from tunesmith.cli.options import data_file, given
 from tunesmith.recipe import read
+from tunesmith.run import is_run
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ from tunesmith.predicting.lines import Lines
 from tunesmith.predicting.output import Output
 from tunesmith.types import Example, Part, Source
 
-def answers(examples, done):
+def answers(examples, done, warn):
     time.sleep(0.002)
     return [{"value": len(e.parts[0].text)} for e in examples]
 

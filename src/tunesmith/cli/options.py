@@ -52,12 +52,3 @@ def remember_json(ctx: typer.Context, as_json: bool) -> None:
 
 def files(paths: Sequence[str] | None) -> list[dict[str, Any]]:
     return [data_file(path) for path in paths or ()]
-
-
-def is_run(target: str, root: Path) -> bool:
-    """Whether RUN|MODEL means a run: its folder, "last", or a name in `root` that is no path of its own."""
-    if Path(target).exists():
-        return (Path(target) / "run.json").exists()
-    if "/" in target:
-        return False
-    return target == "last" or (root.is_dir() and any(entry.name.startswith(target) for entry in root.iterdir()))

@@ -46,9 +46,8 @@ def selftest(
 
 def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     """The recipe of a run, or a fresh one for a model."""
-    from tunesmith.cli.options import is_run
     from tunesmith.recipe import read
-    from tunesmith.run import Run
+    from tunesmith.run import Run, is_run
 
     if is_run(target, root):
         return read.load(str(Run.open(target, root).recipe_path), settings)

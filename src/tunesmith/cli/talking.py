@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith import generation, loading
-from tunesmith.cli.options import is_run
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
 from tunesmith.generation import Sampling
 from tunesmith.loading import Speaker
-from tunesmith.run import Run
+from tunesmith.run import Run, is_run
 from tunesmith.types import Part
 
 STYLES = {"before": "default", "after": "green", "": "default"}
@@ -38,7 +37,7 @@ def open_speakers(
     target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
 ) -> list[Voice]:
     """Who answers, in order; the last one's answers carry the conversation on."""
-    if not is_run(target, root) and not Path(target, "run.json").exists():
+    if not is_run(target, root):
         if base or compare:
             raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version beside it.")
         note(f"loading {target}")

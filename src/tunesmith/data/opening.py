@@ -168,7 +168,7 @@ def _packed(path: str) -> BinaryIO:
 class Stream:
     """Bytes of one file. Reading keeps `done_bytes` of its facts up to date and raises nothing but `DataError`."""
 
-    LINES_A_LOOK = 1000
+    LINES_A_LOOK = 64
 
     def __init__(self, unpacked: BinaryIO | gzip.GzipFile, packed: BinaryIO, facts: FileFacts) -> None:
         self._readline = unpacked.readline

@@ -10,8 +10,9 @@ from typing import Any
 from tunesmith.types import Example, Problem, Source
 
 Line = dict[str, Any]
-Answers = Callable[[Sequence[Example], Callable[[int], None]], Sequence[Line | Problem]]
-"""What a model answers to examples, or why it cannot; told how many are done as it goes."""
+Answered = Line | Problem
+Answers = Callable[[Sequence[Example], Callable[[int], None], Callable[[Problem], None]], Sequence[Answered]]
+"""What a model answers to examples, or why it cannot; it tells how many are done as it goes, and what was cut."""
 
 CHUNK_CHARS = 4_000_000
 """A chunk is answered at once: it ends at this many characters, or at the rows that its maker says."""
@@ -89,7 +90,8 @@ class Lines:
         if not self._chunk:
             return
         asked = [item for item in self._chunk if isinstance(item, Example)]
-        answers = iter(self._answers(asked, lambda done: self._tick(done, len(self._chunk))) if asked else ())
+        tick = self._tick
+        answers = iter(self._answers(asked, lambda done: tick(done, len(self._chunk)), self.warn) if asked else ())
         lines = [self._line(item, next(answers) if isinstance(item, Example) else item) for item in self._chunk]
         self._write(lines)
         self._chunk, self._num_chars = [], 0
@@ -118,26 +120,19 @@ class Lines:
 
 def fields_of(example: Example) -> dict[str, Any]:
     """The input of a row under the names that its shape gives it, so that it can be read as a row again."""
-    texts = [part.text for part in example.parts if not part.trained]
+    texts = [part.text for part in example.parts]
     if example.shape == "tokens_tags":
-        return {"tokens": [part.text for part in example.parts]}
+        return {"tokens": texts}
     if example.shape == "text":
-        return {"text": example.parts[0].text}
+        return {"text": texts[0]}
     if example.shape == "text_label":
         return dict(zip(("text", "text_pair"), texts, strict=False))
     if example.shape == "document_summary":
         return {"document": texts[0]}
     if example.plain:
         return {"prompt": texts[0]}
-    asked = prompt_of(example)
-    messages = [{"role": part.role, "content": part.text, **part.fields} for part in asked]
+    messages = [{"role": part.role, "content": part.text, **part.fields} for part in example.parts]
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
-
-
-def prompt_of(example: Example) -> tuple[Any, ...]:
-    """The parts that an answer is asked to: those before the last answer that the row brings, or all."""
-    last = max((i for i, part in enumerate(example.parts) if part.trained), default=len(example.parts))
-    return example.parts[: last if last else len(example.parts)]
 
 
 def record_of(task: str, text: str, pair: str | None = None) -> Mapping[str, Any]:
