@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.methods.masters import Masters
+from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
 from tunesmith.recipe.knobs import FullMethod
 
@@ -58,8 +59,10 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
     """Copy the weights of a saved folder into a model of the same shape.
 
     Raises:
-        ModelError: a weight that is missing, left over, or of another shape; the model was not changed.
+        ModelError: a weight that is missing, left over, or of another shape, or a head for other labels; the model was
+            not changed.
     """
+    check_labels(model, folder)
     try:
         saved, info = type(model).from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

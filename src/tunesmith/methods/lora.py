@@ -1,4 +1,5 @@
-"""LoRA: the model is frozen, a product of two small matrices is trained beside each linear layer.
+"""LoRA: the model is frozen, a product of two small matrices is trained beside each linear layer; a head that answers
+with classes or numbers is trained whole.
 
     y = x Wᵀ + b + s (x Aᵀ) Bᵀ,  s = alpha / rank
 
@@ -9,7 +10,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import RecipeError
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.targets import Target, find_targets, not_linear, replace_module
+from tunesmith.models.heads import drawn_names, generator, new_head_names
 from tunesmith.recipe.knobs import LoraMethod
 
 
@@ -136,12 +137,22 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 class LoraAttachment:
-    """The adapters on a model. `trained` alternates `<layer>.lora_A.weight` [R, I], `<layer>.lora_B.weight` [O, R]."""
+    """The adapters on a model. `trained` alternates `<layer>.lora_A.weight` [R, I], `<layer>.lora_B.weight` [O, R];
+    behind them stand the weights of a head, by their own names."""
 
     method: str = "lora"
 
-    def __init__(self, model: nn.Module, layers: Sequence[tuple[Target, LoraLinear]], *, settings: LoraMethod) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[Target, LoraLinear]],
+        *,
+        head: Sequence[str],
+        settings: LoraMethod,
+    ) -> None:
         self.model = model
+        self.head = tuple(head)
+        """Weights that are trained whole."""
         self.settings = settings
         self.layers = {target.name: layer for target, layer in layers}
         self._targets = [target for target, _ in layers]
@@ -150,7 +161,8 @@ class LoraAttachment:
                 f"{name}.{matrix}.weight": getattr(layer, matrix)
                 for name, layer in self.layers.items()
                 for matrix in ("lora_A", "lora_B")
-            },
+            }
+            | {name: model.get_parameter(name) for name in self.head},
             free_early=False,
         )
         self.trained: Mapping[str, Tensor] = self._masters.trained
@@ -176,16 +188,24 @@ class LoraAttachment:
 
 
 def attach(model: nn.Module, settings: LoraMethod, *, seed: int) -> LoraAttachment:
-    """Freeze `model` and put fresh adapters on it: outputs do not change until the first update, since B is zero.
+    """Freeze `model` but for its head, and put fresh adapters on it: outputs do not change until the first update,
+    since B is zero.
 
     A is drawn as PEFT draws it, uniform in ±1/√I, from a generator of (seed, layer name): the same whatever else is
     adapted and on every device.
 
     Raises:
-        RecipeError: a target that cannot be adapted, or a model that carries adapters already.
+        RecipeError: a target that cannot be adapted, or a model that carries adapters already, or that guesses tokens
+            with output layers that are new.
     """
+    head = new_head_names(model)
+    if drawn := [name for name in drawn_names(model) if name not in head]:
+        raise RecipeError(
+            f"method.name: lora: {drawn[0]} is new, and beside adapters it would stay the random numbers that it is. "
+            "Use method: full, or a model whose masked-language head comes with it."
+        )
     targets, left_out = find_targets(model, settings.targets), not_linear(model)
-    attachment = wrap(model, targets, settings=settings)
+    attachment = wrap(model, targets, head=head, settings=settings)
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
         attachment.notes = (
             f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
@@ -194,13 +214,13 @@ def attach(model: nn.Module, settings: LoraMethod, *, seed: int) -> LoraAttachme
         for name in attachment.layers:
             a_RI, _ = attachment.matrices(name)
             bound = 1 / math.sqrt(a_RI.shape[1])
-            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=_generator(seed, name)))
+            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator(seed, name)))
     attachment.publish()
     return attachment
 
 
-def wrap(model: nn.Module, targets: Sequence[Target], *, settings: LoraMethod) -> LoraAttachment:
-    """Freeze `model` and put adapters of zeros on `targets`."""
+def wrap(model: nn.Module, targets: Sequence[Target], *, head: Sequence[str], settings: LoraMethod) -> LoraAttachment:
+    """Freeze `model` but for the weights of `head`, and put adapters of zeros on `targets`."""
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
     model.requires_grad_(False)
@@ -211,12 +231,13 @@ def wrap(model: nn.Module, targets: Sequence[Target], *, settings: LoraMethod) -
         layer.train(target.module.training)
         replace_module(model, target, layer)
         layers.append((target, layer))
-    return LoraAttachment(model, layers, settings=settings)
+    return LoraAttachment(model, layers, head=head, settings=settings)
 
 
 @torch.no_grad()
 def merge(attachment: LoraAttachment) -> None:
-    """Add every adapter to its layer's weight, in float32 and rounded once, and take the adapters off."""
+    """Add every adapter to its layer's weight, in float32 and rounded once, and take the adapters off: what is left is
+    a plain model with the head that was trained."""
     for name, layer in attachment.layers.items():
         weight_OI = layer.weight_OI
         merged_OI = weight_OI.float().add_(layer.delta_OI(*attachment.matrices(name)))
@@ -226,7 +247,7 @@ def merge(attachment: LoraAttachment) -> None:
 
 @contextmanager
 def without_adapter(attachment: LoraAttachment) -> Iterator[None]:
-    """The untouched model, inside the block."""
+    """The model without its adapters, inside the block; a head stays as it was trained."""
     layers = list(attachment.layers.values())
     for layer in layers:
         layer.active = False
@@ -235,8 +256,3 @@ def without_adapter(attachment: LoraAttachment) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.active = True
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

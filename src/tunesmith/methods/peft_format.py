@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from tunesmith.errors import ModelError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import LoraAttachment, LoraLinear, wrap
 from tunesmith.methods.targets import named_targets, shared_weights
+from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
 from tunesmith.recipe.knobs import LoraMethod
 
@@ -37,8 +37,8 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 _READ = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 """Keys of adapter_config.json that are understood, or say nothing about what the adapter computes."""
 
@@ -73,12 +73,17 @@ def save_adapter(
 def save_result(
     attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
 ) -> None:
-    """The adapter, and the tokenizer with the template it was trained with; other settings stay those of the base.
+    """The adapter, the labels of a head, and the tokenizer with the template it was trained with; other settings stay
+    those of the base.
 
     The base goes down as its hub id and commit, or as the whole path of a folder or file.
     """
     base = located.name if located.kind == "hub" else str(located.path.resolve())
-    add = partial(save_tokenizer, renderer.tokenizer, located=located)
+
+    def add(folder: Path) -> None:
+        save_tokenizer(padding.fitted(model, renderer.tokenizer), folder, located=located)
+        heads.write_labels(model, folder)
+
     save_adapter(attachment, folder, base=base, revision=located.revision, add=add)
 
 
@@ -86,9 +91,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     """Put a saved adapter on `model`, its base: one of ours or a plain LoRA written by peft.
 
     Raises:
-        ModelError: a file that is missing or broken, a kind of adapter that is not plain LoRA, or weights that are not
-            exactly those of the layers it names; the model was not changed.
+        ModelError: a file that is missing or broken, a kind of adapter that is not plain LoRA, other labels, or weights
+            that are not exactly those of the layers it names and of the model's head; the model was not changed.
     """
+    heads.check_labels(model, folder)
     config = _read_config(folder)
     settings = _settings(folder, config)
     tensors = _read_weights(folder)
@@ -99,14 +105,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     problems = [f"no linear layer {name} in the model" for name in sorted((expected | names) - fit)]
     problems += [f"no weights for {name}" for name in sorted(expected - names)]
     problems += [f"weights for {name}, which target_modules does not name" for name in sorted(names - expected)]
-    problems += [f"unknown tensor {key}" for key in sorted(tensors) if not _KEY.fullmatch(key)]
+    head = _saved_whole(config, model)
+    problems += [f"unknown tensor {key}" for key in sorted(tensors) if not _KEY.fullmatch(key) and key not in head]
+    problems += _head_misfits(model, head, tensors)
     problems += shared_weights(model, targets)
     for target in targets:
         problems += _misfits(target.name, target.module, tensors, rank=settings.rank)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(f"{folder}: does not fit {config['base_model_name_or_path']}: {'; '.join(problems[:5])}{more}")
-    attachment = wrap(model, targets, settings=settings)
+    attachment = wrap(model, targets, head=head, settings=settings)
     with torch.no_grad():
         for name, master in attachment.trained.items():
             master.copy_(tensors[name])
@@ -119,7 +127,7 @@ def _config(attachment: LoraAttachment, *, base: str, revision: str | None) -> d
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(attachment.model),
         "base_model_name_or_path": base,
         "revision": revision,
         "r": settings.rank,
@@ -132,12 +140,50 @@ def _config(attachment: LoraAttachment, *, base: str, revision: str | None) -> d
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": _whole_modules(attachment) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    """What peft wraps the base for; it knows no name for models that guess masked tokens."""
+    names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None}
+    return names.get(heads.head_of(model), "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+
+
+def _whole_modules(attachment: LoraAttachment) -> list[str]:
+    """The modules that hold the head: those beside the base model, and the pooler inside it."""
+    inside, pooler = f"{attachment.model.base_model_prefix}.", ".pooler"
+    names = (
+        name[: name.index(pooler) + len(pooler)] if name.startswith(inside) else name.partition(".")[0]
+        for name in attachment.head
+    )
+    return list(dict.fromkeys(names))
+
+
+def _saved_whole(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The weights of the modules that an adapter brings whole, as peft finds them: by the ends of their names."""
+    ends = tuple(config.get("modules_to_save") or ())
+    whole = tuple(f"{name}." for name, _ in model.named_modules() if ends and name.endswith(ends))
+    return [name for name, _ in model.named_parameters() if whole and name.startswith(whole)]
+
+
+def _head_misfits(model: nn.Module, head: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    known = heads.new_head_names(model)
+    drawn = heads.drawn_names(model)
+    problems = [f"{name} comes whole, but is no part of a head" for name in head if name not in known]
+    needed = [name for name in known if name in drawn or not name.startswith(f"{model.base_model_prefix}.")]
+    problems += [f"no weights for the head's {name}" for name in needed if name not in head]
+    for name in head:
+        shape = tuple(model.get_parameter(name).shape)
+        if name not in tensors:
+            problems.append(f"no weights for the head's {name}")
+        elif tuple(tensors[name].shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    return problems
 
 
 def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> list[str]:

@@ -11,11 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
+from tunesmith.models.heads import new_head_names
 
 LINEARS = (nn.Linear, Conv1D)
 GROUPS = ("all-linear", "attention", "mlp")
 
-_ATTENTION = re.compile(r"attn|attention")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
 
 
@@ -36,12 +37,15 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
 
     A word is a group (`all-linear`: every linear layer inside the decoder layers, `attention`, `mlp`: those of them
     inside an attention module, and the others), the end of a module's name (`q_proj`, `mlp.down_proj`), or `re:` and a
-    regular expression searched for in whole module names.
+    regular expression searched for in whole module names. Layers of a head that is trained whole are not among them.
 
     Raises:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
     """
-    linears, embeddings = _named(model, LINEARS), _named(model, (nn.Embedding,))
+    whole = {name.rpartition(".")[0] for name in new_head_names(model)}
+    heads = [target for target in _named(model, LINEARS) if target.name in whole]
+    linears = [target for target in _named(model, LINEARS) if target.name not in whole]
+    embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
     chosen: set[int] = set()
     for word in targets:
@@ -54,7 +58,11 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
             "Leave it out, or train every weight with method: full."
             for target in unfit
         ]
-        if not found and not unfit:
+        if not found and (in_head := [target.name for target in heads if _means(word, target, model)]):
+            problems.append(
+                f"method.targets: {word!r}: {in_head[0]} belongs to the head, which is trained whole. Leave it out."
+            )
+        elif not found and not unfit:
             problems.append(_no_match(word, linears, not_linear(model)))
     if problems:
         raise RecipeError("\n".join(problems))

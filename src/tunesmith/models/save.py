@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.errors import StorageError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
+from tunesmith.models import heads, padding
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.locate import Located
 from tunesmith.models.quiet import quiet
@@ -37,15 +38,18 @@ def save_model(
     """Write the model to `folder`, whole or not at all; a model that stood there before is replaced.
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
-    `stop_ids` end an answer and go into the generation config. Raises StorageError where the disk refuses.
+    `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
+    labels.json. Raises StorageError where the disk refuses.
     """
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     temporary = temporary_folder(folder.parent, folder.name)
     try:
         with storing(folder, num_bytes=num_bytes):
             _save_weights(model, temporary, num_bytes)
-            save_tokenizer(tokenizer, temporary, located=located)
-            save_generation_config(model, temporary, stop_ids=stop_ids)
+            save_tokenizer(padding.fitted(model, tokenizer), temporary, located=located)
+            heads.write_labels(model, temporary)
+            if model.can_generate():
+                save_generation_config(model, temporary, stop_ids=stop_ids)
         replace_folder(temporary, folder, swap=True)
     except BaseException:
         remove(temporary)
@@ -66,8 +70,10 @@ def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    own = model.generation_config
-    model.generation_config = config
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
