@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.evaluation.report import wording
-from tunesmith.evaluation.report.build import build
 from tunesmith.evaluation.report.log import Log
 from tunesmith.evaluation.report.markdown import as_markdown
 from tunesmith.files import write_atomic
@@ -19,6 +18,8 @@ def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]
 
     `facts` are what `describing.report_facts` says, `progress` is `training.Progress` in plain values.
     """
+    from tunesmith.evaluation.report.build import build
+
     log = Log.of(run.events())
     report = build(run, log, facts, progress)
     run.write_json("report.json", report)
@@ -48,39 +49,21 @@ def _write_pages(run: Run, log: Log, report: Mapping[str, Any]) -> None:
 
 def _page(run: Run, log: Log, report: Mapping[str, Any]) -> dict[str, Any]:
     """What every form of the report is made of."""
-    notes = dict.fromkeys([*report["notes"], *log.plan.get("warnings", ()), *log.notes])
+    general = report["general"]
+    forgotten = [general["verdict"]] if general and general["past_bound"] else []
+    notes = list(dict.fromkeys([*forgotten, *report["notes"], *log.plan.get("warnings", ()), *log.notes]))
     return {
         "report": report,
-        "summary": wording.summary(report, log.plan),
+        "summary": wording.summary(report),
         "kept": wording.kept(report),
+        "effort": wording.effort(report, log.plan),
         "gist": wording.gist_lines(report),
         "lines": wording.measure_lines(report),
         "pairs": wording.confused_pairs(report["details"]["after"]),
-        "notes": list(notes),
+        "notes": notes,
         "choices": log.plan.get("choices", []),
         "hashes": {key: digest for key, digest in log.identity.items() if not key.startswith("setting ")},
         "recipe": run.recipe_path.read_text("utf-8"),
         "command": f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}",
         "created": run.created,
-        "sections": [(name, title) for name, title, there in _sections(report, log, list(notes)) if there],
     }
-
-
-def _sections(report: Mapping[str, Any], log: Log, notes: list[str]) -> list[tuple[str, str, bool]]:
-    return [
-        ("notes", "Worth knowing", bool(notes)),
-        ("measures", "Measures", report["metrics"]["after"] is not None),
-        ("training", "Training", True),
-        ("details", "Right and wrong", bool(report["details"]["after"])),
-        ("answers", "Answers", bool(report["samples"])),
-        (
-            "flips",
-            "Rows that flipped" if report["flips"] else "Rows that got worse",
-            bool(report["flips"] or report["worse_rows"]),
-        ),
-        ("surprising", "Surprising rows", bool(report["surprising"])),
-        ("general", "General ability", report["general"] is not None),
-        ("data", "Data", True),
-        ("choices", "Choices", bool(log.plan.get("choices"))),
-        ("repeat", "Repeat", True),
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.evaluation.general import verdict
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.log import Log
 from tunesmith.run import Run
@@ -42,8 +43,6 @@ def _general(log: Log) -> dict[str, Any] | None:
     """How general ability moved; None where it was not measured on both sides."""
     if not {"before", "after"} <= set(log.general):
         return None
-    from tunesmith.evaluation.general import verdict
-
     before, after = log.general["before"], log.general["after"]
     text, past_bound = verdict(before["loss"], after["loss"])
     pairs = zip(before["answers"], after["answers"], strict=True)

@@ -23,6 +23,8 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"
 
 WIDTH, HEIGHT = 480, 250
 """Size of a plot in CSS pixels, at which its text has the size below."""
+MOST_BESIDE = 620
+"""Width up to which two plots stand side by side."""
 _TEXT = 10.5
 
 _STYLE = {
@@ -91,11 +93,13 @@ def draw(
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         paint(figure.add_subplot())
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = _inline(file.getvalue(), name, title, description, width, height)
-    return Plot(name, title, description, svg, wide=width > WIDTH)
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(description)}</desc>'
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = f'<svg role="img" aria-labelledby="{name}-title {name}-text" {size}>{words}'
+    return Plot(name, title, description, head + _inline(file.getvalue(), name), wide=width > MOST_BESIDE)
 
 
-def _inline(svg: str, name: str, title: str, description: str, width: float, height: float) -> str:
+def _inline(svg: str, name: str) -> str:
     """Only what a page needs of an SVG file, its ids made the page's own and its colours the page's."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
@@ -105,6 +109,4 @@ def _inline(svg: str, name: str, title: str, description: str, width: float, hei
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub("|".join(_VARIABLES), lambda m: f"var({_VARIABLES[m[0]]})", body)
     body = re.sub(r">\s+<(?!/?t)", "><", body)
-    head = f'<svg role="img" aria-labelledby="{name}-title {name}-text" viewBox="0 0 {width:g} {height:g}" '
-    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(description)}</desc>'
-    return f'{head}width="{width:g}" height="{height:g}">{words}{body}'.rstrip()
+    return body.rstrip()

@@ -39,7 +39,8 @@ def rows_of(run: Run, name: str) -> dict[tuple[str, str], Told]:
 
 def flips(before: Mapping[tuple[str, str], Told], after: Mapping[tuple[str, str], Told]) -> dict[str, Any] | None:
     """Rows that were right and are wrong, and the other way round, surest first; None where no row is either."""
-    lost, gained = [], []
+    lost: list[dict[str, Any]] = []
+    gained: list[dict[str, Any]] = []
     for key in before.keys() & after.keys():
         was, now = _is_right(before[key]), _is_right(after[key])
         if was is None or now is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -15,6 +16,7 @@ from tunesmith.evaluation.report.figure import Plot
 from tunesmith.evaluation.report.held_out import label_text, target_of
 from tunesmith.evaluation.report.marking import Marked, differences, one_line, visible
 
+_SECTION = re.compile(r'<section id="(\w+)"><h2>([^<]+)</h2>')
 FOLDED_FROM = 600
 """Characters from which a text is folded to its beginning."""
 _FOLDED_FROM_LINES = 14
@@ -36,7 +38,9 @@ def as_html(page: Mapping[str, Any], training: list[Plot], answers: list[Plot], 
     template = environment.from_string(here.joinpath("report.html.jinja").read_text("utf-8"))
     style = Markup(here.joinpath("report.css").read_text("utf-8"))
     plots = {"training": training, "answers": answers, "lengths": lengths}
-    return template.render(**page, plots=plots, style=style)
+    html = template.render(**page, plots=plots, style=style)
+    links = [f'<a href="#{name}">{title}</a>' for name, title in _SECTION.findall(html)]
+    return html.replace("<nav></nav>", f"<nav>{''.join(links)}</nav>", 1)
 
 
 def _put_in(value: Any) -> Any:

@@ -66,13 +66,9 @@ def _measures(lines: Sequence[wording.Line]) -> Iterator[str]:
 
 
 def _training(page: Mapping[str, Any]) -> Iterator[str]:
-    report = page["report"]
     yield inline(page["kept"], width=2000)
     yield ""
-    yield (
-        f"{report['tokens_per_second']:,.0f} tokens/s, {wording.duration(report['seconds']['train'])} of training, "
-        f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, {report['precision']} on {report['device']}."
-    )
+    yield inline(page["effort"], width=2000)
 
 
 def _classes(page: Mapping[str, Any]) -> Iterator[str]:

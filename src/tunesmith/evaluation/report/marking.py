@@ -12,7 +12,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\uffff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_WORDS = re.compile(r"\S+|\s+")
+_WORDS = re.compile(r"\s*\S+\s*")
 _MOST_WORDS = 2000
 _SAME_ENOUGH = 0.2
 
@@ -46,8 +46,8 @@ def differences(before: str, after: str) -> tuple[Marked, Marked] | None:
     words, others = _WORDS.findall(before), _WORDS.findall(after)
     if max(len(words), len(others)) > _MOST_WORDS:
         return None
-    matcher = difflib.SequenceMatcher(None, words, others, autojunk=False)
-    if matcher.ratio() < _SAME_ENOUGH or not before.strip() or not after.strip():
+    matcher = difflib.SequenceMatcher(None, [w.strip() for w in words], [w.strip() for w in others], autojunk=False)
+    if matcher.ratio() < _SAME_ENOUGH or not words or not others:
         return None
     codes = matcher.get_opcodes()
     left = _joined((words[a:b], tag != "equal") for tag, a, b, _, _ in codes)

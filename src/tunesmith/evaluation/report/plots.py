@@ -29,14 +29,15 @@ def training_plots(log: Log, report: Mapping[str, Any]) -> list[Plot]:
     """Loss, learning rate, speed and memory over the steps."""
     if not log.steps:
         return []
-    steps_S, losses_S, rates_S, speeds_S, peaks_S = (np.asarray(column, np.float64) for column in zip(*log.steps))
-    plots = [_loss(log, steps_S, losses_S, kept_step(report))]
-    plots += [
-        _line("rate", "Learning rate", "The rate of each update.", steps_S, rates_S, "rate"),
-        _line("speed", "Speed", "Tokens of each update over the seconds it took.", steps_S, speeds_S, "tokens/s"),
-        _line("memory", "Memory", "The most that was held so far.", steps_S, peaks_S / 2**30, "GiB"),
+    columns = (np.asarray(column, np.float64) for column in zip(*log.steps, strict=True))
+    steps_S, losses_S, rates_S, speeds_S, peaks_S = columns
+    rates, speeds, peaks = (thinned(steps_S, values_S) for values_S in (rates_S, speeds_S, peaks_S / 2**30))
+    return [
+        _loss(log, steps_S, losses_S, kept_step(report)),
+        _line("rate", "Learning rate", "Of each update.", points=rates, unit="rate"),
+        _line("speed", "Speed", "Tokens of each update over its seconds.", points=speeds, unit="tokens/s"),
+        _line("memory", "Memory", "The most that was held so far.", points=peaks, unit="GiB"),
     ]
-    return plots
 
 
 def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
@@ -53,19 +54,21 @@ def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
         if len(held):
             style = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
             axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **style)
-        axes.axvline(kept, color=MUTED, linewidth=1, linestyle=":", label=f"kept: step {kept:,}")
+            chosen = held[held[:, 0] == kept][-1:]
+            axes.plot(chosen[:, 0], _finite(chosen[:, 1]), color=ACCENT, linestyle="", marker="o", markersize=7)
+        axes.axvline(kept, color=INK, linewidth=1.1, linestyle=(0, (1, 2)), label=f"kept: step {kept:,}")
         axes.set_xlabel("step")
         axes.set_ylabel("loss per target")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.legend()
 
-    smoothed = f"; the thick line is the mean over {window} neighbouring steps" if window > 1 else ""
-    return draw("loss", "Loss", f"Of the training rows at each step{smoothed}, and of the held-out rows.", paint)
+    smoothed = f" (thick: mean over {window} steps)" if window > 1 else ""
+    return draw("loss", "Loss", f"Of training rows{smoothed} and held-out rows.", paint)
 
 
-def _line(name: str, title: str, text: str, steps_S: Floats, values_S: Floats, unit: str) -> Plot:
+def _line(name: str, title: str, text: str, *, points: tuple[Floats, Floats], unit: str) -> Plot:
     def paint(axes: Any) -> None:
-        axes.plot(*thinned(steps_S, values_S), color=INK, linewidth=1.4)
+        axes.plot(*points, color=INK, linewidth=1.4)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -135,7 +138,11 @@ def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:
         axes.set_xticks(range(num), names, rotation=90 if num > 4 else 0, fontsize=small)
         axes.set_yticks(range(num), names, fontsize=small)
         axes.set(xlim=(-0.5, num - 0.5), ylim=(num - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel="true")
-        axes.grid(False)
+        axes.grid(visible=False)
+        axes.set_xticks([i + 0.5 for i in range(num)], minor=True)
+        axes.set_yticks([i + 0.5 for i in range(num)], minor=True)
+        axes.tick_params(which="minor", length=0)
+        axes.grid(which="minor")
 
     text = "Rows of each true class (down) by the class they were given (across); shade: share of the true class."
     side = num * cell
@@ -181,12 +188,9 @@ def _reliability(bins: Sequence[Mapping[str, float]]) -> Plot:
 def _threshold(points: Sequence[Mapping[str, float]]) -> Plot:
     def paint(axes: Any) -> None:
         at = [one["threshold"] for one in points]
-        for key, style, colour in (
-            ("precision", (0, (5, 2)), INK),
-            ("recall", (0, (1, 1.2)), INK),
-            ("f1", "-", ACCENT),
-        ):
-            axes.plot(at, [one[key] for one in points], linestyle=style, color=colour, label=key.replace("f1", "F1"))
+        for key, style in (("precision", (0, (5, 2))), ("recall", (0, (1, 1.2)))):
+            axes.plot(at, [one[key] for one in points], linestyle=style, color=INK, linewidth=1.3, label=key)
+        axes.plot(at, [one["f1"] for one in points], color=ACCENT, linewidth=1.8, label="F1")
         best = max(points, key=lambda one: one["f1"])
         axes.plot(best["threshold"], best["f1"], marker="o", linestyle="", color=ACCENT, markerfacecolor=PAPER)
         axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="probability from which a row counts as the second class")

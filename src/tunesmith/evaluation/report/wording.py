@@ -136,30 +136,27 @@ def _whiskers(
     return scaled(before), scaled(after)
 
 
-def summary(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """What was done and what came of it, in one paragraph."""
-    rows, tokens = report["rows"], report["tokens"]
-    trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
-    share = f", which trained {trained:,} of {total:,} parameters ({trained / total:.1%})," if total else ""
-    sentences = [
-        f"{report['model']} was tuned for the task {report['task']} with the method {report['method']}{share} on "
-        f"{plural(rows['train'], 'row')}: {plural(report['steps'], 'step')}, {tokens['processed']:,} tokens, of which "
-        f"{tokens['trained']:,} were learnt, in {duration(report['seconds']['train'])} on {report['device']} in "
-        f"{report['precision']}."
-    ]
-    lines = gist_lines(report)
-    if not lines:
-        return f"{sentences[0]} Nothing was held out, so nothing was measured."
-    best = lines[0]
-    sentences.append(
-        f"On {plural(report['metrics']['after']['rows'], 'row')} it was not trained on, {best.label} went from "
-        f"{with_bounds(best.before, best.before_bounds)} to {with_bounds(best.after, best.after_bounds)}"
-        + (f", {_VERDICTS[best.verdict]}." if best.verdict else ".")
+    return " ".join(_sentences(report))
+
+
+def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"{report['model']} was tuned for the task {report['task']} with the method {report['method']} on "
+        f"{plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} in "
+        f"{duration(report['seconds']['train'])} on {report['device']}."
     )
-    return " ".join([*sentences, *_asides(report)])
-
-
-def _asides(report: Mapping[str, Any]) -> Iterator[str]:
+    gist = gist_lines(report)
+    if gist:
+        best = gist[0]
+        yield (
+            f"On {plural(report['metrics']['after']['rows'], 'row')} it was not trained on, {best.label} went from "
+            f"{with_bounds(best.before, best.before_bounds)} to {with_bounds(best.after, best.after_bounds)}"
+            + (f", {_VERDICTS[best.verdict]}." if best.verdict else ".")
+        )
+    else:
+        yield "Nothing was held out, so nothing was measured."
     flipped = report["flips"]
     if flipped is not None:
         yield (
@@ -176,6 +173,21 @@ def kept(report: Mapping[str, Any]) -> str:
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
     return f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}"
+
+
+def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """What was trained, how fast, and what it took."""
+    tokens, seconds = report["tokens"], report["seconds"]
+    trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
+    parts = [f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%})"] if total else []
+    parts += [
+        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,} were learnt",
+        f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}",
+        f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
+        f"{duration(seconds['evaluate'])} to measure",
+        f"at most {report['peak_memory_bytes'] / 2**30:.2f} GiB of memory",
+    ]
+    return "; ".join(parts) + "."
 
 
 def kept_step(report: Mapping[str, Any]) -> int:
@@ -213,7 +225,7 @@ def knob(value: Any) -> str:
 
 
 def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:
-    """(class, taken for, rows, share of the class's rows), most rows first; none where the matrix says it at a glance."""
+    """(class, taken for, rows, share of the class's rows), most rows first; none of two classes: the matrix says it."""
     labels, counts = details.get("labels", ()), details.get("confusion", ())
     if len(labels) <= 2:
         return []
