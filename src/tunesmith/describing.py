@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tunesmith import __version__
+from tunesmith.data.labels import count_classes
 from tunesmith.preparing import Setup
 from tunesmith.recipe.knobs import known
 
@@ -80,7 +81,7 @@ def label_counts(setup: Setup) -> dict[str, int]:
     labels = setup.rows.labels
     if labels is None or labels.kind == "number":
         return {}
-    counts_C = setup.rows.class_counts
+    counts_C = count_classes(labels, setup.rows.store, setup.rows.train_rows)
     return {name: int(num) for name, num in zip(labels.names, counts_C, strict=True)}
 
 

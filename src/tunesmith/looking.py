@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.labels import count_classes, see
+from tunesmith.data.rows import Rows
 from tunesmith.data.store import RowStore
 from tunesmith.evaluation import general
 from tunesmith.evaluation.answers import answer_measures
@@ -50,8 +52,7 @@ def measure_held_out(session: Session, name: str) -> None:
         setup.rows.labels,
         outcomes,
         task=setup.task.name,
-        majority=setup.rows.majority,
-        mean=setup.rows.mean,
+        **_baseline(setup.rows),
     )
     if name in ("before", "after"):
         folder = session.run.path / "evaluation"
@@ -81,6 +82,20 @@ def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str)
         tokens_per_pass=session.setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
     )
+
+
+def _baseline(rows: Rows) -> dict[str, Any]:
+    """What can be answered without reading: the commonest class of the training rows, or the mean of their numbers."""
+    labels = rows.labels
+    if labels is None or labels.kind in ("many", "tags"):
+        return {"majority": None, "mean": None}
+    if labels.kind == "number":
+        seen = see(rows.store, rows.train_rows)
+        return {
+            "majority": None,
+            "mean": float(np.average([float(name) for name in seen.names], weights=seen.counts_V)),
+        }
+    return {"majority": int(count_classes(labels, rows.store, rows.train_rows).argmax()), "mean": None}
 
 
 def _lines(
@@ -132,7 +147,7 @@ def _measure_general(session: Session, name: str) -> None:
     loss, num_targets = general.text_loss(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
     )
-    answers = general.answers(setup.model, setup.renderer) if setup.task.name == "chat" else []
+    answers = general.answers(setup.model, setup.renderer)
     session.emit("general", {"name": name, "loss": loss, "targets": num_targets, "answers": answers})
 
 

@@ -20,6 +20,7 @@ from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
+from tunesmith.loading import has_token_types
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import ragged_agrees
@@ -183,7 +184,7 @@ def _feed(
         device=recipe.device,
         masking=masking,
         decoder_start=getattr(model.config, "decoder_start_token_id", None),
-        has_types="token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1,
+        has_types=has_token_types(model, tokenizer),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,14 @@ import orjson
 from numpy.typing import NDArray
 
 from tunesmith.data.examples import examples
+from tunesmith.data.labels import ClassWeights, Labels, decide_labels
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import held_out_mask, split_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Example, Problem
+from tunesmith.types import Choice, Example, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -39,6 +40,10 @@ class Rows:
     problems: Sequence[Problem]
     """The first `data.limits.problems` findings of each side."""
     notes: list[str]
+    labels: Labels | None = None
+    """What a head learns; None for tasks without one."""
+    choices: list[Choice] = field(default_factory=list)
+    """What was decided of labels."""
 
     @property
     def skipped(self) -> int:
@@ -90,7 +95,14 @@ class Places:
 
 
 def encode_rows(
-    data: Data, renderer: Renderer, *, places: Places, max_held: int | None, on_progress: OnProgress
+    data: Data,
+    renderer: Renderer,
+    *,
+    places: Places,
+    max_held: int | None,
+    task: TaskName,
+    class_weights: ClassWeights = "equal",
+    on_progress: OnProgress,
 ) -> Rows:
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
 
@@ -132,7 +144,19 @@ def encode_rows(
     if max_held is not None and len(held) > max_held:
         notes.append(f"{max_held:,} of {len(held):,} held-out rows are measured (evaluation.max_rows)")
         held = held[:max_held]
-    return Rows(data, store, held_store, train, held, problems, notes)
+    labels, choices = None, []
+    if task in ("classify", "tag"):
+        labels, choices = decide_labels(
+            task=task,
+            data=data,
+            class_weights=class_weights,
+            store=store,
+            train_rows=train,
+            held_store=held_store,
+        )
+        for labelled in stores:
+            labelled.use(labels)
+    return Rows(data, store, held_store, train, held, problems, notes, labels, choices)
 
 
 def _refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:

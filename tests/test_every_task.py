@@ -1,0 +1,131 @@
+"""Every task on every kind of model that can learn it, from a file to a report, and what must hold for all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_run import values_of
+from tiny_tasks import rows_of, task_recipe, write
+from tunesmith.errors import DataError, ModelError, Stopped
+from tunesmith.measures import MEASURES
+from tunesmith.run import Run, runs
+from tunesmith.tasks import TASKS
+from tunesmith.training import Listener, resume, train
+
+EVERY = [(task.name, kind) for task in TASKS.values() for kind in task.heads]
+KEYS = {
+    "next_token": {"loss", "perplexity", "token_accuracy"},
+    "masked_token": {"loss", "perplexity", "token_accuracy"},
+    "sequence": {"loss", "accuracy", "macro_f1", "majority", "calibration_error"},
+    "tokens": {"loss", "span_f1", "tag_accuracy"},
+}
+
+
+def evaluations(run: Run) -> dict[str, Any]:
+    return {event.values["name"]: event.values for event in run.events() if event.kind == "evaluation"}
+
+
+@pytest.mark.parametrize(("task", "kind"), EVERY)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, kind, method):
+    run = train(task_recipe(tmp_path, task, kind, method=method, optim={"lr": 1e-2}), root=tmp_path / "runs")
+    assert run.state() == "done"
+    found = evaluations(run)
+    assert found["after"]["loss"] < found["before"]["loss"]
+    assert set(found["after"]["measures"]) >= KEYS[TASKS[task].heads[kind]]
+    assert set(found["after"]["measures"]) <= set(MEASURES)
+    for name in ("before", "after"):
+        lines = [json.loads(line) for line in (run.path / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(lines) == found[name]["rows"] == 8
+        # The event's loss is what the rows' own sums say.
+        total, count = sum(line["loss"] for line in lines), sum(line["count"] for line in lines)
+        assert found[name]["loss"] == pytest.approx(total / count, rel=1e-6)
+    surprising = json.loads((run.path / "evaluation" / "surprising.json").read_text())
+    losses = [line["loss"] / line["count"] for line in surprising]
+    assert losses == sorted(losses, reverse=True)
+    assert (run.path / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("task", "kind"), [(t, k) for t, k in EVERY if t != "chat"])
+def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, task, kind):
+    recipe = task_recipe(tmp_path, task, kind, method="lora")
+    straight = train(recipe, root=tmp_path / "straight")
+    calls = iter(range(1000))
+    with pytest.raises(Stopped):
+        train(recipe, root=tmp_path / "halting", listener=Listener(should_stop=lambda: next(calls) == 5))
+    halting = runs(tmp_path / "halting")[0]
+    resume(halting)
+    assert values_of(halting.events()) == values_of(straight.events())
+    weights = "adapter/adapter_model.safetensors"
+    assert (halting.path / weights).read_bytes() == (straight.path / weights).read_bytes()
+
+
+@pytest.mark.parametrize("task", [task for task, kind in EVERY if kind == "causal" and task != "chat"])
+def test_auto_finds_the_task_of_the_rows(tmp_path, task):
+    run = train(task_recipe(tmp_path, task, "causal").model_copy(update={"task": "auto"}), root=tmp_path / "runs")
+    assert run.recipe().task == task
+    plan = next(event for event in run.events() if event.kind == "plan")
+    assert next(choice for choice in plan.values["choices"] if choice["key"] == "task")["reason"]
+
+
+def test_a_model_that_cannot_learn_the_task_is_refused_with_those_it_can(tmp_path):
+    with pytest.raises(ModelError, match=r"an encoder cannot learn the task chat.*text, classify, tag"):
+        train(task_recipe(tmp_path, "chat", "encoder"), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists() or not runs(tmp_path / "runs")
+
+
+def test_a_class_that_training_never_saw_is_refused(tmp_path):
+    recipe = task_recipe(tmp_path, "classify", "encoder")
+    write(Path(recipe.data.eval[0].path), [*rows_of("classify", 8, seed=7), {"text": "a big plum", "label": "drink"}])
+    with pytest.raises(DataError, match=r"classify-held\.jsonl:9.*drink"):
+        train(recipe, root=tmp_path / "runs")
+
+
+def test_labels_are_in_the_recipe_in_their_order(tmp_path):  # trap: A12
+    run = train(task_recipe(tmp_path, "classify", "encoder"), root=tmp_path / "runs")
+    assert run.recipe().data.labels == ("fruit", "none")
+
+
+class TestBest:
+    """`evaluation.every` with `keep: best`: the result is the evaluation that was best."""
+
+    def sections(self, **evaluation: Any) -> dict[str, Any]:
+        return {
+            "optim": {"lr": 0.5, "schedule": "constant", "clip": None},  # far too much: it gets worse on the way
+            "train": {"epochs": 3, "rows_per_step": 4, "tokens_per_pass": 64},
+            "evaluation": {"every": 1, "samples": 0, "general": False, **evaluation},
+        }
+
+    def test_the_best_step_is_the_result(self, tmp_path):
+        run = train(task_recipe(tmp_path, "classify", "encoder", **self.sections()), root=tmp_path / "runs")
+        steps = {
+            e.step: e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == "step"
+        }
+        report = json.loads(run.report_path.read_text())
+        best = min(steps, key=lambda step: (steps[step], step))
+        assert report["kept"]["step"] == best < max(steps)
+        assert evaluations(run)["after"]["loss"] == pytest.approx(steps[best], rel=1e-6)
+
+    def test_patience_ends_the_run(self, tmp_path):
+        run = train(task_recipe(tmp_path, "classify", "encoder", **self.sections(patience=2)), root=tmp_path / "runs")
+        taken = max(event.step for event in run.events() if event.kind == "step")
+        steps = {
+            e.step: e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == "step"
+        }
+        best = min(steps, key=lambda step: (steps[step], step))
+        assert taken == best + 2 < 18
+        assert any("stopped early" in event.values["text"] for event in run.events() if event.kind == "note")
+
+    def test_another_measure_can_say_which_is_best(self, tmp_path):
+        sections = self.sections(metric="macro_f1")
+        run = train(task_recipe(tmp_path, "classify", "encoder", **sections), root=tmp_path / "runs")
+        scores = {
+            e.step: e.values["measures"]["macro_f1"]["value"]
+            for e in run.events()
+            if e.kind == "evaluation" and e.values["name"] == "step"
+        }
+        assert scores[json.loads(run.report_path.read_text())["kept"]["step"]] == max(scores.values())

@@ -1,0 +1,162 @@
+"""Models of every kind with their tokenizers, and rows of every task, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tiny_run import model_folder
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.read import validate
+
+WORDS = tuple(
+    ["red", "green", "blue", "apple", "pear", "plum", "eats", "sells", "takes", "the", "a", "big", "small", "old", "Ada", "Bob", "Cleo", "in", "Rome", "Oslo", "Lima"]
+)
+"""The words of every row here."""
+MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with BERT's marks around a text and between two."""
+    vocabulary = {word: i for i, word in enumerate([*MARKS, *WORDS, "summarize", ":", "."])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def encoder_folder(path: Path, *, hidden: int = 32) -> Path:
+    """A BERT of two layers with a head for masked words."""
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def encoder_decoder_folder(path: Path, *, hidden: int = 48) -> Path:
+    """A T5 of two layers on each side, whose tokenizer closes every text with </s>."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, "summarize", ":", "."])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden,
+        d_kv=hidden // 4,
+        d_ff=2 * hidden,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        dropout_rate=0.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def folder_of(kind: str, path: Path) -> Path:
+    makers = {"causal": model_folder, "encoder": encoder_folder, "encoder_decoder": encoder_decoder_folder}
+    return makers[kind](path)
+
+
+def texts(num: int, *, seed: int = 0, most: int = 9) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(3, most))) for _ in range(num)]
+
+
+def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows from which a small model can learn the task in a few steps."""
+    said = texts(num, seed=seed)
+    if task == "chat":
+        return [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]} for t in said]
+    if task == "generate":
+        return [{"prompt": f"{text} :", "completion": f" {text.split()[0]}"} for text in said]
+    if task == "text":
+        return [{"text": text} for text in said]
+    if task == "summarize":
+        return [{"document": text, "summary": " ".join(text.split()[:2])} for text in said]
+    if task == "tag":
+        return [{"tokens": text.split(), "tags": [tag_of(word) for word in text.split()]} for text in said]
+    return [
+        {"text": text, "label": "fruit" if {"apple", "pear", "plum"} & set(text.split()) else "none"} for text in said
+    ]
+
+
+def tag_of(word: str) -> str:
+    return {"Ada": "B-PER", "Bob": "B-PER", "Cleo": "B-PER", "Rome": "B-LOC", "Oslo": "B-LOC", "Lima": "B-LOC"}.get(
+        word, "O"
+    )
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def task_recipe(folder: Path, task: str, kind: str, *, rows: int = 24, method: Any = "full", **sections: Any) -> Recipe:
+    """A recipe for a task on a model of some kind, over rows written into `folder`."""
+    data: dict[str, Any] = {
+        "model": str(folder_of(kind, folder / f"model-{kind}")),
+        "task": task,
+        "method": method,
+        "data": {
+            "train": [str(write(folder / f"{task}.jsonl", rows_of(task, rows)))],
+            "eval": [str(write(folder / f"{task}-held.jsonl", rows_of(task, 8, seed=7)))],
+        },
+        "optim": {"lr": 3e-3},
+        "train": {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64},
+        "evaluation": {"samples": 2, "sample_tokens": 4, "general": False},
+        "checkpoint": {"every": 3},
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
+    for name, value in sections.items():
+        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
+    return validate(data)
