@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from sklearn.metrics import f1_score
 
@@ -28,10 +30,19 @@ def score_tags(labels: Labels, outcomes: Outcomes, _: float | None) -> tuple[dic
     return measures | more, {"labels": list(labels.names), "per_type": per_type}
 
 
-def mark_spans(names: tuple[str, ...]) -> bool:
+def mark_spans(names: Sequence[str]) -> bool:
     """Whether these tags say where spans begin and go on; parts of speech, for one, do not."""
     marks = [name for name in names if name != "O"]
     return bool(marks) and all(name in PREFIXES or (name[:1] in PREFIXES and name[1:2] == "-") for name in marks)
+
+
+def count_spans(
+    true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Spans of each row that are right, found and true, int64 [I, 3], and the sorted types of all of them."""
+    true_spans, found_spans = ([set(get_entities(list(tags))) for tags in rows] for rows in (true, predicted))
+    counts_I3 = np.array([[len(t & f), len(f), len(t)] for t, f in zip(true_spans, found_spans, strict=True)])
+    return counts_I3, sorted({kind for row in (*true_spans, *found_spans) for kind, _, _ in row})
 
 
 def _score_spans(labels: Labels, outcomes: Outcomes) -> tuple[dict[str, Estimate], list[dict[str, Any]]]:
@@ -39,15 +50,13 @@ def _score_spans(labels: Labels, outcomes: Outcomes) -> tuple[dict[str, Estimate
     true, predicted = (
         [[labels.names[i] for i in row.tolist()] for row in rows] for rows in (outcomes.targets, outcomes.outputs)
     )
-    true_spans, found_spans = ([set(get_entities(tags)) for tags in rows] for rows in (true, predicted))
-    counts_I3 = np.array([[len(t & f), len(f), len(t)] for t, f in zip(true_spans, found_spans, strict=True)])
+    counts_I3, types = count_spans(true, predicted)
     precision, recall, f1, _ = precision_recall_fscore_support(true, predicted, average="micro", zero_division=0)
     measures: dict[str, Estimate] = {
         "span_f1": (float(f1), statistics.f1(counts_I3)),
         "span_precision": (float(precision), statistics.precision(counts_I3)),
         "span_recall": (float(recall), statistics.recall(counts_I3)),
     }
-    types = sorted({kind for spans in (true_spans, found_spans) for row in spans for kind, _, _ in row})
     columns = precision_recall_fscore_support(true, predicted, average=None, zero_division=0)
     rows = zip(types, *(column.tolist() for column in columns), strict=True)
     return measures, [dict(zip(("type", "precision", "recall", "f1", "support"), row, strict=True)) for row in rows]

@@ -1,0 +1,238 @@
+"""Two evaluations of the same rows side by side: what differs by more than chance, and on which rows.
+
+Works on the lines of a run's evaluation/<name>.jsonl. Rows are matched by the hash of their content. Both sides are
+resampled by the same draws (paired bootstrap), so that what is hard or easy for both cancels out.
+"""
+
+# I rows in common, R resamples
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import statistics
+from tunesmith.evaluation.intervals import Interval, Statistic, interval, resamples
+
+Told = Mapping[str, Any]
+"""One line of evaluation/<name>.jsonl."""
+Kind = Literal["tokens", "classes", "sets", "numbers", "tags"]
+
+TIE_NATS = 0.01
+"""Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
+TIE_SHARE = 0.01
+"""Squared errors that differ by less than this share of the larger are a tie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One measure of two evaluations on the rows they share."""
+
+    a: float
+    b: float
+    b_minus_a: Interval
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0: other rows of the same kind would hardly turn the difference around."""
+        return self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Evaluation B against evaluation A."""
+
+    kind: Kind
+    num_rows: int
+    """Rows in common; documents where the rows are windows of documents."""
+    only_a: int
+    only_b: int
+    same_targets: bool
+    """False: the models count tokens otherwise, so losses per token, perplexity and tokens right do not compare."""
+    measures: dict[str, Difference]
+    """By the keys of `MEASURES`."""
+    won: list[tuple[Told, Told]]
+    """Rows (of A, of B) on which B is better, clearest first: right instead of wrong, or of lower loss."""
+    lost: list[tuple[Told, Told]]
+    """Rows on which B is worse, clearest first."""
+
+    @property
+    def num_ties(self) -> int:
+        return self.num_rows - len(self.won) - len(self.lost)
+
+
+def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
+    """What B does better and worse than A.
+
+    Raises InputError where they share no row, or answer different questions.
+    """
+    a_by_key, b_by_key = _by_key(rows_a), _by_key(rows_b)
+    shared = [key for key in a_by_key if key in b_by_key]
+    if not shared:
+        raise InputError(
+            f"the {len(a_by_key):,} rows of the one and the {len(b_by_key):,} of the other have none in common: only "
+            "evaluations of the same rows compare. Measure both on one file with tunesmith eval."
+        )
+    a, b = [a_by_key[key] for key in shared], [b_by_key[key] for key in shared]
+    kinds = [{kind_of(row) for row in rows} for rows in (a, b)]
+    if len(kinds[0] | kinds[1]) > 1:
+        told = [" and ".join(sorted(kind)) for kind in kinds]
+        raise InputError(
+            f"the one was measured on {told[0]}, the other on {told[1]}: only evaluations of one task compare."
+        )
+    kind = kinds[0].pop()
+    gains_I = _gains(kind, a, b)
+    order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]))
+    return Comparison(
+        kind=kind,
+        num_rows=len(shared),
+        only_a=len(a_by_key) - len(shared),
+        only_b=len(b_by_key) - len(shared),
+        same_targets=all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)),
+        measures=_differences(kind, a, b),
+        won=[(a[i], b[i]) for i in order if gains_I[i] > 0],
+        lost=[(a[i], b[i]) for i in order if gains_I[i] < 0],
+    )
+
+
+def kind_of(row: Told) -> Kind:
+    """What was asked about a row."""
+    if "correct" in row:
+        return "tokens"
+    if "value" in row:
+        return "numbers"
+    if "tags" in row:
+        return "tags"
+    return "sets" if isinstance(row["label"], list) else "classes"
+
+
+def _by_key(rows: Iterable[Told]) -> dict[tuple[str, int], Told]:
+    """Rows by hash and how many with that hash came before; the windows of a document are added up to one row."""
+    seen: Counter[str] = Counter()
+    found: dict[tuple[str, int], Told] = {}
+    for row in rows:
+        key = (row["hash"], 0 if "correct" in row else seen[row["hash"]])
+        if key in found:
+            sums = {name: found[key][name] + row[name] for name in ("loss", "count", "correct")}
+            found[key] = {**found[key], **sums}
+        else:
+            found[key] = row
+        seen[row["hash"]] += 1
+    return found
+
+
+def _gains(kind: Kind, a: Sequence[Told], b: Sequence[Told]) -> list[float]:
+    """How much better B is on each row, 0 for a tie: what is right first, then how sure B is of it."""
+    if kind in ("tokens", "numbers"):
+        return [_loss_gain(kind, was, now) for was, now in zip(a, b, strict=True)]
+    return [(_right(now) - _right(was)) * (1 + _sureness(now)) for was, now in zip(a, b, strict=True)]
+
+
+def _loss_gain(kind: Kind, was: Told, now: Told) -> float:
+    gain = float(was["loss"] - now["loss"])
+    if kind == "tokens":
+        # The loss of the whole row, so that models with other tokens compare.
+        return 0.0 if abs(gain) < TIE_NATS * max(was["count"], now["count"]) else gain
+    return 0.0 if abs(gain) <= TIE_SHARE * max(was["loss"], now["loss"]) else gain
+
+
+def _right(row: Told) -> int:
+    """1 for a row whose class or classes are right; of tags, how many."""
+    if "tags" in row:
+        return sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True))
+    return int(row["label"] == row["predicted"])
+
+
+def _sureness(row: Told) -> float:
+    chances = row.get("probability", 0.0)
+    return float(min(chances, default=0.0) if isinstance(chances, list) else chances)
+
+
+def _differences(kind: Kind, a: Sequence[Told], b: Sequence[Told]) -> dict[str, Difference]:
+    names = sorted({name for row in (*a, *b) for name in _names(row)})
+    of_a, of_b = ({"loss": _mean_loss(rows), **_STATISTICS[kind](rows, names)} for rows in (a, b))
+    moved = [{key: of_b[key](weights) - of_a[key](weights) for key in of_a} for weights in resamples(len(a))]
+    ones_1I = np.ones((1, len(a)))
+    found = {}
+    for key in of_a:
+        was, now = float(of_a[key](ones_1I)[0]), float(of_b[key](ones_1I)[0])
+        found[key] = Difference(was, now, interval(now - was, np.concatenate([some[key] for some in moved])))
+    return found
+
+
+def _mean_loss(rows: Sequence[Told]) -> Statistic:
+    losses, counts = (np.array([row[key] for row in rows], np.float64) for key in ("loss", "count"))
+    return statistics.ratio(losses, counts)
+
+
+def _names(row: Told) -> Iterator[str]:
+    """The classes that a row names."""
+    for key in ("label", "tags", "predicted"):
+        told = row.get(key, [])
+        yield from (name for name in (told if isinstance(told, list) else [told]) if isinstance(name, str))
+
+
+def _of_tokens(rows: Sequence[Told], _: Sequence[str]) -> dict[str, Statistic]:
+    hits, counts = (np.array([row[key] for row in rows], np.float64) for key in ("correct", "count"))
+    mean_loss = _mean_loss(rows)
+    return {
+        "perplexity": lambda weights_RI: np.exp(np.minimum(mean_loss(weights_RI), 700.0)),
+        "token_accuracy": statistics.ratio(hits, counts),
+    }
+
+
+def _of_classes(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]:
+    ids = {name: i for i, name in enumerate(names)}
+    true_I, found_I = (np.array([ids[row[key]] for row in rows], np.int64) for key in ("label", "predicted"))
+    chances_I = np.array([row["probability"] for row in rows], np.float64)
+    return {
+        "accuracy": statistics.ratio(true_I == found_I),
+        "macro_f1": statistics.macro_f1(true_I, found_I),
+        "calibration_error": statistics.calibration_error(chances_I, true_I == found_I),
+    }
+
+
+def _of_sets(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]:
+    true_IC, found_IC = (
+        np.array([[name in row[key] for name in names] for row in rows], np.bool_).reshape(len(rows), len(names))
+        for key in ("label", "predicted")
+    )
+    right_IC = true_IC & found_IC
+    return {
+        "micro_f1": statistics.f1(np.stack([right_IC.sum(1), found_IC.sum(1), true_IC.sum(1)], axis=1)),
+        "exact_rows": statistics.ratio((true_IC == found_IC).all(1)),
+    }
+
+
+def _of_numbers(rows: Sequence[Told], _: Sequence[str]) -> dict[str, Statistic]:
+    true_I, found_I = (np.array([row[key] for row in rows], np.float64) for key in ("value", "predicted"))
+    return {"mse": statistics.ratio((true_I - found_I) ** 2), "spearman": statistics.spearman(true_I, found_I)}
+
+
+def _of_tags(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]:
+    from tunesmith.evaluation.tag_scores import count_spans, mark_spans
+
+    hits_I, words_I = np.array([_right(row) for row in rows]), np.array([len(row["tags"]) for row in rows])
+    found: dict[str, Statistic] = {"tag_accuracy": statistics.ratio(hits_I, words_I)}
+    if mark_spans(names):
+        counts_I3, _ = count_spans([row["tags"] for row in rows], [row["predicted"] for row in rows])
+        found |= {
+            "span_f1": statistics.f1(counts_I3),
+            "span_precision": statistics.precision(counts_I3),
+            "span_recall": statistics.recall(counts_I3),
+        }
+    return found
+
+
+_STATISTICS: Mapping[Kind, Callable[[Sequence[Told], Sequence[str]], dict[str, Statistic]]] = {
+    "tokens": _of_tokens,
+    "classes": _of_classes,
+    "sets": _of_sets,
+    "numbers": _of_numbers,
+    "tags": _of_tags,
+}

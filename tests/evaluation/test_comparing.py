@@ -1,0 +1,170 @@
+"""Two evaluations side by side: matched by content, wins counted by hand, differences beyond chance told from noise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from evaluation.outcome_rows import classes
+from tunesmith.data.labels import Labels
+from tunesmith.errors import InputError
+from tunesmith.evaluation.comparing import compare
+from tunesmith.evaluation.outcomes import row_facts
+from tunesmith.evaluation.scores import score
+from tunesmith.measures import MEASURES
+
+
+def told(hash_: str, loss: float = 1.0, count: float = 1.0, **fields):
+    return {"source": f"x.jsonl:{hash_}", "hash": hash_, "loss": loss, "count": count, **fields}
+
+
+def row(hash_: str, label, predicted, probability=0.9):
+    return told(hash_, label=label, predicted=predicted, probability=probability)
+
+
+def hashes(pairs):
+    return [was["hash"] for was, _ in pairs]
+
+
+def test_rows_are_matched_by_content_whatever_their_order():
+    a = [row("1", "x", "x"), row("2", "x", "y"), row("3", "y", "y")]
+    b = [row("4", "x", "x"), row("3", "y", "x"), row("2", "x", "x")]
+    found = compare(a, b)
+    assert (found.kind, found.num_rows, found.only_a, found.only_b) == ("classes", 2, 1, 1)
+    assert hashes(found.won) == ["2"]
+    assert hashes(found.lost) == ["3"]
+    assert found.num_ties == 0
+
+
+def test_rows_that_flipped_are_listed_surest_first():
+    a = [row(str(i), "x", "x") for i in range(3)]
+    b = [row(str(i), "x", "y", p) for i, p in enumerate((0.6, 0.9, 0.7))]
+    found = compare(a, b)
+    assert hashes(found.lost) == ["1", "2", "0"]
+    assert found.lost[0] == (a[1], b[1])
+
+
+def test_equal_rows_are_matched_one_by_one():
+    found = compare([row("1", "x", "x"), row("1", "x", "x")], [row("1", "x", "x")])
+    assert (found.num_rows, found.only_a) == (1, 1)
+
+
+def test_measures_of_classes_by_hand():
+    a = [row("1", "x", "x"), row("2", "x", "y"), row("3", "y", "y"), row("4", "y", "x")]
+    b = [row("1", "x", "x"), row("2", "x", "x"), row("3", "y", "y"), row("4", "y", "x")]
+    found = compare(a, b).measures
+    assert set(found) == {"loss", "accuracy", "macro_f1", "calibration_error"} <= set(MEASURES)
+    assert (found["accuracy"].a, found["accuracy"].b) == (0.5, 0.75)
+    assert found["accuracy"].b_minus_a["value"] == 0.25
+    assert found["macro_f1"].b == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert found["calibration_error"].a == pytest.approx(0.4)
+
+
+def test_difference_on_every_row_is_clear_and_on_one_is_not():
+    a = [row(str(i), "x", "y" if i < 30 else "x") for i in range(100)]
+    all_right = [row(str(i), "x", "x") for i in range(100)]
+    one_more = [row(str(i), "x", "y" if i < 29 else "x") for i in range(100)]
+    assert compare(a, all_right).measures["accuracy"].is_clear
+    assert not compare(a, one_more).measures["accuracy"].is_clear
+
+
+def test_pairing_shows_what_two_separate_intervals_hide():
+    """Losses differ widely from row to row, and on every row B is a little better."""
+    losses = np.random.default_rng(0).exponential(5, 200)
+    a = [told(str(i), loss, correct=0) for i, loss in enumerate(losses)]
+    b = [told(str(i), loss - 0.05, correct=0) for i, loss in enumerate(losses)]
+    found = compare(a, b).measures["loss"]
+    assert found.b_minus_a == pytest.approx({"value": -0.05, "low": -0.05, "high": -0.05})
+    assert found.is_clear
+
+
+def test_equal_evaluations_differ_by_nothing():
+    rows = [row(str(i), "x", "xy"[i % 2]) for i in range(10)]
+    found = compare(rows, rows)
+    assert found.num_ties == 10
+    assert found.measures["accuracy"].b_minus_a == {"value": 0, "low": 0, "high": 0}
+    assert not any(difference.is_clear for difference in found.measures.values())
+
+
+def test_losses_of_tokens_tie_within_the_tolerance():
+    """0.01 nats a token: 0.1 for ten."""
+    a = [told(str(i), 20.0, 10.0, correct=5) for i in range(4)]
+    b = [told(str(i), 20.0 + d, 10.0, correct=5) for i, d in enumerate((-0.2, 0.09, -0.09, 3.0))]
+    found = compare(a, b)
+    assert (hashes(found.won), hashes(found.lost), found.num_ties) == (["0"], ["3"], 2)
+
+
+def test_windows_of_a_document_are_added_up():
+    a = [told("1", 4.0, 2.0, correct=1), told("2", 9.0, 3.0, correct=0), told("1", 2.0, 1.0, correct=1)]
+    b = [told("2", 9.0, 3.0, correct=0), told("1", 5.0, 4.0, correct=2)]
+    found = compare(a, b)
+    assert found.num_rows == 2
+    assert found.won[0][0]["loss"] == 6.0
+    assert found.measures["loss"].a == pytest.approx(15 / 6)
+    assert found.measures["perplexity"].b == pytest.approx(math.exp(14 / 7))
+    assert found.measures["token_accuracy"].a == pytest.approx(2 / 6)
+    assert not found.same_targets
+
+
+def test_numbers_tie_within_a_share_of_their_error():
+    a = [told(str(i), 4.0, value=float(i), predicted=i + 2.0) for i in range(3)]
+    b = [told(str(i), loss, value=float(i), predicted=i + loss**0.5) for i, loss in enumerate((4.03, 1.0, 9.0))]
+    found = compare(a, b)
+    assert (hashes(found.won), hashes(found.lost), found.num_ties) == (["1"], ["2"], 1)
+    assert found.measures["mse"].b == pytest.approx((4.03 + 1 + 9) / 3)
+    assert found.measures["spearman"].a == pytest.approx(1)
+
+
+def test_sets_are_right_when_whole():
+    a = [row("1", ["x", "y"], ["x"], [0.8]), row("2", [], [], [])]
+    b = [row("1", ["x", "y"], ["x", "y"], [0.8, 0.6]), row("2", [], ["x"], [0.7])]
+    found = compare(a, b)
+    assert (found.kind, hashes(found.won), hashes(found.lost)) == ("sets", ["1"], ["2"])
+    assert found.measures["exact_rows"].a == 0.5
+    assert found.measures["micro_f1"].a == pytest.approx(2 * 1 / (1 + 2))
+
+
+def test_sets_without_any_class_have_no_f1():
+    rows = [row("1", [], [], []), row("2", [], [], [])]
+    assert compare(rows, rows).measures["micro_f1"].a == 0
+
+
+def test_tags_win_by_words_and_spans_are_counted():
+    a = [told("1", tags=["B-P", "I-P", "O"], predicted=["B-P", "O", "O"])]
+    b = [told("1", tags=["B-P", "I-P", "O"], predicted=["B-P", "I-P", "O"])]
+    found = compare(a, b)
+    assert hashes(found.won) == ["1"]
+    assert (found.measures["span_f1"].a, found.measures["span_f1"].b) == (0, 1)
+    assert found.measures["tag_accuracy"].a == pytest.approx(2 / 3)
+
+
+def test_tags_that_mark_no_spans_have_no_span_measures():
+    rows = [told("1", tags=["N", "V"], predicted=["N", "N"])]
+    assert set(compare(rows, rows).measures) == {"loss", "tag_accuracy"}
+
+
+def test_no_common_row_says_the_way_out():
+    with pytest.raises(InputError, match="none in common"):
+        compare([row("1", "x", "x")], [row("2", "x", "x")])
+
+
+def test_two_tasks_do_not_compare():
+    with pytest.raises(InputError, match="measured on classes, the other on tokens"):
+        compare([row("1", "x", "x")], [told("1", correct=1)])
+
+
+def test_values_are_those_of_the_evaluation_itself():
+    draw = np.random.default_rng(1)
+    labels = Labels("one", ("p", "q", "r"))
+    rows, measures = [], []
+    true = draw.integers(0, 3, 60)
+    for _ in range(2):
+        outcomes = classes(draw.dirichlet(np.ones(3), 60), true)
+        measures.append(score("sequence", labels, outcomes, task="classify", majority=None, mean=None)[0])
+        facts = row_facts("sequence", labels, outcomes)
+        rows.append([{"source": "", "hash": str(i), **fact} for i, fact in enumerate(facts)])
+    for key, difference in compare(*rows).measures.items():
+        assert difference.a == pytest.approx(measures[0][key]["value"], rel=1e-12)
+        assert difference.b == pytest.approx(measures[1][key]["value"], rel=1e-12)
