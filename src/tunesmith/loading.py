@@ -59,6 +59,12 @@ class Speaker:
         """Whether the model tells the two texts of a pair apart by token types."""
         return has_token_types(self.model, self.renderer.tokenizer)
 
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most tokens that go through the model at once."""
+        knob = self.recipe.train.tokens_per_pass
+        return knob if knob != "auto" else 8192 if self.model.device.type == "cuda" else 2048
+
     def identity(self) -> dict[str, str]:
         """Hashes of all that an answer follows from beside the question, by name."""
         digests = {f"model {name}": digest for name, digest in load.fingerprint(self.located).items()}

@@ -13,6 +13,7 @@ from tunesmith.cli import failing
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check
 from tunesmith.cli.doctor import doctor
+from tunesmith.cli.predict import predict
 from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
 from tunesmith.cli.runs import runs
@@ -75,6 +76,7 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, train, resume),
     "Look and talk": (runs, show, chat),
+    "Use": (predict,),
     "More": (selftest, recipe, doctor),
 }
 for group, verbs in GROUPS.items():

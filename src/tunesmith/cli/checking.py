@@ -12,7 +12,8 @@ from rich.text import Text
 
 from tunesmith.cli.failing import print_problems
 from tunesmith.cli.output import console
-from tunesmith.cli.panels import ACCENT, MUTED, sample_row
+from tunesmith.cli.panels import ACCENT, sample_row
+from tunesmith.cli.scores import MUTED
 from tunesmith.cli.text import percent, plural, visible
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ BAR = 32
 
 
 @contextmanager
-def progress_bar(screen: Console) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(screen: Console, words: str = "checking rows") -> Iterator[Callable[[int, int], None]]:
     """Bytes done and bytes in all, drawn on a terminal and nowhere else."""
     if not screen.is_terminal:
         yield lambda done, total: None
         return
-    columns = TextColumn("checking rows"), BarColumn(24), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()
+    columns = TextColumn(words), BarColumn(24), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()
     with Progress(*columns, console=screen, transient=True) as progress:
         bar = progress.add_task("")
         yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.display import PHASES, Silent
-from tunesmith.cli.panels import ACCENT, MUTED, answers, plan_panel, sample_row, scores
-from tunesmith.cli.scores import score_line
+from tunesmith.cli.panels import ACCENT, answers, plan_panel, sample_row, scores
+from tunesmith.cli.scores import MUTED, score_line
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import duration, loss, size, sparkline, visible
 from tunesmith.types import Event

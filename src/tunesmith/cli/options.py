@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+
+from tunesmith.errors import InputError
+from tunesmith.types import TaskName
+
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 Root = Annotated[
     Path,
@@ -19,6 +24,10 @@ RunName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything for people on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
+Base = Annotated[bool, typer.Option("--base", help="Ask the untouched model of the run.")]
+TaskOf = Annotated[
+    str | None, typer.Option("--task", metavar="|".join(TASKS), help="What to ask of a MODEL; a run knows.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A recipe key, dotted: method.rank=8. May be given many times."),
@@ -43,6 +52,14 @@ def given(values: Mapping[str, Any]) -> list[str]:
     from tunesmith.files import to_json
 
     return [f"{key}={to_json(value).decode()}" for key, value in values.items() if value not in (None, [])]
+
+
+def as_task(name: str | None) -> TaskName | None:
+    """The task of that name. Raises InputError where there is none."""
+    found = next((task for task in TASKS if task == name), None)
+    if name is not None and found is None:
+        raise InputError(f"--task: {name}: there is no such task. One of {', '.join(TASKS)}.")
+    return found
 
 
 def remember_json(ctx: typer.Context, as_json: bool) -> None:

@@ -43,6 +43,12 @@ def json_line(value: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def data_line(value: Mapping[str, Any]) -> None:
+    """One row of data on a line of stdout, as plain JSON: what the row says is not changed in any way."""
+    sys.stdout.write(orjson.dumps(value).decode() + "\n")
+    sys.stdout.flush()
+
+
 def json_page(value: Any) -> str:
     """JSON to read: indented, one value."""
     return orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode()

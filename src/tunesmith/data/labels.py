@@ -134,6 +134,15 @@ def decide(
     return Labels(kind, names, _weights(class_weights, kind, names, counts_C)), choices
 
 
+def refuse_unknown(labels: Labels, store: RowStore) -> None:
+    """Raise DataError for labels of a store that a head which was trained before cannot answer with."""
+    if labels.kind == "number":
+        _refuse([see(store)], lambda name: not is_number(name), _no_number)
+    else:
+        known = frozenset(labels.names)
+        _refuse([see(store)], lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=True))
+
+
 def find_kind(task: TaskName, data: Data, sides: Sequence[Seen]) -> tuple[LabelKind, list[Choice]]:
     """What a row's labels are, and the choice if it was one. Raises DataError where lists are no lists."""
     if task == "tag":

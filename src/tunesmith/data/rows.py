@@ -125,13 +125,13 @@ def encode_rows(
     held_store = encode(data.eval, places.held_out) if data.eval else store
     stores = [store, held_store] if data.eval else [store]
     try:
-        _refuse_bad(data, stores, problems)
+        refuse_bad(data, stores, problems)
         overlap = _overlap(data, store, held_store) if data.eval else []
     except DataError:
         for refused in stores:
             refused.discard()
         raise
-    notes = [*_counted(stores, problems), *overlap]
+    notes = [*counted(stores, problems), *overlap]
     if data.eval:
         train, held = np.arange(len(store)), np.arange(len(held_store))
     else:
@@ -159,7 +159,7 @@ def encode_rows(
     return Rows(data, store, held_store, train, held, problems, notes, labels, choices)
 
 
-def _refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
+def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
     """Raise for rows that cannot be used, unless the recipe says that they are left out."""
     asked_for = {"too_long"} if data.too_long == "drop" else set()
     errors = [p for p in problems if p.severity == "error" and p.code not in asked_for]
@@ -171,7 +171,7 @@ def _refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Probl
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)
 
 
-def _counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
+def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
     """What was left out or changed: the first finding of each kind in its own words, and how many there are."""
     totals: Counter[str] = Counter()
     for store in stores:

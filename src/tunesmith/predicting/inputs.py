@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from tunesmith.data.examples import FileExamples, examples
-from tunesmith.data.findings import kind_of
-from tunesmith.data.opening import BOM, FileFacts, Stream, refusal
+from tunesmith.data.findings import kind_of, refusal
+from tunesmith.data.kinds import BOM
+from tunesmith.data.opening import FileFacts, Stream
 from tunesmith.data.read_text import json_lines, rest_of_line, too_long
 from tunesmith.data.strict_json import BadRow
-from tunesmith.predicting.lines import Lines, record_of
+from tunesmith.predicting.lines import Line, Lines, record_of
+from tunesmith.predicting.predictor import Predictor
 from tunesmith.recipe.knobs import Data, DataFile, Limits
 from tunesmith.types import Problem, Source, TaskName
 
@@ -80,6 +82,15 @@ def read_rows(rows: Iterable[str | Mapping[str, Any]], data: Data, task: TaskNam
     """Hand texts, or rows with named fields, to `lines`."""
     records = (record_of(task, row) if isinstance(row, str) else dict(row) for row in rows)
     read_records(enumerate(records, start=1), data, task, lines, facts=FileFacts(AT_HAND, "JSON lines"))
+
+
+def answers_to(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:
+    """A line for each of some rows at hand, without a source: their order says which is which."""
+    found: list[Line] = []
+    lines = Lines(predictor, found.extend, chunk_rows=predictor.chunk_rows, bare=bare)
+    read_rows(rows, predictor.speaker.recipe.data, predictor.task, lines)
+    lines.flush()
+    return [{name: value for name, value in line.items() if name != "source"} for line in found]
 
 
 def _plain_lines(

@@ -140,8 +140,7 @@ class Predictor:
 
     def _passes(self, lengths: Mapping[int, int], done: Done) -> Iterator[tuple[int, ...]]:
         """Rows of like length together; `done` hears how many are, after each pass."""
-        knob = self.speaker.recipe.train.tokens_per_pass
-        most = knob if knob != "auto" else 8192 if self.speaker.model.device.type == "cuda" else 2048
+        most = self.speaker.tokens_per_pass
         num_done = 0
         for members in fill_passes(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
             yield members

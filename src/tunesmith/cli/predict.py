@@ -1,0 +1,132 @@
+"""tunesmith predict"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
+from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.predicting.lines import Tally
+    from tunesmith.predicting.predictor import Predictor
+
+
+def predict(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="Rows, answered or not; - reads the standard input.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this one text.")] = None,
+    pair: Annotated[str | None, typer.Option(metavar="TEXT", help="The second text beside --text.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write here, and go on with what is there of an earlier call.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --out anew.")] = False,
+    bare: Annotated[bool, typer.Option("--bare", help="Leave the input out of the lines.")] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Where any number of classes can hold: those above this probability. [0.5]"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
+    base: Base = False,
+    task: TaskOf = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Answer rows: one JSON line each with label and probabilities, tags, a number, or text.
+
+    tunesmith predict last unlabelled.csv --out labelled.jsonl
+
+    tunesmith predict last --text "The parcel never came."
+    """
+    remember_json(ctx, as_json)
+    if (text is None) == (data is None):
+        raise InputError("predict: give one of FILE and --text.")
+    if pair is not None and text is None:
+        raise InputError("predict: --pair stands beside --text; in a file the second text is the field text_pair.")
+    from tunesmith.cli.output import console
+    from tunesmith.loading import load_target
+    from tunesmith.predicting.predictor import THRESHOLD, Predictor
+
+    screen = console(stderr=True)
+
+    def say(words: str) -> None:
+        from tunesmith.cli.text import visible
+
+        screen.print(visible(words), style="bright_black")
+
+    speaker = load_target(target, root=root, base=base, task=as_task(task), offline=offline)
+    if speaker.note:
+        say(f"note: {speaker.note}")
+    predictor = Predictor(speaker, max_new_tokens, THRESHOLD if threshold is None else threshold)
+    if threshold is not None and not predictor.is_many:
+        raise InputError(
+            "predict: --threshold is for models that answer with any number of classes; this one does not."
+        )
+    if predictor.is_many:
+        say(f"a class holds where its probability is above {predictor.threshold:g} (--threshold)")
+    if text is not None:
+        _one(predictor, text, pair, bare)
+    else:
+        assert data is not None, "one of both was given"
+        tally = _file(predictor, data, out, say, {"bare": bare, "overwrite": overwrite})
+        _tell(tally, out, say, as_json=as_json)
+
+
+def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
+    from tunesmith.cli.output import data_line
+    from tunesmith.predicting.inputs import answers_to
+    from tunesmith.predicting.lines import record_of
+
+    if pair is not None and predictor.task != "classify":
+        raise InputError(f"predict: --pair is for the task classify; this model was tuned for {predictor.task}.")
+    [line] = answers_to(predictor, [record_of(predictor.task, text, pair)], bare=bare)
+    if "error" in line:
+        raise InputError(f"--text: {line['error']}")
+    data_line(line)
+
+
+def _file(
+    predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
+) -> Tally:
+    from tunesmith.cli.checking import progress_bar
+    from tunesmith.cli.output import console, data_line
+    from tunesmith.predicting.file import predict_stream, predict_to
+
+    with progress_bar(console(stderr=True), "answering rows") as progress:
+        if out is not None:
+            return predict_to(out, predictor, data, progress=progress, say=say, **options)
+
+        def write(lines: Any) -> None:
+            for line in lines:
+                data_line(line)
+
+        return predict_stream(write, predictor, data, bare=options["bare"], progress=progress, say=say)
+
+
+def _tell(tally: Tally, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
+    """Counts, and what a person should know; exit code 2 if no row could be answered."""
+    from tunesmith.cli.output import json_line
+    from tunesmith.cli.text import plural
+
+    for note in tally.notes():
+        say(f"note: {note}")
+    if out is not None and as_json:
+        json_line({"kind": "result", "out": str(out), "answered": tally.answered, "errors": tally.errors})
+    done = plural(tally.answered, "row") + " answered" + (f", in {out}" if out is not None else "")
+    if tally.errors:
+        done += f"; {plural(tally.errors, 'row')} could not be, and {'says' if tally.errors == 1 else 'say'} why"
+    say(done)
+    if not tally.answered:
+        reasons = [problem for problem in tally.first.values() if problem.severity == "error"]
+        raise InputError(
+            f"no row could be answered. The first: {reasons[0]}" if reasons else "no row could be answered."
+        )
