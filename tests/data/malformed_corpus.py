@@ -343,7 +343,7 @@ def _files_of_no_use() -> None:
         ("UTF-16", "rows.jsonl", GOOD.decode().encode("utf-16"), "wrong_encoding"),
         ("UTF-16 without a mark", "rows.jsonl", GOOD.decode().encode("utf-16-le"), "wrong_encoding"),
         ("UTF-16 CSV", "rows.csv", "prompt,completion\n".encode("utf-16"), "wrong_encoding"),
-        ("prose", "book.txt", b"It was a dark night.\nThe rain fell.\n", "unknown_format"),
+        ("prose", "book", b"It was a dark night.\nThe rain fell.\n", "unknown_format"),
         ("a web page", "page.html", b"<!doctype html>\n<p>Hi\n", "unknown_format"),
         ("gzip magic only", "rows.jsonl.gz", b"\x1f\x8b\x08", "damaged_gzip"),
         ("gzip of noise", "rows.jsonl.gz", packed[:10] + b"\xff" * 50, "damaged_gzip"),
@@ -381,6 +381,88 @@ def _files_of_no_use() -> None:
     )
 
 
+def _labelled() -> None:
+    """Rows of texts, summaries, classes and tags, each as the second of three lines."""
+    good: dict[str, Any] = {"text": "Red eye", "label": "eye"}
+    several: dict[str, Any] = {"text": "Red eye", "label": ["eye"]}
+    summary: dict[str, Any] = {"document": "Long.", "summary": "Short."}
+    words: dict[str, Any] = {"tokens": ["Ann", "sings"], "tags": ["B-PER", "O"]}
+    for name, first, row, code in (
+        ("no label", good, {"text": "a"}, "missing_field"),
+        ("null label", good, {**good, "label": None}, "missing_field"),
+        ("empty label", good, {**good, "label": ""}, "bad_label"),
+        ("blank label", good, {**good, "label": " \t"}, "bad_label"),
+        ("object as label", good, {**good, "label": {"name": "eye"}}, "wrong_type"),
+        ("list among classes", good, {**good, "label": ["eye"]}, "mixed_labels"),
+        ("class among lists", several, {**several, "label": "eye"}, "mixed_labels"),
+        ("null in a list", several, {**several, "label": ["eye", None]}, "bad_label"),
+        ("class twice", several, {**several, "label": ["eye", "eye"]}, "bad_label"),
+        ("list in a list", several, {**several, "label": [["eye"]]}, "wrong_type"),
+        ("number as text", good, {**good, "text": 5}, "wrong_type"),
+        ("list as second text", good, {**good, "text_pair": ["a"]}, "wrong_type"),
+        ("pair among labels", good, json.loads(GOOD), "other_shape"),
+        ("no summary", summary, {"document": "a"}, "missing_field"),
+        ("empty summary", summary, {"document": "a", "summary": ""}, "empty_answer"),
+        ("number as document", summary, {"document": 1, "summary": "a"}, "wrong_type"),
+        ("fewer tags than words", words, {**words, "tags": ["O"]}, "ragged_tags"),
+        ("more tags than words", words, {**words, "tags": ["O"] * 3}, "ragged_tags"),
+        ("no words", words, {"tokens": [], "tags": []}, "no_text"),
+        ("sentence as text", words, {"tokens": "Ann sings", "tags": ["O", "O"]}, "wrong_type"),
+        ("tags as text", words, {**words, "tags": "B-PER O"}, "wrong_type"),
+        ("number as word", words, {**words, "tokens": ["Ann", 5]}, "wrong_type"),
+        ("null tag", words, {**words, "tags": ["O", None]}, "bad_label"),
+        ("no tags", words, {"tokens": ["Ann"]}, "missing_field"),
+        ("empty text", {"text": "a"}, {"text": " "}, "no_text"),
+        ("null text", {"text": "a"}, {"text": None}, "missing_field"),
+    ):
+        _case(f"labelled: {name}", "rows.jsonl", b"\n".join(map(_as_json, (first, row, first))), code, 2)
+    table = b"text,label\nRed eye,eye\n"
+    _case("table: empty label", "t.csv", table + b"Deaf,\n", "bad_label", 3)
+    _case("table: row without its label", "t.csv", table + b"Deaf\n", "ragged_row", 3)
+    _case(
+        "Parquet: label not a number", "t.parquet", _parquet({"text": ["a"], "label": [float("nan")]}), "bad_label", 1
+    )
+    _case(
+        "Parquet: dates as labels",
+        "t.parquet",
+        _parquet({"text": ["a"], "label": [datetime(2024, 1, 1)]}),
+        "wrong_type",
+        1,
+    )
+
+
+def _documents() -> None:
+    for name, filename, payload, code in (
+        ("empty", "book.txt", b"", "no_text"),
+        ("blank", "book.md", b" \n\n", "no_text"),
+        ("only a mark", "book.txt", b"\xef\xbb\xbf", "no_text"),
+        ("Latin-1", "book.txt", "Un café.\n".encode("latin-1"), "invalid_utf8"),
+        ("NUL", "book.txt", b"It was a dark\0 night.\n", "nul_character"),
+        ("UTF-16", "book.txt", "It was a dark night.".encode("utf-16"), "wrong_encoding"),
+        ("PDF", "book.txt", b"%PDF-1.7\n", "binary"),
+        ("zip", "book.txt", b"PK\x03\x04" + b"\0" * 30, "archive"),
+        ("noise", "book.txt", bytes(range(1, 64)) * 8, "binary"),
+        ("9 MiB", "book.txt.gz", gzip.compress(b"It was a dark night.\n" * 450_000, 1, mtime=0), "line_too_long"),
+        ("gzip cut off", "book.txt.gz", gzip.compress(b"It was a dark night.\n" * 99, mtime=0)[:-20], "damaged_gzip"),
+    ):
+        _case(f"document: {name}", filename, payload, code, 1)
+    good = b"Ann B-PER\nsings O\n\n"
+    for name, filename, payload, code, line in (
+        ("word without tag", "t.conll", good + b"Ann B-PER\nsings\n\n" + good, "ragged_row", 4),
+        ("another column", "t.conll", good + b"\nAnn NNP B-PER\n\n" + good, "ragged_row", 5),
+        ("no tags", "t.conll", b"Ann\nsings\n", "ragged_tags", 1),
+        ("Latin-1", "t.conll", good + b"Andr\xe9 B-PER\n", "invalid_utf8", 4),
+        ("NUL", "t.conll", good + b"An\0n B-PER\n", "nul_character", 4),
+        ("tab without tag", "t.conll", b"Ann\tB-PER\n\nsings\t\n", "bad_label", 3),
+        ("sentence that never ends", "t.conll.gz", gzip.compress(good + (b"A" * 999 + b" O\n") * 9500, 1, mtime=0),
+         "line_too_long", 4),
+        ("only marks", "t.conll", b"-DOCSTART- O\n\n# id 5\n", "empty_dataset", 1),
+        ("empty", "t.conll", b"", "empty_dataset", 1),
+        ("found by its lines", "train.txt", good + b"Ann B-PER\n\nAnn B PER\n", "ragged_row", 6),
+    ):  # fmt: skip
+        _case(f"CoNLL: {name}", filename, payload, code, line)
+
+
 def _cut_gzip(num_bytes: int) -> bytes:
     """A gzip file whose first 100 rows were flushed; then it ends."""
     packer = zlib.compressobj(wbits=31)
@@ -390,7 +472,8 @@ def _cut_gzip(num_bytes: int) -> bytes:
 
 
 _BUILDERS: tuple[Callable[[], None], ...] = (
-    _text_that_is_not_json, _rows_of_no_use, _tables, _arrays, _tables_with_types, _files_of_no_use,
+    _text_that_is_not_json, _rows_of_no_use, _tables, _arrays, _tables_with_types, _files_of_no_use, _labelled,
+    _documents,
 )  # fmt: skip
 for _build in _BUILDERS:
     _build()

@@ -10,8 +10,9 @@ from typing import Any
 import orjson
 
 from tunesmith.data.columns import check_columns, explain, names, propose
+from tunesmith.data.findings import refusal
 from tunesmith.data.formats import FORMATS, SHAPES, find_shape
-from tunesmith.data.opening import FileFacts, refusal
+from tunesmith.data.opening import FileFacts
 from tunesmith.data.read import read
 from tunesmith.data.remarks import remarks
 from tunesmith.recipe.knobs import Data, DataFile

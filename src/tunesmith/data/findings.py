@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tunesmith.errors import DataError
 from tunesmith.types import Problem, Source
 
 MOST = 50
 """Problems listed of one row: a row can have millions."""
+
+
+def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
+    """The error for a file in which nothing, or nothing more, can be read. No knob leaves it out."""
+    problem = Problem(Source(path, line), code, message, fix)
+    return DataError(str(problem), [problem])
 
 
 class Findings:

@@ -12,53 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import IO, BinaryIO
 
+from tunesmith.data.findings import refusal
+from tunesmith.data.kinds import BOM, GZIP, HEAD_BYTES, NAMED, SAVE_AS, Kind, kind_and_delimiter, suffix_of
 from tunesmith.errors import DataError
 from tunesmith.files import storing
 from tunesmith.types import Problem, Source
 
-Kind = Literal["JSON lines", "JSON array", "CSV", "Parquet"]
-
-HEAD_BYTES = 64 * 1024
-BOM = b"\xef\xbb\xbf"
-GZIP = b"\x1f\x8b"
 MOST_UNPACKED = 20
 """Times its size that a gzipped Parquet file may unpack to: Parquet is compressed already."""
-
-_NAMED: dict[str, tuple[Kind, ...]] = {
-    ".jsonl": ("JSON lines",),
-    ".ndjson": ("JSON lines",),
-    ".json": ("JSON lines", "JSON array"),
-    ".csv": ("CSV",),
-    ".tsv": ("CSV",),
-    ".parquet": ("Parquet",),
-}
-_ARCHIVES = {
-    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
-    b"PK\x05\x06": "an empty zip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"BZh": "a bzip2 file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"\x04\x22\x4d\x18": "an lz4 file",
-    GZIP: "gzipped twice",
-}
-_OTHER_BINARIES = {
-    b"ARROW1\x00\x00": "an Arrow file",
-    b"ORC": "an ORC file",
-    b"Obj\x01": "an Avro file",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"%PDF": "a PDF",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
-    b"GGUF": "a GGUF model",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"\x80\x04\x95": "a Python pickle",
-}
-_KNOWN_COLUMNS = {b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion"}
-_SAVE_AS = "Save it as JSON lines, CSV or Parquet."
 
 
 @dataclass(slots=True)
@@ -74,11 +37,13 @@ class FileFacts:
     columns: tuple[str, ...] | None = None
     """Of a table, once its header is read."""
     line: int = 0
-    """Lines read, or rows of a JSON array or Parquet file."""
+    """Lines read, or rows of a JSON array or Parquet file; of a document 1."""
     rows: int = 0
     """Rows read, those that cannot be used among them."""
     blank: int = 0
     """Blank lines, which are left out."""
+    marks: int = 0
+    """Lines of a CoNLL file that hold no word: -DOCSTART- and comments."""
     done_bytes: int = 0
     total_bytes: int = 0
     """Of the file as it lies on the disk."""
@@ -86,12 +51,6 @@ class FileFacts:
     def __str__(self) -> str:
         kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind
         return f"{kind}, gzipped" if self.gzipped else kind
-
-
-def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
-    """The error for a file in which nothing, or nothing more, can be read. No knob leaves it out."""
-    problem = Problem(Source(path, line), code, message, fix)
-    return DataError(str(problem), [problem])
 
 
 def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, ...]:
@@ -113,7 +72,7 @@ def look_at(path: str) -> tuple[FileFacts, list[Problem]]:
         if stat.S_ISDIR(status.st_mode):
             raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
         if not stat.S_ISREG(status.st_mode):
-            raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", _SAVE_AS)
+            raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
@@ -123,7 +82,7 @@ def look_at(path: str) -> tuple[FileFacts, list[Problem]]:
     gzipped = head.startswith(GZIP)
     if gzipped:
         head = _unpacked_head(path, head)
-    kind, delimiter = _kind(path, head)
+    kind, delimiter = kind_and_delimiter(path, head)
     facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size)
     return facts, list(_misnamed(facts))
 
@@ -226,63 +185,11 @@ def _unpacked_head(path: str, packed: bytes) -> bytes:
     return head
 
 
-def _kind(path: str, head: bytes) -> tuple[Kind, str]:
-    if head.startswith(b"PAR1"):
-        return "Parquet", ","
-    for magic, what in {**_ARCHIVES, **_OTHER_BINARIES}.items():
-        if head.startswith(magic):
-            code = "archive" if magic in _ARCHIVES else "binary"
-            raise refusal(
-                path, 1, code, f"this is {what}.", "Unpack it, or use gzip." if code == "archive" else _SAVE_AS
-            )
-    if head[257:262] == b"ustar":
-        raise refusal(path, 1, "archive", "this is a tar archive.", "Unpack it.")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
-        raise refusal(
-            path, 1, "wrong_encoding", "this is UTF-16.", "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
-        )
-    text = head.removeprefix(BOM).lstrip()
-    if not text and len(head) < HEAD_BYTES:
-        raise refusal(path, 1, "empty_dataset", "it holds no row.")
-    if text[:1] in (b"{", b""):
-        return "JSON lines", ","
-    if text[:1] == b"[":
-        return "JSON array", ","
-    return _table(path, text)
-
-
-def _table(path: str, text: bytes) -> tuple[Kind, str]:
-    """CSV by its header; JSON lines that begin wrongly where the name says so; else a refusal."""
-    named = _NAMED.get(_suffix(path), ())
-    num_controls = sum(byte < 9 or 13 < byte < 32 for byte in text)
-    if num_controls > len(text) // 5 or (num_controls and not named):
-        raise refusal(path, 1, "binary", "this is not text.", _SAVE_AS)
-    header = text.split(b"\n", 1)[0].rstrip(b"\r")
-    counts = {delimiter: header.count(delimiter.encode()) for delimiter in ",\t;"}
-    delimiter = max(counts, key=lambda d: (counts[d], d == "\t" and _suffix(path) == ".tsv"))
-    cells = {cell.strip(b' "') for cell in header.split(delimiter.encode())}
-    if "JSON lines" in named and not (counts[delimiter] and cells & _KNOWN_COLUMNS):
-        return "JSON lines", ","
-    if "CSV" in named or counts[delimiter]:
-        return "CSV", delimiter
-    raise refusal(
-        path,
-        1,
-        "unknown_format",
-        f"it begins with {text[:30].decode('utf-8', 'replace')!r}, which is no JSON and no header of a table.",
-        _SAVE_AS,
-    )
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
-
-
 def _misnamed(facts: FileFacts) -> Iterator[Problem]:
     """Warnings: the name says another format than the content has, which was believed."""
-    suffix = _suffix(facts.path)
+    suffix = suffix_of(facts.path)
     is_tabs = facts.kind == "CSV" and facts.delimiter == "\t"
-    expected = _NAMED.get(suffix, (facts.kind,))
+    expected = NAMED.get(suffix, (facts.kind,))
     if facts.kind not in expected or (suffix in (".tsv", ".csv") and is_tabs != (suffix == ".tsv")):
         yield _renamed(facts, f"the name ends in {suffix}, but this is {facts}, and was read as that.")
     if facts.gzipped != facts.path.lower().endswith(".gz"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tunesmith.data.findings import kind_of
-from tunesmith.data.opening import FileFacts, look_at, opened, refusal
+from tunesmith.data.findings import kind_of, refusal
+from tunesmith.data.folders import expand
+from tunesmith.data.kinds import Kind
+from tunesmith.data.opening import FileFacts, look_at, opened
+from tunesmith.data.read_documents import conll_sentences, document
 from tunesmith.data.read_parquet import parquet_rows
 from tunesmith.data.read_tables import csv_rows
 from tunesmith.data.read_text import json_array, json_lines
@@ -24,32 +27,37 @@ def read(
     """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
 
     A row that cannot be read goes to `on_problem` and reading goes on at the next one. `facts` is filled with what is
-    known of each file, before its first row, and kept up to date.
+    known of each file, before its first row, and kept up to date; of a folder, with each document's.
 
     Raises:
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
             Files that cannot be opened are named together, before the first row.
     """
-    found = look_at_all(files, on_problem)
-    for index, of_file in enumerate(found):
+    for index, of_file in look_at_all(files, on_problem):
         if facts is not None:
             facts.append(of_file)
         yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
 
 
-def look_at_all(files: Sequence[DataFile], on_problem: OnProblem) -> list[FileFacts]:
-    """What each file is. Raises one `DataError` for all that cannot be read."""
-    found: list[FileFacts] = []
+def look_at_all(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[int, FileFacts]]:
+    """What each file is, and each document of a folder, with its index. Raises one `DataError` for all unreadable."""
+    found: list[tuple[int, FileFacts]] = []
     refused: list[DataError] = []
-    for file in files:
+    for index, file in enumerate(files):
         try:
-            facts, warnings = look_at(file.path)
+            members = expand([file], on_problem)
         except DataError as error:
             refused.append(error)
-        else:
-            found.append(facts)
-            for warning in warnings:
-                on_problem(warning)
+            continue
+        for member in members:
+            try:
+                facts, warnings = look_at(member.path)
+            except DataError as error:
+                refused.append(error)
+            else:
+                found.append((index, facts))
+                for warning in warnings:
+                    on_problem(warning)
     if refused:
         raise DataError("\n".join(map(str, refused)), [problem for error in refused for problem in error.problems])
     return found
@@ -71,6 +79,9 @@ def _rows(
             message = f"the row is {kind_of(record)}, not an object with named fields."
             on_problem(Problem(Source(path, line), "not_an_object", message, 'Write {"prompt": ..., ...}.'))
     facts.done_bytes = facts.total_bytes
+    if facts.marks:
+        message = f"{facts.marks:,} lines hold no word (-DOCSTART- or a comment) and were left out."
+        on_problem(Problem(Source(path, 1), "document_marks", message, severity="warning"))
     if facts.rows == 0:
         raise refusal(path, 1, "empty_dataset", "it holds no row.")
 
@@ -79,6 +90,13 @@ def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, in
     if facts.kind == "Parquet":
         yield from parquet_rows(facts, limits=limits, on_bad=on_bad)
         return
-    reader = {"JSON lines": json_lines, "JSON array": json_array, "CSV": csv_rows}[facts.kind]
+    readers: dict[Kind, Callable[..., Iterator[tuple[int, Any]]]] = {
+        "JSON lines": json_lines,
+        "JSON array": json_array,
+        "CSV": csv_rows,
+        "CoNLL": conll_sentences,
+        "text": document,
+    }
+    reader = readers[facts.kind]
     with opened(facts) as stream:
         yield from reader(stream, facts, limits=limits, on_bad=on_bad)

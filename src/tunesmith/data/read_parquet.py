@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.opening import FileFacts, distinct, opened_parquet, refusal
+from tunesmith.data.findings import refusal
+from tunesmith.data.opening import FileFacts, distinct, opened_parquet
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, nul_character, strings
 from tunesmith.errors import DataError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 
-from tunesmith.data.opening import FileFacts, Stream, distinct, refusal
+from tunesmith.data.findings import refusal
+from tunesmith.data.opening import FileFacts, Stream, distinct
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, invalid_utf8, nul_character
 from tunesmith.errors import DataError

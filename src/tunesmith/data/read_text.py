@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tunesmith.data.opening import FileFacts, Stream, refusal
+from tunesmith.data.findings import refusal
+from tunesmith.data.opening import FileFacts, Stream
 from tunesmith.data.strict_json import BadRow, loads
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Limits

@@ -1,0 +1,143 @@
+"""Plain text, a document a file; and CoNLL files, sentences of a word and its tag a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tunesmith.data.kinds import BOM, HEAD_BYTES, no_text
+from tunesmith.data.opening import FileFacts, Stream
+from tunesmith.data.read_text import OnBadRow, rest_of_line, too_long
+from tunesmith.data.strict_json import BadRow, decode, nul_character
+from tunesmith.recipe.knobs import Limits
+
+
+def document(
+    stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The one row of a file, byte for byte. What is wrong with it is a problem of that row."""
+    raw = stream.read(limits.line_bytes + 1)
+    while raw and len(raw) <= limits.line_bytes and (more := stream.read(limits.line_bytes + 1 - len(raw))):
+        raw += more
+    facts.line = facts.rows = 1
+    offset = len(BOM) if facts.has_bom else 0
+    try:
+        if len(raw) > limits.line_bytes:
+            raise _too_large(len(raw) + _rest(stream), limits.line_bytes)
+        if reason := no_text(raw[:HEAD_BYTES]):
+            code, message, fix = reason
+            raise BadRow(code, message.rstrip("."), fix)
+        if b"\0" in raw:
+            raise nul_character(raw.find(b"\0"))
+        yield 1, {"text": decode(raw)}
+    except BadRow as bad:
+        on_bad(1, bad, offset)
+
+
+def _rest(stream: Stream) -> int:
+    """Bytes that are left, none of them held."""
+    size = 0
+    while piece := stream.read(1 << 20):
+        size += len(piece)
+    return size
+
+
+def _too_large(size: int, limit: int) -> BadRow:
+    message = f"the document has {size:,} bytes, more than data.limits.line_bytes, which is {limit:,}"
+    return BadRow("line_too_long", message, f"Split it, or set data.limits.line_bytes: {size}.")
+
+
+def conll_sentences(
+    stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+) -> Iterator[tuple[int, dict[str, list[str]]]]:
+    """Each sentence's first line, its words (the first column) and tags (the last; none where there is one column).
+
+    Columns stand apart by tabs, or else by spaces. Lines of -DOCSTART-, and comments before a sentence, are counted.
+    """
+    sentence = _Sentence(len(BOM) if facts.has_bom else 0)
+    while True:
+        raw = stream.readline(limits.line_bytes + 2)
+        if not raw.strip():
+            if sentence.size:
+                facts.rows += 1
+                try:
+                    yield sentence.first, sentence.record(limits.line_bytes)
+                except BadRow as bad:
+                    on_bad(sentence.first, bad, sentence.offset)
+            elif raw:
+                facts.blank += 1
+            if not raw:
+                return
+            facts.line += 1
+            sentence.begin(len(raw))
+            continue
+        facts.line += 1
+        size = len(raw) + (rest_of_line(stream, raw) if len(raw) > limits.line_bytes else 0)
+        if sentence.is_mark(raw):
+            facts.marks += 1
+            sentence.begin(size)
+        else:
+            sentence.add(raw, facts.line, size, limits.line_bytes)
+
+
+class _Sentence:
+    """The lines of a sentence as they are read; what is wrong with one is kept until its end."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        """Byte at which it begins."""
+        self.first = 1
+        """Line on which it begins."""
+        self.size = 0
+        self._words: list[str] = []
+        self._tags: list[str] = []
+        self._num_columns = 0
+        """Of the lines before, in this sentence and those before it."""
+        self._bad: BadRow | None = None
+
+    def begin(self, skipped: int) -> None:
+        """Forget this sentence. `skipped`: bytes between it and the next."""
+        self.offset += self.size + skipped
+        self.size = 0
+        self._words, self._tags, self._bad = [], [], None
+
+    def is_mark(self, raw: bytes) -> bool:
+        """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have."""
+        if raw.startswith(b"-DOCSTART-"):
+            return True
+        return not self.size and raw.startswith(b"# ") and len(_columns(raw)) != self._num_columns
+
+    def add(self, raw: bytes, line: int, size: int, limit: int) -> None:
+        if not self.size:
+            self.first = line
+        at, self.size = self.size, self.size + size
+        if self._bad is not None or self.size > limit:
+            return
+        try:
+            if b"\0" in raw:
+                raise nul_character(raw.find(b"\0"))
+            columns = [decode(column) for column in _columns(raw)]
+            if self._num_columns and len(columns) != self._num_columns:
+                message = f"line {line} has {len(columns)} columns, the lines before it have {self._num_columns}"
+                raise BadRow(
+                    "ragged_row", message, "Write a word and its tag on each line, a blank line between sentences."
+                )
+        except BadRow as bad:
+            bad.at = None if bad.at is None else at + bad.at
+            self._bad = bad
+            return
+        self._num_columns = len(columns)
+        self._words.append(columns[0])
+        self._tags += columns[1:][-1:]
+
+    def record(self, limit: int) -> dict[str, list[str]]:
+        """Raises `BadRow`."""
+        if self.size > limit:
+            raise too_long(self.size, limit)
+        if self._bad is not None:
+            raise self._bad
+        return {"tokens": self._words, "tags": self._tags}
+
+
+def _columns(raw: bytes) -> list[bytes]:
+    line = raw.rstrip(b"\r\n")
+    return line.split(b"\t") if b"\t" in line else line.split()
