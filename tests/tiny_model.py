@@ -63,7 +63,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 TRANSLATORS: dict[str, dict[str, Any]] = {
     "t5": {
         "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": 0, "max_position_embeddings": None,
     },
     "bart": {
         "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,

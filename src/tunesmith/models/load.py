@@ -123,7 +123,7 @@ def load_model(
     keep = labels is None or heads.same_labels(config, head, labels)
     fresh = heads.fresh_names(model, lacks, keep=keep)
     heads.draw(model, fresh, seed=seed)
-    if not keep and not lacks:
+    if not keep and set(fresh).isdisjoint(found["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({_listed(config.id2label.values())}): it is replaced")
     if fresh:
         on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {_listed(fresh)}")

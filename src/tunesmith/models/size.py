@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from tunesmith.errors import ModelError
 from tunesmith.models.folder import read_tensors
@@ -18,6 +19,7 @@ class ModelSize:
     num_params: int
     """Weights that tied layers share count once."""
     num_layers: int
+    """Of encoder and decoder together."""
     hidden: int
     vocab_size: int
     max_tokens: int
@@ -25,14 +27,20 @@ class ModelSize:
 
 
 UNBOUNDED = 1 << 20
-"""max_tokens of a model that names no limit (ALiBi positions, state spaces)."""
+"""max_tokens of a model that names no limit (ALiBi or relative positions, state spaces)."""
+
+_AFTER_PADDING = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""Models that count positions from behind their pad token's id, so that the first rows of the table are never used."""
 
 
 def size(located: Located) -> ModelSize:
     """The size of a model; no weight is read. Raises ModelError where its config does not say."""
     if located.kind == "gguf":
         return _gguf_size(located, read_gguf(located.path))
-    from tunesmith.models.load import load_config
+    from tunesmith.models.source import load_config
 
     config = load_config(located).get_text_config()
     tensors = read_tensors(located.path, located.name)
@@ -41,11 +49,23 @@ def size(located: Located) -> ModelSize:
         stored -= prod(tensors["lm_head.weight"].shape)
     return ModelSize(
         num_params=stored,
-        num_layers=int(config.num_hidden_layers),
+        num_layers=_num_layers(config),
         hidden=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
-        max_tokens=int(getattr(config, "max_position_embeddings", None) or UNBOUNDED),
+        max_tokens=_max_tokens(config),
     )
+
+
+def _num_layers(config: Any) -> int:
+    decoder = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
+    return int(config.num_hidden_layers) + sum(getattr(config, name, 0) for name in decoder)
+
+
+def _max_tokens(config: Any) -> int:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return UNBOUNDED
+    return int(limit) - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 
 def _gguf_size(located: Located, header: GgufHeader) -> ModelSize:
