@@ -11,7 +11,7 @@ from cli import fake_events
 from tunesmith.cli.display import Plain, Silent, display_for
 from tunesmith.cli.live import Live
 from tunesmith.cli.scores import BETTER, MUTED, WORSE, change, gist, with_bounds
-from tunesmith.cli.story import Story
+from tunesmith.cli.story import Story, alone
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"
@@ -198,11 +198,11 @@ def test_colour_says_direction_only_where_intervals_lie_apart() -> None:
     assert change("length_ratio", *apart) == ("+0.30", MUTED)
     overlapping = fake_events.interval(0.5, 0.1), fake_events.interval(0.6, 0.1)
     assert change("macro_f1", *overlapping) == ("+0.1000", MUTED)
-    assert change("general_loss", {"value": 2.0}, {"value": 1.0}) == (
+    assert change("general_loss", alone(2.0), alone(1.0)) == (
         "-50%",
         MUTED,
     )  # no interval: nothing is sure
-    assert change("accuracy", {"value": float("nan")}, {"value": 1.0}) == ("", MUTED)
+    assert change("accuracy", alone(float("nan")), alone(1.0)) == ("", MUTED)
 
 
 def test_measures_are_written_with_their_intervals() -> None:

@@ -67,7 +67,20 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path) -> None:
     assert not is_run("gpt2", root)
 
 
-VERBS = ("check", "train", "resume", "runs", "show", "chat", "selftest", "recipe", "doctor")
+VERBS = (
+    "check",
+    "train",
+    "resume",
+    "runs",
+    "show",
+    "chat",
+    "predict",
+    "eval",
+    "compare",
+    "selftest",
+    "recipe",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

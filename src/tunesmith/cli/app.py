@@ -12,7 +12,9 @@ from tunesmith import __version__
 from tunesmith.cli import failing
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check
+from tunesmith.cli.compare import compare
 from tunesmith.cli.doctor import doctor
+from tunesmith.cli.eval import evaluate
 from tunesmith.cli.predict import predict
 from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
@@ -76,9 +78,10 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, train, resume),
     "Look and talk": (runs, show, chat),
-    "Use": (predict,),
+    "Use and measure": (predict, evaluate, compare),
     "More": (selftest, recipe, doctor),
 }
+NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
 for group, verbs in GROUPS.items():
     for verb in verbs:
-        app.command(rich_help_panel=group)(verb)
+        app.command(NAMES.get(verb), rich_help_panel=group)(verb)

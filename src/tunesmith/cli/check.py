@@ -46,11 +46,12 @@ def check(
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
-    from tunesmith.cli.checking import draw, progress_bar
+    from tunesmith.cli.checking import draw
     from tunesmith.cli.output import console, json_line
+    from tunesmith.cli.progress import progress_bar
     from tunesmith.data.check import check as check_rows
 
-    with progress_bar(console(stderr=True)) as tick:
+    with progress_bar(console(stderr=True), "checking rows") as tick:
         report = check_rows(chosen.data, renderer=_renderer(chosen, offline) if chosen.model else None, progress=tick)
     if as_json:
         json_line({"kind": "check", "ok": report.ok, **asdict(report)})

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from tunesmith.cli.failing import print_problems
@@ -21,18 +18,6 @@ if TYPE_CHECKING:
 
 BAR = 32
 """Width of the longest bar of the histogram."""
-
-
-@contextmanager
-def progress_bar(screen: Console, words: str = "checking rows") -> Iterator[Callable[[int, int], None]]:
-    """Bytes done and bytes in all, drawn on a terminal and nowhere else."""
-    if not screen.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = TextColumn(words), BarColumn(24), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()
-    with Progress(*columns, console=screen, transient=True) as progress:
-        bar = progress.add_task("")
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def draw(report: CheckReport) -> None:

@@ -97,8 +97,8 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
 def _file(
     predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
 ) -> Tally:
-    from tunesmith.cli.checking import progress_bar
     from tunesmith.cli.output import console, data_line
+    from tunesmith.cli.progress import progress_bar
     from tunesmith.predicting.file import predict_stream, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.story import Interval, measures_of
+from tunesmith.cli.story import measures_of
 from tunesmith.cli.text import plural
 from tunesmith.measures import MEASURES, MeasureInfo
 from tunesmith.types import Event
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.intervals import Interval
 
 MUTED = "bright_black"
 BETTER, WORSE = "green", "red"
@@ -58,8 +61,8 @@ def with_bounds(key: str, interval: Interval) -> str:
 
 def bounds(key: str, interval: Interval) -> str:
     """The ends of an interval, in fewer digits than its value; nothing where there is none."""
-    low, high = interval.get("low", 0.0), interval.get("high", 0.0)
-    if not low < high:
+    low, high = interval["low"], interval["high"]
+    if not low < high:  # there is none, or it is a point
         return ""
     form = info_of(key).form
     if form == "percent":
@@ -84,9 +87,26 @@ def change(key: str, before: Interval, after: Interval) -> tuple[str, str]:
 
 
 def _lie_apart(one: Interval, other: Interval) -> bool:
-    if "low" not in one or "low" not in other:
-        return False
     return one["high"] < other["low"] or other["high"] < one["low"]
+
+
+def difference(key: str, interval: Interval) -> str:
+    """A difference of two values of a measure with its interval: +3.2 (+1.0 to +5.1) points."""
+    form = info_of(key).form
+    scale, digits, unit = (100.0, 1, " points") if form == "percent" else (1.0, 2 if form == "ratio" else 4, "")
+    value, low, high = (f"{end * scale:+.{digits}f}" for end in (interval["value"], interval["low"], interval["high"]))
+    return f"{value} ({low} to {high}){unit}"
+
+
+def measures_table(measures: Mapping[str, Interval], *, title: str) -> Table:
+    """A row for each measure of one model."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, show_header=False)
+    table.title, table.title_style, table.title_justify = title, MUTED, "left"
+    table.add_column(style=MUTED, overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    for key, interval in measures.items():
+        table.add_row(info_of(key).label, _cell(key, interval, "bold"))
+    return table
 
 
 def score_table(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.types import Event
 
-Interval = Mapping[str, float]
-"""{"value", "low", "high"} of a measure."""
+if TYPE_CHECKING:
+    from tunesmith.evaluation.intervals import Interval
+
 RECENT_STEPS = 20
 """Steps that the time left is estimated from."""
 
@@ -109,6 +111,11 @@ class Story:
 def measures_of(event: Event) -> dict[str, Interval]:
     """The measures by their keys in MEASURES that an "evaluation", "answers" or "general" event tells."""
     if event.kind == "general":
-        return {"general_loss": {"value": event.values["loss"]}}
-    loss = {"loss": {"value": event.values["loss"]}} if event.kind == "evaluation" else {}
+        return {"general_loss": alone(event.values["loss"])}
+    loss = {"loss": alone(event.values["loss"])} if event.kind == "evaluation" else {}
     return {**loss, **event.values.get("measures", {})}
+
+
+def alone(value: float) -> Interval:
+    """A value without an interval."""
+    return {"value": value, "low": math.nan, "high": math.nan}

@@ -1,0 +1,176 @@
+"""tunesmith compare"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Root, remember_json
+from tunesmith.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.comparing import Comparison, Difference
+
+SHOWN = 10
+"""Rows listed on which one is better, of each side; all with --json."""
+Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run; with --data also a model.")]
+
+
+def compare(
+    ctx: typer.Context,
+    a: Target,
+    b: Target,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Measure both on these rows now.")] = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Put two runs side by side on the rows they share: measures, what differs beyond chance, rows that flipped.
+
+    tunesmith compare support-3f2a support-77b0
+
+    tunesmith compare last HuggingFaceTB/SmolLM2-135M-Instruct --data held-out.jsonl
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.output import json_line
+    from tunesmith.evaluation.comparing import compare as compared
+
+    if data is None:
+        rows = [_kept(name, root) for name in (a, b)]
+    else:
+        from tunesmith.cli.eval import measured
+
+        task = _task_of(a, root) or _task_of(b, root)
+        rows = [
+            measured(name, data, root=root, base=False, task=task, samples=0, offline=offline).lines for name in (a, b)
+        ]
+    try:
+        found = compared(*rows)
+    except InputError as error:
+        raise InputError(f"{a} and {b}: {error} Or measure both now: tunesmith compare {a} {b} --data FILE") from error
+    if as_json:
+        json_line({"kind": "compare", "a": a, "b": b, **as_values(found)})
+    else:
+        _draw(found, a, b)
+
+
+def _kept(name: str, root: Path) -> list[dict[str, Any]]:
+    """What the run found of its held-out rows when it had ended."""
+    from tunesmith.files import from_json
+    from tunesmith.run import Run
+
+    run = Run.open(name, root)
+    path = run.path / "evaluation" / "after.jsonl"
+    if not path.exists():
+        raise RunError(
+            f"{run.path}: it has not measured held-out rows: no {path.name} in its folder evaluation. Compare on a "
+            "file with --data FILE, or go on with `tunesmith resume`."
+        )
+    return [from_json(line) for line in path.read_bytes().splitlines()]
+
+
+def _task_of(name: str, root: Path) -> str | None:
+    """What a run was tuned for: a model beside it is asked for the same."""
+    from tunesmith.run import Run, is_run
+
+    return Run.open(name, root).recipe().task if is_run(name, root) else None
+
+
+def as_values(found: Comparison) -> dict[str, Any]:
+    """All of a comparison, JSON-ready."""
+    return {
+        "rows": found.num_rows,
+        "only_a": found.only_a,
+        "only_b": found.only_b,
+        "same_targets": found.same_targets,
+        "measures": {
+            key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
+            for key, differs in found.measures.items()
+        },
+        "ties": found.num_ties,
+        "won": [{"a": was, "b": now} for was, now in found.won],
+        "lost": [{"a": was, "b": now} for was, now in found.lost],
+    }
+
+
+def _draw(found: Comparison, a: str, b: str) -> None:
+    from tunesmith.cli.output import console
+    from tunesmith.cli.text import plural, visible
+
+    screen = console()
+    only = [f"{num:,} only in {name}" for num, name in ((found.only_a, a), (found.only_b, b)) if num]
+    screen.print(visible("; ".join([f"{plural(found.num_rows, 'row')} in common", *only])))
+    if not found.same_targets:
+        screen.print("the two count tokens otherwise: loss, perplexity and tokens guessed right do not compare")
+    if screen.is_terminal:
+        screen.print(_table(found.measures, a, b))
+    else:
+        for line in measure_lines(found.measures):
+            screen.print(line)
+    screen.print(
+        f"{visible(b)} is better on {plural(len(found.won), 'row')}, worse on {len(found.lost):,}, "
+        f"alike on {found.num_ties:,}"
+    )
+    for what, pairs in (("worse", found.lost), ("better", found.won)):
+        for was, now in pairs[:SHOWN]:
+            screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
+        if len(pairs) > SHOWN:
+            screen.print(f"and {len(pairs) - SHOWN:,} more on which it is {what} (--json lists all)")
+
+
+def measure_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
+    """Each measure as a line: both values, and the paired interval of what lies between."""
+    from tunesmith.cli.scores import difference, info_of
+
+    for key, differs in measures.items():
+        info = info_of(key)
+        sure = "" if differs.is_clear else ", may be chance"
+        between = difference(key, differs.b_minus_a)
+        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {between}{sure}"
+
+
+def _table(measures: Mapping[str, Difference], a: str, b: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from tunesmith.cli.scores import BETTER, MUTED, WORSE, difference, info_of
+    from tunesmith.cli.text import one_line
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
+    table.add_column("", style=MUTED, overflow="fold")
+    for name in (f"A: {one_line(a, 30)}", f"B: {one_line(b, 30)}", "B − A, 95 %"):
+        table.add_column(name, justify="right", overflow="fold")
+    for key, differs in measures.items():
+        info = info_of(key)
+        is_better = (differs.b_minus_a["value"] < 0) == (info.better == "lower")
+        colour = MUTED if not differs.is_clear or info.better == "neither" else BETTER if is_better else WORSE
+        between = Text(difference(key, differs.b_minus_a), style=colour)
+        table.add_row(info.label, info.text(differs.a), info.text(differs.b), between)
+    return table
+
+
+def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What happened to one row: bad → good where good is right, or the loss of both."""
+    from tunesmith.cli.text import loss, one_line
+
+    text = one_line(str(now.get("text", "")), 60)
+    if "label" in now:
+        told = f"{_named(was['predicted'])} → {_named(now['predicted'])}, right is {_named(now['label'])}"
+    elif "value" in now:
+        told = f"{was['predicted']:g} → {now['predicted']:g}, right is {now['value']:g}"
+    elif "tags" in now:
+        hits = [
+            sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True)) for row in (was, now)
+        ]
+        told = f"{hits[0]} → {hits[1]} of {len(now['tags'])} words right"
+    else:
+        told = f"loss {loss(was['loss'] / was['count'])} → {loss(now['loss'] / now['count'])}"
+    return f"{told}: {text}" if text else told
+
+
+def _named(label: str | Sequence[str]) -> str:
+    return label if isinstance(label, str) else " + ".join(label) or "none"
