@@ -32,7 +32,14 @@ def as_html(page: Mapping[str, Any], training: list[Plot], answers: list[Plot], 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_put_in
     )
-    environment.filters |= {"data": data, "day": _day, "label": label_text, "knob": wording.knob, "line": one_line}
+    environment.filters |= {
+        "data": data,
+        "day": _day,
+        "label": label_text,
+        "knob": wording.knob,
+        "line": one_line,
+        "name": _name,
+    }
     environment.globals |= {"w": wording, "svg": _svg, "answers_of": _answers_of, "target": target_of}
     here = files(__package__ or "")
     template = environment.from_string(here.joinpath("report.html.jinja").read_text("utf-8"))
@@ -62,6 +69,11 @@ def data(text: Any) -> Markup:
     if cut > 0:
         shown = f"{shown[:MOST_CHARACTERS]}… ({cut:,} more characters are left out)"
     return _folded(shown, Markup("<bdi>{}</bdi>").format(shown))
+
+
+def _name(label: str) -> Markup:
+    """A class, tag or number: its beginning, where somebody made it a novel."""
+    return Markup("<bdi>{}</bdi>").format(one_line(label, 80))
 
 
 def _folded(text: str, whole: Markup) -> Markup:

@@ -56,4 +56,9 @@ def differences(before: str, after: str) -> tuple[Marked, Marked] | None:
 
 
 def _joined(stretches: Iterator[tuple[list[str], bool]]) -> Marked:
-    return [("".join(words), marked) for words, marked in stretches if words]
+    joined = []
+    for words, marked in stretches:
+        text = "".join(words)
+        end = len(text.rstrip())
+        joined += [(text[:end], marked), (text[end:], False)]
+    return [(text, marked) for text, marked in joined if text]

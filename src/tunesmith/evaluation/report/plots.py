@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tunesmith.evaluation.report.figure import ACCENT, INK, MUTED, PAPER, Plot, draw
-from tunesmith.evaluation.report.log import Log
+from tunesmith.evaluation.report.log import Log, measures_of
 from tunesmith.evaluation.report.marking import one_line
-from tunesmith.evaluation.report.wording import kept_step
+from tunesmith.evaluation.report.wording import gist_keys, info_of, kept_step
 
 # S steps, C classes
 
@@ -22,6 +23,8 @@ MOST_MATRIX = 40
 """Classes of a confusion matrix; beyond, the pairs that are confused most are listed alone."""
 MOST_NUMBERED = 25
 MOST_BARS = 40
+COURSE_FROM = 3
+"""Evaluations from which their course is drawn: two are the table's before and after."""
 Floats = NDArray[np.float64]
 
 
@@ -34,6 +37,7 @@ def training_plots(log: Log, report: Mapping[str, Any]) -> list[Plot]:
     rates, speeds, peaks = (thinned(steps_S, values_S) for values_S in (rates_S, speeds_S, peaks_S / 2**30))
     return [
         _loss(log, steps_S, losses_S, kept_step(report)),
+        *_measure(log, gist_keys(report)[:1], kept_step(report)),
         _line("rate", "Learning rate", "Of each update.", points=rates, unit="rate"),
         _line("speed", "Speed", "Tokens of each update over its seconds.", points=speeds, unit="tokens/s"),
         _line("memory", "Memory", "The most that was held so far.", points=peaks, unit="GiB"),
@@ -56,14 +60,38 @@ def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
             axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **style)
             chosen = held[held[:, 0] == kept][-1:]
             axes.plot(chosen[:, 0], _finite(chosen[:, 1]), color=ACCENT, linestyle="", marker="o", markersize=7)
-        axes.axvline(kept, color=INK, linewidth=1.1, linestyle=(0, (1, 2)), label=f"kept: step {kept:,}")
-        axes.set_xlabel("step")
+        _mark_kept(axes, kept)
         axes.set_ylabel("loss per target")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.legend()
 
     smoothed = f" (thick: mean over {window} steps)" if window > 1 else ""
     return draw("loss", "Loss", f"Of training rows{smoothed} and held-out rows.", paint)
+
+
+def _measure(log: Log, keys: Sequence[str], kept: int) -> list[Plot]:
+    """The measure that says most, where it was taken on the way and is no other form of the loss."""
+    told = [(step, measures_of(values).get(key)) for key in keys for step, values in log.evaluations]
+    found = [(step, interval) for step, interval in told if interval is not None and math.isfinite(interval["value"])]
+    if len(found) < COURSE_FROM or keys[0] in ("loss", "perplexity", "bits_per_byte"):
+        return []
+    info = info_of(keys[0])
+
+    def paint(axes: Any) -> None:
+        values = np.asarray([interval["value"] for _, interval in found])
+        ends = np.asarray([(i.get("low", i["value"]), i.get("high", i["value"])) for _, i in found]).T
+        spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
+        style = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
+        axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **style)
+        _mark_kept(axes, kept)
+        axes.legend()
+
+    return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]
+
+
+def _mark_kept(axes: Any, kept: int) -> None:
+    axes.axvline(kept, color=INK, linewidth=1.1, linestyle=(0, (1, 2)), label=f"kept: step {kept:,}")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
 def _line(name: str, title: str, text: str, *, points: tuple[Floats, Floats], unit: str) -> Plot:

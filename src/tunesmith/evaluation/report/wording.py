@@ -56,11 +56,16 @@ def measure_lines(report: Mapping[str, Any]) -> list[Line]:
 def gist_lines(report: Mapping[str, Any]) -> list[Line]:
     """The few of them that say most about this task."""
     before, after = report["metrics"]["before"], report["metrics"]["after"]
+    return [_line(key, before["measures"][key], after["measures"][key]) for key in gist_keys(report)[:NUM_GIST]]
+
+
+def gist_keys(report: Mapping[str, Any]) -> list[str]:
+    """What was measured before and after, as far as it says much about this task, what says most first."""
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
     if before is None or after is None:
         return []
     common = _common(before, after)
-    chosen = [key for key in _GIST.get(report["task"], ()) if key in common] or common
-    return [_line(key, before["measures"][key], after["measures"][key]) for key in chosen[:NUM_GIST]]
+    return [key for key in _GIST.get(report["task"], ()) if key in common] or common
 
 
 def _common(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,332 @@
+"""Reports of made-up runs of every kind: what is in them, that they repeat, and that no row can write into them."""
+
+from __future__ import annotations
+
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
+from tunesmith.errors import RunError
+from tunesmith.evaluation.report import redraw, write_report
+from tunesmith.evaluation.report.held_out import flips, rows_of
+from tunesmith.evaluation.report.marking import differences, one_line, visible
+from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
+from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, measure_lines, summary
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+PLOTS = {
+    "chat": {"loss", "rate", "speed", "memory", "lengths"},
+    "text": {"loss", "rate", "speed", "memory", "lengths"},
+    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "reliability", "lengths"},
+    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "reliability", "threshold", "lengths"},
+    "sets": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},
+    "number": {"loss", "measure", "rate", "speed", "memory", "scatter", "lengths"},
+    "tag": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},
+}
+
+
+class Page(HTMLParser):
+    """A page as a strict reader sees it: every element closed in its turn, its ids, its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.ids: list[str] = []
+        self.used: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == [], "elements that nothing closes"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value or "")
+            if key in ("href", "src") or "url(" in (value or ""):
+                self.used.append(re.sub(r".*url\((.*)\).*", r"\1", value or ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self.open else ""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, tuple[Page, Path]]:
+    """Kind of run → its page and its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for kind in TASKS:
+        run, facts, progress = fake_run(folder / kind, kind)
+        write_report(run, facts, progress)
+        found[kind] = Page((run.path / "report.html").read_text()), run.path
+    return found
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_kind_of_run_gets_the_plots_that_fit_it(pages, kind):
+    page, folder = pages[kind]
+    assert {name.removesuffix("-title") for name in page.ids if name.endswith("-title")} == PLOTS[kind]
+    assert page.seen.count("svg") >= len(PLOTS[kind])
+    for name in ("Measures", "Training", "Data", "Choices", "Repeat", "Surprising training rows"):
+        assert name in page.text
+    assert f"tunesmith train --recipe {folder}/recipe.yaml" in page.text
+    assert "usual for LoRA on a model below a billion weights" in page.text
+    assert "3 × cut" in page.text
+    assert "step 90 of 120: the best evaluation: held-out loss 1.2900" in page.text
+    assert "ab" * 32 in page.text  # the hash of the model
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_page_asks_nobody_for_anything(pages, kind):
+    page, folder = pages[kind]
+    html = (folder / "report.html").read_text()
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
+    assert {"script", "link", "img", "iframe", "object", "base", "form"}.isdisjoint(page.seen)
+    assert all(target.startswith("#") and target[1:] in page.ids for target in page.used)
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"@import|@font-face|https?://|<!--|xmlns", html)
+    assert not re.search(r"#0[1-9a-f]0[1-9a-f]0[1-9a-f]", html), "a colour of the plots did not become the page's"
+
+
+def test_equal_runs_give_equal_bytes(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        folder = tmp_path / name / "run"
+        run, facts, progress = fake_run(folder, "two")
+        write_report(run, facts, progress)
+        files.append(
+            [(folder / f"report.{end}").read_text().replace(str(folder), "") for end in ("html", "md", "json")]
+        )
+    assert files[0] == files[1]
+
+
+def test_a_finished_run_is_drawn_again_from_its_folder_alone(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "tag")
+    returned = write_report(run, facts, progress)
+    assert report_of(run) == returned
+    first = {name: (run.path / name).read_bytes() for name in ("report.html", "report.md")}
+    for name in first:
+        (run.path / name).unlink()
+    redraw(run)
+    assert {name: (run.path / name).read_bytes() for name in first} == first
+
+
+def test_what_repeats_names_no_place(tmp_path):
+    """The end event holds this: equal runs in different folders have equal values."""
+    run, facts, progress = fake_run(tmp_path / "run", "classes")
+    assert str(tmp_path) not in str(write_report(run, facts, progress))
+
+
+def test_a_run_that_held_nothing_out_says_so(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    kept = [line for line in run.events_path.read_text().splitlines() if '"kind":"step"' in line or '"plan"' in line]
+    run.events_path.write_text("\n".join(kept) + "\n")
+    for path in (run.path / "evaluation").iterdir():
+        path.unlink()
+    report = write_report(run, facts, {**progress, "best": {}, "kept": {}})
+    assert report["metrics"] == {"before": None, "after": None}
+    page = Page((run.path / "report.html").read_text())
+    assert "Nothing was held out, so nothing was measured." in page.text
+    assert "step 120 of 120: the last step." in page.text
+
+
+def test_a_change_counts_only_where_the_intervals_lie_apart():
+    def told(before: dict, after: dict, key: str = "accuracy") -> tuple[str, str]:
+        metrics = {"before": {"measures": {key: before}}, "after": {"measures": {key: after}}}
+        (line,) = measure_lines({"metrics": metrics})
+        return line.change, line.verdict
+
+    low, high = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.8, "low": 0.7, "high": 0.9}
+    near = {"value": 0.55, "low": 0.45, "high": 0.65}
+    assert told(low, high) == ("+30.0 points", "better")
+    assert told(high, low) == ("−30.0 points", "worse")
+    assert told(low, near) == ("+5.0 points", "within")
+    assert told(low, {**high, "low": 0.6}) == ("+30.0 points", "within")  # they touch
+    assert told(low, high, "loss") == ("+60%", "worse")
+    assert told(high, low, "calibration_error") == ("−38%", "better")
+    assert told(low, low, "majority") == ("", "")
+    assert told({"value": 0.5}, {"value": 0.4}, "loss") == ("−20%", "")
+    nan = float("nan")
+    assert told({"value": nan, "low": nan, "high": nan}, high) == ("", "")
+    assert told({**low, "low": nan, "high": nan}, high) == ("+30.0 points", "")
+
+
+def test_the_summary_is_one_paragraph_in_plain_words(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "two")
+    report = write_report(run, facts, progress)
+    assert summary(report) == (
+        "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min on "
+        "cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8), better: the "
+        f"two 95 % intervals lie apart. {report['flips']['num_gained']} rows went from wrong to right, "
+        f"{report['flips']['num_lost']} rows from right to wrong. 2 rows could not be used: rows/problems.jsonl lists them."
+    )
+    assert [line.label for line in gist_lines(report)] == ["accuracy", "macro-F1"]
+
+
+def row(source: int, label, predicted, **more):
+    key = "tags" if "tags" in more else "label"
+    fields = {
+        "source": f"held.jsonl:{source}",
+        "hash": f"{source:016x}",
+        "text": f"row {source}",
+        "loss": 1.0,
+        "count": 1,
+    }
+    return (fields["source"], fields["hash"]), fields | {key: label, "predicted": predicted} | more
+
+
+def test_rows_that_flipped_are_counted_by_hand():
+    before = dict([row(1, "a", "a"), row(2, "a", "b"), row(3, "a", "a"), row(4, "b", "a"), row(5, "b", "b")])
+    after = dict(
+        [row(1, "a", "b", probability=0.6), row(2, "a", "a", probability=0.9), row(3, "a", "a"), row(4, "b", "c")]
+    )  # row 5 is not there: nothing can be said of it
+    found = flips(before, after)
+    assert (found["num_lost"], found["num_gained"]) == (1, 1)
+    assert found["lost"] == [
+        {"source": "held.jsonl:1", "text": "row 1", "label": "a", "before": "a", "after": "b", "probability": 0.6}
+    ]
+    assert [flip["source"] for flip in found["gained"]] == ["held.jsonl:2"]
+
+
+def test_sets_of_classes_flip_as_a_whole_and_tags_word_by_word():
+    sets = flips(dict([row(1, ["a", "b"], ["a", "b"])]), dict([row(1, ["a", "b"], [], probability=[])]))
+    assert sets["lost"][0] | {"text": ""} == {
+        "source": "held.jsonl:1", "text": "", "label": "a, b", "before": "a, b", "after": "none", "probability": 0.0
+    }  # fmt: skip
+    tags = ["O", "B-PER", "O"]
+    words = flips(dict([row(1, tags, ["O", "O", "O"], tags=tags)]), dict([row(1, tags, tags, tags=tags)]))
+    assert (words["gained"][0]["before"], words["gained"][0]["after"]) == ("word 2 O", "word 2 B-PER")
+
+
+def test_rows_of_text_are_listed_by_how_much_worse_they_got(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    line = '{"source":"held.jsonl:%d","hash":"%d","text":"t","loss":%s,"count":2,"correct":1}\n'
+    (run.path / "evaluation/before.jsonl").write_text(line % (1, 1, 4.0) + line % (2, 2, 4.0) + line % (3, 3, 4.0))
+    (run.path / "evaluation/after.jsonl").write_text(line % (1, 1, 5.0) + line % (2, 2, 3.0) + line % (3, 3, 8.0))
+    report = write_report(run, facts, progress)
+    assert report["flips"] is None
+    assert [(row["source"], row["before"], row["after"]) for row in report["worse_rows"]] == [
+        ("held.jsonl:3", 2.0, 4.0),
+        ("held.jsonl:1", 2.0, 2.5),
+    ]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    run, _, _ = fake_run(tmp_path / "run", "chat")
+    path = run.path / "evaluation" / "after.jsonl"
+    path.write_text(path.read_text() + '{"source": "x"}\n')
+    with pytest.raises(RunError, match=r"after\.jsonl:301: not a row"):
+        rows_of(run, "after")
+
+
+def test_lost_general_ability_is_told_at_the_top_and_in_its_section(pages):
+    page, _ = pages["chat"]
+    assert page.text.count("past the bound") == 2
+    assert "General ability" not in pages["classes"][0].text
+
+
+def test_confused_pairs_are_counted_and_sorted():
+    details = {"labels": ["a", "b", "c"], "confusion": [[5, 3, 0], [0, 4, 0], [3, 1, 2]]}
+    assert confused_pairs(details) == [("c", "a", 3, 0.5), ("a", "b", 3, 0.375), ("c", "b", 1, 1 / 6)]
+    assert confused_pairs({}) == []
+
+
+@pytest.mark.parametrize(("num", "has_matrix"), [(2, True), (40, True), (41, False)])
+def test_many_classes_are_a_list_of_pairs_and_not_a_matrix(tmp_path, num, has_matrix):
+    run, facts, progress = fake_run(tmp_path / "run", "classes", labels=[f"class {i}" for i in range(num)])
+    write_report(run, facts, progress)
+    page = Page((run.path / "report.html").read_text())
+    assert ("confusion-title" in page.ids) == has_matrix
+    assert ("Confused most" in page.text) == (num > 2)
+
+
+def test_differences_are_marked_by_words():
+    before, after = differences("the blue whale is large", "the sperm whale is very  large")
+    assert before == [
+        ("the", False),
+        (" ", False),
+        ("blue", True),
+        (" ", False),
+        ("whale is", False),
+        (" ", False),
+        ("large", False),
+    ]
+    assert [text for text, marked in after if marked] == ["sperm", "very"]
+    assert "".join(text for text, _ in after) == "the sperm whale is very  large"
+    assert differences("nothing in common", "at all with this") is None
+    assert differences("", "words") is None
+    assert differences("w " * 3000, "w " * 3000) is None  # difflib would take a minute
+
+
+def test_what_cannot_be_seen_is_shown_by_a_sign():
+    assert visible("a\x00b\x1b[31m\x7f\x85\t\n") == "a␀b␛[31m␡⟨U+0085⟩\t\n"
+    assert visible("\u202eevil\u2066\u200b\ufeff") == "⟨U+202E⟩evil⟨U+2066⟩⟨U+200B⟩⟨U+FEFF⟩"
+    assert visible("שלום नमस्ते 👩‍👩‍👧 é") == "שלום नमस्ते 👩‍👩‍👧 é"
+    assert visible("\ud800") == "⟨U+D800⟩"
+    assert one_line("a\n  b\tc" + "d" * 100, 6) == "a b c…"
+
+
+def test_smoothing_is_the_mean_of_neighbours():
+    assert smooth(np.array([1.0, 2.0, 3.0, 8.0]), 2).tolist() == [1.0, 1.5, 2.5, 5.5]
+    assert smooth(np.array([5.0]), 1).tolist() == [5.0]
+
+
+def test_a_long_line_keeps_its_peaks_when_it_is_thinned():
+    values = np.zeros(100_000)
+    values[77_777], values[3] = 9.0, -4.0
+    values[5] = np.nan
+    steps, kept = thinned(np.arange(100_000.0), values)
+    assert len(kept) <= MOST_POINTS
+    assert kept.max() == 9.0
+    assert np.nanmin(kept) == -4.0
+    assert steps[kept.argmax()] == 77_777
+
+
+def test_a_usual_report_takes_three_seconds_at_most(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "two", num_steps=2000)
+    write_report(run, facts, progress)  # imports
+    begun = time.process_time()  # of this process alone: the machine may be busy
+    write_report(run, facts, progress)
+    assert time.process_time() - begun < 3
+
+
+@pytest.mark.parametrize("kind", ["classes", "chat", "tag"])
+def test_no_row_can_write_into_the_report(tmp_path, kind):
+    run, facts, progress = fake_run(
+        tmp_path / "run", kind, labels=[*HOSTILE, *CHAPTERS[:3]], texts=HOSTILE, name=HOSTILE[3]
+    )
+    facts |= {"model": HOSTILE[0], "notes": list(HOSTILE), "data": ["\udcff.jsonl"]}
+    write_report(run, facts, progress)
+    html, markdown = ((run.path / f"report.{end}").read_text() for end in ("html", "md"))
+    page = Page(html)
+    assert {"script", "img"}.isdisjoint(page.seen)
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7 * 7 }}{% raw %}" in page.text
+    assert "x" * 10_000 in page.text
+    for text in (html, markdown):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"(?<!\\)<", outside)
+    assert not any("onerror" in line and "\\<img" not in line for line in outside.splitlines())
+
+
+def test_a_fence_in_a_text_stays_inside_its_fence(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "chat", texts=["````\n# not a title\n````"])
+    write_report(run, facts, progress)
+    assert "`````text\n````\n# not a title\n````\n`````" in (run.path / "report.md").read_text()
