@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data import labels as spine
-from tunesmith.data.labels import Labels
+from tunesmith.data.labels import Labels, targets
 from tunesmith.types import IGNORE
 
 
@@ -45,7 +44,7 @@ class LabelColumn:
     def targets_at(self, batch: int, place: int, labels: Labels) -> NDArray[np.generic]:
         """What is learnt of one row."""
         ids_N = self.at(batch, place)
-        return ids_N if IGNORE in ids_N else spine.targets(labels, ids_N, self.vocabulary)
+        return ids_N if IGNORE in ids_N else targets(labels, ids_N, self.vocabulary)
 
     def denominators(self, labels: Labels) -> NDArray[np.float64]:
         """[I], what each row adds to the number that the loss is divided by."""
@@ -53,7 +52,7 @@ class LabelColumn:
             return np.full(sum(len(offsets) - 1 for offsets in self._offsets), float(labels.num_outputs))
         weights_V = np.ones(len(self.vocabulary))
         if labels.weights_C is not None:
-            classes_V = spine.targets(replace(labels, kind="tags"), np.arange(len(self.vocabulary)), self.vocabulary)
+            classes_V = targets(replace(labels, kind="tags"), np.arange(len(self.vocabulary)), self.vocabulary)
             weights_V = labels.weights_C[classes_V.astype(np.int64)]
         sums = [np.empty(0)]
         for offsets, ids in zip(self._offsets, self._ids, strict=True):

@@ -11,9 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.conversations import Conversations
+from tunesmith.data.documents import Documents, MaskedDocuments
 from tunesmith.data.drafts import Draft, Drafted, Room, TooLong
+from tunesmith.data.labelled import Labelled
 from tunesmith.data.pairs import Pairs
+from tunesmith.data.prompts import summary_prompt
+from tunesmith.data.sources import Sources
+from tunesmith.data.summaries import Summaries
 from tunesmith.data.tokens import ControlTokens, Encoder, fingerprint
+from tunesmith.data.words import Words
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, TaskName
 
 Encoded = list[Row] | list[Problem]
@@ -69,7 +75,7 @@ class Renderer:
         self.control_tokens = control_tokens
         self.stride = stride
         self.prompt = prompt
-        self._way: Way = (Conversations if task_name == "chat" else Pairs)(tokenizer, encoder, room)
+        self._way = self._find_way(encoder, room)
         self._control = self._way.control
         self.stop_ids: tuple[int, ...] = self._way.stop_ids if isinstance(self._way, Answers) else ()
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
@@ -89,7 +95,7 @@ class Renderer:
         `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
         not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
         """
-        results: list[Encoded] = [list(self._control_problems(example)) for example in examples]
+        results: list[Encoded] = [[*_empty(example), *self._control_problems(example)] for example in examples]
         clean = [i for i, problems in enumerate(results) if not problems]
         known = {} if vocabulary is None else vocabulary
         for i, drafted in zip(clean, self._way.encode([examples[i] for i in clean]), strict=True):
@@ -104,22 +110,48 @@ class Renderer:
                         on_warning(warning)
         return results
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """The ids that serving feeds to have `parts` answered; the same code as training.
+    def prompt_ids(
+        self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]] = (), *, max_tokens: int | None = None
+    ) -> list[int]:
+        """The ids that serving feeds to have `parts` answered, or a document gone on with; the same code as training.
 
-        Raises `DataError` when the template refuses the parts.
+        A document that a causal model is to summarize is cut down to `max_tokens` where `data.too_long` is cut, so
+        that there is room for the summary. Raises `DataError` when the template refuses the parts.
         """
         assert isinstance(self._way, Answers), f"a model of task {self.task_name} writes nothing"
+        if isinstance(self._way, Summaries):
+            return self._way.prompt_ids(parts, tools, max_tokens=max_tokens)
         return self._way.prompt_ids(parts, tools)
+
+    def learnt_words(self, example: Example) -> list[int]:
+        """Task tag: the words of an example that have a target, in the order of its row's targets."""
+        assert isinstance(self._way, Words), f"a model of task {self.task_name} learns no words"
+        return self._way.learnt(example)
+
+    def _find_way(self, encoder: Encoder, room: Room) -> Way:
+        tokenizer, kind = self.tokenizer, self.kind
+        prompt = summary_prompt(self.prompt, kind) if self.task_name == "summarize" else ""
+        if self.task_name == "classify":
+            return Labelled(tokenizer, encoder, room, kind)
+        if self.task_name == "tag":
+            return Words(tokenizer, encoder, room, kind)
+        if self.task_name == "text":
+            return (MaskedDocuments if kind == "encoder" else Documents)(tokenizer, encoder, room, self.stride)
+        if kind == "encoder_decoder":
+            return Sources(tokenizer, encoder, room, prompt)
+        if self.task_name == "summarize":
+            return Summaries(tokenizer, encoder, room, prompt)
+        return (Conversations if self.task_name == "chat" else Pairs)(tokenizer, encoder, room)
 
     def _control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
         if self.control_tokens == "allow":
             return
-        places = [
-            (f"messages[{i}] ({part.role})", [part.role, part.text, part.fields])
-            for i, part in enumerate(example.parts)
-        ]
+        said = "\n".join(text for part in example.parts for text in (part.role, part.text))
+        has_fields = example.tools or any(part.fields for part in example.parts)
+        if not has_fields and self._control.in_text(said) is None:  # nearly always: looking place by place takes long
+            return
+        places = [(_place(example, i), [part.role, part.text, part.fields]) for i, part in enumerate(example.parts)]
         for place, value in [*places, ("a tool definition", list(example.tools))]:
             found = next((token for text in _strings(value) if (token := self._control.in_text(text))), None)
             if found:
@@ -143,6 +175,22 @@ class Renderer:
                 "Remove it, or set data.control_tokens: allow when the text can be trusted.",
             )
         ]
+
+
+def _empty(example: Example) -> Iterator[Problem]:
+    """A text that is to be read, and says nothing."""
+    if example.shape in ("text", "document_summary", "text_label", "tokens_tags"):
+        read = example.parts if example.shape == "tokens_tags" else example.parts[:1]
+        if not any(part.text.strip() for part in read):
+            message = f"its {'words are' if example.shape == 'tokens_tags' else read[0].role + ' is'} empty."
+            yield Problem(example.source, "empty", message, "Fill it in, or remove the row.")
+
+
+def _place(example: Example, index: int) -> str:
+    role = example.parts[index].role
+    if example.shape == "tokens_tags":
+        return f"tokens[{index}]"
+    return role if example.shape in ("text", "document_summary", "text_label") else f"messages[{index}] ({role})"
 
 
 def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,31 @@ class Tokens:
     ids_T: NDArray[np.int32]
     starts_T: NDArray[np.int64]
     ends_T: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around one text, or around and between two: the special tokens that a model knows."""
+
+    before_ids: NDArray[np.int32]
+    between_ids: NDArray[np.int32]
+    after_ids: NDArray[np.int32]
+    second_after: int | None = None
+    """Tokens from the end of the first text to where token type 1 begins; None: nothing has it."""
+
+    def num_added(self, num_texts: int = 1) -> int:
+        """Tokens that are not of a text."""
+        return len(self.before_ids) + (num_texts - 1) * len(self.between_ids) + len(self.after_ids)
+
+    def around(self, *texts: NDArray[np.int32]) -> NDArray[np.int32]:
+        """One text, or two, in the frame."""
+        first, *more = texts
+        second = [part for text in more for part in (self.between_ids, text)]
+        return np.concatenate([self.before_ids, first, *second, self.after_ids])
+
+    def second(self, num_first: int) -> int:
+        """Where token type 1 begins behind a first text of so many tokens; 0: nowhere."""
+        return 0 if self.second_after is None else len(self.before_ids) + num_first + self.second_after
 
 
 class Encoder:
@@ -65,6 +90,28 @@ class Encoder:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def frame(self, num_texts: Literal[1, 2]) -> Frame:
+        """What the tokenizer puts around one text or two."""
+        self._reset()
+        encoding = self._backend.encode("a") if num_texts == 1 else self._backend.encode("a", "b")
+        ids = np.array(encoding.ids, np.int32)
+        firsts, seconds = (np.flatnonzero([of == text for of in encoding.sequence_ids]) for text in (0, 1))
+        end, last = int(firsts[-1]) + 1, int(seconds[-1] if num_texts == 2 else firsts[-1]) + 1
+        of_second = np.flatnonzero(np.array(encoding.type_ids) == 1)
+        return Frame(
+            before_ids=ids[: firsts[0]],
+            between_ids=ids[end : seconds[0]] if num_texts == 2 else ids[:0],
+            after_ids=ids[last:],
+            second_after=int(of_second[0]) - end if len(of_second) else None,
+        )
+
+    def causal_frame(self) -> Frame:
+        """What the tokenizer puts in front of one text, or of two lines, and EOS behind if there is one."""
+        frame = self.frame(1)
+        is_closed = len(frame.after_ids) > 0 or self.eos_id is None
+        after = frame.after_ids if is_closed else np.array([self.eos_id], np.int32)
+        return Frame(frame.before_ids, self.ids(["\n"], plain=False)[0], after)
+
     def decode(self, ids_T: NDArray[np.int32]) -> str:
         return str(self._backend.decode(ids_T.tolist(), skip_special_tokens=False))
 
@@ -90,9 +137,12 @@ class ControlTokens:
             if token.content in template_text and not token.content.isspace()
         }
         self._reserved_re = _alternatives(self.reserved.values())
+        # What no word of the vocabulary spells becomes the unknown token, which structures nothing.
+        known = {i: text for i, text in self.reserved.items() if i != tokenizer.unk_token_id}
+        self._known_re = _alternatives(known.values())
         self._closing_re = _alternatives(self.closing.values())
         size = max([*added, 0]) + 1
-        self._is_reserved = _table(self.reserved, size)
+        self._is_reserved = _table(known, size)
         self._is_closing = _table(self.closing, size)
         # The text after such a token is tokenized as if it began there, whatever stands before.
         cuts = [i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
@@ -105,7 +155,11 @@ class ControlTokens:
 
     def count(self, text: str) -> int:
         """Control tokens that a text spells out."""
-        return sum(1 for _ in self._reserved_re.finditer(text))
+        return sum(1 for _ in self._known_re.finditer(text))
+
+    def num_unspelled(self, ids_T: NDArray[np.int32], *texts: str) -> int:
+        """Control tokens among the ids of texts that these do not spell out."""
+        return int(self.are_reserved(ids_T).sum()) - sum(self.count(text) for text in texts)
 
     def closing_run(self, text: str) -> list[int]:
         """Ids of the tokens that can close a turn with which a text begins, one directly after the other.
@@ -128,6 +182,7 @@ class ControlTokens:
         return next(token_id for token_id, content in self.closing.items() if content == text)
 
     def are_reserved(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which are control tokens that structure a text; the unknown token does not."""
         return _look_up(self._is_reserved, ids_T)
 
     def are_closing(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
