@@ -235,7 +235,7 @@ def _layout(model: PreTrainedModel, rows: Rows, kind: ModelKind) -> tuple[Layout
 
 
 def _plan(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
-    weights = np.array([file.weight for file in (*recipe.data.train, *recipe.data.replay)])
+    weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
     return Plan(
         rows_I=rows.train_rows,
         weights_I=weights[rows.store.file_index[rows.train_rows]],

@@ -12,9 +12,10 @@ import orjson
 from numpy.typing import NDArray
 
 from tunesmith.data.examples import examples
-from tunesmith.data.labels import ClassWeights, Labels, decide_labels
+from tunesmith.data.folders import expand
+from tunesmith.data.labels import ClassWeights, Labels, decide_labels, find_kind, remark_on, see
 from tunesmith.data.render import Renderer
-from tunesmith.data.split import held_out_mask, split_note
+from tunesmith.data.split import held_out_mask, split_note, stratified_mask, stratified_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
@@ -29,8 +30,9 @@ class Rows:
     """Encoded rows and who they are for."""
 
     data: Data
+    """Its files are those of the rows: a folder is replaced by the documents in it."""
     store: RowStore
-    """Of the training files."""
+    """Of the files of data.train and then those of data.replay; `store.file_index` counts them in this order."""
     held_store: RowStore
     """Of the held-out files; the same store when a part of the training files is held out."""
     train_rows: NDArray[np.int64]
@@ -40,6 +42,7 @@ class Rows:
     problems: Sequence[Problem]
     """The first `data.limits.problems` findings of each side."""
     notes: list[str]
+    task: TaskName
     labels: Labels | None = None
     """What a head learns; None for tasks without one."""
     choices: list[Choice] = field(default_factory=list)
@@ -61,11 +64,15 @@ class Rows:
 
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
-        wanted = {str(self.held_store.source(int(i))): n for n, i in enumerate(self.held_rows[:num])}
+        wanted: dict[str, int] = {}
+        for i in self.held_rows:  # several rows can be windows of one document
+            if len(wanted) == num:
+                break
+            wanted.setdefault(str(self.held_store.source(int(i))), len(wanted))
         found: dict[int, Example] = {}
         if not wanted:
             return []
-        for _, example in examples(self._held_files, self.data, lambda problem: None):
+        for _, example in examples(self._held_files, self.data, lambda problem: None, task=self.task):
             place = wanted.get(str(example.source))
             if place is not None:
                 found[place] = example
@@ -107,9 +114,14 @@ def encode_rows(
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
 
     Raises:
-        DataError: rows cannot be used, no row is left, or rows of both sides overlap and `data.overlap` is "error".
+        DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is "error", or
+            labels cannot be learnt, see `decide_labels`.
+        RecipeError: data.labels or train.class_weights do not fit the labels.
     """
     problems: list[Problem] = []
+    files = {side: expand(getattr(data, side), problems.append) for side in ("train", "replay", "eval")}
+    data = data.model_copy(update=files)
+    folder_notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
         return build(
@@ -121,42 +133,72 @@ def encode_rows(
             progress=lambda rows, done, total: on_progress("encode", done, total),
         )
 
-    store = encode(data.train, places.train)
+    store = encode((*data.train, *data.replay), places.train)
     held_store = encode(data.eval, places.held_out) if data.eval else store
     stores = [store, held_store] if data.eval else [store]
     try:
         refuse_bad(data, stores, problems)
         overlap = _overlap(data, store, held_store) if data.eval else []
+        train, held, split_notes = _split(data, store, held_store, task)
+        labels: Labels | None = None
+        choices: list[Choice] = []
+        if task in ("classify", "tag"):
+            labels, choices = decide_labels(
+                task=task,
+                data=data,
+                class_weights=class_weights,
+                store=store,
+                train_rows=train,
+                held_store=held_store,
+            )
     except DataError:
         for refused in stores:
             refused.discard()
         raise
-    notes = [*counted(stores, problems), *overlap]
-    if data.eval:
-        train, held = np.arange(len(store)), np.arange(len(held_store))
-    else:
-        mask = held_out_mask(store.hashes, data.held_out)
-        train, held = np.flatnonzero(~mask), np.flatnonzero(mask)
-        notes += filter(None, [split_note(store.hashes, data.held_out)])
+    notes = [*folder_notes, *counted(stores, problems), *overlap, *split_notes]
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
-    held = held[np.argsort(held_store.hashes[held], kind="stable")]
-    if max_held is not None and len(held) > max_held:
-        notes.append(f"{max_held:,} of {len(held):,} held-out rows are measured (evaluation.max_rows)")
-        held = held[:max_held]
-    labels, choices = None, []
-    if task in ("classify", "tag"):
-        labels, choices = decide_labels(
-            task=task,
-            data=data,
-            class_weights=class_weights,
-            store=store,
-            train_rows=train,
-            held_store=held_store,
-        )
+    held = _measured(held, held_store, max_held, notes)
+    if labels is not None:
+        notes += remark_on(labels.names)
         for labelled in stores:
             labelled.use(labels)
-    return Rows(data, store, held_store, train, held, problems, notes, labels, choices)
+    return Rows(data, store, held_store, train, held, problems, notes, task, labels, choices)
+
+
+def _measured(held: NDArray[np.int64], store: RowStore, most: int | None, notes: list[str]) -> NDArray[np.int64]:
+    """The held-out rows by content hash, the first `most` of them; adds to `notes` what is left out."""
+    held = held[np.argsort(store.hashes[held], kind="stable")]
+    if most is None or len(held) <= most:
+        return held
+    notes.append(f"{most:,} of {len(held):,} held-out rows are measured (evaluation.max_rows)")
+    return held[:most]
+
+
+def _split(
+    data: Data, store: RowStore, held_store: RowStore, task: TaskName
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Rows to train on, rows to measure, and what to say of the split. Rows of data.replay are never held out."""
+    is_replay = store.file_index >= len(data.train)
+    own = np.flatnonzero(~is_replay)
+    if len(own) == 0:
+        raise DataError(f"{', '.join(file.path for file in data.train)}: no row is left to use")
+    if data.eval:
+        return np.arange(len(store)), np.arange(len(held_store)), []
+    hashes = store.hashes[own]
+    if task == "classify" and find_kind(task, data, [see(store)])[0] == "one":
+        mask = stratified_mask(hashes, store.first_labels[own], data.held_out)
+        note = stratified_note(store.first_labels[own], mask, data.held_out)
+    else:
+        mask, note = held_out_mask(hashes, data.held_out), split_note(hashes, data.held_out)
+    held = own[mask]
+    is_leaked = is_replay & np.isin(store.hashes, store.hashes[held])
+    notes = [note] if note else []
+    if is_leaked.any():
+        notes.append(f"{int(is_leaked.sum()):,} rows of data.replay are also held out, and so not trained")
+    is_trained = ~is_leaked
+    is_trained[held] = False
+    return np.flatnonzero(is_trained), held, notes
 
 
 def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:

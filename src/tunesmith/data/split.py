@@ -43,5 +43,31 @@ def split_note(hashes_I: NDArray[np.uint64], share: float) -> str | None:
     )
 
 
+def stratified_mask(hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """Which rows are held out so that every class gives its share: those of it with the smallest content hashes.
+
+    Of n rows of a class round(share * n), at least one where n is 2 or more, never all. Equal rows are on one side.
+    """
+    mask_I = np.zeros(len(hashes_I), np.bool_)
+    if share == 0:
+        return mask_I
+    order_I = np.lexsort((hashes_I, classes_I))
+    starts = np.flatnonzero(np.diff(classes_I[order_I], prepend=classes_I[order_I][:1] - 1))
+    for rows in np.split(order_I, starts[1:]):
+        if len(rows) > 1:
+            num = min(max(1, round(share * len(rows))), len(rows) - 1)
+            is_held = hashes_I[rows] <= hashes_I[rows[num - 1]]
+            mask_I[rows] = hashes_I[rows] < hashes_I[rows[num - 1]] if is_held.all() else is_held
+    return mask_I
+
+
+def stratified_note(classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_], share: float) -> str | None:
+    """What to say of classes of which no row could be held out; None if there is none."""
+    num_alone = len(np.setdiff1d(classes_I, classes_I[mask_I]))
+    if share == 0 or not num_alone:
+        return None
+    return f"{num_alone:,} classes have no two different rows: they are trained and never measured"
+
+
 def _threshold(share: float) -> int:
     return int(share * 2.0**64)  # exact: a product with a power of two

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from tunesmith import files as disk
 from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
+from tunesmith.data.folders import expand
 from tunesmith.data.label_column import LabelColumn
 from tunesmith.data.labels import Labels
 from tunesmith.data.read import look_at_all
@@ -57,7 +58,7 @@ class RowStore:
         self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
         self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
         """Trained tokens of each row."""
-        self.file_index: NDArray[np.int16] = _column(batches, "file", np.int16)
+        self.file_index: NDArray[np.int32] = _column(batches, "file", np.int32)
         self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
         self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
@@ -172,10 +173,12 @@ def build(
 ) -> RowStore:
     """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
 
+    A folder among `files` stands for the documents in it; `store.paths` names those.
     `on_problem` hears the first `data.limits.problems` problems, also of rows found; `summary` counts all of them.
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
+    files = expand(files, on_problem)
     look_at_all(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
     before = [_signature(file.path) for file in files]
     num_bytes = sum(size for size, *_ in before)
