@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tiny_model import SETTINGS, tiny_model
+from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, tiny_model
+from tunesmith.data.labels import Labels
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import LoraLinear, attach
 from tunesmith.methods.peft_format import shortest_ends
@@ -35,6 +36,29 @@ def test_groups_split_the_decoder_of_every_family(arch: str) -> None:
     assert attention
     linear = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Linear", "Conv1D"))}
     assert linear - set(everything) <= {"lm_head", "embed_out"}
+
+
+@pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])
+def test_groups_split_the_layers_of_models_with_heads_and_of_encoder_decoders(arch: str) -> None:
+    how = {} if arch in TRANSLATORS else {"head": "sequence", "labels": Labels("one", ("a", "b", "c"))}
+    model = tiny_model(arch, vocab_size=32, **how)
+    everything, attention, mlp = (names(model, word) for word in ("all-linear", "attention", "mlp"))
+    assert everything == [name for name in everything if name in {*attention, *mlp}]
+    assert len(everything) == len(attention) + len(mlp)
+    linear = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Linear", "Conv1D"))}
+    whole = {name.removesuffix(".weight") for name in attach(model, LoraMethod(), seed=0).head}
+    # What is left: the output layer of encoder–decoders, and ELECTRA's step from narrow embeddings to its width.
+    assert linear - set(everything) - whole <= {"lm_head", "electra.embeddings_project"}
+    assert whole.isdisjoint(everything)
+    counts = {"t5": 20, "bart": 20, "deberta-v2": 12, "modernbert": 4, "gpt2": 4, "llama": 8}
+    assert len(attention) == counts.get(arch, 8) + (4 if arch in TRANSLATORS else 0)
+
+
+def test_a_word_that_ends_layers_and_a_head_means_the_layers_alone() -> None:
+    model = tiny_model("roberta", vocab_size=32, head="sequence", labels=Labels("one", ("a", "b")))
+    assert len(names(model, "dense")) == 6  # attention.output, intermediate and output in each of 2 layers
+    with pytest.raises(RecipeError, match=r"'out_proj': classifier.out_proj belongs to the head, which"):
+        names(model, "out_proj")
 
 
 def test_names_and_patterns() -> None:

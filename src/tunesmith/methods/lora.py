@@ -46,9 +46,13 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, **like))
 
     @property
+    def weight(self) -> Tensor:
+        """That of the base, for models that look at it: T5 asks for its precision."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
     def weight_OI(self) -> Tensor:
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight.t() if isinstance(self.base, Conv1D) else weight
+        return self.weight.t() if isinstance(self.base, Conv1D) else self.weight
 
     @property
     def bias_O(self) -> Tensor | None:
