@@ -183,18 +183,10 @@ def snapshot(setup: Setup) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
 
 
-def look(setup: Setup) -> float:
-    score = evaluate(
-        setup.model,
-        setup.task,
-        store=setup.rows.held_store,
-        rows=[int(i) for i in setup.rows.held_rows],
-        tokens_per_pass=64,
-        layout=setup.plan.layout,
-        device="cpu",
-    )
+def look(setup: Setup) -> None:
+    rows = [int(i) for i in setup.rows.held_rows]
+    evaluate(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=64)
     answer(setup.model, setup.renderer, [s.ids for s in setup.samples], Sampling(max_new_tokens=2, temperature=1.0))
-    return score.loss
 
 
 def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11

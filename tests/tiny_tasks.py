@@ -22,9 +22,10 @@ from tiny_run import model_folder
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.read import validate
 
-WORDS = tuple(
-    ["red", "green", "blue", "apple", "pear", "plum", "eats", "sells", "takes", "the", "a", "big", "small", "old", "Ada", "Bob", "Cleo", "in", "Rome", "Oslo", "Lima"]
-)
+WORDS = (
+    "red", "green", "blue", "apple", "pear", "plum", "eats", "sells", "takes", "the", "a", "big", "small", "old",
+    "Ada", "Bob", "Cleo", "in", "Rome", "Oslo", "Lima",
+)  # fmt: skip
 """The words of every row here."""
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

@@ -24,7 +24,7 @@ from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.evaluation.row_lines import most_surprising, row_lines
 from tunesmith.evaluation.samples import answer_samples
 from tunesmith.evaluation.scores import score
-from tunesmith.files import to_json, write_atomic
+from tunesmith.files import storing, to_json, write_atomic
 from tunesmith.generation import Sampling
 from tunesmith.measures import MEASURES
 from tunesmith.session import Session
@@ -55,10 +55,9 @@ def measure_held_out(session: Session, name: str) -> None:
         **_baseline(setup.rows),
     )
     if name in ("before", "after"):
-        folder = session.run.path / "evaluation"
         lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)
-        write_atomic(folder / f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
-        write_atomic(folder / f"{name}.json", to_json(details))
+        _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
+        _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - begun
     progress.evaluate_seconds += seconds
     if name == "step":
@@ -162,5 +161,12 @@ def find_surprising(session: Session) -> None:
     rows_I = rows_I[np.argsort(setup.rows.store.hashes[rows_I], kind="stable")][:most]
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
     lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
-    write_atomic(session.run.path / "evaluation" / "surprising.json", to_json(lines))
+    _write(session, "surprising.json", to_json(lines))
     session.progress.evaluate_seconds += time.perf_counter() - begun
+
+
+def _write(session: Session, name: str, content: bytes) -> None:
+    folder = session.run.evaluation_path
+    with storing(folder):
+        folder.mkdir(exist_ok=True)
+    write_atomic(folder / name, content)

@@ -3,7 +3,8 @@
     runs/support-3f2a/
       run.json         format version, when made            recipe.yaml   complete and resolved
       events.jsonl     one event a line                     rows/         encoded rows
-      checkpoints/     step-N/                              adapter/ or model/, report.json, report.md
+      checkpoints/     step-N/                              evaluation/    each held-out row's outcome
+      adapter/ or model/                                    report.json, report.md, report.html
       lock, lock.json  who is writing                       stop          asks the writer to stop
 
 One process writes, holding `lock`; any number read.
@@ -114,6 +115,10 @@ class Run:
     @property
     def model_path(self) -> Path:
         return self.path / "model"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation"
 
     @property
     def report_path(self) -> Path:

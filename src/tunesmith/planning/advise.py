@@ -63,10 +63,8 @@ def choose_longest(task: TaskName, kind: ModelKind, limit: int, *, unbounded: in
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
-def choose_stride(kind: ModelKind, max_tokens: int) -> Choice:
+def choose_stride(max_tokens: int) -> Choice:
     """How far apart the windows of a long document begin."""
-    if kind == "encoder":
-        return Choice("data.stride", max_tokens, "windows of a long document stand side by side")
     return Choice("data.stride", max(1, max_tokens - 1), "each window begins with the last token of the one before it")
 
 

@@ -13,7 +13,7 @@ from tunesmith.planning import advise
 from tunesmith.planning.advise import with_choice
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.tasks import TASKS
-from tunesmith.types import Choice, HeadName, ModelKind
+from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
 
 def decide_before_rows(
@@ -40,11 +40,11 @@ def decide_before_rows(
     choose("method", lambda: advise.choose_method(model_size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     choose("precision", lambda: machine.choose_precision("auto", recipe.device))
-    task = known(recipe.task)
+    task: TaskName = known(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
-    if task == "text":
-        choose("data.stride", lambda: advise.choose_stride(kind, known(recipe.data.max_tokens)))
+    if task == "text" and kind == "causal":
+        choose("data.stride", lambda: advise.choose_stride(known(recipe.data.max_tokens)))
     return recipe, choices
 
 

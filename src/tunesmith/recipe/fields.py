@@ -123,7 +123,8 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
             float: "a number",
             str: "text",
             type(None): "null",
-            dict: "a mapping of names to names",
+            bool: "true or false",
+            dict: "a mapping of names to " + ("names" if arguments[1:] == (str,) else "numbers"),
             tuple: "a list of files" if DataFile in arguments else "a list of texts",
         }
         yield names[origin or annotation], _bounds(metadata), False

@@ -66,8 +66,8 @@ class Data(Section):
     """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted).
     auto: cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
-    """Task text: tokens from the start of one window of a long document to the start of the next. auto: as few tokens
-    as possible stand in two windows (one). Smaller: each window begins with context that is read but not trained."""
+    """Task text: tokens from the start of one window of a long document to the start of the next. auto: of a causal
+    model one token stands in two windows, of an encoder none. Smaller: each window begins with context that is read but not trained."""
     prompt: str | None = None
     """Task summarize: what is asked, with {document} where the document stands. null: a stated default."""
     labels: tuple[str, ...] = ()
