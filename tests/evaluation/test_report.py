@@ -14,9 +14,11 @@ from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
 from tunesmith.errors import RunError
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of
+from tunesmith.evaluation.report.markdown import _fenced
 from tunesmith.evaluation.report.marking import differences, one_line, visible
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, measure_lines, summary
+from tunesmith.run import Run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 PLOTS = {
@@ -104,33 +106,27 @@ def test_the_page_asks_nobody_for_anything(pages, kind):
     assert not re.search(r"#0[1-9a-f]0[1-9a-f]0[1-9a-f]", html), "a colour of the plots did not become the page's"
 
 
-def test_equal_runs_give_equal_bytes(tmp_path):
-    files = []
-    for name in ("a", "b"):
-        folder = tmp_path / name / "run"
-        run, facts, progress = fake_run(folder, "two")
-        write_report(run, facts, progress)
-        files.append(
-            [(folder / f"report.{end}").read_text().replace(str(folder), "") for end in ("html", "md", "json")]
-        )
-    assert files[0] == files[1]
+def files_of(folder: Path) -> list[str]:
+    """The three forms of a report, without the place where its run lies."""
+    return [(folder / f"report.{end}").read_text().replace(str(folder), "") for end in ("html", "md", "json")]
 
 
-def test_a_finished_run_is_drawn_again_from_its_folder_alone(tmp_path):
-    run, facts, progress = fake_run(tmp_path / "run", "tag")
+def test_equal_runs_give_equal_bytes(pages, tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "sets")
     returned = write_report(run, facts, progress)
-    assert report_of(run) == returned
-    first = {name: (run.path / name).read_bytes() for name in ("report.html", "report.md")}
-    for name in first:
-        (run.path / name).unlink()
-    redraw(run)
-    assert {name: (run.path / name).read_bytes() for name in first} == first
+    assert files_of(run.path) == files_of(pages["sets"][1])
+    assert returned == report_of(run)
+    # The end event holds this, and equal runs in different folders have equal values.
+    assert str(tmp_path) not in str(returned)
 
 
-def test_what_repeats_names_no_place(tmp_path):
-    """The end event holds this: equal runs in different folders have equal values."""
-    run, facts, progress = fake_run(tmp_path / "run", "classes")
-    assert str(tmp_path) not in str(write_report(run, facts, progress))
+def test_a_finished_run_is_drawn_again_from_its_folder_alone(pages):
+    folder = pages["number"][1]
+    first = files_of(folder)
+    for name in ("report.html", "report.md"):
+        (folder / name).unlink()
+    redraw(Run(folder))
+    assert files_of(folder) == first
 
 
 def test_a_run_that_held_nothing_out_says_so(tmp_path):
@@ -167,28 +163,23 @@ def test_a_change_counts_only_where_the_intervals_lie_apart():
     assert told({**low, "low": nan, "high": nan}, high) == ("+30.0 points", "")
 
 
-def test_the_summary_is_one_paragraph_in_plain_words(tmp_path):
-    run, facts, progress = fake_run(tmp_path / "run", "two")
-    report = write_report(run, facts, progress)
+def test_the_summary_is_one_paragraph_in_plain_words(pages):
+    report = report_of(Run(pages["two"][1]))
     assert summary(report) == (
-        "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min on "
-        "cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8), better: the "
-        f"two 95 % intervals lie apart. {report['flips']['num_gained']} rows went from wrong to right, "
-        f"{report['flips']['num_lost']} rows from right to wrong. 2 rows could not be used: rows/problems.jsonl lists them."
+        "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min "
+        "on cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8), better: "
+        f"the two 95 % intervals lie apart. {report['flips']['num_gained']} rows went from wrong to right, "
+        f"{report['flips']['num_lost']} rows from right to wrong. "
+        "2 rows could not be used: rows/problems.jsonl lists them."
     )
     assert [line.label for line in gist_lines(report)] == ["accuracy", "macro-F1"]
 
 
 def row(source: int, label, predicted, **more):
     key = "tags" if "tags" in more else "label"
-    fields = {
-        "source": f"held.jsonl:{source}",
-        "hash": f"{source:016x}",
-        "text": f"row {source}",
-        "loss": 1.0,
-        "count": 1,
-    }
-    return (fields["source"], fields["hash"]), fields | {key: label, "predicted": predicted} | more
+    where, text_hash = f"held.jsonl:{source}", f"{source:016x}"
+    fields = {"source": where, "hash": text_hash, "text": f"row {source}", "loss": 1.0, "count": 1}
+    return (where, text_hash), fields | {key: label, "predicted": predicted} | more
 
 
 def test_rows_that_flipped_are_counted_by_hand():
@@ -247,26 +238,19 @@ def test_confused_pairs_are_counted_and_sorted():
     assert confused_pairs({}) == []
 
 
-@pytest.mark.parametrize(("num", "has_matrix"), [(2, True), (40, True), (41, False)])
+@pytest.mark.parametrize(("num", "has_matrix"), [(40, True), (41, False)])
 def test_many_classes_are_a_list_of_pairs_and_not_a_matrix(tmp_path, num, has_matrix):
     run, facts, progress = fake_run(tmp_path / "run", "classes", labels=[f"class {i}" for i in range(num)])
     write_report(run, facts, progress)
     page = Page((run.path / "report.html").read_text())
     assert ("confusion-title" in page.ids) == has_matrix
-    assert ("Confused most" in page.text) == (num > 2)
+    assert "Confused most" in page.text
 
 
 def test_differences_are_marked_by_words():
     before, after = differences("the blue whale is large", "the sperm whale is very  large")
-    assert before == [
-        ("the", False),
-        (" ", False),
-        ("blue", True),
-        (" ", False),
-        ("whale is", False),
-        (" ", False),
-        ("large", False),
-    ]
+    assert [text for text, marked in before if marked] == ["blue"]
+    assert "".join(text for text, _ in before) == "the blue whale is large"
     assert [text for text, marked in after if marked] == ["sperm", "very"]
     assert "".join(text for text, _ in after) == "the sperm whale is very  large"
     assert differences("nothing in common", "at all with this") is None
@@ -308,9 +292,8 @@ def test_a_usual_report_takes_three_seconds_at_most(tmp_path):
 
 @pytest.mark.parametrize("kind", ["classes", "chat", "tag"])
 def test_no_row_can_write_into_the_report(tmp_path, kind):
-    run, facts, progress = fake_run(
-        tmp_path / "run", kind, labels=[*HOSTILE, *CHAPTERS[:3]], texts=HOSTILE, name=HOSTILE[3]
-    )
+    labels = [*HOSTILE, *CHAPTERS[:3]]
+    run, facts, progress = fake_run(tmp_path / "run", kind, labels=labels, texts=HOSTILE, name=HOSTILE[3])
     facts |= {"model": HOSTILE[0], "notes": list(HOSTILE), "data": ["\udcff.jsonl"]}
     write_report(run, facts, progress)
     html, markdown = ((run.path / f"report.{end}").read_text() for end in ("html", "md"))
@@ -322,11 +305,9 @@ def test_no_row_can_write_into_the_report(tmp_path, kind):
     for text in (html, markdown):
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
-    assert not re.search(r"(?<!\\)<", outside)
-    assert not any("onerror" in line and "\\<img" not in line for line in outside.splitlines())
+    assert not re.search(r"(?<!\\)[<\[]", outside)
 
 
-def test_a_fence_in_a_text_stays_inside_its_fence(tmp_path):
-    run, facts, progress = fake_run(tmp_path / "run", "chat", texts=["````\n# not a title\n````"])
-    write_report(run, facts, progress)
-    assert "`````text\n````\n# not a title\n````\n`````" in (run.path / "report.md").read_text()
+def test_a_fence_in_a_text_stays_inside_its_fence():
+    page = "".join(_fenced("Prompt", "````\n# not a title\n````"))
+    assert page == "Prompt:\n\n`````text\n````\n# not a title\n````\n`````\n"
