@@ -257,9 +257,11 @@ def assert_found_again(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
         assert (found[case] - answers).abs().max() <= 1e-5, case
 
 
-def test_heads_are_found_again_in_a_new_process_and_lost_ones_are_seen(tmp_path: Path) -> None:
+def test_heads_are_found_again_in_a_new_process(tmp_path: Path) -> None:
     expected = {
-        f"{arch}-{method}": trained_result(tmp_path, arch, method) for arch in REMADE for method in ("lora", "full")
+        f"{arch}-{method}": trained_result(tmp_path, arch, method)
+        for arch in REMADE
+        for method in (("lora", "full") if arch in ("llama", "roberta") else ("lora",))
     }
     assert_found_again(answers_of_a_new_process(tmp_path, list(expected)), expected)
     adapter = tmp_path / "roberta-lora"
