@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from tunesmith.data.render import Renderer
@@ -51,38 +52,35 @@ class Answer:
 
 
 def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[Answer]:
-    """One answer a prompt, all decoded together. Prompts are padded on the left, so each equals its answer alone."""
+    """One answer a prompt, all decoded together and each equal to its answer alone.
+
+    Prompts end at the same place, where the answer goes on; an encoder–decoder writes apart from them, so its sources
+    begin at the same place, where BART and its like begin to count.
+    """
     longest = max(map(len, prompts))
+    apart = model.config.is_encoder_decoder
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
     for b, prompt in enumerate(prompts):
-        ids_BT[b, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[b, longest - len(prompt) :] = 1
-    config = how.config(stop_ids=renderer.stop_ids, pad_id=renderer.stop_ids[0])
-    with evaluating(model), _without_own_config(model):
-        out_BT = model.generate(
-            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
-        )
-    return [_answer(renderer, row[longest:].tolist()) for row in out_BT]
+        place = slice(0, len(prompt)) if apart else slice(longest - len(prompt), longest)
+        ids_BT[b, place] = torch.tensor(prompt)
+        mask_BT[b, place] = 1
+    out_BT = _generate(model, renderer, how, ids_BT, mask_BT)
+    return [_answer(renderer, row[1 if apart else longest :].tolist()) for row in out_BT]
 
 
 def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], how: Sampling) -> Iterator[str]:
     """The answer to a conversation, piece by piece as it is written. Closing the iterator ends the generation."""
-    prompt = torch.tensor([renderer.prompt_ids(parts)], device=model.device)
+    prompt = torch.tensor([renderer.prompt_ids(parts)])
     streamer = TextIteratorStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    config = how.config(stop_ids=renderer.stop_ids, pad_id=renderer.stop_ids[0])
     left = _Left()
 
     def write() -> None:
         try:
-            with evaluating(model), _without_own_config(model):
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([left]),
-                )
+            criteria = StoppingCriteriaList([left])
+            _generate(
+                model, renderer, how, prompt, torch.ones_like(prompt), streamer=streamer, stopping_criteria=criteria
+            )
         except BaseException as error:
             left.error = error
         finally:
@@ -97,6 +95,19 @@ def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], ho
         worker.join()
     if left.error is not None:
         raise left.error
+
+
+def _generate(
+    model: PreTrainedModel, renderer: Renderer, how: Sampling, ids_BT: Tensor, mask_BT: Tensor, **extra: Any
+) -> Tensor:
+    """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
+    config = how.config(stop_ids=renderer.stop_ids, pad_id=renderer.stop_ids[0])
+    config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
+    with evaluating(model), _without_own_config(model):
+        out_BT: Tensor = model.generate(
+            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config, **extra
+        )
+    return out_BT
 
 
 @contextmanager
@@ -116,7 +127,7 @@ class _Left(StoppingCriteria):  # type: ignore[misc]
         self.asked = False
         self.error: BaseException | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
 
