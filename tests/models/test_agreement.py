@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from packed import CAN, CANNOT, VOCAB, rows_of, sharp
 from tiny_model import tiny_model
+from tunesmith.data.labels import Labels
 from tunesmith.models import agreement, attention
 from tunesmith.models.agreement import ragged_agrees
+from tunesmith.types import HeadName
 
 PRECISIONS = (torch.float32, torch.bfloat16)
 
@@ -23,6 +26,30 @@ def test_agrees_where_packing_is_right(arch, dtype):
     assert not found.reason
     if dtype == torch.float32:
         assert found.max_difference <= 1e-4  # of logits of several units
+
+
+def with_head(arch: str, head: HeadName) -> PreTrainedModel:
+    labels = Labels("tags", ("O", "B")) if head == "tokens" else Labels("number")
+    return sharp(arch, head=head, labels=labels)
+
+
+@pytest.mark.parametrize("head", ["sequence", "tokens"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_agrees_of_models_with_heads(arch, head, dtype):
+    assert ragged_agrees(with_head(arch, head).to(dtype), rows_of((37, 11, 20))).ok
+
+
+@pytest.mark.parametrize("head", ["sequence", "tokens"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_disagrees_of_models_with_heads_when_rows_read_each_other(head, dtype, monkeypatch):  # trap: T11
+    real = attention.Segments.of
+    monkeypatch.setattr(agreement.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    assert not ragged_agrees(with_head("llama", head).to(dtype), rows_of((37, 11))).ok
+
+
+def test_disagrees_of_a_head_on_an_attention_that_cannot_be_replaced():
+    assert "cannot be replaced" in ragged_agrees(with_head("bloom", "sequence"), rows_of((37, 11))).reason
 
 
 @pytest.mark.parametrize("arch", CANNOT)

@@ -1,6 +1,6 @@
 """Whether a model answers the same for rows packed end to end as for each row alone."""
 
-# L tokens of one row, T of all rows, K positions that are compared, V vocabulary
+# L tokens of one row, T of all rows, K positions that are compared, V vocabulary, D hidden size
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.models.attention import Segments, Trace, UnsupportedAttentionError, ragged_pass, use_ragged
+from tunesmith.models.heads import head_of
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
 from tunesmith.types import Row
@@ -77,8 +78,11 @@ def _positions(length: int) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, ids_1T: Tensor, positions_K: Tensor, **how: Any) -> Tensor:
-    """[K, V] in float32."""
+    """[K, V] in float32; of a model that answers with classes what its head reads, [K, D]: there may be one class."""
     positions_K = positions_K.to(model.device)
+    if head_of(model) != "next_token":
+        hidden_TD: Tensor = model.base_model(input_ids=ids_1T, use_cache=False, **how).last_hidden_state[0]
+        return hidden_TD[positions_K].float()
     logits_KV: Tensor = model(input_ids=ids_1T, use_cache=False, logits_to_keep=positions_K, **how).logits[0]
     # Of a model that does not know logits_to_keep, those of all T come back.
     return (logits_KV if len(logits_KV) == len(positions_K) else logits_KV[positions_K]).float()
