@@ -126,7 +126,7 @@ def test_a_check_of_neighbours_only_would_be_caught(tmp_path: Path, monkeypatch:
         again = np.flatnonzero(hashes_I[1:] == hashes_I[:-1]) + 1
         return np.stack([again, again - 1], axis=1)
 
-    monkeypatch.setattr("tunesmith.data.check._duplicates", neighbours)
+    monkeypatch.setattr("tunesmith.data.check.duplicates", neighbours)
     with pytest.raises(AssertionError):
         finds_repeated_rows(check, tmp_path)
 
@@ -187,6 +187,103 @@ def test_nothing_is_written(tmp_path: Path):
 def test_report_can_be_written_as_json(tmp_path: Path):
     report = check(data_of(put(tmp_path, "a.jsonl", b"{\n" + json_lines([pair("a")] * 2))), renderer=renderer())
     assert json.loads(json.dumps(dataclasses.asdict(report)))["errors"] == {"truncated_json": 1}
+
+
+# labels and documents
+
+
+def labelled(*rows: tuple[str, Any]) -> bytes:
+    return json_lines([{"text": text, "label": label} for text, label in rows])
+
+
+def test_classes_are_counted_in_the_order_of_their_ids_and_first_rows_shown(tmp_path: Path):
+    rows = [(f"text {i}", ["10", "2", "a"][i % 3]) for i in range(30)]
+    report = check(data_of(put(tmp_path, "a.jsonl", labelled(*rows)), held_out=0.1))
+    assert report.ok
+    assert (report.label_kind, report.labels) == ("one", (("2", 10), ("10", 10), ("a", 10)))
+    assert report.held_out == 3  # one of each class
+    assert report.first_rows[:2] == (
+        (("text 0\n", False), ("10", True)),
+        (("text 1\n", False), ("2", True)),
+    )
+
+
+def test_words_are_shown_with_their_tags_and_tags_counted(tmp_path: Path):
+    path = put(tmp_path, "a.conll", b"-DOCSTART- O\n\nAnn B-PER\nsings O\n\nBob B-PER\n")
+    report = check(data_of(path))
+    assert (report.label_kind, report.labels) == ("tags", (("B-PER", 2), ("O", 1)))
+    assert report.first_rows[0] == (("Ann ", False), ("B-PER ", True), ("sings ", False), ("O ", True))
+    assert (report.files[0].format, report.files[0].rows) == ("CoNLL", 2)
+    assert report.warnings == {"document_marks": 1}
+
+
+def test_numbers_and_lists_are_told_apart(tmp_path: Path):
+    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", 0.5), ("b", -1), ("c", 2.5)))))
+    assert (report.label_kind, report.labels) == ("number", ())
+    assert "labels are numbers from -1 to 2.5" in report.notes
+    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", ["x"]), ("b", []), ("c", ["x", "y"])))))
+    assert (report.label_kind, report.labels) == ("many", (("x", 2), ("y", 1)))
+
+
+def finds_conflicts(checked: Callable[[Data], CheckReport], folder: Path) -> None:
+    rows = [("Red eye", "eye"), ("Deaf", "ear"), ("Red eye", "ear"), ("Red eye", "eye"), ("Deaf", "ear")]
+    report = checked(data_of(put(folder, "a.jsonl", labelled(*rows))))
+    assert report.conflicts.num == 1
+    assert [(here.line, there.line) for here, there in report.conflicts.examples] == [(3, 1)]
+    assert report.warnings == {"duplicate": 2, "conflicting_labels": 1}
+    assert report.ok
+
+
+def test_a_text_with_two_labels_is_a_warning_with_both_places(tmp_path: Path):
+    finds_conflicts(check, tmp_path)
+
+
+def test_a_check_of_whole_rows_only_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tunesmith.data.check_sides.content_hash", lambda example: hash(example.labels) % 2**64)
+    with pytest.raises(AssertionError):
+        finds_conflicts(check, tmp_path)
+
+
+def test_labels_that_training_would_refuse_are_refused_with_their_place(tmp_path: Path):
+    train = put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "ear")))
+    held = put(tmp_path, "b.jsonl", labelled(("c", "eye"), ("d", "nose")))
+    report = check(data_of(train, held=[held]))
+    assert places(report.problems) == [("b.jsonl", 2, "unknown_label")]
+    assert report.refusals == ("labels that cannot be learnt",)
+    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "eye")))))
+    assert "every training row has the class 'eye'" in report.refusals[0]
+    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "eye "), ("c", "ear")))))
+    assert any("'eye' and 'eye ' differ only in white space" in note for note in report.notes)
+
+
+def test_a_task_decides_what_rows_are_taken_for(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "ear")))
+    assert check(data_of(path), task="text").files[0].shape == "text"
+    report = check(data_of(path), task="chat")
+    assert report.errors == {"other_task": 2}
+    assert all(problem.fix == "Set task: classify." for problem in report.problems)
+
+
+def test_documents_of_a_folder_are_reported_together(tmp_path: Path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name, payload in (("a.txt", b"One."), ("b.md", b"Two."), ("c.txt", b""), ("d.csv", b"x,y\n")):
+        put(folder, name, payload)
+    report = check(data_of(folder, tmp_path / "none"))
+    file = report.files[0]
+    assert (file.path, file.format, file.shape, file.rows, file.usable) == (str(folder), "3 documents", "text", 3, 2)
+    assert places(report.problems) == [("books", 1, "left_out"), ("c.txt", 1, "no_text"), ("none", 1, "no_such_file")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    report = check(data_of(empty))
+    assert (report.files[0].is_readable, report.errors) == (False, {"is_folder": 1})
+
+
+def test_replay_is_checked_and_is_no_training_file(tmp_path: Path):
+    train, replay = put(tmp_path, "a.jsonl", json_lines([pair("a")])), put(tmp_path, "b.jsonl", b"{\n")
+    report = check(data_of(train, replay=str(replay)))
+    assert [(file.side, file.usable) for file in report.files] == [("train", 1), ("replay", 0)]
+    assert report.errors == {"truncated_json": 1}
 
 
 # with a model

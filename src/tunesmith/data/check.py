@@ -1,26 +1,37 @@
-"""Everything that is wrong with the data, at once: files, rows, duplicates, overlap and, with a model, tokens."""
+"""Everything that is wrong with the data, at once: files, rows, labels, repeats and, with a model, tokens."""
 
 # I rows
 
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.check_report import CheckReport, FileReport, Pairs, Side, Span, TokenStats, spans_of, token_stats
+from tunesmith.data.check_report import (
+    CheckReport,
+    FileReport,
+    Pairs,
+    Side,
+    Span,
+    TokenStats,
+    file_report,
+    folder_report,
+    spans_of,
+    token_stats,
+)
+from tunesmith.data.check_sides import Judged, SideRows, judge, spans_of_example
 from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
-from tunesmith.data.split import held_out_mask, split_note
+from tunesmith.data.repeats import conflicts, duplicates, overlap
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Example, Problem, Row, Shape, Source
+from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARS = 4_000_000
@@ -44,64 +55,71 @@ class Encodes(Protocol):
 
 
 def check(
-    data: Data, *, renderer: Encodes | None = None, progress: OnProgress = lambda done, total: None
+    data: Data,
+    *,
+    renderer: Encodes | None = None,
+    task: TaskName | None = None,
+    progress: OnProgress = lambda done, total: None,
 ) -> CheckReport:
-    """What is wrong with the rows of `data`, and what they are; in memory bounded by about 30 bytes a row.
+    """What is wrong with the rows of `data`, and what they are; in memory bounded by about 40 bytes a row.
 
-    Without a renderer, nothing is said about tokens. Nothing is written.
+    Without a renderer, nothing is said about tokens; without a task, rows are taken for what their fields are made for.
+    Nothing is written.
 
     Raises:
-        RecipeError: data.columns names a field that no shape has.
+        RecipeError: data.columns names a field that no shape has; data.labels does not fit the labels.
         ModelError: the tokenizer or its template cannot be used.
     """
-    return _Check(data, renderer, progress).report()
-
-
-@dataclass
-class _Rows:
-    """What is remembered of the usable rows of one side."""
-
-    hashes: array[int] = field(default_factory=lambda: array("Q"))
-    files: array[int] = field(default_factory=lambda: array("i"))
-    lines: array[int] = field(default_factory=lambda: array("q"))
-    lengths: array[int] = field(default_factory=lambda: array("i"))
-    targets: array[int] = field(default_factory=lambda: array("i"))
+    return _Check(data, renderer, task, progress).report()
 
 
 class _Check:
     """One pass over all files."""
 
-    def __init__(self, data: Data, renderer: Encodes | None, progress: OnProgress) -> None:
+    def __init__(self, data: Data, renderer: Encodes | None, task: TaskName | None, progress: OnProgress) -> None:
         self._data = data
         self._renderer = renderer
+        self._task = task
         self._progress = progress
-        self._files: list[tuple[Side, DataFile]] = [
-            *(("train", file) for file in data.train),
-            *(("eval", file) for file in data.eval),
-        ]
-        self._total_bytes = sum(_size(file.path) for _, file in self._files)
+        self._files: list[tuple[Side, DataFile]] = []
+        """Files and the documents of folders, as they are come to."""
+        self._total_bytes = 0
         self._done_bytes = 0
-        self._rows: dict[Side, _Rows] = {"train": _Rows(), "eval": _Rows()}
+        self._rows: dict[Side, SideRows] = {"train": SideRows(), "replay": SideRows(), "eval": SideRows()}
         self._first_rows: list[tuple[Span, ...]] = []
         self._counts: dict[str, Counter[str]] = {"error": Counter(), "warning": Counter()}
         self._listed: dict[str, list[Problem]] = {"error": [], "warning": []}
+        self._notes: list[str] = []
 
     def report(self) -> CheckReport:
-        files = [self._file(index) for index in range(len(self._files))]
-        train, held = self._rows["train"], self._rows["eval"]
-        duplicates = _duplicates(np.frombuffer(train.hashes, np.uint64))
-        overlap = _overlap(np.frombuffer(train.hashes, np.uint64), np.frombuffer(held.hashes, np.uint64))
+        given: list[tuple[Side, DataFile]] = [
+            *(("train", file) for file in self._data.train),
+            *(("replay", file) for file in self._data.replay),
+            *(("eval", file) for file in self._data.eval),
+        ]
+        members = [self._members(side, file) for side, file in given]
+        self._total_bytes = sum(_size(file.path) for _, file in self._files)
+        files = [
+            folder_report(side, file, [self._file(index) for index in indices])
+            for (side, file), indices in zip(given, members, strict=True)
+        ]
+        train_I, held_I = (np.frombuffer(self._rows[side].hashes, np.uint64) for side in ("train", "eval"))
         pairs = {
-            "duplicate": self._pairs(duplicates, "train", "duplicate", "the row repeats {}.", is_error=False),
+            "duplicate": self._pairs(duplicates(train_I), "train", "duplicate", "the row repeats {}."),
             "overlap": self._pairs(
-                overlap,
+                overlap(train_I, held_I),
                 "eval",
                 "overlap",
                 "this held-out row also stands at {}, where it is trained.",
                 is_error=self._data.overlap == "error",
             ),
         }
-        held_out, notes = self._held_out()
+        texts_I = np.frombuffer(self._rows["train"].labels.texts, np.uint64)
+        if len(texts_I) == len(train_I):
+            message = "the text also stands at {}, with another label. One of them is likely wrong."
+            pairs["conflicts"] = self._pairs(conflicts(texts_I, train_I), "train", "conflicting_labels", message)
+        labels = self._labels()
+        held_out = self._held_out(labels.kind)
         return CheckReport(
             problems=self._in_order(),
             errors=dict(self._counts["error"]),
@@ -110,17 +128,31 @@ class _Check:
             duplicates=pairs["duplicate"],
             overlap=pairs["overlap"],
             held_out=held_out,
-            notes=tuple(notes),
+            notes=tuple(self._notes),
             tokens=self._token_stats(),
             first_rows=tuple(self._first_rows),
-            refusals=tuple(self._refusals(files)),
+            refusals=(*self._refusals(files), *labels.refusals),
+            label_kind=labels.kind,
+            labels=labels.counts,
+            conflicts=pairs.get("conflicts", Pairs(0, ())),
         )
+
+    def _members(self, side: Side, file: DataFile) -> range:
+        """Indices of the files that one entry stands for; none if it is a folder that cannot be used."""
+        try:
+            members = expand([file], self._hear)
+        except DataError as error:
+            for problem in error.problems:
+                self._hear(problem)
+            return range(0)
+        self._files += ((side, member) for member in members)
+        return range(len(self._files) - len(members), len(self._files))
 
     def _file(self, index: int) -> FileReport:
         side, file = self._files[index]
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
-        source = examples([file], self._data, self._hear, facts=facts)
+        source = examples([file], self._data, self._hear, facts=facts, task=self._task)
         try:
             for chunk in _chunks(example for _, example in source):
                 shape = chunk[-1].shape
@@ -132,7 +164,7 @@ class _Check:
                 self._hear(problem)
         self._done_bytes += _size(file.path)
         self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
-        return _file_report(side, file, facts, usable=usable, shape=shape, is_readable=is_readable)
+        return file_report(side, file, facts, usable=usable, shape=shape, is_readable=is_readable)
 
     def _chunk(self, chunk: Sequence[Example], index: int) -> int:
         """Remember what is usable of some examples. Returns how many are."""
@@ -149,6 +181,9 @@ class _Check:
             if bad:
                 continue
             usable += 1
+            rows.labels.add(example)
+            if example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
+                self._first_rows.append(spans_of_example(example))
             rows.hashes.append(content_hash(example))
             rows.files.append(index)
             rows.lines.append(example.source.line)
@@ -157,7 +192,7 @@ class _Check:
                 rows.lengths.append(len(row.ids))
                 trained = row.trained if row.labels is not None else row.trained[1:]
                 rows.targets.append(int(trained.sum()))
-                if side == "train" and len(self._first_rows) < FIRST_ROWS:
+                if not example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
                     self._first_rows.append(self._spans(row))
         return usable
 
@@ -171,7 +206,9 @@ class _Check:
         if len(listed) < self._data.limits.problems:
             listed.append(problem)
 
-    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str, message: str, *, is_error: bool) -> Pairs:
+    def _pairs(
+        self, found_I: NDArray[np.int64], side: Side, code: str, message: str, *, is_error: bool = False
+    ) -> Pairs:
         """Say of the first rows, given as (row, row that it repeats), that they repeat another; count all."""
         examples = []
         for row, other in found_I[:PAIRS_LISTED].tolist():
@@ -187,12 +224,20 @@ class _Check:
         rows = self._rows[side]
         return Source(self._files[rows.files[row]][1].path, rows.lines[row])
 
-    def _held_out(self) -> tuple[int, list[str]]:
+    def _labels(self) -> Judged:
+        sides: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
+        judged = judge([self._rows[side].labels for side in sides], self._data)
+        for problem in judged.problems:
+            self._hear(problem)
+        self._notes += judged.notes
+        return judged
+
+    def _held_out(self, kind: LabelKind | None) -> int:
         if self._data.eval:
-            return len(self._rows["eval"].hashes), []
-        hashes_I = np.frombuffer(self._rows["train"].hashes, np.uint64)
-        note = split_note(hashes_I, self._data.held_out) if len(hashes_I) else None
-        return int(held_out_mask(hashes_I, self._data.held_out).sum()), [note] if note else []
+            return len(self._rows["eval"].hashes)
+        num, note = self._rows["train"].held_out(self._data.held_out, kind)
+        self._notes += [note] if note else []
+        return num
 
     def _token_stats(self) -> dict[Side, TokenStats]:
         return {
@@ -210,7 +255,7 @@ class _Check:
         for file in files:
             if not file.is_readable:
                 yield f"{file.path} cannot be read to its end"
-        asked_for = {"overlap"} | ({"too_long"} if self._data.too_long == "drop" else set())
+        asked_for = {"overlap", "unknown_label"} | ({"too_long"} if self._data.too_long == "drop" else set())
         num_bad = sum(n for code, n in self._counts["error"].items() if code not in asked_for)
         if num_bad and self._data.bad_rows == "error" and all(file.is_readable for file in files):
             yield f"{num_bad:,} problems make rows unusable; data.bad_rows: skip leaves those rows out"
@@ -237,46 +282,6 @@ def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
         raise
     if chunk:
         yield chunk
-
-
-def _file_report(
-    side: Side, file: DataFile, facts: Sequence[FileFacts], *, usable: int, shape: Shape | None, is_readable: bool
-) -> FileReport:
-    known = facts[0] if facts else None
-    rows = known.rows if known else 0
-    return FileReport(
-        path=file.path,
-        side=side,
-        format=str(known) if known else "",
-        shape=shape,
-        rows=rows,
-        usable=usable,
-        skipped=rows - usable,
-        blank=known.blank if known else 0,
-        is_readable=is_readable,
-    )
-
-
-def _duplicates(hashes_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(row, the first row that is the same) of every row that repeats one, in the order of rows."""
-    order_I = np.argsort(hashes_I, kind="stable")
-    sorted_I = hashes_I[order_I]
-    starts_I = np.ones(len(sorted_I), np.bool_)
-    starts_I[1:] = sorted_I[1:] != sorted_I[:-1]
-    firsts_I = order_I[np.flatnonzero(starts_I)][np.cumsum(starts_I) - 1] if len(order_I) else order_I
-    again_I = np.sort(order_I[~starts_I])
-    first_of_I = np.empty_like(order_I)
-    first_of_I[order_I] = firsts_I
-    return np.stack([again_I, first_of_I[again_I]], axis=1)
-
-
-def _overlap(train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(held-out row, the first training row that is the same), in the order of held-out rows."""
-    shared_I = np.flatnonzero(np.isin(held_I, train_I))
-    if not len(shared_I):
-        return np.empty((0, 2), np.int64)
-    values, firsts = np.unique(train_I, return_index=True)
-    return np.stack([shared_I, firsts[np.searchsorted(values, held_I[shared_I])]], axis=1)
 
 
 def _size(path: str) -> int:

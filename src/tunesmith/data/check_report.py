@@ -12,23 +12,26 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.types import Problem, Row, Shape, Source
+from tunesmith.data.opening import FileFacts
+from tunesmith.recipe.knobs import DataFile
+from tunesmith.types import LabelKind, Problem, Row, Shape, Source
 
 Span = tuple[str, bool]
 """Text and whether it is trained."""
-Side = Literal["train", "eval"]
+Side = Literal["train", "replay", "eval"]
 FIRST_BIN = 32
 """Tokens that the first bin of the length histogram holds; each further one holds twice as many lengths."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What one file holds."""
+    """What one file holds, or all the documents of one folder."""
 
     path: str
     side: Side
     format: str
-    """JSON lines, JSON array, CSV, TSV, Parquet, with ", gzipped" where it is; "" if it could not be opened."""
+    """JSON lines, JSON array, CSV, TSV, Parquet, CoNLL, text, with ", gzipped" where it is; "12 documents" of a folder;
+    "" if it could not be opened."""
     shape: Shape | None
     """None when no row can be used."""
     rows: int
@@ -46,7 +49,7 @@ class Pairs:
     """Rows that stand in the data more than once."""
 
     num: int
-    """Rows that repeat an earlier one, or held-out rows that also stand in the training files."""
+    """Rows that repeat an earlier one, held-out rows that also stand in training files, or texts with two labels."""
     examples: tuple[tuple[Source, Source], ...]
     """The first few: the row, and the one that it repeats."""
 
@@ -87,9 +90,15 @@ class CheckReport:
     tokens: dict[Side, TokenStats]
     """Empty without a model, or without a usable row."""
     first_rows: tuple[tuple[Span, ...], ...]
-    """The first training rows as the model sees them."""
+    """The first training rows as the model sees them; of classes and tags, the texts and what they are."""
     refusals: tuple[str, ...]
     """Why training would refuse this data, a line each; empty if it would not."""
+    label_kind: LabelKind | None = None
+    """What the labels of the training rows are; None: they have none, or they are refused."""
+    labels: tuple[tuple[str, int], ...] = ()
+    """Classes in the order of their ids, and how many training rows (of tags: words) have each; none of numbers."""
+    conflicts: Pairs = Pairs(0, ())
+    """Training rows whose text also stands in an earlier one, with another label."""
 
     @property
     def ok(self) -> bool:
@@ -129,3 +138,38 @@ def spans_of(row: Row, decode: Callable[[Sequence[int]], str]) -> tuple[Span, ..
         spans.append((piece, bool(row.trained[start])))
         before = text
     return tuple(spans)
+
+
+def file_report(
+    side: Side, file: DataFile, facts: Sequence[FileFacts], *, usable: int, shape: Shape | None, is_readable: bool
+) -> FileReport:
+    known = facts[0] if facts else None
+    rows = known.rows if known else 0
+    return FileReport(
+        path=file.path,
+        side=side,
+        format=str(known) if known else "",
+        shape=shape,
+        rows=rows,
+        usable=usable,
+        skipped=rows - usable,
+        blank=known.blank if known else 0,
+        is_readable=is_readable,
+    )
+
+
+def folder_report(side: Side, file: DataFile, members: Sequence[FileReport]) -> FileReport:
+    """What one entry of the data holds: a file, or the documents of a folder together."""
+    if len(members) == 1 and members[0].path == file.path:
+        return members[0]
+    return FileReport(
+        path=file.path,
+        side=side,
+        format=f"{len(members):,} documents" if members else "",
+        shape=next((member.shape for member in members if member.shape), None),
+        rows=sum(member.rows for member in members),
+        usable=sum(member.usable for member in members),
+        skipped=sum(member.skipped for member in members),
+        blank=sum(member.blank for member in members),
+        is_readable=bool(members) and all(member.is_readable for member in members),
+    )

@@ -67,9 +67,9 @@ class Seen:
     """Where one of `names` stands first, by its index."""
 
     @property
-    def present(self) -> list[str]:
-        """The names that a row has."""
-        return [name for name, count in zip(self.names, self.counts_V, strict=True) if count]
+    def counts(self) -> dict[str, int]:
+        """How often each name stands there, of those that a row has."""
+        return {name: count for name, count in zip(self.names, self.counts_V.tolist(), strict=True) if count}
 
 
 def order(names: Iterable[str]) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ def decide(
             )
         _refuse(sides, lambda name: not is_number(name), _no_number)
         return Labels("number"), choices
-    names = data.labels or order(sides[0].present)
+    names = data.labels or order(sides[0].counts)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RecipeError(f"data.labels: {twice!r} stands twice. Name each class once.")
@@ -151,11 +151,11 @@ def find_kind(task: TaskName, data: Data, sides: Sequence[Seen]) -> tuple[LabelK
     if data.label_kind == "auto":
         if sides[0].many:
             return "many", [Choice("data.label_kind", "many", "labels are lists")]
-        present = sides[0].present
+        present = sides[0].counts
         if not data.labels and present and all(map(is_number, present)) and any(re.search("[.eE]", n) for n in present):
             return "number", [Choice("data.label_kind", "number", "labels are numbers with a decimal point")]
     if has_lists and data.label_kind != "many":
-        place = has_lists[0].place(int(np.argmax(has_lists[0].counts_V))) if has_lists[0].present else "data"
+        place = has_lists[0].place(int(np.argmax(has_lists[0].counts_V))) if has_lists[0].counts else "data"
         given = data.label_kind if data.label_kind != "auto" else "one, as in the training files"
         raise DataError(f"{place}: label is a list, but data.label_kind is {given}. Set data.label_kind: many.")
     if data.label_kind == "auto":
@@ -199,7 +199,7 @@ def count_classes(labels: Labels, store: RowStore, rows_I: NDArray[np.int64]) ->
 
 
 def _by_class(seen: Seen, names: Sequence[str]) -> NDArray[np.int64]:
-    counts = dict(zip(seen.names, seen.counts_V.tolist(), strict=True))
+    counts = seen.counts
     return np.array([counts.get(name, 0) for name in names], np.int64)
 
 

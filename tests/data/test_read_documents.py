@@ -1,0 +1,218 @@
+"""Documents are read whole and byte for byte, folders in an order of their own, CoNLL files sentence by sentence."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.rows_of import examples_in, json_lines, put, rows_in, said
+from tunesmith.data.folders import expand
+from tunesmith.data.read import read
+from tunesmith.errors import DataError
+from tunesmith.recipe.knobs import DataFile, Limits
+from tunesmith.types import Source
+
+WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=5)
+
+
+def records(path: Path, **knobs: Any) -> list[tuple[int, Any]]:
+    rows, problems = rows_in(path, **knobs)
+    assert problems == []
+    return rows
+
+
+# documents
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip))
+def test_any_document_comes_back_byte_for_byte(text: str, tmp_path: Path):
+    text = f"It says: {text}"  # so that it is not taken for rows
+    for name, payload in (("a.txt", text.encode()), ("a.md.gz", gzip.compress(text.encode(), 1))):
+        assert records(put(tmp_path, name, payload)) == [(1, {"text": text})]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"Hello, world; one\ttwo\nthree, four",
+        b"[1] Introduction\n[2] End\n",
+        b"[\n",
+        b"{\\rtf1 text}",
+        b"{ braces }",
+        b"# A title\r\n\r\nA line.\r\n",
+        b"text\n",
+        b"He said O\nand went.\n",
+        b"\n\n  indented\n",
+        b"x" * 70_000,
+    ],
+)
+def test_prose_is_a_document_however_it_begins(payload: bytes, tmp_path: Path):
+    assert records(put(tmp_path, "a.txt", payload)) == [(1, {"text": payload.decode()})]
+
+
+@pytest.mark.parametrize(
+    ("payload", "num"),
+    [
+        (json_lines([{"text": "a"}, {"text": "b"}]), 2),
+        (b'[{"text": "a"}]', 1),
+        (b"text,label\na,b\n", 1),
+        (b"text\tlabel\na\tb\n", 1),
+        (b"Ann B-PER\nsings O\n", 1),
+    ],
+)
+def test_rows_in_a_file_named_as_text_are_rows(payload: bytes, num: int, tmp_path: Path):
+    rows = records(put(tmp_path, "a.txt", payload))
+    assert len(rows) == num
+    assert payload.decode() not in [record.get("text") for _, record in rows]
+
+
+def test_a_mark_at_the_start_is_left_out_and_line_ends_stay(tmp_path: Path):
+    path = put(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\n")
+    assert records(path) == [(1, {"text": "one\r\ntwo\n"})]
+
+
+def test_a_document_that_is_too_large_says_its_size_and_the_way_out(tmp_path: Path):
+    fitting = put(tmp_path, "a.txt", b"x" * 500)
+    assert len(records(fitting, limits=Limits(line_bytes=500))) == 1
+    for name, payload in (("b.txt", b"x" * 501), ("c.txt.gz", gzip.compress(b"x" * 501))):
+        _, (problem,) = rows_in(put(tmp_path, name, payload), limits=Limits(line_bytes=500))
+        assert problem.code == "line_too_long"
+        assert problem.message.startswith("the document has 501 bytes, more than data.limits.line_bytes, which is 500")
+        assert problem.fix == "Split it, or set data.limits.line_bytes: 501."
+
+
+def test_latin_1_is_named_with_its_byte(tmp_path: Path):
+    _, (problem,) = rows_in(put(tmp_path, "a.txt", b"Un caf\xe9."))
+    assert (problem.code, problem.source.line) == ("invalid_utf8", 1)
+    assert "(byte 6)" in problem.message
+    assert "WINDOWS-1252" in problem.fix
+
+
+def test_a_document_is_an_example_of_its_file(tmp_path: Path):
+    path = put(tmp_path, "a.txt", b"One.\nTwo.\n")
+    (example,), problems = examples_in(path)
+    assert (example.shape, example.plain, example.source) == ("text", True, Source(str(path), 1))
+    assert [(part.role, part.text, part.trained) for part in example.parts] == [("text", "One.\nTwo.\n", True)]
+    assert problems == []
+
+
+# folders
+
+
+def a_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    for name in ("b.txt", "a/z.md", "a/b/c.txt.gz", "a.txt", ".hidden.txt", ".git/x.txt", "rows.jsonl", "a/p.pdf"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(gzip.compress(b"Packed.") if name.endswith("gz") else b"Text.")
+    return folder
+
+
+def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
+    folder, heard = a_folder(tmp_path), []
+    found = expand([DataFile(path=str(folder), weight=2.0)], heard.append)
+    assert [Path(file.path).relative_to(folder).as_posix() for file in found] == [
+        "a/b/c.txt.gz", "a/z.md", "a.txt", "b.txt",
+    ]  # fmt: skip
+    assert {file.weight for file in found} == {2.0}
+    (problem,) = heard
+    assert str(problem) == (
+        f"{folder}:1: left_out: 2 files are no documents (.txt, .md) and were left out: 'a/p.pdf', 'rows.jsonl'. "
+        "Give files of rows by name."
+    )
+    assert expand(found, heard.append) == found
+
+
+def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = a_folder(tmp_path)
+    straight = expand([DataFile(path=str(folder))], lambda problem: None)
+    walk = os.walk
+
+    def turned(top: str, onerror: Any = None) -> Any:
+        for here, folders, members in walk(top, onerror=onerror):
+            folders.reverse()
+            yield here, folders, members[::-1]
+
+    monkeypatch.setattr("os.walk", turned)
+    assert expand([DataFile(path=str(folder))], lambda problem: None) == straight
+
+
+def test_rows_of_a_folder_carry_its_index_and_their_own_file(tmp_path: Path):
+    rows = put(tmp_path, "rows.jsonl", json_lines([{"text": "a"}]))
+    files = [DataFile(path=str(rows)), DataFile(path=str(a_folder(tmp_path)))]
+    facts: list[Any] = []
+    found = list(read(files, limits=Limits(), on_problem=lambda problem: None, facts=facts))
+    assert [index for index, _, _ in found] == [0, 1, 1, 1, 1]
+    assert [Path(source.path).name for _, _, source in found] == ["rows.jsonl", "c.txt.gz", "z.md", "a.txt", "b.txt"]
+    assert len(facts) == 5
+
+
+def test_a_folder_without_documents_names_what_it_holds(tmp_path: Path):
+    with pytest.raises(DataError) as refused:
+        expand([DataFile(path=str(tmp_path))], lambda problem: None)
+    assert "it holds no .txt or .md file, and nothing else" in str(refused.value)
+    put(tmp_path, "rows.jsonl", b"{}")
+    with pytest.raises(DataError) as refused:
+        expand([DataFile(path=str(tmp_path))], lambda problem: None)
+    assert "but 'rows.jsonl'. Give files of rows themselves, by their names." in str(refused.value)
+
+
+# CoNLL
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sentences=st.lists(st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=4), min_size=1, max_size=4),
+    separator=st.sampled_from([" ", "\t"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_words_and_tags_are_the_first_and_last_columns(
+    sentences: list[list[tuple[str, str, str]]], separator: str, end: str, tmp_path: Path
+):
+    for sentence in sentences:
+        for word, *_ in sentence:
+            if word.startswith("#"):
+                return
+    text = f"{end}{end}".join(end.join(separator.join(line) for line in sentence) for sentence in sentences)
+    found = records(put(tmp_path, "a.conll", text.encode()))
+    assert [(record["tokens"], record["tags"]) for _, record in found] == [
+        ([word for word, _, _ in sentence], [tag for _, _, tag in sentence]) for sentence in sentences
+    ]
+
+
+def test_sentences_carry_their_first_line_and_marks_are_counted(tmp_path: Path):
+    payload = b"-DOCSTART- -X- O\n\n# id 7 of it\nAnn NNP B-PER\nsings VB O\n\n\n# id 8 of it\nBob NNP B-PER"
+    rows, problems = rows_in(put(tmp_path, "a.bio", payload))
+    assert rows == [
+        (4, {"tokens": ["Ann", "sings"], "tags": ["B-PER", "O"]}),
+        (9, {"tokens": ["Bob"], "tags": ["B-PER"]}),
+    ]
+    assert said(problems) == [("document_marks", 1)]
+    assert problems[0].message.startswith("3 lines hold no word")
+
+
+def test_a_word_may_have_spaces_where_tabs_part_columns(tmp_path: Path):
+    assert records(put(tmp_path, "a.conll", b"New York\tB-LOC\n")) == [(1, {"tokens": ["New York"], "tags": ["B-LOC"]})]
+
+
+def test_sentences_without_tags_are_enough_for_a_prediction(tmp_path: Path):
+    path = put(tmp_path, "a.conll", b"Ann\nsings\n\nBob\n")
+    found, problems = examples_in(path, task="tag", answered=False)
+    assert [[part.text for part in example.parts] for example in found] == [["Ann", "sings"], ["Bob"]]
+    assert problems == []
+
+
+def test_a_bad_sentence_does_not_hide_the_next(tmp_path: Path):
+    payload = b"Ann B-PER\n\nbad\nworse\n\nBob B-PER\n\nAndr\xe9 B-PER\n\nEve B-PER\n"
+    path = put(tmp_path, "a.conll", payload)
+    rows, problems = rows_in(path)
+    assert [line for line, _ in rows] == [1, 6, 10]
+    assert said(problems) == [("ragged_row", 3), ("invalid_utf8", 8)]
+    assert f"(byte {payload.index(0xE9)})" in problems[1].message
