@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,11 +12,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
-from tiny_model import tiny_model
+from tiny_model import ENCODERS, TRANSLATORS, tiny_model
+from tunesmith.data.batch import build_batch
+from tunesmith.data.labels import Labels
 from tunesmith.errors import RecipeError
+from tunesmith.methods.lora import attach
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.forward import logits_at_targets, sequence_logits
+from tunesmith.recipe.knobs import LoraMethod
 
 
 @pytest.mark.parametrize("arch", [*CAN, *CANNOT])
@@ -82,3 +89,34 @@ def test_adapters_get_the_same_gradients_in_recomputed_layers():  # trap: L10
 def test_adapter_test_catches_a_reentrant_recomputation():  # trap: L10 planted
     with pytest.raises((AssertionError, RuntimeError)):
         adapters_get_gradients(2, use_reentrant=True)
+
+
+def gradients_with_a_head(arch: str, num_layers: int) -> list[torch.Tensor]:
+    """Adapters, and the head of encoders, on rows of 9, 9 and 5 tokens."""
+    labels = None if arch in TRANSLATORS else Labels("one", ("a", "b"))
+    model = tiny_model(arch, vocab_size=VOCAB, head="sequence", labels=labels)
+    attachment = attach(model, LoraMethod(rank=4), seed=0)
+    checkpoint_layers(model, num_layers)
+    rows = rows_of((9, 9, 5))
+    if arch in TRANSLATORS:
+        rows = [replace(row, trained=np.arange(len(row.ids)) >= 4) for row in rows]
+        batch = build_batch(rows, range(3), layout="encoder_decoder", device="cpu", decoder_start=0)
+        answers_NC = logits_at_targets(model.train(), batch)
+    else:
+        rows = [replace(row, trained=np.arange(len(row.ids)) == 0, labels=np.ones(1, np.int64)) for row in rows]
+        batch = build_batch(rows, range(3), layout="padded", device="cpu")
+        answers_NC = sequence_logits(model.train(), batch)
+    F.cross_entropy(answers_NC, batch.targets_N).backward()
+    return [tensor.grad for name, tensor in attachment.trained.items() if not name.endswith("lora_A.weight")]
+
+
+@pytest.mark.parametrize("arch", [*(arch for arch in ENCODERS if arch != "mpnet"), *TRANSLATORS])
+def test_encoders_and_encoder_decoders_have_the_same_gradients_in_recomputed_layers(arch):
+    expected = gradients_with_a_head(arch, 0)
+    assert all(grad.abs().max() > 0 for grad in expected)
+    assert all(map(torch.equal, gradients_with_a_head(arch, 2), expected))
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_is_named():
+    with pytest.raises(RecipeError, match=r"MPNetForMaskedLM has 0 layers that can be recomputed"):
+        checkpoint_layers(tiny_model("mpnet", vocab_size=VOCAB, head="masked_token"), 1)
