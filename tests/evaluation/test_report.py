@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
+from shape.tree import ROOT
 from tunesmith.errors import RunError
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of
@@ -129,6 +132,13 @@ def test_a_finished_run_is_drawn_again_from_its_folder_alone(pages):
     assert files_of(folder) == first
 
 
+def test_drawing_again_needs_no_torch():
+    modules = ", ".join(f"tunesmith.evaluation.report{name}" for name in ("", ".html", ".plots", ".markdown"))
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_run_that_held_nothing_out_says_so(tmp_path):
     run, facts, progress = fake_run(tmp_path / "run", "chat")
     kept = [line for line in run.events_path.read_text().splitlines() if '"kind":"step"' in line or '"plan"' in line]
@@ -156,7 +166,7 @@ def test_a_change_counts_only_where_the_intervals_lie_apart():
     assert told(low, {**high, "low": 0.6}) == ("+30.0 points", "within")  # they touch
     assert told(low, high, "loss") == ("+60%", "worse")
     assert told(high, low, "calibration_error") == ("−38%", "better")
-    assert told(low, low, "majority") == ("", "")
+    assert told(low, low) == told(low, low, "majority") == ("same", "")
     assert told({"value": 0.5}, {"value": 0.4}, "loss") == ("−20%", "")
     nan = float("nan")
     assert told({"value": nan, "low": nan, "high": nan}, high) == ("", "")

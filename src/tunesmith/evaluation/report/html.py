@@ -19,7 +19,8 @@ from tunesmith.evaluation.report.marking import Marked, differences, one_line, v
 _SECTION = re.compile(r'<section id="(\w+)"><h2>([^<]+)</h2>')
 FOLDED_FROM = 600
 """Characters from which a text is folded to its beginning."""
-_FOLDED_FROM_LINES = 14
+_IN_A_LINE = 40
+"""Characters that a line break counts as."""
 MOST_CHARACTERS = 20_000
 """Of one text; beyond it is cut, and it is said. The run's own files have the rest."""
 
@@ -62,13 +63,13 @@ def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def data(text: Any) -> Markup:
-    """A text of the data, set apart from the page's own, long ones folded."""
+def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:
+    """A text of the data, set apart from the page's own; longer ones than `folded_from` are folded."""
     shown = visible(str(text))
     cut = len(shown) - MOST_CHARACTERS
     if cut > 0:
         shown = f"{shown[:MOST_CHARACTERS]}… ({cut:,} more characters are left out)"
-    return _folded(shown, Markup("<bdi>{}</bdi>").format(shown))
+    return _folded(shown, Markup("<bdi>{}</bdi>").format(shown), folded_from)
 
 
 def _name(label: str) -> Markup:
@@ -76,8 +77,8 @@ def _name(label: str) -> Markup:
     return Markup("<bdi>{}</bdi>").format(one_line(label, 80))
 
 
-def _folded(text: str, whole: Markup) -> Markup:
-    if len(text) < FOLDED_FROM and text.count("\n") < _FOLDED_FROM_LINES:
+def _folded(text: str, whole: Markup, folded_from: int) -> Markup:
+    if len(text) < folded_from and text.count("\n") < folded_from / _IN_A_LINE:
         return whole
     begin = one_line(text, 160)
     summary = Markup("<summary><bdi>{}</bdi> <small>{:,} characters</small></summary>").format(begin, len(text))
@@ -99,4 +100,4 @@ def _marked(stretches: Marked, tag: str) -> Markup:
         for text, marked in stretches
     ]
     text = visible("".join(text for text, _ in stretches))
-    return _folded(text, Markup("<bdi>{}</bdi>").format(Markup("").join(pieces)))
+    return _folded(text, Markup("<bdi>{}</bdi>").format(Markup("").join(pieces)), FOLDED_FROM)

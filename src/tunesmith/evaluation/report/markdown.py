@@ -17,10 +17,10 @@ _IN_A_CELL = 160
 def as_markdown(page: Mapping[str, Any]) -> str:
     """The same `page` as report.html is made of."""
     report = page["report"]
-    lines = [f"# {inline(report['name'])}", "", inline(page["summary"], width=100_000), ""]
-    lines += [f"- {inline(note, width=2000)}" for note in page["notes"]]
+    lines = [f"# {inline(report['name'])}", "", inline(page["summary"], width=100_000)]
     for title, part in (
         ("Measures", _measures(page["lines"])),
+        ("Worth knowing", [f"- {inline(note, width=2000)}" for note in page["notes"]]),
         ("Training", _training(page)),
         ("Classes", _classes(page)),
         ("Answers", _answers(report["samples"])),

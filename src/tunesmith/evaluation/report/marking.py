@@ -9,7 +9,7 @@ from collections.abc import Iterator
 # What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction, spaces
 # without width, line ends that are none in a file, and halves of characters.
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\uffff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _WORDS = re.compile(r"\s*\S+\s*")

@@ -96,8 +96,10 @@ def _line(key: str, before: Interval, after: Interval) -> Line:
 def _change(info: MeasureInfo, before: Interval, after: Interval) -> tuple[str, Verdict]:
     """The difference in words, and what it is worth: nothing where the two intervals meet."""
     difference = after["value"] - before["value"]
-    if not math.isfinite(difference) or (info.better == "neither" and difference == 0):
+    if not math.isfinite(difference):
         return "", ""
+    if difference == 0:
+        return "same", ""
     if info.form == "percent":
         text = f"{difference * 100:+.1f} points"
     elif info.better == "lower" and before["value"] > 0:
@@ -186,7 +188,7 @@ def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
     parts = [f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%})"] if total else []
     parts += [
-        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,} were learnt",
+        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were learnt",
         f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}",
         f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
         f"{duration(seconds['evaluate'])} to measure",
