@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Settings, files, given, remember_json
+from tunesmith.cli.options import TASKS, Json, Offline, Settings, files, given, remember_json
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Also check tokens: lengths, template."),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="auto|chat|generate", help="What is learnt.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: Settings = None,
     offline: Offline = False,
@@ -52,7 +52,9 @@ def check(
     from tunesmith.data.check import check as check_rows
 
     with progress_bar(console(stderr=True), "checking rows") as tick:
-        report = check_rows(chosen.data, renderer=_renderer(chosen, offline) if chosen.model else None, progress=tick)
+        renderer = _renderer(chosen, offline) if chosen.model else None
+        task = None if chosen.task == "auto" else chosen.task
+        report = check_rows(chosen.data, renderer=renderer, task=task, progress=tick)
     if as_json:
         json_line({"kind": "check", "ok": report.ok, **asdict(report)})
     else:
@@ -62,21 +64,23 @@ def check(
 
 
 def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
-    """The renderer that training would use; None where no row is good enough to tell the task from."""
-    from tunesmith.data.render import Renderer
-    from tunesmith.data.rows import first_example
+    """The renderer that training would use; None where no row is good enough to tell the task from.
+
+    Raises ModelError where the model cannot learn the task.
+    """
     from tunesmith.errors import DataError
+    from tunesmith.loading import make_renderer
     from tunesmith.models import locate
+    from tunesmith.models.kind import model_kind
     from tunesmith.models.load import load_tokenizer
     from tunesmith.models.size import size
-    from tunesmith.planning.advise import choose_task
+    from tunesmith.planning.before_rows import decide_before_rows, find_head
 
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    tokenizer = load_tokenizer(located, recipe.data.template)
+    tokenizer, kind = load_tokenizer(located, recipe.data.template), model_kind(located)
     try:
-        task = choose_task(first_example(recipe.data)).value if recipe.task == "auto" else recipe.task
+        decided, _ = decide_before_rows(recipe, located, size(located), kind)
     except DataError:
         return None
-    limit = size(located).max_tokens if recipe.data.max_tokens == "auto" else recipe.data.max_tokens
-    too_long, control_tokens = recipe.data.too_long, recipe.data.control_tokens
-    return Renderer(tokenizer, task, max_tokens=limit, too_long=too_long, control_tokens=control_tokens)
+    find_head(decided, located, kind)
+    return make_renderer(decided, tokenizer, kind)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BAR = 32
 """Width of the longest bar of the histogram."""
+MOST_CLASSES = 30
+"""Classes drawn one by one."""
 
 
 def draw(report: CheckReport) -> None:
@@ -38,6 +40,7 @@ def draw(report: CheckReport) -> None:
         _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")
     for side, stats in report.tokens.items():
         _tokens(screen, side, stats)
+    _labels(screen, report)
     for spans in report.first_rows[:1]:
         screen.print("", sample_row(spans), "", sep="\n")
     _say(screen, f"held out: {plural(report.held_out, 'row')}")
@@ -47,6 +50,24 @@ def draw(report: CheckReport) -> None:
         screen.print(Text(f"refused: {visible(refusal)}", style="bold red"))
     if report.ok:
         screen.print(Text("can be trained on", style="bold green"))
+
+
+def _labels(screen: Console, report: CheckReport) -> None:
+    """Classes with a bar each, the most frequent ones where there are many."""
+    if not report.labels:
+        return
+    words = {"one": "one class a row", "many": "any number of classes a row", "tags": "a tag for each word"}
+    _say(screen, f"labels: {len(report.labels):,} classes, {words[str(report.label_kind)]}")
+    most = max(number for _, number in report.labels)
+    listed = report.labels
+    if len(listed) > MOST_CLASSES:
+        listed = tuple(sorted(listed, key=lambda label: -label[1])[:MOST_CLASSES])
+    for name, number in listed:
+        bar = "█" * max(round(number / most * BAR), 1 if number else 0)
+        shown = visible(name if len(name) <= 18 else f"{name[:17]}…")
+        screen.print(Text.assemble((f"{shown:>18} ", MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
+    if len(listed) < len(report.labels):
+        _say(screen, f"and {len(report.labels) - len(listed):,} rarer ones")
 
 
 def _tokens(screen: Console, side: str, stats: TokenStats) -> None:

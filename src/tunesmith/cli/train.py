@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Quiet, Root, Settings, files, given, remember_json
+from tunesmith.cli.options import TASKS, Json, Offline, Quiet, Root, Settings, files, given, remember_json
 from tunesmith.errors import InputError
 
 
@@ -22,7 +22,7 @@ def train(
         list[str] | None,
         typer.Option("--eval", metavar="DATA", help="Held-out rows; without, 5 % of DATA are held out."),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="auto|chat|generate", help="What is learnt.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
     method: Annotated[str | None, typer.Option(metavar="auto|lora|full", help="How weights change.")] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: Settings = None,

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
+from tiny_run import model_folder
+from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
+from tunesmith.data.labels import Labels
+from tunesmith.errors import InputError, ModelError
+from tunesmith.generation import Sampling, answer
+from tunesmith.loading import Speaker, load_model
+from tunesmith.predicting.inputs import answers_to
+from tunesmith.predicting.predictor import Predictor
+from tunesmith.types import Part
+
+ATOL = 1e-5
+"""float32; padded in one pass and alone in another sum in another order."""
+
+
+def speaker_of(path: Path) -> Speaker:
+    speaker = load_model(str(path), offline=True)
+    speaker.model.float()
+    return speaker
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    kinds: dict[str, Labels] = {"one": ONE, "many": MANY, "number": NUMBER, "tags": TAGS}
+    made = {name: headed(root / name, labels) for name, labels in kinds.items()}
+    return {**made, "causal": headed(root / "causal", ONE, arch="llama"), "chat": model_folder(root / "chat")}
+
+
+def logits_alone(path: Path, rows: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    """What transformers' own model of the folder answers to each row by itself."""
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        given = [tokenizer(row["text"], row.get("text_pair"), return_tensors="pt") for row in rows]
+        return [model(**inputs).logits[0] for inputs in given]
+
+
+def test_classes_are_those_of_the_model_alone(folders: dict[str, Path]) -> None:
+    """Texts and pairs of many lengths, answered together: each as transformers answers it by itself."""
+    rows = [{"text": text} for text in texts(9)]
+    rows += [{"text": one, "text_pair": other} for one, other in zip(texts(4), texts(4, seed=1), strict=True)]
+    lines = answers_to(Predictor(speaker_of(folders["one"])), rows)
+    for row, line, logits in zip(rows, lines, logits_alone(folders["one"], rows), strict=True):
+        assert {key: line[key] for key in row} == row
+        chances = dict(zip(ONE.names, logits.softmax(-1).tolist(), strict=True))
+        assert line["probabilities"] == pytest.approx(chances, abs=ATOL)
+        assert line["label"] == max(chances, key=lambda name: chances[name])
+    bad = [line["probabilities"]["bad"] for line in lines]
+    assert max(bad) - min(bad) > 0.05  # texts make a difference
+
+
+def test_a_causal_head_answers_in_company_as_alone(folders: dict[str, Path]) -> None:
+    predictor = Predictor(speaker_of(folders["causal"]))
+    rows = [{"text": text} for text in texts(9)]
+    together = answers_to(predictor, rows, bare=True)
+    for row, line in zip(rows, together, strict=True):
+        [alone] = answers_to(predictor, [row], bare=True)
+        assert alone["probabilities"] == pytest.approx(line["probabilities"], abs=ATOL)
+
+
+def test_any_number_of_classes_hold_above_the_threshold(folders: dict[str, Path]) -> None:
+    rows = [{"text": text} for text in texts(6)]
+    speaker = speaker_of(folders["many"])
+    for threshold in (0.3, 0.5, 0.9):
+        lines = answers_to(Predictor(speaker, threshold=threshold), rows, bare=True)
+        for line, logits in zip(lines, logits_alone(folders["many"], rows), strict=True):
+            assert line["probabilities"] == pytest.approx(
+                dict(zip(MANY.names, logits.sigmoid().tolist(), strict=True)), abs=ATOL
+            )
+            assert line["labels"] == [name for name, p in line["probabilities"].items() if p > threshold]
+
+
+def test_a_number_is_the_output_itself(folders: dict[str, Path]) -> None:
+    rows = [{"text": text} for text in texts(4)]
+    lines = answers_to(Predictor(speaker_of(folders["number"])), rows, bare=True)
+    expected = [{"value": float(logits[0])} for logits in logits_alone(folders["number"], rows)]
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line == pytest.approx(wanted, abs=1e-4)  # logits of weights five times as large
+
+
+def test_tags_stand_beside_their_words(folders: dict[str, Path]) -> None:
+    rows = [{"tokens": text.split()} for text in texts(5)]
+    lines = answers_to(Predictor(speaker_of(folders["tags"])), rows)
+    model = AutoModelForTokenClassification.from_pretrained(folders["tags"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["tags"])
+    for row, line in zip(rows, lines, strict=True):
+        inputs = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
+        with torch.no_grad():
+            best = model(**inputs).logits[0].argmax(-1).tolist()[1:-1]  # a word is a token here
+        assert line == {"tokens": row["tokens"], "tags": [TAGS.names[i] for i in best]}
+
+
+def test_a_word_without_a_token_has_no_tag_and_is_counted(folders: dict[str, Path]) -> None:
+    """70 words where 62 tokens are left: the last eight are not read, and a warning says so."""
+    predictor = Predictor(speaker_of(folders["tags"]))
+    words = ["Ada"] * 70
+    warned: list[str] = []
+    from tunesmith.types import Example, Source
+
+    example = Example(tuple(Part("word", word, False) for word in words), Source("a", 1), "tokens_tags")
+    [line] = predictor([example], lambda done: None, lambda problem: warned.append(problem.code))
+    assert isinstance(line, dict)
+    assert line["tags"][62:] == [None] * 8
+    assert None not in line["tags"][:62]
+    assert len(warned) == 1
+
+
+def test_written_answers_are_those_of_one_alone(folders: dict[str, Path]) -> None:
+    speaker = speaker_of(folders["chat"])
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in texts(5)]
+    lines = answers_to(Predictor(speaker, max_new_tokens=6), rows)
+    for row, line in zip(rows, lines, strict=True):
+        prompt = speaker.renderer.prompt_ids([Part("user", row["messages"][0]["content"], False)])
+        [alone] = answer(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=6))
+        assert line == {**row, "answer": alone.text}
+
+
+def test_rows_that_bring_an_answer_are_asked_without_it(folders: dict[str, Path]) -> None:
+    predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=4)
+    asked = [{"role": "user", "content": "the old apple"}]
+    told = {"messages": [*asked, {"role": "assistant", "content": "a secret"}]}
+    assert answers_to(predictor, [told]) == answers_to(predictor, [{"messages": asked}])
+
+
+def test_rows_without_room_or_text_say_why(folders: dict[str, Path]) -> None:
+    predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=500)
+    [line] = answers_to(predictor, ["red " * 20])
+    assert line["error"].startswith("too_long: its ")
+    assert "12 that leave this model room for an answer" in line["error"]
+
+
+def test_text_and_summaries_are_written_under_their_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = load_model(str(folders["chat"]), task="text", offline=True)
+    [line] = answers_to(Predictor(text, max_new_tokens=3), ["the old"])
+    assert list(line) == ["text", "completion"]
+    path = encoder_decoder_folder(tmp_path / "t5")
+    summary = load_model(str(path), task="summarize", offline=True)
+    [line] = answers_to(Predictor(summary, max_new_tokens=3), ["the old apple in Rome"])
+    assert list(line) == ["document", "summary"]
+    assert load_model(str(path), offline=True).recipe.task == "generate"
+
+
+def test_a_model_that_cannot_answer_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    filler = load_model(str(encoder_folder(tmp_path / "masked")), offline=True)
+    with pytest.raises(InputError, match="fills in masked tokens"):
+        Predictor(filler)
+    with pytest.raises(ModelError, match=r"no head for the task classify. Tune one: tunesmith train"):
+        load_model(str(folders["chat"]), task="classify", offline=True)
