@@ -44,6 +44,10 @@ OnProgress = Callable[[int, int], None]
 """Bytes read and bytes in all."""
 
 
+Tell = Callable[[Source, int, int], str]
+"""What to say of a row that repeats another: where that is, the row, the other."""
+
+
 class Encodes(Protocol):
     """What a check asks of `tunesmith.data.render.Renderer`."""
 
@@ -105,19 +109,20 @@ class _Check:
         ]
         train_I, held_I = (np.frombuffer(self._rows[side].hashes, np.uint64) for side in ("train", "eval"))
         pairs = {
-            "duplicate": self._pairs(duplicates(train_I), "train", "duplicate", "the row repeats {}."),
+            "duplicate": self._pairs(duplicates(train_I), "train", "duplicate", _repeats),
             "overlap": self._pairs(
                 overlap(train_I, held_I),
                 "eval",
                 "overlap",
-                "this held-out row also stands at {}, where it is trained.",
+                lambda there, row, other: f"this held-out row also stands at {there}, where it is trained.",
                 is_error=self._data.overlap == "error",
             ),
         }
-        texts_I = np.frombuffer(self._rows["train"].labels.texts, np.uint64)
+        of_train = self._rows["train"].labels
+        texts_I = np.frombuffer(of_train.texts, np.uint64)
         if len(texts_I) == len(train_I):
-            message = "the text also stands at {}, with another label. One of them is likely wrong."
-            pairs["conflicts"] = self._pairs(conflicts(texts_I, train_I), "train", "conflicting_labels", message)
+            found_I = conflicts(texts_I, train_I)
+            pairs["conflicts"] = self._pairs(found_I, "train", "conflicting_labels", of_train.difference)
         labels = self._labels()
         held_out = self._held_out(labels.kind)
         return CheckReport(
@@ -206,15 +211,13 @@ class _Check:
         if len(listed) < self._data.limits.problems:
             listed.append(problem)
 
-    def _pairs(
-        self, found_I: NDArray[np.int64], side: Side, code: str, message: str, *, is_error: bool = False
-    ) -> Pairs:
+    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str, tell: Tell, *, is_error: bool = False) -> Pairs:
         """Say of the first rows, given as (row, row that it repeats), that they repeat another; count all."""
         examples = []
         for row, other in found_I[:PAIRS_LISTED].tolist():
             here, there = self._source(side, row), self._source("train", other)
             examples.append((here, there))
-            self._hear(Problem(here, code, message.format(there), "", "error" if is_error else "warning"))
+            self._hear(Problem(here, code, tell(there, row, other), "", "error" if is_error else "warning"))
         more = len(found_I) - len(examples)
         if more:
             self._counts["error" if is_error else "warning"][code] += more
@@ -282,6 +285,10 @@ def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
         raise
     if chunk:
         yield chunk
+
+
+def _repeats(there: Source, row: int, other: int) -> str:
+    return f"the row repeats {there}."
 
 
 def _size(path: str) -> int:

@@ -58,6 +58,15 @@ class SideLabels:
             self.firsts.append(source)
         return self.ids[name]
 
+    def difference(self, there: Source, row: int, other: int) -> str:
+        """What to say of two rows with one text and two labels."""
+        here, that = self.of_rows[row], self.of_rows[other]
+        if self.many or min(here, that) < 0:
+            return f"the text also stands at {there}, with another label: one of them is likely wrong."
+        names = tuple(self.ids)
+        labels = f"{names[that][:40]!r} there, {names[here][:40]!r} here"
+        return f"the text also stands at {there}, with another label ({labels}): one of them is likely wrong."
+
     def seen(self) -> Seen:
         return Seen(tuple(self.ids), np.array(self.counts, np.int64), self.many, lambda label: self.firsts[label])
 
