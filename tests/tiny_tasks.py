@@ -118,8 +118,9 @@ def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:
         return [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]} for t in said]
     if task == "generate":
         return [{"prompt": f"{text} :", "completion": f" {text.split()[0]}"} for text in said]
-    if task == "text":
-        return [{"text": text} for text in said]
+    if task == "text":  # each word follows the one before it in WORDS
+        starts = [WORDS.index(text.split()[0]) for text in said]
+        return [{"text": " ".join((WORDS * 2)[start : start + 8])} for start in starts]
     if task == "summarize":
         return [{"document": text, "summary": " ".join(text.split()[:2])} for text in said]
     if task == "tag":

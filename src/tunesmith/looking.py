@@ -7,8 +7,9 @@ Nothing here changes a weight or draws from the loop's random numbers.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from tunesmith.data.labels import count_classes, see
 from tunesmith.data.rows import Rows
 from tunesmith.data.store import RowStore
+from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.answers import answer_measures
+from tunesmith.evaluation.intervals import Interval
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.evaluation.row_lines import most_surprising, row_lines
@@ -36,7 +39,9 @@ def look(session: Session, name: str) -> None:
     begun = time.perf_counter()
     _answer(session, name)
     if session.setup.recipe.evaluation.general and session.setup.speaks:
+        session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
+        session.listener.on_progress("general", 1, 1)
     session.progress.evaluate_seconds += time.perf_counter() - begun
 
 
@@ -54,6 +59,8 @@ def measure_held_out(session: Session, name: str) -> None:
         task=setup.task.name,
         **_baseline(setup.rows),
     )
+    if setup.recipe.evaluation.keep == "best":
+        _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
     if name in ("before", "after"):
         lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)
         _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
@@ -61,7 +68,7 @@ def measure_held_out(session: Session, name: str) -> None:
     seconds = time.perf_counter() - begun
     progress.evaluate_seconds += seconds
     if name == "step":
-        _remember(session, measures[setup.recipe.evaluation.metric]["value"])
+        _remember(session, _metric(measures, setup.recipe.evaluation.metric))
     values = {
         "name": name,
         "loss": measures["loss"]["value"],
@@ -111,13 +118,18 @@ def _lines(
     )
 
 
+def _metric(measures: Mapping[str, Interval], key: str) -> float:
+    if key not in measures:
+        raise RecipeError(f"evaluation.metric: {key} is not defined for these rows. There are: {', '.join(measures)}.")
+    return measures[key]["value"]
+
+
 def _remember(session: Session, value: float) -> None:
     """Whether this evaluation is the best so far, by the metric that the recipe names."""
     progress = session.progress
     sign = -1.0 if MEASURES[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
-    progress.measured_step = progress.step
     best = progress.best.get("value")
-    if best is None or sign * value < sign * best:
+    if math.isfinite(value) and (best is None or sign * value < sign * best):
         progress.best = {"step": progress.step, "value": value}
         progress.without_best = 0
     else:
@@ -147,7 +159,13 @@ def _measure_general(session: Session, name: str) -> None:
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
     )
     answers = general.answers(setup.model, setup.renderer)
-    session.emit("general", {"name": name, "loss": loss, "targets": num_targets, "answers": answers})
+    session.emit("general", {"name": name, "loss": loss, "tokens": num_targets, "answers": answers})
+    if name == "before":
+        session.progress.general_loss = loss
+    elif (before := session.progress.general_loss) is not None:
+        text, past_bound = general.verdict(before, loss)
+        if past_bound:
+            session.emit("note", {"text": text})
 
 
 def find_surprising(session: Session) -> None:

@@ -65,3 +65,14 @@ MEASURES: Mapping[str, MeasureInfo] = {
     "chrf": MeasureInfo("chrF", "ratio", "higher", "Corpus chrF, 0 to 100 (sacrebleu)."),
     "general_loss": MeasureInfo("general text", "number", "lower", "Loss on the general text kept in the package."),
 }
+
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "next_token": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
+    "masked_token": ("loss", "perplexity", "token_accuracy"),
+    "one": ("loss", "accuracy", "macro_f1", "roc_auc", "calibration_error"),
+    "many": ("loss", "micro_f1", "macro_f1", "exact_rows"),
+    "number": ("loss", "mse", "spearman"),
+    "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
+}
+"""What `evaluation.metric` can be, by head, or by kind of label where there is one; some need data of their own: bits
+per byte documents, ROC AUC two classes, spans tags that mark them."""

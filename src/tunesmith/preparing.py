@@ -21,6 +21,7 @@ from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.loading import has_token_types
+from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import ragged_agrees
@@ -109,6 +110,7 @@ def prepare(
     for choice in rows.choices:
         recipe = with_choice(recipe, choice)
     lengths_I = rows.store.lengths[rows.train_rows]
+    _check_metric(recipe, head, rows.labels)
     recipe, more = decide(recipe, Facts(model_size.num_params, recipe.device, kind, lengths_I))
 
     on_progress("load", 0, 1)
@@ -142,6 +144,14 @@ def prepare(
         samples=samples,
         identity=_identity(recipe, rows, renderer, located),
     )
+
+
+def _check_metric(recipe: Recipe, head: HeadName, labels: Labels | None) -> None:
+    keys = MEASURED[head if labels is None else labels.kind]
+    if recipe.evaluation.metric not in keys:
+        raise RecipeError(
+            f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
+        )
 
 
 def _load(

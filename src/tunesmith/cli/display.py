@@ -23,6 +23,8 @@ PHASES = {
     "evaluate": "measuring held-out rows",
     "answer": "answering held-out prompts",
     "check": "checking rows",
+    "general": "measuring general ability",
+    "surprise": "looking for surprising training rows",
     "download": "downloading the model",
 }
 """Words for what the engine reports progress of; an unknown name is shown as it is."""
