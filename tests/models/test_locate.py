@@ -104,6 +104,21 @@ class Marker:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.parametrize(
+    ("architectures", "named"),
+    [
+        (["BertForMaskedLM"], "BertForMaskedLM"),
+        (["x as M; boom"], "AutoModelForCausalLM"),
+        ("T5", "AutoModelForCausalLM"),
+    ],
+)
+def test_the_conversion_names_the_class_of_the_config(folder, architectures, named):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert f"import {named} as M" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_unread(folder, tmp_path, name):
     marker = tmp_path / "ran"

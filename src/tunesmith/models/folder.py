@@ -74,7 +74,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return files
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [file for file in names if file.endswith(PICKLES)]:
-        raise ModelError(refuse_pickles(name, pickles))
+        raise ModelError(refuse_pickles(folder, name, pickles))
     if others := [file for file in names if file.endswith(".safetensors")]:
         raise ModelError(
             f"{name}: no {SINGLE} and no {INDEX}, only {', '.join(others[:3])}. Rename it, or add an index."
@@ -82,12 +82,20 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     raise ModelError(f"{name}: no weights: no {SINGLE}. Give the folder of a whole model.")
 
 
-def refuse_pickles(name: str, files: list[str]) -> str:
+def refuse_pickles(folder: Path, name: str, files: list[str]) -> str:
     return (
         f"{name}: its weights are in {', '.join(files[:3])}, a format that can run code when it is read: refused. "
         'If you trust it, convert it and copy its tokenizer files beside: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{name}').save_pretrained('converted')\""
+        f"{_class_name(folder)} as M; M.from_pretrained('{name}').save_pretrained('converted')\""
     )
+
+
+def _class_name(folder: Path) -> str:
+    """The class that the config names, with the head that its weights have."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return first if re.fullmatch(r"[A-Z]\w{0,79}", first, re.ASCII) else "AutoModelForCausalLM"
 
 
 def shards(index: Path) -> list[str]:

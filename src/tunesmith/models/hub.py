@@ -9,6 +9,7 @@ from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, shards
 
 _SMALL = (".json", ".jinja", ".model", ".txt")
 """Endings of configs, tokenizers and templates."""
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def from_hub(model: str, *, revision: str | None, offline: bool) -> tuple[Path, str]:
@@ -49,7 +50,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
     whole = (folder / SINGLE).is_file() or (
         (folder / INDEX).is_file() and all((folder / name).is_file() for name in shards(folder / INDEX))
     )
-    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    tokenizer = any((folder / name).is_file() for name in _VOCABULARIES)
     return folder if whole and tokenizer and (folder / "config.json").is_file() else None
 
 

@@ -81,7 +81,7 @@ def _near(path: Path) -> str:
 
 def _gguf_file(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
-        raise ModelError(refuse_pickles(str(path.parent), [path.name]))
+        raise ModelError(refuse_pickles(path.parent, str(path.parent), [path.name]))
     if path.suffix == ".safetensors" or path.name == "config.json":
         raise ModelError(f"{path}: one file of a model. Give its folder: {path.parent}")
     with open(path, "rb") as file:
