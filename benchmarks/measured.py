@@ -1,0 +1,106 @@
+"""A child process measured from outside, and the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "scikit-learn", "numpy")
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that has ended."""
+
+    code: int
+    wall_seconds: float
+    """From its start to its end, imports included."""
+    peak_bytes: int
+    """Most memory resident at once in it, or in one of its own children where one held more; never less than what this
+    process holds, which the kernel puts to the account of a new one. So nothing here imports torch."""
+    load_before: float
+    """Processes that wanted to run in the minute before, from os.getloadavg: what it shared the machine with."""
+    tail: str
+    """The last lines of what it printed."""
+
+
+def run_child(words: Sequence[str], *, log: Path) -> Child:
+    """Run a command to its end, with the package of this checkout; what it prints goes to `log`."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    load = os.getloadavg()[0]
+    with open(log, "wb") as file:
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        try:
+            # wait4 and not wait: it alone tells the memory of this child, whatever ran before it.
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    return Child(
+        code=process.returncode,
+        wall_seconds=seconds,
+        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),  # bytes there, KiB elsewhere
+        load_before=load,
+        tail="\n".join(lines[-TAIL_LINES:]),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on beside the code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this checkout and the libraries; a library that is not installed is "absent"."""
+    found = {"python": platform.python_version(), "tunesmith": _commit()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name).partition("+")[0]  # of torch, which build it is
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a + where tracked files differ from it."""
+    words = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no git"
