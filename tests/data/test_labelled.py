@@ -106,7 +106,7 @@ def test_what_a_cut_costs_is_said() -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("bert", 5), ("roberta", 6), ("causal", 5)])
 def test_a_room_without_a_token_for_each_text_is_refused(name: str, least: int) -> None:
-    with pytest.raises(RecipeError, match="data.max_tokens"):
+    with pytest.raises(RecipeError, match=r"data\.max_tokens"):
         renderer(name, max_tokens=least - 1)
     row = only_row(renderer(name, max_tokens=least).encode([labelled("the fox", "the dog")])[0])
     assert len(row.ids) == least

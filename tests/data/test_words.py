@@ -123,5 +123,5 @@ def test_equal_tags_have_one_id_and_words_to_be_tagged_none() -> None:
 
 
 def test_a_room_without_a_token_for_a_word_is_refused() -> None:
-    with pytest.raises(RecipeError, match="data.max_tokens"):
+    with pytest.raises(RecipeError, match=r"data\.max_tokens"):
         renderer(BERT, max_tokens=2)

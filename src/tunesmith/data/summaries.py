@@ -79,8 +79,10 @@ class Summaries:
         """The document without its last tokens; empty where that is not enough, or no cut is to be made."""
         if self._room.too_long != "cut":
             return ""
-        ends_T = self._encoder.encode([document])[0].ends_T
-        return document[: int(ends_T[-excess - 1])] if len(ends_T) > excess else ""
+        starts_T = self._encoder.encode([document])[0].starts_T
+        if len(starts_T) <= excess:
+            return ""
+        return document[: min(int(starts_T[-excess]), len(document) - 1)]  # shorter, whatever a tokenizer's places say
 
     def _refusal(self, example: Example, num_tokens: int) -> Problem:
         if self._room.too_long != "cut":

@@ -1,0 +1,157 @@
+"""Batches of every layout, labels that are not shifted, and masked tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.families import bert_like
+from tunesmith.data.batch import build_batch
+from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.render import Renderer
+from tunesmith.data.store import RowStore, build
+from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.types import Row, Source
+
+BERT = bert_like()
+
+
+def row(ids: list[int], trained: list[int], labels: Any = None, *, second: int = 0) -> Row:
+    where = np.array(trained, np.bool_)
+    return Row(np.array(ids, np.int32), where, Source("x", 1), labels=labels, second=second)
+
+
+# --- Labels
+
+
+def classes_stand_where_they_are_learnt(batch: Any) -> None:
+    assert batch.predict_N.tolist() == [0, 4, 5]
+    assert batch.targets_N.tolist() == [3, 2, 1]
+
+
+TAGGED = [row([5, 6, 7], [1, 0, 0], np.array([3])), row([8, 9, 4], [0, 1, 1], np.array([2, 1]))]
+
+
+# trap: T12
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+def test_labels_are_not_shifted(layout: Any) -> None:
+    batch = build_batch(TAGGED, (0, 1), layout=layout, device="cpu")
+    classes_stand_where_they_are_learnt(batch)
+    assert batch.row_of_N.tolist() == [0, 1, 1]
+    assert batch.targets_N.dtype == torch.int64
+
+
+# trap: T12
+def test_shifted_labels_would_be_seen() -> None:
+    bare = [Row(r.ids, r.trained, r.source) for r in TAGGED]
+    with pytest.raises(AssertionError):
+        classes_stand_where_they_are_learnt(build_batch(bare, (0, 1), layout="padded", device="cpu"))
+
+
+def test_numbers_and_many_classes_keep_their_kind() -> None:
+    numbers = [row([5, 6], [1, 0], np.array([x], np.float32)) for x in (0.5, -2.0)]
+    batch = build_batch(numbers, (0, 1), layout="padded", device="cpu")
+    assert (batch.targets_N.tolist(), batch.targets_N.dtype) == ([0.5, -2.0], torch.float32)
+    many = [row([5, 6], [1, 0], np.array([held], np.float32)) for held in ([0, 1, 1], [0, 0, 0])]
+    batch = build_batch(many, (0, 1), layout="padded", device="cpu")
+    assert batch.targets_N.tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert batch.num_targets == 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"), [("padded", [[0, 0, 1, 1], [0, 0, 0, 0]]), ("ragged", [[0, 0, 1, 1, 0, 0]])]
+)
+def test_the_second_text_has_its_own_type_and_padding_has_none(layout: Any, expected: list[list[int]]) -> None:
+    rows = [row([5, 6, 7, 8], [1, 0, 0, 0], np.array([0]), second=2), row([5, 6], [1, 0], np.array([0]))]
+    assert build_batch(rows, (0, 1), layout=layout, device="cpu", has_types=True).types_BT.tolist() == expected  # type: ignore[union-attr]
+    assert build_batch(rows, (0, 1), layout=layout, device="cpu").types_BT is None
+
+
+def test_targets_know_their_row() -> None:
+    rows = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1]), row([9, 4], [0, 1])]
+    for layout in ("ragged", "padded"):
+        batch = build_batch(rows, (2, 0, 1), layout=layout, device="cpu")  # type: ignore[arg-type]
+        assert batch.row_of_N.tolist() == [0, 0, 1, 1, 2]
+
+
+# --- Masks
+
+
+def masking(**knobs: Any) -> Masking:
+    return Masking.of(BERT, **{"share": 0.15, "seed": 3, **knobs})
+
+
+LONG = row([2, *(5 + i % 100 for i in range(20_000)), 3], [0, *[1] * 20_000, 0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(1, 60), draw=st.integers(0, 10), index=st.integers(0, 1000), data=st.data())
+def test_exactly_as_many_tokens_are_learnt_as_are_counted(length: int, draw: int, index: int, data: Any) -> None:
+    num = data.draw(st.integers(1, length))
+    whole = row([2, *range(10, 10 + length), 3], [0, *[1] * length, 0])
+    masked = masking().apply(whole, num=num, draw=draw, index=index)
+    assert int(masked.trained.sum()) == num
+    assert not (masked.trained & ~whole.trained).any()
+    assert masked.labels is not None
+    assert masked.labels.tolist() == whole.ids[masked.trained].tolist()
+    assert (masked.ids[~masked.trained] == whole.ids[~masked.trained]).all()
+
+
+def test_four_fifths_are_hidden_a_tenth_is_another_and_a_tenth_itself() -> None:
+    masked = masking().apply(LONG, num=10_000, draw=1, index=0)
+    shown, truth = masked.ids[masked.trained], LONG.ids[masked.trained]
+    hidden, kept = (shown == BERT.mask_token_id).mean(), (shown == truth).mean()
+    # 10,000 draws: four standard deviations are 0.016 and 0.012; a random token is the true one in a few hundred
+    assert hidden == pytest.approx(0.8, abs=0.016)
+    assert kept == pytest.approx(0.1, abs=0.014)
+    others = shown[(shown != BERT.mask_token_id) & (shown != truth)]
+    assert not set(others.tolist()) & set(BERT.all_special_ids)
+    assert len(set(others.tolist())) > 100
+
+
+def test_masks_follow_from_seed_draw_and_row_alone() -> None:
+    def places(**knobs: Any) -> list[int]:
+        asked = {"seed": 3, "draw": 1, "index": 0, **knobs}
+        made = masking(seed=asked.pop("seed")).apply(LONG, num=50, **asked)
+        return [*made.trained.nonzero()[0].tolist(), *made.ids[made.trained].tolist()]
+
+    assert places() == places()
+    assert len({str(places(**knobs)) for knobs in ({}, {"seed": 4}, {"draw": 2}, {"index": 1})}) == 4
+
+
+def store_of(path: Path, text: str, **knobs: Any) -> RowStore:
+    path.mkdir()
+    (path / "a.jsonl").write_text(text, "utf-8")
+    settings = {"max_tokens": 12, "too_long": "cut", "control_tokens": "error", "kind": "encoder", **knobs}
+    return build(
+        path,
+        data=Data(),
+        files=[DataFile(path=str(path / "a.jsonl"))],
+        renderer=Renderer(BERT, **settings),
+        on_problem=lambda problem: pytest.fail(str(problem)) if problem.severity == "error" else None,
+    )
+
+
+def test_a_feed_masks_what_the_store_counts_and_is_the_same_however_rows_are_grouped(tmp_path: Path) -> None:
+    text = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n{"text": "山"}\n'
+    store = store_of(tmp_path / "rows", text, task_name="text")
+    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    assert store.denominators.tolist() == [max(1, round(0.3 * int(n))) for n in store.targets]
+    together = made.batch(range(len(store)), draw=5)
+    assert together.row_of_N.bincount().tolist() == store.denominators.tolist()
+    alone = [made.batch([i], draw=5) for i in range(len(store))]
+    assert torch.cat([batch.targets_N for batch in alone]).tolist() == together.targets_N.tolist()
+    assert made.batch([0], draw=6).ids_BT.tolist() != made.batch([0], draw=5).ids_BT.tolist()
+
+
+def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:
+    store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index]))
+    batch = Feed(store, layout="padded", device="cpu").batch([1, 0], draw=0)
+    assert (batch.row_indices, batch.targets_N.tolist()) == ((1, 0), [2, 1, 3])
