@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import examples
+from tunesmith.data.examples import OnProblem, examples
 from tunesmith.data.folders import expand
 from tunesmith.data.labels import ClassWeights, Labels, decide_labels, find_kind, remark_on, see
 from tunesmith.data.render import Renderer
@@ -119,9 +119,8 @@ def encode_rows(
         RecipeError: data.labels or train.class_weights do not fit the labels.
     """
     problems: list[Problem] = []
-    files = {side: expand(getattr(data, side), problems.append) for side in ("train", "replay", "eval")}
-    data = data.model_copy(update=files)
-    folder_notes = [str(problem) for problem in problems]
+    data = _without_folders(data, problems.append)
+    notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
         return build(
@@ -140,22 +139,12 @@ def encode_rows(
         refuse_bad(data, stores, problems)
         overlap = _overlap(data, store, held_store) if data.eval else []
         train, held, split_notes = _split(data, store, held_store, task)
-        labels: Labels | None = None
-        choices: list[Choice] = []
-        if task in ("classify", "tag"):
-            labels, choices = decide_labels(
-                task=task,
-                data=data,
-                class_weights=class_weights,
-                store=store,
-                train_rows=train,
-                held_store=held_store,
-            )
+        labels, choices = _labels(data, task, class_weights, (store, held_store), train)
     except DataError:
         for refused in stores:
             refused.discard()
         raise
-    notes = [*folder_notes, *counted(stores, problems), *overlap, *split_notes]
+    notes += [*counted(stores, problems), *overlap, *split_notes]
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
     held = _measured(held, held_store, max_held, notes)
@@ -164,6 +153,27 @@ def encode_rows(
         for labelled in stores:
             labelled.use(labels)
     return Rows(data, store, held_store, train, held, problems, notes, task, labels, choices)
+
+
+def _without_folders(data: Data, on_problem: OnProblem) -> Data:
+    files = {side: expand(getattr(data, side), on_problem) for side in ("train", "replay", "eval")}
+    return data.model_copy(update=files)
+
+
+def _labels(
+    data: Data,
+    task: TaskName,
+    class_weights: ClassWeights,
+    stores: tuple[RowStore, RowStore],
+    train_rows: NDArray[np.int64],
+) -> tuple[Labels | None, list[Choice]]:
+    """What a head learns of the rows, if the task has one of its own."""
+    if task not in ("classify", "tag"):
+        return None, []
+    store, held_store = stores
+    return decide_labels(
+        task=task, data=data, class_weights=class_weights, store=store, train_rows=train_rows, held_store=held_store
+    )
 
 
 def _measured(held: NDArray[np.int64], store: RowStore, most: int | None, notes: list[str]) -> NDArray[np.int64]:
