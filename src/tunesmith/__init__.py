@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tunesmith.api import load, resume, train
+    from tunesmith.api import evaluate, load, predict, resume, train
     from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
     from tunesmith.loop import training_steps
     from tunesmith.preparing import prepare
@@ -37,7 +37,9 @@ __all__ = [
     "RunError",
     "Stopped",
     "TunesmithError",
+    "evaluate",
     "load",
+    "predict",
     "prepare",
     "resume",
     "train",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("load", "resume", "train"),
+    "api": ("evaluate", "load", "predict", "resume", "train"),
     "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
     "loop": ("training_steps",),
     "preparing": ("prepare",),

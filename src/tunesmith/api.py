@@ -11,11 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import training
 from tunesmith.errors import RecipeError
-from tunesmith.loading import load_run
+from tunesmith.evaluation.intervals import Interval
+from tunesmith.loading import load_run, load_target
+from tunesmith.predicting.inputs import answers_to
+from tunesmith.predicting.measuring import evaluate_file
+from tunesmith.predicting.predictor import THRESHOLD, Predictor
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.run import Run
-from tunesmith.types import Event
+from tunesmith.types import Event, TaskName
 
 Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
 
@@ -74,6 +78,40 @@ def resume(
     return training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
 
 
+def predict(
+    target: Run | str | PathLike[str],
+    rows: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    *,
+    base: bool = False,
+    task: TaskName | None = None,
+    threshold: float = THRESHOLD,
+    max_new_tokens: int = 256,
+    root: str | PathLike[str] = "runs",
+    offline: bool = False,
+) -> list[dict[str, Any]]:
+    """Answers to texts, or to rows with the fields of the task, in their order: as the lines of `tunesmith predict`.
+
+    `target` is a run or a model; `base` asks the untouched model of a run, `task` says what to ask of a model.
+    """
+    given = [rows] if isinstance(rows, (str, Mapping)) else rows
+    speaker = load_target(_name(target), root=Path(root), base=base, task=task, offline=offline)
+    return answers_to(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
+
+
+def evaluate(
+    target: Run | str | PathLike[str],
+    data: str | PathLike[str],
+    *,
+    base: bool = False,
+    task: TaskName | None = None,
+    root: str | PathLike[str] = "runs",
+    offline: bool = False,
+) -> dict[str, Interval]:
+    """The measures of the task on a file of answered rows, each as {"value", "low", "high"}: its 95 % interval."""
+    speaker = load_target(_name(target), root=Path(root), base=base, task=task, offline=offline)
+    return evaluate_file(speaker, fspath(data)).measures
+
+
 def load(
     run: Run | str | PathLike[str], *, root: str | PathLike[str] = "runs", offline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,6 +119,10 @@ def load(
     found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
     speaker = load_run(found, offline=offline)
     return speaker.model, speaker.renderer.tokenizer
+
+
+def _name(target: Run | str | PathLike[str]) -> str:
+    return str(target.path) if isinstance(target, Run) else fspath(target)
 
 
 def _files(files: Files) -> list[Any]:

@@ -46,7 +46,8 @@ def piped(content: bytes, data: Data | None = None) -> Heard:
     with pipe() as (reading, writing):
         os.write(writing, content)
         os.close(writing)
-        read_pipe(reading, data or Data(), "classify", heard.lines, heard.said.append)
+        with open(reading, "rb", closefd=False) as source:
+            read_pipe(source, data or Data(), "classify", heard.lines, heard.said.append)
     heard.lines.flush()
     return heard
 
@@ -100,7 +101,8 @@ def test_rows_that_are_there_are_answered_before_waiting_for_more() -> None:
                 os.close(writing)
 
         heard.lines.flush = before_wait  # type: ignore[method-assign]
-        read_pipe(reading, Data(), "classify", heard.lines, heard.said.append)
+        with open(reading, "rb", closefd=False) as source:
+            read_pipe(source, Data(), "classify", heard.lines, heard.said.append)
         flush()
     assert heard.texts == ["a", "bb", "ccc"]
     assert heard.chunks == [2, 1]

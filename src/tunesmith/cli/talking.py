@@ -37,6 +37,17 @@ def open_speakers(
     target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
 ) -> list[Voice]:
     """Who answers, in order; the last one's answers carry the conversation on."""
+    voices = _voices(target, root=root, base=base, compare=compare, offline=offline, note=note)
+    speaker = voices[-1].speaker
+    if speaker.head != "next_token":
+        task = speaker.renderer.task_name
+        raise InputError(f"{target}: it answers the task {task}, not in words. Ask it with: tunesmith predict {target}")
+    return voices
+
+
+def _voices(
+    target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
+) -> list[Voice]:
     if not is_run(target, root):
         if base or compare:
             raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version beside it.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from io import BufferedIOBase
 from pathlib import Path
+from typing import cast
 
 from tunesmith.data.opening import FileFacts
 from tunesmith.errors import InputError
@@ -38,10 +41,7 @@ def predict_to(
         raise InputError("predict: --out needs a file of rows: what comes through a pipe cannot be gone on with.")
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
-    identity = {**predictor.identity(), "fields": "bare" if bare else "echoed"}
-    if Path(path).is_file():  # what is none is named when it is read
-        identity["rows"] = sha256_file(Path(path))
-    output = Output.open(out, identity, overwrite=overwrite)
+    output = Output.open(out, identity_of(predictor, path, bare=bare), overwrite=overwrite)
     try:
         if output.num_lines:
             say(f"{out}: goes on after {output.num_lines:,} rows")
@@ -54,6 +54,14 @@ def predict_to(
     lines.tally.errors += output.num_errors
     lines.tally.answered += output.num_lines - output.num_errors
     return lines.tally
+
+
+def identity_of(predictor: Predictor, path: str, *, bare: bool) -> dict[str, str]:
+    """What the lines follow from, by name: hashes of rows, model and renderer, and every option."""
+    identity = {**predictor.identity(), "fields": "bare" if bare else "echoed"}
+    if Path(path).is_file():  # what is none is named when it is read
+        identity["rows"] = sha256_file(Path(path))
+    return identity
 
 
 def predict_stream(
@@ -88,7 +96,7 @@ def _stream(
 
     lines = Lines(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
     if path == STDIN:
-        read_pipe(0, data, predictor.task, lines, say)
+        read_pipe(cast(BufferedIOBase, sys.stdin.buffer), data, predictor.task, lines, say)
     else:
         read_file(path, data, predictor.task, lines, facts)
     lines.flush()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from typing import Any, cast
 
 from tunesmith.data.examples import FileExamples, examples
@@ -49,12 +49,12 @@ def read_records(
     of_file.finish()
 
 
-def read_pipe(descriptor: int, data: Data, task: TaskName, lines: Lines, say: Callable[[str], None]) -> None:
+def read_pipe(source: BufferedIOBase, data: Data, task: TaskName, lines: Lines, say: Callable[[str], None]) -> None:
     """Hand every row of a pipe to `lines`, and have those that are there answered before waiting for more.
 
     JSON lines; or plain lines, each one text, where the first is no JSON object: `say` is told so.
     """
-    pipe = _Pipe(descriptor, lines.flush)
+    pipe = _Pipe(source, lines.flush)
     reader = io.BufferedReader(pipe, 1 << 16)
     head = reader.peek(1)
     facts = FileFacts(PIPE, "JSON lines", has_bom=head.startswith(BOM))
@@ -114,11 +114,11 @@ def _plain_lines(
 
 
 class _Pipe(io.RawIOBase):
-    """A descriptor that is read as far as it goes, and before waiting for more has `before_wait` done."""
+    """Bytes as far as they are there; before waiting for more it has `before_wait` done."""
 
-    def __init__(self, descriptor: int, before_wait: Callable[[], None]) -> None:
+    def __init__(self, source: BufferedIOBase, before_wait: Callable[[], None]) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._source = source
         self._before_wait = before_wait
         self._num_bytes = 0
 
@@ -127,7 +127,7 @@ class _Pipe(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._before_wait()
-        content = os.read(self._descriptor, len(buffer))
+        content = self._source.read1(len(buffer))
         buffer[: len(content)] = content
         self._num_bytes += len(content)
         return len(content)

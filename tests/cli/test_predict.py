@@ -1,0 +1,256 @@
+"""predict, eval and compare as they are typed: on models with heads, on a run of classes, on rows that went wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from predicting.headed import MANY, ONE, TAGS, headed
+from tiny_tasks import rows_of, task_recipe, texts, write
+from tunesmith.cli.app import app
+from tunesmith.run import Run
+
+Result = Any
+
+
+def tunesmith(*words: str | Path, code: int = 0, given: str | bytes | None = None) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], input=given)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def told(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return headed(tmp_path_factory.mktemp("one") / "model", ONE)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": text} for text in texts(20)])
+
+
+def predict(*words: str | Path, code: int = 0, given: str | None = None) -> Result:
+    return tunesmith("predict", *words, "--offline", code=code, given=given)
+
+
+def test_a_line_a_row_that_can_be_read_as_a_row_again(one: Path, rows: Path, tmp_path: Path) -> None:
+    result = predict(one, rows)
+    lines = told(result)
+    assert [line["source"] for line in lines] == [f"{rows}:{n}" for n in range(1, 21)]
+    assert [line["text"] for line in lines] == texts(20)
+    assert all(set(line["probabilities"]) == set(ONE.names) for line in lines)
+    assert "20 rows answered" in result.stderr
+    again = write(tmp_path / "again.jsonl", lines)
+    assert [line["label"] for line in told(predict(one, again))] == [line["label"] for line in lines]
+    bare = told(predict(one, rows, "--bare"))
+    assert [list(line) for line in bare] == [["source", "label", "probabilities"]] * 20
+
+
+def test_rows_that_cannot_be_used_say_why_in_their_place(one: Path, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "the old"}\nnot json\n{"words": 1}\n{"text": "in Rome"}\n')
+    result = predict(one, path)
+    lines = told(result)
+    assert [set(line) & {"label", "error"} for line in lines] == [{"label"}, {"error"}, {"error"}, {"label"}]
+    assert lines[1]["error"].startswith("bad_json: ")
+    assert "2 rows answered; 2 rows could not be, and say why" in result.stderr
+
+
+def test_nothing_that_can_be_read_is_bad_input(one: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n{\n")
+    result = predict(one, path, code=2)
+    assert len(told(result)) == 2
+    assert f"no row could be answered. The first: {path}:1: " in result.stderr
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 20])
+def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path, kept: int) -> None:
+    whole, begun = tmp_path / "whole.jsonl", tmp_path / "begun.jsonl"
+    predict(one, rows, "--out", whole)
+    _begin(one, rows, begun, whole.read_bytes().splitlines(keepends=True)[:kept])
+    result = predict(one, rows, "--out", begun, "--json")
+    assert begun.read_bytes() == whole.read_bytes()
+    assert told(result) == [{"kind": "result", "out": str(begun), "answered": 20, "errors": 0}]
+    assert (f"goes on after {kept} row" in result.stderr) == bool(kept)
+    assert list(tmp_path.glob("*.progress.json")) == []
+
+
+def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
+    """What a call leaves that is killed after some lines, in the middle of the next."""
+    from tunesmith.loading import load_model
+    from tunesmith.predicting.file import identity_of
+    from tunesmith.predicting.output import Output
+    from tunesmith.predicting.predictor import Predictor
+
+    predictor = Predictor(load_model(str(model), offline=True))
+    Output.open(out, identity_of(predictor, str(rows), bare=False)).close()
+    out.write_bytes(b"".join(lines) + b'{"source": "ro')
+
+
+def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    _begin(one, rows, out, [b'{"source":"x"}\n'])
+    other = write(tmp_path / "other.jsonl", [{"text": "the old"}])
+    assert "rows was " in predict(one, other, "--out", out, code=2).stderr
+    assert "--overwrite" in predict(one, rows, "--out", out, "--bare", code=2).stderr
+    predict(one, other, "--out", out, "--overwrite")
+    assert len(out.read_bytes().splitlines()) == 1
+    assert "--overwrite" in predict(one, other, "--out", out, code=2).stderr
+    assert "the rows themselves" in predict(one, other, "--out", other, code=2).stderr
+
+
+def test_a_pipe_is_read_as_it_comes(one: Path) -> None:
+    lines = told(predict(one, "-", given='{"text": "the old"}\n{"text": "in Rome"}\n'))
+    assert [line["source"] for line in lines] == ["stdin:1", "stdin:2"]
+    plain = predict(one, "-", given="the old\nin Rome\n")
+    assert [line["label"] for line in told(plain)] == [line["label"] for line in lines]
+    assert "each line is read as one text" in plain.stderr
+
+
+def test_one_text_is_answered(one: Path) -> None:
+    [line] = told(predict(one, "--text", "the old", "--pair", "in Rome"))
+    assert (line["text"], line["text_pair"]) == ("the old", "in Rome")
+    assert line["label"] in ONE.names
+
+
+def test_the_threshold_is_said_and_kept_to(tmp_path: Path) -> None:
+    many = headed(tmp_path / "many", MANY)
+    result = predict(many, "--text", "the old apple", "--threshold", "0")
+    assert told(result)[0]["labels"] == list(MANY.names)
+    assert "above 0 (--threshold)" in result.stderr
+
+
+def test_what_does_not_go_together_is_refused(one: Path, rows: Path, tmp_path: Path) -> None:
+    tags = headed(tmp_path / "tags", TAGS)
+    for words, said in [
+        ((one,), "give one of FILE and --text"),
+        ((one, rows, "--text", "x"), "give one of FILE and --text"),
+        ((one, rows, "--threshold", "0.5"), "any number of classes"),
+        ((one, rows, "--pair", "x"), "--pair stands beside --text"),
+        ((tags, "--text", "x", "--pair", "y"), "--pair is for the task classify"),
+        ((one, "-", "--out", tmp_path / "x"), "--out needs a file"),
+        ((one, rows, "--task", "talk"), "there is no such task"),
+        ((one, rows, "--base"), "--base needs a run"),
+        ((one, tmp_path / "none.jsonl"), "no_such_file"),
+    ]:
+        assert said in predict(*words, code=2).stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from tunesmith import training
+    from tunesmith.evaluation import report
+
+    folder = tmp_path_factory.mktemp("run")
+    recipe = task_recipe(folder, "classify", "encoder", rows=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_write_pages", lambda *arguments: None)  # whose drawing takes longer than all the rest
+        return training.train(recipe, root=folder / "runs", offline=True)
+
+
+def held_out(run: Run) -> str:
+    return run.recipe().data.eval[0].path
+
+
+def test_eval_finds_what_the_run_found(run: Run, tmp_path: Path) -> None:
+    """On the run's own held-out rows: the same measures, and the same lines in another order."""
+    out = tmp_path / "rows.jsonl"
+    [found] = told(tunesmith("eval", run.path, held_out(run), "--out", out, "--json", "--offline"))
+    after = [event for event in run.events() if event.kind == "evaluation"][-1].values
+    assert (found["task"], found["rows"]) == ("classify", after["rows"])
+    assert found["measures"].keys() == after["measures"].keys()
+    for key, interval in found["measures"].items():  # 1e-5: float32 in passes of other lengths
+        assert interval["value"] == pytest.approx(after["measures"][key]["value"], abs=1e-5)
+    kept = {line["hash"]: line["predicted"] for line in _lines(run.path / "evaluation" / "after.jsonl")}
+    assert {line["hash"]: line["predicted"] for line in _lines(out)} == kept
+    plain = tunesmith("eval", run.path, held_out(run), "--offline").stdout
+    assert plain.startswith(f"classify: {after['rows']} rows\nheld-out loss: ")
+    assert "accuracy: " in plain
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_eval_of_the_untouched_model_is_the_evaluation_before(run: Run) -> None:
+    [found] = told(tunesmith("eval", run.path, held_out(run), "--base", "--json", "--offline"))
+    before = next(event for event in run.events() if event.kind == "evaluation").values
+    assert found["measures"]["loss"]["value"] == pytest.approx(before["loss"], abs=1e-5)
+
+
+def test_eval_names_a_label_that_the_model_does_not_know(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "new.jsonl", [*rows_of("classify", 3), {"text": "a pear", "label": "friut"}])
+    error = tunesmith("eval", run.path, path, "--offline", code=2).stderr
+    assert f"{path}:4: unknown_label: " in error
+    assert "Did you mean 'fruit'?" in error
+
+
+def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
+    import tunesmith as package
+
+    said = texts(6, seed=3)
+    lines = told(predict(run.path, "-", "--bare", given="".join(f"{text}\n" for text in said)))
+    labels = [line["label"] for line in lines]
+    assert [line["label"] for line in package.predict(run, said, offline=True)] == labels
+    assert set(labels) <= {"fruit", "none"}
+    measures = package.evaluate(run, held_out(run), offline=True)
+    assert measures["accuracy"]["low"] <= measures["accuracy"]["value"] <= measures["accuracy"]["high"]
+
+
+def test_chat_with_a_classifier_names_the_verb(run: Run) -> None:
+    error = tunesmith("chat", run.path, "--once", "hello", "--offline", code=2).stderr
+    assert f"tunesmith predict {run.path}" in error
+
+
+def test_compare_of_a_run_with_itself_finds_no_difference(run: Run) -> None:
+    [found] = told(tunesmith("compare", run.path, run.path, "--json"))
+    assert (found["rows"], found["won"], found["lost"]) == (8, [], [])
+    assert all(measure["b_minus_a"]["value"] == 0 for measure in found["measures"].values())
+    plain = tunesmith("compare", run.path, run.path, "--data", held_out(run), "--offline").stdout
+    assert plain.startswith("8 rows in common\n")
+    assert "is better on 0 rows, worse on 0, alike on 8" in plain
+
+
+def fake_run(path: Path, lines: list[dict[str, Any]]) -> Path:
+    """A run that measured these rows, as far as compare looks."""
+    (path / "evaluation").mkdir(parents=True)
+    (path / "run.json").write_text('{"format": 1}')
+    if lines:
+        write(path / "evaluation" / "after.jsonl", lines)
+    return path
+
+
+def judged(number: int, predicted: str, label: str = "fruit") -> dict[str, Any]:
+    told = {"source": f"a.jsonl:{number}", "hash": f"{number:016x}", "text": f"row \x1b[2J {number}"}
+    return {**told, "loss": 0.5, "count": 1.0, "label": label, "predicted": predicted, "probability": 0.9}
+
+
+def test_compare_lists_what_flipped(tmp_path: Path) -> None:
+    a = fake_run(tmp_path / "a", [judged(n, "fruit" if n < 4 else "none") for n in range(6)])
+    b = fake_run(tmp_path / "b", [judged(n, "none" if n == 1 else "fruit") for n in range(1, 7)])
+    lines = tunesmith("compare", a, b).stdout.splitlines()
+    assert lines[0] == f"5 rows in common; 1 only in {a}; 1 only in {b}"
+    assert f"{b} is better on 2 rows, worse on 1, alike on 2" in lines
+    assert lines[-3] == r"worse: a.jsonl:1: fruit → none, right is fruit: row \x1b[2J 1"
+    assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
+    accuracy = next(line for line in lines if line.startswith("accuracy: "))
+    assert accuracy.startswith("accuracy: 60.0% and 80.0%, B - A +20.0 (")
+    assert accuracy.endswith("points, may be chance")
+
+
+def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path) -> None:
+    a = fake_run(tmp_path / "a", [judged(1, "fruit")])
+    b = fake_run(tmp_path / "b", [judged(2, "fruit")])
+    none = fake_run(tmp_path / "none", [])
+    assert f"tunesmith compare {a} {b} --data FILE" in tunesmith("compare", a, b, code=2).stderr
+    assert "has not measured held-out rows" in tunesmith("compare", a, none, code=2).stderr
