@@ -107,7 +107,8 @@ def load_model(
     Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
     has no such head for the model.
     """
-    config = load_config(located)
+    # Reading a GGUF's config takes as long as its weights; it has neither labels nor an architecture without heads.
+    config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
     with torch.random.fork_rng(devices=[]), blaming(located, "its weights cannot be loaded"):
@@ -120,10 +121,10 @@ def load_model(
             output_loading_info=True,
         )
     lacks = _lacking(located, model, found, drawable=labels is not None or head == "masked_token")
-    keep = labels is None or heads.same_labels(config, head, labels)
+    keep = labels is None or (config is not None and heads.same_labels(config, head, labels))
     fresh = heads.fresh_names(model, lacks, keep=keep)
     heads.draw(model, fresh, seed=seed)
-    if not keep and set(fresh).isdisjoint(found["missing_keys"]):
+    if config is not None and not keep and set(fresh).isdisjoint(found["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({_listed(config.id2label.values())}): it is replaced")
     if fresh:
         on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {_listed(fresh)}")
@@ -136,9 +137,10 @@ def load_model(
     return model.to(device)
 
 
-def _auto_class(located: Located, config: PreTrainedConfig, head: HeadName) -> Any:
-    auto, known = _AUTO["translated" if head == "next_token" and config.is_encoder_decoder else head]
-    if type(config) not in known:
+def _auto_class(located: Located, config: PreTrainedConfig | None, head: HeadName) -> Any:
+    translates = config is not None and config.is_encoder_decoder and head == "next_token"
+    auto, known = _AUTO["translated" if translates else head]
+    if config is not None and type(config) not in known:
         what = {"next_token": "goes on with a text", "masked_token": "guesses masked tokens"}.get(head, "answers so")
         raise ModelError(
             f"{located.name}: transformers has no {config.model_type} that {what} ({auto.__name__}). Use another model."

@@ -44,7 +44,8 @@ def size(located: Located) -> ModelSize:
 
     config = load_config(located).get_text_config()
     tensors = read_tensors(located.path, located.name)
-    stored = sum(prod(info.shape) for info in tensors.values())
+    # Older files of encoders hold the numbers of their positions among the weights.
+    stored = sum(prod(info.shape) for info in tensors.values() if not info.dtype.startswith("I"))
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         stored -= prod(tensors["lm_head.weight"].shape)
     return ModelSize(
