@@ -15,9 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tunesmith.data.labels import Labels
 from tunesmith.models.heads import label_settings
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 SLIDING = {"sliding_window": 8}
 DROPOUTS = (

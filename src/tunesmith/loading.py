@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import checkpoint
-from tunesmith.data.labels import Labels
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
@@ -25,7 +24,7 @@ from tunesmith.models.size import size
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run, is_run
-from tunesmith.types import HeadName, LabelKind, ModelKind, TaskName
+from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 
 
 @dataclass(frozen=True)

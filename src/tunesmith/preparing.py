@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from tunesmith.chaining import start_from
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.labels import Labels
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.data.store import RowStore
@@ -34,7 +33,7 @@ from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.tasks import bind
-from tunesmith.types import Attachment, Choice, HeadName, Layout, ModelKind, Task
+from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, ModelKind, Task
 
 OnProgress = Callable[[str, int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-# B rows, T tokens, N targets
+# B rows, T tokens, N targets, C classes
 
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
@@ -32,6 +32,22 @@ HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
 """What a model answers: the next token, a masked token, something about a whole text, or about each of its words."""
 LabelKind = Literal["one", "many", "number", "tags"]
 """One class a row, any number of classes a row, a number a row, or one class a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a head learns."""
+
+    kind: LabelKind
+    names: tuple[str, ...] = ()
+    """Classes by id; empty for numbers."""
+    weights_C: NDArray[np.float64] | None = None
+    """What an example of each class counts; None: all the same."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the head."""
+        return 1 if self.kind == "number" else len(self.names)
 
 
 @dataclass(frozen=True, slots=True)

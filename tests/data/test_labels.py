@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
-from tunesmith.data.labels import Labels, count_classes, decide_labels, is_number, order, remark_on, targets
+from tunesmith.data.labels import count_classes, decide_labels, is_number, order, remark_on, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.knobs import Data
-from tunesmith.types import Choice, Source, TaskName
+from tunesmith.types import Choice, Labels, Source, TaskName
 
 
 class FakeStore:

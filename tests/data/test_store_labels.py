@@ -11,11 +11,11 @@ import pytest
 
 from data.families import bert_like, t5_like
 from tunesmith.data import encoding as encoding_module
-from tunesmith.data.labels import Labels
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.types import Labels
 
 BERT = bert_like()
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from evaluation.outcome_rows import classes
-from tunesmith.data.labels import Labels
 from tunesmith.errors import InputError
 from tunesmith.evaluation.comparing import compare
 from tunesmith.evaluation.outcomes import row_facts
 from tunesmith.evaluation.scores import score
 from tunesmith.measures import MEASURES
+from tunesmith.types import Labels
 
 
 def told(hash_: str, loss: float = 1.0, count: float = 1.0, **fields):

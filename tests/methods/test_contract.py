@@ -16,14 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.data.labels import Labels
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.optim import adamw
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim, Section
-from tunesmith.types import Attachment
+from tunesmith.types import Attachment, Labels
 
 VOCAB = 512
 SETTINGS: dict[str, Section] = {"lora": LoraMethod(rank=4), "full": FullMethod()}

@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
-from tunesmith.data.labels import Labels
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS, peft_format
 from tunesmith.methods.lora import LoraAttachment, attach, merge
@@ -28,7 +27,7 @@ from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.locate import Located, locate
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Section
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 VOCAB = 512
 THREE = Labels("one", ("a", "b", "c"))

@@ -6,12 +6,12 @@ import pytest
 from torch import nn
 
 from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, tiny_model
-from tunesmith.data.labels import Labels
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import LoraLinear, attach
 from tunesmith.methods.peft_format import shortest_ends
 from tunesmith.methods.targets import find_targets
 from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.types import Labels
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from packed import CAN, CANNOT, VOCAB, rows_of, sharp
 from tiny_model import tiny_model
-from tunesmith.data.labels import Labels
 from tunesmith.models import agreement, attention
 from tunesmith.models.agreement import ragged_agrees
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 PRECISIONS = (torch.float32, torch.bfloat16)
 

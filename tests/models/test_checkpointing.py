@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
-from tunesmith.data.labels import Labels
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import attach
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.types import Labels
 
 
 @pytest.mark.parametrize("arch", [*CAN, *CANNOT])

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
-from tunesmith.data.labels import Labels
 from tunesmith.models import forward
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
-from tunesmith.types import Batch, HeadName, Layout, Row, Source
+from tunesmith.types import Batch, HeadName, Labels, Layout, Row, Source
 
 VOCAB = 96
 THREE = Labels("one", ("a", "b", "c"))

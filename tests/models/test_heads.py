@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
-from tunesmith.data.labels import Labels
 from tunesmith.errors import ModelError
 from tunesmith.models import heads
 from tunesmith.models.kind import model_kind
 from tunesmith.models.load import load_model
 from tunesmith.models.locate import locate
 from tunesmith.models.size import UNBOUNDED, size
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 HOW = {"dtype": torch.float32, "device": "cpu"}
 THREE = Labels("one", ("a", "b", "c"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tiny_model import tiny_model
 from tiny_tasks import word_tokenizer
-from tunesmith.data.labels import Labels
+from tunesmith.types import Labels
 
 ONE = Labels("one", ("10", "bad", "good"))
 MANY = Labels("many", ("bad", "good", "odd"))

@@ -11,13 +11,12 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
-from tunesmith.data.labels import Labels
 from tunesmith.errors import InputError, ModelError
 from tunesmith.generation import Sampling, answer
 from tunesmith.loading import Speaker, load_model
 from tunesmith.predicting.inputs import answers_to
 from tunesmith.predicting.predictor import Predictor
-from tunesmith.types import Part
+from tunesmith.types import Labels, Part
 
 ATOL = 1e-5
 """float32; padded in one pass and alone in another sum in another order."""

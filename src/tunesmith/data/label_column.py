@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.labels import Labels, targets
-from tunesmith.types import IGNORE
+from tunesmith.data.labels import targets
+from tunesmith.types import IGNORE, Labels
 
 
 class LabelColumn:

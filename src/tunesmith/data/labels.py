@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.knobs import Data
-from tunesmith.types import Choice, LabelKind, Problem, Source, TaskName
+from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.data.store import RowStore
@@ -36,22 +36,6 @@ MOST_LISTED = 20
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What a head learns."""
-
-    kind: LabelKind
-    names: tuple[str, ...] = ()
-    """Classes by id; empty for numbers."""
-    weights_C: NDArray[np.float64] | None = None
-    """What an example of each class counts; None: all the same."""
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of the head."""
-        return 1 if self.kind == "number" else len(self.names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from tunesmith.data.examples import OnProblem, examples
 from tunesmith.data.folders import expand
-from tunesmith.data.labels import ClassWeights, Labels, decide_labels, find_kind, remark_on, see
+from tunesmith.data.labels import ClassWeights, decide_labels, find_kind, remark_on, see
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import held_out_mask, split_note, stratified_mask, stratified_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Choice, Example, Problem, TaskName
+from tunesmith.types import Choice, Example, Labels, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -30,13 +30,12 @@ from tunesmith import files as disk
 from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
 from tunesmith.data.folders import expand
 from tunesmith.data.label_column import LabelColumn
-from tunesmith.data.labels import Labels
 from tunesmith.data.read import look_at_all
 from tunesmith.data.render import Renderer
 from tunesmith.data.store_files import VERSION, Summary, arrow_path, as_problem, find, json_path, write
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.types import Row, Source
+from tunesmith.types import Labels, Row, Source
 
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""

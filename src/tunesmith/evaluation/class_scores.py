@@ -16,10 +16,10 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from tunesmith.data.labels import Labels
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Estimate
 from tunesmith.evaluation.outcomes import Outcomes, sigmoid, softmax
+from tunesmith.types import Labels
 
 Floats = NDArray[np.float64]
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.labels import Labels
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 Floats = NDArray[np.float64]
 

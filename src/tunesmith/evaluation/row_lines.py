@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.labels import Labels
 from tunesmith.data.store import RowStore
 from tunesmith.evaluation.outcomes import Outcomes, row_facts
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, Labels
 
 MAX_CHARS = 10_000
 """Of a row's text that is written down."""

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import mean_squared_error
 
-from tunesmith.data.labels import Labels
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.class_scores import score_one, score_sets
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
 from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.evaluation.tag_scores import score_tags
-from tunesmith.types import HeadName, TaskName
+from tunesmith.types import HeadName, Labels, TaskName
 
 MOST_DOTS = 500
 """Rows in the scatter of true and predicted numbers."""

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from sklearn.metrics import f1_score
 
-from tunesmith.data.labels import Labels
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.class_scores import per_class
 from tunesmith.evaluation.intervals import Estimate
 from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.types import Labels
 
 PREFIXES = ("B", "I", "E", "S")
 

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tunesmith.data.labels import Labels
 from tunesmith.errors import ModelError
-from tunesmith.types import HeadName, LabelKind
+from tunesmith.types import HeadName, LabelKind, Labels
 
 LABELS_FILE = "labels.json"
 

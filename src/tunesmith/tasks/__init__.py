@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from tunesmith.data.labels import Labels
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import classify
 from tunesmith.tasks.generate import GENERATE
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import tag
 from tunesmith.tasks.text import TEXT
-from tunesmith.types import Task, TaskName
+from tunesmith.types import Labels, Task, TaskName
 
 _WITH_LABELS = {"classify": classify, "tag": tag}
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunesmith.data.labels import Labels
 from tunesmith.models.forward import sequence_logits, token_logits
-from tunesmith.types import Batch, Measured
+from tunesmith.types import Batch, Labels, Measured
 
 
 def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from tunesmith.data.labels import Labels
 from tunesmith.tasks._heads import sequence_loss_sum, sequence_measure
-from tunesmith.types import Task
+from tunesmith.types import Labels, Task
 
 
 def classify(labels: Labels) -> Task:

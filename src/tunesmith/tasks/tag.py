@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from tunesmith.data.labels import Labels
 from tunesmith.tasks._heads import word_loss_sum, word_measure
-from tunesmith.types import Task
+from tunesmith.types import Labels, Task
 
 
 def tag(labels: Labels) -> Task:
