@@ -7,6 +7,7 @@ ranges over 100,000); here it is also held to a size, an output, a time and a gr
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 import time
@@ -74,14 +75,14 @@ class ChatTemplate:
         The work runs in a thread of its own, since nothing else can interrupt a template on every platform.
         """
         worker = _Worker(work)
-        allowed_peak = _peak_bytes() + GROWTH_BYTES
+        most = _resident_bytes() + GROWTH_BYTES
         worker.start()
         try:
             while not worker.finished.wait(0.05):
                 since = self._running_since
                 if since is not None and time.monotonic() - since > RENDER_S:
                     raise self._explodes(f"did not finish one row in {RENDER_S:g} s")
-                if _peak_bytes() > allowed_peak:
+                if _resident_bytes() > most:
                     raise self._explodes(f"took more than {GROWTH_BYTES // 1024**3} GiB of memory")
         finally:
             if worker.is_alive() and not worker.finished.is_set():
@@ -133,8 +134,11 @@ def _text(tokenizer: Any) -> str:
     return str(template)
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has had; 0 where the platform does not tell."""
+def _resident_bytes() -> int:
+    """Memory this process has now; where the platform does not tell, the most it has had, or 0."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if sys.platform == "win32":
         return 0
     import resource
