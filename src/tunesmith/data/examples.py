@@ -160,6 +160,8 @@ class FileExamples:
     def _shape(self, record: dict[str, Any], source: Source) -> Shape | None:
         """The shape of a row that is not of the file's shape, or of one before that is known."""
         shape = find_shape(record, task=self.task, answered=self.answered)
+        if self.shape is not None and shape is None:
+            shape = find_shape(record)  # of another task
         if self.shape is not None and (shape is None or _KNOWN[shape] <= _KNOWN[self.shape]):
             return self.shape  # which says what is missing
         if shape is None:
