@@ -161,7 +161,7 @@ def test_a_broken_run_does_not_hide_the_others(place: Place, done: tuple[Run, Re
 def test_show_tells_the_story(place: Place, done: tuple[Run, Result]) -> None:
     run, _ = done
     text = tunesmith("show", run.path.name, "--runs", place.root).stdout
-    for words in (": done", "18 rows to train on, 5 held out", "training loss", "loss, nats per target", "adapter in"):
+    for words in (": done", "18 rows to train on, 5 held out", "training loss", "held-out loss", "adapter in"):
         assert words in text
     assert json.loads(tunesmith("show", run.path, "--json").stdout)["report"]["steps"] == 6
 

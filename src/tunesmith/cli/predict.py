@@ -53,32 +53,38 @@ def predict(
     if pair is not None and text is None:
         raise InputError("predict: --pair stands beside --text; in a file the second text is the field text_pair.")
     from tunesmith.cli.output import console
-    from tunesmith.loading import load_target
-    from tunesmith.predicting.predictor import THRESHOLD, Predictor
+    from tunesmith.cli.text import visible
 
     screen = console(stderr=True)
 
     def say(words: str) -> None:
-        from tunesmith.cli.text import visible
-
         screen.print(visible(words), style="bright_black")
 
-    speaker = load_target(target, root=root, base=base, task=as_task(task), offline=offline)
-    if speaker.note:
-        say(f"note: {speaker.note}")
-    predictor = Predictor(speaker, max_new_tokens, THRESHOLD if threshold is None else threshold)
-    if threshold is not None and not predictor.is_many:
-        raise InputError(
-            "predict: --threshold is for models that answer with any number of classes; this one does not."
-        )
-    if predictor.is_many:
-        say(f"a class holds where its probability is above {predictor.threshold:g} (--threshold)")
+    asked = {"root": root, "base": base, "task": as_task(task), "offline": offline}
+    predictor = _predictor(target, threshold, max_new_tokens, say, asked)
     if text is not None:
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
         tally = _file(predictor, data, out, say, {"bare": bare, "overwrite": overwrite})
         _tell(tally, out, say, as_json=as_json)
+
+
+def _predictor(
+    target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
+) -> Predictor:
+    from tunesmith.loading import load_target
+    from tunesmith.predicting.predictor import THRESHOLD, Predictor
+
+    speaker = load_target(target, **asked)
+    if speaker.note:
+        say(f"note: {speaker.note}")
+    predictor = Predictor(speaker, max_new_tokens, THRESHOLD if threshold is None else threshold)
+    if threshold is not None and not predictor.is_many:
+        raise InputError("predict: --threshold is for models that answer with any number of classes; this one is not.")
+    if predictor.is_many:
+        say(f"a class holds where its probability is above {predictor.threshold:g} (--threshold)")
+    return predictor
 
 
 def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:

@@ -43,7 +43,7 @@ def _rested_on(kind: str, values: Mapping[str, Any]) -> str:
     if kind == "answers":
         return plural(values["num"], "answer")
     if kind == "general":
-        return f"{values['targets']:,} tokens"
+        return f"{values['tokens']:,} tokens"
     return rows_and_targets(values)
 
 
