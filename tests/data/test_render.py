@@ -216,6 +216,15 @@ def test_a_tokenizer_that_agrees_with_its_file_is_taken(tmp_path: Path) -> None:
     assert renderer(AutoTokenizer.from_pretrained(tmp_path)).fingerprint == renderer(tiny_tokenizer()).fingerprint
 
 
+def test_a_tokenizer_whose_file_cuts_and_pads_is_taken(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=512)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.name_or_path = str(tmp_path)
+    renderer(tokenizer)
+
+
 def test_a_tokenizer_in_python_is_refused() -> None:
     with pytest.raises(ModelError, match=r"tokenizer in Python.*tokenizer\.json"):
         renderer(SimpleNamespace(is_fast=False, name_or_path="old-model"))
