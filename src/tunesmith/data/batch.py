@@ -97,7 +97,8 @@ def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> 
 def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
     """Rows grouped into passes of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
 
-    Rows of like length stand together. Padded passes count the padding. Every row is in exactly one pass.
+    Rows of like length stand together. Padded passes count the padding, of an encoder–decoder as if both sides were one
+    line. Every row is in exactly one pass.
     """
     by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
     passes: list[list[int]] = []
