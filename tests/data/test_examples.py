@@ -169,6 +169,12 @@ def test_a_row_without_its_label_is_no_row_of_another_shape(tmp_path: Path):
     assert said(examples_in(path)[1]) == [("missing_field", 2)]
 
 
+@pytest.mark.parametrize("task", [None, "classify"])
+def test_a_row_of_another_shape_is_said_to_be_that(task: TaskName | None, tmp_path: Path):
+    path = put(tmp_path, "rows.jsonl", json_lines([{"text": "a", "label": "b"}, PAIR]))
+    assert said(examples_in(path, task=task)[1]) == [("other_shape", 2)]
+
+
 def test_labels_are_lists_in_every_row_of_a_file_or_in_none(tmp_path: Path):
     rows = [{"text": "a", "label": ["x"]}, {"text": "b", "label": "x"}, {"text": "c", "label": []}]
     found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
