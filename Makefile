@@ -11,10 +11,10 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format bench bench-classify clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and after (under 10 minutes on two cores)
 	@$(BIN)/python scripts/demo.py
@@ -38,6 +38,9 @@ format: $(STAMP)-dev ## put the code into the house format
 
 bench: $(STAMP)-demo ## time one epoch of the example chats on this machine
 	@$(BIN)/python scripts/bench.py
+
+bench-classify: $(STAMP)-demo ## beside transformers.Trainer: MODEL=folder TRAIN=train.csv EVAL=test.csv ARGS="--out table.md"
+	@$(BIN)/python -m benchmarks classify --model '$(MODEL)' --train '$(TRAIN)' --eval '$(EVAL)' $(ARGS)
 
 clean: ## remove the environment and caches; runs and models stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -45,6 +45,8 @@ class Answer:
 
     predicted: list[str]
     timing: Timing
+    facts: Mapping[str, Any]
+    """What it chose by itself: precision of the weights and threads."""
 
 
 def contests(
@@ -106,14 +108,15 @@ def result(name: str, seed: int, child: Child, read: Callable[[], Answer], label
         return Result(name, seed, child, error=f"exit code {child.code}\n{child.tail}")
     try:
         answer = read()
-        return Result(name, seed, child, scores=scored(labels, answer.predicted), timing=answer.timing)
+        return Result(name, seed, child, scored(labels, answer.predicted), answer.timing, answer.facts)
     except (OSError, ValueError, LookupError) as error:
         return Result(name, seed, child, error=f"what it left cannot be used: {type(error).__name__}: {error}")
 
 
 def read_peer(path: Path) -> Answer:
     fields = json.loads(path.read_text("utf-8"))
-    return Answer(fields["predicted"], Timing.of(fields["begun"], fields["step_ends"], fields["step_rows"]))
+    timing = Timing.of(fields["begun"], fields["step_ends"], fields["step_rows"])
+    return Answer(fields["predicted"], timing, fields["facts"])
 
 
 def read_run(run: Path, labels: Sequence[str]) -> Answer:
@@ -126,7 +129,9 @@ def read_run(run: Path, labels: Sequence[str]) -> Answer:
     lines.sort(key=lambda line: int(line["source"].rsplit(":", 1)[1]))
     if [line["label"] for line in lines] != list(labels):
         raise ValueError(f"it measured {len(lines)} rows, and they are not the {len(labels)} rows of the test file")
-    return Answer([line["predicted"] for line in lines], timing)
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    facts = {name: report[name] for name in ("precision", "threads")}
+    return Answer([line["predicted"] for line in lines], timing, facts)
 
 
 def read_rows(path: str) -> Rows:

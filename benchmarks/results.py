@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.measured import Child
 
@@ -52,6 +53,8 @@ class Result:
     child: Child
     scores: Scores | None = None
     timing: Timing | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What it chose by itself, such as the precision of the weights."""
     error: str = ""
     """Why there are no scores; empty if there are."""
 

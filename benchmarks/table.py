@@ -97,11 +97,10 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def _given(bench: Bench) -> list[tuple[str, str]]:
-    return [
-        (name, ", ".join(f"`{key}={value}`" for key, value in given.items()))
-        for name, given in bench.arguments.items()
-        if given
-    ]
+    """What each contestant was given beside the settings, and what it chose by itself."""
+    facts = {result.name: result.facts for result in bench.results if not result.error}
+    told = {name: {**given, **facts.get(name, {})} for name, given in bench.arguments.items()}
+    return [(name, ", ".join(f"`{key}={value}`" for key, value in words.items())) for name, words in told.items()]
 
 
 def _row(group: Sequence[Result]) -> str:

@@ -4,7 +4,8 @@
 
 JOB.json: the fields of `benchmarks.classify.Settings`, "seed", "folder" for what the Trainer saves, and "arguments":
 whatever else goes to TrainingArguments. RESULT.json: "predicted" class of each test row in order, "begun" and
-"step_ends" in seconds since the epoch, and "step_rows", the rows of each step.
+"step_ends" in seconds since the epoch, "step_rows", the rows of each step, and "facts": precision of the weights and
+threads.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "predicted": [labels[i] for i in logits_IC.argmax(-1).tolist()],
         "begun": clock.begun,
         "step_ends": clock.step_ends,
+        "facts": {"precision": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},
         "step_rows": (epoch * math.ceil(job["epochs"]))[: len(clock.step_ends)],
     }
 

@@ -71,6 +71,7 @@ def test_both_sides_train_and_are_scored_on_the_same_rows(
     assert all(0 <= result["scores"]["accuracy"] <= 1 and not result["error"] for result in told["results"])
     assert [verdict["holds"] for verdict in told["verdicts"]] == [None, None]  # one seed has no spread
     assert out.read_text("utf-8") in capsys.readouterr().out
+    assert "Trainer, as shipped: `precision=float32`" in out.read_text("utf-8")
     assert str(tmp_path) not in out.read_text("utf-8")
 
 
@@ -110,7 +111,7 @@ def test_failed_child_stands_in_the_page_with_its_error(tmp_path: Path) -> None:
 
 
 def test_child_that_predicts_other_rows_has_failed(tmp_path: Path) -> None:
-    answer = classify.Answer(["a"], Timing(1, 1.0, 1.0))
+    answer = classify.Answer(["a"], Timing(1, 1.0, 1.0), {})
     found = classify.result(OURS, 0, CHILD, lambda: answer, ["a", "b"])
     assert "it predicted 1 rows, the test file has 2" in found.error
     assert found.scores is None
