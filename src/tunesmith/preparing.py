@@ -19,7 +19,7 @@ from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
-from tunesmith.loading import has_token_types
+from tunesmith.loading import has_token_types, make_renderer
 from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
@@ -96,7 +96,7 @@ def prepare(
     model_size, kind = size(located), model_kind(located)
     recipe, choices = decide_before_rows(recipe, located, model_size, kind)
     head = find_head(recipe, located, kind)
-    renderer = _renderer(recipe, tokenizer, kind)
+    renderer = make_renderer(recipe, tokenizer, kind)
     rows = encode_rows(
         recipe.data,
         renderer,
@@ -209,19 +209,6 @@ def _samples(
     prompts = sample_prompts(renderer, examples, max_tokens=room, new_tokens=new_tokens)
     left_out = len(examples) - len(prompts)
     return prompts, [f"{left_out} held-out prompts are empty or too long to be answered"] if left_out else []
-
-
-def _renderer(recipe: Recipe, tokenizer: Any, kind: ModelKind) -> Renderer:
-    return Renderer(
-        tokenizer,
-        known(recipe.task),
-        kind=kind,
-        max_tokens=known(recipe.data.max_tokens),
-        too_long=known(recipe.data.too_long),
-        control_tokens=recipe.data.control_tokens,
-        stride=None if recipe.data.stride == "auto" else recipe.data.stride,
-        prompt=recipe.data.prompt,
-    )
 
 
 def _places(root: Path, run: Run | None) -> Places:

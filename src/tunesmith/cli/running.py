@@ -53,8 +53,16 @@ class Watch:
             self.console.print(str(run.path))
         else:
             name = shlex.quote(str(run.path))
-            self.console.print(f"\nThe result is in {run.path}. Talk to it, or read the report:\n")
-            self.console.print(f"  tunesmith chat {name} --compare\n  tunesmith show {name}")
+            self.console.print(f"\nThe result is in {run.path}, its report in report.html. Go on with:\n")
+            for verb in next_verbs(str(self.story.plan.get("task", ""))):
+                self.console.print(f"  tunesmith {verb.format(name)}")
+
+
+def next_verbs(task: str) -> list[str]:
+    """What to do with the result of a task, a run's name for {}."""
+    if task in ("classify", "tag"):
+        return ["predict {} FILE", "show {}"]
+    return ["chat {} --compare", "show {}"] if task in ("chat", "generate") else ["eval {} FILE", "show {}"]
 
 
 @contextmanager

@@ -88,4 +88,4 @@ def _tail(screen: Console, run: Run) -> None:
         screen.print(f"go on with: tunesmith resume {run.path}")
     elif state == "done":
         kind = "adapter" if run.adapter_path.exists() else "model"
-        screen.print(f"{kind} in {run.path / kind}, report in {run.path / 'report.md'}")
+        screen.print(f"{kind} in {run.path / kind}, report in {run.path / 'report.html'}")

@@ -40,8 +40,9 @@ def open_speakers(
     voices = _voices(target, root=root, base=base, compare=compare, offline=offline, note=note)
     speaker = voices[-1].speaker
     if speaker.head != "next_token":
+        verb = "eval" if speaker.head == "masked_token" else "predict"
         task = speaker.renderer.task_name
-        raise InputError(f"{target}: it answers the task {task}, not in words. Ask it with: tunesmith predict {target}")
+        raise InputError(f"{target}: of task {task}, it does not answer in words. Use: tunesmith {verb} {target}")
     return voices
 
 
@@ -87,7 +88,7 @@ class Talk:
 
     def ask(self, text: str) -> dict[str, str]:
         """Every voice's answer, shown as it is written."""
-        if self.voices[-1].speaker.renderer.task_name == "generate":
+        if self.voices[-1].speaker.renderer.task_name != "chat":
             self.parts = []
         self.parts.append(Part("user", text, trained=False))
         answers = {voice.name or "answer": self._speak(voice) for voice in self.voices}
