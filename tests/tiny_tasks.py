@@ -125,8 +125,12 @@ def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:
         return [{"document": text, "summary": " ".join(text.split()[:2])} for text in said]
     if task == "tag":
         return [{"tokens": text.split(), "tags": [tag_of(word) for word in text.split()]} for text in said]
+    fruit, places = ("apple", "pear", "plum"), ("Rome", "Oslo", "Lima")
+    draw = random.Random(seed)
+    classes = ["fruit" if i % 2 else "place" for i in range(num)]
+    words = [draw.choice(fruit if name == "fruit" else places) for name in classes]
     return [
-        {"text": text, "label": "fruit" if {"apple", "pear", "plum"} & set(text.split()) else "none"} for text in said
+        {"text": f"{draw.choice(WORDS[:3])} {word}", "label": name} for word, name in zip(words, classes, strict=True)
     ]
 
 

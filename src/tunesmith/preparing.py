@@ -88,60 +88,87 @@ def prepare(
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    model, chained = start_from(recipe.model, root=root, offline=offline)
-    recipe = recipe.model_copy(update={"model": model})
-    notes: list[str] = [chained] if chained else []
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
-    model_size, kind = size(located), model_kind(located)
-    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
-    head = find_head(recipe, located, kind)
-    renderer = make_renderer(recipe, tokenizer, kind)
+    start = _begin(recipe, root=root, offline=offline)
+    notes, head = start.notes, start.head
     rows = encode_rows(
-        recipe.data,
-        renderer,
+        start.recipe.data,
+        start.renderer,
         places=_places(root, run),
         max_held=recipe.evaluation.max_rows,
-        task=known(recipe.task),
+        task=known(start.recipe.task),
         class_weights=recipe.train.class_weights,
         on_progress=on_progress,
     )
+    recipe = start.recipe
     for choice in rows.choices:
         recipe = with_choice(recipe, choice)
-    lengths_I = rows.store.lengths[rows.train_rows]
     _check_metric(recipe, head, rows.labels)
-    recipe, more = decide(recipe, Facts(model_size.num_params, recipe.device, kind, lengths_I))
+    lengths_I = rows.store.lengths[rows.train_rows]
+    recipe, more = decide(recipe, Facts(start.size.num_params, recipe.device, start.kind, lengths_I))
 
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
-    model = _load(recipe, located, head, rows.labels, notes)
-    layout, padding_notes = _layout(model, rows, kind)
+    model = _load(recipe, start, rows.labels)
+    layout, padding_notes = _layout(model, rows, start.kind)
     checkpoint_layers(model, recipe.train.checkpointed_layers)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
-    of_feed: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "layout": layout, "head": head}
-    samples, sample_notes = _samples(recipe, renderer, rows, model_size, head)
+    samples, sample_notes = _samples(recipe, start, rows)
     return Setup(
         recipe=recipe,
-        choices=[*choices, *rows.choices, *more, kernel(attachment.trained)],
+        choices=[*start.choices, *rows.choices, *more, kernel(attachment.trained)],
         notes=[*notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
-        located=located,
+        located=start.located,
         model=model,
-        num_parameters=model_size.num_params,
-        renderer=renderer,
+        num_parameters=start.size.num_params,
+        renderer=start.renderer,
         task=bind(known(recipe.task), rows.labels),
         head=head,
         attachment=attachment,
         optimizer=adamw(attachment.trained, recipe.optim),
         rows=rows,
-        feed=_feed(rows.store, recipe, seed=recipe.seed, **of_feed),
-        held_feed=_feed(rows.held_store, recipe, seed=0, **of_feed),
+        feed=_feed(rows.store, recipe, start, model, layout, seed=recipe.seed),
+        held_feed=_feed(rows.held_store, recipe, start, model, layout, seed=0),
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
         samples=samples,
-        identity=_identity(recipe, rows, renderer, located),
+        identity=_identity(recipe, rows, start.renderer, start.located),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is known before a row is encoded."""
+
+    recipe: Recipe
+    choices: list[Choice]
+    notes: list[str]
+    located: locate.Located
+    size: ModelSize
+    kind: ModelKind
+    head: HeadName
+    renderer: Renderer
+
+
+def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
+    name, chained = start_from(recipe.model, root=root, offline=offline)
+    recipe = recipe.model_copy(update={"model": name})
+    notes = [chained] if chained else []
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
+    model_size, kind = size(located), model_kind(located)
+    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    return _Start(
+        recipe=recipe,
+        choices=choices,
+        notes=notes,
+        located=located,
+        size=model_size,
+        kind=kind,
+        head=find_head(recipe, located, kind),
+        renderer=make_renderer(recipe, tokenizer, kind),
     )
 
 
@@ -153,39 +180,24 @@ def _check_metric(recipe: Recipe, head: HeadName, labels: Labels | None) -> None
         )
 
 
-def _load(
-    recipe: Recipe, located: locate.Located, head: HeadName, labels: Labels | None, notes: list[str]
-) -> PreTrainedModel:
-    if labels is not None and labels.kind in ("many", "number") and recipe.train.class_weights != "equal":
-        raise RecipeError(
-            f"train.class_weights: {recipe.train.class_weights}: a row has one class when classes are weighed, but "
-            f"data.label_kind is {labels.kind}. Set it to equal."
-        )
+def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedModel:
     return load.load_model(
-        located,
+        start.located,
         dtype=DTYPES[known(recipe.precision)],
         device=recipe.device,
-        head=head,
+        head=start.head,
         labels=labels,
         seed=recipe.seed,
-        on_note=notes.append,
+        tokenizer=start.renderer.tokenizer,
+        on_note=start.notes.append,
     )
 
 
-def _feed(
-    store: RowStore,
-    recipe: Recipe,
-    *,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    layout: Layout,
-    head: HeadName,
-    seed: int,
-) -> Feed:
+def _feed(store: RowStore, recipe: Recipe, start: _Start, model: PreTrainedModel, layout: Layout, *, seed: int) -> Feed:
     """Held-out rows are masked by one `seed` in all runs, so that their measures can be compared."""
     masking = None
-    if head == "masked_token":
-        store.use_masks(recipe.train.masked)
+    tokenizer = start.renderer.tokenizer
+    if start.head == "masked_token":
         masking = Masking.of(tokenizer, share=recipe.train.masked, seed=seed)
     return Feed(
         store,
@@ -197,16 +209,14 @@ def _feed(
     )
 
 
-def _samples(
-    recipe: Recipe, renderer: Renderer, rows: Rows, model_size: ModelSize, head: HeadName
-) -> tuple[list[SamplePrompt], list[str]]:
+def _samples(recipe: Recipe, start: _Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
     """Prompts that leave room for an answer in what the model can attend to; the others are counted."""
-    if head != "next_token":
+    if start.head != "next_token":
         return [], []
     examples = rows.sample_examples(recipe.evaluation.samples)
-    room = min(known(recipe.data.max_tokens), model_size.max_tokens - recipe.evaluation.sample_tokens)
+    room = min(known(recipe.data.max_tokens), start.size.max_tokens - recipe.evaluation.sample_tokens)
     new_tokens = recipe.evaluation.sample_tokens
-    prompts = sample_prompts(renderer, examples, max_tokens=room, new_tokens=new_tokens)
+    prompts = sample_prompts(start.renderer, examples, max_tokens=room, new_tokens=new_tokens)
     left_out = len(examples) - len(prompts)
     return prompts, [f"{left_out} held-out prompts are empty or too long to be answered"] if left_out else []
 
