@@ -9,6 +9,7 @@
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
+    ├── ExportError           what was exported is not what was tuned; nothing was kept
     └── Stopped               exit 3: asked to stop; a checkpoint was written, `tunesmith resume` goes on
 
 A message names the place, the value, the rule and the way out, in this order.
@@ -61,6 +62,10 @@ class NonFiniteError(TunesmithError):
 
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""
+
+
+class ExportError(TunesmithError):
+    """What was exported is not what was tuned, or cannot be loaded. Nothing was kept of it."""
 
 
 class StorageError(TunesmithError):

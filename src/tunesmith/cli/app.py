@@ -15,6 +15,7 @@ from tunesmith.cli.check import check
 from tunesmith.cli.compare import compare
 from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
+from tunesmith.cli.export import export
 from tunesmith.cli.predict import predict
 from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
@@ -78,7 +79,7 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, train, resume),
     "Look and talk": (runs, show, chat),
-    "Use and measure": (predict, evaluate, compare),
+    "Use and measure": (predict, evaluate, compare, export),
     "More": (selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own

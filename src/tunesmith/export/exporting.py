@@ -1,0 +1,163 @@
+"""An export from start to end: checked, written beside its place, proven, described, and only then put there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tunesmith import __version__
+from tunesmith.errors import InputError, StorageError
+from tunesmith.export import verify
+from tunesmith.export.card import write_card
+from tunesmith.export.comparing import Comparison
+from tunesmith.export.merged import MERGED
+from tunesmith.export.options import DTYPES, QUANTS, Bounds, Export, Options
+from tunesmith.export.rows import find_probes
+from tunesmith.export.source import Source, open_source
+from tunesmith.files import clean, remove, replace_folder, storing, temporary_folder, to_json
+from tunesmith.run import Run
+
+EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED,)}
+
+PROOF = "verify.json"
+STALE_S = 24 * 3600.0
+"""Age at which what another process was writing is taken for that of a dead one."""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export left."""
+
+    path: Path
+    target: str
+    bounds: Bounds
+    found: Comparison | None
+    """None: not verified."""
+    loaded_by: str
+    rows: str
+    """Which rows it was compared on."""
+    notes: Sequence[str]
+
+
+def export_run(
+    run: Run,
+    target: str,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    proof: bool = True,
+    offline: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> Exported:
+    """Export what a finished run made; `out` None: into the run's folder `exports`. There is all of it, or nothing.
+
+    Raises:
+        InputError: the run has no result, or not one that this target can carry; nothing was written.
+        ExportError: what was written is not what was tuned; it was removed.
+        StorageError: the disk is full, or refuses.
+    """
+    export, options = _chosen(target), options or Options()
+    _check_words(options)
+    out = out or run.path / "exports" / _name(export, options)
+    _refuse_to_overwrite(out)
+    source = open_source(run, offline=offline)
+    notes = export.check(source, options)
+    _check_room(out, export.num_bytes(source, options))
+    clean(out.parent, name=out.name, older_than_s=STALE_S)
+    holder = temporary_folder(out.parent, out.name)
+    try:
+        done = _export(source, export, holder, options, proof=proof, notes=notes, on_progress=on_progress)
+        replace_folder(done.path, out, swap=True)
+    finally:
+        remove(holder)
+    return replace(done, path=out)
+
+
+def _export(
+    source: Source,
+    export: Export,
+    holder: Path,
+    options: Options,
+    *,
+    proof: bool,
+    notes: Sequence[str],
+    on_progress: OnProgress,
+) -> Exported:
+    folder, work = holder / "export", holder / "work"
+    with storing(holder):
+        folder.mkdir()
+        work.mkdir()
+    if proof:
+        on_progress("tuned", 0, 1)
+        probes = find_probes(source)
+        tuned, base = verify.look_at_tuned(source, probes)
+    on_progress("write", 0, 1)
+    with storing(folder, num_bytes=export.num_bytes(source, options)):
+        notes = [*notes, *export.write(source, folder, options)]
+    bounds = export.bounds(source, options)
+    found, loaded_by, rows = None, "", ""
+    if proof:
+        on_progress("verify", 0, 1)
+        seen = verify.look_at_exported(source, export.loader, folder, probes, work=work)
+        name = f"{source.run.path.name} to {export.name}"
+        found = verify.judge(
+            source, export.loader, folder, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name
+        )  # fmt: skip
+        loaded_by, rows = seen.loaded_by, probes.said
+    with storing(folder):
+        write_card(
+            source, folder, fields=export.card(source, folder, options), license=options.license, found=found,
+            bounds=bounds, loaded_by=loaded_by, rows=rows, notes=notes,
+        )  # fmt: skip
+        values = {"verified": found is not None, "target": export.name, "tunesmith": __version__, "rows_are": rows}
+        numbers = {} if found is None else found.values()
+        facts = {**values, "loaded_by": loaded_by, "bounds": asdict(bounds), **numbers, "notes": list(notes)}
+        (folder / PROOF).write_bytes(to_json(facts, indent=True) + b"\n")
+    return Exported(folder, export.name, bounds, found, loaded_by, rows, notes)
+
+
+def _chosen(target: str) -> Export:
+    if target not in EXPORTS:
+        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(EXPORTS)}.")
+    return EXPORTS[target]
+
+
+def _check_words(options: Options) -> None:
+    for key, value, known in (("dtype", options.dtype, DTYPES), ("quant", options.quant, QUANTS)):
+        if value not in known:
+            more = ""
+            if key == "quant":
+                more = (
+                    " Others need llama.cpp's own quantiser: export f16, then "
+                    f"`llama-quantize model-f16.gguf model-{value}.gguf {value}`."
+                )
+            raise InputError(f"--{key}: {value}: not offered here. One of {', '.join(known)}.{more}")
+
+
+def _name(export: Export, options: Options) -> str:
+    return f"{export.name}-{options.quant}" if export.name in ("gguf", "ollama") else export.name
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    """What stood there may be replaced if it was an export, or an empty folder."""
+    if out.is_dir() and (not any(out.iterdir()) or (out / PROOF).is_file()):
+        return
+    if out.exists():
+        raise InputError(
+            f"{out}: is there already, and is no earlier export ({PROOF}). Name another folder with --out."
+        )
+
+
+def _check_room(out: Path, num_bytes: int) -> None:
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise StorageError(
+            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free. Free some space, or name a folder on another "
+            "disk with --out.",
+            path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
+        )  # fmt: skip

@@ -1,0 +1,75 @@
+"""What a person can say about an export, and what an export says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from tunesmith.export.source import Source
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTS = ("f32", "f16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Choices of an export; each target reads its own and refuses none."""
+
+    dtype: str = "auto"
+    """merged: what the weights are cast to. auto: what the base is stored in, bfloat16 where that was a GGUF."""
+    quant: str = "f16"
+    """gguf, ollama: how matrices are stored."""
+    bake_scale: bool = False
+    """adapter: write alpha so that programs which ignore use_rslora scale right."""
+    pre: str | None = None
+    """gguf, ollama: llama.cpp's name of the rule that splits text, instead of what was found."""
+    license: str | None = None
+    """Of the model card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far an export may be from the tuned model."""
+
+    kl: float
+    """Mean KL divergence of the next token or class, in nats."""
+    loss: float
+    """Rise or fall of the held-out loss."""
+    carried: float
+    """How far the share of tuning's effect that is in the export may be from 1."""
+
+
+EXACT = Bounds(kl=1e-6, loss=1e-4, carried=0.01)
+"""The same numbers in float32: 1e-4 on logits and less is noise of the order of additions."""
+ROUNDED = Bounds(kl=5e-3, loss=0.02, carried=0.05)
+"""Weights of 16 bits. Sources: measured on SmolLM2, a merge into bfloat16 has KL 7e-4; 0.02 nats of loss by issue A2 of
+docs/correctness.md."""
+GGUF_EXACT = Bounds(kl=1e-3, loss=0.02, carried=0.05)
+"""F32 and F16 in a GGUF (trap A14)."""
+QUANTIZED = Bounds(kl=2e-2, loss=0.05, carried=0.2)
+"""8 bits: blocks of 32 share a scale."""
+
+Written = Sequence[str]
+"""What to say of what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One target."""
+
+    name: str
+    doc: str
+    check: Callable[[Source, Options], list[str]]
+    """(source, options) -> notes. Raises for what this target cannot carry, before weights are loaded."""
+    write: Callable[[Source, Path, Options], list[str]]
+    """(source, folder, options) -> notes. Fills an empty folder."""
+    num_bytes: Callable[[Source, Options], int]
+    """About what it will take on disk."""
+    bounds: Callable[[Source, Options], Bounds]
+    loader: Literal["merged", "adapter", "gguf"]
+    """How the proof loads it."""
+    card: Callable[[Source, Path, Options], dict[str, Any]]
+    """Fields of the card's head, and under "use" how it is used."""

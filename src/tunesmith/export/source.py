@@ -1,0 +1,150 @@
+"""The result of a run as what is to be exported: found, checked against what it was tuned from, and loaded."""
+
+# O outputs, I inputs
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.data.render import Renderer
+from tunesmith.errors import RunError
+from tunesmith.loading import make_renderer, run_labels
+from tunesmith.methods import METHODS
+from tunesmith.methods.lora import LoraAttachment
+from tunesmith.models import load, locate
+from tunesmith.models.folder import read_tensors
+from tunesmith.models.kind import model_kind
+from tunesmith.models.locate import Located
+from tunesmith.planning.before_rows import find_head
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.run import Run
+from tunesmith.types import HeadName, Labels, ModelKind
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a finished run made, before its weights are loaded."""
+
+    run: Run
+    recipe: Recipe
+    base: Located
+    """What was tuned."""
+    result: Path
+    """The run's adapter or model folder."""
+    tokenizer: PreTrainedTokenizerBase
+    """With the template that was tuned with."""
+    kind: ModelKind
+    head: HeadName
+    labels: Labels | None
+    base_hashes: dict[str, str]
+    """SHA-256 of the base's files, by name; empty where every weight was tuned."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.result == self.run.adapter_path
+
+    @property
+    def weights(self) -> Located:
+        """The model that is loaded first: the base under an adapter, or the result itself."""
+        return self.base if self.is_adapter else self.result_located
+
+    @property
+    def result_located(self) -> Located:
+        return Located("folder", self.result, str(self.result))
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return make_renderer(self.recipe, self.tokenizer, self.kind)
+
+    @cached_property
+    def config(self) -> Any:
+        return load.load_config(self.weights)
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """What the weights are stored in: the widest of the kinds found; float32 for a GGUF, whose blocks become it."""
+        if self.weights.is_gguf:
+            return torch.float32
+        found = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
+        return next((dtype for name, dtype in _DTYPES.items() if name in found), torch.float32)
+
+    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | None]:
+        """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
+        model = load.load_model(
+            self.weights, dtype=dtype, device="cpu", head=self.head, labels=self.labels, seed=self.recipe.seed,
+            tokenizer=self.tokenizer,
+        )  # fmt: skip
+        if not self.is_adapter:
+            return model, None
+        return model, METHODS[self.recipe.method.name].load_result(model, self.result)  # type: ignore[return-value]
+
+
+def open_source(run: Run, *, offline: bool) -> Source:
+    """What a finished run made.
+
+    Raises:
+        RunError: the run has no result yet, or its base is not what it was tuned from.
+        ModelError: the base is gone.
+    """
+    result = next((path for path in (run.adapter_path, run.model_path) if path.exists()), None)
+    if result is None:
+        raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with `tunesmith resume {run.path}`.")
+    recipe = run.recipe()
+    if result == run.adapter_path:
+        base = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+        hashes = load.fingerprint(base)
+        _refuse_other_base(run, base, hashes)
+    else:
+        base = locate.locate(str(result), offline=True)
+        hashes = {}
+    tokenizer = load.load_tokenizer(Located("folder", result, str(result)), None)
+    kind = model_kind(base)
+    head = find_head(recipe, base, kind)
+    return Source(run, recipe, base, result, tokenizer, kind, head, run_labels(recipe), hashes)
+
+
+def _refuse_other_base(run: Run, base: Located, hashes: dict[str, str]) -> None:
+    """An adapter on other weights than those it was tuned on loads without an error, and answers something else."""
+    start = next((event.values for event in run.events() if event.kind == "start"), {})
+    then = {
+        key.removeprefix("model "): value for key, value in start.get("identity", {}).items() if key[:6] == "model "
+    }
+    weights = {name for name in {*then, *hashes} if name.endswith((".safetensors", ".gguf", "config.json"))}
+    changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
+    if changed:
+        raise RunError(
+            f"{base.name}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
+            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back."
+        )
+
+
+@torch.no_grad()
+def tuned_tensors(model: PreTrainedModel, attachment: LoraAttachment | None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the tuned model by its name in a plain model, float32: base plus delta, never rounded.
+
+    The adapter is taken off the model. Tied weights come under each of their names.
+    """
+    deltas = {}
+    if attachment is not None:
+        for name, layer in attachment.layers.items():
+            a_RI, b_OR = attachment.matrices(name)
+            deltas[f"{name}.weight"] = (layer, a_RI, b_OR)
+        attachment.take_off()
+    for name, weight in model.state_dict().items():
+        tensor = weight.detach().float()
+        if name in deltas:
+            layer, a_RI, b_OR = deltas[name]
+            delta_OI = layer.delta_OI(a_RI, b_OR)
+            tensor = tensor + (delta_OI.t() if isinstance(layer.base, Conv1D) else delta_OI)
+        yield name, tensor

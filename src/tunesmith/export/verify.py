@@ -1,0 +1,103 @@
+"""The proof: what was exported is loaded in a new process and held against the tuned model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import tunesmith
+from tunesmith.errors import ExportError, TunesmithError
+from tunesmith.export import loaders, probe
+from tunesmith.export.comparing import Comparison, compare, most_different
+from tunesmith.export.options import Bounds
+from tunesmith.export.probe import Seen
+from tunesmith.export.rows import Probes
+from tunesmith.export.source import Source, tuned_tensors
+from tunesmith.loading import Speaker, load_run
+from tunesmith.methods.lora import LoraAttachment
+from tunesmith.models.quiet import quiet
+
+TIMEOUT_S = 3600.0
+
+
+def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
+    """What the tuned model makes of the probes, with its adapter live on its base, and what the base makes of them."""
+    speaker = load_run(source.run, offline=True)
+    tuned = _look(speaker, source, probes, answered=True)
+    if not isinstance(speaker.attachment, LoraAttachment):
+        return tuned, None
+    with speaker.untuned():
+        return tuned, _look(speaker, source, probes, answered=False)
+
+
+def _look(speaker: Speaker, source: Source, probes: Probes, *, answered: bool) -> Seen:
+    return probe.look(
+        speaker.model,
+        speaker.renderer,
+        probes.examples,
+        head=speaker.head,
+        labels=source.labels,
+        masked=source.recipe.train.masked,
+        answered=answered,
+    )
+
+
+def look_at_exported(source: Source, loader: str, exported: Path, probes: Probes, *, work: Path) -> Seen:
+    """What the exported model makes of the probes, loaded in a new process from its files alone. `work`: an empty
+    folder for what the processes tell each other. Raises ExportError where it cannot be loaded."""
+    job = work / "job.json"
+    probe.write_job(
+        job, loader=loader, exported=exported, recipe=source.run.recipe_path, examples=probes.examples
+    )  # fmt: skip
+    launch(job)
+    return Seen.load(work)
+
+
+def launch(job: Path) -> None:
+    """Do a job in a new process, without a network. Raises ExportError with the last words of one that failed."""
+    paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tunesmith.export.probe", str(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    if done.returncode != 0:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+        raise ExportError(f"what was exported cannot be used in a new process: {last[0][:600]}")
+
+
+def judge(
+    source: Source,
+    loader: str,
+    exported: Path,
+    *,
+    tuned: Seen,
+    base: Seen | None,
+    seen: Seen,
+    bounds: Bounds,
+    name: str,
+) -> Comparison:
+    """How far the export is from the tuned model. Raises ExportError past the bounds, naming the worst tensor."""
+    found = compare(tuned, seen, base=base, labels=source.labels)
+    problems = found.problems(bounds)
+    if problems:
+        raise ExportError(
+            f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}. "
+            f"{_worst_tensor(source, loader, exported)}."
+        )
+    return found
+
+
+def _worst_tensor(source: Source, loader: str, exported: Path) -> str:
+    """Which weight of the export is furthest from base plus delta."""
+    try:
+        with quiet():
+            loaded = loaders.LOADERS[loader](exported, source.recipe.model_copy(update={"precision": "float32"}))
+            model = loaded.model
+            if loader == "adapter":
+                return "Its weights were not compared one by one"
+            return most_different(tuned_tensors(*source.load(torch.float32)), model.state_dict())
+    except TunesmithError as error:
+        return f"Its weights cannot be compared: {error}"

@@ -1,0 +1,245 @@
+"""A merged model stands by itself and is what was tuned; what is not is found out, and nothing is left of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from export.exports import card_head, finished, quick
+from faults import Faults, in_child, tree
+from tunesmith.errors import ExportError, InputError, RunError, StorageError
+from tunesmith.export import exporting, merged
+from tunesmith.export.exporting import EXPORTS, Exported, export_run
+from tunesmith.export.options import Options
+from tunesmith.export.source import open_source, tuned_tensors
+from tunesmith.methods.lora import LoraAttachment
+from tunesmith.models.quiet import quiet
+from tunesmith.run import Run
+
+KINDS = [
+    "chat",
+    "full",
+    "classify-encoder",
+    "tag-encoder",
+    "text-encoder",
+    "summarize-encoder_decoder",
+    "classify-causal",
+]
+
+
+def exported(name: str, tmp_path: Path, **words: Any) -> Exported:
+    return export_run(finished(name), "merged", out=tmp_path / "out", offline=True, **words)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    done = exported(name, tmp_path)
+    assert done.found is not None
+    assert done.found.same_ids
+    assert done.found.kl < 1e-9  # float32 on both sides: only the order of additions differs
+    assert done.found.top1 == 1.0
+    assert done.found.rows == (2 if name == "chat" else 8)
+    if name != "full":
+        assert done.found.carried == pytest.approx(1.0, abs=1e-4)
+    assert json.loads((done.path / "verify.json").read_text())["verified"] is True
+
+
+def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
+    """The real proof: nothing here stands in for its other process."""
+    done = exported("chat", tmp_path)
+    assert done.found is not None
+    assert done.loaded_by.startswith("transformers ")
+    assert done.found.kl < 1e-9
+
+
+def test_weights_are_base_plus_delta_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    done = exported("chat", tmp_path, options=Options(dtype="bfloat16"), proof=False)
+    saved = load_file(done.path / "model.safetensors")
+    expected = dict(tuned_tensors(*open_source(finished("chat"), offline=True).load(torch.float32)))
+    assert saved.keys() <= expected.keys()
+    for name, tensor in saved.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+    assert any("rounded from float32 to bfloat16" in note for note in done.notes)
+
+
+def test_the_tokenizer_the_template_and_the_ends_are_those_of_training(tmp_path: Path) -> None:
+    done = exported("chat", tmp_path, proof=False)
+    ours = finished("chat").adapter_path
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (done.path / name).read_bytes() == (ours / name).read_bytes()
+    stops = open_source(finished("chat"), offline=True).renderer.stop_ids
+    ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stops) <= set(ends if isinstance(ends, list) else [ends])
+    with quiet():
+        assert AutoTokenizer.from_pretrained(done.path).chat_template
+
+
+def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    done = exported("chat", tmp_path, options=Options(license="apache-2.0"))
+    head = card_head(done.path)
+    report = json.loads(finished("chat").report_path.read_text())
+    assert head.license == "apache-2.0"
+    assert head.library_name == "transformers"
+    assert head.pipeline_tag == "text-generation"
+    loss = next(result for result in head.eval_results if result.metric_type == "loss")
+    assert loss.metric_value == pytest.approx(report["metrics"]["after"]["loss"], abs=1e-6)
+    text = (done.path / "README.md").read_text()
+    before, after = (report["metrics"][name]["loss"] for name in ("before", "after"))
+    assert f"| held-out loss | {before:.4f} | {after:.4f} |" in text
+    assert "16 rows to learn from, 2 held out, 0 skipped; `chats.jsonl`" in text
+    assert "Loaded in a new process by transformers" in text
+    assert str(finished("chat").path.parent) not in text  # a card is published: no folders of this machine
+
+
+def test_without_a_proof_the_card_says_so(tmp_path: Path) -> None:
+    done = exported("chat", tmp_path, proof=False)
+    text = (done.path / "README.md").read_text()
+    assert "**Not verified**" in text
+    assert "nobody has stated one" in text  # the licence
+    assert json.loads((done.path / "verify.json").read_text())["verified"] is False
+
+
+def lost(attachment: LoraAttachment) -> None:
+    attachment.take_off()
+
+
+def doubled(attachment: LoraAttachment) -> None:
+    for layer in attachment.layers.values():
+        layer.scale *= 2
+    REAL_MERGE(attachment)
+
+
+def one_layer_lost(attachment: LoraAttachment) -> None:
+    name = next(name for name in attachment.layers if name.endswith("1.mlp.down_proj"))
+    attachment.matrices(name)[1].detach().zero_()
+    REAL_MERGE(attachment)
+
+
+REAL_MERGE = merged.merge
+
+
+@pytest.mark.parametrize(
+    ("bug", "says"),
+    [
+        (lost, "it carries 0.0% of what tuning changed"),
+        (doubled, "of what tuning changed"),
+        (one_layer_lost, "1.mlp.down_proj"),
+    ],
+)
+def test_a_wrong_merge_fails_and_leaves_nothing(
+    bug: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # trap: A1
+    quick(monkeypatch)
+    monkeypatch.setattr(merged, "merge", bug)
+    with pytest.raises(ExportError, match="differs most, by") as error:
+        exported("chat", tmp_path)
+    assert says in str(error.value)
+    assert "_proj.weight differs most" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AssertionError):  # and without the proof the bug would have gone out
+        assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))
+
+
+def assert_is_what_was_tuned(done: Exported) -> None:
+    saved = load_file(done.path / "model.safetensors")
+    expected = dict(tuned_tensors(*open_source(finished("chat"), offline=True).load(torch.float32)))
+    assert all(torch.allclose(saved[name], expected[name], atol=1e-6) for name in saved)
+
+
+def test_a_right_merge_is_what_was_tuned(tmp_path: Path) -> None:
+    assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))
+
+
+def test_another_base_is_refused_by_name() -> None:  # trap: A2
+    source = finished("chat")
+    assert_base_is_checked(source, Path(source.recipe().model), refuse=exporting.open_source)
+
+
+def assert_base_is_checked(run: Run, base: Path, *, refuse: Any) -> None:
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    changed = bytearray(before)
+    changed[-5] ^= 1
+    weights.write_bytes(bytes(changed))
+    try:
+        with pytest.raises(RunError, match=r"model\.safetensors: not the file that .* was tuned on"):
+            refuse(run, offline=True)
+    except pytest.fail.Exception as failed:
+        raise AssertionError("the other base was taken") from failed
+    finally:
+        weights.write_bytes(before)
+
+
+def test_the_check_of_the_base_would_be_missed() -> None:
+    run = finished("chat")
+    with pytest.raises(AssertionError, match="the other base was taken"):
+        assert_base_is_checked(run, Path(run.recipe().model), refuse=lambda run, offline: None)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("code", [errno.ENOSPC, None])
+def test_full_disk_or_a_kill_leaves_all_or_nothing(share: float, code: int | None, tmp_path: Path) -> None:
+    with Faults() as counted:
+        exported("chat", tmp_path / "first", proof=False)
+    whole = tree(tmp_path / "first" / "out")
+    at = max(1, int(share * counted.num_calls))
+
+    def act() -> None:
+        with Faults(at, code):
+            exported("chat", tmp_path / "second", proof=False)
+
+    if code is None:
+        assert in_child(act) == -9
+    else:
+        with pytest.raises((StorageError, OSError)):
+            act()
+        left = [path.name for path in (tmp_path / "second").iterdir()] if (tmp_path / "second").exists() else []
+        assert left in ([], ["out"])
+    found = tree(tmp_path / "second" / "out") if (tmp_path / "second" / "out").exists() else whole
+    assert found == whole
+
+
+def test_what_is_no_export_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "diary.txt").write_text("dear")
+    with pytest.raises(InputError, match="is no earlier export"):
+        exported("chat", tmp_path, proof=False)
+    assert (tmp_path / "out" / "diary.txt").read_text() == "dear"
+
+
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    exported("chat", tmp_path, proof=False)
+    again = exported("chat", tmp_path, proof=False, options=Options(dtype="float16"))
+    assert load_file(again.path / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+
+
+def test_no_room_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: np.rec.array([(0, 0, 10)], names="a,b,free")[0])
+    with pytest.raises(StorageError, match="bytes are needed, 10 are free"):
+        exported("chat", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--to: onnx: there is no such target"):
+        export_run(finished("chat"), "onnx", out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"llama-quantize model-f16\.gguf model-q4_k_m\.gguf q4_k_m"):
+        exported("chat", tmp_path, options=Options(quant="q4_k_m"))
+    assert "merged" in EXPORTS
+
+
+def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "new", finished("chat").recipe_path.read_text())
+    with pytest.raises(RunError, match="no result yet, so nothing to export"):
+        export_run(run, "merged")
