@@ -89,7 +89,6 @@ def prepare(
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
     start = _begin(recipe, root=root, offline=offline)
-    notes, head = start.notes, start.head
     rows = encode_rows(
         start.recipe.data,
         start.renderer,
@@ -102,7 +101,7 @@ def prepare(
     recipe = start.recipe
     for choice in rows.choices:
         recipe = with_choice(recipe, choice)
-    _check_metric(recipe, head, rows.labels)
+    _check_metric(recipe, start.head, rows.labels)
     lengths_I = rows.store.lengths[rows.train_rows]
     recipe, more = decide(recipe, Facts(start.size.num_params, recipe.device, start.kind, lengths_I))
 
@@ -118,13 +117,13 @@ def prepare(
     return Setup(
         recipe=recipe,
         choices=[*start.choices, *rows.choices, *more, kernel(attachment.trained)],
-        notes=[*notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
+        notes=[*start.notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
         num_parameters=start.size.num_params,
         renderer=start.renderer,
         task=bind(known(recipe.task), rows.labels),
-        head=head,
+        head=start.head,
         attachment=attachment,
         optimizer=adamw(attachment.trained, recipe.optim),
         rows=rows,

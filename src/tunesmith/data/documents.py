@@ -29,7 +29,7 @@ class Documents:
         self.control = ControlTokens(tokenizer, "")
         self.stop_ids = () if encoder.eos_id is None else (encoder.eos_id,)
         self._encoder = encoder
-        self._frame = encoder.causal_frame()
+        self._frame = encoder.causal_frame(closed=True)
         self._width = room.max_tokens
         self._stride = _checked_stride(stride, width=self._width, num_read=1)
 

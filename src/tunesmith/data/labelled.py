@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from tunesmith.data.drafts import Draft, Drafted, Room
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import RecipeError
-from tunesmith.types import Example, ModelKind
+from tunesmith.types import Example, ModelKind, Problem
 
 
 class Labelled:
     """One answer a text, learnt at its first token by an encoder and at its last by a causal model.
 
-    An encoder reads the tokenizer's own frame around one text or two. A causal model reads BOS, if the tokenizer adds
-    one, the text, the second text on a line of its own, and EOS, if there is one. Raises `RecipeError` for a room
-    without place for a token of each text.
+    An encoder reads the tokenizer's own frame around one text or two. A causal model reads what the tokenizer makes of
+    the text, and the second text on a line of its own; no EOS is put behind it, so that a text given to the tokenizer
+    elsewhere meets the head as it was trained. Raises `RecipeError` for a room without place for a token of each text.
     """
 
     template_text = ""
@@ -29,7 +29,7 @@ class Labelled:
     def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, kind: ModelKind) -> None:
         self._encoder = encoder
         self._room = room
-        of_both = encoder.causal_frame()
+        of_both = encoder.causal_frame(closed=False)
         self._frames = {1: of_both, 2: of_both} if kind == "causal" else {1: encoder.frame(1), 2: encoder.frame(2)}
         self._pooled = -1 if kind == "causal" else 0
         self.control = ControlTokens(tokenizer, "")
@@ -50,6 +50,8 @@ class Labelled:
             return self._room.refusal(example.source, f"its {num_tokens} tokens")
         kept = cut_longest([len(text) for text in texts], excess)
         ids_T = frame.around(*(text[:num] for text, num in zip(texts, kept, strict=True)))
+        if not len(ids_T):
+            return Problem(example.source, "empty", "its text gives no token.", "Write it, or remove the row.")
         trained_T = np.zeros(len(ids_T), np.bool_)
         trained_T[self._pooled] = True
         draft = Draft(

@@ -105,10 +105,10 @@ class Encoder:
             second_after=int(of_second[0]) - end if len(of_second) else None,
         )
 
-    def causal_frame(self) -> Frame:
-        """What the tokenizer puts in front of one text, or of two lines, and EOS behind if there is one."""
+    def causal_frame(self, *, closed: bool) -> Frame:
+        """What the tokenizer puts around one text, or two lines; if `closed`, EOS behind where there is one."""
         frame = self.frame(1)
-        is_closed = len(frame.after_ids) > 0 or self.eos_id is None
+        is_closed = len(frame.after_ids) > 0 or self.eos_id is None or not closed
         after = frame.after_ids if is_closed else np.array([self.eos_id], np.int32)
         return Frame(frame.before_ids, self.ids(["\n"], plain=False)[0], after)
 

@@ -27,7 +27,7 @@ class Words:
     def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, kind: ModelKind) -> None:
         self._encoder = encoder
         self._room = room
-        self._frame = encoder.causal_frame() if kind == "causal" else encoder.frame(1)
+        self._frame = encoder.causal_frame(closed=False) if kind == "causal" else encoder.frame(1)
         self.control = ControlTokens(tokenizer, "")
         if room.max_tokens is not None and room.max_tokens <= self._frame.num_added():
             raise RecipeError(f"data.max_tokens: {room.max_tokens} leaves a word no token. Raise it.")

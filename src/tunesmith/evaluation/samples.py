@@ -35,17 +35,19 @@ def sample_prompts(
 
     Of a document that is its beginning, and the reference is how it goes on for `new_tokens`.
     """
-    made = [_begun(renderer, example, new_tokens) if example.shape == "text" else _asked(renderer, example)
-            for example in examples]  # fmt: skip
+    made = [
+        _begun(renderer, example, new_tokens) if example.shape == "text" else _asked(renderer, example, max_tokens)
+        for example in examples
+    ]
     return [prompt for prompt in made if prompt is not None and 0 < len(prompt.ids) <= max_tokens]
 
 
-def _asked(renderer: Renderer, example: Example) -> SamplePrompt | None:
+def _asked(renderer: Renderer, example: Example, max_tokens: int) -> SamplePrompt | None:
     last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
     if last == 0:
         return None
     before = example.parts[:last]
-    ids = tuple(renderer.prompt_ids(before, example.tools))
+    ids = tuple(renderer.prompt_ids(before, example.tools, max_tokens=max_tokens))
     return SamplePrompt(ids, before[-1].text, reference=example.parts[last].text, source=str(example.source))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tunesmith.data.rows import first_example
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models import machine
 from tunesmith.models.locate import Located
 from tunesmith.models.size import UNBOUNDED, ModelSize
@@ -43,6 +43,8 @@ def decide_before_rows(
     task: TaskName = known(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
+    if recipe.data.prompt is not None and task != "summarize":
+        raise RecipeError(f"data.prompt: is for the task summarize; this is {task}. Leave it out.")
     if task == "text" and kind == "causal":
         choose("data.stride", lambda: advise.choose_stride(known(recipe.data.max_tokens)))
     return recipe, choices
