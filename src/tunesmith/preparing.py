@@ -51,7 +51,7 @@ class Setup:
     located: locate.Located
     model: PreTrainedModel
     num_parameters: int
-    """Weights of the model itself."""
+    """Weights of the model itself, its head among them."""
     renderer: Renderer
     task: Task
     head: HeadName
@@ -108,8 +108,8 @@ def prepare(
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
     model = _load(recipe, start, rows.labels)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     layout, padding_notes = _layout(model, rows, start.kind)
-    checkpoint_layers(model, recipe.train.checkpointed_layers)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
@@ -120,7 +120,7 @@ def prepare(
         notes=[*start.notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
-        num_parameters=start.size.num_params,
+        num_parameters=num_parameters,
         renderer=start.renderer,
         task=bind(known(recipe.task), rows.labels),
         head=start.head,
@@ -180,7 +180,7 @@ def _check_metric(recipe: Recipe, head: HeadName, labels: Labels | None) -> None
 
 
 def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedModel:
-    return load.load_model(
+    model = load.load_model(
         start.located,
         dtype=DTYPES[known(recipe.precision)],
         device=recipe.device,
@@ -190,6 +190,8 @@ def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedMod
         tokenizer=start.renderer.tokenizer,
         on_note=start.notes.append,
     )
+    checkpoint_layers(model, recipe.train.checkpointed_layers)
+    return model
 
 
 def _feed(store: RowStore, recipe: Recipe, start: _Start, model: PreTrainedModel, layout: Layout, *, seed: int) -> Feed:
