@@ -109,6 +109,28 @@ def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path,
     assert "the rows themselves" in predict(one, other, "--out", other, code=2).stderr
 
 
+def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(
+    one: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.predicting import predictor
+
+    out, passes = tmp_path / "out.jsonl", iter(range(3))
+
+    def forward(model: Any, batch: Any) -> Any:
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    real = predictor.sequence_logits
+    monkeypatch.setattr(predictor, "sequence_logits", forward)
+    monkeypatch.setattr(predictor.Predictor, "chunk_rows", 4)
+    assert "the same command goes on with it" in predict(one, rows, "--out", out, code=3).stderr
+    assert len(out.read_bytes().splitlines()) == 12  # three chunks of one pass each
+    monkeypatch.undo()
+    predict(one, rows, "--out", out)
+    assert [json.loads(line)["source"] for line in out.open()] == [f"{rows}:{n}" for n in range(1, 21)]
+
+
 def test_a_pipe_is_read_as_it_comes(one: Path) -> None:
     lines = told(predict(one, "-", given='{"text": "the old"}\n{"text": "in Rome"}\n'))
     assert [line["source"] for line in lines] == ["stdin:1", "stdin:2"]

@@ -59,7 +59,7 @@ def measured(target: str, data: str, *, root: Path, base: bool, task: str | None
     from tunesmith.predicting.measuring import evaluate_file
 
     screen = console(stderr=True)
-    with phases(screen, PHASES) as progress:
+    with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
         speaker = load_target(target, root=root, base=base, task=as_task(task), offline=offline)
         majority = commonest_class(target, root)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,10 @@ def _file(
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
         if out is not None:
-            return predict_to(out, predictor, data, progress=progress, say=say, **options)
+            try:
+                return predict_to(out, predictor, data, progress=progress, say=say, **options)
+            except KeyboardInterrupt:
+                raise Stopped(f"{out}: stopped; the same command goes on with it") from None
 
         def write(lines: Any) -> None:
             for line in lines:

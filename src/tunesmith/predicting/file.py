@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import cast
 
+from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
 from tunesmith.errors import InputError
 from tunesmith.files import sha256_file
@@ -15,6 +17,7 @@ from tunesmith.predicting.inputs import read_file, read_pipe
 from tunesmith.predicting.lines import Line, Lines, Tally
 from tunesmith.predicting.output import Output
 from tunesmith.predicting.predictor import Predictor
+from tunesmith.recipe.knobs import DataFile
 
 STDIN = "-"
 Progress = Callable[[int, int], None]
@@ -58,10 +61,11 @@ def predict_to(
 
 def identity_of(predictor: Predictor, path: str, *, bare: bool) -> dict[str, str]:
     """What the lines follow from, by name: hashes of rows, model and renderer, and every option."""
-    identity = {**predictor.identity(), "fields": "bare" if bare else "echoed"}
-    if Path(path).is_file():  # what is none is named when it is read
-        identity["rows"] = sha256_file(Path(path))
-    return identity
+    found = expand([DataFile(path=path)], lambda warning: None)
+    # A file that is none is named when it is read. Its path is part of every line, as the source.
+    hashes = [f"{file.path} {sha256_file(Path(file.path))}\n" for file in found if Path(file.path).is_file()]
+    rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
+    return {**predictor.identity(), "fields": "bare" if bare else "echoed", "rows": rows}
 
 
 def predict_stream(
@@ -92,7 +96,7 @@ def _stream(
 
     def tick(within: int, of_chunk: int) -> None:
         if facts:
-            progress(*_position(facts[0], left=of_chunk - within))
+            progress(*_position(facts[-1], left=of_chunk - within))
 
     lines = Lines(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
     if path == STDIN:
@@ -104,6 +108,6 @@ def _stream(
 
 
 def _position(facts: FileFacts, *, left: int) -> tuple[int, int]:
-    """Bytes done and all, where `left` of the rows that are read wait for their answer."""
+    """Bytes of the file that are done, and all, where `left` of the rows that are read wait for their answer."""
     read = max(facts.rows, 1)
     return round(facts.done_bytes * (read - left) / read), facts.total_bytes
