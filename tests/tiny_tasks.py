@@ -53,7 +53,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def encoder_folder(path: Path, *, hidden: int = 32) -> Path:
+def encoder_folder(path: Path, *, hidden: int = 32, dropout: float = 0.1) -> Path:
     """A BERT of two layers with a head for masked words."""
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
@@ -64,6 +64,8 @@ def encoder_folder(path: Path, *, hidden: int = 32) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     BertForMaskedLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -101,9 +103,10 @@ def encoder_decoder_folder(path: Path, *, hidden: int = 48) -> Path:
     return path
 
 
-def folder_of(kind: str, path: Path) -> Path:
-    makers = {"causal": model_folder, "encoder": encoder_folder, "encoder_decoder": encoder_decoder_folder}
-    return makers[kind](path)
+def folder_of(kind: str, path: Path, *, dropout: float) -> Path:
+    if kind == "encoder":
+        return encoder_folder(path, dropout=dropout)
+    return model_folder(path, dropout=dropout) if kind == "causal" else encoder_decoder_folder(path)
 
 
 def texts(num: int, *, seed: int = 0, most: int = 9) -> list[str]:
@@ -145,10 +148,12 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def task_recipe(folder: Path, task: str, kind: str, *, rows: int = 24, method: Any = "full", **sections: Any) -> Recipe:
+def task_recipe(
+    folder: Path, task: str, kind: str, *, rows: int = 24, method: Any = "full", dropout: float = 0.1, **sections: Any
+) -> Recipe:
     """A recipe for a task on a model of some kind, over rows written into `folder`."""
     data: dict[str, Any] = {
-        "model": str(folder_of(kind, folder / f"model-{kind}")),
+        "model": str(folder_of(kind, folder / f"model-{kind}", dropout=dropout)),
         "task": task,
         "method": method,
         "data": {

@@ -52,6 +52,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "precision": setup.recipe.precision,
         "device": setup.device,
         "labels": label_counts(setup),
+        "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
     }
@@ -83,6 +84,20 @@ def label_counts(setup: Setup) -> dict[str, int]:
         return {}
     counts_C = count_classes(labels, setup.rows.store, setup.rows.train_rows)
     return {name: int(num) for name, num in zip(labels.names, counts_C, strict=True)}
+
+
+def window_count(setup: Setup) -> str:
+    """How documents were cut, in words; empty for other tasks."""
+    if setup.task.name != "text":
+        return ""
+    store, rows_I = setup.rows.store, setup.rows.train_rows
+    places = np.stack([store.file_index[rows_I], store.lines[rows_I]])
+    documents = np.unique(places, axis=1).shape[1]
+    stride = setup.recipe.data.stride
+    apart = "" if stride == "auto" else f", {stride:,} tokens from one beginning to the next"
+    return (
+        f"{documents:,} documents in {len(rows_I):,} windows of at most {setup.recipe.data.max_tokens:,} tokens{apart}"
+    )
 
 
 def length_histogram(setup: Setup) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import adamw, kernel
@@ -96,6 +97,7 @@ def prepare(
         max_held=recipe.evaluation.max_rows,
         task=known(start.recipe.task),
         class_weights=recipe.train.class_weights,
+        own_classes=start.own_classes,
         on_progress=on_progress,
     )
     recipe = start.recipe
@@ -148,6 +150,8 @@ class _Start:
     size: ModelSize
     kind: ModelKind
     head: HeadName
+    own_classes: tuple[str, ...]
+    """Of the head that the model has already."""
     renderer: Renderer
 
 
@@ -159,6 +163,8 @@ def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
     model_size, kind = size(located), model_kind(located)
     recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    head = find_head(recipe, located, kind)
+    has_classes = head in ("sequence", "tokens") and not located.is_gguf
     return _Start(
         recipe=recipe,
         choices=choices,
@@ -166,7 +172,8 @@ def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
         located=located,
         size=model_size,
         kind=kind,
-        head=find_head(recipe, located, kind),
+        head=head,
+        own_classes=own_classes(load.load_config(located), head) if has_classes else (),
         renderer=make_renderer(recipe, tokenizer, kind),
     )
 

@@ -123,6 +123,7 @@ def _drive(session: Session, *, fresh: bool) -> None:
         look(session, "after")
         find_surprising(session)
         _save_result(setup, run)
+        session.listener.on_progress("report", 0, 1)
         session.emit("end", {"report": write_report(run, report_facts(setup), asdict(session.progress))})
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})

@@ -24,6 +24,7 @@ PHASES = {
     "answer": "answering held-out prompts",
     "check": "checking rows",
     "general": "measuring general ability",
+    "report": "drawing the report",
     "surprise": "looking for surprising training rows",
     "download": "downloading the model",
 }

@@ -74,10 +74,12 @@ def decide_labels(
     store: RowStore,
     train_rows: NDArray[np.int64],
     held_store: RowStore,
+    own_classes: Sequence[str] = (),
 ) -> tuple[Labels, list[Choice]]:
     """What the head of a classifier or tagger learns, and what was decided for the user.
 
-    Classes are those of all rows of the training files; weights follow from the rows that are trained on.
+    Classes are those of all rows of the training files, or `own_classes`, those of a head that the model has, where
+    the rows bring no other; weights follow from the rows that are trained on.
 
     Raises:
         DataError: a label is not one of the classes, or no number; there is one class, or far too many.
@@ -85,6 +87,11 @@ def decide_labels(
     """
     trained = see(store, train_rows)
     sides = [see(store)] if held_store is store else [see(store), see(held_store)]
+    if not data.labels and own_classes and set(sides[0].counts) <= set(own_classes):
+        given = data.model_copy(update={"labels": tuple(own_classes)})
+        how = {"task": task, "class_weights": class_weights, "trained": trained, "sides": sides}
+        labels, choices = decide(data=given, **how)  # type: ignore[arg-type]
+        return labels, [*choices, Choice("data.labels", labels.names, "the classes of the model's own head")]
     return decide(task=task, data=data, class_weights=class_weights, trained=trained, sides=sides)
 
 

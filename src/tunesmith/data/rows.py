@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -109,6 +110,7 @@ def encode_rows(
     max_held: int | None,
     task: TaskName,
     class_weights: ClassWeights = "equal",
+    own_classes: Sequence[str] = (),
     on_progress: OnProgress,
 ) -> Rows:
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
@@ -139,7 +141,8 @@ def encode_rows(
         refuse_bad(data, stores, problems)
         overlap = _overlap(data, store, held_store) if data.eval else []
         train, held, split_notes = _split(data, store, held_store, task)
-        labels, choices = _labels(data, task, class_weights, (store, held_store), train)
+        how: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
+        labels, choices = _labels(data, task, (store, held_store), train, **how)
     except DataError:
         for refused in stores:
             refused.discard()
@@ -163,17 +166,15 @@ def _without_folders(data: Data, on_problem: OnProblem) -> Data:
 def _labels(
     data: Data,
     task: TaskName,
-    class_weights: ClassWeights,
     stores: tuple[RowStore, RowStore],
     train_rows: NDArray[np.int64],
+    **how: Any,
 ) -> tuple[Labels | None, list[Choice]]:
     """What a head learns of the rows, if the task has one of its own."""
     if task not in ("classify", "tag"):
         return None, []
     store, held_store = stores
-    return decide_labels(
-        task=task, data=data, class_weights=class_weights, store=store, train_rows=train_rows, held_store=held_store
-    )
+    return decide_labels(task=task, data=data, store=store, train_rows=train_rows, held_store=held_store, **how)
 
 
 def _measured(held: NDArray[np.int64], store: RowStore, most: int | None, notes: list[str]) -> NDArray[np.int64]:

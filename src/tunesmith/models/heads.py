@@ -82,6 +82,15 @@ def _labels(config: PreTrainedConfig, head: HeadName) -> Labels:
     return Labels(kind, () if kind == "number" else names)
 
 
+def own_classes(config: PreTrainedConfig, head: HeadName) -> tuple[str, ...]:
+    """The classes of a head that the model's files have, in their order; none where they were never named."""
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if not any(_CLASSES.get(end) == head for name in names for end in _CLASSES if name.endswith(end)):
+        return ()
+    found = _labels(config, head).names
+    return () if found == tuple(f"LABEL_{i}" for i in range(len(found))) else found
+
+
 def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> bool:
     """Whether a head that is there already answers with these labels, in this order."""
     found = _labels(config, head)

@@ -29,7 +29,8 @@ class DataFile(Section):
     """One file of rows and how often each of its rows is seen in an epoch."""
 
     path: str
-    """JSONL, JSON array, CSV, TSV or Parquet; each may be gzipped (.gz). Told apart by content, not by name."""
+    """JSONL, JSON array, CSV, TSV, Parquet or CoNLL, each may be gzipped (.gz), told apart by content; or documents: a
+    .txt or .md file, or a folder of them."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
 
@@ -67,7 +68,8 @@ class Data(Section):
     auto: cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
     """Task text: tokens from the start of one window of a long document to the start of the next. auto: of a causal
-    model one token stands in two windows, of an encoder none. Smaller: each window begins with context that is read but not trained."""
+    model one token stands in two windows, of an encoder none. Smaller: each window begins with context that is read
+    but not trained."""
     prompt: str | None = None
     """Task summarize: what is asked, with {document} where the document stands. null: a stated default."""
     labels: tuple[str, ...] = ()

@@ -1,0 +1,80 @@
+"""A run starts from the result of another: adapt to a domain, then tune for a task."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tiny_tasks import rows_of, task_recipe, write
+from tunesmith.errors import RunError
+from tunesmith.run import Run
+from tunesmith.training import train
+
+
+def evaluation(run: Run, name: str) -> float:
+    return next(e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == name)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_second_run_begins_where_the_first_ended(tmp_path, method):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method=method, optim={"lr": 1e-2})
+    first = train(recipe, root=root)
+    second = train(recipe.model_copy(update={"model": "last"}), root=root)
+    # 1e-5: the same float32 weights, once as base and adapter, once merged
+    assert evaluation(second, "before") == pytest.approx(evaluation(first, "after"), rel=1e-5)
+    assert evaluation(second, "before") < evaluation(first, "before")
+    plan = next(event for event in second.events() if event.kind == "plan")
+    assert any(f"starts from the result of {first.path}" in text for text in plan.values["warnings"])
+    assert "last" not in second.recipe().model
+
+
+def test_domain_then_task(tmp_path):
+    root = tmp_path / "runs"
+    adapted = train(task_recipe(tmp_path, "text", "encoder", method="full"), root=root)
+    recipe = task_recipe(tmp_path, "classify", "encoder", method="lora")
+    tuned = train(recipe.model_copy(update={"model": str(adapted.path)}), root=root)
+    assert tuned.state() == "done"
+    assert tuned.recipe().model == str(adapted.model_path)
+
+
+def test_a_classifier_goes_on_with_its_head_and_the_order_of_its_classes(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "classify", "encoder", method="lora", data={"labels": ["place", "fruit"]})
+    first = train(recipe, root=root)
+    go_on = recipe.model_copy(update={"model": str(first.path), "data": recipe.data.model_copy(update={"labels": ()})})
+    second = train(go_on, root=root)
+    assert second.recipe().data.labels == ("place", "fruit")
+    assert evaluation(second, "before") == pytest.approx(evaluation(first, "after"), rel=1e-5)
+
+
+def test_another_class_makes_a_new_head_and_says_so(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "classify", "encoder", method="full")
+    first = train(recipe, root=root)
+    file = tmp_path / "classify.jsonl"
+    write(file, [*rows_of("classify", 24), {"text": "the small", "label": "size"}, {"text": "a big", "label": "size"}])
+    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    assert second.recipe().data.labels == ("fruit", "place", "size")
+    plan = next(event for event in second.events() if event.kind == "plan")
+    assert any("classifier.weight" in text for text in plan.values["warnings"])
+
+
+def test_the_merged_model_is_made_once_and_kept(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora")
+    first = train(recipe, root=root)
+    train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    made = (first.path / "merged" / "config.json").stat().st_mtime_ns
+    train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    assert (first.path / "merged" / "config.json").stat().st_mtime_ns == made
+    assert json.loads((first.path / "merged" / "config.json").read_text())["architectures"]
+
+
+def test_a_run_without_a_result_is_refused(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora")
+    run = Run.create(root, "begun", "model: x\n")
+    with pytest.raises(RunError, match=r"no result yet.*resume"):
+        train(recipe.model_copy(update={"model": str(run.path)}), root=root)
