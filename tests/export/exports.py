@@ -8,36 +8,108 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Regex, normalizers, pre_tokenizers
 
-from tiny_run import tiny_recipe
+from tiny import tiny_tokenizer
+from tiny_model import tiny_model
+from tiny_run import chats, tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.export import probe, verify
+from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
+from tunesmith.loading import make_renderer, run_labels
+from tunesmith.methods import METHODS
+from tunesmith.methods.lora import LoraAttachment
+from tunesmith.models import load, locate
+from tunesmith.models.kind import model_kind
+from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.read import validate
+from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run
 from tunesmith.training import train
 
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
-
 SHORT: dict[str, Any] = {
     "train": {"max_steps": 3},
     "evaluation": {"samples": 1, "sample_tokens": 2, "surprising": 0},
     "checkpoint": {"every": 9},
 }
+RESOLVED: dict[str, Any] = {"data": {"max_tokens": 64, "too_long": "error"}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"attn_logit_softcapping": 20.0},
+    "gemma3_text": {"sliding_window_pattern": 6},
+    "mistral": {"sliding_window": None},
+}
+"""Settings of tiny models that llama.cpp computes too."""
+SENTENCEPIECE = ("mistral", "gemma2", "gemma3_text", "phi3")
 
 
 @lru_cache
 def finished(name: str) -> Run:
-    """chat, full, or `<task>-<kind>` by LoRA."""
+    """`chat`: a run of three steps. Others, `full` and `<task>-<kind>`: the result alone, drawn at random."""
     folder = Path(mkdtemp(prefix="export-"))
-    recipe: Recipe
     if name == "chat":
-        recipe = tiny_recipe(folder, **SHORT)
-    elif name == "full":
-        recipe = task_recipe(folder, "chat", "causal", **SHORT)
-    else:
-        task, kind = name.split("-")
-        recipe = task_recipe(folder, task, kind, method=LORA, optim={"lr": 1e-2}, **SHORT)
-    return train(recipe, root=folder, out=folder / name, offline=True)
+        return train(tiny_recipe(folder, **SHORT), root=folder, out=folder / name, offline=True)
+    task, kind = ("chat", "causal") if name == "full" else name.split("-")
+    labels = {
+        "classify": {"labels": ["fruit", "place"], "label_kind": "one"},
+        "tag": {"labels": ["O", "B-PER", "B-LOC"]},
+    }
+    data = {**RESOLVED["data"], **labels.get(task, {})}
+    method: Any = "full" if name == "full" else LORA
+    return as_if_tuned(task_recipe(folder, task, kind, method=method, data=data), folder / name)
+
+
+@lru_cache
+def of_architecture(arch: str) -> Run:
+    """A chat model of this architecture, tuned, with the kind of tokenizer that such models have."""
+    folder = Path(mkdtemp(prefix="export-"))
+    tokenizer = tiny_tokenizer(metaspace=arch in SENTENCEPIECE)
+    if arch.startswith("qwen"):
+        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+        levels = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, levels])
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tiny_model(arch, vocab_size=len(tokenizer), **SHAPES.get(arch, {})).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return as_if_tuned(chat_recipe(folder), folder / arch)
+
+
+def chat_recipe(folder: Path, **sections: Any) -> Recipe:
+    """Of the model in `folder`."""
+    data = {"train": [str(chats(folder / "chats.jsonl", 6))], **RESOLVED["data"], "max_tokens": 256}
+    whole = {"model": str(folder / "model"), "task": "chat", "method": LORA, "data": data, "train": {}, "threads": 1}
+    return validate({**whole, "precision": "float32", "device": "cpu", **sections})
+
+
+def as_if_tuned(recipe: Recipe, out: Path) -> Run:
+    """A run folder with a result: every B of its adapter is drawn instead of learnt."""
+    run = Run.create(out.parent, out.name, as_yaml(recipe, comments=False), out=out)
+    located = locate.locate(recipe.model, offline=True)
+    kind = model_kind(located)
+    tokenizer = load.load_tokenizer(located, None)
+    model = load.load_model(
+        located,
+        dtype=torch.float32,
+        device="cpu",
+        head=find_head(recipe, located, kind),
+        labels=run_labels(recipe),
+        tokenizer=tokenizer,
+    )
+    method = METHODS[recipe.method.name]
+    attachment = method.attach(model, recipe.method, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        if isinstance(attachment, LoraAttachment):
+            for name in attachment.layers:
+                attachment.matrices(name)[1].normal_(0.0, 0.1)
+        attachment.publish()
+    folder = run.model_path if recipe.method.name == "full" else run.adapter_path
+    renderer = make_renderer(recipe, tokenizer, kind)
+    method.save_result(attachment, folder, model=model, renderer=renderer, located=located)
+    return run
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

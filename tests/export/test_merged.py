@@ -47,7 +47,7 @@ def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch:
     assert done.found.same_ids
     assert done.found.kl < 1e-9  # float32 on both sides: only the order of additions differs
     assert done.found.top1 == 1.0
-    assert done.found.rows == (2 if name == "chat" else 8)
+    assert done.found.rows == {"chat": 2, "full": 17}.get(name, 24)
     if name != "full":
         assert done.found.carried == pytest.approx(1.0, abs=1e-4)
     assert json.loads((done.path / "verify.json").read_text())["verified"] is True
@@ -142,10 +142,10 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
 ) -> None:  # trap: A1
     quick(monkeypatch)
     monkeypatch.setattr(merged, "merge", bug)
-    with pytest.raises(ExportError, match="differs most, by") as error:
+    with pytest.raises(ExportError, match=r"nothing was kept: .*differs by .* of its size") as error:
         exported("chat", tmp_path)
     assert says in str(error.value)
-    assert "_proj.weight differs most" in str(error.value)
+    assert "_proj.weight differs by" in str(error.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError):  # and without the proof the bug would have gone out
         assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))

@@ -136,8 +136,8 @@ def _data(report: Mapping[str, Any]) -> str:
     tokens = report.get("tokens", {})
     return (
         f"{rows['train']:,} rows to learn from, {rows['held_out']:,} held out, {rows['skipped']:,} skipped; {files}. "
-        f"{report.get('steps', 0):,} steps over {tokens.get('processed', 0):,.0f} tokens, {tokens.get('trained', 0):,.0f} of "
-        "them trained."
+        f"{report.get('steps', 0):,} steps over {tokens.get('processed', 0):,.0f} tokens, "
+        f"{tokens.get('trained', 0):,.0f} of them trained."
     )
 
 
@@ -183,6 +183,8 @@ def proof_lines(found: Comparison, bounds: Bounds) -> list[tuple[str, str, str]]
                 f"± {bounds.loss:g}",
             )
         )
+    if found.furthest:
+        lines.append((f"furthest weight, {found.furthest}", f"{found.distance:.2g} of its size", f"{bounds.weights:g}"))
     if found.answers:
         lines.append(("same greedy answer", f"{found.same_answers} of {found.answers}", ""))
     return lines

@@ -4,16 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tunesmith.export.options import Bounds
 from tunesmith.export.probe import Seen
+from tunesmith.export.sketches import furthest
 from tunesmith.types import Labels
 
 Floats = NDArray[np.float64]
@@ -44,11 +42,15 @@ class Comparison:
     """Size of the error over the size of what tuning changed."""
     answers: int
     same_answers: int
+    furthest: str
+    """The weight that is furthest from base plus delta; empty where weights were not compared."""
+    distance: float
+    """How far, over its size; estimated from sketches."""
 
     def problems(self, bounds: Bounds) -> list[str]:
         """What is past its bound, in words."""
         found = [] if self.same_ids else [f"its tokens are others: {self.difference}"]
-        if not self.kl <= bounds.kl:
+        if self.same_ids and not self.kl <= bounds.kl:
             found.append(f"its KL divergence from the tuned model is {self.kl:.2g} nats, at most {bounds.kl:g} allowed")
         if self.loss_tuned is not None and self.loss_exported is not None:
             moved = self.loss_exported - self.loss_tuned
@@ -60,6 +62,12 @@ class Comparison:
             found.append(
                 f"it carries {self.carried:.1%} of what tuning changed, at most {bounds.carried:.0%} off 100 % allowed"
             )
+        if not self.distance <= bounds.weights:
+            found.append(
+                f"{self.furthest} differs by {self.distance:.2g} of its size, at most {bounds.weights:g} allowed"
+            )
+        elif found and self.furthest:
+            found.append(f"{self.furthest} differs most, by {self.distance:.2g} of its size")
         return found
 
     def values(self) -> dict[str, object]:
@@ -71,6 +79,7 @@ def compare(tuned: Seen, exported: Seen, *, base: Seen | None, labels: Labels | 
     """`base`: the model without its adapter, on the same rows."""
     difference = _first_difference(tuned, exported)
     is_same = not difference
+    weight, distance = furthest(tuned.weights, exported.weights) if exported.weights else ("", 0.0)
     kl_N, top_N = np.zeros(0), np.ones(0, np.bool_)
     carried = share = None
     if is_same:
@@ -93,11 +102,18 @@ def compare(tuned: Seen, exported: Seen, *, base: Seen | None, labels: Labels | 
         error_to_effect=share,
         answers=len(tuned.answers),
         same_answers=sum(a == b for a, b in zip(tuned.answers, exported.answers, strict=False)),
+        furthest=weight,
+        distance=distance,
     )
 
 
 def _first_difference(tuned: Seen, exported: Seen) -> str:
-    for what, ours, theirs in (("row", tuned.ids, exported.ids), ("prompt", tuned.prompts, exported.prompts)):
+    pairs = (
+        ("row", tuned.ids, exported.ids),
+        ("prompt", tuned.prompts, exported.prompts),
+        ("fixed text", tuned.texts, exported.texts),
+    )
+    for what, ours, theirs in pairs:
         if len(ours) != len(theirs):
             return f"{len(ours)} {what}s were made of the probes, {len(theirs)} by the export"
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -120,7 +136,7 @@ def _divergence(tuned_NV: Floats, exported_NV: NDArray[np.float32], labels: Labe
 def _kl(logits: Floats, others: Floats) -> Floats:
     log_p, log_q = (x - x.max(-1, keepdims=True) for x in (logits, others))
     log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
-    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+    return np.asarray(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0))
 
 
 def _same_choice(
@@ -151,20 +167,3 @@ def _effect(tuned: Seen, exported: Seen, base: Seen) -> tuple[float | None, floa
 
 def _level(logits_NV: NDArray[np.float32]) -> Floats | float:
     return logits_NV.astype(np.float64).mean(-1, keepdims=True) if logits_NV.shape[-1] > 1 else 0.0
-
-
-@torch.no_grad()
-def most_different(expected: Iterable[tuple[str, Tensor]], found: Mapping[str, Tensor]) -> str:
-    """The weight that is furthest from what it should be, relative to its size, and how far; names that are missing
-    come first."""
-    worst, name = -1.0, ""
-    for key, tensor in expected:
-        if key not in found:
-            return f"{key} is missing"
-        other = found[key].float()
-        if other.shape != tensor.shape:
-            return f"{key} has shape {list(other.shape)}, {list(tensor.shape)} is due"
-        distance = float((other - tensor).norm() / tensor.norm().clamp_min(1e-12))
-        if not distance <= worst:
-            worst, name = distance, key
-    return f"{name} differs most, by {worst:.2g} of its size"

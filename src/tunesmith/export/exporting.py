@@ -10,16 +10,18 @@ from pathlib import Path
 from tunesmith import __version__
 from tunesmith.errors import InputError, StorageError
 from tunesmith.export import verify
+from tunesmith.export.adapter import ADAPTER
 from tunesmith.export.card import write_card
 from tunesmith.export.comparing import Comparison
+from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
-from tunesmith.export.options import DTYPES, QUANTS, Bounds, Export, Options
+from tunesmith.export.options import DTYPES, QUANTS, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.run import Run
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED,)}
+EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF)}
 
 PROOF = "verify.json"
 STALE_S = 24 * 3600.0
@@ -98,15 +100,13 @@ def _export(
     on_progress("write", 0, 1)
     with storing(folder, num_bytes=export.num_bytes(source, options)):
         notes = [*notes, *export.write(source, folder, options)]
-    bounds = export.bounds(source, options)
+    bounds = _for_precision(export.bounds(source, options), source)
     found, loaded_by, rows = None, "", ""
     if proof:
         on_progress("verify", 0, 1)
         seen = verify.look_at_exported(source, export.loader, folder, probes, work=work)
         name = f"{source.run.path.name} to {export.name}"
-        found = verify.judge(
-            source, export.loader, folder, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name
-        )  # fmt: skip
+        found = verify.judge(source, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name)
         loaded_by, rows = seen.loaded_by, probes.said
     with storing(folder):
         write_card(
@@ -118,6 +118,13 @@ def _export(
         facts = {**values, "loaded_by": loaded_by, "bounds": asdict(bounds), **numbers, "notes": list(notes)}
         (folder / PROOF).write_bytes(to_json(facts, indent=True) + b"\n")
     return Exported(folder, export.name, bounds, found, loaded_by, rows, notes)
+
+
+def _for_precision(bounds: Bounds, source: Source) -> Bounds:
+    """What the tuned model is known to in 16 bits is not asked to be nearer."""
+    if source.recipe.precision == "float32":
+        return bounds
+    return replace(bounds, kl=max(bounds.kl, ROUNDED.kl), weights=max(bounds.weights, ROUNDED.weights))
 
 
 def _chosen(target: str) -> Export:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
+from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -22,12 +24,15 @@ from transformers import (
 )
 
 from tunesmith.errors import ModelError
+from tunesmith.export.gguf_models import REPACKED
 from tunesmith.loading import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.models import load, locate
+from tunesmith.models.headers import GgufHeader, read_gguf
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.quiet import quiet
+from tunesmith.models.source import blaming, source
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.types import HeadName
@@ -43,6 +48,8 @@ class Loaded:
     head: HeadName
     by: str
     """Whose code loaded it."""
+    is_plain: bool = True
+    """Whether the weights are those of a plain model, without an adapter beside them."""
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -83,12 +90,68 @@ def load_adapter(folder: Path, recipe: Recipe) -> Loaded:
     )  # fmt: skip
     if find_spec("peft") is None:
         METHODS["lora"].load_result(model, folder)
-        return Loaded(model, tokenizer, located, head, "tunesmith (peft is not installed)")
+        return Loaded(model, tokenizer, located, head, "tunesmith (peft is not installed)", is_plain=False)
     from peft import PeftModel
 
     with quiet():
         PeftModel.from_pretrained(model, str(folder))  # which puts its layers into the model itself
-    return Loaded(model.eval(), tokenizer, located, head, f"peft {version('peft')}")
+    return Loaded(model.eval(), tokenizer, located, head, f"peft {version('peft')}", is_plain=False)
 
 
-LOADERS: dict[str, Callable[[Path, Recipe], Loaded]] = {"merged": load_merged, "adapter": load_adapter}
+def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
+    """The weights of a GGUF unpacked by transformers; what its reader leaves out of the config is read from the file's
+    own header, as llama.cpp does."""
+    path = next(folder.glob("*.gguf"))
+    located = locate.locate(str(path), offline=True)
+    header = read_gguf(path)
+    config = load.load_config(located)
+    _complete(config, header)
+    with blaming(located, "its weights cannot be loaded"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **source(located), config=config, dtype=_dtype(recipe), output_loading_info=True
+        )
+    if found["missing_keys"]:
+        raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
+    if REPACKED in header.tensors:
+        factors = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == REPACKED).data
+        model.base_model.rotary_emb.inv_freq.div_(torch.from_numpy(factors.copy()))
+    tokenizer = load.load_tokenizer(located, None)
+    if header.metadata.get("tokenizer.ggml.model") == "llama":
+        _split_as_llama_cpp(tokenizer, prefix=bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    return Loaded(model, tokenizer, located, "next_token", f"transformers {version('transformers')}")
+
+
+def _split_as_llama_cpp(tokenizer: PreTrainedTokenizerBase, *, prefix: bool) -> None:
+    """llama.cpp puts a blank in front of every stretch of text between control tokens, or of none; transformers' reader
+    guesses by the architecture."""
+    blanks = [normalizers.Replace(" ", "▁")]
+    steps = [normalizers.Prepend("▁"), *blanks] if prefix else blanks
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+
+
+_UNREAD = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def _complete(config: Any, header: GgufHeader) -> None:
+    facts = {key: value for key, value in header.metadata.items() if key.startswith(f"{header.architecture}.")}
+    facts = {key.partition(".")[2]: value for key, value in facts.items()}
+    for key, name in _UNREAD.items():
+        if hasattr(config, name):
+            setattr(config, name, facts.get(key))
+    if header.architecture == "gpt2":
+        config.n_positions = facts["context_length"]
+    if header.architecture in ("gemma2", "gemma3"):
+        config.query_pre_attn_scalar = facts["attention.key_length"]
+
+
+LOADERS: dict[str, Callable[[Path, Recipe], Loaded]] = {
+    "merged": load_merged,
+    "adapter": load_adapter,
+    "gguf": load_gguf,
+}

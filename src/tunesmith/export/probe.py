@@ -26,8 +26,11 @@ from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Masking
 from tunesmith.data.labels import targets
 from tunesmith.data.render import Renderer
+from tunesmith.evaluation.general import passages
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER, sample_prompts
 from tunesmith.export import loaders
+from tunesmith.export.pre_tokenizers import PROBE
+from tunesmith.export.sketches import Sketches, sketch_all
 from tunesmith.generation import Sampling, answer
 from tunesmith.loading import has_token_types, make_renderer, run_labels
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
@@ -61,6 +64,9 @@ class Seen:
     """Of each row, summed over its targets; empty where rows have no answers."""
     counts: list[int] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+    """Tokens of fixed texts."""
+    weights: Sketches = field(default_factory=dict)
     loaded_by: str = ""
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     """[N, V] of each row."""
@@ -94,7 +100,7 @@ def look(
     """What `model` makes of the first rows of `examples`. `masked`: share of masked tokens; `answered` False leaves out
     prompts and answers."""
     rows = rows_of(renderer, examples, head=head, labels=labels, masked=masked)
-    seen = Seen([row.ids.tolist() for row in rows])
+    seen = Seen([row.ids.tolist() for row in rows], texts=_texts(renderer))
     has_types = has_token_types(model, renderer.tokenizer)
     start = getattr(model.config, "decoder_start_token_id", None)
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
@@ -163,6 +169,12 @@ def _losses(logits_NV: torch.Tensor, batch: Batch, labels: Labels | None) -> tor
     return F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
 
 
+def _texts(renderer: Renderer) -> list[list[int]]:
+    """Tokens of texts that hold what rules of splitting disagree on: blanks, digits, quotes, many scripts, code."""
+    backend = renderer.tokenizer.backend_tokenizer
+    return [list(one.ids) for one in backend.encode_batch([PROBE, *passages()], add_special_tokens=False)]
+
+
 def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]:
     made = sample_prompts(renderer, examples, max_tokens=renderer.max_tokens or MOST_TOKENS, new_tokens=ANSWER_TOKENS)
     return [list(prompt.ids) for prompt in made]
@@ -193,7 +205,8 @@ def do_job(path: Path) -> None:
     renderer = make_renderer(recipe, loaded.tokenizer, model_kind(loaded.located))
     examples = [_example(plain) for plain in job["examples"]]
     seen = look(loaded.model, renderer, examples, head=loaded.head, labels=labels, masked=recipe.train.masked)
-    replace(seen, loaded_by=loaded.by).save(path.parent)
+    weights = sketch_all(loaded.model.state_dict().items()) if loaded.is_plain else {}
+    replace(seen, loaded_by=loaded.by, weights=weights).save(path.parent)
 
 
 def _example(plain: Mapping[str, Any]) -> Example:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import tunesmith
-from tunesmith.errors import ExportError, TunesmithError
-from tunesmith.export import loaders, probe
-from tunesmith.export.comparing import Comparison, compare, most_different
+from tunesmith.errors import ExportError
+from tunesmith.export import probe
+from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.options import Bounds
 from tunesmith.export.probe import Seen
 from tunesmith.export.rows import Probes
+from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
 from tunesmith.loading import Speaker, load_run
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models.quiet import quiet
 
 TIMEOUT_S = 3600.0
 
@@ -28,10 +27,12 @@ def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
     """What the tuned model makes of the probes, with its adapter live on its base, and what the base makes of them."""
     speaker = load_run(source.run, offline=True)
     tuned = _look(speaker, source, probes, answered=True)
-    if not isinstance(speaker.attachment, LoraAttachment):
-        return tuned, None
-    with speaker.untuned():
-        return tuned, _look(speaker, source, probes, answered=False)
+    base = None
+    if isinstance(speaker.attachment, LoraAttachment):
+        with speaker.untuned():
+            base = _look(speaker, source, probes, answered=False)
+    weights = sketch_all(tuned_tensors(speaker.model, speaker.attachment))
+    return replace(tuned, weights=weights), base
 
 
 def _look(speaker: Speaker, source: Source, probes: Probes, *, answered: bool) -> Seen:
@@ -68,36 +69,9 @@ def launch(job: Path) -> None:
         raise ExportError(f"what was exported cannot be used in a new process: {last[0][:600]}")
 
 
-def judge(
-    source: Source,
-    loader: str,
-    exported: Path,
-    *,
-    tuned: Seen,
-    base: Seen | None,
-    seen: Seen,
-    bounds: Bounds,
-    name: str,
-) -> Comparison:
+def judge(source: Source, *, tuned: Seen, base: Seen | None, seen: Seen, bounds: Bounds, name: str) -> Comparison:
     """How far the export is from the tuned model. Raises ExportError past the bounds, naming the worst tensor."""
     found = compare(tuned, seen, base=base, labels=source.labels)
-    problems = found.problems(bounds)
-    if problems:
-        raise ExportError(
-            f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}. "
-            f"{_worst_tensor(source, loader, exported)}."
-        )
+    if problems := found.problems(bounds):
+        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.")
     return found
-
-
-def _worst_tensor(source: Source, loader: str, exported: Path) -> str:
-    """Which weight of the export is furthest from base plus delta."""
-    try:
-        with quiet():
-            loaded = loaders.LOADERS[loader](exported, source.recipe.model_copy(update={"precision": "float32"}))
-            model = loaded.model
-            if loader == "adapter":
-                return "Its weights were not compared one by one"
-            return most_different(tuned_tensors(*source.load(torch.float32)), model.state_dict())
-    except TunesmithError as error:
-        return f"Its weights cannot be compared: {error}"

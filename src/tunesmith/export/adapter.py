@@ -1,0 +1,115 @@
+"""`adapter`: PEFT's format, complete, and for whom it loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tunesmith.errors import RunError
+from tunesmith.export.card import base_id
+from tunesmith.export.merged import auto_class
+from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
+from tunesmith.export.servers import server_lines
+from tunesmith.export.source import Source
+from tunesmith.files import to_json
+from tunesmith.methods.peft_format import CONFIG, WEIGHTS
+from tunesmith.models.quiet import quiet
+from tunesmith.models.save import save_generation_config
+
+BASE_FILE = "base.json"
+"""Which weights the adapter was made for, byte for byte."""
+
+
+def _check(source: Source, options: Options) -> list[str]:
+    if not source.is_adapter:
+        raise RunError(f"{source.run.path}: every weight was tuned, so there is no adapter. Use --to merged.")
+    notes = []
+    if source.base.kind != "hub":
+        notes.append(
+            f"the base is not of the hub: others need the same {source.base.path.name}; its SHA-256 is in {BASE_FILE}"
+        )
+    if options.bake_scale and not read_config(source.result).get("use_rslora"):
+        notes.append("--bake-scale changed nothing: the scale is alpha / rank already, which every program computes")
+    return notes
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+    return config
+
+
+def _write(source: Source, folder: Path, options: Options) -> list[str]:
+    shutil.copytree(source.result, folder, dirs_exist_ok=True)
+    config = read_config(source.result)
+    config["base_model_name_or_path"] = base_id(source) or source.base.path.name
+    if options.bake_scale:
+        config = baked(config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if source.renderer.stop_ids:
+        save_generation_config(_without_weights(source), folder, stop_ids=source.renderer.stop_ids)
+    facts = {"model": config["base_model_name_or_path"], "revision": source.base.revision, "sha256": source.base_hashes}
+    (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
+    return []
+
+
+def _without_weights(source: Source) -> PreTrainedModel:
+    """The base, to ask it for how it generates."""
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = getattr(transformers, auto_class(source)).from_config(source.config)
+    if (source.base.path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.base.path)
+    return model
+
+
+def baked(config: dict[str, Any]) -> dict[str, Any]:
+    """The same scale without use_rslora: alpha / √rank becomes alpha' / rank with alpha' = alpha · √rank."""
+    if not config.get("use_rslora"):
+        return config
+    return {**config, "lora_alpha": config["lora_alpha"] * config["r"] ** 0.5, "use_rslora": False}
+
+
+def _num_bytes(source: Source, options: Options) -> int:
+    return (source.result / WEIGHTS).stat().st_size
+
+
+def _bounds(source: Source, options: Options) -> Bounds:
+    return EXACT if source.recipe.precision == "float32" else ROUNDED
+
+
+def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
+    name, base = auto_class(source), base_id(source) or source.base.path.name
+    code = (
+        f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {name}\n\n"
+        f'base = {name}.from_pretrained("{base}"{_labels(source)})\n'
+        'model = PeftModel.from_pretrained(base, "PATH")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")'
+    )
+    lines = "\n".join(f"- {line}" for line in server_lines(source, read_config(folder)))
+    return {
+        "library": "peft",
+        "relation": "adapter",
+        "use": [("python", code)],
+        "servers": f"Where it loads:\n\n{lines}",
+    }
+
+
+def _labels(source: Source) -> str:
+    return f", num_labels={source.labels.num_outputs}" if source.labels is not None else ""
+
+
+ADAPTER = Export(
+    name="adapter",
+    doc="The adapter alone, in PEFT's format, with the hashes of the base that it needs.",
+    check=_check,
+    write=_write,
+    num_bytes=_num_bytes,
+    bounds=_bounds,
+    loader="adapter",
+    card=_card,
+)

@@ -1,0 +1,220 @@
+"""How models go into a GGUF: the facts of each architecture, and what llama.cpp wants of its weights.
+
+Source: the converters of llama.cpp (conversion/*.py) and its graphs, which say what is read and what is fixed in code.
+"""
+
+# H heads, D dimensions of a head, O outputs
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from tunesmith.errors import ModelError
+
+Facts = dict[str, Any]
+"""Keys of the header behind the architecture's name, with ints and floats as values."""
+
+REPACKED = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture of llama.cpp."""
+
+    name: str
+    facts: Callable[[PreTrainedConfig], Facts]
+    limits: Callable[[PreTrainedConfig], list[str]] = lambda config: []
+    """What of a config llama.cpp does not compute, in words; nothing is then written."""
+    pairs_interleaved: bool = False
+    """Rotary pairs of queries and keys stand next to each other instead of in halves."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms."""
+    transposed: tuple[str, ...] = ()
+    """Ends of the names of weights that lie [inputs, outputs]."""
+    rope_factors: bool = False
+    """A scaled rotary embedding is written as a factor a frequency."""
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if name.endswith(self.transposed or "\0") else shape
+
+    def fitted(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """A weight as llama.cpp wants it; `name` is that of transformers."""
+        if name.endswith(self.transposed or "\0"):
+            return tensor.t().contiguous()
+        if self.norm_offset and name.endswith("norm.weight"):
+            return tensor + self.norm_offset
+        if self.pairs_interleaved and (".q_proj." in name or ".k_proj." in name):
+            num_heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            return interleaved(tensor, num_heads)
+        return tensor
+
+
+def interleaved(tensor: Tensor, num_heads: int) -> Tensor:
+    """[H·D, …] with the two halves of each head's rows put in turns: first of the first, first of the second, …"""
+    halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by; None where they are the plain ones."""
+    if _rope(config).get("rope_type", "default") == "default":
+        return None
+    rotary: Any = model.get_submodule(f"{model.base_model_prefix}.rotary_emb")
+    scaled: Tensor = rotary.inv_freq.float().cpu()
+    plain = 1.0 / _theta(config) ** (torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config))
+    return plain / scaled
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return rope.get("full_attention", rope)  # type: ignore[no-any-return]
+
+
+def _theta(config: Any) -> float:
+    return float(_rope(config)["rope_theta"])
+
+
+def _decoder(config: Any) -> Facts:
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": _head_dim(config),
+        "attention.value_length": _head_dim(config),
+        "rope.freq_base": _theta(config),
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _llama(config: Any) -> Facts:
+    return {**_decoder(config), "rope.dimension_count": _head_dim(config)}
+
+
+def _gemma(config: Any) -> Facts:
+    facts = {**_decoder(config), "attention.sliding_window": config.sliding_window}
+    caps = {"attn_logit_softcapping": config.attn_logit_softcapping,
+            "final_logit_softcapping": config.final_logit_softcapping}  # fmt: skip
+    return {**facts, **{key: float(cap) for key, cap in caps.items() if cap is not None}}
+
+
+def _phi3(config: Any) -> Facts:
+    window = {"attention.sliding_window": config.sliding_window} if config.sliding_window else {}
+    return {**_decoder(config), "rope.dimension_count": _head_dim(config), **window,
+            "rope.scaling.original_context_length": config.max_position_embeddings}  # fmt: skip
+
+
+def _gpt2(config: Any) -> Facts:
+    return {
+        "block_count": config.n_layer,
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "feed_forward_length": config.n_inner or 4 * config.n_embd,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }
+
+
+def _plain_rope(config: Any, *, factors: bool = False) -> list[str]:
+    known = ("default", "llama3", "linear") if factors else ("default",)
+    kind = _rope(config).get("rope_type", "default")
+    partial = _rope(config).get("partial_rotary_factor", 1.0) or 1.0
+    problems = [] if kind in known else [f"its rotary embedding is scaled by the rule {kind!r}"]
+    return problems + ([f"only {partial:.0%} of each head is rotated"] if partial != 1.0 else [])
+
+
+def _window(config: Any) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    uses = getattr(config, "use_sliding_window", True)
+    return [f"it attends to the last {window} tokens only (sliding_window)"] if window and uses else []
+
+
+def _of_llama(config: Any) -> list[str]:
+    return _plain_rope(config, factors=True) + _window(config)
+
+
+def _of_qwen(config: Any) -> list[str]:
+    return _plain_rope(config) + _window(config)
+
+
+def _of_gemma2(config: Any) -> list[str]:
+    return _plain_rope(config) + _gemma_scale(config)
+
+
+def _gemma_scale(config: Any) -> list[str]:
+    if config.query_pre_attn_scalar == _head_dim(config):
+        return []
+    return [f"its scores are scaled by {config.query_pre_attn_scalar}, not by the {_head_dim(config)} of a head"]
+
+
+def _of_gemma3(config: Any) -> list[str]:
+    problems = _plain_rope(config) + _gemma_scale(config)
+    due = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
+    if list(config.layer_types) != due:
+        problems.append("its layers do not take turns in sixes: five that look near, one that looks far")
+    near = config.rope_parameters.get("sliding_attention", {}).get("rope_theta", 10_000)
+    return problems + ([f"its near layers rotate by the base {near:g}, not by 10000"] if near != 10_000 else [])
+
+
+def _of_gpt2(config: Any) -> list[str]:
+    odd = config.activation_function not in ("gelu_new", "gelu_pytorch_tanh")
+    return [f"its activation is {config.activation_function}"] if odd else []
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", _llama, _of_llama, pairs_interleaved=True, rope_factors=True),
+    "mistral": Architecture("llama", _llama, _of_llama, pairs_interleaved=True, rope_factors=True),
+    "qwen2": Architecture("qwen2", _decoder, _of_qwen),
+    "qwen3": Architecture("qwen3", _decoder, _of_qwen),
+    "gemma2": Architecture("gemma2", _gemma, _of_gemma2, norm_offset=1.0),
+    "gemma3_text": Architecture("gemma3", _gemma, _of_gemma3, norm_offset=1.0),
+    "phi3": Architecture("phi3", _phi3, _plain_rope),
+    "gpt2": Architecture(
+        "gpt2",
+        _gpt2,
+        _of_gpt2,
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
+}
+"""By transformers' model_type. Each is shown equal by reading it back."""
+
+
+def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:
+    """How this model goes into a GGUF. Raises ModelError where it does not go, or not as the same model."""
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise ModelError(
+            f"{name}: gguf: a {config.model_type} cannot be written here, and read back as a proof. Those that can: "
+            f"{', '.join(ARCHITECTURES)}. Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
+    if limits := found.limits(config):
+        raise ModelError(
+            f"{name}: gguf: llama.cpp would compute another model: {'; '.join(limits)}. Export merged instead."
+        )
+    return found
+
+
+def tensor_names(architecture: Architecture, names: list[str], num_layers: int) -> dict[str, str]:
+    """llama.cpp's name of each weight. Raises ModelError for one that it has no name for: a part would be lost."""
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    known = gguf.get_tensor_name_map(kind, num_layers)
+    found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    if lost := [name for name, other in found.items() if other is None]:
+        raise ModelError(
+            f"gguf: llama.cpp has no name for {len(lost)} weights of a {architecture.name}, such as {lost[0]}"
+        )
+    return found

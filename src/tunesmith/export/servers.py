@@ -1,0 +1,65 @@
+"""Where an adapter loads besides peft, and with which flags; known before it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tunesmith.export.gguf_models import ARCHITECTURES
+from tunesmith.export.source import Source
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank takes. Source: vLLM, config/lora.py."""
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe")
+
+
+def server_lines(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    """A line each for peft, vLLM and llama.cpp."""
+    yield f"peft: yes{_whole(config)}."
+    yield f"vLLM: {_vllm(source, config)}"
+    yield f"llama.cpp: {_llama_cpp(source, config)}"
+
+
+def _whole(config: Mapping[str, Any]) -> str:
+    names = config.get("modules_to_save") or []
+    return f"; it brings {', '.join(names)} whole" if names else ""
+
+
+def _vllm(source: Source, config: Mapping[str, Any]) -> str:
+    if why := _cannot(source, config):
+        return f"no: {why}. Export merged and serve that."
+    rank = int(config["r"])
+    limit = next((size for size in VLLM_RANKS if size >= rank), None)
+    if limit is None:
+        return f"no: its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at most. Export merged and serve that."
+    base = config["base_model_name_or_path"]
+    scaled = (
+        " Old versions ignore use_rslora (vLLM #10798): for them use --bake-scale." if config.get("use_rslora") else ""
+    )
+    return f"yes: `vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules tuned=PATH`.{scaled}"
+
+
+def _llama_cpp(source: Source, config: Mapping[str, Any]) -> str:
+    if why := _cannot(source, config):
+        return f"no: {why}. Export merged or gguf."
+    if source.config.model_type not in ARCHITECTURES:
+        return f"not known for a {source.config.model_type}. Export merged, and convert that."
+    scaled = ""
+    if config.get("use_rslora"):
+        scaled = " It ignores use_rslora: export with --bake-scale first."
+    return (
+        "after its own conversion: `python convert_lora_to_gguf.py --base BASE PATH`, then "
+        f"`llama-server -m base.gguf --lora adapter.gguf`.{scaled} Or export gguf, adapter included and compared."
+    )
+
+
+def _cannot(source: Source, config: Mapping[str, Any]) -> str | None:
+    if whole := config.get("modules_to_save"):
+        return f"it brings {', '.join(whole)} whole (modules_to_save), which is not read there"
+    if source.head != "next_token" or source.kind != "causal":
+        return f"it answers the task {source.recipe.task} on a model that is {source.kind.replace('_', '–')}"
+    if source.base.is_gguf:
+        return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
+    targets = config.get("target_modules") or []
+    touched = [name for name in targets if name.rpartition(".")[2] in _EMBEDDINGS]
+    return f"it adapts {', '.join(touched)}" if touched else None

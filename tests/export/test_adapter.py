@@ -1,0 +1,115 @@
+"""An adapter that others can load: whose base it needs, how it is scaled, and where it loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from export.exports import card_head, finished, quick
+from tunesmith.errors import RunError
+from tunesmith.export.adapter import baked
+from tunesmith.export.exporting import Exported, export_run
+from tunesmith.export.options import Options
+from tunesmith.export.servers import server_lines
+from tunesmith.export.source import open_source
+from tunesmith.files import sha256_file
+from tunesmith.models.locate import Located
+
+
+def exported(name: str, tmp_path: Path, **words: Any) -> Exported:
+    return export_run(finished(name), "adapter", out=tmp_path / "out", offline=True, **words)
+
+
+@pytest.mark.parametrize("name", ["chat", "classify-encoder", "summarize-encoder_decoder"])
+def test_peft_loads_it_and_it_is_what_was_tuned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    done = exported(name, tmp_path)
+    assert done.loaded_by == f"peft {peft.__version__}"
+    assert done.found is not None
+    assert done.found.kl < 1e-9
+    assert done.found.carried == pytest.approx(1.0, abs=1e-4)
+    head = card_head(done.path)
+    assert (head.library_name, head.license) == ("peft", "unknown")
+
+
+def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:
+    done = exported("chat", tmp_path, proof=False)
+    base = Path(finished("chat").recipe().model)
+    facts = json.loads((done.path / "base.json").read_text())
+    assert facts["sha256"]["model.safetensors"] == sha256_file(base / "model.safetensors")
+    assert facts["model"] == base.name
+    text = "".join(path.read_text() for path in done.path.iterdir() if path.suffix in (".json", ".md", ".jinja"))
+    assert str(base.parent) not in text
+    ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
+    assert set(open_source(finished("chat"), offline=True).renderer.stop_ids) <= set(ends)
+
+
+def test_a_head_brings_its_labels(tmp_path: Path) -> None:
+    done = exported("classify-encoder", tmp_path, proof=False)
+    assert json.loads((done.path / "labels.json").read_text()) == {"kind": "one", "names": ["fruit", "place"]}
+    assert "num_labels=2" in (done.path / "README.md").read_text()
+
+
+def test_a_full_run_has_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"so there is no adapter\. Use --to merged"):
+        exported("full", tmp_path)
+
+
+def test_baking_a_plain_scale_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    done = exported("chat", tmp_path, proof=False, options=Options(bake_scale=True))
+    ours = json.loads((finished("chat").adapter_path / "adapter_config.json").read_text())
+    theirs = json.loads((done.path / "adapter_config.json").read_text())
+    assert {**theirs, "base_model_name_or_path": ""} == {**ours, "base_model_name_or_path": ""}
+    assert any("--bake-scale changed nothing" in note for note in done.notes)
+
+
+def test_a_baked_scale_is_right_where_rslora_is_ignored(tmp_path: Path) -> None:  # trap: A7
+    assert_ignoring_is_harmless(baked, tmp_path / "baked")
+    with pytest.raises(AssertionError):
+        assert_ignoring_is_harmless(lambda config: config, tmp_path / "not")
+
+
+def assert_ignoring_is_harmless(bake: Any, folder: Path) -> None:
+    """A server that does not know use_rslora computes what peft computes with it."""
+    done = exported("chat", folder, proof=False)
+    path = done.path / "adapter_config.json"
+    rslora = {**json.loads(path.read_text()), "use_rslora": True, "lora_alpha": 3}
+
+    def logits(config: dict[str, Any]) -> torch.Tensor:
+        path.write_text(json.dumps(config))
+        base = AutoModelForCausalLM.from_pretrained(finished("chat").recipe().model)
+        with torch.no_grad():
+            out: torch.Tensor = peft.PeftModel.from_pretrained(base, str(done.path))(torch.arange(20, 30)[None]).logits
+        return out
+
+    ignoring = {**bake(rslora), "use_rslora": False}
+    assert torch.allclose(logits(ignoring), logits(rslora), atol=1e-5)  # float32: another order of two factors
+
+
+def lines(name: str, **config: Any) -> dict[str, str]:
+    source = open_source(finished(name), offline=True)
+    whole = {"r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "owner/base", **config}
+    return dict(line.split(": ", 1) for line in server_lines(source, whole))
+
+
+def test_where_it_loads_is_known_before_it_is_tried() -> None:
+    assert "--max-lora-rank 8 --lora-modules" in lines("chat")["vLLM"]
+    assert "--max-lora-rank 320" in lines("chat", r=257)["vLLM"]
+    assert "its rank is 600, and vLLM takes 512 at most. Export merged" in lines("chat", r=600)["vLLM"]
+    assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
+    assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
+    assert "--bake-scale" in lines("chat", use_rslora=True)["llama.cpp"]
+    assert lines("classify-encoder")["llama.cpp"].startswith("no: it answers the task classify")
+
+
+def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(finished("full"), offline=True)
+    monkeypatch.setattr(Located, "is_gguf", property(lambda self: True))
+    said = list(server_lines(source, {"r": 4, "target_modules": [], "base_model_name_or_path": "x"}))
+    assert "its base is a GGUF file" in said[1]

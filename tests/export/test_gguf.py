@@ -1,0 +1,276 @@
+"""A GGUF is what was tuned: weights of every architecture, tokens, template; what cannot be written is said before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, pre_tokenizers
+
+from export.exports import as_if_tuned, card_head, chat_recipe, finished, of_architecture, quick
+from tiny import tiny_tokenizer
+from tiny_gguf import write_gguf
+from tiny_model import tiny_model
+from tunesmith.errors import ExportError, ModelError
+from tunesmith.export import exporting, gguf_file, gguf_models, loaders
+from tunesmith.export.exporting import Exported, export_run
+from tunesmith.export.gguf_models import ARCHITECTURES, interleaved
+from tunesmith.export.options import Options
+from tunesmith.export.pre_tokenizers import HASHES, find_rule, probe_hash, rule_of_steps
+from tunesmith.export.source import open_source
+from tunesmith.models import load, locate
+from tunesmith.models.headers import read_gguf
+from tunesmith.run import Run
+
+ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
+
+
+def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True, **words: Any) -> Exported:
+    options = Options(quant=quant, **words)
+    return export_run(run, "gguf", out=tmp_path / "out", options=options, proof=proof, offline=True)
+
+
+def test_the_list_is_whole() -> None:
+    assert set(ARCHS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_is_read_back_as_what_was_tuned(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # trap: A14
+    quick(monkeypatch)
+    done = written(of_architecture(arch), tmp_path)
+    assert done.found is not None
+    assert done.found.same_ids
+    assert done.found.kl < 1e-6  # measured 1e-9 to 7e-9 in F16; the rule of this trap is 1e-3
+    assert done.found.top1 >= 0.95
+    assert done.found.carried == pytest.approx(1.0, abs=2e-3)
+    assert_nothing_is_lost(done, of_architecture(arch))
+
+
+def assert_nothing_is_lost(done: Exported, run: Run) -> None:
+    """Every weight of the model is in the file, once."""
+    header = read_gguf(next(done.path.glob("*.gguf")))
+    model, attachment = open_source(run, offline=True).load(torch.float32)
+    assert attachment is not None
+    attachment.take_off()
+    assert sum(int(np.prod(info.shape)) for info in header.tensors.values()) == model.num_parameters()
+
+
+@pytest.mark.parametrize(("quant", "kind"), [("f32", "F32"), ("bf16", "BF16"), ("q8_0", "Q8_0")])
+def test_every_kind_of_number(quant: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    done = written(of_architecture("llama"), tmp_path, quant=quant)
+    header = read_gguf(next(done.path.glob("*.gguf")))
+    assert {header.tensors[name].dtype for name in ("token_embd.weight", "blk.1.ffn_up.weight")} == {kind}
+    assert header.tensors["output_norm.weight"].dtype == "F32"  # vectors always are
+    assert done.found is not None
+    assert done.found.kl < {"f32": 1e-12, "bf16": 1e-5, "q8_0": 1e-4}[quant]  # a tenth of each was measured, or less
+
+
+def test_matrices_that_make_no_blocks_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer), hidden=48).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    done = written(as_if_tuned(chat_recipe(folder), folder / "run"), tmp_path, quant="q8_0", proof=False)
+    assert any("matrices cannot be cut into blocks of 32 and are F16" in note for note in done.notes)
+
+
+def halves(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return tensor
+
+
+def no_norm_offset(self: Any, name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("arch", "planted", "worst"),
+    [
+        ("llama", (gguf_models, "interleaved", halves), r"(q|k)_proj\.weight differs by"),
+        ("gemma2", (gguf_models.Architecture, "fitted", no_norm_offset), r"norm\.weight differs by"),
+    ],
+)
+def test_a_wrong_layout_fails_names_the_tensor_and_leaves_nothing(
+    arch: str, planted: Any, worst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    run = of_architecture(arch)
+    monkeypatch.setattr(*planted)
+    with pytest.raises(ExportError, match=worst):
+        written(run, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = of_architecture("llama")
+    monkeypatch.setattr(gguf_models, "interleaved", halves)
+    done = written(run, tmp_path, proof=False)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        assert_same_weights(done, run)
+    assert_same_weights(written(run, tmp_path, proof=False, quant="f32"), run)
+
+
+def assert_same_weights(done: Exported, run: Run) -> None:
+    source = open_source(run, offline=True)
+    model = loaders.load_gguf(done.path, source.recipe).model
+    live, _ = source.load(torch.float32)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
+
+
+def test_queries_and_keys_are_put_in_turns() -> None:
+    rows = torch.arange(8.0)[:, None]
+    assert interleaved(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_scaled_rotary_embeddings_are_written_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    folder = tmp_path / "scaled"
+    tokenizer = tiny_tokenizer()
+    scaling = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    tiny_model("llama", vocab_size=len(tokenizer), rope_parameters=scaling).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    done = written(as_if_tuned(chat_recipe(folder), folder / "run"), tmp_path, quant="f32")
+    assert done.found is not None
+    assert done.found.kl < 1e-9
+    reader = gguf.GGUFReader(next(done.path.glob("*.gguf")))
+    factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    assert factors[0] == pytest.approx(1.0)  # fast frequencies stay
+    assert factors[-1] == pytest.approx(8.0)  # slow ones are stretched by the factor
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "says"),
+    [
+        ("opt", {}, "gguf: a opt cannot be written here, and read back as a proof. Those that can: llama, "),
+        (
+            "mistral",
+            {"sliding_window": 8},
+            "llama.cpp would compute another model: it attends to the last 8 tokens only",
+        ),
+        ("gemma2", {"query_pre_attn_scalar": 20}, "its scores are scaled by 20, not by the 16 of a head"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "do not take turns in sixes"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_weights_are_loaded(
+    arch: str, settings: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    tokenizer = tiny_tokenizer()
+    tiny_model(arch, vocab_size=len(tokenizer), **settings).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    run = as_if_tuned(chat_recipe(folder), folder / "run")
+    monkeypatch.setattr(load, "load_model", lambda *args, **words: pytest.fail("weights were loaded"))
+    with pytest.raises(ModelError) as error:
+        written(run, tmp_path)
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="only models that go on with a text"):
+        written(finished("classify-encoder"), tmp_path)
+
+
+def test_template_tokens_and_ends_are_in_the_file(tmp_path: Path) -> None:
+    run = of_architecture("llama")
+    done = written(run, tmp_path, proof=False, license="mit")
+    path = next(done.path.glob("*.gguf"))
+    tokenizer = load.load_tokenizer(locate.locate(str(path)), None)
+    source = open_source(run, offline=True)
+    assert tokenizer.chat_template == source.tokenizer.chat_template
+    header = read_gguf(path).metadata
+    assert header["tokenizer.ggml.eos_token_id"] == source.renderer.stop_ids[0]
+    assert header["tokenizer.ggml.add_bos_token"] is False  # this tokenizer puts none in front: a second one is trap T1
+    assert header["general.license"] == "mit"
+    assert path.name == "llama-f16.gguf"
+    head = card_head(done.path)
+    assert head.library_name == "gguf"
+    text = (done.path / "README.md").read_text()
+    assert "llama-server -m llama-f16.gguf --jinja" in text
+    assert "llama-quantize llama-f16.gguf llama-q4_k_m.gguf q4_k_m" in text
+
+
+def test_a_gguf_that_was_tuned_goes_back_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    folder = tmp_path / "from"
+    folder.mkdir()
+    tokenizer = tiny_tokenizer()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    levels = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
+    model = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=False)
+    write_gguf(folder / "base.gguf", model, tokenizer, pre="smollm")
+    recipe = chat_recipe(folder).model_copy(update={"model": str(folder / "base.gguf")})
+    done = written(as_if_tuned(recipe, folder / "run"), tmp_path, quant="f32")
+    assert done.found is not None
+    assert done.found.kl < 1e-9
+    assert "text is split by llama.cpp's rule smollm: that of the GGUF which was tuned" in done.notes
+
+
+def smollm_like() -> Any:
+    tokenizer = tiny_tokenizer()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    levels = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
+    return tokenizer
+
+
+def test_the_rule_of_splitting_text_is_found_and_never_overridden_in_silence() -> None:  # trap: A13
+    assert_rule_is_found(find_rule)
+    with pytest.raises(AssertionError):
+        assert_rule_is_found(lambda tokenizer, *, given, of_gguf: find_rule(tiny_tokenizer(), given=None, of_gguf=None))
+
+
+def assert_rule_is_found(find: Any) -> None:
+    tokenizer = smollm_like()
+    assert find(tokenizer, given=None, of_gguf=None).name == "smollm"
+    tokenizer.add_tokens([AddedToken("<new>", special=True)])  # which changes the hash, and not the rule
+    found = find(tokenizer, given=None, of_gguf=None)
+    assert (found.name, found.how) == ("smollm", "by the steps in its file")
+
+
+def test_a_rule_that_contradicts_the_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelError, match="--pre: gpt-2: by its file this tokenizer splits text by the rule smollm"):
+        find_rule(smollm_like(), given="gpt-2", of_gguf=None)
+    with pytest.raises(ModelError, match="names the rule llama-bpe of splitting text, its tokenizer follows smollm"):
+        find_rule(smollm_like(), given=None, of_gguf="llama-bpe")
+
+
+def test_an_unknown_rule_has_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ModelError, match="is none that is known here"):
+        find_rule(tokenizer, given=None, of_gguf=None)
+    assert rule_of_steps(tokenizer) is None
+    assert find_rule(tokenizer, given="gpt-2", of_gguf=None).how == "as given by --pre: nothing here could find it out"
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m" / "model")
+    tokenizer.save_pretrained(tmp_path / "m" / "model")
+    run = as_if_tuned(chat_recipe(tmp_path / "m"), tmp_path / "m" / "run")
+    with pytest.raises(ExportError, match="its tokens are others: fixed text 1 at token"):  # the proof finds it out
+        written(run, tmp_path, pre="gpt-2")
+
+
+def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
+    found = find_rule(tokenizer, given=None, of_gguf=None)
+    assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")
+
+
+def test_quant_names_are_those_of_llama_cpp() -> None:
+    assert set(gguf_file._KINDS) == set(exporting.QUANTS)
+    assert json.dumps(sorted(exporting.EXPORTS)) == '["adapter", "gguf", "merged"]'
