@@ -18,6 +18,13 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
+    if request.node.get_closest_marker("pages") is None:
+        monkeypatch.setattr("tunesmith.evaluation.report._write_pages", lambda *args, **kwargs: None)
+
+
 @pytest.fixture
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to look up a host or to connect fails the test."""

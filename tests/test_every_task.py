@@ -51,7 +51,16 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
     surprising = json.loads((run.path / "evaluation" / "surprising.json").read_text())
     losses = [line["loss"] / line["count"] for line in surprising]
     assert losses == sorted(losses, reverse=True)
-    assert (run.path / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("task", list(TASKS))
+def test_the_report_of_a_run_is_drawn(tmp_path, task):
+    kind = next(iter(TASKS[task].heads))
+    run = train(task_recipe(tmp_path, task, kind, train={"max_steps": 2}), root=tmp_path / "runs")
+    html = (run.path / "report.html").read_text()
+    assert html.count("<svg") >= 4
+    assert (run.path / "report.md").read_text().startswith("# ")
 
 
 @pytest.mark.parametrize(("task", "kind"), [(t, k) for t, k in EVERY if t != "chat"])

@@ -23,6 +23,8 @@ from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, measure_lines, summary
 from tunesmith.run import Run
 
+pytestmark = pytest.mark.pages
+
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 PLOTS = {
     "chat": {"loss", "rate", "speed", "memory", "lengths"},

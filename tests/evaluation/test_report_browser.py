@@ -13,6 +13,8 @@ from evaluation.fake_runs import CHAPTERS, HOSTILE, fake_run
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.report.marking import visible
 
+pytestmark = pytest.mark.pages
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MEASURE_PLOTS = """() => [...document.querySelectorAll('.plot svg')].map(svg => {
     const box = svg.getBoundingClientRect(), marks = [...svg.querySelectorAll('path, use, text')];
