@@ -273,4 +273,4 @@ def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPa
 
 def test_quant_names_are_those_of_llama_cpp() -> None:
     assert set(gguf_file._KINDS) == set(exporting.QUANTS)
-    assert json.dumps(sorted(exporting.EXPORTS)) == '["adapter", "gguf", "merged"]'
+    assert json.dumps(sorted(exporting.EXPORTS)) == '["adapter", "gguf", "merged", "ollama"]'

@@ -15,13 +15,14 @@ from tunesmith.export.card import write_card
 from tunesmith.export.comparing import Comparison
 from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
+from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.options import DTYPES, QUANTS, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.run import Run
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF)}
+EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, OLLAMA)}
 
 PROOF = "verify.json"
 STALE_S = 24 * 3600.0

@@ -15,6 +15,7 @@ from tunesmith.errors import ModelError
 from tunesmith.export.pre_tokenizers import Rule, find_rule
 from tunesmith.export.source import Source
 from tunesmith.models.headers import read_gguf
+from tunesmith.types import Part
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -76,10 +77,13 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, source: Sour
 
 
 def begins_with_bos(source: Source) -> bool:
-    """Whether llama.cpp is to put a BOS in front of a text: if the text that was trained on has one."""
-    tokenizer = source.tokenizer
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    """Whether llama.cpp is to put a BOS in front of a prompt: if those that were trained have one.
+
+    Where the chat template writes it too, llama.cpp takes one of the two away.
+    """
+    role = "document" if source.recipe.task == "summarize" else "user"
+    ids = source.renderer.prompt_ids([Part(role, "Hi", False)])
+    return source.tokenizer.bos_token_id is not None and ids[:1] == [source.tokenizer.bos_token_id]
 
 
 def _end_of_turn(source: Source) -> int | None:
