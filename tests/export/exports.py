@@ -59,7 +59,7 @@ def finished(name: str) -> Run:
     }
     data = {**RESOLVED["data"], **labels.get(task, {})}
     method: Any = "full" if name == "full" else LORA
-    return as_if_tuned(task_recipe(folder, task, kind, method=method, data=data), folder / name)
+    return as_if_tuned(task_recipe(folder, task, kind, rows=8, method=method, data=data), folder / name)
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.export import export
 from tunesmith.cli.predict import predict
+from tunesmith.cli.push import push
 from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
 from tunesmith.cli.runs import runs
@@ -79,7 +80,7 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, train, resume),
     "Look and talk": (runs, show, chat),
-    "Use and measure": (predict, evaluate, compare, export),
+    "Use and measure": (predict, evaluate, compare, export, push),
     "More": (selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own

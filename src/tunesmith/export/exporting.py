@@ -65,7 +65,7 @@ def export_run(
     """
     export, options = _chosen(target), options or Options()
     _check_words(options)
-    out = out or run.path / "exports" / _name(export, options)
+    out = out or default_folder(run, target, options)
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
     notes = export.check(source, options)
@@ -146,8 +146,10 @@ def _check_words(options: Options) -> None:
             raise InputError(f"--{key}: {value}: not offered here. One of {', '.join(known)}.{more}")
 
 
-def _name(export: Export, options: Options) -> str:
-    return f"{export.name}-{options.quant}" if export.name in ("gguf", "ollama") else export.name
+def default_folder(run: Run, target: str, options: Options | None = None) -> Path:
+    """Where an export goes unless another folder is named."""
+    quant = f"-{(options or Options()).quant}" if target in ("gguf", "ollama") else ""
+    return run.path / "exports" / f"{target}{quant}"
 
 
 def _refuse_to_overwrite(out: Path) -> None:
