@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from transformers import AutoTokenizer
 from export.exports import card_head, finished, quick
 from faults import Faults, in_child, tree
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
-from tunesmith.export import exporting, merged
+from tunesmith.export import exporting, merged, probe, verify
 from tunesmith.export.exporting import EXPORTS, Exported, export_run
 from tunesmith.export.options import Options
+from tunesmith.export.rows import find_probes
 from tunesmith.export.source import open_source, tuned_tensors
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.quiet import quiet
+from tunesmith.recipe.knobs import DataFile
 from tunesmith.run import Run
 
 KINDS = [
@@ -47,7 +51,7 @@ def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch:
     assert done.found.same_ids
     assert done.found.kl < 1e-9  # float32 on both sides: only the order of additions differs
     assert done.found.top1 == 1.0
-    assert done.found.rows == (2 if name == "chat" else 8)
+    assert done.found.rows == 2 if name == "chat" else done.found.rows >= 5
     if name != "full":
         assert done.found.carried == pytest.approx(1.0, abs=1e-4)
     assert json.loads((done.path / "verify.json").read_text())["verified"] is True
@@ -218,6 +222,38 @@ def test_what_is_no_export_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "diary.txt").read_text() == "dear"
 
 
+def test_what_a_kill_moved_aside_is_put_back(tmp_path: Path) -> None:
+    first = exported("chat", tmp_path, proof=False).path
+    first.rename(tmp_path / ".old-out")
+    with pytest.raises(InputError, match="--dtype"):
+        exported("chat", tmp_path, options=Options(dtype="int3"))
+    exporting._tidy(tmp_path / "out")
+    assert (tmp_path / "out" / "verify.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat", "classify-encoder", "tag-encoder", "summarize-encoder_decoder", "text-encoder"]
+)
+def test_rows_for_the_proof_are_found_without_the_data(name: str) -> None:
+    source = open_source(finished(name), offline=True)
+    data = source.recipe.data
+    gone = data.model_copy(update={"train": (DataFile(path="/gone.jsonl"),), "eval": (DataFile(path="/gone.jsonl"),)})
+    found = find_probes(replace(source, recipe=source.recipe.model_copy(update={"data": gone})))
+    assert found.said == "fixed texts, since the run's data files are gone"
+    rows = probe.rows_of(source.renderer, found.examples, head=source.head, labels=source.labels, masked=0.15)
+    assert len(rows) >= 1
+
+
+def test_an_adapter_that_does_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr(verify, "look_at_tuned", lambda source, probes: (REAL_LOOK(source, probes)[0],) * 2)
+    done = exported("classify-encoder", tmp_path)
+    assert "the adapter changes nothing on these rows" in done.notes
+
+
+REAL_LOOK = verify.look_at_tuned
+
+
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     exported("chat", tmp_path, proof=False)
     again = exported("chat", tmp_path, proof=False, options=Options(dtype="float16"))
@@ -243,3 +279,12 @@ def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "new", finished("chat").recipe_path.read_text())
     with pytest.raises(RunError, match="no result yet, so nothing to export"):
         export_run(run, "merged")
+
+
+def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
+    with pytest.raises(ExportError, match=r"Every weight is as near as rounding allows: try --dtype float32\."):
+        exported("chat", tmp_path, options=Options(dtype="bfloat16"))

@@ -111,5 +111,6 @@ ADAPTER = Export(
     num_bytes=_num_bytes,
     bounds=_bounds,
     loader="adapter",
+    rounds_less=lambda options: "",
     card=_card,
 )

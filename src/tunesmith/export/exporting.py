@@ -19,7 +19,7 @@ from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.options import DTYPES, QUANTS, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
-from tunesmith.files import clean, remove, replace_folder, storing, temporary_folder, to_json
+from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.run import Run
 
 EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, OLLAMA)}
@@ -70,7 +70,7 @@ def export_run(
     source = open_source(run, offline=offline)
     notes = export.check(source, options)
     _check_room(out, export.num_bytes(source, options))
-    clean(out.parent, name=out.name, older_than_s=STALE_S)
+    _tidy(out)
     holder = temporary_folder(out.parent, out.name)
     try:
         done = _export(source, export, holder, options, proof=proof, notes=notes, on_progress=on_progress)
@@ -107,8 +107,12 @@ def _export(
         on_progress("verify", 0, 1)
         seen = verify.look_at_exported(source, export.loader, folder, probes, work=work)
         name = f"{source.run.path.name} to {export.name}"
-        found = verify.judge(source, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name)
+        found = verify.judge(
+            source, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name, rounds_less=export.rounds_less(options)
+        )
         loaded_by, rows = seen.loaded_by, probes.said
+        if base is not None and found.carried is None:
+            notes = [*notes, "the adapter changes nothing on these rows"]
     with storing(folder):
         write_card(
             source, folder, fields=export.card(source, folder, options), license=options.license, found=found,
@@ -160,6 +164,14 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise InputError(
             f"{out}: is there already, and is no earlier export ({PROOF}). Name another folder with --out."
         )
+
+
+def _tidy(out: Path) -> None:
+    """Put back what a killed export had moved aside, and remove what others left long ago."""
+    aside = out.with_name(REPLACED + out.name)
+    if aside.exists() and not out.exists():
+        aside.rename(out)
+    clean(out.parent, name=out.name, older_than_s=STALE_S)
 
 
 def _check_room(out: Path, num_bytes: int) -> None:

@@ -154,6 +154,11 @@ def bounds(source: Source, options: Options) -> Bounds:
     return {"q8_0": QUANTIZED, "bf16": ROUNDED}.get(options.quant, GGUF_EXACT)
 
 
+def rounds_less(options: Options) -> str:
+    """The option that rounds less."""
+    return {"q8_0": "--quant f16", "bf16": "--quant f16", "f16": "--quant f32"}.get(options.quant, "")
+
+
 def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     name = file_name(source, options)
     use = [("sh", f"llama-server -m {name} --jinja"), ("sh", f"llama-cli -m {name} --jinja")]
@@ -172,5 +177,6 @@ GGUF = Export(
     num_bytes=num_bytes,
     bounds=bounds,
     loader="gguf",
+    rounds_less=rounds_less,
     card=_card,
 )

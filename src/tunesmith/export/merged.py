@@ -82,5 +82,6 @@ MERGED = Export(
     num_bytes=_num_bytes,
     bounds=_bounds,
     loader="merged",
+    rounds_less=lambda options: "" if options.dtype == "float32" else "--dtype float32",
     card=_card,
 )

@@ -190,5 +190,6 @@ OLLAMA = Export(
     num_bytes=gguf_file.num_bytes,
     bounds=gguf_file.bounds,
     loader="gguf",
+    rounds_less=gguf_file.rounds_less,
     card=_card,
 )

@@ -63,15 +63,25 @@ def launch(job: Path) -> None:
     paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tunesmith.export.probe", str(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(
+            f"what was exported was not compared within {TIMEOUT_S / 60:.0f} minutes: too slow."
+        ) from error
     if done.returncode != 0:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
         raise ExportError(f"what was exported cannot be used in a new process: {last[0][:600]}")
 
 
-def judge(source: Source, *, tuned: Seen, base: Seen | None, seen: Seen, bounds: Bounds, name: str) -> Comparison:
-    """How far the export is from the tuned model. Raises ExportError past the bounds, naming the worst tensor."""
+def judge(
+    source: Source, *, tuned: Seen, base: Seen | None, seen: Seen, bounds: Bounds, name: str, rounds_less: str
+) -> Comparison:
+    """How far the export is from the tuned model. Raises ExportError past the bounds, naming the worst tensor;
+    `rounds_less` is the option to try where rounding alone is the cause."""
     found = compare(tuned, seen, base=base, labels=source.labels)
     if problems := found.problems(bounds):
-        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.")
+        is_rounding = found.same_ids and found.distance <= bounds.weights and rounds_less
+        way_out = f" Every weight is as near as rounding allows: try {rounds_less}." if is_rounding else ""
+        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     return found
