@@ -54,13 +54,21 @@ def test_families_are_rendered_as_their_own_template_does(name: str, adds_bos: b
     expected = one.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     bos = one.tokenizer.bos_token
     writes_bos = expected.startswith(bos)
-    # llama.cpp puts a BOS in front where prompts of training had one: the template writes none then (trap T1).
-    assert render(go, data) == expected.removeprefix(bos)
-    assert (bos in go) is False
+    # One BOS: llama.cpp's where the tokenizer puts one in front of any text, else the template's own (trap T1).
+    assert render(go, data) == (expected.removeprefix(bos) if adds_bos else expected)
+    assert (bos in go) == (writes_bos and not adds_bos)
     assert writes_bos == (name in ("llama3", "gemma", "mistral"))
     assert ("its chat template knows no system message: Ollama leaves them out" in notes) == (
         name in ("gemma", "mistral")
     )
+
+
+def test_a_bos_that_opens_turns_stays_where_it_is() -> None:
+    """SmolLM2 calls <|im_start|> its BOS, and puts none in front of a text."""
+    one = source(template("chatml"))
+    one.tokenizer.bos_token = "<|im_start|>"
+    go, _ = as_go(one)
+    assert go.startswith('{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system')
 
 
 def test_a_system_message_of_the_template_itself_is_kept() -> None:

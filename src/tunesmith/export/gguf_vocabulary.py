@@ -77,13 +77,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, source: Sour
 
 
 def begins_with_bos(source: Source) -> bool:
-    """Whether llama.cpp is to put a BOS in front of a prompt: if those that were trained have one.
+    """Whether llama.cpp is to put a BOS in front of a text: if the tokenizer does so itself, and prompts of training
+    begin with one.
 
-    Where the chat template writes it too, llama.cpp takes one of the two away.
+    Where the chat template writes it too, llama.cpp takes one of the two away. Where the template alone writes it, or
+    begins with another control token that is also called BOS (SmolLM2), it is left to the template.
     """
+    bos = source.tokenizer.bos_token_id
     role = "document" if source.recipe.task == "summarize" else "user"
-    ids = source.renderer.prompt_ids([Part(role, "Hi", False)])
-    return source.tokenizer.bos_token_id is not None and ids[:1] == [source.tokenizer.bos_token_id]
+    prompt = source.renderer.prompt_ids([Part(role, "Hi", False)])
+    return bos is not None and prompt[:1] == [bos] and source.tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _end_of_turn(source: Source) -> int | None:
