@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data.rows_of import examples_in, json_lines, put, rows_in, said
 from tunesmith.data.folders import expand
 from tunesmith.data.read import read
+from tunesmith.data.read_documents import _Sentence
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import DataFile, Limits
 from tunesmith.types import Source
@@ -196,6 +197,44 @@ def test_sentences_carry_their_first_line_and_marks_are_counted(tmp_path: Path):
     ]
     assert said(problems) == [("document_marks", 1)]
     assert problems[0].message.startswith("3 lines hold no word")
+
+
+def test_tags_that_are_measured_as_spans_are_known_by_sight(tmp_path: Path):
+    for tags, num in ((("B-A", "I-A", "E-A", "S-B"), 4), (("B-A", "L-A", "U-B", "U-B"), 1)):
+        payload = "".join(f"w {tag}\n\n" for tag in tags).encode()
+        assert len(records(put(tmp_path, "a.txt", payload))) == num
+
+
+def no_sentence_is_lost(payload: bytes, words: list[list[str]], tmp_path: Path) -> None:
+    rows, _ = rows_in(put(tmp_path, "a.conll", payload))
+    assert [record["tokens"] for _, record in rows] == words
+
+
+LOST = [
+    (b"Ann B-PER\nsings O\n-DOCSTART- O\nBob B-PER\n", [["Ann", "sings"], ["Bob"]]),
+    (b"Ann B-PER\n-DOCSTART- O\n", [["Ann"]]),
+    (b"# O\n1 O\n\n# O\n2 O\n", [["#", "1"], ["#", "2"]]),
+    (b"# NN B-NP O\nAnn NNP I-NP B-PER\n", [["#", "Ann"]]),
+]
+
+
+@pytest.mark.parametrize(("payload", "words"), LOST)
+def test_marks_end_sentences_and_a_first_line_can_be_a_word(payload: bytes, words: list[list[str]], tmp_path: Path):
+    no_sentence_is_lost(payload, words, tmp_path)
+
+
+def test_a_mark_that_swallows_the_open_sentence_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begin = _Sentence.begin
+
+    def forgets(sentence: _Sentence, raw: bytes) -> bool:
+        if raw.startswith(b"-DOCSTART-"):
+            begin(sentence, len(raw))
+            return True
+        return False
+
+    monkeypatch.setattr(_Sentence, "is_mark", forgets)
+    with pytest.raises(AssertionError):
+        no_sentence_is_lost(*LOST[0], tmp_path)
 
 
 def test_a_word_may_have_spaces_where_tabs_part_columns(tmp_path: Path):

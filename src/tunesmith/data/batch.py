@@ -8,6 +8,7 @@ without replaying those before it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,24 +98,29 @@ def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> 
 def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
     """Rows grouped into passes of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
 
-    Rows of like length stand together. Padded passes count the padding, of an encoder–decoder as if both sides were one
-    line. Every row is in exactly one pass.
+    Every row is in exactly one pass. Ragged, a row joins the pass that it fills best (best-fit decreasing: Johnson et
+    al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded, rows of like
+    length stand together, and passes count the padding, of an encoder–decoder as if both sides were one line.
     """
     by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
     passes: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []
+    """(tokens left, pass) of the ragged passes, by tokens left."""
     for i in by_length:
-        if layout == "ragged":
-            place = next((p for p, left in enumerate(room) if left >= lengths[i]), None)
-        else:  # all rows of a padded pass cost as much as its longest, which stands first
-            last = len(passes) - 1
-            place = last if passes and (len(passes[last]) + 1) * lengths[passes[last][0]] <= tokens_per_pass else None
-        if place is None:
-            passes.append([i])
-            room.append(tokens_per_pass - lengths[i])
-        else:
+        if layout != "ragged":  # all rows of a padded pass cost as much as its longest, which stands first
+            if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= tokens_per_pass:
+                passes[-1].append(i)
+            else:
+                passes.append([i])
+            continue
+        at = bisect_left(rooms, (lengths[i], 0))
+        if at < len(rooms):
+            left, place = rooms.pop(at)
             passes[place].append(i)
-            room[place] -= lengths[i]
+        else:
+            left, place = tokens_per_pass, len(passes)
+            passes.append([i])
+        insort(rooms, (left - lengths[i], place))
     return [tuple(rows[i] for i in members) for members in passes]
 
 

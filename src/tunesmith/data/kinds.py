@@ -58,8 +58,8 @@ _KNOWN_COLUMNS = {
 SAVE_AS = "Save it as JSON lines, CSV or Parquet, or a document as .txt."
 _CONTROLS = bytes(byte for byte in range(32) if byte < 9 or byte > 13)
 _JSON_ROW = re.compile(rb'\{\s*["}]|\[\s*\{')
-_TAGGED = re.compile(rb"\S.*[ \t](?:O|[BILUES]-\S+)")
-"""A line of a CoNLL file that names spans: a word, and a tag that is O or begins as those of spans do."""
+TAGGED = re.compile(rb"\S.*[ \t](?:O|[BIES]-\S+)")
+"""A line of a CoNLL file that names spans: a word, and a tag that is O or begins as in IOB1, IOB2 and IOBES."""
 
 
 def kind_and_delimiter(path: str, head: bytes) -> tuple[Kind, str]:
@@ -127,7 +127,7 @@ def _is_tagged(text: bytes) -> bool:
     words = [
         line.rstrip() for line in text.split(b"\n") if line.strip() and not line.startswith((b"-DOCSTART-", b"# "))
     ]
-    return len(words) > 1 and sum(_TAGGED.fullmatch(line) is not None for line in words) >= 0.75 * len(words)
+    return len(words) > 1 and sum(TAGGED.fullmatch(line) is not None for line in words) >= 0.75 * len(words)
 
 
 def _table(path: str, text: bytes) -> tuple[Kind, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.data.kinds import BOM, HEAD_BYTES, no_text
+from tunesmith.data.kinds import BOM, HEAD_BYTES, TAGGED, no_text
 from tunesmith.data.opening import FileFacts, Stream
 from tunesmith.data.read_text import OnBadRow, rest_of_line, too_long
 from tunesmith.data.strict_json import BadRow, decode, nul_character
@@ -51,29 +51,27 @@ def conll_sentences(
 ) -> Iterator[tuple[int, dict[str, list[str]]]]:
     """Each sentence's first line, its words (the first column) and tags (the last; none where there is one column).
 
-    Columns stand apart by tabs, or else by spaces. Lines of -DOCSTART-, and comments before a sentence, are counted.
+    Columns stand apart by tabs, or else by spaces. Lines of -DOCSTART-, which end a sentence, and comments
+    before one are counted.
     """
     sentence = _Sentence(len(BOM) if facts.has_bom else 0)
     while True:
         raw = stream.readline(limits.line_bytes + 2)
-        if not raw.strip():
-            if sentence.size:
-                facts.rows += 1
-                try:
-                    yield sentence.first, sentence.record(limits.line_bytes)
-                except BadRow as bad:
-                    on_bad(sentence.first, bad, sentence.offset)
-            elif raw:
-                facts.blank += 1
-            if not raw:
-                return
-            facts.line += 1
-            sentence.begin(len(raw))
-            continue
+        is_blank, is_mark = not raw.strip(), sentence.is_mark(raw)
+        if sentence.size and (is_blank or is_mark):
+            facts.rows += 1
+            try:
+                yield sentence.first, sentence.record(limits.line_bytes)
+            except BadRow as bad:
+                on_bad(sentence.first, bad, sentence.offset)
+        elif raw and is_blank:
+            facts.blank += 1
+        if not raw:
+            return
         facts.line += 1
-        size = len(raw) + (rest_of_line(stream, raw) if len(raw) > limits.line_bytes else 0)
-        if sentence.is_mark(raw):
-            facts.marks += 1
+        size = len(raw) + (rest_of_line(stream, raw) if len(raw) > limits.line_bytes and not is_blank else 0)
+        if is_blank or is_mark:
+            facts.marks += is_mark
             sentence.begin(size)
         else:
             sentence.add(raw, facts.line, size, limits.line_bytes)
@@ -101,10 +99,17 @@ class _Sentence:
         self._words, self._tags, self._bad = [], [], None
 
     def is_mark(self, raw: bytes) -> bool:
-        """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have."""
+        """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have.
+
+        Before any word was read, a comment is what does not end with the tag of a span.
+        """
         if raw.startswith(b"-DOCSTART-"):
             return True
-        return not self.size and raw.startswith(b"# ") and len(_columns(raw)) != self._num_columns
+        if self.size or not raw.startswith(b"# "):
+            return False
+        if not self._num_columns:
+            return TAGGED.fullmatch(raw.rstrip()) is None
+        return len(_columns(raw)) != self._num_columns
 
     def add(self, raw: bytes, line: int, size: int, limit: int) -> None:
         if not self.size:

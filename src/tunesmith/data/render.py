@@ -123,11 +123,6 @@ class Renderer:
             return self._way.prompt_ids(parts, tools, max_tokens=max_tokens)
         return self._way.prompt_ids(parts, tools)
 
-    def learnt_words(self, example: Example) -> list[int]:
-        """Task tag: the words of an example that have a target, in the order of its row's targets."""
-        assert isinstance(self._way, Words), f"a model of task {self.task_name} learns no words"
-        return self._way.learnt(example)
-
     def _find_way(self, encoder: Encoder, room: Room) -> Way:
         tokenizer, kind = self.tokenizer, self.kind
         prompt = summary_prompt(self.prompt, kind) if self.task_name == "summarize" else ""

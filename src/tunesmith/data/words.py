@@ -37,12 +37,6 @@ class Words:
         tokens = self._encoder.encode([_sentence(example) for example in examples])
         return [self._draft(example, of_it) for example, of_it in zip(examples, tokens, strict=True)]
 
-    def learnt(self, example: Example) -> list[int]:
-        """The words of an example that have a target, in the order of its targets."""
-        tokens = self._encoder.encode([_sentence(example)])[0]
-        first_W = first_tokens([part.text for part in example.parts], tokens)
-        return [int(word) for word in np.flatnonzero(self._are_kept(first_W, len(tokens.ids_T)))]
-
     def _draft(self, example: Example, tokens: Tokens) -> Drafted:
         words = [part.text for part in example.parts]
         num_tokens = len(tokens.ids_T) + self._frame.num_added()
@@ -50,7 +44,7 @@ class Words:
         if excess and self._room.too_long != "cut":
             return self._room.refusal(example.source, f"its {num_tokens} tokens")
         first_W = first_tokens(words, tokens)
-        learnt_W = np.flatnonzero(self._are_kept(first_W, len(tokens.ids_T)))
+        learnt_W = np.flatnonzero((first_W >= 0) & (first_W < len(tokens.ids_T) - excess))
         if not len(learnt_W):
             return Problem(example.source, "no_target", "none of its words gives a token.", "Remove the row.")
         ids_T = self._frame.around(tokens.ids_T[: len(tokens.ids_T) - excess])
@@ -70,10 +64,6 @@ class Words:
             cost = f"the end was cut off, the first tokens of {num_cut} words with it"
             draft.warnings.append(self._room.cut_warning(example.source, f"its {num_tokens} tokens", cost=cost))
         return [draft]
-
-    def _are_kept(self, first_W: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
-        end = num_tokens - self._room.excess(num_tokens + self._frame.num_added())
-        return (first_W >= 0) & (first_W < end)
 
 
 def first_tokens(words: Sequence[str], tokens: Tokens) -> NDArray[np.int64]:
