@@ -22,9 +22,11 @@ MERGED = "merged"
 def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | None]:
     """The model that `model` names, and what to say of it where it is a run: its folder, its name in `root`, "last".
 
-    Raises RunError for a run without a result.
+    The beginning of a name is not enough here: `gpt2` is a model, whatever runs begin so. Raises RunError for a run
+    without a result.
     """
-    if not is_run(model, root):
+    is_whole_name = model == "last" or Path(model).exists() or (root / model / "run.json").is_file()
+    if not (is_whole_name and is_run(model, root)):
         return model, None
     run = Run.open(model, root)
     if run.model_path.exists():

@@ -59,7 +59,7 @@ def measure_held_out(session: Session, name: str) -> None:
         task=setup.task.name,
         **_baseline(setup.rows),
     )
-    if setup.recipe.evaluation.keep == "best":
+    if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
     if name in ("before", "after"):
         lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows
-from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
 from tunesmith.loading import has_token_types, make_renderer
@@ -37,6 +37,8 @@ from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, ModelKind, Task
 
 OnProgress = Callable[[str, int, int], None]
+ROOM_TO_SPEAK = 384
+"""Positions that a passage of the general text, or an instruction and its answer, may need."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,6 +53,8 @@ class Setup:
     """What a person should know before the first step: fallbacks, cut rows, overlaps."""
     located: locate.Located
     model: PreTrainedModel
+    room: int
+    """Most tokens that the model can attend to."""
     num_parameters: int
     """Weights of the model itself, its head among them."""
     renderer: Renderer
@@ -73,7 +77,7 @@ class Setup:
     @property
     def speaks(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
-        return self.head == "next_token" and self.plan.layout != "encoder_decoder"
+        return self.head == "next_token" and self.plan.layout != "encoder_decoder" and self.room >= ROOM_TO_SPEAK
 
 
 def prepare(
@@ -90,27 +94,26 @@ def prepare(
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
     start = _begin(recipe, root=root, offline=offline)
+    recipe = start.recipe
     rows = encode_rows(
-        start.recipe.data,
+        recipe.data,
         start.renderer,
         places=_places(root, run),
         max_held=recipe.evaluation.max_rows,
-        task=known(start.recipe.task),
+        task=known(recipe.task),
         class_weights=recipe.train.class_weights,
         own_classes=start.own_classes,
         on_progress=on_progress,
     )
-    recipe = start.recipe
-    for choice in rows.choices:
-        recipe = with_choice(recipe, choice)
-    _check_metric(recipe, start.head, rows.labels)
-    lengths_I = rows.store.lengths[rows.train_rows]
-    recipe, more = decide(recipe, Facts(start.size.num_params, recipe.device, start.kind, lengths_I))
+    recipe = reduce(with_choice, rows.choices, recipe)
+    _check_evaluation(recipe, start.head, rows)
+    facts = Facts(start.size.num_params, recipe.device, start.kind, rows.store.lengths[rows.train_rows])
+    recipe, more = decide(recipe, facts)
 
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
     model = _load(recipe, start, rows.labels)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = model.num_parameters()
     layout, padding_notes = _layout(model, rows, start.kind)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
@@ -122,6 +125,7 @@ def prepare(
         notes=[*start.notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
+        room=start.size.max_tokens,
         num_parameters=num_parameters,
         renderer=start.renderer,
         task=bind(known(recipe.task), rows.labels),
@@ -129,8 +133,7 @@ def prepare(
         attachment=attachment,
         optimizer=adamw(attachment.trained, recipe.optim),
         rows=rows,
-        feed=_feed(rows.store, recipe, start, model, layout, seed=recipe.seed),
-        held_feed=_feed(rows.held_store, recipe, start, model, layout, seed=0),
+        **_feeds(rows, recipe, start, model, layout),
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
@@ -178,8 +181,10 @@ def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
     )
 
 
-def _check_metric(recipe: Recipe, head: HeadName, labels: Labels | None) -> None:
-    keys = MEASURED[head if labels is None else labels.kind]
+def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
+    if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
+        raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
+    keys = MEASURED[head if rows.labels is None else rows.labels.kind]
     if recipe.evaluation.metric not in keys:
         raise RecipeError(
             f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
@@ -201,20 +206,21 @@ def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedMod
     return model
 
 
-def _feed(store: RowStore, recipe: Recipe, start: _Start, model: PreTrainedModel, layout: Layout, *, seed: int) -> Feed:
-    """Held-out rows are masked by one `seed` in all runs, so that their measures can be compared."""
-    masking = None
+def _feeds(rows: Rows, recipe: Recipe, start: _Start, model: PreTrainedModel, layout: Layout) -> dict[str, Feed]:
+    """Held-out rows are masked by one seed in all runs, so that their measures can be compared."""
     tokenizer = start.renderer.tokenizer
-    if start.head == "masked_token":
-        masking = Masking.of(tokenizer, share=recipe.train.masked, seed=seed)
-    return Feed(
-        store,
-        layout=layout,
-        device=recipe.device,
-        masking=masking,
-        decoder_start=getattr(model.config, "decoder_start_token_id", None),
-        has_types=has_token_types(model, tokenizer),
-    )
+    masks = start.head == "masked_token"
+    feeds = {}
+    for name, store, seed in (("feed", rows.store, recipe.seed), ("held_feed", rows.held_store, 0)):
+        feeds[name] = Feed(
+            store,
+            layout=layout,
+            device=recipe.device,
+            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
+            decoder_start=getattr(model.config, "decoder_start_token_id", None),
+            has_types=has_token_types(model, tokenizer),
+        )
+    return feeds
 
 
 def _samples(recipe: Recipe, start: _Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
@@ -124,7 +125,7 @@ def _drive(session: Session, *, fresh: bool) -> None:
         find_surprising(session)
         _save_result(setup, run)
         session.listener.on_progress("report", 0, 1)
-        session.emit("end", {"report": write_report(run, report_facts(setup), asdict(session.progress))})
+        session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
@@ -132,6 +133,12 @@ def _drive(session: Session, *, fresh: bool) -> None:
         with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
             session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    """What the report says beside its measures; the notes are those of the first start, also in a resumed run."""
+    plan = next((event.values for event in session.run.events() if event.kind == "plan"), {})
+    return {**report_facts(session.setup), "notes": plan.get("warnings", [])}
 
 
 def _take_steps(session: Session) -> None:

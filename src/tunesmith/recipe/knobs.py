@@ -193,7 +193,7 @@ class Evaluation(Section):
     """Stop after this many evaluations in a row without a new best; needs `every`. null: go to the end."""
     keep: Literal["last", "best"] | Auto = "auto"
     """Whose weights are the result. auto: the best evaluation's where `every` is set, else the last step's."""
-    samples: Annotated[int, Field(ge=0)] = 8
+    samples: Annotated[int, Field(ge=0)] = 16
     """Held-out prompts answered before and after."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer."""
@@ -206,8 +206,9 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Evaluation:
-        if self.patience is not None and self.every is None:
-            raise ValueError("patience: counts evaluations, but there are none on the way: set evaluation.every too")
+        if self.every is None and (self.patience is not None or self.keep == "best"):
+            knob = "patience" if self.patience is not None else "keep: best"
+            raise ValueError(f"{knob}: needs evaluations on the way: set evaluation.every too")
         return self
 
 
