@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tiny import tiny_tokenizer
+from tiny import pair, tiny_tokenizer
 from tiny_model import TRANSLATORS, tiny_model
+from tiny_tasks import task_recipe, write
+from tunesmith import generation, training
+from tunesmith.data.render import Renderer
 from tunesmith.generation import Answer, Sampling, answer, stream
 from tunesmith.models.attention import use_ragged
 
@@ -27,7 +32,7 @@ ARCHS = ("llama", "gpt2", *TRANSLATORS)
 
 def renderer(prompt: Sequence[int] = ()) -> Any:
     stops = (TOKENIZER.eos_token_id,)
-    return SimpleNamespace(tokenizer=TOKENIZER, stop_ids=stops, prompt_ids=lambda parts: list(prompt))
+    return SimpleNamespace(tokenizer=TOKENIZER, stop_ids=stops, task_name="chat", prompt_ids=lambda parts: list(prompt))
 
 
 def sharp(arch: str) -> PreTrainedModel:
@@ -107,3 +112,46 @@ def test_generating_leaves_ragged_training_and_the_mode_as_they_were() -> None:
     use_ragged(model)
     assert answer(model, renderer(), PROMPTS, HOW) == expected
     assert model.training
+
+
+class Writes:
+    """A model that writes these tokens, whatever it is asked."""
+
+    config = SimpleNamespace(is_encoder_decoder=False, decoder_start_token_id=None)
+    device = torch.device("cpu")
+    generation_config = GenerationConfig()
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = ids
+
+    def generate(self, ids_BT: torch.Tensor, **rest: Any) -> torch.Tensor:
+        return torch.cat([ids_BT, torch.tensor([self.ids]).expand(len(ids_BT), -1)], 1)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("completion", [" yes", "yes", "\n yes \n", "  yes"])
+def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learnt comes back: the tokens that a row trains, written by a model, are its completion."""
+    monkeypatch.setattr(generation, "evaluating", lambda model: nullcontext())
+    tokenizer = tiny_tokenizer(None, eos="</s>", metaspace=metaspace, adds_bos=metaspace)
+    made = Renderer(tokenizer, "generate", max_tokens=None, too_long="error", control_tokens="error")
+    example = pair("Is it you?", completion)
+    [[row]] = made.encode([example])
+    [told] = answer(Writes(row.ids[row.trained].tolist()), made, [made.prompt_ids(example.parts[:1])], HOW)
+    assert told == Answer(completion, stopped=True)
+    talks = Renderer(tiny_tokenizer(), "chat", max_tokens=None, too_long="error", control_tokens="error")
+    assert generation.as_answer(talks, completion) == "yes"
+
+
+def test_a_model_that_nothing_stops_writes_to_the_end(tmp_path: Path) -> None:
+    """A tokenizer without an end of text, through a whole run whose samples are gone on with."""
+    recipe = task_recipe(tmp_path, "text", "causal", evaluation={"samples": 2, "sample_tokens": 4}, train={"epochs": 1})
+    tiny_tokenizer(None, eos=None).save_pretrained(recipe.model)
+    rows = [{"text": "The quick brown fox jumps over the lazy dog, 12 * 34 == 408. " * (4 + i)} for i in range(4)]
+    for (file,) in (recipe.data.train, recipe.data.eval):
+        write(Path(file.path), rows)
+    run = training.train(recipe, root=tmp_path / "runs", offline=True)
+    told = [event.values for event in run.events() if event.kind == "sample"]
+    assert len(told) == 4
+    assert not any(sample["stopped"] for sample in told)
+    assert all(sample["answer"] for sample in told)

@@ -35,7 +35,7 @@ class Sampling:
             chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            eos_token_id=list(stop_ids),
+            eos_token_id=list(stop_ids) or None,
             pad_token_id=pad_id,
             use_cache=True,
             **chosen,
@@ -66,7 +66,10 @@ def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequenc
         ids_BT[b, place] = torch.tensor(prompt)
         mask_BT[b, place] = 1
     out_BT = _generate(model, renderer, how, ids_BT, mask_BT)
-    return [_answer(renderer, row[1 if apart else longest :].tolist()) for row in out_BT]
+    return [
+        _answer(renderer, [] if apart else prompt, row[1 if apart else longest :].tolist())
+        for prompt, row in zip(prompts, out_BT, strict=True)
+    ]
 
 
 def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], how: Sampling) -> Iterator[str]:
@@ -101,7 +104,8 @@ def _generate(
     model: PreTrainedModel, renderer: Renderer, how: Sampling, ids_BT: Tensor, mask_BT: Tensor, **extra: Any
 ) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
-    config = how.config(stop_ids=renderer.stop_ids, pad_id=renderer.stop_ids[0])
+    # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
+    config = how.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
     config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
     with evaluating(model), _without_own_config(model):
         out_BT: Tensor = model.generate(
@@ -131,7 +135,17 @@ class _Left(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
 
-def _answer(renderer: Renderer, ids: list[int]) -> Answer:
+def as_answer(renderer: Renderer, text: str) -> str:
+    """What was written, as it is given: white space around a completion is its own, around other answers it is not."""
+    return text if renderer.task_name in ("generate", "text") else text.strip()
+
+
+def _answer(renderer: Renderer, before: Sequence[int], ids: list[int]) -> Answer:
+    """`before`: what the answer goes on from, of which some tokenizers make the white space that it begins with."""
     end = next((i for i, token_id in enumerate(ids) if token_id in renderer.stop_ids), None)
-    text = renderer.tokenizer.decode(ids if end is None else ids[:end], skip_special_tokens=True)
-    return Answer(text=text.strip(), stopped=end is not None)
+    asked, whole = (
+        renderer.tokenizer.decode([*before, *written], skip_special_tokens=True) for written in ([], ids[:end])
+    )
+    if not whole.startswith(asked):
+        asked, whole = "", renderer.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return Answer(text=as_answer(renderer, whole[len(asked) :]), stopped=end is not None)

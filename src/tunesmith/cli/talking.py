@@ -108,7 +108,7 @@ class Talk:
                 self.screen.file.flush()
         if not self.as_json:
             self.screen.print()
-        return "".join(pieces).strip()
+        return generation.as_answer(voice.speaker.renderer, "".join(pieces))
 
     def hold(self) -> None:
         """Ask what is typed, or what is piped in line by line, until it ends."""
