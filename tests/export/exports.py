@@ -85,7 +85,7 @@ def chat_recipe(folder: Path, **sections: Any) -> Recipe:
 
 
 def as_if_tuned(recipe: Recipe, out: Path) -> Run:
-    """A run folder with a result: every B of its adapter is drawn instead of learnt."""
+    """A run folder with a result: every B of its adapter, and its head, is drawn instead of learnt."""
     run = Run.create(out.parent, out.name, as_yaml(recipe, comments=False), out=out)
     located = locate.locate(recipe.model, offline=True)
     kind = model_kind(located)
@@ -105,6 +105,8 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
         if isinstance(attachment, LoraAttachment):
             for name in attachment.layers:
                 attachment.matrices(name)[1].normal_(0.0, 0.1)
+            for name in attachment.head:
+                attachment.trained[name].normal_(0.0, 0.1)
         attachment.publish()
     folder = run.model_path if recipe.method.name == "full" else run.adapter_path
     renderer = make_renderer(recipe, tokenizer, kind)

@@ -9,10 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export.exports import card_head, finished, quick
 from tunesmith.errors import RunError
+from tunesmith.export import loaders
 from tunesmith.export.adapter import baked
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.options import Options
@@ -38,16 +40,41 @@ def test_peft_loads_it_and_it_is_what_was_tuned(name: str, tmp_path: Path, monke
     assert (head.library_name, head.license) == ("peft", "unknown")
 
 
-def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:
+def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:  # trap: A8
     done = exported("chat", tmp_path, proof=False)
     base = Path(finished("chat").recipe().model)
+    assert_travels(done.path, base)
+    with pytest.raises(AssertionError):  # what the run keeps for itself names the folder
+        assert_travels(finished("chat").adapter_path, base)
     facts = json.loads((done.path / "base.json").read_text())
     assert facts["sha256"]["model.safetensors"] == sha256_file(base / "model.safetensors")
     assert facts["model"] == base.name
-    text = "".join(path.read_text() for path in done.path.iterdir() if path.suffix in (".json", ".md", ".jinja"))
-    assert str(base.parent) not in text
     ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
     assert set(open_source(finished("chat"), offline=True).renderer.stop_ids) <= set(ends)
+
+
+def assert_travels(folder: Path, base: Path) -> None:
+    text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".md", ".jinja"))
+    assert str(base.parent) not in text
+
+
+def test_a_head_arrives_with_the_adapter(tmp_path: Path) -> None:  # trap: A5
+    done = exported("classify-encoder", tmp_path, proof=False)
+    assert_head_arrives(done.path)
+    config, weights = done.path / "adapter_config.json", done.path / "adapter_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": None, "task_type": None}))
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "lora_" in name}, weights)
+    with pytest.raises(AssertionError):
+        assert_head_arrives(done.path)
+
+
+def assert_head_arrives(folder: Path) -> None:
+    source = open_source(finished("classify-encoder"), offline=True)
+    live, _ = source.load(torch.float32)
+    model = loaders.load_adapter(folder, source.recipe).model
+    with torch.no_grad():
+        ids = torch.arange(5, 12)[None]
+        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-5)  # float32: order of additions
 
 
 def test_a_head_brings_its_labels(tmp_path: Path) -> None:
