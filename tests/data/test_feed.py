@@ -151,6 +151,38 @@ def test_a_feed_masks_what_the_store_counts_and_is_the_same_however_rows_are_gro
     assert made.batch([0], draw=6).ids_BT.tolist() != made.batch([0], draw=5).ids_BT.tolist()
 
 
+def held_out_masks_follow_from_what_rows_say(folder: Path) -> None:
+    long, short = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n', '{"text": "the lazy dog"}\n'
+    masks = []
+    for name, text in (("one", long + short), ("turned", short + long), ("more", short * 3 + long)):
+        store = store_of(folder / name, text, task_name="text")
+        made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+        rows = [i for i in range(len(store)) if store.hashes[i] == store.hashes[0 if name == "one" else -1]]
+        assert len(rows) > 1
+        masks.append([made.batch([i], draw=0).ids_BT.tolist() for i in rows])
+    assert masks[0] == masks[1] == masks[2]
+
+
+def test_held_out_rows_are_masked_alike_in_every_file_and_order(tmp_path: Path) -> None:
+    held_out_masks_follow_from_what_rows_say(tmp_path)
+
+
+def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Feed, "_content", lambda feed, index: index)
+    with pytest.raises(AssertionError):
+        held_out_masks_follow_from_what_rows_say(tmp_path)
+
+
+def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "rows", '{"text": "' + "fox " * 30 + '"}\n', task_name="text")
+    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    for draw in (0, 1):
+        full = [i for i in range(len(store)) if store.targets[i] == store.targets[0]]
+        places = [made.batch([i], draw=draw).predict_N.tolist() for i in full]
+        assert len(places) > 2
+        assert len({str(row) for row in places}) > 1
+
+
 def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:
     store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index]))
     batch = Feed(store, layout="padded", device="cpu").batch([1, 0], draw=0)

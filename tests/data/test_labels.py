@@ -13,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
+from tunesmith.data.label_column import LabelColumn
 from tunesmith.data.labels import count_classes, decide_labels, is_number, order, remark_on, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.knobs import Data
@@ -30,15 +32,15 @@ class FakeStore:
     def __init__(self, rows: Sequence[str | Sequence[str]], path: str = "train.csv") -> None:
         lists = [[row] if isinstance(row, str) else list(row) for row in rows]
         self.vocabulary = tuple(dict.fromkeys(itertools.chain(*lists)))
-        self._ids = [np.array([self.vocabulary.index(name) for name in row], np.int64) for row in lists]
+        ids = [[self.vocabulary.index(name) for name in row] for row in lists]
+        batches = (pa.record_batch([pa.array([row], pa.list_(pa.int64()))], ["labels"]) for row in ids)
+        self.labels = LabelColumn(list(batches), self.vocabulary)
+        self._num = len(lists)
         self.summary = SimpleNamespace(many=any(not isinstance(row, str) for row in rows))
         self._path = path
 
     def __len__(self) -> int:
-        return len(self._ids)
-
-    def label_ids(self, index: int) -> np.ndarray:
-        return self._ids[index]
+        return self._num
 
     def source(self, index: int) -> Source:
         return Source(self._path, index + 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.render import Renderer
 from tunesmith.recipe.knobs import Data, DataFile
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("file", pa.int32()),
         ("line", pa.int64()),
         ("hash", pa.uint64()),
+        ("input", pa.uint64()),
         ("labels", pa.list_(pa.int64())),
         ("second", pa.int32()),
         ("bytes", pa.int32()),
@@ -41,6 +42,8 @@ SCHEMA = pa.schema(
 OnProblem = Callable[[Problem], None]
 OnProgress = Callable[[int, int, int], None]
 """(rows encoded, bytes read, bytes in all)"""
+_Found = tuple[int, tuple[int, int], Row]
+"""The index of a file, the hashes of an example's content and input, and one row of it."""
 
 
 class Encoding:
@@ -78,14 +81,14 @@ class Encoding:
         """Whether classes came as lists; None: rows without classes."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        rows: list[tuple[int, int, Row]] = []
+        rows: list[_Found] = []
         num_tokens = 0
         for chunk in self._chunks():
             encoded = self._renderer.encode(
                 [example for _, example in chunk], on_warning=self._hear, vocabulary=self.vocabulary
             )
             for (file, example), result in zip(chunk, encoded, strict=True):
-                content = content_hash(example)
+                content = content_hash(example), input_hash(example)
                 for item in result:
                     if isinstance(item, Problem):
                         self._hear(item)
@@ -118,7 +121,7 @@ class Encoding:
         if chunk:
             yield chunk
 
-    def _batch(self, rows: Sequence[tuple[int, int, Row]]) -> pa.RecordBatch:
+    def _batch(self, rows: Sequence[_Found]) -> pa.RecordBatch:
         labels = [np.empty(0, np.int64) if row.labels is None else row.labels for _, _, row in rows]
         columns = [
             _lists([row.ids for _, _, row in rows]),
@@ -127,7 +130,8 @@ class Encoding:
             pa.array(np.array([row.trained.sum() for _, _, row in rows], np.int32)),
             pa.array(np.array([file for file, _, _ in rows], np.int32)),
             pa.array(np.array([row.source.line for _, _, row in rows], np.int64)),
-            pa.array(np.array([content for _, content, _ in rows], np.uint64)),
+            pa.array(np.array([content for _, (content, _), _ in rows], np.uint64)),
+            pa.array(np.array([read for _, (_, read), _ in rows], np.uint64)),
             _lists(labels),
             pa.array(np.array([row.second for _, _, row in rows], np.int32)),
             pa.array(np.array([row.num_bytes for _, _, row in rows], np.int32)),

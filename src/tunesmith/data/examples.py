@@ -205,10 +205,25 @@ _KNOWN = {name: frozenset(module.FIELDS) for name, module in FORMATS.items()}
 def content_hash(example: Example) -> int:
     """64 bits of what an example says: roles, texts, what is trained, fields, tools and labels, not where it stands.
 
-    The same on every machine and in every release: the held-out rows of a data set follow from it.
+    The same on every machine and in every release.
     """
     content: list[Any] = [[[part.role, part.text, part.trained, part.fields] for part in example.parts], example.tools]
     if example.labels or example.many:
         content += [sorted(example.labels) if example.many else example.labels, example.many]
+    return _hash(content)
+
+
+def input_hash(example: Example) -> int:
+    """64 bits of what an example gives to be answered: its prompt, document, text or words, whatever the answer is.
+
+    Of conversations and plain text, which have no such side, the `content_hash`. The same on every machine and in every
+    release: the held-out rows of a data set follow from it.
+    """
+    has_side = example.plain or example.shape in ("text_label", "tokens_tags")
+    read = [[part.role, part.text, part.fields] for part in example.parts if not part.trained]
+    return _hash([read, example.tools]) if has_side and read else content_hash(example)
+
+
+def _hash(content: list[Any]) -> int:
     packed = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")

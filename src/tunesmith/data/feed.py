@@ -41,7 +41,10 @@ class Masking:
         return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)
 
     def apply(self, row: Row, *, num: int, draw: int, index: int) -> Row:
-        """`row` with `num` of its trained tokens to be learnt: a pure function of (seed, draw, index)."""
+        """`row` with `num` of its trained tokens to be learnt: a pure function of (seed, draw, index).
+
+        `index` is any whole number that names the row.
+        """
         places = np.flatnonzero(row.trained)
 
         def keys(purpose: int) -> NDArray[np.uint64]:
@@ -78,7 +81,11 @@ class Feed:
             self.store.use_masks(self.masking.share)
 
     def batch(self, members: Sequence[int], *, draw: int) -> Batch:
-        """One pass over rows of the store. `draw` numbers the maskings of a row: the step, or 0 for held-out rows."""
+        """One pass over rows of the store. `draw` numbers the maskings of a row: the step, or 0 to measure.
+
+        In a step, masks follow from a row's place in the store; to measure, from what its example says, so that they
+        are the same in another file, order or run.
+        """
         return build_batch(
             [self._row(index, draw) for index in members],
             members,
@@ -92,4 +99,9 @@ class Feed:
         row = self.store.row(index)
         if self.masking is None:
             return row
-        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=index)
+        name = index if draw else self._content(index)
+        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=name)
+
+    def _content(self, index: int) -> int:
+        """A number for what a row says: its example's content hash, and which window of it the row is."""
+        return int(self.store.hashes[index]) + int(self.store.windows[index])

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,29 @@ class LabelColumn:
                 ),
             ]
         )
+
+    def counts(self, times_I: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[V], how often each id stands in the rows, each taken so many times."""
+        total_V = np.zeros(len(self.vocabulary), np.int64)
+        for ids_N, rows_N in self._flat():
+            is_known_N = (ids_N >= 0) & (times_I[rows_N] > 0)
+            weights_N = times_I[rows_N[is_known_N]]
+            found_V = np.bincount(ids_N[is_known_N], weights_N, minlength=len(total_V))
+            total_V += found_V.astype(np.int64)  # whole numbers far below 2**53: nothing is rounded
+        return total_V
+
+    def first_row(self, label: int, times_I: NDArray[np.int64]) -> int:
+        """The first of the rows, each taken so many times, that has an id. Raises StopIteration if none has."""
+        found = (rows_N[(ids_N == label) & (times_I[rows_N] > 0)] for ids_N, rows_N in self._flat())
+        return int(next(rows_N[0] for rows_N in found if len(rows_N)))
+
+    def _flat(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The ids of each record batch, and the row that each stands in."""
+        first = 0
+        for offsets, ids in zip(self._offsets, self._ids, strict=True):
+            num_rows = len(offsets) - 1
+            yield ids[offsets[0] : offsets[-1]], np.repeat(np.arange(first, first + num_rows), np.diff(offsets))
+            first += num_rows
 
     def targets_at(self, batch: int, place: int, labels: Labels) -> NDArray[np.generic]:
         """What is learnt of one row."""

@@ -174,14 +174,12 @@ def remark_on(names: Iterable[str]) -> list[str]:
 
 def see(store: RowStore, rows_I: NDArray[np.int64] | None = None) -> Seen:
     """The labels of some rows of a store, or of all."""
-    rows = np.arange(len(store)) if rows_I is None else rows_I
-    ids_N = np.concatenate([np.empty(0, np.int64), *(store.label_ids(int(i)) for i in rows)])
+    times_I = np.ones(len(store), np.int64) if rows_I is None else np.bincount(rows_I, minlength=len(store))
 
     def place(label: int) -> Source:
-        return store.source(next(int(i) for i in rows if label in store.label_ids(int(i))))
+        return store.source(store.labels.first_row(label, times_I))
 
-    counts_V = np.bincount(ids_N, minlength=len(store.vocabulary))
-    return Seen(store.vocabulary, counts_V, bool(store.summary.many), place)
+    return Seen(store.vocabulary, store.labels.counts(times_I), bool(store.summary.many), place)
 
 
 def count_classes(labels: Labels, store: RowStore, rows_I: NDArray[np.int64]) -> NDArray[np.int64]:

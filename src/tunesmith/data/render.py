@@ -111,16 +111,24 @@ class Renderer:
         return results
 
     def prompt_ids(
-        self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]] = (), *, max_tokens: int | None = None
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        max_tokens: int | None = None,
+        on_cut: Callable[[int], None] = lambda num_tokens: None,
     ) -> list[int]:
         """The ids that serving feeds to have `parts` answered, or a document gone on with; the same code as training.
 
-        A document that a causal model is to summarize is cut down to `max_tokens` where `data.too_long` is cut, so
-        that there is room for the summary. Raises `DataError` when the template refuses the parts.
+        Where `data.too_long` is cut, a document that a causal model is to summarize is cut down to `max_tokens`, so
+        that there is room for the summary, and what an encoder reads as in training; `on_cut` hears how many tokens
+        that cost. Raises `DataError` when the template refuses the parts.
         """
         assert isinstance(self._way, Answers), f"a model of task {self.task_name} writes nothing"
         if isinstance(self._way, Summaries):
-            return self._way.prompt_ids(parts, tools, max_tokens=max_tokens)
+            return self._way.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
+        if isinstance(self._way, Sources):
+            return self._way.prompt_ids(parts, tools, on_cut=on_cut)
         return self._way.prompt_ids(parts, tools)
 
     def _find_way(self, encoder: Encoder, room: Room) -> Way:

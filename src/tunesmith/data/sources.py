@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,10 +54,15 @@ class Sources:
             for example, pair in zip(examples, pairs, strict=True)
         ]
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any]) -> list[int]:
-        """What serving feeds the encoder, cut as in training. `tools` have no meaning."""
-        text = self._prompt.replace(PLACE, "".join(part.text for part in parts))
-        return [int(token_id) for token_id in self._source(self._encoder.ids([text], plain=False)[0])]
+    def prompt_ids(
+        self, parts: Sequence[Part], tools: Sequence[Any], *, on_cut: Callable[[int], None] = lambda num_tokens: None
+    ) -> list[int]:
+        """What serving feeds the encoder, cut as in training, which `on_cut` hears of. `tools` have no meaning."""
+        text_T = self._encoder.ids([self._prompt.replace(PLACE, "".join(part.text for part in parts))], plain=False)[0]
+        source_S = self._source(text_T)
+        if cut := len(text_T) + self._frame.num_added() - len(source_S):
+            on_cut(cut)
+        return [int(token_id) for token_id in source_S]
 
     def _source(self, text_T: NDArray[np.int32]) -> NDArray[np.int32]:
         excess = self._room.excess(len(text_T) + self._frame.num_added()) if self._room.too_long == "cut" else 0

@@ -60,6 +60,8 @@ class RowStore:
         self.file_index: NDArray[np.int32] = _column(batches, "file", np.int32)
         self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
         self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
+        self.inputs: NDArray[np.uint64] = _column(batches, "input", np.uint64)
+        """Of each row `examples.input_hash`."""
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]
         self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
@@ -67,7 +69,8 @@ class RowStore:
         self.num_bytes: NDArray[np.int32] = _column(batches, "bytes", np.int32)
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """What each row adds to the number that the loss is divided by."""
-        self._labels = LabelColumn(batches, summary.labels)
+        self.labels = LabelColumn(batches, summary.labels)
+        """Classes of the rows, by the store's own ids."""
         self._learnt: Labels | None = None
         self._bits = [np.frombuffer(batch.column("trained").values.buffers()[1], np.uint8) for batch in batches]
 
@@ -92,7 +95,7 @@ class RowStore:
         labels: NDArray[np.generic] | None = None
         if self.summary.many is not None:
             learnt = self._learnt
-            labels = self._labels.at(batch, place) if learnt is None else self._labels.targets_at(batch, place, learnt)
+            labels = self.labels.at(batch, place) if learnt is None else self.labels.targets_at(batch, place, learnt)
         return Row(
             self._ids[batch][start:end],
             trained,
@@ -105,21 +108,29 @@ class RowStore:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Classes of the rows by first appearance; `label_ids` count by it."""
-        return self._labels.vocabulary
+        return self.labels.vocabulary
 
     def label_ids(self, index: int) -> NDArray[np.int64]:
         """The classes of one row, in the order of its targets. Raises IndexError."""
-        return self._labels.at(*self._place(index))
+        return self.labels.at(*self._place(index))
 
     @cached_property
     def first_labels(self) -> NDArray[np.int64]:
         """[I], the first of each row's `label_ids`; -1: it has none."""
-        return self._labels.firsts()
+        return self.labels.firsts()
+
+    @cached_property
+    def windows(self) -> NDArray[np.int64]:
+        """[I], the number of each row among those of its example, from 0."""
+        is_first_I = np.ones(len(self), np.bool_)
+        is_first_I[1:] = (np.diff(self.file_index) != 0) | (np.diff(self.lines) != 0)
+        places_I = np.arange(len(self))
+        return places_I - np.maximum.accumulate(np.where(is_first_I, places_I, 0))
 
     def use(self, labels: Labels) -> None:
         """From now on rows hold what a model learns: `labels` say what that is."""
         self._learnt = labels
-        self.denominators = self._labels.denominators(labels)
+        self.denominators = self.labels.denominators(labels)
 
     def use_masks(self, share: float) -> None:
         """From now on this share of a row's trained tokens is counted as learnt, at least one; see `feed.Masking`."""

@@ -15,7 +15,7 @@ from tunesmith import files as disk
 from tunesmith.data.encoding import SCHEMA, Encoding
 from tunesmith.types import Problem, Source
 
-VERSION = 2
+VERSION = 3
 """Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
 
 

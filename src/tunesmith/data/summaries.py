@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,16 +51,27 @@ class Summaries:
                 result[0].warnings.append(self._room.cut_warning(examples[i].source, what, cost=cost))
         return results
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any], *, max_tokens: int | None = None) -> list[int]:
+    def prompt_ids(
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Any],
+        *,
+        max_tokens: int | None = None,
+        on_cut: Callable[[int], None] = lambda num_tokens: None,
+    ) -> list[int]:
         """What serving feeds to have a document summarized, its end cut off down to `max_tokens` where cuts are made.
 
-        Raises `DataError` when the template refuses it.
+        `on_cut` hears how many tokens were cut off. Raises `DataError` when the template refuses it.
         """
         document = parts[0].text
+        num_tokens = 0
         while True:
             ids = self._way.prompt_ids([Part("user", self._ask(document), False)], tools)
+            num_tokens = num_tokens or len(ids)
             excess = Room(max_tokens, self._room.too_long).excess(len(ids))
             if not excess or not document or self._room.too_long != "cut":
+                if len(ids) < num_tokens:
+                    on_cut(num_tokens - len(ids))
                 return ids
             document = self._shorter(document, excess)
 
