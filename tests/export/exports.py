@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -46,10 +46,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 SENTENCEPIECE = ("mistral", "gemma2", "gemma3_text", "phi3")
 
 
+_FOLDERS: list[TemporaryDirectory[str]] = []
+"""Removed when the tests end."""
+
+
+def _folder() -> Path:
+    _FOLDERS.append(TemporaryDirectory(prefix="export-"))
+    return Path(_FOLDERS[-1].name)
+
+
 @lru_cache
 def finished(name: str) -> Run:
     """`chat`: a run of three steps. Others, `full` and `<task>-<kind>`: the result alone, drawn at random."""
-    folder = Path(mkdtemp(prefix="export-"))
+    folder = _folder()
     if name == "chat":
         return train(tiny_recipe(folder, **SHORT), root=folder, out=folder / name, offline=True)
     task, kind = ("chat", "causal") if name == "full" else name.split("-")
@@ -65,7 +74,7 @@ def finished(name: str) -> Run:
 @lru_cache
 def of_architecture(arch: str) -> Run:
     """A chat model of this architecture, tuned, with the kind of tokenizer that such models have."""
-    folder = Path(mkdtemp(prefix="export-"))
+    folder = _folder()
     tokenizer = tiny_tokenizer(metaspace=arch in SENTENCEPIECE)
     if arch.startswith("qwen"):
         split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")

@@ -1,11 +1,14 @@
-"""Every target is documented, and the verb's help names them all."""
+"""The verb: every target is documented and in its help; what it prints, for people and for machines."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+from export.exports import finished, quick
 from tunesmith.cli.app import app
 from tunesmith.export.exporting import EXPORTS
 from tunesmith.export.gguf_models import ARCHITECTURES
@@ -24,3 +27,18 @@ def test_every_architecture_stands_in_the_table() -> None:
 def test_help_names_every_target() -> None:
     text = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
     assert [name for name in EXPORTS if name not in text] == []
+
+
+def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    words = ["export", str(finished("chat").path), "--to", "merged", "--out", str(tmp_path / "out"), "--offline"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "same as what was tuned, on 2 held-out rows, loaded by transformers" in result.stdout
+    assert "  tokens of rows and prompts: identical (allowed identical)" in result.stdout
+    assert "held-out loss, tuned and exported" in result.stdout
+    told = json.loads(CliRunner().invoke(app, [*words, "--json", "--no-verify"]).stdout)
+    assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
+    wrong = CliRunner().invoke(app, [*words[:3], "onnx"])
+    assert wrong.exit_code == 2
+    assert "--to: onnx: there is no such target. One of merged, adapter, gguf, ollama." in wrong.output
