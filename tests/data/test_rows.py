@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
+from tunesmith.data.examples import content_hash
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows, first_example
-from tunesmith.data.split import held_out_mask, stratified_mask, stratified_note
+from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import TaskName
@@ -55,38 +56,43 @@ HASHED = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4)), min_size=1, 
 
 
 @given(rows=HASHED, share=st.floats(0, 1, exclude_max=True))
-def test_every_class_gives_its_share_and_equal_rows_stay_together(rows: list[tuple[int, int]], share: float):
-    hashes_I = np.array([content for content, _ in rows], np.uint64)
+def test_every_class_gives_its_share_and_one_input_stays_together(rows: list[tuple[int, int]], share: float):
+    inputs_I = np.array([read for read, _ in rows], np.uint64)
     classes_I = np.array([label for _, label in rows], np.int64)
-    mask_I = stratified_mask(hashes_I, classes_I, share)
-    for label in set(classes_I.tolist()):
-        of_class = classes_I == label
+    hashes_I = inputs_I * np.uint64(7) + classes_I.astype(np.uint64)
+    mask_I = stratified_mask(inputs_I, hashes_I, classes_I, share)
+    assert set(inputs_I[mask_I].tolist()).isdisjoint(inputs_I[~mask_I].tolist())
+    first = {read: min(label for other, label in rows if other == read) for read, _ in rows}
+    counted_I = np.array([first[read] for read, _ in rows])  # the class that each input counts for
+    for label in set(counted_I.tolist()):
+        of_class = counted_I == label
         held, num = mask_I & of_class, int(of_class.sum())
-        contents = set(hashes_I[of_class].tolist())
+        contents = set(inputs_I[of_class].tolist())
         if share == 0 or len(contents) == 1:
             assert not held.any()
             continue
+        assert held.any()
         assert (of_class & ~mask_I).any()
-        assert {int(h) for h in hashes_I[held]}.isdisjoint(hashes_I[of_class & ~mask_I].tolist())
         if len(contents) == num:
             assert held.sum() == min(max(1, round(share * num)), num - 1)
-            assert sorted(hashes_I[of_class].tolist())[: held.sum()] == sorted(hashes_I[held].tolist())
+            assert sorted(inputs_I[of_class].tolist())[: held.sum()] == sorted(inputs_I[held].tolist())
 
 
 def test_a_split_by_chance_that_misses_a_class_is_not_what_is_done():
     hashes_I = np.arange(40, dtype=np.uint64) << np.uint64(58)
     classes_I = np.array([0] * 36 + [1] * 4)
-    mask_I = stratified_mask(hashes_I, classes_I, 0.1)
+    mask_I = stratified_mask(hashes_I, hashes_I, classes_I, 0.1)
     assert Counter(classes_I[mask_I].tolist()) == {0: 4, 1: 1}
     assert set(classes_I[held_out_mask(hashes_I, 0.1)].tolist()) == {0}  # the other rule holds out no row of class 1
 
 
 def test_classes_without_two_different_rows_are_counted():
     classes_I = np.array([0, 0, 1, 2, 2])
-    mask_I = stratified_mask(np.array([1, 2, 3, 4, 4], np.uint64), classes_I, 0.5)
+    hashes_I = np.array([1, 2, 3, 4, 4], np.uint64)
+    mask_I = stratified_mask(hashes_I, hashes_I, classes_I, 0.5)
     assert mask_I.tolist() == [True, False, False, False, False]
     assert stratified_note(classes_I, mask_I, 0.5) == (
-        "2 classes have no two different rows: they are trained and never measured"
+        "2 classes have no two different texts of their own: they are trained and never measured"
     )
     assert stratified_note(classes_I[:2], mask_I[:2], 0.5) is None
 
@@ -102,6 +108,51 @@ def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
     assert rows.labels.names == ("ear", "eye", "skin")
     assert [choice.key for choice in rows.choices] == ["data.label_kind", "data.labels"]
     assert rows.store.row(0).labels.tolist() == [1]  # type: ignore[union-attr]
+
+
+def every_class_is_measured(rows: Rows, most: int) -> None:
+    held = Counter(rows.held_store.label_ids(int(i))[0] for i in rows.held_rows)
+    assert sum(held.values()) == most
+    assert [held[label] for label in range(3)] == [8, 1, 1]
+
+
+def imbalanced(folder: Path, max_held: int | None) -> Rows:
+    found = [row for label, num in zip(CLASSES, (400, 20, 4), strict=True) for row in labelled(num, label)]
+    held = [row for label, num in zip(CLASSES, (200, 10, 2), strict=True) for row in labelled(num, label, start=1000)]
+    train = put(folder, "rows.jsonl", json_lines(found))
+    test = put(folder, "test.jsonl", json_lines(held))
+    return rows_for(folder, "classify", train=str(train), eval=str(test), max_held=max_held)
+
+
+def test_few_measured_rows_are_of_every_class(tmp_path: Path):
+    rows = imbalanced(tmp_path, 10)
+    every_class_is_measured(rows, 10)
+    note = "10 of 212 held-out rows are measured, each class its share: 202 are left out (evaluation.max_rows)"
+    assert note in rows.notes
+    assert rows.held_store.hashes[rows.held_rows].tolist() == sorted(rows.held_store.hashes[rows.held_rows].tolist())
+    assert len(imbalanced(tmp_path, 300).held_rows) == 212
+
+
+def test_the_smallest_hashes_alone_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tunesmith.data.sides.measured", lambda hashes, classes, most: np.argsort(hashes)[:most])
+    with pytest.raises(AssertionError):
+        every_class_is_measured(imbalanced(tmp_path, 10), 10)
+
+
+@given(classes=st.lists(st.integers(0, 5), min_size=1, max_size=60), most=st.integers(1, 70), seed=st.integers(0, 9))
+def test_measured_rows_are_a_share_of_each_class(classes: list[int], most: int, seed: int):
+    hashes_I = np.random.default_rng(seed).permutation(len(classes)).astype(np.uint64)
+    chosen = measured(hashes_I, np.array(classes), most)
+    assert len(set(chosen.tolist())) == len(chosen) == min(most, len(classes))
+    assert hashes_I[chosen].tolist() == sorted(hashes_I[chosen].tolist())
+    total, held = Counter(classes), Counter(classes[i] for i in chosen.tolist())
+    if most >= len(total):
+        assert held.keys() == total.keys()
+        for label, num in total.items():  # at most one row from the share, and what single rows of others take
+            assert held[label] >= min(num, int((most - len(total)) * num / len(classes)))
+    for label in held:
+        of_class = sorted(int(hashes_I[i]) for i in range(len(classes)) if classes[i] == label)
+        assert of_class[: held[label]] == sorted(int(hashes_I[i]) for i in chosen if classes[i] == label)
 
 
 def keeps_ids_and_sides(encode: Callable[[Path, list[dict[str, Any]]], Rows], folder: Path) -> None:
@@ -156,7 +207,102 @@ def test_tags_are_split_by_content(tmp_path: Path):
     assert (rows.labels.kind, rows.labels.names) == ("tags", ("B-PER", "O"))
     assert [choice.key for choice in rows.choices] == ["data.labels"]
     assert rows.held_rows.tolist() == sorted(
-        np.flatnonzero(held_out_mask(rows.store.hashes, 0.2)).tolist(), key=lambda i: rows.store.hashes[i]
+        np.flatnonzero(held_out_mask(rows.store.inputs, 0.2)).tolist(), key=lambda i: rows.store.hashes[i]
+    )
+
+
+def test_tags_that_only_held_out_rows_have_are_named(tmp_path: Path):
+    found = [{"tokens": ["Ann", f"sings{i}"], "tags": ["B-PER", "O"]} for i in range(40)]
+    path = put(tmp_path, "rows.jsonl", json_lines(found))
+    first = rows_for(tmp_path, "tag", train=str(path), held_out=0.2)
+    rare = int(first.held_store.lines[first.held_rows[0]]) - 1
+    found[rare]["tags"] = ["B-PER", "B-SONG"]  # an input keeps its side whatever its tags are
+    put(tmp_path, "rows.jsonl", json_lines(found))
+    rows = rows_for(tmp_path, "tag", train=str(path), held_out=0.2)
+    (note,) = [note for note in rows.notes if "classes" in note]
+    assert note.startswith(
+        "1 of 3 classes stand in held-out rows alone, so they are measured and never learnt: 'B-SONG'"
+    )
+    assert not any("classes" in note for note in first.notes)
+
+
+def test_lists_of_classes_that_only_held_out_rows_have_are_named(tmp_path: Path):
+    train = put(
+        tmp_path, "train.jsonl", json_lines([{"text": f"a{i}", "label": ["x", "y"][i % 2 :]} for i in range(9)])
+    )
+    held = put(tmp_path, "test.jsonl", json_lines([{"text": "b", "label": ["z", "x"]}]))
+    rows = rows_for(tmp_path, "classify", train=str(train), eval=str(held), labels=("x", "y", "z"))
+    assert any("never learnt: 'z'. Add rows of them" in note for note in rows.notes)
+
+
+# inputs
+
+
+def no_input_is_on_both_sides(rows: Rows, records: Sequence[dict[str, Any]], field: str) -> None:
+    held, trained = (
+        {records[line - 1][field] if isinstance(records[line - 1][field], str) else str(records[line - 1][field])
+         for _, line in places_of(rows, side.tolist())}
+        for side in (rows.held_rows, rows.train_rows)
+    )  # fmt: skip
+    assert held
+    assert held.isdisjoint(trained)
+
+
+TWICE: dict[TaskName, tuple[str, list[dict[str, Any]]]] = {
+    "classify": ("text", [{"text": f"text {i // 2}", "label": CLASSES[i % 2]} for i in range(80)]),
+    "summarize": ("document", [{"document": f"text {i // 2}", "summary": f"short {i}"} for i in range(80)]),
+    "generate": ("prompt", [{"prompt": f"text {i // 2}", "completion": f"short {i}"} for i in range(80)]),
+    "tag": ("tokens", [{"tokens": ["it", f"says{i // 2}"], "tags": ["O", CLASSES[i % 2]]} for i in range(80)]),
+}
+
+
+@pytest.mark.parametrize("task", TWICE)
+def test_an_input_with_two_answers_stands_on_one_side(task: TaskName, tmp_path: Path):
+    field, records = TWICE[task]
+    path = put(tmp_path, "rows.jsonl", json_lines(records))
+    no_input_is_on_both_sides(rows_for(tmp_path, task, max_tokens=64, train=str(path), held_out=0.2), records, field)
+
+
+@pytest.mark.parametrize("task", TWICE)
+def test_a_split_by_whole_rows_would_be_caught(task: TaskName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tunesmith.data.encoding.input_hash", content_hash)
+    field, records = TWICE[task]
+    path = put(tmp_path, "rows.jsonl", json_lines(records))
+    with pytest.raises(AssertionError):
+        no_input_is_on_both_sides(
+            rows_for(tmp_path, task, max_tokens=64, train=str(path), held_out=0.2), records, field
+        )
+
+
+def test_held_out_files_with_trained_inputs_are_counted_beside_equal_rows(tmp_path: Path):
+    train = put(tmp_path, "train.jsonl", json_lines(labelled(5, "eye") + labelled(5, "ear")))
+    held = [*labelled(2, "eye"), {"text": "eye text 3", "label": "ear"}, *labelled(1, "ear", start=50)]
+    rows = rows_for(tmp_path, "classify", train=str(train), eval=str(put(tmp_path, "test.jsonl", json_lines(held))))
+    assert any(note.startswith("2 of 4 held-out rows also stand in the training files") for note in rows.notes)
+    assert any(note.startswith("1 of 4 held-out rows have an input that is also trained") for note in rows.notes)
+
+
+def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path: Path):
+    found = [{"prompt": "", "completion": f"joke {i}"} for i in range(60)]
+    path, general = put(tmp_path, "rows.jsonl", json_lines(found)), put(tmp_path, "b.jsonl", json_lines(found[:1] * 3))
+    rows = rows_for(tmp_path, "generate", train=str(path), replay=str(general), held_out=0.2)
+    assert 0 < len(rows.held_rows) < 30
+    assert len(rows.train_rows) + len(rows.held_rows) in (60, 63)
+
+
+def test_an_input_that_brings_too_many_rows_is_said(tmp_path: Path):
+    often = [{"prompt": "again", "completion": f"{i}"} for i in range(50)]
+    once = [{"prompt": f"p{i}", "completion": "x"} for i in range(50)]
+    path = put(tmp_path, "rows.jsonl", json_lines(often + once))
+    for share in (0.05, 0.1, 0.2):
+        rows = rows_for(tmp_path, "generate", train=str(path), held_out=share)
+        is_held = any(line <= 50 for _, line in places_of(rows, rows.held_rows.tolist()))
+        assert is_held == any("50 of them have one input or document" in note for note in rows.notes)
+    mask_I = np.arange(100) < 60
+    note = crowd_note(np.maximum(np.arange(100), 50).astype(np.uint64), mask_I, 0.1)
+    assert note == (
+        "data.held_out: 0.1 of 100 rows is asked for, 60 are held out: 51 of them have one input or document, and so "
+        "stay together"
     )
 
 
@@ -232,6 +378,23 @@ def test_replay_rows_that_are_held_out_elsewhere_are_left_out_and_counted(tmp_pa
     assert f"{num:,} rows of data.replay are also held out, and so not trained" in rows.notes
     assert not np.isin(rows.store.hashes[rows.train_rows], rows.store.hashes[rows.held_rows]).any()
     assert len(rows.train_rows) == 65 - 2 * num
+
+
+def no_replay_row_is_measured(rows: Rows) -> None:
+    assert not np.isin(rows.store.hashes[rows.train_rows], rows.held_store.hashes[rows.held_rows]).any()
+
+
+def replayed_beside_held_out_files(folder: Path) -> Rows:
+    train, held = put(folder, "train.jsonl", pairs(10, "a")), put(folder, "test.jsonl", pairs(6, "b"))
+    replay = put(folder, "general.jsonl", pairs(9, "b"))
+    return rows_for(folder, "generate", train=str(train), replay=str(replay), eval=str(held), overlap="error")
+
+
+def test_replay_rows_of_held_out_files_are_left_out_and_counted(tmp_path: Path):
+    rows = replayed_beside_held_out_files(tmp_path)
+    no_replay_row_is_measured(rows)
+    assert (len(rows.train_rows), len(rows.held_rows)) == (13, 6)
+    assert "6 rows of data.replay are also held out, and so not trained" in rows.notes
 
 
 def test_replay_alone_is_no_training_data(tmp_path: Path):

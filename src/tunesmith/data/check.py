@@ -25,10 +25,10 @@ from tunesmith.data.check_report import (
     token_stats,
 )
 from tunesmith.data.check_sides import Judged, SideRows, judge, spans_of_example
-from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
-from tunesmith.data.repeats import conflicts, duplicates, overlap
+from tunesmith.data.repeats import conflicts, duplicates, input_overlap, overlap
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
@@ -119,9 +119,10 @@ class _Check:
             ),
         }
         of_train = self._rows["train"].labels
-        texts_I = np.frombuffer(of_train.texts, np.uint64)
-        if len(texts_I) == len(train_I):
-            found_I = conflicts(texts_I, train_I)
+        inputs_I, held_inputs_I = (np.frombuffer(self._rows[side].inputs, np.uint64) for side in ("train", "eval"))
+        self._notes += input_overlap(np.isin(held_I, train_I), inputs_I, held_inputs_I)
+        if len(of_train.of_rows) == len(train_I):
+            found_I = conflicts(inputs_I, train_I)
             pairs["conflicts"] = self._pairs(found_I, "train", "conflicting_labels", of_train.difference)
         labels = self._labels()
         held_out = self._held_out(labels.kind)
@@ -190,6 +191,7 @@ class _Check:
             if example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
                 self._first_rows.append(spans_of_example(example))
             rows.hashes.append(content_hash(example))
+            rows.inputs.append(input_hash(example))
             rows.files.append(index)
             rows.lines.append(example.source.line)
             for row in result:
@@ -238,8 +240,8 @@ class _Check:
     def _held_out(self, kind: LabelKind | None) -> int:
         if self._data.eval:
             return len(self._rows["eval"].hashes)
-        num, note = self._rows["train"].held_out(self._data.held_out, kind)
-        self._notes += [note] if note else []
+        num, notes = self._rows["train"].held_out(self._data.held_out, kind)
+        self._notes += notes
         return num
 
     def _token_stats(self) -> dict[Side, TokenStats]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.check_report import Span
 from tunesmith.data.labels import Seen, decide, remark_on
-from tunesmith.data.split import held_out_mask, split_note, stratified_mask, stratified_note
+from tunesmith.data.split import crowd_note, has_one_input, held_out_mask, split_note, stratified_mask, stratified_note
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import Example, LabelKind, Problem, Source, TaskName
@@ -32,10 +31,8 @@ class SideLabels:
     counts: list[int] = field(default_factory=list)
     firsts: list[Source] = field(default_factory=list)
     many: bool = False
-    texts: array[int] = field(default_factory=lambda: array("Q"))
-    """Of each row that has a label or a list of them: a hash of its text alone."""
     of_rows: array[int] = field(default_factory=lambda: array("i"))
-    """Its first label; -1: none, or one too many to be remembered."""
+    """The first label of each text that has one or a list of them; -1: none, or one too many to be remembered."""
 
     def add(self, example: Example) -> None:
         if example.shape not in ("text_label", "tokens_tags"):
@@ -46,7 +43,6 @@ class SideLabels:
                 self.counts[label] += 1
         self.many |= example.many
         if example.shape == "text_label":
-            self.texts.append(_text_hash(example))
             self.of_rows.append(found[0] if found else -1)
 
     def _id(self, name: str, source: Source) -> int:
@@ -75,31 +71,30 @@ class SideLabels:
         return np.frombuffer(self.of_rows, np.int32).astype(np.int64)
 
 
-def _text_hash(example: Example) -> int:
-    """64 bits of the texts of a row, which hold no NUL."""
-    texts = "\0".join(part.text for part in example.parts).encode()
-    return int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), "big")
-
-
 @dataclass
 class SideRows:
     """What is remembered of the usable rows of one side."""
 
     hashes: array[int] = field(default_factory=lambda: array("Q"))
+    inputs: array[int] = field(default_factory=lambda: array("Q"))
     files: array[int] = field(default_factory=lambda: array("i"))
     lines: array[int] = field(default_factory=lambda: array("q"))
     lengths: array[int] = field(default_factory=lambda: array("i"))
     targets: array[int] = field(default_factory=lambda: array("i"))
     labels: SideLabels = field(default_factory=SideLabels)
 
-    def held_out(self, share: float, kind: LabelKind | None) -> tuple[int, str | None]:
+    def held_out(self, share: float, kind: LabelKind | None) -> tuple[int, list[str]]:
         """How many of these rows training would hold out, and what is to be said of it."""
-        hashes_I = np.frombuffer(self.hashes, np.uint64)
+        inputs_I, hashes_I = (np.frombuffer(hashes, np.uint64) for hashes in (self.inputs, self.hashes))
+        if not len(inputs_I):
+            return 0, []
+        keys_I = hashes_I if has_one_input(inputs_I) else inputs_I
         if kind == "one":
-            mask_I = stratified_mask(hashes_I, self.labels.classes(), share)
-            return int(mask_I.sum()), stratified_note(self.labels.classes(), mask_I, share)
-        num = int(held_out_mask(hashes_I, share).sum())
-        return num, split_note(hashes_I, share) if len(hashes_I) else None
+            mask_I = stratified_mask(keys_I, hashes_I, self.labels.classes(), share)
+            note = stratified_note(self.labels.classes(), mask_I, share)
+        else:
+            mask_I, note = held_out_mask(keys_I, share), split_note(keys_I, share)
+        return int(mask_I.sum()), [text for text in (note, crowd_note(keys_I, mask_I, share)) if text]
 
 
 @dataclass
@@ -123,7 +118,7 @@ def judge(sides: Sequence[SideLabels], data: Data) -> Judged:
     if not train.ids and not train.many:
         return Judged()
     seen = [side.seen() for side in sides]
-    task: TaskName = "classify" if train.texts else "tag"
+    task: TaskName = "classify" if train.of_rows else "tag"
     try:
         labels, _ = decide(task=task, data=data, class_weights="equal", trained=seen[0], sides=seen)
     except DataError as error:

@@ -30,6 +30,20 @@ def overlap(train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> NDArray[
     return np.stack([shared_I, firsts[np.searchsorted(values, held_I[shared_I])]], axis=1)
 
 
+def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> list[str]:
+    """What to say of held-out rows whose input is also trained, with another answer.
+
+    `is_equal_I`: the held-out rows that are trained as they are; the others are hashes of inputs.
+    """
+    num = int((np.isin(held_I, train_I) & ~is_equal_I).sum())
+    if not num:
+        return []
+    return [
+        f"{num:,} of {len(held_I):,} held-out rows have an input that is also trained, with another answer: "
+        "their measures are not those of unseen rows"
+    ]
+
+
 def conflicts(texts_I: NDArray[np.uint64], rows_I: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(row, the first row with the same text) of every row that is another than that one, in the order of rows.
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from tunesmith.data.examples import OnProblem, examples
 from tunesmith.data.folders import expand
-from tunesmith.data.labels import ClassWeights, decide_labels, find_kind, remark_on, see
+from tunesmith.data.labels import ClassWeights, decide_labels, remark_on
 from tunesmith.data.render import Renderer
-from tunesmith.data.split import held_out_mask, split_note, stratified_mask, stratified_note
+from tunesmith.data.sides import measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
@@ -139,8 +139,8 @@ def encode_rows(
     stores = [store, held_store] if data.eval else [store]
     try:
         refuse_bad(data, stores, problems)
-        overlap = _overlap(data, store, held_store) if data.eval else []
-        train, held, split_notes = _split(data, store, held_store, task)
+        train, held, split_notes = split(data, store, held_store, task)
+        overlap = overlap_notes(data, store, held_store, train) if data.eval else []
         how: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
         labels, choices = _labels(data, task, (store, held_store), train, **how)
     except DataError:
@@ -150,9 +150,11 @@ def encode_rows(
     notes += [*counted(stores, problems), *overlap, *split_notes]
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
-    held = _measured(held, held_store, max_held, notes)
     if labels is not None:
-        notes += remark_on(labels.names)
+        notes += [*remark_on(labels.names), *never_trained(labels, (store, held_store), train, held)]
+    by_class = labels is not None and labels.kind == "one"
+    held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
+    if labels is not None:
         for labelled in stores:
             labelled.use(labels)
     return Rows(data, store, held_store, train, held, problems, notes, task, labels, choices)
@@ -175,41 +177,6 @@ def _labels(
         return None, []
     store, held_store = stores
     return decide_labels(task=task, data=data, store=store, train_rows=train_rows, held_store=held_store, **how)
-
-
-def _measured(held: NDArray[np.int64], store: RowStore, most: int | None, notes: list[str]) -> NDArray[np.int64]:
-    """The held-out rows by content hash, the first `most` of them; adds to `notes` what is left out."""
-    held = held[np.argsort(store.hashes[held], kind="stable")]
-    if most is None or len(held) <= most:
-        return held
-    notes.append(f"{most:,} of {len(held):,} held-out rows are measured (evaluation.max_rows)")
-    return held[:most]
-
-
-def _split(
-    data: Data, store: RowStore, held_store: RowStore, task: TaskName
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """Rows to train on, rows to measure, and what to say of the split. Rows of data.replay are never held out."""
-    is_replay = store.file_index >= len(data.train)
-    own = np.flatnonzero(~is_replay)
-    if len(own) == 0:
-        raise DataError(f"{', '.join(file.path for file in data.train)}: no row is left to use")
-    if data.eval:
-        return np.arange(len(store)), np.arange(len(held_store)), []
-    hashes = store.hashes[own]
-    if task == "classify" and find_kind(task, data, [see(store)])[0] == "one":
-        mask = stratified_mask(hashes, store.first_labels[own], data.held_out)
-        note = stratified_note(store.first_labels[own], mask, data.held_out)
-    else:
-        mask, note = held_out_mask(hashes, data.held_out), split_note(hashes, data.held_out)
-    held = own[mask]
-    is_leaked = is_replay & np.isin(store.hashes, store.hashes[held])
-    notes = [note] if note else []
-    if is_leaked.any():
-        notes.append(f"{int(is_leaked.sum()):,} rows of data.replay are also held out, and so not trained")
-    is_trained = ~is_leaked
-    is_trained[held] = False
-    return np.flatnonzero(is_trained), held, notes
 
 
 def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
@@ -238,16 +205,3 @@ def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str
         example = str(first[code]) if code in first else code
         notes.append(f"{example} ({num:,} in all)" if num > 1 else example)
     return notes
-
-
-def _overlap(data: Data, store: RowStore, held_store: RowStore) -> list[str]:
-    shared = np.flatnonzero(np.isin(held_store.hashes, store.hashes))
-    if len(shared) == 0:
-        return []
-    text = (
-        f"{len(shared):,} of {len(held_store):,} held-out rows also stand in the training files, "
-        f"the first at {held_store.source(int(shared[0]))}"
-    )
-    if data.overlap == "error":
-        raise DataError(f"{text}. Remove them, or set data.overlap: warn.")
-    return [f"{text}: the measures flatter the tuned model"]

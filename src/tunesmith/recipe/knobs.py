@@ -56,7 +56,7 @@ class Data(Section):
     eval: tuple[DataFile, ...] = ()
     """Held-out files. Empty: a part of `train` is split off, see `held_out`."""
     held_out: Fraction = 0.05
-    """Share of `train` held out when `eval` is empty, chosen by content hash: stable when rows are added."""
+    """Share of `train` held out when `eval` is empty, chosen by a hash of inputs: stable when rows are added."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
     template: str | None = None
@@ -186,7 +186,7 @@ class Evaluation(Section):
     every: Positive | None = None
     """Steps between evaluations; null: before the first step and after the last only."""
     max_rows: Positive | None = 1000
-    """Most held-out rows measured, chosen by content hash; null: all."""
+    """Most held-out rows measured, chosen by content hash, of each class its share; null: all."""
     metric: str = "loss"
     """Held-out measure that says which evaluation was best: loss, token_accuracy, accuracy, macro_f1, span_f1, ..."""
     patience: Positive | None = None
