@@ -18,12 +18,12 @@ from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation.samples import SamplePrompt, sample_prompts
+from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
 from tunesmith.loading import has_token_types, make_renderer
 from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
-from tunesmith.models.agreement import ragged_agrees
+from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
@@ -114,7 +114,7 @@ def prepare(
     torch.set_num_threads(known(recipe.threads))
     model = _load(recipe, start, rows.labels)
     num_parameters = model.num_parameters()
-    layout, padding_notes = _layout(model, rows, start.kind)
+    layout, padding_notes = _layout(model, rows, start)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
@@ -224,15 +224,14 @@ def _feeds(rows: Rows, recipe: Recipe, start: _Start, model: PreTrainedModel, la
 
 
 def _samples(recipe: Recipe, start: _Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
-    """Prompts that leave room for an answer in what the model can attend to; the others are counted."""
+    """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
     if start.head != "next_token":
         return [], []
     examples = rows.sample_examples(recipe.evaluation.samples)
-    room = min(known(recipe.data.max_tokens), start.size.max_tokens - recipe.evaluation.sample_tokens)
     new_tokens = recipe.evaluation.sample_tokens
-    prompts = sample_prompts(start.renderer, examples, max_tokens=room, new_tokens=new_tokens)
-    left_out = len(examples) - len(prompts)
-    return prompts, [f"{left_out} held-out prompts are empty or too long to be answered"] if left_out else []
+    room = PromptRoom.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(start.renderer, examples, room=room, new_tokens=new_tokens)
+    return prompts, remarks_on(prompts, num_rows=len(examples))
 
 
 def _places(root: Path, run: Run | None) -> Places:
@@ -241,12 +240,15 @@ def _places(root: Path, run: Run | None) -> Places:
     return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
 
 
-def _layout(model: PreTrainedModel, rows: Rows, kind: ModelKind) -> tuple[Layout, list[str]]:
-    """Ragged if the model gives the same logits for packed rows as for each alone, padded otherwise, and said."""
-    if kind != "causal":
-        return ("encoder_decoder" if kind == "encoder_decoder" else "padded"), []
+def _layout(model: PreTrainedModel, rows: Rows, start: _Start) -> tuple[Layout, list[str]]:
+    """Ragged if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
+    if start.kind == "encoder_decoder":
+        return "encoder_decoder", []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
-    agreement = ragged_agrees(model, probe)
+    if start.kind == "encoder":
+        agreement = encoder_agrees(model, probe, has_types=has_token_types(model, start.renderer.tokenizer))
+    else:
+        agreement = ragged_agrees(model, probe)
     if agreement.ok:
         attention.use_ragged(model)
         return "ragged", []

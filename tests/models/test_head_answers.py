@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
 from tunesmith.models import forward
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.agreement import encoder_agrees
+from tunesmith.models.attention import Segments, use_ragged
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
 from tunesmith.types import Batch, HeadName, Labels, Layout, Row, Source
 
@@ -178,3 +179,39 @@ def test_the_encoder_decoder_test_sees_padding_that_is_read(arch: str, monkeypat
     monkeypatch.setattr(forward, "_inputs", unmasked)
     with pytest.raises(AssertionError):
         assert_translators_answer_as_alone(arch)
+
+
+PACKED = ("bert", "roberta", "distilbert", "electra")
+"""Encoders whose rows can be packed; of the others the check says no."""
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("head", ["sequence", "tokens", "masked_token"])
+@torch.no_grad()
+def test_packed_encoders_answer_as_alone_or_are_not_packed(arch: str, head: HeadName) -> None:
+    model, rows = sharp(arch, head), rows_with(lambda length: [0] if head == "sequence" else range(length))
+    found = encoder_agrees(model, rows, has_types=has_types(model))
+    assert found.ok == (arch in PACKED), found.reason
+    if not found.ok:
+        assert found.reason
+        return
+    use_ragged(model)
+    batch = batch_of(rows, "ragged", has_types=has_types(model))
+    answers = (sequence_logits if head == "sequence" else logits_at_targets)(model, batch)
+    model.set_attn_implementation("sdpa")
+    expected = torch.cat([own(model, row, **types_of(model, row)).reshape(-1, answers.shape[-1]) for row in rows])
+    assert (answers - expected).abs().max() <= 1e-5
+
+
+def test_the_check_catches_rows_that_read_each_other(monkeypatch: pytest.MonkeyPatch) -> None:  # trap: T11 planted
+    model, rows = sharp("bert", "sequence"), rows_with(lambda length: [0])
+    whole = Segments.of([sum(len(row.ids) for row in [*rows, rows[0]])], device=torch.device("cpu"))
+    monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: whole)
+    assert not encoder_agrees(model, rows, has_types=True).ok
+
+
+def test_the_check_catches_a_head_that_reads_every_token() -> None:
+    model, rows = sharp("bert", "sequence"), rows_with(lambda length: [0])
+    pooler = model.bert.pooler
+    pooler.forward = lambda hidden: pooler.activation(pooler.dense(hidden.mean(1)))
+    assert not encoder_agrees(model, rows, has_types=True).ok

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.models.attention import Segments, Trace, UnsupportedAttentionError, ragged_pass, use_ragged
+from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
-from tunesmith.types import Row
+from tunesmith.types import Batch, Layout, Row
 
 PROBE_TOKENS = 128
 """Tokens of a row that are run: enough to see another row shine through, cheap enough for every start."""
@@ -27,6 +28,10 @@ PROBE_POSITIONS = 32
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest mean error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each
 other; in float32 0 and 1.7."""
+
+
+_REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
+"""Whatever a foreign model says when it is called this way, the answer is the padded layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,75 @@ def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row]) -> Agreement:
         try:
             with quiet():  # transformers warns of attention that cannot be replaced; here that is an answer
                 packed, trace = _packed_logits(model, pieces)
-        except (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError) as error:
-            # Whatever a foreign model says when it is called this way, the answer is the padded layout.
-            return Agreement(False, float("nan"), float("nan"), str(error) or type(error).__name__)
+        except _REFUSALS as refusal:
+            return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
         finally:
             with quiet():
                 model.set_attn_implementation(own)
     return _judge(alone, packed, trace, model.dtype)
+
+
+def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bool) -> Agreement:
+    """The same for an encoder, by what its own head answers: of each row, or of each of its tokens."""
+    own = model.config._attn_implementation
+    rows = [*rows, rows[0]]  # two of equal length
+    with evaluating(model):
+        alone = torch.cat([_answers(model, [row], "padded", has_types=has_types) for row in rows])
+        try:
+            with quiet():
+                use_ragged(model)
+            with ragged_pass() as trace:
+                packed = _answers(model, rows, "ragged", has_types=has_types)
+        except (
+            UnsupportedAttentionError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+        ) as refusal:
+            return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
+        finally:
+            with quiet():
+                model.set_attn_implementation(own)
+    if packed.shape != alone.shape:
+        return Agreement(False, float("nan"), float("nan"), "its head does not read the first token of each row")
+    difference = packed - alone
+    spread = alone - alone.mean(0)
+    error = float(difference.square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-12))
+    reason = (
+        "" if error <= TOLERANCES[model.dtype] else f"packed rows change its answers by {error:.3g} of their spread"
+    )
+    if trace.calls == 0:
+        reason = "its attention is its own and cannot be replaced"
+    return Agreement(not reason, float(difference.abs().max()), error, reason)
+
+
+def _answers(model: PreTrainedModel, rows: Sequence[Row], layout: Layout, *, has_types: bool) -> Tensor:
+    """[rows, C], or [all tokens, C or V], float32."""
+    lengths = [min(len(row.ids), PROBE_TOKENS) for row in rows]
+    starts = [0, *accumulate(lengths)]
+    types = [[int(0 < row.second <= t) for t in range(n)] for row, n in zip(rows, lengths, strict=True)]
+    per_row = head_of(model) == "sequence"
+    places = starts[:-1] if per_row else range(starts[-1])
+    ids = [int(token) for row, n in zip(rows, lengths, strict=True) for token in row.ids[:n]]
+
+    def tensor(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=model.device)
+
+    batch = Batch(
+        layout=layout,
+        ids_BT=tensor(ids)[None],
+        positions_BT=torch.cat([torch.arange(n, device=model.device) for n in lengths])[None],
+        mask_BT=None if layout == "ragged" else torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+        lengths=tuple(lengths),
+        predict_N=tensor(places),
+        targets_N=tensor(places),
+        row_of_N=tensor(places),
+        row_indices=tuple(range(len(rows))),
+        types_BT=tensor([t for some in types for t in some])[None] if has_types else None,
+    )
+    return (sequence_logits if per_row else logits_at_targets)(model, batch).float()
 
 
 def _pieces(rows: Sequence[Row], device: torch.device) -> list[Tensor]:

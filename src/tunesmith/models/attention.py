@@ -86,8 +86,11 @@ _TRACE: ContextVar[Trace | None] = ContextVar("tunesmith_ragged_pass", default=N
 
 @contextmanager
 def ragged_pass() -> Iterator[Trace]:
-    """Around the forward of a ragged batch: no mask is built. Nothing needs to stay open for the backward."""
-    trace = Trace()
+    """Around the forward of a ragged batch: no mask is built. Nothing needs to stay open for the backward.
+
+    One inside another tells the outer one's trace.
+    """
+    trace = _TRACE.get() or Trace()
     token = _TRACE.set(trace)
     try:
         yield trace
@@ -144,6 +147,8 @@ def ragged_attention(
     if trace is not None:
         trace.calls += 1
         trace.windows.add(sliding_window)
+    if segments is not None and sliding_window is not None and not causal:
+        raise UnsupportedAttentionError("its attention looks a limited way in both directions")
     how = _How(causal, dropout, scaling, sliding_window, softcap)
     if segments is None:
         if trace is not None:

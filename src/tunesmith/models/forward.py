@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.models.attention import Segments, ragged_pass
+from tunesmith.models.attention import Segments, UnsupportedAttentionError, ragged_pass
 from tunesmith.models.heads import pools_last
 from tunesmith.types import Batch
 
@@ -35,7 +35,8 @@ def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
     """[B, C]: the classes of each row, or its number. What a causal model answers with is its last token, known by
     the row's length and never by the padding's id."""
     if not pools_last(model):
-        logits_BC: Tensor = model(**_inputs(model, batch)).logits
+        with _passing(batch), _first_alone(model, batch):
+            logits_BC: Tensor = model(**_inputs(model, batch)).logits
         return logits_BC
     with _passing(batch):
         hidden_BTD: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
@@ -49,9 +50,11 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         inputs["use_cache"] = False
     if batch.layout == "ragged":
         segments = Segments.of(batch.lengths, device=batch.ids_BT.device)
-        return {**inputs, "position_ids": batch.positions_BT, "segments": segments}
+        inputs |= {"position_ids": batch.positions_BT + _first_position(model), "segments": segments}
     if batch.types_BT is not None:
         inputs["token_type_ids"] = batch.types_BT
+    if batch.layout == "ragged":
+        return inputs
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
     return {**inputs, "attention_mask": batch.mask_BT}
@@ -86,6 +89,46 @@ def _only(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
         yield done
     finally:
         hook.remove()
+
+
+@contextmanager
+def _first_alone(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside the block what stands on a ragged encoder sees each row as its first token alone: poolers and heads of
+    BERT and its like read no other. Whether a model's own do is asked by `agreement.encoder_agrees`."""
+    if batch.layout != "ragged":
+        yield
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden_1TD: Tensor = output[0]
+        first_B1D = hidden_1TD[0, batch.predict_N][:, None]
+        if isinstance(output, Tensor):
+            return first_B1D
+        output[next(iter(output))] = first_B1D
+        return output
+
+    hook = _layers(model).register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _layers(model: nn.Module) -> nn.Module:
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    for name in ("encoder", "transformer"):
+        if hasattr(base, name):
+            found: nn.Module = getattr(base, name)
+            return found
+    raise UnsupportedAttentionError("its layers and what stands on them cannot be told apart")
+
+
+def _first_position(model: nn.Module) -> int:
+    """The position of a row's first token: RoBERTa and its like count from behind the padding's id."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1  # type: ignore[union-attr]
+    return 0
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.models import machine
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
@@ -35,8 +36,12 @@ _TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
     "text_label": ("classify", "rows are texts and their labels"),
     "tokens_tags": ("tag", "rows are words and their tags"),
 }
+FEW_WEIGHTS = 50_000_000
+"""Weights up to which full tuning on a processor is as fast in float32."""
 TEXT_TOKENS = 1024
 """Longest window of a document: attention to more costs more than it teaches, on most machines."""
+TEXT_STEP_TOKENS = 4096
+"""Learnt tokens of an update for task text."""
 UNBOUNDED_TOKENS = 512
 """Longest row for a model that names no limit, as T5 was trained."""
 
@@ -51,6 +56,14 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
     return Choice(
         "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
     )
+
+
+def choose_precision(recipe: Recipe, num_parameters: int) -> Choice:
+    """What weights and activations are computed in, once method and device are known."""
+    if recipe.method.name == "full" and num_parameters <= FEW_WEIGHTS and recipe.device == "cpu":
+        reason = "of so few weights a second copy, rounded at every update, costs more than narrow products save"
+        return Choice("precision", "float32", reason)
+    return machine.choose_precision("auto", recipe.device)
 
 
 def choose_longest(task: TaskName, kind: ModelKind, limit: int, *, unbounded: int) -> Choice:
@@ -137,6 +150,8 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     value = max(1, min(16, rows // 20))
+    if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
+        return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
     return value, "about 20 updates an epoch at least" if value < 16 else "a steady gradient at little cost"
 
 

@@ -39,7 +39,7 @@ def decide_before_rows(
     choose("task", lambda: advise.choose_task(first_example(recipe.data), kind))
     choose("method", lambda: advise.choose_method(model_size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
-    choose("precision", lambda: machine.choose_precision("auto", recipe.device))
+    choose("precision", lambda: advise.choose_precision(recipe, model_size.num_params))
     task: TaskName = known(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
