@@ -104,12 +104,16 @@ def evaluate(
     *,
     base: bool = False,
     task: TaskName | None = None,
+    samples: int | None = None,
     root: str | PathLike[str] = "runs",
     offline: bool = False,
 ) -> dict[str, Interval]:
-    """The measures of the task on a file of answered rows, each as {"value", "low", "high"}: its 95 % interval."""
+    """The measures of the task on a file of answered rows, each as {"value", "low", "high"}: its 95 % interval.
+
+    `samples` rows are also answered, and the answers measured; None: 50 for the tasks chat, generate and summarize.
+    """
     speaker = load_target(_name(target), root=Path(root), base=base, task=task, offline=offline)
-    return evaluate_file(speaker, fspath(data)).measures
+    return evaluate_file(speaker, fspath(data), samples=samples).measures
 
 
 def load(

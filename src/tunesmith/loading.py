@@ -45,6 +45,9 @@ class Speaker:
     """The folder that the adapter was read from."""
     note: str = ""
     """What a person should know before trusting an answer."""
+    run: Run | None = None
+    """Of which it is the result, or with `is_base` the untouched model."""
+    is_base: bool = False
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
@@ -90,7 +93,8 @@ def load_target(
     learnt = run.recipe().task
     if task not in (None, learnt):
         raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
-    return load_base(run, offline=offline) if base else load_run(run, offline=offline)
+    speaker = load_base(run, offline=offline) if base else load_run(run, offline=offline)
+    return replace(speaker, run=run, is_base=base)
 
 
 def load_run(run: Run, *, offline: bool = False) -> Speaker:

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.labels import count_classes, see
-from tunesmith.data.rows import Rows
 from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.answers import answer_measures
 from tunesmith.evaluation.intervals import Interval
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.measure import baseline, evaluate
 from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.evaluation.row_lines import most_surprising, row_lines
 from tunesmith.evaluation.samples import answer_samples
@@ -57,7 +55,7 @@ def measure_held_out(session: Session, name: str) -> None:
         setup.rows.labels,
         outcomes,
         task=setup.task.name,
-        **_baseline(setup.rows),
+        **baseline(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
     )
     if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
@@ -88,20 +86,6 @@ def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str)
         tokens_per_pass=session.setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
     )
-
-
-def _baseline(rows: Rows) -> dict[str, Any]:
-    """What can be answered without reading: the commonest class of the training rows, or the mean of their numbers."""
-    labels = rows.labels
-    if labels is None or labels.kind in ("many", "tags"):
-        return {"majority": None, "mean": None}
-    if labels.kind == "number":
-        seen = see(rows.store, rows.train_rows)
-        return {
-            "majority": None,
-            "mean": float(np.average([float(name) for name in seen.names], weights=seen.counts_V)),
-        }
-    return {"majority": int(count_classes(labels, rows.store, rows.train_rows).argmax()), "mean": None}
 
 
 def _lines(

@@ -210,6 +210,77 @@ def test_eval_of_the_untouched_model_is_the_evaluation_before(run: Run) -> None:
     assert found["measures"]["loss"]["value"] == pytest.approx(before["loss"], abs=1e-5)
 
 
+def test_eval_says_how_many_rows_the_run_was_trained_on(run: Run, tmp_path: Path) -> None:
+    trained = _lines(Path(run.recipe().data.train[0].path))
+    new = [
+        {"text": "a big plum tree in Oslo", "label": "fruit"},
+        {**trained[0], "label": "fruit" if trained[0]["label"] == "place" else "place"},
+    ]
+    path = write(tmp_path / "some.jsonl", [*new, *trained[:3]])
+    result = tunesmith("eval", run.path, path, "--json", "--offline")
+    assert told(result)[0]["trained_on"] == 3
+    assert "3 of 5 rows were trained on by this run" in result.stderr.replace("\n", " ")
+    compared = tunesmith("compare", run.path, run.path, "--data", path, "--offline").stderr.replace("\n", " ")
+    assert compared.count("3 of 5 rows were trained on by this run") == 2
+    base = tunesmith("eval", run.path, path, "--base", "--json", "--offline")
+    assert told(base)[0]["trained_on"] is None
+    assert "trained on" not in base.stderr
+    assert told(base)[0]["measures"]["majority"] == told(result)[0]["measures"]["majority"]
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that held out rows of its training file."""
+    from tunesmith import training
+    from tunesmith.evaluation import report
+
+    folder = tmp_path_factory.mktemp("writer")
+    sections = {"train": {"max_steps": 1}, "data": {"eval": [], "held_out": 0.3}, "evaluation": {"samples": 0}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_write_pages", lambda *arguments: None)
+        return training.train(task_recipe(folder, "generate", "causal", **sections), root=folder / "runs", offline=True)
+
+
+def test_rows_that_were_held_out_are_not_among_those_trained_on(writer: Run) -> None:
+    held = next(event.values["rows"] for event in writer.events() if event.kind == "evaluation")
+    path = writer.recipe().data.train[0].path
+    [found] = told(tunesmith("eval", writer.path, path, "--json", "--offline"))
+    assert found["rows"] == 24
+    assert 0 < found["trained_on"] == 24 - held < 24
+
+
+def test_eval_answers_fifty_rows_unless_told_otherwise(writer: Run, tmp_path: Path) -> None:
+    import tunesmith as package
+
+    path = write(tmp_path / "rows.jsonl", rows_of("generate", 60, seed=5))
+    result = tunesmith("eval", writer.path, path, "--json", "--offline")
+    [found] = told(result)
+    assert len(found["samples"]) == 50
+    assert {"exact_match", "rougeL"} <= found["measures"].keys()
+    assert "50 rows were answered, with 4 tokens at most (--samples; 0: none)" in result.stderr.replace("\n", " ")
+    none = told(tunesmith("eval", writer.path, path, "--samples", "0", "--json", "--offline"))[0]
+    assert none["samples"] == []
+    assert "rougeL" not in none["measures"]
+    assert "rougeL" in package.evaluate(writer, path, samples=2, offline=True)
+
+
+def test_eval_of_a_model_that_writes_nothing_refuses_samples(run: Run) -> None:
+    assert "writing" in tunesmith("eval", run.path, held_out(run), "--samples", "3", "--offline", code=2).stderr
+
+
+def test_eval_makes_text_of_rows_only_where_it_is_kept(writer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of rows are measured without holding what they say."""
+    from tunesmith.loading import load_run
+    from tunesmith.predicting.measuring import evaluate_file
+
+    speaker, path = load_run(writer, offline=True), writer.recipe().data.train[0].path
+    lines: list[dict[str, Any]] = []
+    evaluate_file(speaker, path, samples=0, keep=lines.extend)
+    assert len(lines) == 24
+    monkeypatch.setattr(type(speaker.renderer.tokenizer), "decode", lambda *rest, **options: pytest.fail("decoded"))
+    assert evaluate_file(speaker, path, samples=0).num_rows == 24
+
+
 def test_eval_names_a_label_that_the_model_does_not_know(run: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "new.jsonl", [*rows_of("classify", 3), {"text": "a pear", "label": "friut"}])
     error = tunesmith("eval", run.path, path, "--offline", code=2).stderr

@@ -39,14 +39,19 @@ def compare(
     from tunesmith.evaluation.comparing import compare as compared
 
     if data is None:
-        rows = [_kept(name, root) for name in (a, b)]
+        rows: list[list[dict[str, Any]]] = [_kept(name, root) for name in (a, b)]
     else:
         from tunesmith.cli.eval import measured
 
-        task = _task_of(a, root) or _task_of(b, root)
-        rows = [
-            measured(name, data, root=root, base=False, task=task, samples=0, offline=offline).lines for name in (a, b)
-        ]
+        asked: dict[str, Any] = {
+            "root": root,
+            "base": False,
+            "task": _task_of(a, root) or _task_of(b, root),
+            "offline": offline,
+        }
+        rows = [[], []]
+        for name, lines in zip((a, b), rows, strict=True):
+            measured(name, data, samples=0, keep=lines.extend, **asked)
     try:
         found = compared(*rows)
     except InputError as error:

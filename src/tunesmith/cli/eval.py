@@ -10,6 +10,8 @@ import typer
 from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from tunesmith.predicting.measuring import Evaluation
 
 
@@ -20,8 +22,11 @@ def evaluate(
     task: TaskOf = None,
     base: Base = False,
     samples: Annotated[
-        int, typer.Option(min=0, help="Also have this many prompts answered, and the answers measured.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, help="Have this many prompts answered, and the answers measured. [50 for chat, generate, summarize]"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a JSON line a row: its loss, and what was answered.")
     ] = None,
@@ -37,20 +42,34 @@ def evaluate(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.output import json_line
-    from tunesmith.files import to_json, write_atomic
+    from tunesmith.files import to_json, writing
 
-    found = measured(target, data, root=root, base=base, task=task, samples=samples, offline=offline)
-    if out is not None:
-        write_atomic(out, b"".join(to_json(line) + b"\n" for line in found.lines))
+    def keep(lines: Iterator[dict[str, Any]]) -> None:
+        if out is not None:
+            with writing(out) as file:
+                file.writelines(to_json(line) + b"\n" for line in lines)
+
+    found = measured(target, data, root=root, base=base, task=task, samples=samples, offline=offline, keep=keep)
     if as_json:
-        values = {"task": found.task, "rows": len(found.lines), "measures": found.measures, "details": found.details}
-        json_line({"kind": "eval", "target": target, "data": data, **values, "samples": found.samples})
+        values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
+        values |= {"measures": found.measures, "details": found.details, "samples": found.samples}
+        json_line({"kind": "eval", "target": target, "data": data, **values})
     else:
         _draw(found, out)
 
 
-def measured(target: str, data: str, *, root: Path, base: bool, task: str | None, samples: int, offline: bool) -> Any:
-    """The evaluation of what RUN|MODEL names, with its progress and notes on stderr."""
+def measured(
+    target: str,
+    data: str,
+    *,
+    root: Path,
+    base: bool,
+    task: str | None,
+    samples: int | None,
+    offline: bool,
+    keep: Callable[[Iterator[dict[str, Any]]], None],
+) -> Evaluation:
+    """The evaluation of what RUN|MODEL names, with its progress and notes on stderr; `keep` is given its lines."""
     from tunesmith.cli.display import PHASES
     from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
@@ -62,22 +81,10 @@ def measured(target: str, data: str, *, root: Path, base: bool, task: str | None
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
         speaker = load_target(target, root=root, base=base, task=as_task(task), offline=offline)
-        majority = commonest_class(target, root)
-        found = evaluate_file(speaker, data, samples=samples, majority=majority, on_progress=progress)
+        found = evaluate_file(speaker, data, samples=samples, keep=keep, on_progress=progress)
     for note in filter(None, [speaker.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found
-
-
-def commonest_class(target: str, root: Path) -> int | None:
-    """The id of the class that most training rows of a run have; None for other tasks and for models."""
-    from tunesmith.run import Run, is_run
-
-    if not is_run(target, root):
-        return None
-    plan = next((event.values for event in Run.open(target, root).events() if event.kind == "plan"), {})
-    counts = list(plan.get("labels", {}).values())
-    return counts.index(max(counts)) if counts else None
 
 
 def _draw(found: Evaluation, out: Path | None) -> None:
@@ -86,11 +93,11 @@ def _draw(found: Evaluation, out: Path | None) -> None:
     from tunesmith.cli.text import plural
 
     screen = console()
-    title = f"{found.task}: {plural(len(found.lines), 'row')}; in grey 95 % intervals"
+    title = f"{found.task}: {plural(found.num_rows, 'row')}; in grey 95 % intervals"
     if screen.is_terminal:
         screen.print(measures_table(found.measures, title=title))
     else:
-        screen.print(f"{found.task}: {plural(len(found.lines), 'row')}")
+        screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
         for key, interval in found.measures.items():
             screen.print(f"{info_of(key).label}: {with_bounds(key, interval)}")
     if out is not None:

@@ -211,6 +211,16 @@ def build(
     return RowStore(folder, summary, paths, reused=reused)
 
 
+def kept(folder: Path) -> RowStore | None:
+    """The rows that `RowStore.keep` put into a folder, each file named by its hash; None where none can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for path in sorted(folder.glob("*.json")):
+            summary = find(folder, orjson.loads(path.read_bytes())["key"])
+            if summary is not None:
+                return RowStore(folder, summary, summary.data_sha256, reused=True)
+    return None
+
+
 def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row

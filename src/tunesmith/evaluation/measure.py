@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,11 @@ from torch import nn
 
 from tunesmith.data.batch import fill_passes
 from tunesmith.data.feed import Feed
+from tunesmith.data.labels import count_classes, see
+from tunesmith.data.store import RowStore
 from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Task
+from tunesmith.types import Labels, Task
 
 
 def evaluate(
@@ -65,3 +68,17 @@ def evaluate(
         outputs=outputs,
         targets=targets,
     )
+
+
+def baseline(labels: Labels | None, store: RowStore, train_rows: NDArray[np.int64]) -> dict[str, Any]:
+    """What can be answered without reading: "majority", the commonest class of the training rows, and "mean", that of
+    their numbers; None where there is none."""
+    if labels is None or labels.kind in ("many", "tags"):
+        return {"majority": None, "mean": None}
+    if labels.kind == "number":
+        seen = see(store, train_rows)
+        return {
+            "majority": None,
+            "mean": float(np.average([float(name) for name in seen.names], weights=seen.counts_V)),
+        }
+    return {"majority": int(count_classes(labels, store, train_rows).argmax()), "mean": None}

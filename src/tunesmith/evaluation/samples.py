@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -26,29 +26,72 @@ class SamplePrompt:
     """What a person reads: the last turn before the answer."""
     reference: str
     source: str
+    cut: int = 0
+    """Tokens of its end that were left out to fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRoom:
+    """How long prompts may be, for all that are asked: samples of a run, of an evaluation, rows to predict.
+
+    `max_tokens` is the longest of any kind; what can be cut is cut to `cut_to`, as it was in training.
+    """
+
+    max_tokens: int
+    cut_to: int
+
+    @classmethod
+    def of(cls, renderer: Renderer, *, model_tokens: int, new_tokens: int) -> PromptRoom:
+        """What is left beside an answer of `new_tokens` where a model can attend to `model_tokens`.
+
+        An encoder reads apart from what its decoder writes.
+        """
+        left = model_tokens if renderer.kind == "encoder_decoder" else model_tokens - new_tokens
+        return cls(left, left if renderer.max_tokens is None else min(left, renderer.max_tokens))
+
+    def ask(self, renderer: Renderer, example: Example) -> tuple[list[int], int]:
+        """The ids that have an example's parts answered, and how many tokens were cut off. Raises `DataError`."""
+        cuts: list[int] = []
+        ids = renderer.prompt_ids(example.parts, example.tools, max_tokens=self.cut_to, on_cut=cuts.append)
+        return ids, sum(cuts)
+
+    def limit(self, cut: int) -> int:
+        """The longest prompt of which `cut` tokens were cut off: too long without its document, it asks nothing."""
+        return self.cut_to if cut else self.max_tokens
 
 
 def sample_prompts(
-    renderer: Renderer, examples: Sequence[Example], *, max_tokens: int, new_tokens: int
+    renderer: Renderer, examples: Sequence[Example], *, room: PromptRoom, new_tokens: int
 ) -> list[SamplePrompt]:
-    """The prompt of each example that has one of at most `max_tokens`: everything before its last trained part.
+    """The prompt of each example that has one with enough room: everything before its last trained part.
 
     Of a document that is its beginning, and the reference is how it goes on for `new_tokens`.
     """
     made = [
-        _begun(renderer, example, new_tokens) if example.shape == "text" else _asked(renderer, example, max_tokens)
+        _begun(renderer, example, new_tokens) if example.shape == "text" else _asked(renderer, example, room)
         for example in examples
     ]
-    return [prompt for prompt in made if prompt is not None and 0 < len(prompt.ids) <= max_tokens]
+    return [prompt for prompt in made if prompt is not None and 0 < len(prompt.ids) <= room.limit(prompt.cut)]
 
 
-def _asked(renderer: Renderer, example: Example, max_tokens: int) -> SamplePrompt | None:
+def remarks_on(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]:
+    """What to say of the prompts that could be made of so many rows."""
+    num_cut, left_out = sum(prompt.cut > 0 for prompt in prompts), num_rows - len(prompts)
+    cut = f"{num_cut} of {len(prompts)} sample prompts were cut at their end, to be as long as rows in training at most"
+    return [
+        *([cut] if num_cut else []),
+        *([f"{left_out} sample prompts are empty or too long to be answered"] if left_out else []),
+    ]
+
+
+def _asked(renderer: Renderer, example: Example, room: PromptRoom) -> SamplePrompt | None:
     last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
     if last == 0:
         return None
     before = example.parts[:last]
-    ids = tuple(renderer.prompt_ids(before, example.tools, max_tokens=max_tokens))
-    return SamplePrompt(ids, before[-1].text, reference=example.parts[last].text, source=str(example.source))
+    ids, cut = room.ask(renderer, replace(example, parts=before))
+    reference = example.parts[last].text
+    return SamplePrompt(tuple(ids), before[-1].text, reference=reference, source=str(example.source), cut=cut)
 
 
 def _begun(renderer: Renderer, example: Example, new_tokens: int) -> SamplePrompt | None:

@@ -27,7 +27,7 @@ from tunesmith.data.feed import Masking
 from tunesmith.data.labels import targets
 from tunesmith.data.render import Renderer
 from tunesmith.evaluation.general import passages
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER, sample_prompts
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER, PromptRoom, sample_prompts
 from tunesmith.export import loaders
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
@@ -176,7 +176,9 @@ def _texts(renderer: Renderer) -> list[list[int]]:
 
 
 def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]:
-    made = sample_prompts(renderer, examples, max_tokens=renderer.max_tokens or MOST_TOKENS, new_tokens=ANSWER_TOKENS)
+    longest = renderer.max_tokens or MOST_TOKENS
+    room = PromptRoom(longest, cut_to=longest)
+    made = sample_prompts(renderer, examples, room=room, new_tokens=ANSWER_TOKENS)
     return [list(prompt.ids) for prompt in made]
 
 

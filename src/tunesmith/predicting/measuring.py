@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.labels import find_kind, refuse_unknown, see
 from tunesmith.data.rows import counted, refuse_bad
 from tunesmith.data.store import RowStore, build
-from tunesmith.errors import DataError
+from tunesmith.errors import InputError
 from tunesmith.evaluation.answers import answer_measures
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.row_lines import row_lines
-from tunesmith.evaluation.samples import answer_samples, sample_prompts
+from tunesmith.evaluation.samples import PromptRoom, answer_samples, remarks_on, sample_prompts
 from tunesmith.evaluation.scores import score
 from tunesmith.generation import Sampling
 from tunesmith.loading import Speaker
 from tunesmith.models.size import size
+from tunesmith.predicting.trained import find_trained
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.tasks import bind
 from tunesmith.types import Layout, Problem
@@ -35,38 +36,50 @@ from tunesmith.types import Layout, Problem
 OnProgress = Callable[[str, int, int], None]
 
 
+SAMPLES = 50
+"""Rows of a file that are answered where nothing else is asked for, by tasks whose answers are measured."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured of one model on one file."""
 
     task: str
+    num_rows: int
     measures: dict[str, Interval]
     details: dict[str, Any]
     """Of `score`: confusion matrix, per class, ..."""
-    lines: list[dict[str, Any]]
-    """One a row, as in a run's evaluation/after.jsonl."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]]
     """Prompts, their references and answers."""
-    notes: list[str] = field(default_factory=list)
+    num_trained: int | None
+    """Rows that the run was trained on; None: nothing is known of that."""
+    notes: list[str]
 
 
 def evaluate_file(
     speaker: Speaker,
     path: str,
     *,
-    samples: int = 0,
-    majority: int | None = None,
+    samples: int | None = None,
+    keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Evaluation:
-    """Measures of all rows of a file, each with its interval; with `samples`, of answers to that many of them too.
+    """Measures of all rows of a file, each with its interval, and of answers to `samples` of them.
 
-    `majority`: id of the commonest class in training, for the baseline.
+    `samples` None: `SAMPLES` for the tasks chat, generate and summarize, 0 for others. `keep` is given a line for each
+    row, as in a run's evaluation/after.jsonl; a line is made as it is taken.
 
     Raises:
+        InputError: answers are asked of a model that writes nothing.
         DataError: rows cannot be used, or have labels that the model does not know; see `build`.
     """
-    recipe, task = speaker.recipe, speaker.renderer.task_name
+    task = speaker.renderer.task_name
+    if samples and speaker.head != "next_token":
+        raise InputError(
+            f"--samples: a model of task {task} that has no head for writing gives no answers. Leave it out."
+        )
     data = _data_of(speaker, path)
+    trained = None if speaker.run is None else find_trained(speaker.run)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = build(
@@ -91,14 +104,25 @@ def evaluate_file(
             tokens_per_pass=speaker.tokens_per_pass,
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
-        measures, details = score(speaker.head, speaker.labels, outcomes, task=task, majority=majority, mean=None)
+        known = {"majority": None, "mean": None} if trained is None else trained.baseline(speaker.labels)
+        measures, details = score(speaker.head, speaker.labels, outcomes, task=task, **known)
         tokenizer = speaker.renderer.tokenizer
-        lines = list(row_lines(store, rows_I, outcomes, head=speaker.head, labels=speaker.labels, tokenizer=tokenizer))
-    told = list(_answered(speaker, data, samples, on_progress)) if samples and speaker.head == "next_token" else []
-    if told:
-        answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
-        measures = {**measures, **answer_measures(answers, references, bleu=recipe.evaluation.bleu)}
-    return Evaluation(task, measures, details, lines, told, counted([store], problems))
+        keep(row_lines(store, rows_I, outcomes, head=speaker.head, labels=speaker.labels, tokenizer=tokenizer))
+        num_trained = None if trained is None or speaker.is_base else trained.count(store.hashes)
+    notes = [*counted([store], problems), *_trained_on(speaker, num_trained, len(rows_I))]
+    if samples is None:
+        samples = SAMPLES if task in ("chat", "generate", "summarize") else 0
+    told, remarks = _answered(speaker, data, samples, on_progress) if samples else ([], [])
+    answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
+    measures |= answer_measures(answers, references, bleu=speaker.recipe.evaluation.bleu)
+    return Evaluation(task, len(rows_I), measures, details, told, num_trained, [*notes, *remarks])
+
+
+def _trained_on(speaker: Speaker, num_trained: int | None, num_rows: int) -> Iterator[str]:
+    if num_trained:
+        yield f"{num_trained:,} of {num_rows:,} rows were trained on by this run: the measures flatter it"
+    elif num_trained is None and speaker.run is not None and not speaker.is_base:
+        yield "whether rows were trained on by this run is not known: it keeps no rows that this release reads"
 
 
 def _data_of(speaker: Speaker, path: str) -> Data:
@@ -128,14 +152,16 @@ def _feed(speaker: Speaker, store: RowStore) -> Feed:
     )
 
 
-def _answered(speaker: Speaker, data: Data, num: int, on_progress: OnProgress) -> Iterator[dict[str, Any]]:
-    """The rows of smallest content hash, whatever their order in the file, answered."""
+def _answered(
+    speaker: Speaker, data: Data, num: int, on_progress: OnProgress
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of smallest content hash, whatever their order in the file, answered; and what to say of that."""
     task, new_tokens = speaker.renderer.task_name, speaker.recipe.evaluation.sample_tokens
     rows = (example for _, example in examples(data.train, data, lambda problem: None, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
-    room = size(speaker.located).max_tokens - new_tokens
-    prompts = sample_prompts(speaker.renderer, chosen, max_tokens=room, new_tokens=new_tokens)
-    if not prompts:
-        raise DataError(f"{data.train[0].path}: no row has a prompt that leaves the model room for an answer")
+    room = PromptRoom.of(speaker.renderer, model_tokens=size(speaker.located).max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(speaker.renderer, chosen, room=room, new_tokens=new_tokens)
     how = Sampling(max_new_tokens=new_tokens)
-    yield from answer_samples(speaker.model, speaker.renderer, prompts, how, on_progress)
+    told = list(answer_samples(speaker.model, speaker.renderer, prompts, how, on_progress))
+    said = f"{len(told):,} rows were answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
+    return told, [said, *remarks_on(prompts, num_rows=len(chosen))]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tunesmith.data.batch import build_batch, fill_passes
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.outcomes import sigmoid, softmax
+from tunesmith.evaluation.samples import PromptRoom
 from tunesmith.generation import Sampling, answer
 from tunesmith.loading import Speaker
 from tunesmith.models.forward import sequence_logits, token_logits
@@ -85,7 +86,7 @@ class Predictor:
 
     def _write(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
         key = ANSWER_KEYS[self.task]
-        asked = [self._prompt(example) for example in examples]
+        asked = [self._prompt(example, warn) for example in examples]
         results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in asked]
         prompts = {i: prompt for i, prompt in enumerate(asked) if not isinstance(prompt, Problem)}
         how = Sampling(max_new_tokens=self.max_new_tokens)
@@ -101,19 +102,26 @@ class Predictor:
         message = f"its answer was cut off at {self.max_new_tokens} tokens."
         return Problem(example.source, "answer_cut", message, "Raise --max-tokens.", severity="warning")
 
-    def _prompt(self, example: Example) -> list[int] | Problem:
+    def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """What the model is given, if that leaves room for an answer."""
+        room = PromptRoom.of(
+            self.speaker.renderer, model_tokens=size(self.speaker.located).max_tokens, new_tokens=self.max_new_tokens
+        )
         try:
-            ids = self.speaker.renderer.prompt_ids(example.parts, example.tools)
+            ids, cut = room.ask(self.speaker.renderer, example)
         except DataError as error:
             return Problem(example.source, "no_prompt", str(error))
         if not ids:
             return Problem(example.source, "no_prompt", "it holds no text: there is nothing to answer.")
-        is_decoder = self.speaker.renderer.kind == "encoder_decoder"
-        limit = size(self.speaker.located).max_tokens - (0 if is_decoder else self.max_new_tokens)
+        limit = room.limit(cut)
         if len(ids) > limit:
             message = f"its {len(ids):,} tokens are more than the {limit:,} that leave this model room for an answer."
             return Problem(example.source, "too_long", message, "Shorten it, or lower --max-tokens.")
+        if cut:
+            message = (
+                f"its prompt has {cut:,} tokens more than the {room.cut_to:,} there is room for: they were cut off."
+            )
+            warn(Problem(example.source, "cut", message, severity="warning"))
         return ids
 
     def _label(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
