@@ -15,7 +15,7 @@ from tunesmith.evaluation.intervals import Interval
 from tunesmith.loading import load_run, load_target
 from tunesmith.predicting.inputs import answers_to
 from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.predicting.predictor import THRESHOLD, Predictor
+from tunesmith.predicting.predictor import Predictor
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.run import Run
@@ -84,12 +84,12 @@ def predict(
     *,
     base: bool = False,
     task: TaskName | None = None,
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
     max_new_tokens: int = 256,
     root: str | PathLike[str] = "runs",
     offline: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers to texts, or to rows with the fields of the task, in their order: as the lines of `tunesmith predict`.
+    """Answers to texts, or to rows with the fields of the task, in order: as the lines of `tunesmith predict --bare`.
 
     `target` is a run or a model; `base` asks the untouched model of a run, `task` says what to ask of a model.
     """

@@ -148,7 +148,7 @@ def test_one_text_is_answered(one: Path) -> None:
 def test_the_threshold_is_said_and_kept_to(tmp_path: Path) -> None:
     many = headed(tmp_path / "many", MANY)
     result = predict(many, "--text", "the old apple", "--threshold", "0")
-    assert told(result)[0]["labels"] == list(MANY.names)
+    assert told(result)[0]["label"] == list(MANY.names)
     assert "above 0 (--threshold)" in result.stderr
 
 

@@ -16,7 +16,7 @@ from tunesmith.generation import Sampling, answer
 from tunesmith.loading import Speaker, load_model
 from tunesmith.predicting.inputs import answers_to
 from tunesmith.predicting.predictor import Predictor
-from tunesmith.types import Labels, Part
+from tunesmith.types import Example, Labels, Part, Problem, Source
 
 ATOL = 1e-5
 """float32; padded in one pass and alone in another sum in another order."""
@@ -77,13 +77,13 @@ def test_any_number_of_classes_hold_above_the_threshold(folders: dict[str, Path]
             assert line["probabilities"] == pytest.approx(
                 dict(zip(MANY.names, logits.sigmoid().tolist(), strict=True)), abs=ATOL
             )
-            assert line["labels"] == [name for name, p in line["probabilities"].items() if p > threshold]
+            assert line["label"] == [name for name, p in line["probabilities"].items() if p > threshold]
 
 
 def test_a_number_is_the_output_itself(folders: dict[str, Path]) -> None:
     rows = [{"text": text} for text in texts(4)]
     lines = answers_to(Predictor(speaker_of(folders["number"])), rows, bare=True)
-    expected = [{"value": float(logits[0])} for logits in logits_alone(folders["number"], rows)]
+    expected = [{"label": float(logits[0])} for logits in logits_alone(folders["number"], rows)]
     for line, wanted in zip(lines, expected, strict=True):
         assert line == pytest.approx(wanted, abs=1e-4)  # logits of weights five times as large
 
@@ -100,19 +100,39 @@ def test_tags_stand_beside_their_words(folders: dict[str, Path]) -> None:
         assert line == {"tokens": row["tokens"], "tags": [TAGS.names[i] for i in best]}
 
 
-def test_a_word_without_a_token_has_no_tag_and_is_counted(folders: dict[str, Path]) -> None:
-    """70 words where 62 tokens are left: the last eight are not read, and a warning says so."""
-    predictor = Predictor(speaker_of(folders["tags"]))
+@pytest.mark.parametrize("has_outside", [True, False])
+def test_a_word_without_a_token_is_tagged_outside_and_counted(tmp_path: Path, has_outside: bool) -> None:
+    """70 words where 62 tokens are left: the last eight are not read, and which is said; or no tag means that."""
+    labels = TAGS if has_outside else Labels("tags", ("NOUN", "VERB"))
+    predictor = Predictor(speaker_of(headed(tmp_path / "tags", labels)))
     words = ["Ada"] * 70
     warned: list[str] = []
-    from tunesmith.types import Example, Source
-
     example = Example(tuple(Part("word", word, False) for word in words), Source("a", 1), "tokens_tags")
     [line] = predictor([example], lambda done: None, lambda problem: warned.append(problem.code))
-    assert isinstance(line, dict)
-    assert line["tags"][62:] == [None] * 8
-    assert None not in line["tags"][:62]
-    assert len(warned) == 1
+    if has_outside:
+        assert isinstance(line, dict)
+        assert line["tags"][62:] == ["O"] * 8
+        assert warned == ["cut", "no_tag"]
+    else:
+        assert isinstance(line, Problem)
+        assert "8 of its words have no token that was read, and no tag stands for none" in str(line)
+
+
+def test_a_threshold_says_when_the_second_of_two_classes_is_answered(tmp_path: Path) -> None:
+    speaker = speaker_of(headed(tmp_path / "two", Labels("one", ("no", "yes"))))
+    rows = [{"text": text} for text in texts(9)]
+    chances = [line["probabilities"]["yes"] for line in answers_to(Predictor(speaker), rows)]
+    for threshold in (0.0, 0.5, sorted(chances)[4] + 1e-4, 1.0):
+        lines = answers_to(Predictor(speaker, threshold=threshold), rows, bare=True)
+        assert [line["label"] for line in lines] == ["yes" if chance >= threshold else "no" for chance in chances]
+    assert Predictor(speaker, threshold=0.3).identity()["--threshold"] == "0.3"
+    assert "--threshold" not in Predictor(speaker).identity()
+
+
+def test_a_threshold_is_refused_where_it_says_nothing(folders: dict[str, Path]) -> None:
+    for name in ("one", "number", "tags", "chat"):
+        with pytest.raises(InputError, match="with any number of classes, or with one of two"):
+            Predictor(speaker_of(folders[name]), threshold=0.3)
 
 
 def test_written_answers_are_those_of_one_alone(folders: dict[str, Path]) -> None:
@@ -122,7 +142,10 @@ def test_written_answers_are_those_of_one_alone(folders: dict[str, Path]) -> Non
     for row, line in zip(rows, lines, strict=True):
         prompt = speaker.renderer.prompt_ids([Part("user", row["messages"][0]["content"], False)])
         [alone] = answer(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=6))
-        assert line == {**row, "answer": alone.text}
+        assert line == {"messages": [*row["messages"], {"role": "assistant", "content": alone.text}]}
+    assert answers_to(Predictor(speaker, max_new_tokens=6), rows[:1], bare=True) == [
+        {"answer": lines[0]["messages"][-1]["content"]}
+    ]
 
 
 def test_rows_that_bring_an_answer_are_asked_without_it(folders: dict[str, Path]) -> None:
@@ -142,7 +165,7 @@ def test_rows_without_room_or_text_say_why(folders: dict[str, Path]) -> None:
 def test_text_and_summaries_are_written_under_their_names(folders: dict[str, Path], tmp_path: Path) -> None:
     text = load_model(str(folders["chat"]), task="text", offline=True)
     [line] = answers_to(Predictor(text, max_new_tokens=3), ["the old"])
-    assert list(line) == ["text", "completion"]
+    assert list(line) == ["text", "continuation"]
     path = encoder_decoder_folder(tmp_path / "t5")
     summary = load_model(str(path), task="summarize", offline=True)
     [line] = answers_to(Predictor(summary, max_new_tokens=3), ["the old apple in Rome"])

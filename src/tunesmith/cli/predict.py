@@ -32,7 +32,12 @@ def predict(
     bare: Annotated[bool, typer.Option("--bare", help="Leave the input out of the lines.")] = False,
     threshold: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Where any number of classes can hold: those above this probability. [0.5]"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Where any number of classes can hold: those above this probability [0.5]. Of two classes: the second "
+            "by order from this probability on.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     base: Base = False,
@@ -74,16 +79,16 @@ def _predictor(
     target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
 ) -> Predictor:
     from tunesmith.loading import load_target
-    from tunesmith.predicting.predictor import THRESHOLD, Predictor
+    from tunesmith.predicting.predictor import Predictor
 
     speaker = load_target(target, **asked)
     if speaker.note:
         say(f"note: {speaker.note}")
-    predictor = Predictor(speaker, max_new_tokens, THRESHOLD if threshold is None else threshold)
-    if threshold is not None and not predictor.is_many:
-        raise InputError("predict: --threshold is for models that answer with any number of classes; this one is not.")
+    predictor = Predictor(speaker, max_new_tokens, threshold)
     if predictor.is_many:
-        say(f"a class holds where its probability is above {predictor.threshold:g} (--threshold)")
+        say(f"a class holds where its probability is above {predictor.holds_above:g} (--threshold)")
+    elif threshold is not None:
+        say(f"{predictor.positive} is answered where its probability is {threshold:g} or more (--threshold)")
     return predictor
 
 

@@ -115,7 +115,15 @@ class Lines:
             return {"source": str(answer.source), "error": told}
         assert isinstance(item, Example)
         self.tally.answered += 1
-        return {"source": str(item.source), **({} if self._bare else fields_of(item)), **answer}
+        return {"source": str(item.source), **(answer if self._bare else as_row(item, answer))}
+
+
+def as_row(example: Example, answer: Line) -> Line:
+    """The input of a row and what was answered, as a row that can be trained on."""
+    line = {**fields_of(example), **answer}
+    if "messages" in line and "answer" in line:
+        line["messages"] = [*line["messages"], {"role": "assistant", "content": line.pop("answer")}]
+    return line
 
 
 def fields_of(example: Example) -> dict[str, Any]:

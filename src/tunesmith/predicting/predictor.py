@@ -30,11 +30,15 @@ Warn = Callable[[Problem], None]
 ANSWER_KEYS: Mapping[TaskName, str] = {
     "chat": "answer",
     "generate": "completion",
-    "text": "completion",
+    "text": "continuation",
     "summarize": "summary",
 }
+"""As in training rows, so that a line is a row; `Lines` puts an answer behind the messages that it answers. How a text
+goes on is no part of a row of text."""
+OUTSIDE = "O"
+"""The tag of words outside of all spans."""
 THRESHOLD = 0.5
-"""Probability above which a class holds, where any number of them can."""
+"""Probability above which a class holds, where any number of them can and nothing else is asked for."""
 DIGITS = 6
 """Of probabilities, after the point."""
 
@@ -45,12 +49,18 @@ class Predictor:
 
     speaker: Speaker
     max_new_tokens: int = 256
-    threshold: float = THRESHOLD
+    threshold: float | None = None
+    """Probability above which a class holds where any number can, or from which on the second of two is answered."""
 
     def __post_init__(self) -> None:
         if self.speaker.head == "masked_token":
             raise InputError(
                 "predict: this model fills in masked tokens: it has no answer to a row. Its measures: tunesmith eval."
+            )
+        if self.threshold is not None and not (self.is_many or self.positive):
+            raise InputError(
+                "predict: --threshold is for models that answer with any number of classes, or with one of two; this "
+                "one does not."
             )
 
     @property
@@ -68,10 +78,22 @@ class Predictor:
         """Whether it answers with any number of classes, those above the threshold."""
         return self.speaker.labels is not None and self.speaker.labels.kind == "many"
 
+    @property
+    def positive(self) -> str | None:
+        """Of two classes the second, which a threshold is about, as in the report; None where there are not two."""
+        labels = self.speaker.labels
+        return labels.names[1] if labels is not None and labels.kind == "one" and len(labels.names) == 2 else None
+
+    @property
+    def holds_above(self) -> float:
+        """The threshold of each class, where any number can hold."""
+        return THRESHOLD if self.threshold is None else self.threshold
+
     def identity(self) -> dict[str, str]:
         """What the answers follow from beside the rows, by name."""
         knobs = {"--max-tokens": str(self.max_new_tokens)} if self.writes else {}
-        knobs |= {"--threshold": str(self.threshold)} if self.is_many else {}
+        threshold = self.holds_above if self.is_many else self.threshold
+        knobs |= {} if threshold is None else {"--threshold": str(threshold)}
         return {**self.speaker.identity(), **knobs}
 
     @property
@@ -141,7 +163,7 @@ class Predictor:
         with evaluating(self.speaker.model):
             for members in self._passes({i: len(row.ids) for i, row in rows.items()}, done):
                 batch = self._batch([rows[i] for i in members], members)
-                told = self._tags(batch, rows, examples) if is_tags else self._classes(batch)
+                told = self._tags(batch, rows, examples, warn) if is_tags else self._classes(batch)
                 for i, line in zip(members, told, strict=True):
                     results[i] = line
         return results
@@ -164,27 +186,40 @@ class Predictor:
         assert labels is not None, "a sequence head answers with labels"
         logits_BC = self._logits(sequence_logits, batch)
         if labels.kind == "number":
-            yield from ({"value": float(value)} for value in logits_BC[:, 0])
+            yield from ({"label": float(value)} for value in logits_BC[:, 0])
             return
         chances_BC = sigmoid(logits_BC) if labels.kind == "many" else softmax(logits_BC)
         for chances_C in chances_BC:
             probabilities = {name: round(float(p), DIGITS) for name, p in zip(labels.names, chances_C, strict=True)}
+            answer: str | list[str]
             if labels.kind == "many":
-                holding = [name for name, p in zip(labels.names, chances_C, strict=True) if p > self.threshold]
-                yield {"labels": holding, "probabilities": probabilities}
+                answer = [name for name, p in zip(labels.names, chances_C, strict=True) if p > self.holds_above]
+            elif self.threshold is not None:
+                answer = labels.names[int(chances_C[1] >= self.threshold)]
             else:
-                yield {"label": labels.names[int(chances_C.argmax())], "probabilities": probabilities}
+                answer = labels.names[int(chances_C.argmax())]
+            yield {"label": answer, "probabilities": probabilities}
 
-    def _tags(self, batch: Batch, rows: Mapping[int, Row], examples: Sequence[Example]) -> Iterator[Line]:
-        """A tag a word; null for a word that no token was left of."""
+    def _tags(
+        self, batch: Batch, rows: Mapping[int, Row], examples: Sequence[Example], warn: Warn
+    ) -> Iterator[Answered]:
+        """A tag a word: `OUTSIDE` for one that no token was left of; a problem where the model has no such tag."""
         labels = self.speaker.labels
         assert labels is not None, "a head for words answers with labels"
         best_N = self._logits(token_logits, batch).argmax(-1)
         cuts = np.cumsum([int(rows[i].trained.sum()) for i in batch.row_indices])[:-1]
         for i, of_row in zip(batch.row_indices, np.split(best_N, cuts), strict=True):
-            tags: list[str | None] = [None] * len(examples[i].parts)
             word_ids = rows[i].labels
             assert word_ids is not None, "each word was given as a label"
+            num_silent = len(examples[i].parts) - len(word_ids)
+            if num_silent and OUTSIDE not in labels.names:
+                message = f"{num_silent} of its words have no token that was read, and no tag stands for none."
+                yield Problem(examples[i].source, "no_tag", message, "Shorten it, or leave such words out.")
+                continue
+            if num_silent:
+                message = f"{num_silent} of its words have no token that was read: they are tagged {OUTSIDE}."
+                warn(Problem(examples[i].source, "no_tag", message, severity="warning"))
+            tags = [OUTSIDE] * len(examples[i].parts)
             for word, tag in zip(word_ids.tolist(), of_row.tolist(), strict=True):
                 tags[word] = labels.names[tag]
             yield {"tags": tags}
