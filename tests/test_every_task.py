@@ -142,3 +142,13 @@ class TestBest:
             if e.kind == "evaluation" and e.values["name"] == "step"
         }
         assert scores[json.loads(run.report_path.read_text())["kept"]["step"]] == max(scores.values())
+
+
+@pytest.mark.parametrize(("times", "is_told"), [(1.0, False), (50_000.0, True)])
+def test_numbers_far_from_what_a_head_starts_at_are_told(tmp_path, times, is_told):
+    recipe = task_recipe(tmp_path, "classify", "encoder", train={"max_steps": 1})
+    for file in (recipe.data.train[0], recipe.data.eval[0]):
+        rows = [{**row, "label": times * (0.5 + i % 3)} for i, row in enumerate(rows_of("classify", 12))]
+        write(Path(file.path), rows)
+    plan = next(e for e in train(recipe, root=tmp_path / "runs").events() if e.kind == "plan")
+    assert any("subtract the mean" in text for text in plan.values["warnings"]) == is_told

@@ -29,7 +29,7 @@ from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import adamw, kernel
-from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
+from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
@@ -122,7 +122,7 @@ def prepare(
     return Setup(
         recipe=recipe,
         choices=[*start.choices, *rows.choices, *more, kernel(attachment.trained)],
-        notes=[*start.notes, *rows.notes, *padding_notes, *attachment.notes, *sample_notes],
+        notes=[*start.notes, *rows.notes, *far_numbers(rows), *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
         room=start.size.max_tokens,

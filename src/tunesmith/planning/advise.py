@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.labels import see
+from tunesmith.data.rows import Rows
 from tunesmith.models import machine
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
@@ -36,6 +38,8 @@ _TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
     "text_label": ("classify", "rows are texts and their labels"),
     "tokens_tags": ("tag", "rows are words and their tags"),
 }
+FAR = 10.0
+"""Mean or deviation of numbers beyond which a head has far to go."""
 FEW_WEIGHTS = 50_000_000
 """Weights up to which full tuning on a processor is as fast in float32."""
 TEXT_TOKENS = 1024
@@ -118,6 +122,22 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
     (data[section] if section else data)[name] = value
     return validate(data)
+
+
+def far_numbers(rows: Rows) -> list[str]:
+    """A note where a head, which starts near 0 and moves by small steps, would have far to go."""
+    if rows.labels is None or rows.labels.kind != "number":
+        return []
+    seen = see(rows.store, rows.train_rows)
+    values_V, counts_V = np.array([float(name) for name in seen.names]), seen.counts_V
+    mean = float(np.average(values_V, weights=counts_V))
+    deviation = float(np.sqrt(np.average((values_V - mean) ** 2, weights=counts_V)))
+    if abs(mean) <= FAR and deviation <= FAR:
+        return []
+    return [
+        f"labels are numbers of mean {mean:.4g} and deviation {deviation:.4g}, but a head learns numbers around 0 of "
+        "deviation 1 best: subtract the mean and divide by the deviation in your data, and undo it in the answers"
+    ]
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
