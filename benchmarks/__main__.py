@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -35,6 +36,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, settings: Settings, folder: Path, *, command: str) -> int:
     train, test = ([row["label"] for row in read_rows(path)] for path in (settings.train, settings.eval))
+    peers = [] if options.ours_only else [name for name in PEERS if name.rpartition(" ")[2] in options.peers]
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        options.set.append(f"threads={options.threads}")
     extra = dict(setting.partition("=")[::2] for setting in options.set)
     results: list[Result] = []
     bench = Bench(
@@ -44,14 +49,14 @@ def _run(options: argparse.Namespace, settings: Settings, folder: Path, *, comma
         majority=test.count(Counter(train).most_common(1)[0][0]) / len(test),
         machine=machine(),
         versions=versions(),
-        arguments={OURS: {"method": options.method, **extra}, **({} if options.ours_only else PEERS)},
+        arguments={OURS: {"method": options.method, **extra}, **{name: PEERS[name] for name in peers}},
         results=results,
     )
     calls = contests(
         settings,
         seeds=range(options.seeds),
         method=options.method,
-        ours_only=options.ours_only,
+        peers=peers,
         extra=options.set,
         folder=folder,
     )
@@ -97,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rows", type=int, help="only the first rows of both files, to try it out")
     add("--method", default="full", help="ours: full or lora")
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="ours: any other knob of a recipe")
+    add("--threads", type=int, help="of every contestant; else each takes what it takes")
+    add("--peers", nargs="*", default=["shipped", "tuned"], metavar="PEER", help="shipped, tuned")
     add("--ours-only", action="store_true", help="without the peers")
     add("--out", type=Path, metavar="TABLE.md", help="the page; beside it TABLE.json with every single result")
     add("--keep", metavar="FOLDER", help="a new folder for what the runs leave; else it is removed")

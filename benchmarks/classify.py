@@ -50,7 +50,7 @@ class Answer:
 
 
 def contests(
-    settings: Settings, *, seeds: Sequence[int], method: str, ours_only: bool, extra: Sequence[str], folder: Path
+    settings: Settings, *, seeds: Sequence[int], method: str, peers: Sequence[str], extra: Sequence[str], folder: Path
 ) -> list[Callable[[], Result]]:
     """One call a contestant and seed. Each seed begins with another contestant, so that none is always first."""
     labels = [row["label"] for row in read_rows(settings.eval)]
@@ -76,7 +76,7 @@ def contests(
 
     calls = []
     for turn, seed in enumerate(seeds):
-        of_seed = [ours(seed), *(peer(name, seed) for name in PEERS if not ours_only)]
+        of_seed = [ours(seed), *(peer(name, seed) for name in peers)]
         first = turn % len(of_seed)
         calls += of_seed[first:] + of_seed[:first]
     return calls
