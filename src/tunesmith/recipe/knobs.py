@@ -218,7 +218,7 @@ class Checkpoint(Section):
     every: Positive | Auto = "auto"
     """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500."""
     keep: Positive = 2
-    """Newest checkpoints kept; the best by held-out loss is kept beside them."""
+    """Newest checkpoints kept; the best by evaluation.metric is kept beside them."""
 
 
 class Recipe(Section):
