@@ -125,6 +125,20 @@ def test_sets_of_classes_counted_by_hand():
     assert [row["support"] for row in details["per_class"]] == [2, 1, 1, 0]
 
 
+@pytest.mark.parametrize("true", [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_sets_of_one_class_are_that_class_or_nothing(true):
+    """Found in the first and the third row; a row that rightly has none is no part of F1."""
+    outcomes = sets([[0.9], [0.2], [0.8], [0.1]], [[t] for t in true])
+    values, details = measured("sequence", Labels("many", ("spam",)), outcomes)
+    right, found = true[0] + true[2], 2
+    f1 = 2 * right / (found + sum(true))
+    assert values["micro_f1"] == values["macro_f1"] == pytest.approx(f1)
+    assert values["exact_rows"] == pytest.approx(sum(t == p for t, p in zip(true, [1, 0, 1, 0], strict=True)) / 4)
+    [row] = details["per_class"]
+    assert row["support"] == sum(true)
+    assert (row["label"], row["precision"], row["f1"]) == ("spam", right / found, pytest.approx(f1))
+
+
 # Numbers
 
 
@@ -225,6 +239,8 @@ def cases():
     chances = draw.uniform(0.05, 0.95, (num, 6))
     many = Labels("many", tuple("abcdef"))
     yield "sets", ("sequence", many, sets(chances, draw.integers(0, 2, (num, 6))), "classify", None, None)
+    one = sets(chances[:, :1], draw.integers(0, 2, (num, 1)))
+    yield "sets of one class", ("sequence", Labels("many", ("a",)), one, "classify", None, None)
     true, predicted = draw.integers(0, 9, num), draw.integers(0, 9, num)
     yield "numbers", ("sequence", Labels("number"), numbers(predicted, true), "classify", None, 3.5)
 

@@ -62,18 +62,24 @@ def score_sets(labels: Labels, outcomes: Outcomes, _: float | None) -> tuple[dic
     true_IC, predicted_IC = outcomes.true_IC, sigmoid(outcomes.logits_IC) > 0.5
     right_IC = true_IC & predicted_IC
     counts_I3 = np.stack([right_IC.sum(1), predicted_IC.sum(1), true_IC.sum(1)], axis=1)
+    true, predicted, ids = true_IC, predicted_IC, None
+    if len(labels.names) == 1:  # scikit-learn takes a single column for two classes: the one of interest is True
+        true, predicted, ids = true_IC[:, 0], predicted_IC[:, 0], [True]
     measures: dict[str, Estimate] = {
-        "micro_f1": (f1_score(true_IC, predicted_IC, average="micro", zero_division=0), statistics.f1(counts_I3)),
+        "micro_f1": (
+            f1_score(true, predicted, average="micro", labels=ids, zero_division=0),
+            statistics.f1(counts_I3),
+        ),
         "macro_f1": (
-            f1_score(true_IC, predicted_IC, average="macro", zero_division=0),
+            f1_score(true, predicted, average="macro", labels=ids, zero_division=0),
             statistics.macro_f1_of_counts(right_IC, true_IC.astype(int) + predicted_IC, absent_count=True),
         ),
         "exact_rows": (
-            accuracy_score(true_IC, predicted_IC),
+            accuracy_score(true, predicted),
             statistics.ratio((true_IC == predicted_IC).all(1)),
         ),
     }
-    return measures, {"labels": list(labels.names), "per_class": per_class(labels.names, true_IC, predicted_IC)}
+    return measures, {"labels": list(labels.names), "per_class": per_class(labels.names, true, predicted, labels=ids)}
 
 
 def per_class(
