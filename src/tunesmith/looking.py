@@ -139,15 +139,23 @@ def _answer(session: Session, name: str) -> None:
 def _measure_general(session: Session, name: str) -> None:
     """A "general" event: loss on the general text kept in the package, and general instructions answered."""
     setup = session.setup
-    loss, num_targets = general.text_loss(
+    losses_P, counts_P = general.text_losses(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
     )
-    answers = general.answers(setup.model, setup.renderer)
-    session.emit("general", {"name": name, "loss": loss, "tokens": num_targets, "answers": answers})
-    if name == "before":
-        session.progress.general_loss = loss
-    elif (before := session.progress.general_loss) is not None:
-        text, past_bound = general.verdict(before, loss)
+    loss = float(losses_P.sum() / counts_P.sum())
+    values = {
+        "name": name,
+        "loss": loss,
+        "tokens": int(counts_P.sum()),
+        "passages": {"losses": losses_P.tolist(), "tokens": counts_P.tolist()},
+        "answers": general.answers(setup.model, setup.renderer),
+    }
+    session.emit("general", values)
+    if name == "after":
+        told = (event.values for event in session.run.events() if event.kind == "general")
+        before = next(values for values in told if values["name"] == "before")
+        moved = general.change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
+        text, past_bound = general.verdict(before["loss"], loss, moved)
         if past_bound:
             session.emit("note", {"text": text})
 

@@ -28,8 +28,6 @@ class Progress:
     """{"step", "value"} of the best evaluation after the first step, by evaluation.metric."""
     without_best: int = 0
     """Evaluations since then."""
-    general_loss: float | None = None
-    """Of the untouched model on the general text."""
     kept: dict[str, Any] = field(default_factory=dict)
     """{"step", "reason"}: whose weights are the result."""
 

@@ -195,7 +195,9 @@ def _spoken(kind: str, name: str, step: int, texts: Sequence[str]) -> Iterator[E
     yield Event("answers", step, 0.0, {"name": name, "num": len(prompts), "measures": {"exact_match": interval(0.1)}})
     answers = [{"prompt": prompt, "answer": ANSWERS[name]} for prompt in PROMPTS]
     loss = {"before": 2.9, "after": 3.4}[name]
-    yield Event("general", step, 0.0, {"name": name, "loss": loss, "targets": 9000, "answers": answers})
+    passages = {"losses": [2990 * loss, 3010 * loss, 3000 * loss], "tokens": [3000, 3000, 3000]}
+    values = {"name": name, "loss": loss, "tokens": 9000, "passages": passages, "answers": answers}
+    yield Event("general", step, 0.0, values)
 
 
 def _facts(kind: str, name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tiny_model import tiny_model
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import Encoder
 from tunesmith.evaluation import general
+from tunesmith.evaluation.intervals import Interval
 from tunesmith.models.attention import use_ragged
 from tunesmith.tasks import TASKS
 
@@ -47,27 +48,31 @@ def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monke
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
-def test_loss_is_the_sum_by_hand_over_the_targets(layout, monkeypatch):
+def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypatch):
     monkeypatch.setattr(general, "passages", lambda: ["A brown fox jumps.", "One two", "What is it?\nYes."])
     tiny = model()
-    total, count = 0.0, 0
+    monkeypatch.setattr(general, "MAX_TOKENS", 4)  # a passage of several rows is one passage still
+    losses, counts = [], []
     with torch.no_grad():
         for ids in Encoder(TOKENIZER).ids(general.passages(), plain=True):
             ids_T = torch.from_numpy(ids.astype(np.int64))
-            logits = tiny.eval()(input_ids=ids_T[None]).logits[0, :-1].double()
-            total += float(F.cross_entropy(logits, ids_T[1:], reduction="sum"))
-            count += len(ids_T) - 1
+            counts.append(len(ids_T) - 1)
+            losses.append(0.0)
+            for start in range(0, len(ids_T) - 1, 3):
+                window_T = ids_T[start : start + 4]
+                logits = tiny.eval()(input_ids=window_T[None]).logits[0, :-1].double()
+                losses[-1] += float(F.cross_entropy(logits, window_T[1:], reduction="sum"))
     if layout == "ragged":
         use_ragged(tiny)
-    loss, num_targets = general.text_loss(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
-    assert num_targets == count
-    assert loss == pytest.approx(total / count, rel=1e-6)  # float32 logits
+    losses_P, counts_P = general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
+    assert counts_P.tolist() == counts
+    assert losses_P == pytest.approx(losses, rel=1e-5)  # float32 logits
 
 
 def test_measuring_leaves_the_model_as_it_was():
     tiny = model().train()
     state = torch.get_rng_state()
-    general.text_loss(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
+    general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
     assert tiny.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -107,18 +112,35 @@ def test_instructions_are_twelve_and_differ():
     assert len(set(general.GENERAL_INSTRUCTIONS)) == 12
 
 
+def moved(value: float, margin: float = 0.01) -> Interval:
+    return {"value": value, "low": value - margin, "high": value + margin}
+
+
+def test_change_is_of_the_loss_per_token_with_an_interval_of_other_passages():
+    """Ten tokens lose 1 nat each and thirty 2: 70 nats of 40 tokens. A resample has either, or both."""
+    found = general.change([10.0, 60.0], [20.0, 120.0], [10, 30])
+    assert found == {"value": 70 / 40, "low": 1.0, "high": 2.0}
+
+
+def test_change_common_to_all_passages_is_sure_however_much_they_differ():
+    counts = [1, 100, 7]
+    found = general.change([5.0, 1.0, 900.0], [5.0 + 0.2, 1.0 + 20, 900.0 + 1.4], counts)
+    assert found == pytest.approx({"value": 0.2, "low": 0.2, "high": 0.2})
+
+
 def test_verdict_says_how_far_the_loss_moved():
-    assert general.verdict(3.0, 3.05) == (
-        "General text: loss 3.0000 before, 3.0500 after (perplexity +5.1 %), within the bound of +0.1 nats.",
+    assert general.verdict(3.0, 3.05, moved(0.05)) == (
+        "General text: loss 3.0000 before, 3.0500 after: +0.0500 nats (95 %: +0.0400 to +0.0600; perplexity +5.1 %), "
+        "within the bound of +0.1 nats.",
         False,
     )
-    assert "(perplexity -4.9 %), within" in general.verdict(3.05, 3.0)[0]
+    assert "perplexity -4.9 %), within" in general.verdict(3.05, 3.0, moved(-0.05))[0]
 
 
 def test_verdict_past_the_bound_names_the_knobs_that_help():
-    line, past = general.verdict(3.0, 3.2)
-    assert past
-    assert "(perplexity +22.1 %), past the bound of +0.1 nats" in line
+    line, past = general.verdict(3.0, 3.2, moved(0.2, 0.15))
+    assert past  # by its value: the interval says how sure that is
+    assert "perplexity +22.1 %), past the bound of +0.1 nats" in line
     for knob in ("optim.lr", "train.epochs", "method.targets=mlp", "data.replay"):
         assert knob in line
     assert "\n" not in line
@@ -126,7 +148,7 @@ def test_verdict_past_the_bound_names_the_knobs_that_help():
 
 @pytest.mark.parametrize("after", [math.nan, math.inf, 1e6])
 def test_verdict_of_a_lost_model_is_past_the_bound(after):
-    line, past = general.verdict(3.0, after)
+    line, past = general.verdict(3.0, after, general.change([3.0], [after], [1]))
     assert past
     assert len(line) < 400
 

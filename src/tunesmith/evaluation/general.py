@@ -4,22 +4,26 @@ The text is general.txt beside this file, in the public domain (CC0). It is meas
 machine, so that two runs can be compared.
 """
 
-# T tokens
+# T tokens, P passages
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tunesmith.data.batch import build_batch, fill_passes
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError
+from tunesmith.evaluation import statistics
+from tunesmith.evaluation.intervals import Interval, intervals
 from tunesmith.generation import Sampling, answer
 from tunesmith.models.modes import evaluating
 from tunesmith.types import Layout, Part, Row, Source, Task, TaskName
@@ -77,19 +81,29 @@ def general_rows(tokenizer: Any) -> list[Row]:
     return rows
 
 
-def text_loss(
+def text_losses(
     model: PreTrainedModel, task: Task, tokenizer: Any, *, layout: Layout, device: torch.device | str
-) -> tuple[float, int]:
-    """Loss per token of the general text in nats, and its number of targets, by a task that predicts next tokens."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of each passage its loss in nats, summed, and its number of targets, by a task that predicts next tokens: [P]."""
     rows = general_rows(tokenizer)
     lengths = [len(row.ids) for row in rows]
-    total, count = 0.0, 0
+    passage_I = np.array([row.source.line - 1 for row in rows])
+    losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
     with evaluating(model):
         for members in fill_passes(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
             batch = build_batch([rows[i] for i in members], members, layout=layout, device=device)
-            total += float(task.measure(model, batch).losses_N.double().sum())
-            count += batch.num_targets
-    return total / count, count
+            passage_N = passage_I[np.asarray(members)][batch.row_of_N.cpu().numpy()]
+            np.add.at(losses_P, passage_N, task.measure(model, batch).losses_N.double().cpu().numpy())
+            np.add.at(counts_P, passage_N, 1)
+    return losses_P, counts_P
+
+
+def change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:
+    """How far the loss per token moved, in nats, by each passage's losses before and after; passages are resampled."""
+    moved_P = np.asarray(after_P, np.float64) - np.asarray(before_P, np.float64)
+    moved = statistics.ratio(moved_P, np.asarray(counts_P))
+    value = float(moved(np.ones((1, len(moved_P))))[0])
+    return intervals(len(moved_P), {"change": (value, moved)})["change"]
 
 
 def answers(model: PreTrainedModel, renderer: Renderer) -> list[dict[str, str]]:
@@ -117,14 +131,17 @@ def _asking(tokenizer: Any) -> Renderer | None:
     return None
 
 
-def verdict(before_loss: float, after_loss: float) -> tuple[str, bool]:
+def verdict(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:
     """One line on how much general ability moved, and whether that is past `BOUND`; then with the knobs that help."""
-    moved = after_loss - before_loss
-    if not math.isfinite(moved):
+    if not math.isfinite(moved["value"]):
         return f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: it is not a number.", True
-    times = f"{100 * math.expm1(moved):+,.1f} %" if moved < 5 else "more than a hundred times as high"
-    line = f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after (perplexity {times})"
-    if moved <= BOUND:
+    value, low, high = (f"{moved[end]:+.4f}" for end in ("value", "low", "high"))
+    times = f"{100 * math.expm1(moved['value']):+,.1f} %" if moved["value"] < 5 else "more than a hundred times as high"
+    line = (
+        f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: {value} nats "
+        f"(95 %: {low} to {high}; perplexity {times})"
+    )
+    if moved["value"] <= BOUND:
         return f"{line}, within the bound of {BOUND:+} nats.", False
     return (
         f"{line}, past the bound of {BOUND:+} nats: general ability was lost. These keep more of it: a lower optim.lr, "

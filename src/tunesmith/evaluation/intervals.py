@@ -28,7 +28,7 @@ Estimate = tuple[float, Statistic]
 
 
 class Interval(TypedDict):
-    """A measure and its 95 % interval; all NaN where it is not defined."""
+    """A measure and its 95 % interval; NaN where it is not defined, its ends also where it is infinite."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ def intervals(num_rows: int, measures: Mapping[str, Estimate]) -> dict[str, Inte
 def interval(value: float, values_R: NDArray[np.float64]) -> Interval:
     """The value between the percentiles of the resamples in which it is defined."""
     defined = values_R[~np.isnan(values_R)]
-    if np.isnan(value) or not len(defined):
+    if not np.isfinite(value) or not len(defined):
         return Interval(value=float(value), low=float("nan"), high=float("nan"))
     low, high = np.quantile(defined, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return Interval(value=float(value), low=float(low), high=float(high))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.general import verdict
+from tunesmith.evaluation import general
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.log import Log
 from tunesmith.run import Run
@@ -31,7 +31,7 @@ def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, A
         "flips": flipped,
         "worse_rows": worse_rows(before, after) if flipped is None else [],
         "surprising": _optional(run, "evaluation/surprising.json", []),
-        "general": _general(log),
+        "general": _general_ability(log),
     }
 
 
@@ -39,17 +39,20 @@ def _optional(run: Run, name: str, absent: Any) -> Any:
     return run.read_json(name) if (run.path / name).exists() else absent
 
 
-def _general(log: Log) -> dict[str, Any] | None:
+def _general_ability(log: Log) -> dict[str, Any] | None:
     """How general ability moved; None where it was not measured on both sides."""
     if not {"before", "after"} <= set(log.general):
         return None
     before, after = log.general["before"], log.general["after"]
-    text, past_bound = verdict(before["loss"], after["loss"])
+    told = before["passages"], after["passages"]
+    moved = general.change(told[0]["losses"], told[1]["losses"], told[1]["tokens"])
+    text, past_bound = general.verdict(before["loss"], after["loss"], moved)
     pairs = zip(before["answers"], after["answers"], strict=True)
     return {
         "verdict": text,
         "past_bound": past_bound,
         "before": before["loss"],
         "after": after["loss"],
+        "change": moved,
         "answers": [{"prompt": a["prompt"], "before": a["answer"], "after": b["answer"]} for a, b in pairs],
     }
