@@ -49,7 +49,9 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
         total, count = sum(line["loss"] for line in lines), sum(line["count"] for line in lines)
         assert found[name]["loss"] == pytest.approx(total / count, rel=1e-6)
     surprising = json.loads((run.path / "evaluation" / "surprising.json").read_text())
-    losses = [line["loss"] / line["count"] for line in surprising]
+    assert surprising["looked_at"] == 60
+    losses = [line["loss"] / line["count"] for line in surprising["rows"]]
+    assert len(losses) == 20
     assert losses == sorted(losses, reverse=True)
 
 

@@ -171,7 +171,7 @@ def find_surprising(session: Session) -> None:
     rows_I = rows_I[np.argsort(setup.rows.store.hashes[rows_I], kind="stable")][:most]
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
     lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
-    _write(session, "surprising.json", to_json(lines))
+    _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))
     session.progress.evaluate_seconds += time.perf_counter() - begun
 
 

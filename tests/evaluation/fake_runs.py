@@ -53,7 +53,7 @@ def fake_run(
         lines = b"".join(to_json(row) + b"\n" for row in rows)
         (folder / "evaluation" / f"{when}.jsonl").write_bytes(lines)
         (folder / "evaluation" / f"{when}.json").write_bytes(to_json(_details(kind, names, rows)))
-    (folder / "evaluation" / "surprising.json").write_bytes(to_json(rows[:5]))
+    (folder / "evaluation" / "surprising.json").write_bytes(to_json({"looked_at": 200, "rows": rows[:5]}))
     for event in _events(kind, num_steps, texts):
         run.append(event)
     return run, _facts(kind, name), _progress(num_steps)

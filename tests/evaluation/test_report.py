@@ -238,6 +238,14 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         rows_of(run, "after")
 
 
+def test_surprising_rows_say_of_how_many(pages):
+    page, folder = pages["classes"]
+    line = "The 5 that the tuned model finds least likely of 200 rows looked at."
+    assert line in page.text
+    assert line in (folder / "report.md").read_text()
+    assert report_of(Run(folder))["surprising"]["looked_at"] == 200
+
+
 def test_lost_general_ability_is_told_at_the_top_and_in_its_section(pages):
     page, _ = pages["chat"]
     assert page.text.count("past the bound") == 2

@@ -30,7 +30,7 @@ def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, A
         "details": {name: _optional(run, f"evaluation/{name}.json", {}) for name in ("before", "after")},
         "flips": flipped,
         "worse_rows": worse_rows(before, after) if flipped is None else [],
-        "surprising": _optional(run, "evaluation/surprising.json", []),
+        "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(log),
     }
 

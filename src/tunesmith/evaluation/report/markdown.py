@@ -26,7 +26,7 @@ def as_markdown(page: Mapping[str, Any]) -> str:
         ("Answers", _answers(report["samples"])),
         ("Rows that flipped", _flips(report)),
         ("Rows that got worse", _worse(report["worse_rows"])),
-        ("Surprising training rows", _surprising(report["surprising"])),
+        ("Surprising training rows", _surprising(report)),
         ("General ability", _general(report["general"])),
         ("Choices", _choices(page["choices"])),
         ("Repeat", _repeat(page)),
@@ -115,7 +115,10 @@ def _worse(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from _table(["row", "text", "loss before", "after"], cells, numbers=(2, 3))
 
 
-def _surprising(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _surprising(report: Mapping[str, Any]) -> Iterator[str]:
+    rows = report["surprising"]["rows"]
+    if rows:
+        yield from (wording.looked_at(report), "")
     cells = [
         [
             inline(row["source"]),

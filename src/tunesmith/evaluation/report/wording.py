@@ -197,6 +197,12 @@ def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
+def looked_at(report: Mapping[str, Any]) -> str:
+    """How the surprising rows were chosen."""
+    rows, looked = len(report["surprising"]["rows"]), plural(report["surprising"]["looked_at"], "row")
+    return f"The {rows:,} that the tuned model finds least likely of {looked} looked at."
+
+
 def kept_step(report: Mapping[str, Any]) -> int:
     return int(report["kept"].get("step", report["steps"]))
 
