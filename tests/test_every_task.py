@@ -124,6 +124,7 @@ class TestBest:
         best = min(steps, key=lambda step: (steps[step], step))
         assert report["kept"]["step"] == best < max(steps)
         assert evaluations(run)["after"]["loss"] == pytest.approx(steps[best], rel=1e-6)
+        assert dict(report["held_out_curve"]) == {0: evaluations(run)["before"]["loss"], **steps}
 
     def test_patience_ends_the_run(self, tmp_path):
         run = train(task_recipe(tmp_path, "classify", "encoder", **self.sections(patience=2)), root=tmp_path / "runs")

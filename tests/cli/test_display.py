@@ -181,6 +181,15 @@ def test_resumed_run_keeps_what_it_had() -> None:
     assert story.curve == [3.5, 2.9, 2.25]
 
 
+def test_curve_ends_with_the_last_steps_own_weights() -> None:
+    """The result is that of step 6, measured after step 12."""
+    story = Story()
+    for name, step, loss in (("before", 0, 3.5), ("step", 6, 2.0), ("step", 12, 2.4), ("after", 12, 2.0)):
+        story.hear(fake_events.evaluation(name, step, loss))
+    assert story.curve == [3.5, 2.0, 2.4]
+    assert story.after["loss"] == 2.0
+
+
 def test_time_left_follows_recent_steps() -> None:
     story = Story()
     assert story.seconds_left is None

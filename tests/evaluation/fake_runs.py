@@ -176,7 +176,7 @@ def _events(kind: str, num_steps: int, texts: Sequence[str]) -> Iterator[Event]:
         values = {"loss": loss, "lr": lr, "grad_norm": 1.0, "tokens": 1000, "targets": 300, "rows": [step]}
         timing = {"seconds": 2.0, "tokens_per_second": 500 + draw.gauss(0, 30), "peak_bytes": 2**30 + step * 10**5}
         yield Event("step", step, 0.0, values, timing)
-        if step % max(1, num_steps // 4) == 0 and step < num_steps:
+        if step % max(1, num_steps // 4) == 0:
             yield _evaluation(kind, "step", step, 1.25 + math.exp(-4 * step / num_steps), 1)
     yield Event("note", num_steps, 0.0, {"text": "a note on the way"})
     yield _evaluation(kind, "after", num_steps, 1.3, 1)

@@ -17,6 +17,7 @@ from shape.tree import ROOT
 from tunesmith.errors import RunError
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of
+from tunesmith.evaluation.report.log import Log
 from tunesmith.evaluation.report.markdown import _fenced
 from tunesmith.evaluation.report.marking import differences, one_line, visible
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
@@ -236,6 +237,19 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     path.write_text(path.read_text() + '{"source": "x"}\n')
     with pytest.raises(RunError, match=r"after\.jsonl:301: not a row"):
         rows_of(run, "after")
+
+
+def test_a_curve_has_one_point_a_step_each_of_that_steps_weights(pages):
+    """The result is measured after step 120 with the weights of step 90."""
+    run = Run(pages["chat"][1])
+    report = report_of(run)
+    assert [step for step, _ in report["held_out_curve"]] == [0, 30, 60, 90, 120]
+    own = next(e for e in run.events() if e.kind == "evaluation" and (e.step, e.values["name"]) == (120, "step"))
+    assert report["held_out_curve"][-1] == [120, own.values["loss"]]
+    assert report["metrics"]["after"]["loss"] == 1.3
+    log = Log.of(run.events())
+    assert log.course(120)[-1][1]["name"] == "after"  # where the last step's weights are the result
+    assert {values["name"] for _, values in log.course(90)} == {"before", "step"}
 
 
 def test_surprising_rows_say_of_how_many(pages):

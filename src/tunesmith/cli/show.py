@@ -66,7 +66,9 @@ def _measures(screen: Console, story: Story) -> None:
         first, last = story.losses[min(story.losses)], story.losses[max(story.losses)]
         screen.print(f"training loss {loss(first)} {sparkline(story.smoothed())} {loss(last)}, {story.step} steps")
     if len(story.curve) > 1:
-        screen.print(f"held-out loss {loss(story.curve[0])} {sparkline(story.curve)} {loss(story.curve[-1])}")
+        kept = story.report.get("kept", {}).get("step", story.step)
+        aside = "" if kept == story.step else f", kept: step {kept:,}"
+        screen.print(f"held-out loss {loss(story.curve[0])} {sparkline(story.curve)} {loss(story.curve[-1])}{aside}")
     if "after" in story.measures:
         screen.print(scores(story))
     if story.samples:

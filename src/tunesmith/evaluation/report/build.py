@@ -15,6 +15,7 @@ def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, A
     """Values of report.json; see docs/report.md."""
     before, after = rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after)
+    kept = facts.get("kept") or progress.get("kept") or {}
     return {
         **facts,
         "metrics": {name: log.score(name) for name in ("before", "after")},
@@ -24,8 +25,8 @@ def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, A
         "tokens_per_second": round(progress["tokens"] / max(progress["train_seconds"], 1e-9), 2),
         "peak_memory_bytes": max((step.peak_bytes for step in log.steps), default=0),
         "best": progress["best"],
-        "kept": facts.get("kept") or progress.get("kept") or {},
-        "held_out_curve": [[step, values["loss"]] for step, values in log.evaluations],
+        "kept": kept,
+        "held_out_curve": [[step, values["loss"]] for step, values in log.course(kept.get("step", progress["step"]))],
         "samples": [log.samples[index] for index in sorted(log.samples)],
         "details": {name: _optional(run, f"evaluation/{name}.json", {}) for name in ("before", "after")},
         "flips": flipped,

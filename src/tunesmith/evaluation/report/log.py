@@ -69,6 +69,11 @@ class Log:
         elif event.kind == "note":
             self.notes.append(values["text"])
 
+    def course(self, kept: int) -> list[tuple[int, Mapping[str, Any]]]:
+        """One evaluation a step, in order, each of that step's own weights: of the last step without that of the
+        result, where the weights of step `kept` were put back for it."""
+        return list({s: values for s, values in self.evaluations if values["name"] != "after" or s == kept}.items())
+
     def score(self, name: str) -> dict[str, Any] | None:
         """What the evaluation of that name found, with the measures of answers and of general text; None if nothing
         was held out."""

@@ -46,7 +46,7 @@ def training_plots(log: Log, report: Mapping[str, Any]) -> list[Plot]:
 
 def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
     window = max(1, len(steps_S) // 25)
-    held = np.asarray([(step, values["loss"]) for step, values in log.evaluations], np.float64).reshape(-1, 2)
+    held = np.asarray([(step, values["loss"]) for step, values in log.course(kept)], np.float64).reshape(-1, 2)
 
     def paint(axes: Any) -> None:
         raw = thinned(steps_S, losses_S)
@@ -70,7 +70,7 @@ def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
 
 def _measure(log: Log, keys: Sequence[str], kept: int) -> list[Plot]:
     """The measure that says most, where it was taken on the way and is no other form of the loss."""
-    told = [(step, measures_of(values).get(key)) for key in keys for step, values in log.evaluations]
+    told = [(step, measures_of(values).get(key)) for key in keys for step, values in log.course(kept)]
     found = [(step, interval) for step, interval in told if interval is not None and math.isfinite(interval["value"])]
     if len(found) < COURSE_FROM or keys[0] in ("loss", "perplexity", "bits_per_byte"):
         return []
