@@ -50,11 +50,13 @@ def measure_held_out(session: Session, name: str) -> None:
         return
     begun = time.perf_counter()
     outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
+    hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
     measures, details = score(
         setup.head,
         setup.rows.labels,
         outcomes,
         task=setup.task.name,
+        hashes_I=hashes_I,
         **baseline(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
     )
     if setup.recipe.evaluation.every is not None:
@@ -65,12 +67,14 @@ def measure_held_out(session: Session, name: str) -> None:
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - begun
     progress.evaluate_seconds += seconds
+    documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric))
     values = {
         "name": name,
         "loss": measures["loss"]["value"],
-        "rows": len(setup.rows.held_rows),
+        "rows": len(hashes_I),
+        **documents,
         "targets": int(sum(len(targets) for targets in outcomes.targets)),
         "measures": measures,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,18 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     accuracy = next(line for line in lines if line.startswith("accuracy: "))
     assert accuracy.startswith("accuracy: 60.0% and 80.0%, B - A +20.0 (")
     assert accuracy.endswith("points, may be chance")
+
+
+def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) -> None:
+    def window(count: int) -> dict[str, Any]:
+        return {"source": "a.txt:1", "hash": "1", "text": "t", "loss": 4.0, "count": count, "bytes": 9, "correct": 1}
+
+    a, b = (fake_run(tmp_path / name, [window(n)] * 3) for name, n in (("a", 4), ("b", 5)))
+    lines = tunesmith("compare", a, b).stdout.splitlines()
+    assert lines[0] == "1 document in common"
+    assert lines[1].endswith("tokens guessed right do not compare; bits per byte do")
+    bits = next(line for line in lines if line.startswith("bits per byte: "))
+    assert bits.startswith(f"bits per byte: {4 / 9 / math.log(2):.4f} and {4 / 9 / math.log(2):.4f}, B - A +0.0000")
 
 
 def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.outcome_rows import classes
+from evaluation.outcome_rows import classes, tokens
 from tunesmith.errors import InputError
 from tunesmith.evaluation.comparing import compare
 from tunesmith.evaluation.outcomes import row_facts
@@ -108,6 +108,18 @@ def test_windows_of_a_document_are_added_up():
     assert not found.same_targets
 
 
+def test_bits_per_byte_compare_where_tokens_do_not():
+    """6 nats on 4 + 2 bytes and 9 on 3; B has other tokens, and so other counts, of the same bytes."""
+    a = [told("1", 4.0, 2.0, correct=1, bytes=4), told("2", 9.0, 3.0, correct=0, bytes=3)]
+    a += [told("1", 2.0, 1.0, correct=1, bytes=2), told("1", 0.0, 1.0, correct=1)]  # its end is no text
+    b = [told("2", 9.0, 3.0, correct=0, bytes=3), told("1", 5.0, 7.0, correct=2, bytes=6)]
+    found = compare(a, b)
+    assert (found.are_documents, found.same_targets, found.num_rows) == (True, False, 2)
+    assert found.measures["bits_per_byte"].a == pytest.approx((6 + 9) / 9 / math.log(2))
+    assert found.measures["bits_per_byte"].b == pytest.approx((5 + 9) / 9 / math.log(2))
+    assert "bits_per_byte" in MEASURES
+
+
 def test_numbers_tie_within_a_share_of_their_error():
     a = [told(str(i), 4.0, value=float(i), predicted=i + 2.0) for i in range(3)]
     b = [told(str(i), loss, value=float(i), predicted=i + loss**0.5) for i, loss in enumerate((4.03, 1.0, 9.0))]
@@ -153,6 +165,20 @@ def test_no_common_row_says_the_way_out():
 def test_two_tasks_do_not_compare():
     with pytest.raises(InputError, match="measured on classes, the other on tokens"):
         compare([row("1", "x", "x")], [told("1", correct=1)])
+
+
+def test_documents_are_resampled_as_the_evaluation_does():
+    """Three windows each of 40 documents: the same number, and against zeros the same interval."""
+    draw = np.random.default_rng(4)
+    hashes_I = np.repeat(np.arange(40, dtype=np.uint64), 3)
+    sums = {"losses": np.repeat(draw.exponential(9, 40), 3), "counts": [5.0] * 120, "num_bytes": [20] * 120}
+    outcomes = tokens([[1, 2]] * 120, [[1, 3]] * 120, **sums)
+    measures, _ = score("next_token", None, outcomes, task="text", majority=None, mean=None, hashes_I=hashes_I)
+    facts = list(row_facts("next_token", None, outcomes))
+    rows = [{"source": "", "hash": str(h), **fact} for h, fact in zip(hashes_I, facts, strict=True)]
+    found = compare([{**row, "loss": 0.0} for row in rows], rows).measures
+    for key in ("loss", "bits_per_byte"):
+        assert found[key].b_minus_a == pytest.approx(measures[key], rel=1e-12)
 
 
 def test_values_are_those_of_the_evaluation_itself():

@@ -16,7 +16,7 @@ from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
 from shape.tree import ROOT
 from tunesmith.errors import RunError
 from tunesmith.evaluation.report import redraw, write_report
-from tunesmith.evaluation.report.held_out import flips, rows_of
+from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.log import Log
 from tunesmith.evaluation.report.markdown import _fenced
 from tunesmith.evaluation.report.marking import differences, one_line, visible
@@ -190,9 +190,9 @@ def test_the_summary_is_one_paragraph_in_plain_words(pages):
 
 def row(source: int, label, predicted, **more):
     key = "tags" if "tags" in more else "label"
-    where, text_hash = f"held.jsonl:{source}", f"{source:016x}"
-    fields = {"source": where, "hash": text_hash, "text": f"row {source}", "loss": 1.0, "count": 1}
-    return (where, text_hash), fields | {key: label, "predicted": predicted} | more
+    text_hash = f"{source:016x}"
+    fields = {"source": f"held.jsonl:{source}", "hash": text_hash, "text": f"row {source}", "loss": 1.0, "count": 1}
+    return (text_hash, 0), fields | {key: label, "predicted": predicted} | more
 
 
 def test_rows_that_flipped_are_counted_by_hand():
@@ -229,6 +229,19 @@ def test_rows_of_text_are_listed_by_how_much_worse_they_got(tmp_path):
         ("held.jsonl:3", 2.0, 4.0),
         ("held.jsonl:1", 2.0, 2.5),
     ]
+
+
+def test_windows_of_a_document_get_worse_together(tmp_path):
+    """Of document 1 one window lost 2 and the other won 3; all of document 2 lost 1 of 4 targets."""
+    run, _, _ = fake_run(tmp_path / "run", "text")
+    line = '{"source":"held.txt:%d","hash":"%d","text":"t","loss":%s,"count":2,"correct":1,"bytes":9}\n'
+    windows = (((1, 4.0), (2, 4.0), (1, 4.0), (2, 1.0)), ((1, 6.0), (2, 4.0), (1, 1.0), (2, 2.0)))
+    for name, told in zip(("before", "after"), windows, strict=True):
+        (run.path / f"evaluation/{name}.jsonl").write_text("".join(line % (n, n, loss) for n, loss in told))
+    before, after = rows_of(run, "before"), rows_of(run, "after")
+    assert [(row["loss"], row["count"], row["bytes"]) for row in before.values()] == [(8.0, 4, 18), (5.0, 4, 18)]
+    [worse] = worse_rows(before, after)
+    assert (worse["source"], worse["before"], worse["after"]) == ("held.txt:2", 1.25, 1.5)
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):

@@ -43,6 +43,36 @@ def test_bits_per_byte_are_the_losses_in_bits_over_the_bytes_of_the_text():
     assert values["bits_per_byte"] == pytest.approx(2.0)
 
 
+def windows(num_windows: int, *, hashes_I=None):
+    """Sixty documents that differ in how hard they are, each in as many windows that are alike."""
+    draw = np.random.default_rng(2)
+    hard = np.repeat(draw.exponential(4, 60), num_windows)
+    outcomes = tokens([[5]] * len(hard), [[5]] * len(hard), losses=hard, num_bytes=[3] * len(hard))
+    return score("next_token", None, outcomes, task="text", majority=None, mean=None, hashes_I=hashes_I)[0]
+
+
+def test_windows_of_one_document_make_no_interval_narrower():
+    """Ten equal windows say no more than one. Taken for independent they would narrow the interval by √10."""
+    whole, cut = windows(1), windows(10, hashes_I=np.repeat(np.arange(60, dtype=np.uint64), 10))
+    for key in ("loss", "perplexity", "bits_per_byte", "token_accuracy"):
+        assert cut[key] == pytest.approx(whole[key], rel=1e-12)
+    naive = windows(10)["loss"]
+    assert (whole["loss"]["high"] - whole["loss"]["low"]) / (naive["high"] - naive["low"]) > 2.5
+
+
+def test_documents_are_the_sums_of_their_windows():
+    outcomes = tokens([[5, 6], [7], [8]], [[5, 9], [7], [1]], losses=[2, 3, 4], counts=[2, 1, 1], num_bytes=[7, 1, 0])
+    found = outcomes.by_document(np.array([9, 4, 9], np.uint64))
+    assert (found.losses_I.tolist(), found.counts_I.tolist(), found.num_bytes_I.tolist()) == ([3, 6], [1, 3], [1, 7])
+    assert (found.hits_I.tolist(), found.lengths_I.tolist()) == ([1, 1], [1, 3])
+
+
+def test_rows_of_other_tasks_are_drawn_one_by_one():
+    outcomes = tokens([[5], [6]], [[5], [6]], losses=[1.0, 3.0])
+    found = score("next_token", None, outcomes, task="chat", majority=None, mean=None, hashes_I=np.zeros(2, np.uint64))
+    assert found[0]["loss"]["low"] < found[0]["loss"]["high"]
+
+
 def test_masked_tokens_have_no_bits_per_byte():
     """Only a share of the tokens is guessed, but the bytes are those of all."""
     outcomes = tokens([[5]], [[5]], num_bytes=[4])
@@ -298,6 +328,12 @@ def test_facts_of_rows_by_head():
     assert one == {"label": "b", "predicted": "d", "probability": pytest.approx(0.96, abs=1e-6)}
     [many] = facts("sequence", Labels("many", ("a", "b")), sets([[0.9, 0.2]], [[1, 1]]))
     assert many == {"label": ["a", "b"], "predicted": ["a"], "probability": [pytest.approx(0.9, abs=1e-6)]}
+
+
+def test_facts_have_the_bytes_that_the_loss_is_of():
+    outcomes = tokens([[5], [6]], [[5], [6]], num_bytes=[4, 0])
+    assert [row.get("bytes") for row in row_facts("next_token", None, outcomes)] == [4, None]
+    assert [row.get("bytes") for row in row_facts("masked_token", None, outcomes)] == [None, None]
 
 
 def test_facts_start_with_loss_and_count():

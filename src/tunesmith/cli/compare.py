@@ -88,6 +88,7 @@ def as_values(found: Comparison) -> dict[str, Any]:
     """All of a comparison, JSON-ready."""
     return {
         "rows": found.num_rows,
+        "are_documents": found.are_documents,
         "only_a": found.only_a,
         "only_b": found.only_b,
         "same_targets": found.same_targets,
@@ -106,17 +107,19 @@ def _draw(found: Comparison, a: str, b: str) -> None:
     from tunesmith.cli.text import plural, visible
 
     screen = console()
+    unit = "document" if found.are_documents else "row"
     only = [f"{num:,} only in {name}" for num, name in ((found.only_a, a), (found.only_b, b)) if num]
-    screen.print(visible("; ".join([f"{plural(found.num_rows, 'row')} in common", *only])))
+    screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     if not found.same_targets:
-        screen.print("the two count tokens otherwise: loss, perplexity and tokens guessed right do not compare")
+        still = "; bits per byte do" if "bits_per_byte" in found.measures else ""
+        screen.print(f"the two count tokens otherwise: loss, perplexity and tokens guessed right do not compare{still}")
     if screen.is_terminal:
         screen.print(_table(found.measures, a, b))
     else:
         for line in measure_lines(found.measures):
             screen.print(line)
     screen.print(
-        f"{visible(b)} is better on {plural(len(found.won), 'row')}, worse on {len(found.lost):,}, "
+        f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
         f"alike on {found.num_ties:,}"
     )
     for what, pairs in (("worse", found.lost), ("better", found.won)):

@@ -48,8 +48,10 @@ def _rested_on(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def rows_and_targets(values: Mapping[str, Any]) -> str:
-    """What an evaluation counted: 60 rows, 1,234 targets."""
+    """What an evaluation counted: 60 rows, 1,234 targets; or 9 documents in 60 windows, 1,234 targets."""
     rows = plural(values["rows"], "row")
+    if "documents" in values:
+        rows = f"{plural(values['documents'], 'document')} in {plural(values['rows'], 'window')}"
     return rows if values["targets"] == values["rows"] else f"{rows}, {values['targets']:,.0f} targets"
 
 

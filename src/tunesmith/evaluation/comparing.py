@@ -8,6 +8,7 @@ resampled by the same draws (paired bootstrap), so that what is hard or easy for
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ Told = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl."""
 Kind = Literal["tokens", "classes", "sets", "numbers", "tags"]
 
+_SUMS = ("loss", "count", "correct", "bytes")
+"""What is added up of the windows of a document."""
 TIE_NATS = 0.01
 """Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
 TIE_SHARE = 0.01
@@ -49,11 +52,14 @@ class Comparison:
 
     kind: Kind
     num_rows: int
-    """Rows in common; documents where the rows are windows of documents."""
+    """Rows in common."""
     only_a: int
     only_b: int
+    are_documents: bool
+    """Whether rows are documents, their windows added up."""
     same_targets: bool
-    """False: the models count tokens otherwise, so losses per token, perplexity and tokens right do not compare."""
+    """False: the models count tokens otherwise, so losses per token, perplexity and tokens right do not compare; bits
+    per byte do."""
     measures: dict[str, Difference]
     """By the keys of `MEASURES`."""
     won: list[tuple[Told, Told]]
@@ -71,7 +77,7 @@ def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
 
     Raises InputError where they share no row, or answer different questions.
     """
-    a_by_key, b_by_key = _by_key(rows_a), _by_key(rows_b)
+    a_by_key, b_by_key = by_key(rows_a), by_key(rows_b)
     shared = [key for key in a_by_key if key in b_by_key]
     if not shared:
         raise InputError(
@@ -93,6 +99,7 @@ def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
         num_rows=len(shared),
         only_a=len(a_by_key) - len(shared),
         only_b=len(b_by_key) - len(shared),
+        are_documents=any("bytes" in row for row in a),
         same_targets=all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)),
         measures=_differences(kind, a, b),
         won=[(a[i], b[i]) for i in order if gains_I[i] > 0],
@@ -111,14 +118,14 @@ def kind_of(row: Told) -> Kind:
     return "sets" if isinstance(row["label"], list) else "classes"
 
 
-def _by_key(rows: Iterable[Told]) -> dict[tuple[str, int], Told]:
+def by_key(rows: Iterable[Told]) -> dict[tuple[str, int], Told]:
     """Rows by hash and how many with that hash came before; the windows of a document are added up to one row."""
     seen: Counter[str] = Counter()
     found: dict[tuple[str, int], Told] = {}
     for row in rows:
         key = (row["hash"], 0 if "correct" in row else seen[row["hash"]])
         if key in found:
-            sums = {name: found[key][name] + row[name] for name in ("loss", "count", "correct")}
+            sums = {name: found[key].get(name, 0) + row[name] for name in _SUMS if name in row}
             found[key] = {**found[key], **sums}
         else:
             found[key] = row
@@ -180,10 +187,14 @@ def _names(row: Told) -> Iterator[str]:
 def _of_tokens(rows: Sequence[Told], _: Sequence[str]) -> dict[str, Statistic]:
     hits, counts = (np.array([row[key] for row in rows], np.float64) for key in ("correct", "count"))
     mean_loss = _mean_loss(rows)
-    return {
+    found: dict[str, Statistic] = {
         "perplexity": lambda weights_RI: np.exp(np.minimum(mean_loss(weights_RI), 700.0)),
         "token_accuracy": statistics.ratio(hits, counts),
     }
+    if any("bytes" in row for row in rows):
+        bits = np.array([row["loss"] for row in rows]) / math.log(2)
+        found["bits_per_byte"] = statistics.ratio(bits, np.array([row.get("bytes", 0) for row in rows]))
+    return found
 
 
 def _of_classes(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]:

@@ -1,6 +1,6 @@
 """What one pass over held-out rows found, row by row: every measure and every line of the report follow from it."""
 
-# I rows, C classes, N targets of a row
+# I rows, C classes, N targets of a row, D documents
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ class Outcomes:
 
     def __len__(self) -> int:
         return len(self.losses_I)
+
+    def by_document(self, hashes_I: NDArray[np.uint64]) -> Outcomes:
+        """One outcome a document: those of its windows, which share its hash, added up."""
+        documents_D, document_I = np.unique(hashes_I, return_inverse=True)
+        windows = np.split(np.argsort(document_I, kind="stable"), np.cumsum(np.bincount(document_I))[:-1])
+        losses_D, counts_D = np.zeros(len(documents_D)), np.zeros(len(documents_D))
+        num_bytes_D = np.zeros(len(documents_D), np.int64)
+        np.add.at(losses_D, document_I, self.losses_I)
+        np.add.at(counts_D, document_I, self.counts_I)
+        np.add.at(num_bytes_D, document_I, self.num_bytes_I)
+        return Outcomes(
+            losses_I=losses_D,
+            counts_I=counts_D,
+            num_bytes_I=num_bytes_D,
+            outputs=[np.concatenate([self.outputs[i] for i in some]) for some in windows],
+            targets=[np.concatenate([self.targets[i] for i in some]) for some in windows],
+        )
 
     @property
     def logits_IC(self) -> Floats:
@@ -81,11 +98,14 @@ def row_facts(head: HeadName, labels: Labels | None, outcomes: Outcomes) -> Iter
     """What is kept of each row beside its source, for comparing and for the report; JSON-ready.
 
     loss and count, and: tokens: `correct`; classes: `label`, `predicted` and the `probability` of what was predicted
-    (lists where a row has any number of classes); numbers: `value`, `predicted`; words: `tags`, `predicted`.
+    (lists where a row has any number of classes); numbers: `value`, `predicted`; words: `tags`, `predicted`. Where the
+    loss is of all the text of a document's window, also the `bytes` of that text.
     """
     told = _told(head, labels, outcomes)
-    for loss, count, fields in zip(outcomes.losses_I.tolist(), outcomes.counts_I.tolist(), told, strict=True):
-        yield {"loss": loss, "count": count, **fields}
+    sums = (outcomes.losses_I.tolist(), outcomes.counts_I.tolist(), outcomes.num_bytes_I.tolist())
+    for loss, count, num_bytes, fields in zip(*sums, told, strict=True):
+        bytes_told = {"bytes": num_bytes} if num_bytes > 0 and head == "next_token" else {}
+        yield {"loss": loss, "count": count, **bytes_told, **fields}
 
 
 def _told(head: HeadName, labels: Labels | None, outcomes: Outcomes) -> Iterator[dict[str, Any]]:

@@ -35,11 +35,15 @@ def score(
     task: TaskName,
     majority: int | None,
     mean: float | None,
+    hashes_I: NDArray[np.uint64] | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Any]]:
     """Measures of at least one row by the keys of `MEASURES`, and JSON-ready details by kind of label.
 
     `majority` is the id of the training rows' commonest class, `mean` the mean of their numbers; None: no baseline.
+    `hashes_I` tell the windows of one document, which are not independent: of task text, documents are resampled.
     """
+    if task == "text" and hashes_I is not None:
+        outcomes = outcomes.by_document(hashes_I)
     measures = {"loss": _quotient(outcomes.losses_I, outcomes.counts_I)}
     details: dict[str, Any] = {}
     if labels is None:

@@ -105,7 +105,7 @@ def evaluate_file(
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
         known = {"majority": None, "mean": None} if trained is None else trained.baseline(speaker.labels)
-        measures, details = score(speaker.head, speaker.labels, outcomes, task=task, **known)
+        measures, details = score(speaker.head, speaker.labels, outcomes, task=task, hashes_I=store.hashes, **known)
         tokenizer = speaker.renderer.tokenizer
         keep(row_lines(store, rows_I, outcomes, head=speaker.head, labels=speaker.labels, tokenizer=tokenizer))
         num_trained = None if trained is None or speaker.is_base else trained.count(store.hashes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.comparing import Told, by_key
 from tunesmith.files import from_json
 from tunesmith.run import Run
 
@@ -13,31 +15,32 @@ MOST_LISTED = 40
 """Rows of each list that a report names; all are counted."""
 MOST_WORSE = 10
 
-Told = Mapping[str, Any]
-"""One line of evaluation/<name>.jsonl."""
+Key = tuple[str, int]
+"""By which rows before and after are joined: see `by_key`."""
 
 
-def rows_of(run: Run, name: str) -> dict[tuple[str, str], Told]:
-    """The held-out rows as the evaluation `name` left them, by source and hash; none where it left no file.
+def rows_of(run: Run, name: str) -> dict[tuple[str, int], Told]:
+    """The held-out rows as the evaluation `name` left them, windows of a document added up; none where it left no file.
 
     Raises RunError naming the line that is no row.
     """
     path = run.path / "evaluation" / f"{name}.jsonl"
-    if not path.exists():
-        return {}
-    rows = {}
+    return by_key(_lines(path)) if path.exists() else {}
+
+
+def _lines(path: Path) -> Iterator[Told]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = from_json(line)
-            rows[row["source"], row["hash"]] = row
+            _ = [row[key] for key in ("source", "hash", "loss", "count")]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path}:{number}: not a row ({error!r}): the file was changed by hand or by a fault."
             ) from error
-    return rows
+        yield row
 
 
-def flips(before: Mapping[tuple[str, str], Told], after: Mapping[tuple[str, str], Told]) -> dict[str, Any] | None:
+def flips(before: Mapping[Key, Told], after: Mapping[Key, Told]) -> dict[str, Any] | None:
     """Rows that were right and are wrong, and the other way round, surest first; None where no row is either."""
     lost: list[dict[str, Any]] = []
     gained: list[dict[str, Any]] = []
@@ -94,7 +97,7 @@ def label_text(label: Any) -> str:
     return f"{label:.6g}" if isinstance(label, float) else str(label)
 
 
-def worse_rows(before: Mapping[tuple[str, str], Told], after: Mapping[tuple[str, str], Told]) -> list[dict[str, Any]]:
+def worse_rows(before: Mapping[Key, Told], after: Mapping[Key, Told]) -> list[dict[str, Any]]:
     """The rows whose loss per target rose most: source, text where there is one, and the loss before and after."""
     found = []
     for key in before.keys() & after.keys():
