@@ -55,7 +55,12 @@ def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch
     assert report["metrics"]["after"]["loss"] < report["metrics"]["before"]["loss"]
     assert report["task"] == task
     assert report["method"] == method
-    assert report["rows"] == {"train": report["rows"]["train"], "held_out": report["rows"]["held_out"], "skipped": 0}
+    assert report["rows"] == {
+        "train": report["rows"]["train"],
+        "held_out": report["rows"]["held_out"],
+        "skipped": 0,
+        "overlap": 0,
+    }
     assert report["steps"] == max(event.step for event in run.events())
     assert report["tokens"]["processed"] > report["tokens"]["trained"] > 0
     assert set(report["seconds"]) == {"prepare", "train", "evaluate"}

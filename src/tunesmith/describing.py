@@ -108,10 +108,13 @@ def length_histogram(setup: Setup) -> dict[str, Any]:
 
 
 def row_counts(setup: Setup) -> dict[str, int]:
+    """`overlap`: held-out rows that are trained on too."""
+    rows = setup.rows
     return {
-        "train": len(setup.rows.train_rows),
-        "held_out": len(setup.rows.held_rows),
-        "skipped": setup.rows.skipped,
+        "train": len(rows.train_rows),
+        "held_out": len(rows.held_rows),
+        "skipped": rows.skipped,
+        "overlap": int(np.isin(rows.held_store.hashes[rows.held_rows], rows.store.hashes[rows.train_rows]).sum()),
     }
 
 

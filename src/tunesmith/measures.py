@@ -66,6 +66,9 @@ MEASURES: Mapping[str, MeasureInfo] = {
     "general_loss": MeasureInfo("general text", "number", "lower", "Loss on the general text kept in the package."),
 }
 
+OF_ANSWERS = ("exact_match", "rouge1", "rouge2", "rougeL", "length_ratio", "bleu", "chrf")
+"""Measures of the prompts that were answered, not of all rows."""
+
 MEASURED: Mapping[str, tuple[str, ...]] = {
     "next_token": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
     "masked_token": ("loss", "perplexity", "token_accuracy"),

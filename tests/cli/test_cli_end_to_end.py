@@ -83,7 +83,7 @@ def test_train_leaves_a_finished_run_and_says_where(done: tuple[Run, Result]) ->
     assert (run.adapter_path / "adapter_model.safetensors").is_file()
     report = json.loads(run.report_path.read_text())
     assert report["metrics"]["after"]["loss"] < report["metrics"]["before"]["loss"]
-    assert report["rows"] == {"train": 18, "held_out": 5, "skipped": 0}
+    assert report["rows"] == {"train": 18, "held_out": 5, "skipped": 0, "overlap": 0}
 
 
 def test_the_recipe_of_a_run_repeats_it(place: Place, done: tuple[Run, Result]) -> None:

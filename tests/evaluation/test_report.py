@@ -188,6 +188,31 @@ def test_the_summary_is_one_paragraph_in_plain_words(pages):
     assert [line.label for line in gist_lines(report)] == ["accuracy", "macro-F1"]
 
 
+def test_the_summary_names_what_its_measure_was_counted_on(pages):
+    report = report_of(Run(pages["chat"][1]))
+    assert "On 300 rows it was not trained on, perplexity went" in summary(report)
+    assert "On 3 answers to prompts it was not trained on, ROUGE-L went" in summary({**report, "task": "summarize"})
+    assert "On 40 documents it was not trained on, perplexity" in summary(report_of(Run(pages["text"][1])))
+    for kind, told in (("chat", "300 rows"), ("text", "40 documents in 300 windows")):
+        line = f"Counted on {told}, 3 answers, 9,000 tokens of general text. Nothing was trained on these rows."
+        assert line in pages[kind][0].text
+        assert line in (pages[kind][1] / "report.md").read_text()
+
+
+def test_rows_that_were_trained_on_too_are_said(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    facts["rows"]["overlap"] = 12
+    report = write_report(run, facts, progress)
+    overlap = "12 of the 300 rows held out also stand in the training files"
+    assert f"On 300 rows that were held out ({overlap}), perplexity went" in summary(report)
+    assert f"On 3 answers to prompts that were held out ({overlap})" in summary({**report, "task": "summarize"})
+    for name in ("report.html", "report.md"):
+        text = (run.path / name).read_text()
+        assert "not trained on" not in text
+        assert "Nothing was trained on" not in text
+        assert f"{overlap}: that flatters the tuned model." in text
+
+
 def row(source: int, label, predicted, **more):
     key = "tags" if "tags" in more else "label"
     text_hash = f"{source:016x}"

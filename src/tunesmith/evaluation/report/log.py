@@ -75,17 +75,21 @@ class Log:
         return list({s: values for s, values in self.evaluations if values["name"] != "after" or s == kept}.items())
 
     def score(self, name: str) -> dict[str, Any] | None:
-        """What the evaluation of that name found, with the measures of answers and of general text; None if nothing
-        was held out."""
+        """What the evaluation of that name found, with the measures of answers and of general text, and the number of
+        `answers` and of `general_tokens` they rest on; None if nothing was held out."""
         found = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
         if found is None:
             return None
-        measures = {**measures_of(found), **self.answers.get(name, {}).get("measures", {})}
+        measures, rest_on = measures_of(found), {}
+        if name in self.answers:
+            measures |= self.answers[name]["measures"]
+            rest_on["answers"] = self.answers[name]["num"]
         if name in self.general:
             measures["general_loss"] = {"value": self.general[name]["loss"]}
+            rest_on["general_tokens"] = self.general[name]["tokens"]
         known = [key for key in MEASURES if key in measures]
         ordered = {key: measures[key] for key in (*known, *(key for key in measures if key not in MEASURES))}
-        return {**{key: value for key, value in found.items() if key != "name"}, "measures": ordered}
+        return {**{key: value for key, value in found.items() if key != "name"}, **rest_on, "measures": ordered}
 
 
 def measures_of(evaluation: Mapping[str, Any]) -> dict[str, Interval]:

@@ -19,7 +19,7 @@ def as_markdown(page: Mapping[str, Any]) -> str:
     report = page["report"]
     lines = [f"# {inline(report['name'])}", "", inline(page["summary"], width=100_000)]
     for title, part in (
-        ("Measures", _measures(page["lines"])),
+        ("Measures", _measures(page)),
         ("Worth knowing", [f"- {inline(note, width=2000)}" for note in page["notes"]]),
         ("Training", _training(page)),
         ("Classes", _classes(page)),
@@ -49,7 +49,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
         yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-def _measures(lines: Sequence[wording.Line]) -> Iterator[str]:
+def _measures(page: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         [
             inline(line.label),
@@ -58,11 +58,14 @@ def _measures(lines: Sequence[wording.Line]) -> Iterator[str]:
             line.change,
             {"within": "within the intervals"}.get(line.verdict, line.verdict),
         ]
-        for line in lines
+        for line in page["lines"]
     ]
     yield from _table(["measure", "before", "after", "change", ""], rows, numbers=(1, 2, 3))
     if rows:
-        yield from ("", "In brackets 95 % intervals; better or worse is what lies apart.")
+        yield from (
+            "",
+            f"{wording.basis(page['report'])} In brackets 95 % intervals; better or worse is what lies apart.",
+        )
 
 
 def _training(page: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.evaluation.report.log import Interval
-from tunesmith.measures import MEASURES, MeasureInfo
+from tunesmith.measures import MEASURES, OF_ANSWERS, MeasureInfo
 
 Verdict = Literal["better", "worse", "within", ""]
 
@@ -158,7 +158,7 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
     if gist:
         best = gist[0]
         yield (
-            f"On {plural(report['metrics']['after']['rows'], 'row')} it was not trained on, {best.label} went from "
+            f"On {_rested_on(report, gist_keys(report)[0])}, {best.label} went from "
             f"{with_bounds(best.before, best.before_bounds)} to {with_bounds(best.after, best.after_bounds)}"
             + (f", {_VERDICTS[best.verdict]}." if best.verdict else ".")
         )
@@ -172,6 +172,38 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
         )
     if report["rows"]["skipped"]:
         yield f"{plural(report['rows']['skipped'], 'row')} could not be used: rows/problems.jsonl lists them."
+
+
+def _rested_on(report: Mapping[str, Any], key: str) -> str:
+    """What a measure was counted on, and whether that was trained on."""
+    after = report["metrics"]["after"]
+    if key == "general_loss":
+        return f"{after['general_tokens']:,} tokens of general text"
+    counted = f"{plural(after['answers'], 'answer')} to prompts" if key in OF_ANSWERS else _held_out(after)
+    overlap = _overlap(report)
+    return f"{counted} that were held out ({overlap})" if overlap else f"{counted} it was not trained on"
+
+
+def _held_out(after: Mapping[str, Any]) -> str:
+    return plural(after["documents"], "document") if "documents" in after else plural(after["rows"], "row")
+
+
+def _overlap(report: Mapping[str, Any]) -> str:
+    rows = report["rows"]
+    if not rows["overlap"]:
+        return ""
+    return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out also stand in the training files"
+
+
+def basis(report: Mapping[str, Any]) -> str:
+    """What all measures were counted on."""
+    after, overlap = report["metrics"]["after"], _overlap(report)
+    windows = f" in {plural(after['rows'], 'window')}" if "documents" in after else ""
+    parts = [_held_out(after) + windows]
+    parts += [f"{plural(after['answers'], 'answer')}"] if "answers" in after else []
+    parts += [f"{after['general_tokens']:,} tokens of general text"] if "general_tokens" in after else []
+    fair = f"{overlap}: that flatters the tuned model" if overlap else "Nothing was trained on these rows"
+    return f"Counted on {', '.join(parts)}. {fair}."
 
 
 def kept(report: Mapping[str, Any]) -> str:
