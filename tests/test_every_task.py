@@ -48,6 +48,11 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
         # The event's loss is what the rows' own sums say.
         total, count = sum(line["loss"] for line in lines), sum(line["count"] for line in lines)
         assert found[name]["loss"] == pytest.approx(total / count, rel=1e-6)
+    if task in ("chat", "generate", "summarize"):
+        told = [e.values for e in run.events() if e.kind == "answers" and e.values["name"] == "after"]
+        text = (run.path / "evaluation" / "answers-after.jsonl").read_text()
+        scores = [json.loads(line)["rougeL"] for line in text.splitlines()]
+        assert sum(scores) / len(scores) == pytest.approx(told[0]["measures"]["rougeL"]["value"], rel=1e-12)
     surprising = json.loads((run.path / "evaluation" / "surprising.json").read_text())
     assert surprising["looked_at"] == 60
     losses = [line["loss"] / line["count"] for line in surprising["rows"]]

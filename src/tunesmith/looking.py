@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
-from tunesmith.evaluation.answers import answer_measures
+from tunesmith.evaluation.answers import answer_measures, answer_scores
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.evaluation.measure import baseline, evaluate
 from tunesmith.evaluation.outcomes import Outcomes
@@ -29,6 +29,8 @@ from tunesmith.files import storing, to_json, write_atomic
 from tunesmith.generation import Sampling
 from tunesmith.measures import MEASURES
 from tunesmith.session import Session
+
+_OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
 
 
 def look(session: Session, name: str) -> None:
@@ -125,17 +127,20 @@ def _remember(session: Session, value: float) -> None:
 
 
 def _answer(session: Session, name: str) -> None:
-    """A "sample" event a prompt, then one "answers" event with the measures of all."""
+    """A "sample" event a prompt, then one "answers" event with the measures of all; each one's scores in a file."""
     setup = session.setup
     if not setup.samples:
         return
     how = Sampling(max_new_tokens=setup.recipe.evaluation.sample_tokens)
-    answers = []
+    told = []
     samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
     for index, sample in enumerate(samples):
-        answers.append(sample["answer"])
+        told.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
-    references = [sample.reference for sample in setup.samples]
+    answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
+    scored = zip(told, answer_scores(answers, references), strict=True)
+    lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
+    _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
     measures = answer_measures(answers, references, bleu=setup.recipe.evaluation.bleu)
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
 

@@ -354,6 +354,19 @@ def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) 
     assert bits.startswith(f"bits per byte: {4 / 9 / math.log(2):.4f} and {4 / 9 / math.log(2):.4f}, B - A +0.0000")
 
 
+def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name, [judged(1, "fruit")]) for name in "ab"]
+    for run, score in zip(runs, (0.25, 0.75), strict=True):
+        scores = dict.fromkeys(("exact_match", "rouge1", "rouge2", "rougeL"), score)
+        lines = [{"source": f"a:{n}", "prompt": "p", "reference": "r", "answer": "x", **scores} for n in range(3)]
+        write(run / "evaluation" / "answers-after.jsonl", lines)
+    lines = tunesmith("compare", *runs).stdout.splitlines()
+    assert "3 prompts answered by both" in lines
+    assert "ROUGE-L: 0.2500 and 0.7500, B - A +0.5000 (+0.5000 to +0.5000)" in lines
+    [found] = told(tunesmith("compare", *runs, "--json"))
+    assert (found["answers"]["num"], found["answers"]["measures"]["rougeL"]["is_clear"]) == (3, True)
+
+
 def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path) -> None:
     a = fake_run(tmp_path / "a", [judged(1, "fruit")])
     b = fake_run(tmp_path / "b", [judged(2, "fruit")])

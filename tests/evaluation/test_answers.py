@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation.answers import Words, answer_measures
+from tunesmith.evaluation.answers import Words, answer_measures, answer_scores
 
 ANSWERS = ["The cat sat on the mat.", "It rained all day in Rome", "", "No_one came: 3 of 10!"]
 REFERENCES = ["A cat sat on the mat.", "All day it rained", "Nothing", "no one came; 3 of 10"]
@@ -31,6 +31,15 @@ def test_answers_counted_by_hand():
             "length_ratio": (3 + 1) / (2 + 1),
         }
     )
+
+
+def test_scores_of_single_answers_have_the_measures_as_their_means():
+    scores = answer_scores(ANSWERS, REFERENCES)
+    assert [score["exact_match"] for score in scores] == [0, 0, 0, 0]
+    assert answer_scores([" same "], ["same"]) == [{"exact_match": 1, "rouge1": 1, "rouge2": 0, "rougeL": 1}]
+    found = values(ANSWERS, REFERENCES)
+    for key in scores[0]:
+        assert found[key] == pytest.approx(np.mean([score[key] for score in scores]), rel=1e-12)
 
 
 def test_bleu_by_hand():

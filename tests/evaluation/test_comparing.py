@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.outcome_rows import classes, tokens
 from tunesmith.errors import InputError
-from tunesmith.evaluation.comparing import compare
+from tunesmith.evaluation.comparing import SCORES, compare, compare_answers
 from tunesmith.evaluation.outcomes import row_facts
 from tunesmith.evaluation.scores import score
 from tunesmith.measures import MEASURES
@@ -155,6 +155,30 @@ def test_tags_win_by_words_and_spans_are_counted():
 def test_tags_that_mark_no_spans_have_no_span_measures():
     rows = [told("1", tags=["N", "V"], predicted=["N", "N"])]
     assert set(compare(rows, rows).measures) == {"loss", "tag_accuracy"}
+
+
+def answered(number: int, score: float, *, prompt: str = "p", reference: str = "r"):
+    scores = {"exact_match": float(score == 1), "rouge1": score, "rouge2": score / 2, "rougeL": score}
+    return {"source": f"x.jsonl:{number}", "prompt": prompt, "reference": reference, "answer": "a", **scores}
+
+
+def test_answers_to_the_same_prompts_are_paired():
+    """On every prompt B is 0.1 better, however much prompts differ: the difference is sure."""
+    a = [answered(n, n / 10) for n in range(8)]
+    b = [answered(n, n / 10 + 0.1) for n in range(8, -1, -1)]
+    num, found = compare_answers(a, b)
+    assert num == 8
+    assert set(found) == set(SCORES) <= set(MEASURES)
+    assert (found["rougeL"].a, found["rougeL"].b) == pytest.approx((0.35, 0.45))
+    assert found["rougeL"].b_minus_a == pytest.approx({"value": 0.1, "low": 0.1, "high": 0.1})
+    assert found["rougeL"].is_clear
+    assert not found["exact_match"].is_clear
+
+
+def test_answers_to_other_prompts_or_with_another_reference_do_not_compare():
+    assert compare_answers([], [answered(1, 0.5)]) == (0, {})
+    assert compare_answers([answered(1, 0.5)], [answered(1, 0.5, prompt="q"), answered(2, 0.5)]) == (0, {})
+    assert compare_answers([answered(1, 0.5)], [answered(1, 0.5, reference="longer")]) == (0, {})
 
 
 def test_no_common_row_says_the_way_out():

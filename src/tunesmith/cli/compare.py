@@ -12,6 +12,8 @@ from tunesmith.cli.options import Json, Offline, Root, remember_json
 from tunesmith.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tunesmith.evaluation.comparing import Comparison, Difference
 
 SHOWN = 10
@@ -37,9 +39,12 @@ def compare(
     remember_json(ctx, as_json)
     from tunesmith.cli.output import json_line
     from tunesmith.evaluation.comparing import compare as compared
+    from tunesmith.evaluation.comparing import compare_answers
 
+    answers: list[list[dict[str, Any]]] = [[], []]
     if data is None:
         rows: list[list[dict[str, Any]]] = [_kept(name, root) for name in (a, b)]
+        answers = [_kept_answers(name, root) for name in (a, b)]
     else:
         from tunesmith.cli.eval import measured
 
@@ -56,10 +61,12 @@ def compare(
         found = compared(*rows)
     except InputError as error:
         raise InputError(f"{a} and {b}: {error} Or measure both now: tunesmith compare {a} {b} --data FILE") from error
+    num_answers, of_answers = compare_answers(*answers)
     if as_json:
-        json_line({"kind": "compare", "a": a, "b": b, **as_values(found)})
+        told = {"num": num_answers, "measures": _as_values(of_answers)}
+        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), "answers": told})
     else:
-        _draw(found, a, b)
+        _draw(found, a, b, num_answers, of_answers)
 
 
 def _kept(name: str, root: Path) -> list[dict[str, Any]]:
@@ -77,6 +84,15 @@ def _kept(name: str, root: Path) -> list[dict[str, Any]]:
     return [from_json(line) for line in path.read_bytes().splitlines()]
 
 
+def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
+    """The run's answers to held-out prompts with their scores; none where it gave none."""
+    from tunesmith.files import from_json
+    from tunesmith.run import Run
+
+    path = Run.open(name, root).path / "evaluation" / "answers-after.jsonl"
+    return [from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
 def _task_of(name: str, root: Path) -> str | None:
     """What a run was tuned for: a model beside it is asked for the same."""
     from tunesmith.run import Run, is_run
@@ -92,17 +108,21 @@ def as_values(found: Comparison) -> dict[str, Any]:
         "only_a": found.only_a,
         "only_b": found.only_b,
         "same_targets": found.same_targets,
-        "measures": {
-            key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
-            for key, differs in found.measures.items()
-        },
+        "measures": _as_values(found.measures),
         "ties": found.num_ties,
         "won": [{"a": was, "b": now} for was, now in found.won],
         "lost": [{"a": was, "b": now} for was, now in found.lost],
     }
 
 
-def _draw(found: Comparison, a: str, b: str) -> None:
+def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
+    return {
+        key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
+        for key, differs in measures.items()
+    }
+
+
+def _draw(found: Comparison, a: str, b: str, num_answers: int, of_answers: Mapping[str, Difference]) -> None:
     from tunesmith.cli.output import console
     from tunesmith.cli.text import plural, visible
 
@@ -113,11 +133,10 @@ def _draw(found: Comparison, a: str, b: str) -> None:
     if not found.same_targets:
         still = "; bits per byte do" if "bits_per_byte" in found.measures else ""
         screen.print(f"the two count tokens otherwise: loss, perplexity and tokens guessed right do not compare{still}")
-    if screen.is_terminal:
-        screen.print(_table(found.measures, a, b))
-    else:
-        for line in measure_lines(found.measures):
-            screen.print(line)
+    _print_measures(screen, found.measures, a, b)
+    if num_answers:
+        screen.print(f"{plural(num_answers, 'prompt')} answered by both")
+        _print_measures(screen, of_answers, a, b)
     screen.print(
         f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
         f"alike on {found.num_ties:,}"
@@ -127,6 +146,14 @@ def _draw(found: Comparison, a: str, b: str) -> None:
             screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
         if len(pairs) > SHOWN:
             screen.print(f"and {len(pairs) - SHOWN:,} more on which it is {what} (--json lists all)")
+
+
+def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str, b: str) -> None:
+    if screen.is_terminal:
+        screen.print(_table(measures, a, b))
+        return
+    for line in measure_lines(measures):
+        screen.print(line)
 
 
 def measure_lines(measures: Mapping[str, Difference]) -> Iterator[str]:

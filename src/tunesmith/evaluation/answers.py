@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import statistics
+from tunesmith.evaluation.comparing import SCORES
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
 
 _ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -35,21 +36,30 @@ def answer_measures(answers: Sequence[str], references: Sequence[str], *, bleu: 
     """
     if not answers:
         return {}
-    pairs = list(zip(answers, references, strict=True))
-    exact_I = np.array([answer.strip() == reference.strip() for answer, reference in pairs])
-    measures: dict[str, Estimate] = {"exact_match": (float(exact_I.mean()), statistics.ratio(exact_I))}
-    scorer = RougeScorer(_ROUGES, tokenizer=Words())
-    scores = [scorer.score(reference, answer) for answer, reference in pairs]
-    for key in _ROUGES:
-        values_I = np.array([score[key].fmeasure for score in scores])
+    scores = answer_scores(answers, references)
+    measures: dict[str, Estimate] = {}
+    for key in SCORES:
+        values_I = np.array([score[key] for score in scores])
         measures[key] = (float(values_I.mean()), statistics.ratio(values_I))
     words = Words().tokenize
-    lengths_I2 = np.array([[len(words(text)) for text in pair] for pair in pairs], np.float64)
+    lengths_I2 = np.array(
+        [[len(words(text)) for text in pair] for pair in zip(answers, references, strict=True)], np.float64
+    )
     ratio = statistics.ratio(lengths_I2[:, 0], lengths_I2[:, 1])
-    measures["length_ratio"] = (float(ratio(np.ones((1, len(pairs))))[0]), ratio)
+    measures["length_ratio"] = (float(ratio(np.ones((1, len(scores))))[0]), ratio)
     if bleu:
         measures |= _corpus_measures(answers, references)
-    return intervals(len(pairs), measures)
+    return intervals(len(scores), measures)
+
+
+def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """Each answer's own `SCORES`, from 0 to 1."""
+    scorer = RougeScorer(_ROUGES, tokenizer=Words())
+    found = []
+    for answer, reference in zip(answers, references, strict=True):
+        rouges = {key: score.fmeasure for key, score in scorer.score(reference, answer).items()}
+        found.append({"exact_match": float(answer.strip() == reference.strip()), **rouges})
+    return found
 
 
 def _corpus_measures(answers: Sequence[str], references: Sequence[str]) -> Iterator[tuple[str, Estimate]]:

@@ -26,6 +26,8 @@ Kind = Literal["tokens", "classes", "sets", "numbers", "tags"]
 
 _SUMS = ("loss", "count", "correct", "bytes")
 """What is added up of the windows of a document."""
+SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
+"""What is kept of each answer in evaluation/answers-<name>.jsonl."""
 TIE_NATS = 0.01
 """Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
 TIE_SHARE = 0.01
@@ -160,11 +162,35 @@ def _sureness(row: Told) -> float:
     return float(min(chances, default=0.0) if isinstance(chances, list) else chances)
 
 
+def compare_answers(answers_a: Iterable[Told], answers_b: Iterable[Told]) -> tuple[int, dict[str, Difference]]:
+    """How many prompts both answered (of one source and with one reference), and what differs in the answers' scores.
+
+    Works on the lines of a run's evaluation/answers-<name>.jsonl.
+    """
+    of_a, of_b = ({_asked(answer): answer for answer in answers} for answers in (answers_a, answers_b))
+    shared = [asked for asked in of_a if asked in of_b]
+    a, b = ([answers[asked] for asked in shared] for answers in (of_a, of_b))
+    return len(shared), _paired(len(shared), _of_answers(a), _of_answers(b)) if shared else {}
+
+
+def _asked(answer: Told) -> tuple[str, str, str]:
+    return answer["source"], answer["prompt"], answer["reference"]
+
+
+def _of_answers(answers: Sequence[Told]) -> dict[str, Statistic]:
+    return {key: statistics.ratio(np.array([answer[key] for answer in answers], np.float64)) for key in SCORES}
+
+
 def _differences(kind: Kind, a: Sequence[Told], b: Sequence[Told]) -> dict[str, Difference]:
     names = sorted({name for row in (*a, *b) for name in _names(row)})
     of_a, of_b = ({"loss": _mean_loss(rows), **_STATISTICS[kind](rows, names)} for rows in (a, b))
-    moved = [{key: of_b[key](weights) - of_a[key](weights) for key in of_a} for weights in resamples(len(a))]
-    ones_1I = np.ones((1, len(a)))
+    return _paired(len(a), of_a, of_b)
+
+
+def _paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic]) -> dict[str, Difference]:
+    """Each measure on both sides, and what lies between them where both are drawn together."""
+    moved = [{key: of_b[key](weights) - of_a[key](weights) for key in of_a} for weights in resamples(num)]
+    ones_1I = np.ones((1, num))
     found = {}
     for key in of_a:
         was, now = float(of_a[key](ones_1I)[0]), float(of_b[key](ones_1I)[0])
