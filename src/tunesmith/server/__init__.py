@@ -1,0 +1,1 @@
+"""A tuned model behind OpenAI's routes. Nothing here imports torch: the model lives in a child process (inference/)."""
