@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.classify import OURS, PEERS, Settings, contests, cut_rows, read_rows
+from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.measured import machine, versions
 from benchmarks.results import Result
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
@@ -23,8 +23,16 @@ def main(words: Sequence[str] | None = None) -> int:
     """0: every run ended well and ours is nowhere worse; 1 otherwise; 2: the command cannot be used."""
     words = list(sys.argv[1:] if words is None else words)
     options = _parser().parse_args(words)
+    try:
+        return _compare(options, words)
+    except UnusableError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _compare(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.model.endswith(".gguf") and not options.ours_only:
-        raise SystemExit(f"{options.model}: the Trainer does not train GGUF files. Add --ours-only, or give a folder.")
+        raise UnusableError(f"{options.model}: the Trainer trains no GGUF files. Add --ours-only, or give a folder.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.keep or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,10 @@ PEERS: Mapping[str, Mapping[str, Any]] = {
 """Arguments of each beside the settings that all share; README.md says what else was tried."""
 
 
+class UnusableError(Exception):
+    """The command asks for what cannot be compared."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What every contestant is given."""
@@ -139,7 +143,7 @@ def read_rows(path: str) -> Rows:
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if not {"text", "label"} <= set(reader.fieldnames or ()):
-            raise SystemExit(
+            raise UnusableError(
                 f"{path}: columns {reader.fieldnames}: a CSV file with the columns text and label is needed"
             )
         return list(reader)

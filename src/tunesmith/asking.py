@@ -1,6 +1,6 @@
 """What travels between the routes of the server and the engine that holds the model. Standard library only.
 
-    routes → Ask → Engine → Begun, Piece, Piece, ..., Ended → routes
+routes → Ask → Engine → Begun, Piece, Piece, ..., Ended → routes
 """
 
 from __future__ import annotations

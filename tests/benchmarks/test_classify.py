@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -167,9 +168,14 @@ def test_page_does_not_tell_where_things_lie(tmp_path: Path) -> None:
     assert [place(word) for word in ("org/model", "1e-4", "train.csv")] == ["org/model", "1e-4", "train.csv"]
 
 
-def test_gguf_beside_the_trainer_is_refused(files: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r"x\.gguf: .* Add --ours-only"):
-        main([*files, "--model", "x.gguf"])
+def test_what_cannot_be_compared_is_refused(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*files, "--model", "x.gguf"]) == 2
+    assert re.search(r"x\.gguf: .* Add --ours-only", capsys.readouterr().err)
+    (tmp_path / "odd.csv").write_text("text,class\na,b\n", "utf-8")
+    assert main([*files, "--eval", str(tmp_path / "odd.csv")]) == 2
+    assert "columns ['text', 'class']" in capsys.readouterr().err
 
 
 def bench(found: list[Result]) -> Bench:
