@@ -106,6 +106,35 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine may take, said when it is started:
+
+        from tunesmith.inference.engine import start_engine
+        engine = await start_engine(names, root=root, options=EngineOptions(), on_note=print)
+
+    `names`: run names or folders, model folders or ids; `root`: the folder of runs; `on_note`: told in a line each what
+    a person should know (a run that has not ended, a restart). The models of all names are on one base; every name and
+    the base itself, where it can answer, is in `served`. It comes back when the child has loaded them and proved that
+    it asks as was trained; else it raises `InputError` or `TunesmithError` naming the run, and no child is left.
+    """
+
+    max_prompt_tokens: int | None = None
+    """Longest prompt; None: what the model's window takes. Longer: Refused 400, context_length_exceeded."""
+    max_new_tokens: int = 4096
+    """Most tokens of an answer. An ask for more: Refused 400; an ask without a number gets as many as there is room."""
+    streams: int = 16
+    """Answers decoded together; an ask with a greater `n` is Refused 400."""
+    queue: int = 64
+    """Asks that wait for a place at most; one more: Refused 429."""
+    memory_limit_bytes: int | None = None
+    """Resident memory at which the child is ended and started again; None: 90 % of what the machine has."""
+    threads: int | None = None
+    """Of the child; None: one a core."""
+    offline: bool = False
+    """Nothing is downloaded: models are on this machine already."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineState:
     """How the engine is, for /health and /metrics. Counters count from the start of the server."""
 
