@@ -1,0 +1,114 @@
+"""Grouped products are attention: forward and every gradient, against torch's kernel one row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from packed import batch_of, rows_of, sharp
+from tunesmith.models import grouped
+from tunesmith.models.attention import Segments, use_ragged
+from tunesmith.models.forward import logits_at_targets
+
+CPU = torch.device("cpu")
+
+
+def inputs(lengths: list[int], *, heads: int, groups: int, size: int, dtype=torch.float64) -> list[Tensor]:
+    """Queries, keys and values as a model hands them over: transposed, not contiguous."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = [(1, sum(lengths), n, size) for n in (heads, groups, groups)]
+    drawn = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in drawn]
+
+
+def row_by_row(qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, scaling: float | None) -> Tensor:
+    rows = zip(*(tensor.split(lengths, dim=2) for tensor in qkv_1HTD), strict=True)
+    out = [F.scaled_dot_product_attention(*row, is_causal=causal, scale=scaling, enable_gqa=True) for row in rows]
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
+    """The result, and the gradient of every input under one fixed random gradient of the result."""
+    out = attend(qkv_1HTD)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, qkv_1HTD, grad)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    groups=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    size=st.sampled_from([1, 4, 6]),
+    causal=st.booleans(),
+    scaling=st.sampled_from([None, 0.3]),
+)
+@settings(deadline=None, max_examples=60)
+def test_it_is_attention_row_by_row(lengths, *, groups, shared, size, causal, scaling):
+    """float64: 1e-12 is its rounding over a dozen products."""
+    qkv = inputs(lengths, heads=groups * shared, groups=groups, size=size)
+    runs = Segments.of(lengths, device=CPU).runs
+    ours = answers(lambda t: grouped.attend(*t, runs, causal=causal, scaling=scaling), qkv)
+    expected = answers(lambda t: row_by_row(t, lengths, causal=causal, scaling=scaling), qkv)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
+    """Relative distance to float64, result and gradients: rounding in bfloat16 is 2^-9 = 0.002 a number."""
+    lengths = [60, 60, 41, 40]
+    exact = inputs(lengths, heads=6, groups=2, size=32)
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
+    runs = Segments.of(lengths, device=CPU).runs
+    truth = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), exact)
+    ours = answers(lambda t: grouped.attend(*t, runs, causal=True, scaling=None), rounded)
+    torchs = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), rounded)
+    for true, one, other in zip(truth, ours, torchs, strict=True):
+        away, torchs_away = ((x.double() - true).norm() / true.norm() for x in (one, other))
+        assert away < max(0.006, 1.5 * torchs_away)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
+def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
+    """mistral: rows longer than its window of 8 go to torch's kernel; gemma2's cap is spelled out."""
+    seen = []
+    real = grouped.attend
+    monkeypatch.setattr(grouped, "attend", lambda *args, **how: seen.append(args[3]) or real(*args, **how))
+    model, rows = sharp(arch).bfloat16(), rows_of()
+    use_ragged(model)
+    logits_at_targets(model, batch_of(rows))
+    if arch == "gemma2":
+        assert not seen
+    else:
+        assert seen
+        assert all(length <= (8 if arch == "mistral" else 23) for runs in seen for _, length in runs)
+
+
+@pytest.mark.parametrize("longest", [0, 7, 11, 256])
+def test_short_and_long_rows_of_one_pass_answer_alike(longest, monkeypatch):
+    """Whichever way a row is attended to: float32 through both, 1e-4 on logits of several units."""
+    model, rows = sharp("llama"), rows_of()
+    use_ragged(model)
+    expected = logits_at_targets(model, batch_of(rows))
+    monkeypatch.setattr(grouped, "can", lambda *args, **how: True)
+    monkeypatch.setattr(grouped, "LONGEST", longest)
+    assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
+
+
+def test_the_test_catches_heads_stacked_in_the_wrong_order(monkeypatch):
+    """Planted: the heads of a group interleaved with its queries."""
+    monkeypatch.setattr(
+        grouped,
+        "_stacked",
+        lambda part, num, groups: (
+            part.unflatten(1, (num, -1)).unflatten(0, (groups, -1)).permute(2, 0, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+        ),
+    )
+    with pytest.raises(AssertionError):
+        test_it_is_attention_row_by_row.hypothesis.inner_test(
+            [5, 5, 3], groups=2, shared=2, size=4, causal=True, scaling=None
+        )
