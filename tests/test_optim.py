@@ -175,6 +175,20 @@ def test_adamw_equals_the_loop_written_out() -> None:
         torch.testing.assert_close(tensor.detach().double(), slow[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_factor_multiplies_the_rate_of_its_tensors_alone() -> None:
+    plain, factored = some_tensors(), some_tensors()
+    optim = Optim(lr=0.01, weight_decay=0.1)
+    slow, fast = adamw(plain, optim), adamw(factored, optim, factors={"a.weight": 4.0})
+    assert [group["rate_factor"] for group in slow.param_groups].count(1.0) == len(slow.param_groups)
+    before = {name: tensor.detach().clone() for name, tensor in plain.items()}
+    for tensors, optimizer in ((plain, slow), (factored, fast)):
+        give_gradients(tensors, 1)
+        optimizer.step()
+    for name, tensor in plain.items():
+        moved, expected = factored[name] - before[name], (tensor - before[name]) * (4 if name == "a.weight" else 1)
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)  # the first step's length is its rate
+
+
 def test_the_kernel_is_fused_where_it_may_be_and_said_where_not() -> None:
     tensors = some_tensors()
     assert kernel(tensors).value == "fused"

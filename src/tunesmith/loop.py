@@ -50,7 +50,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate_factor"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         attachment.publish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,20 +64,34 @@ def decays(name: str, tensor: Tensor) -> bool:
     return tensor.ndim > 1 and not _EMBEDDING.search(name)
 
 
-def adamw(trained: Mapping[str, Tensor], optim: Optim) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over `trained`; the loop sets the rate of every step."""
-    names = {
-        decay: [(name, tensor) for name, tensor in trained.items() if decays(name, tensor) is decay]
-        for decay in (True, False)
-    }
-    groups: list[dict[str, Any]] = [
-        {"params": named, "weight_decay": optim.weight_decay if decay else 0.0}
-        for decay, named in names.items()
-        if named
+def parameter_groups(
+    trained: Mapping[str, Tensor], optim: Optim, factors: Mapping[str, float] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """`trained` in groups of one weight decay and one `rate_factor`, by which the rate of every step is multiplied.
+
+    `factors`: of the tensors that have another factor than 1, by name.
+    """
+    members: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
+    for name, tensor in trained.items():
+        members.setdefault((decays(name, tensor), factors.get(name, 1.0)), []).append((name, tensor))
+    return [
+        {
+            "params": members[decay, factor],
+            "weight_decay": optim.weight_decay if decay else 0.0,
+            "lr": known(optim.lr) * factor,
+            "rate_factor": factor,
+        }
+        for decay, factor in sorted(members, key=lambda key: (not key[0], key[1]))
     ]
-    return torch.optim.AdamW(
-        groups, lr=known(optim.lr), betas=optim.betas, eps=optim.eps, fused=bool(kernel(trained).value == "fused")
-    )
+
+
+def adamw(
+    trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = MappingProxyType({})
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over `trained`; the loop sets the rate of every step."""
+    fused = bool(kernel(trained).value == "fused")
+    groups = parameter_groups(trained, optim, factors)
+    return torch.optim.AdamW(groups, lr=known(optim.lr), betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def kernel(trained: Mapping[str, Tensor]) -> Choice:

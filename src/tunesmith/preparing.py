@@ -131,7 +131,7 @@ def prepare(
         task=bind(known(recipe.task), rows.labels),
         head=start.head,
         attachment=attachment,
-        optimizer=adamw(attachment.trained, recipe.optim),
+        optimizer=adamw(attachment.trained, recipe.optim, factors=attachment.rate_factors),
         rows=rows,
         **_feeds(rows, recipe, start, model, layout),
         plan=plan,

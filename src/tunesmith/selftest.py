@@ -147,7 +147,7 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     restore(setup.attachment, weights)
-    setup.optimizer = adamw(setup.attachment.trained, setup.recipe.optim)
+    setup.optimizer = adamw(setup.attachment.trained, setup.recipe.optim, factors=setup.attachment.rate_factors)
     if optimizer:
         load_optimizer_tensors(setup.optimizer, setup.attachment.trained, optimizer)
 

@@ -197,6 +197,8 @@ class Attachment(Protocol):
     """float32 leaves that the optimizer updates, by stable name, in a stable order."""
     notes: tuple[str, ...]
     """What a person should know about what is trained, such as layers that could not be adapted."""
+    rate_factors: Mapping[str, float]
+    """Of the tensors whose rate is not that of the schedule: what it is multiplied by, by name."""
 
     def collect_gradients(self) -> None:
         """Add this pass's gradients to those of `trained` in float32. Call after every backward."""

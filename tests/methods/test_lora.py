@@ -17,7 +17,8 @@ from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.optim import adamw
+from tunesmith.recipe.knobs import LoraMethod, Optim
 
 VOCAB = 61
 
@@ -289,3 +290,20 @@ def test_the_tied_test_sees_a_head_adapted_all_the_same(monkeypatch: pytest.Monk
         assert_adapters_merge_or_are_refused(
             tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=True), ("lm_head",)
         )
+
+
+def test_loraplus_gives_b_its_own_rate() -> None:
+    plain = attach(tiny_model("llama", vocab_size=VOCAB), LoraMethod(), seed=0)
+    assert plain.rate_factors == {}
+    attachment = attach(tiny_model("llama", vocab_size=VOCAB), LoraMethod(loraplus_ratio=16), seed=0)
+    assert attachment.rate_factors == {name: 16.0 for name in attachment.trained if "lora_B" in name}
+    backward(attachment.model, attachment)
+    backward(attachment.model, attachment, seed=1)  # after one more pass A has a gradient beside B's zeros
+    randomise(attachment)
+    backward(attachment.model, attachment)
+    before = {name: tensor.detach().clone() for name, tensor in attachment.trained.items()}
+    adamw(attachment.trained, Optim(lr=1e-3), factors=attachment.rate_factors).step()
+    for name, tensor in attachment.trained.items():
+        # AdamW's first step moves every number by its rate, whatever the gradient's size.
+        length = (tensor - before[name]).abs().median().item()
+        assert length == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3, rel=1e-2), name

@@ -31,6 +31,7 @@ class FullAttachment:
         self._masters = Masters(dict(model.named_parameters()), free_early=True)
         self.trained: Mapping[str, Tensor] = self._masters.trained
         self.notes: tuple[str, ...] = ()
+        self.rate_factors: Mapping[str, float] = {}
 
     def collect_gradients(self) -> None:
         self._masters.collect()

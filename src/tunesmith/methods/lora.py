@@ -172,6 +172,11 @@ class LoraAttachment:
         self.trained: Mapping[str, Tensor] = self._masters.trained
         self.notes: tuple[str, ...] = ()
         """What a person should know about what is not trained."""
+        ratio = settings.loraplus_ratio
+        self.rate_factors: Mapping[str, float] = (
+            {} if ratio == 1 else {name: ratio for name in self.trained if name.endswith(".lora_B.weight")}
+        )
+        """LoRA+ (Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354)."""
 
     def collect_gradients(self) -> None:
         self._masters.collect()

@@ -6,14 +6,14 @@ import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
-from tunesmith.recipe.knobs import AutoMethod, DataFile, FullMethod, LoraMethod, Recipe, Section
-
-METHOD_KNOBS: dict[str, type[Section]] = {"auto": AutoMethod, "lora": LoraMethod, "full": FullMethod}
+from tunesmith.recipe.knobs import DataFile, Recipe
+from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod
+from tunesmith.recipe.sections import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,17 @@ class Knob:
     choices: tuple[str, ...]
     """The words among them."""
     required: bool = False
-    method: str | None = None
-    """The method that has it; None: every run has it."""
+    methods: tuple[str, ...] = ()
+    """The methods that have it; none: every run has it."""
 
 
 @functools.cache
 def knobs() -> Mapping[str, Knob]:
     """Every knob by its dotted key, in the order of declaration."""
-    found = {knob.key: knob for knob in _knobs_of(Recipe, "", None)}
+    found: dict[str, Knob] = {}
+    for knob in _knobs_of(Recipe, "", ()):
+        before = found.get(knob.key)
+        found[knob.key] = knob if before is None else replace(before, methods=(*before.methods, *knob.methods))
     words = tuple(METHOD_KNOBS)
     doc = " ".join(f"{name}: {document(section)}" for name, section in METHOD_KNOBS.items())
     name = Knob("method.name", doc, AutoMethod().name, words, _either(words), words)
@@ -68,22 +71,22 @@ def _sections_of(section: type[Section], prefix: str) -> Iterator[tuple[str, str
             yield from _sections_of(inner, f"{prefix}{name}.")
 
 
-def _knobs_of(section: type[Section], prefix: str, method: str | None) -> Iterator[Knob]:
+def _knobs_of(section: type[Section], prefix: str, methods: tuple[str, ...]) -> Iterator[Knob]:
     for name, field in section.model_fields.items():
         key = prefix + name
         inner = _section_in(field.annotation)
         if key == "method":
             for method_name, settings in METHOD_KNOBS.items():
-                yield from _knobs_of(settings, "method.", method_name)
+                yield from _knobs_of(settings, "method.", (method_name,))
         elif inner is not None:
-            yield from _knobs_of(inner, f"{key}.", method)
+            yield from _knobs_of(inner, f"{key}.", methods)
         elif key != "method.name":
-            yield _knob(key, field, method)
+            yield _knob(key, field, methods)
             if key == "data.train":  # the entries of data.eval are the same
-                yield from _knobs_of(DataFile, f"{key}[].", method)
+                yield from _knobs_of(DataFile, f"{key}[].", methods)
 
 
-def _knob(key: str, field: FieldInfo, method: str | None) -> Knob:
+def _knob(key: str, field: FieldInfo, methods: tuple[str, ...]) -> Knob:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     alternatives = list(_alternatives(field.annotation, field.metadata))
     choices = tuple(kind for kind, _, is_word in alternatives if is_word)
@@ -95,7 +98,7 @@ def _knob(key: str, field: FieldInfo, method: str | None) -> Knob:
         allowed=_either([kind + bounds for kind, bounds, _ in alternatives]),
         choices=choices,
         required=field.is_required(),
-        method=method,
+        methods=methods,
     )
 
 

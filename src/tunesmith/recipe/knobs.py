@@ -7,22 +7,16 @@ into the run's recipe.yaml.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto: TypeAlias = Literal["auto"]
+from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, LoraMethod, Method
+from tunesmith.recipe.sections import Auto, Fraction, Positive, Section
+
+__all__ = ["METHOD_KNOBS", "AutoMethod", "FullMethod", "LoraMethod", "Method", "Recipe", "Section", "known"]
+
 T = TypeVar("T")
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A group of knobs: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
 
 
 class DataFile(Section):
@@ -95,48 +89,6 @@ class Data(Section):
         if isinstance(entries, (list, tuple)):
             return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
         return value
-
-
-class LoraMethod(Section):
-    """Low-rank adaptation: the model stays frozen, two small matrices beside each linear layer are trained."""
-
-    name: Literal["lora"] = "lora"
-    rank: Positive = 16
-    """Rank of the update of each adapted layer."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on the input of the low-rank path."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression
-    over whole module names (re:layers\\.[0-3]\\..*)."""
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-class FullMethod(Section):
-    """Full fine-tuning: every weight is trained."""
-
-    name: Literal["full"] = "full"
-
-
-class AutoMethod(Section):
-    """LoRA, unless the model is so small that training every weight is as cheap."""
-
-    name: Literal["auto"] = "auto"
-
-
-def _method_name(value: Any) -> str:
-    return str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
-
-
-Method = Annotated[
-    Annotated[AutoMethod, Tag("auto")] | Annotated[LoraMethod, Tag("lora")] | Annotated[FullMethod, Tag("full")],
-    Discriminator(_method_name),
-]
 
 
 class Optim(Section):

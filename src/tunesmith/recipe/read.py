@@ -17,8 +17,9 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import text
-from tunesmith.recipe.fields import METHOD_KNOBS, Knob, knobs, sections
+from tunesmith.recipe.fields import Knob, knobs, sections
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import METHOD_KNOBS
 
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
@@ -32,6 +33,7 @@ OTHER_NAMES = {
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",
     "target_modules": "method.targets",
+    "loraplus_lr_ratio": "method.loraplus_ratio",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
     "max_grad_norm": "optim.clip",
@@ -239,9 +241,9 @@ def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
 
 def _unknown(shown: str, location: Sequence[int | str]) -> str:
     last = shown.rpartition(".")[2]
-    other = next((knob for knob in knobs().values() if knob.method and knob.key == shown), None)
+    other = next((knob for knob in knobs().values() if knob.methods and knob.key == shown), None)
     if other is not None:
-        return f"has no meaning for method {location[1]}: drop it or set method.name: {other.method}"
+        return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
     everything = [*knobs(), *sections()]
     same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
     plain = re.sub(r"\[\d+\]", "[]", shown)

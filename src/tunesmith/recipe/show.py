@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.recipe.fields import Knob, knobs, sections
-from tunesmith.recipe.knobs import Recipe, Section
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.sections import Section
 from tunesmith.recipe.text import dump
 
 _WIDTH = 110
@@ -63,7 +64,7 @@ def markdown() -> str:
     tables.update({key: [] for key in sections()})
     for knob in knobs().values():
         section = max((key for key in tables if knob.key.startswith(f"{key}.") or not key), key=len)
-        of_method = f"Method {knob.method}. " if knob.method else ""
+        of_method = f"Method {', '.join(knob.methods)}. " if knob.methods else ""
         default = "required" if knob.required else f"`{dump(knob.default)}`"
         cells = (f"`{knob.key}`", default, knob.allowed, _prose(of_method + knob.doc))
         tables[section].append(f"| {' | '.join(cells)} |")
@@ -107,10 +108,10 @@ def _knob_lines(knob: Knob, name: str, value: Any, indent: str, comments: bool) 
 
 def _other_methods(method: Any) -> Iterator[str]:
     """The knobs that another method would have, as comments: switching is uncommenting."""
-    others = [knob for knob in knobs().values() if knob.method not in (None, method.name)]
+    others = [knob for knob in knobs().values() if knob.methods and method.name not in knob.methods]
     for number, knob in enumerate(others):
-        if number == 0 or others[number - 1].method != knob.method:
-            yield f"  # Of method {knob.method}:"
+        if number == 0 or others[number - 1].methods != knob.methods:
+            yield f"  # Of method {', '.join(knob.methods)}:"
         yield from _comment(knob.doc, "  #   ")
         yield f"  #   {knob.key.removeprefix('method.')}: {dump(knob.default)}  # {knob.allowed}"
 
