@@ -131,12 +131,15 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert "its rank is 600, and vLLM takes 512 at most. Export merged" in lines("chat", r=600)["vLLM"]
     assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
-    assert "--bake-scale" in lines("chat", use_rslora=True)["llama.cpp"]
+    assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
+    assert "export gguf-adapter, then" in lines("chat", use_rslora=True)["llama.cpp"]
+    assert lines("chat", use_dora=True)["vLLM"].startswith("no: its weights are rescaled column by column (DoRA)")
     assert lines("classify-encoder")["llama.cpp"].startswith("no: it answers the task classify")
+    assert lines("chat", trainable_token_indices=[7])["vLLM"].startswith("no: it brings rows of the embedding")
 
 
 def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(finished("full"), offline=True)
     monkeypatch.setattr(Located, "is_gguf", property(lambda self: True))
-    said = list(server_lines(source, {"r": 4, "target_modules": [], "base_model_name_or_path": "x"}))
-    assert "its base is a GGUF file" in said[1]
+    said = server_lines(source, {"r": 4, "target_modules": [], "base_model_name_or_path": "x"})
+    assert next(line for line in said if line.startswith("vLLM: no: its base is a GGUF file"))

@@ -1,4 +1,4 @@
-"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF."""
+"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF, and adapter on a GGUF."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_a_phrase_survives_adapter_merge_and_gguf(tmp_path: Path, monkeypatch: p
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
     kl = {}
-    for target, options in {"adapter": Options(), "merged": Options(), "gguf": Options(quant="q8_0")}.items():
+    for target in ("adapter", "merged", "gguf", "gguf-adapter"):
+        options = Options(quant="q8_0") if target == "gguf" else Options()
         done = export_run(run, target, out=tmp_path / target, options=options, offline=True)
         assert done.found is not None
         kl[target] = done.found.kl
@@ -47,3 +48,4 @@ def test_a_phrase_survives_adapter_merge_and_gguf(tmp_path: Path, monkeypatch: p
     assert kl["adapter"] < 1e-12
     assert kl["merged"] < 1e-9
     assert kl["gguf"] < 1e-2
+    assert kl["gguf-adapter"] < 1e-4  # the adapter in F16

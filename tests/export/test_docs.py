@@ -39,6 +39,6 @@ def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "held-out loss, tuned and exported" in result.stdout
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--no-verify"]).stdout)
     assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
-    wrong = CliRunner().invoke(app, [*words[:3], "onnx"])
+    wrong = CliRunner().invoke(app, [*words[:3], "coreml"])
     assert wrong.exit_code == 2
-    assert "--to: onnx: there is no such target. One of merged, adapter, gguf, ollama." in wrong.output
+    assert "--to: coreml: there is no such target. One of merged, adapter, gguf, gguf-adapter, ollama." in wrong.output

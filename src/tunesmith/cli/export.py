@@ -22,12 +22,12 @@ PHASES = {
 def export(
     ctx: typer.Context,
     run: RunName,
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf or ollama.")],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf, gguf-adapter or ollama.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to put it; else the run's folder exports.")
     ] = None,
     quant: Annotated[
-        str, typer.Option(metavar="f32|f16|bf16|q8_0", help="gguf, ollama: how matrices are stored.")
+        str, typer.Option(metavar="f32|f16|bf16|q8_0", help="gguf, gguf-adapter, ollama: how matrices are stored.")
     ] = "f16",
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="merged: what weights are stored in.")

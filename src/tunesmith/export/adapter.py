@@ -53,9 +53,15 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if source.renderer.stop_ids:
         save_generation_config(_without_weights(source), folder, stop_ids=source.renderer.stop_ids)
-    facts = {"model": config["base_model_name_or_path"], "revision": source.base.revision, "sha256": source.base_hashes}
-    (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
+    write_base_facts(source, folder)
     return []
+
+
+def write_base_facts(source: Source, folder: Path) -> None:
+    """Which base the adapter is for, and the SHA-256 of its files."""
+    name = base_id(source) or source.base.path.name
+    facts = {"model": name, "revision": source.base.revision, "sha256": source.base_hashes}
+    (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
 
 
 def _without_weights(source: Source) -> PreTrainedModel:
@@ -113,4 +119,5 @@ ADAPTER = Export(
     loader="adapter",
     rounds_less=lambda options: "",
     card=_card,
+    reads=("bake_scale",),
 )

@@ -13,16 +13,17 @@ from tunesmith.export import verify
 from tunesmith.export.adapter import ADAPTER
 from tunesmith.export.card import write_card
 from tunesmith.export.comparing import Comparison
+from tunesmith.export.gguf_adapter import GGUF_ADAPTER
 from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
-from tunesmith.export.options import DTYPES, QUANTS, ROUNDED, Bounds, Export, Options
+from tunesmith.export.options import DTYPES, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.run import Run
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, OLLAMA)}
+EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA)}
 
 PROOF = "verify.json"
 STALE_S = 24 * 3600.0
@@ -64,7 +65,7 @@ def export_run(
         StorageError: the disk is full, or refuses.
     """
     export, options = _chosen(target), options or Options()
-    _check_words(options)
+    _check_words(export, options)
     out = out or default_folder(run, target, options)
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
@@ -138,11 +139,15 @@ def _chosen(target: str) -> Export:
     return EXPORTS[target]
 
 
-def _check_words(options: Options) -> None:
-    for key, value, known in (("dtype", options.dtype, DTYPES), ("quant", options.quant, QUANTS)):
+def _check_words(export: Export, options: Options) -> None:
+    for key, default in asdict(Options()).items():
+        if key not in (*export.reads, "license") and getattr(options, key) != default:
+            readers = ", ".join(name for name, other in EXPORTS.items() if key in other.reads)
+            raise InputError(f"--{key.replace('_', '-')}: means nothing to --to {export.name}, only to {readers}.")
+    for key, value, known in (("dtype", options.dtype, DTYPES), ("quant", options.quant, export.quants)):
         if value not in known:
             more = ""
-            if key == "quant":
+            if key == "quant" and "pre" in export.reads:
                 more = (
                     " Others need llama.cpp's own quantiser: export f16, then "
                     f"`llama-quantize model-f16.gguf model-{value}.gguf {value}`."
@@ -152,7 +157,7 @@ def _check_words(options: Options) -> None:
 
 def default_folder(run: Run, target: str, options: Options | None = None) -> Path:
     """Where an export goes unless another folder is named."""
-    quant = f"-{(options or Options()).quant}" if target in ("gguf", "ollama") else ""
+    quant = f"-{(options or Options()).quant}" if "quant" in _chosen(target).reads else ""
     return run.path / "exports" / f"{target}{quant}"
 
 

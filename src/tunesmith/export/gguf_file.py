@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.export.card import base_id
-from tunesmith.export.gguf_models import REPACKED, Architecture, find_architecture, rope_factors, tensor_names
+from tunesmith.export.gguf_models import REPACKED, Architecture, find_architecture, model_names, rope_factors
 from tunesmith.export.gguf_vocabulary import add_vocabulary, find_vocabulary
 from tunesmith.export.options import GGUF_EXACT, QUANTIZED, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source, tuned_tensors
 from tunesmith.models.size import size
 
-_KINDS = {
+KINDS = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
@@ -57,7 +57,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     factors = rope_factors(model, config) if architecture.rope_factors else None
     tensors = tuned_tensors(model, attachment)
     first = next(tensors)  # takes the adapter off, so that names are those of the plain model
-    names = _names(model, architecture)
+    names = model_names(architecture, model)
     writer = gguf.GGUFWriter(folder / file_name(source, options), architecture.name)
     try:
         _add_facts(writer, source, architecture, options)
@@ -71,7 +71,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         for name, tensor in _and(first, tensors):
             if name in names:
                 fitted = architecture.fitted(name, tensor, config).numpy()
-                writer.write_tensor_data(_packed(fitted, _kind(fitted.shape, options)))
+                writer.write_tensor_data(packed(fitted, _kind(fitted.shape, options)))
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
     finally:
@@ -84,14 +84,6 @@ def _and(first: Any, rest: Any) -> Any:
     yield from rest
 
 
-def _names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
-    """llama.cpp's name of each weight that is written: all but an output layer that is the embedding."""
-    names = list(model.state_dict())
-    if model.config.tie_word_embeddings:
-        names.remove("lm_head.weight")
-    return tensor_names(architecture, names, model.config.num_hidden_layers)
-
-
 def _num_rows(model: PreTrainedModel) -> int:
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
@@ -101,7 +93,7 @@ def _add_facts(writer: gguf.GGUFWriter, source: Source, architecture: Architectu
     writer.add_type("model")
     # Not a bare word: transformers takes a file whose name is just "mistral" for another architecture.
     writer.add_name(f"{source.run.path.name} ({source.recipe.task})")
-    writer.add_file_type(_KINDS[options.quant][1])
+    writer.add_file_type(KINDS[options.quant][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if options.license is not None:
         writer.add_license(options.license)
@@ -124,7 +116,7 @@ def _announce(
             continue
         shape = architecture.shape(name, tuple(weight.shape))
         kind = _kind(shape, options)
-        fallen += len(shape) > 1 and kind != _KINDS[options.quant][0]
+        fallen += len(shape) > 1 and kind != KINDS[options.quant][0]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(
             names[name], shape, np.dtype(np.float32), prod(shape) // block * block_bytes, raw_dtype=kind
@@ -136,17 +128,18 @@ def _kind(shape: tuple[int, ...], options: Options) -> gguf.GGMLQuantizationType
     """Vectors stay float32, as llama.cpp wants them."""
     if len(shape) < 2:
         return _F32
-    kind = _KINDS[options.quant][0]
+    kind = KINDS[options.quant][0]
     return _F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _packed(tensor: NDArray[np.float32], kind: gguf.GGMLQuantizationType) -> NDArray[Any]:
+def packed(tensor: NDArray[np.float32], kind: gguf.GGMLQuantizationType) -> NDArray[Any]:
+    """Numbers as the file stores them."""
     packed: NDArray[Any] = gguf.quantize(np.ascontiguousarray(tensor), kind)
     return packed
 
 
 def num_bytes(source: Source, options: Options) -> int:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[_KINDS[options.quant][0]]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[KINDS[options.quant][0]]
     return int(size(source.weights).num_params * block_bytes // block)
 
 
@@ -179,4 +172,5 @@ GGUF = Export(
     loader="gguf",
     rounds_less=rounds_less,
     card=_card,
+    reads=("quant", "pre"),
 )

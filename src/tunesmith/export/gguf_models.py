@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 
@@ -50,16 +50,38 @@ class Architecture:
             return tensor.t().contiguous()
         if self.norm_offset and name.endswith("norm.weight"):
             return tensor + self.norm_offset
-        if self.pairs_interleaved and (".q_proj." in name or ".k_proj." in name):
-            num_heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            return interleaved(tensor, num_heads)
-        return tensor
+        num_heads = self._heads_in_turns(name, config)
+        return interleaved(tensor, num_heads) if num_heads else tensor
+
+    def fitted_b(self, name: str, b_OR: Tensor, config: PreTrainedConfig) -> Tensor:
+        """The B of a low-rank path beside the weight `name`: its rows stand as those of the weight do there."""
+        num_heads = self._heads_in_turns(name, config)
+        return interleaved(b_OR, num_heads) if num_heads else b_OR
+
+    def unfitted(self, name: str, delta_OI: Tensor, config: PreTrainedConfig) -> Tensor:
+        """What is added to a weight there, [outputs, inputs], as transformers has it."""
+        if name.endswith(self.transposed or "\0"):
+            return delta_OI.t()
+        num_heads = self._heads_in_turns(name, config)
+        return in_halves(delta_OI, num_heads) if num_heads else delta_OI
+
+    def _heads_in_turns(self, name: str, config: PreTrainedConfig) -> int:
+        """Heads of a weight whose rows are reordered, 0 for the others."""
+        if not self.pairs_interleaved or not (".q_proj." in name or ".k_proj." in name):
+            return 0
+        return int(config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
 
 
 def interleaved(tensor: Tensor, num_heads: int) -> Tensor:
     """[H·D, …] with the two halves of each head's rows put in turns: first of the first, first of the second, …"""
     halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def in_halves(tensor: Tensor, num_heads: int) -> Tensor:
+    """The other way: every second row of a head is of its first half."""
+    heads = tensor.reshape(num_heads, tensor.shape[0] // num_heads, -1)
+    return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
 
 
 def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
@@ -218,3 +240,11 @@ def tensor_names(architecture: Architecture, names: list[str], num_layers: int) 
             f"gguf: llama.cpp has no name for {len(lost)} weights of a {architecture.name}, such as {lost[0]}"
         )
     return found
+
+
+def model_names(architecture: Architecture, model: PreTrainedModel) -> dict[str, str]:
+    """llama.cpp's name of each weight that is written: all but an output layer that is the embedding."""
+    names = list(model.state_dict())
+    if model.config.tie_word_embeddings:
+        names.remove("lm_head.weight")
+    return tensor_names(architecture, names, model.config.num_hidden_layers)

@@ -25,6 +25,7 @@ from transformers import (
 
 from tunesmith.errors import ModelError
 from tunesmith.export.gguf_models import REPACKED
+from tunesmith.export.gguf_read import TEMPLATE, add_adapter
 from tunesmith.loading import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.models import load, locate
@@ -121,6 +122,17 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
     return Loaded(model, tokenizer, located, "next_token", f"transformers {version('transformers')}")
 
 
+def load_gguf_adapter(folder: Path, recipe: Recipe) -> Loaded:
+    """The base that was tuned, and on it what the file adds; its own tokenizer, and the template beside the file."""
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=True)
+    template = folder / TEMPLATE
+    tokenizer = load.load_tokenizer(located, str(template) if template.is_file() else None)
+    model = load.load_model(located, dtype=_dtype(recipe), device="cpu", head="next_token", tokenizer=tokenizer)
+    path = next(folder.glob("*.gguf"))
+    add_adapter(model, path, load.load_config(located))
+    return Loaded(model, tokenizer, located, "next_token", "tunesmith, as llama.cpp adds it")
+
+
 def _split_as_llama_cpp(tokenizer: PreTrainedTokenizerBase, *, prefix: bool) -> None:
     """llama.cpp puts a blank in front of every stretch of text between control tokens, or of none; transformers' reader
     guesses by the architecture."""
@@ -154,4 +166,5 @@ LOADERS: dict[str, Callable[[Path, Recipe], Loaded]] = {
     "merged": load_merged,
     "adapter": load_adapter,
     "gguf": load_gguf,
+    "gguf-adapter": load_gguf_adapter,
 }

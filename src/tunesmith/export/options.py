@@ -16,12 +16,12 @@ QUANTS = ("f32", "f16", "bf16", "q8_0")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Choices of an export; each target reads its own and refuses none."""
+    """Choices of an export; a target refuses those that it does not read."""
 
     dtype: str = "auto"
     """merged: what the weights are cast to. auto: what the base is stored in, bfloat16 where that was a GGUF."""
     quant: str = "f16"
-    """gguf, ollama: how matrices are stored."""
+    """gguf, ollama, gguf-adapter: how matrices are stored."""
     bake_scale: bool = False
     """adapter: write alpha so that programs which ignore use_rslora scale right."""
     pre: str | None = None
@@ -72,9 +72,13 @@ class Export:
     num_bytes: Callable[[Source, Options], int]
     """About what it will take on disk."""
     bounds: Callable[[Source, Options], Bounds]
-    loader: Literal["merged", "adapter", "gguf"]
+    loader: Literal["merged", "adapter", "gguf", "gguf-adapter"]
     """How the proof loads it."""
     rounds_less: Callable[[Options], str]
     """The option that rounds less, empty where nothing does."""
     card: Callable[[Source, Path, Options], dict[str, Any]]
     """Fields of the card's head, and under "use" how it is used."""
+    reads: tuple[str, ...]
+    """Options that it reads beside the licence."""
+    quants: tuple[str, ...] = QUANTS
+    """What --quant can be."""

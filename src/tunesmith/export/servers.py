@@ -40,26 +40,32 @@ def _vllm(source: Source, config: Mapping[str, Any]) -> str:
 
 
 def _llama_cpp(source: Source, config: Mapping[str, Any]) -> str:
-    if why := _cannot(source, config):
+    if why := only_low_rank(source, config):
         return f"no: {why}. Export merged or gguf."
     if source.config.model_type not in ARCHITECTURES:
         return f"not known for a {source.config.model_type}. Export merged, and convert that."
-    scaled = ""
-    if config.get("use_rslora"):
-        scaled = " It ignores use_rslora: export with --bake-scale first."
     return (
-        "after its own conversion: `python convert_lora_to_gguf.py --base BASE PATH`, then "
-        f"`llama-server -m base.gguf --lora adapter.gguf`.{scaled} Or export gguf, adapter included and compared."
+        "not as it is: export gguf-adapter, then `llama-server -m base.gguf --lora adapter.gguf`; or gguf, adapter "
+        "included."
     )
 
 
 def _cannot(source: Source, config: Mapping[str, Any]) -> str | None:
+    if source.base.is_gguf:
+        return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
+    return only_low_rank(source, config)
+
+
+def only_low_rank(source: Source, config: Mapping[str, Any]) -> str | None:
+    """What of an adapter is more than low-rank paths beside the layers of a model that writes; None: nothing."""
+    if config.get("use_dora"):
+        return "its weights are rescaled column by column (DoRA), which is not computed there"
+    if config.get("trainable_token_indices"):
+        return "it brings rows of the embedding (trainable_token_indices), which are not read there"
     if whole := config.get("modules_to_save"):
         return f"it brings {', '.join(whole)} whole (modules_to_save), which is not read there"
     if source.head != "next_token" or source.kind != "causal":
         return f"it answers the task {source.recipe.task} on a model that is {source.kind.replace('_', '–')}"
-    if source.base.is_gguf:
-        return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
     targets = config.get("target_modules") or []
     touched = [name for name in targets if name.rpartition(".")[2] in _EMBEDDINGS]
     return f"it adapts {', '.join(touched)}" if touched else None
