@@ -28,6 +28,7 @@ from tunesmith.evaluation.scores import score
 from tunesmith.files import storing, to_json, write_atomic
 from tunesmith.generation import Sampling
 from tunesmith.measures import MEASURES
+from tunesmith.recipe.knobs import known
 from tunesmith.session import Session
 
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
@@ -172,7 +173,7 @@ def _measure_general(session: Session, name: str) -> None:
 def find_surprising(session: Session) -> None:
     """The training rows that the tuned model still finds least likely, in `evaluation/surprising.json`."""
     setup = session.setup
-    most = setup.recipe.evaluation.surprising
+    most = known(setup.recipe.evaluation.surprising)
     if most == 0:
         return
     begun = time.perf_counter()

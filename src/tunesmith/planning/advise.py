@@ -46,6 +46,8 @@ TEXT_TOKENS = 1024
 """Longest window of a document: attention to more costs more than it teaches, on most machines."""
 TEXT_STEP_TOKENS = 4096
 """Learnt tokens of an update for task text."""
+FEW_LOOKS = 200
+"""Training rows that are looked at afterwards in any case."""
 UNBOUNDED_TOKENS = 512
 """Longest row for a model that names no limit, as T5 was trained."""
 
@@ -202,6 +204,15 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"
 
 
+def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows_per_step, rows = recipe.train.rows_per_step, len(facts.lengths_I)
+    assert rows_per_step != "auto"
+    seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
+    most = min(rows, max(FEW_LOOKS, seen // 3))
+    # A look is a forward pass, a half to a third of what training on a row costs.
+    return most, "all of them" if most == rows else f"of {rows:,} rows, so that looking stays short beside training"
+
+
 _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "optim.lr": _rate,
     "train.epochs": _epochs,
@@ -210,5 +221,6 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "threads": _threads,
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
+    "evaluation.surprising": _surprising,
 }
 """In order: a later rule may rest on what an earlier one decided."""

@@ -153,8 +153,9 @@ class Evaluation(Section):
     """BLEU and chrF of the answers too; needs the extra tunesmith[bleu]."""
     general: bool = True
     """Measure before and after how well a causal model still does on general text and instructions."""
-    surprising: Annotated[int, Field(ge=0)] = 200
-    """Most training rows looked at afterwards for those that the tuned model finds least likely."""
+    surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Most training rows looked at afterwards for those that the tuned model finds least likely. auto: a third of the
+    rows trained on, each counted as often as it was seen, and at least 200."""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Evaluation:

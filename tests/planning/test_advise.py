@@ -1,0 +1,34 @@
+"""What "auto" becomes, and why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tunesmith.planning.advise import Facts, decide
+from tunesmith.recipe.read import validate
+
+
+def decided(rows: int, **recipe):
+    facts = Facts(135_000_000, "cpu", "causal", np.full(rows, 50, np.int32))
+    return decide(validate({"model": "m", "method": {"name": "lora"}, "task": "chat", "threads": 1, **recipe}), facts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "looked_at"),
+    [
+        (120, {}, 120),  # fewer than 200: all
+        (500, {}, 341),  # two epochs of 32 steps of 16
+        (5810, {"train": {"epochs": 1}}, 1941),  # 364 steps of 16
+        (5810, {"train": {"epochs": 3}}, 5810),
+        (5810, {"train": {"max_steps": 3}}, 200),  # a short run still looks at some
+    ],
+)
+def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, looked_at):
+    assert decided(rows, **recipe)[0].evaluation.surprising == looked_at
+
+
+def test_each_choice_has_a_reason():
+    _, choices = decided(500)
+    assert all(choice.reason for choice in choices)
+    assert "evaluation.surprising" in [choice.key for choice in choices]
