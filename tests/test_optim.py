@@ -1,4 +1,4 @@
-"""The rate of every step, AdamW against a loop written out, clipping, and state that comes back bit for bit."""
+"""The rate of every step, what decays, clipping, and AdamW's kernels; optimizers one by one: test_optimizers.py."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 from tiny_model import SETTINGS, tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.optim import (
-    SCHEDULES,
-    adamw,
-    clip_,
-    decays,
-    kernel,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    rate,
-    warmup_steps,
-)
+from tunesmith.optim import SCHEDULES, Update, clip_, decays, rate, warmup_steps
 from tunesmith.recipe.knobs import Optim
 
 Rate = Callable[[int, int, Optim], float]
@@ -149,53 +139,16 @@ def give_gradients(tensors: dict[str, Tensor], step: int, *, scale: float = 1.0)
         tensor.grad = torch.randn(tensor.shape, generator=generator) * scale
 
 
-def test_adamw_equals_the_loop_written_out() -> None:
-    """Loshchilov & Hutter, algorithm 2, in float64; only a.weight decays."""
-    tensors = some_tensors()
-    optim = Optim(lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-    optimizer = adamw(tensors, optim)
-    slow = {name: tensor.detach().double() for name, tensor in tensors.items()}
-    first = {name: torch.zeros_like(tensor) for name, tensor in slow.items()}
-    second = {name: torch.zeros_like(tensor) for name, tensor in slow.items()}
-    for step in range(1, 6):
-        lr = 0.01 * step
-        give_gradients(tensors, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        for name, tensor in tensors.items():
-            g = tensor.grad.double()
-            first[name] = 0.8 * first[name] + 0.2 * g
-            second[name] = 0.95 * second[name] + 0.05 * g**2
-            slow[name] *= 1 - lr * (0.1 if name == "a.weight" else 0.0)
-            upwards = (second[name] / (1 - 0.95**step)).sqrt() + 1e-6
-            slow[name] -= lr * (first[name] / (1 - 0.8**step)) / upwards
-    for name, tensor in tensors.items():
-        # Weights of order 1 after five float32 updates.
-        torch.testing.assert_close(tensor.detach().double(), slow[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_factor_multiplies_the_rate_of_its_tensors_alone() -> None:
-    plain, factored = some_tensors(), some_tensors()
-    optim = Optim(lr=0.01, weight_decay=0.1)
-    slow, fast = adamw(plain, optim), adamw(factored, optim, factors={"a.weight": 4.0})
-    assert [group["rate_factor"] for group in slow.param_groups].count(1.0) == len(slow.param_groups)
-    before = {name: tensor.detach().clone() for name, tensor in plain.items()}
-    for tensors, optimizer in ((plain, slow), (factored, fast)):
-        give_gradients(tensors, 1)
-        optimizer.step()
-    for name, tensor in plain.items():
-        moved, expected = factored[name] - before[name], (tensor - before[name]) * (4 if name == "a.weight" else 1)
-        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)  # the first step's length is its rate
-
-
-def test_the_kernel_is_fused_where_it_may_be_and_said_where_not() -> None:
-    tensors = some_tensors()
-    assert kernel(tensors).value == "fused"
-    assert adamw(tensors, Optim(lr=1e-3)).defaults["fused"] is True
-    elsewhere = {"a": torch.zeros(1, device="meta")}
-    assert kernel(elsewhere).value == "plain"
-    assert kernel(elsewhere).reason == "meta: the fused kernel is not used there, updates are slower"
+def test_the_kernel_is_fused_where_it_may_be_and_said_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Update(some_tensors(), Optim(lr=1e-3))
+    assert update.parts[0][2].defaults["fused"] is True
+    assert update.describe().value == "fused"
+    # 44 weights, and a step for each of four tensors.
+    assert update.describe().reason == "one kernel updates all tensors on cpu; 8.36 bytes of state a weight"
+    monkeypatch.setattr("tunesmith.optim.table.FUSED_DEVICES", ())
+    elsewhere = Update(some_tensors(), Optim(lr=1e-3))
+    assert elsewhere.parts[0][2].defaults["fused"] is False
+    assert elsewhere.describe().reason.startswith("cpu: the fused kernel is not used there, updates are slower")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -229,41 +182,32 @@ def test_a_norm_that_is_not_finite_is_told_and_changes_nothing(value: float) -> 
     assert torch.equal(tensors["a.weight"].grad, before)
 
 
-def run(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+def run(update: Update, steps: range) -> None:
     for step in steps:
-        give_gradients(tensors, step)
-        optimizer.step()
+        give_gradients(update.trained, step)
+        update.step(1e-2)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_saved_and_loaded_the_updates_go_on_bit_for_bit(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not fused:
-        monkeypatch.setattr("tunesmith.optim.FUSED_DEVICES", ())
+def test_saved_and_loaded_the_plain_kernel_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused one, and every other optimizer, in test_optimizers.py; this one keeps its step on the CPU."""
+    monkeypatch.setattr("tunesmith.optim.table.FUSED_DEVICES", ())
     optim = Optim(lr=1e-2, weight_decay=0.1)
-    whole = some_tensors()
-    run(whole, adamw(whole, optim), range(6))
-
-    half = some_tensors()
-    optimizer = adamw(half, optim)
-    assert optimizer.defaults["fused"] is fused
-    run(half, optimizer, range(3))
-    state = save({name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, half).items()})
-    later = {name: tensor.detach().clone().requires_grad_() for name, tensor in half.items()}
-    optimizer = adamw(later, optim)
-    load_optimizer_tensors(optimizer, later, load(state))
-    assert save(optimizer_tensors(optimizer, later)) == state
-    run(later, optimizer, range(3, 6))
-    assert all(torch.equal(later[name], tensor) for name, tensor in whole.items())
+    whole, half = Update(some_tensors(), optim), Update(some_tensors(), optim)
+    run(whole, range(6))
+    run(half, range(3))
+    state = save({name: tensor.clone() for name, tensor in half.state().items()})
+    later = Update({name: t.detach().clone().requires_grad_() for name, t in half.trained.items()}, optim)
+    later.load(load(state))
+    run(later, range(3, 6))
+    assert all(torch.equal(later.trained[name], tensor) for name, tensor in whole.trained.items())
 
 
 def test_state_is_named_by_what_is_trained() -> None:
-    tensors = some_tensors()
-    optimizer = adamw(tensors, Optim(lr=1e-2))
-    assert optimizer_tensors(optimizer, tensors) == {}
-    give_gradients(tensors, 0)
-    tensors["a.bias"].grad = None
-    optimizer.step()
-    assert sorted(optimizer_tensors(optimizer, tensors)) == sorted(
+    update = Update(some_tensors(), Optim(lr=1e-2))
+    give_gradients(update.trained, 0)
+    update.trained["a.bias"].grad = None
+    update.step(1e-2)
+    assert sorted(update.state()) == sorted(
         f"{name}/{key}"
         for name in ("embed_tokens.weight", "a.weight", "norm.weight")
         for key in ("step", "exp_avg", "exp_avg_sq")
@@ -278,13 +222,10 @@ def test_state_is_named_by_what_is_trained() -> None:
         (lambda state: state.update({"a.weight/exp_avg": torch.zeros(3, 5)}), r"has shape \(3, 5\), expected \(5, 3\)"),
     ],
 )
-def test_state_that_does_not_fit_is_refused(harm: Callable[[dict[str, Tensor]], object], message: str) -> None:
-    tensors = some_tensors()
-    optimizer = adamw(tensors, Optim(lr=1e-2))
-    run(tensors, optimizer, range(1))
-    state = dict(optimizer_tensors(optimizer, tensors))
-    before = save(optimizer_tensors(optimizer, tensors))
+def test_state_that_does_not_fit_is_named(harm: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    update = Update(some_tensors(), Optim(lr=1e-2))
+    run(update, range(1))
+    state = dict(update.state())
     harm(state)
     with pytest.raises(CheckpointError, match=message):
-        load_optimizer_tensors(optimizer, tensors, state)
-    assert save(optimizer_tensors(optimizer, tensors)) == before
+        update.load(state)

@@ -31,11 +31,13 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
     """
-    recipe, plan, attachment, optimizer = setup.recipe, setup.plan, setup.attachment, setup.optimizer
+    recipe, plan, attachment, update = setup.recipe, setup.plan, setup.attachment, setup.update
     for step in range(start + 1, setup.total_steps + 1):
         begun = time.perf_counter()
         torch.manual_seed(_step_seed(recipe.seed, step))
         setup.model.train()
+        if update.begin():
+            attachment.publish()
         passes = plan.step(step)
         num_targets = sum(float(setup.rows.store.denominators[i]) for rows in passes for i in rows)
         losses = []
@@ -49,10 +51,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate_factor"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update.step(lr)
         attachment.publish()
 
         seconds = time.perf_counter() - begun

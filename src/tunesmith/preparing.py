@@ -28,7 +28,7 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
 from tunesmith.models.size import ModelSize, size
-from tunesmith.optim import adamw, kernel
+from tunesmith.optim import Update, check_installed
 from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
@@ -61,7 +61,7 @@ class Setup:
     task: Task
     head: HeadName
     attachment: Attachment
-    optimizer: torch.optim.Optimizer
+    update: Update
     rows: Rows
     feed: Feed
     """Passes of `rows.store`."""
@@ -116,12 +116,13 @@ def prepare(
     num_parameters = model.num_parameters()
     layout, padding_notes = _layout(model, rows, start)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
+    update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
     samples, sample_notes = _samples(recipe, start, rows)
     return Setup(
         recipe=recipe,
-        choices=[*start.choices, *rows.choices, *more, kernel(attachment.trained)],
+        choices=[*start.choices, *rows.choices, *more, update.describe()],
         notes=[*start.notes, *rows.notes, *far_numbers(rows), *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
@@ -131,7 +132,7 @@ def prepare(
         task=bind(known(recipe.task), rows.labels),
         head=start.head,
         attachment=attachment,
-        optimizer=adamw(attachment.trained, recipe.optim, factors=attachment.rate_factors),
+        update=update,
         rows=rows,
         **_feeds(rows, recipe, start, model, layout),
         plan=plan,
@@ -161,6 +162,7 @@ class _Start:
 def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
     name, chained = start_from(recipe.model, root=root, offline=offline)
     recipe = recipe.model_copy(update={"model": name})
+    check_installed(recipe.optim)
     notes = [chained] if chained else []
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)

@@ -18,7 +18,7 @@ from tunesmith import checkpoint
 from tunesmith.loop import training_steps
 from tunesmith.methods import restore
 from tunesmith.models.agreement import TOLERANCES, ragged_agrees
-from tunesmith.optim import adamw, load_optimizer_tensors, optimizer_tensors
+from tunesmith.optim import Update
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.read import validate
@@ -112,14 +112,14 @@ def _accumulation(setup: Setup) -> Proof:
 def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     store = setup.rows.store
     count = sum(float(store.denominators[i]) for rows in passes for i in rows)
-    setup.optimizer.zero_grad(set_to_none=True)
+    setup.update.drop_gradients()
     setup.model.eval()  # no dropout: it would differ between the two ways
     for rows in passes:
         batch = setup.feed.batch(rows, draw=0)
         (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}
-    setup.optimizer.zero_grad(set_to_none=True)
+    setup.update.drop_gradients()
     return gradients
 
 
@@ -131,7 +131,7 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
     _restart(setup, fresh, {})
     losses = _run(setup, start=0, stop=STEPS // 2)
-    state = optimizer_tensors(setup.optimizer, setup.attachment.trained)
+    state = setup.update.state()
     checkpoint.save(folder / "checkpoints", STEPS // 2, weights=setup.attachment.trained, optimizer=state, state={})
     _restart(setup, fresh, {})
     saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
@@ -147,9 +147,8 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     restore(setup.attachment, weights)
-    setup.optimizer = adamw(setup.attachment.trained, setup.recipe.optim, factors=setup.attachment.rate_factors)
-    if optimizer:
-        load_optimizer_tensors(setup.optimizer, setup.attachment.trained, optimizer)
+    setup.update = Update(setup.attachment.trained, setup.recipe.optim, factors=setup.attachment.rate_factors)
+    setup.update.load(optimizer)
 
 
 def _run(setup: Setup, *, start: int, stop: int) -> list[float]:

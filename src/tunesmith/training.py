@@ -22,7 +22,6 @@ from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
 from tunesmith.methods import METHODS, restore
-from tunesmith.optim import load_optimizer_tensors, optimizer_tensors
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.show import as_yaml
@@ -85,7 +84,7 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
             session.emit("note", {"text": text})
         if newest:
             restore(setup.attachment, newest.weights)
-            load_optimizer_tensors(setup.optimizer, setup.attachment.trained, newest.optimizer)
+            setup.update.load(newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
         _drive(session, fresh=newest is None)
     return run
@@ -216,7 +215,7 @@ def _save(session: Session) -> None:
         run.checkpoints_path,
         step,
         weights=setup.attachment.trained,
-        optimizer=optimizer_tensors(setup.optimizer, setup.attachment.trained),
+        optimizer=setup.update.state(),
         state={"progress": asdict(session.progress), "identity": setup.identity},
     )
     session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})

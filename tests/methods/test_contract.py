@@ -20,7 +20,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
-from tunesmith.optim import adamw
+from tunesmith.optim import Update
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim, Section
 from tunesmith.types import Attachment, Labels
 
@@ -63,14 +63,13 @@ def loss_of(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 
 def train(model: PreTrainedModel, attachment: Attachment, *, steps: int = 3) -> None:
-    optimizer = adamw(attachment.trained, Optim(lr=1e-2))
+    update = Update(attachment.trained, Optim(lr=1e-2))
     for step in range(steps):
         ids = torch.randint(1, VOCAB, (8, 64), generator=torch.Generator().manual_seed(step))
         ids[:, 0] = torch.arange(8) + 64 * step + 1
         loss_of(model, ids).backward()
         attachment.collect_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        update.step(1e-2)
         attachment.publish()
 
 
@@ -169,14 +168,13 @@ def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.
     attachment = method.attach(model, SETTINGS[method.name], seed=0)
     ids = torch.arange(16)[None]
     losses = []
-    optimizer = adamw(attachment.trained, Optim(lr=1e-2))
+    update = Update(attachment.trained, Optim(lr=1e-2))
     for _ in range(20):
         loss = F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:])
         losses.append(loss.item())
         loss.backward()
         attachment.collect_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        update.step(1e-2)
         attachment.publish()
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.5)  # a random model guesses
     assert losses[-1] < losses[0] - 0.5

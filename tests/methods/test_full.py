@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.methods.full import attach, load_result
-from tunesmith.optim import adamw
+from tunesmith.optim import Update
 from tunesmith.recipe.knobs import FullMethod, Optim
 
 VOCAB = 61
@@ -62,13 +62,12 @@ def mean_move_of_ten_steps(attach_to: Callable, dtype: torch.dtype) -> tuple[flo
     model = OneWeight((torch.randn(20_000, generator=generator) * 0.02).to(dtype))
     attachment = attach_to(model)
     before = attachment.trained["weight"].detach().clone()
-    optimizer = adamw(attachment.trained, Optim(lr=1e-5))
+    update = Update(attachment.trained, Optim(lr=1e-5))
     for _ in range(10):
         pull = torch.randn(20_000, generator=generator).abs() + 1.0  # one sign: ten steps of the whole rate
         (model.weight * pull.to(dtype)).sum().backward()
         attachment.collect_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        update.step(1e-5)
         attachment.publish()
     moved = (attachment.trained["weight"].detach().float() - before.float()).abs()
     return (moved > 0).float().mean().item(), moved.mean().item()

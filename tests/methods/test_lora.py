@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
-from tunesmith.optim import adamw
+from tunesmith.optim import Update
 from tunesmith.recipe.knobs import LoraMethod, Optim
 
 VOCAB = 61
@@ -302,7 +302,7 @@ def test_loraplus_gives_b_its_own_rate() -> None:
     randomise(attachment)
     backward(attachment.model, attachment)
     before = {name: tensor.detach().clone() for name, tensor in attachment.trained.items()}
-    adamw(attachment.trained, Optim(lr=1e-3), factors=attachment.rate_factors).step()
+    Update(attachment.trained, Optim(lr=1e-3), factors=attachment.rate_factors).step(1e-3)
     for name, tensor in attachment.trained.items():
         # AdamW's first step moves every number by its rate, whatever the gradient's size.
         length = (tensor - before[name]).abs().median().item()

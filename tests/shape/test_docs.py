@@ -42,10 +42,10 @@ def tables() -> list[tuple[str, str, str]]:
     """(table, row, docs page that has to have a heading or a table row for it)."""
     from tunesmith.data.formats import FORMATS
     from tunesmith.methods import METHODS
-    from tunesmith.optim import SCHEDULES
+    from tunesmith.optim import OPTIMIZERS, SCHEDULES
     from tunesmith.tasks import TASKS
 
-    names = {"METHODS": METHODS, "TASKS": TASKS, "FORMATS": FORMATS, "SCHEDULES": SCHEDULES}
+    names = {"METHODS": METHODS, "TASKS": TASKS, "FORMATS": FORMATS, "SCHEDULES": SCHEDULES, "OPTIMIZERS": OPTIMIZERS}
     return [(table, str(getattr(row, "NAME", row)), table.lower()) for table, rows in names.items() for row in rows]
 
 

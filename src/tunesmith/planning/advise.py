@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
 from tunesmith.models import machine
+from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
@@ -151,6 +152,12 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    rate, reason = _rate_of_adamw(recipe, facts)
+    times, source = OPTIMIZERS[recipe.optim.name].rate
+    return float(f"{rate * times:.3g}"), f"{reason}; {source}" if source else reason
+
+
+def _rate_of_adamw(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     if facts.kind != "causal" and recipe.method.name == "full":
         rate = 1e-4 if facts.num_parameters < 50e6 else 3e-5 if facts.kind == "encoder" else 1e-4
         return rate, f"usual for full tuning of an {facts.kind.replace('_', '–')} of this size"

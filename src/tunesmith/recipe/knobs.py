@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, LoraMethod, Method
+from tunesmith.recipe.optim_knobs import Optim
 from tunesmith.recipe.sections import Auto, Fraction, Positive, Section
 
-__all__ = ["METHOD_KNOBS", "AutoMethod", "FullMethod", "LoraMethod", "Method", "Recipe", "Section", "known"]
+__all__ = ["METHOD_KNOBS", "AutoMethod", "FullMethod", "LoraMethod", "Method", "Optim", "Recipe", "Section", "known"]
 
 T = TypeVar("T")
 
@@ -89,27 +90,6 @@ class Data(Section):
         if isinstance(entries, (list, tuple)):
             return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
         return value
-
-
-class Optim(Section):
-    """The update: AdamW and the rate of each step."""
-
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
-    lr: Annotated[float, Field(gt=0)] | Auto = "auto"
-    """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the rate after warm-up; linear and cosine end at zero after the last step."""
-    warmup: Annotated[float, Field(ge=0)] = 0.05
-    """Warm-up: below 1 a share of all steps, from 1 up a number of steps. The first step's rate is not zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; never on norms, biases and embeddings."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second mean, so that no update divides by zero."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null never clips."""
 
 
 class Train(Section):

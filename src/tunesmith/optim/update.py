@@ -1,0 +1,200 @@
+"""One update of everything that is trained: which optimizer takes which tensor, decay, clipping, and state by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import CheckpointError
+from tunesmith.optim.table import OPTIMIZERS, Groups, Optimizer, Slot, is_embedding
+from tunesmith.recipe.knobs import Optim, known
+from tunesmith.types import Choice
+
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
+
+
+def decays(name: str, tensor: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases (one axis) nor to embeddings (by name)."""
+    return tensor.ndim > 1 and not is_embedding(name)
+
+
+@torch.no_grad()
+def clip_(tensors: Iterable[Tensor], max_norm: float | None) -> float:
+    """Scale gradients so that their global 2-norm is at most `max_norm`; the norm before, float32.
+
+    Gradients are left as they are when `max_norm` is None or the norm is not finite, which the caller must look at.
+    """
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    if not grads:
+        return 0.0
+    norm = float(torch.nn.utils.get_total_norm(grads))
+    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
+
+
+def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mapping[str, float] = NO_FACTORS) -> Groups:
+    """`trained` in groups of one weight decay and one `rate_factor`, by which the rate of every step is multiplied.
+
+    `factors`: of the tensors that have another factor than 1, by name.
+    """
+    members: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
+    for name, tensor in trained.items():
+        members.setdefault((decays(name, tensor), factors.get(name, 1.0)), []).append((name, tensor))
+    return [
+        {
+            "params": members[decay, factor],
+            "weight_decay": optim.weight_decay if decay else 0.0,
+            "lr": known(optim.lr) * factor,
+            "rate_factor": factor,
+        }
+        for decay, factor in sorted(members, key=lambda key: (not key[0], key[1]))
+    ]
+
+
+class Update:
+    """The optimizer that the recipe names over the tensors it takes, and AdamW over the others.
+
+    Between two steps the tensors hold the weights that are evaluated and saved. Schedule-free takes its gradients
+    elsewhere: `begin` goes there, `step` comes back. What a step does follows from the tensors, the state and the rate.
+    """
+
+    def __init__(
+        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS
+    ) -> None:
+        self.trained = trained
+        chosen, others = OPTIMIZERS[optim.name], OPTIMIZERS["adamw"]
+        shares: dict[str, list[str]] = {chosen.name: [], others.name: []}
+        for name, tensor in trained.items():
+            shares[chosen.name if chosen.takes(name, tensor) else others.name].append(name)
+        self.parts: list[tuple[Optimizer, list[str], torch.optim.Optimizer]] = [
+            (row, names, row.build(parameter_groups({name: trained[name] for name in names}, optim, factors), optim))
+            for row, names in ((OPTIMIZERS[key], names) for key, names in shares.items())
+            if names
+        ]
+
+    def begin(self) -> bool:
+        """Go where the gradient of the next step is taken; whether the tensors changed, so that they are published."""
+        return self._switch("train")
+
+    def step(self, lr: float) -> None:
+        """Update everything that has a gradient, and drop the gradients."""
+        for _, _, optimizer in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate_factor"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._switch("eval")
+
+    def drop_gradients(self) -> None:
+        for _, _, optimizer in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _switch(self, mode: str) -> bool:
+        switches = [getattr(optimizer, mode) for _, _, optimizer in self.parts if hasattr(optimizer, mode)]
+        for switch in switches:
+            switch()
+        return bool(switches)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything kept from step to step, not copied: `<name of the trained tensor>/<part>` and
+        `<optimizer>/<number of the group>/<counter>`.
+
+        Empty before the first update; a tensor that never had a gradient has no entries.
+        """
+        found: dict[str, Tensor] = {}
+        for row, names, optimizer in self.parts:
+            begun = [name for name in names if optimizer.state.get(self.trained[name])]
+            for name in begun:
+                kept, slots = optimizer.state[self.trained[name]], row.state(self.trained[name])
+                found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in slots}
+            if begun:
+                found |= {key: _as_tensor(value) for key, value in _counters(row, optimizer).items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, bit for bit.
+
+        Raises:
+            CheckpointError: a name that is unknown or misses a part, or a shape that does not fit; nothing was changed.
+        """
+        left = dict(tensors)
+        states: list[dict[Tensor, dict[str, Any]]] = []
+        numbers: list[dict[str, Any]] = []
+        for row, names, optimizer in self.parts:
+            states.append({})
+            for name in names:
+                tensor = self.trained[name]
+                slots = row.state(tensor)
+                parts = {key: left.pop(f"{name}/{key}") for key in slots if f"{name}/{key}" in left}
+                if parts:
+                    _require_fit(name, parts, slots)
+                    placed = {key: _placed(parts[key], slot, tensor) for key, slot in slots.items()}
+                    states[-1][tensor] = {**row.constants(optimizer, tensor), **placed}
+            wanted = _counters(row, optimizer) if states[-1] else {}
+            if missing := sorted(wanted.keys() - left.keys()):
+                raise CheckpointError(f"optimizer state: {missing[0]} is missing")
+            numbers.append({key: left.pop(key).item() for key in wanted})
+        if left:
+            raise CheckpointError(f"optimizer state: nothing trained has the name {min(left)} ({len(left)} in all)")
+        for (_, _, optimizer), state, counted in zip(self.parts, states, numbers, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for key, value in counted.items():
+                _, at, counter = key.split("/")
+                optimizer.param_groups[int(at)][counter] = value
+
+    def describe(self) -> Choice:
+        """Whose code computes the update, which optimizer takes how much, and what its state weighs."""
+        device = next(iter(self.trained.values())).device.type
+        row = self.parts[0][0]
+        value, reason = row.kernel(device)
+        total = sum(tensor.numel() for tensor in self.trained.values())
+        shares = [
+            f"{part.name} takes {sum(self.trained[name].numel() for name in names) / total:.0%} of the trained weights"
+            for part, names, _ in self.parts
+        ]
+        split = f"; {', '.join(shares)}" if len(shares) > 1 else ""
+        return Choice(
+            "optim.kernel", value, f"{reason}{split}; {self.state_bytes() / total:.2f} bytes of state a weight"
+        )
+
+    def state_bytes(self) -> int:
+        """What the state weighs after the first update of every tensor."""
+        slots = (
+            slot for row, names, _ in self.parts for name in names for slot in row.state(self.trained[name]).values()
+        )
+        return sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots if slot.place != "number")
+
+
+def _counters(row: Optimizer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    groups = enumerate(optimizer.param_groups)
+    return {f"{row.name}/{at}/{key}": group[key] for at, group in groups for key in row.counters}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _require_fit(name: str, parts: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
+    for key, slot in slots.items():
+        if key not in parts:
+            raise CheckpointError(f"optimizer state: {name}/{key} is missing")
+        if parts[key].shape != slot.shape or parts[key].dtype != slot.dtype:
+            raise CheckpointError(
+                f"optimizer state: {name}/{key} has shape {tuple(parts[key].shape)}, expected {tuple(slot.shape)}"
+            )
+
+
+def _placed(part: Tensor, slot: Slot, tensor: Tensor) -> Any:
+    if slot.place == "number":
+        return part.item()
+    return part.detach().clone().to(tensor.device if slot.place == "beside" else "cpu")
