@@ -109,7 +109,7 @@ def test_resume_test_catches_a_fresh_optimizer(reference, monkeypatch):  # trap:
     with pytest.raises(Stopped):
         train(straight.recipe(), root=folder / "planted-optimizer", listener=stop_at(3))
     run = runs(folder / "planted-optimizer")[-1]
-    monkeypatch.setattr("tunesmith.training.load_optimizer_tensors", lambda *args: None)
+    monkeypatch.setattr("tunesmith.optim.Update.load", lambda self, tensors: None)
     resume(run)
     with pytest.raises(AssertionError):
         same_run(run, straight)

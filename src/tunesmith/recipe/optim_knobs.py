@@ -13,7 +13,7 @@ from tunesmith.recipe.sections import Auto, Fraction, Section
 T = TypeVar("T")
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "adafactor", "muon", "schedule_free"]
 _ADAM = {"schedule": "linear", "betas": (0.9, 0.999), "eps": 1e-8}
-USUAL: Mapping[OptimizerName, Mapping[str, Any]] = MappingProxyType(
+USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "adamw": _ADAM,
         "adamw_8bit": _ADAM,
