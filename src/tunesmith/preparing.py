@@ -95,16 +95,7 @@ def prepare(
     """
     start = _begin(recipe, root=root, offline=offline)
     recipe = start.recipe
-    rows = encode_rows(
-        recipe.data,
-        start.renderer,
-        places=_places(root, run),
-        max_held=recipe.evaluation.max_rows,
-        task=known(recipe.task),
-        class_weights=recipe.train.class_weights,
-        own_classes=start.own_classes,
-        on_progress=on_progress,
-    )
+    rows = _rows(recipe, start, _places(root, run), on_progress)
     recipe = reduce(with_choice, rows.choices, recipe)
     _check_evaluation(recipe, start.head, rows)
     facts = Facts(start.size.num_params, recipe.device, start.kind, rows.store.lengths[rows.train_rows])
@@ -180,6 +171,19 @@ def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
         head=head,
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
         renderer=make_renderer(recipe, tokenizer, kind),
+    )
+
+
+def _rows(recipe: Recipe, start: _Start, places: Places, on_progress: OnProgress) -> Rows:
+    return encode_rows(
+        recipe.data,
+        start.renderer,
+        places=places,
+        max_held=recipe.evaluation.max_rows,
+        task=known(recipe.task),
+        class_weights=recipe.train.class_weights,
+        own_classes=start.own_classes,
+        on_progress=on_progress,
     )
 
 
