@@ -96,10 +96,19 @@ def ragged_pass() -> Iterator[Trace]:
         _TRACE.reset(token)
 
 
+def trace_call(window: int | None) -> Trace | None:
+    """Note a call of an attention in the open ragged pass; None outside of one."""
+    trace = _TRACE.get()
+    if trace is not None:
+        trace.calls += 1
+        trace.windows.add(window)
+    return trace
+
+
 def register() -> None:
     """Make the attention known to transformers under NAME; calling it again changes nothing."""
     AttentionInterface.register(NAME, ragged_attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, mask)
 
 
 def use_ragged(model: PreTrainedModel) -> None:
@@ -108,7 +117,7 @@ def use_ragged(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
-def _mask(*args: Any, **settings: Any) -> Tensor | None:
+def mask(*args: Any, **settings: Any) -> Tensor | None:
     """The mask that sdpa would get, or none in a ragged pass, where T × T would be built to be thrown away."""
     trace = _TRACE.get()
     if trace is None:
@@ -141,13 +150,10 @@ def ragged_attention(
     if others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise UnsupportedAttentionError("its attention has sinks or position biases")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    trace = _TRACE.get()
-    if trace is not None:
-        trace.calls += 1
-        trace.windows.add(sliding_window)
+    trace = trace_call(sliding_window)
     if segments is not None and sliding_window is not None and not causal:
         raise UnsupportedAttentionError("its attention looks a limited way in both directions")
-    how = _How(causal, dropout, scaling, sliding_window, softcap)
+    how = How(causal, dropout, scaling, sliding_window, softcap)
     if segments is None:
         if trace is not None:
             raise UnsupportedAttentionError("it does not hand on to its attention where the rows are")
@@ -162,7 +168,9 @@ def ragged_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class How:
+    """How scores become weights."""
+
     causal: bool
     dropout: float
     scaling: float | None
@@ -170,7 +178,7 @@ class _How:
     softcap: float | None
 
 
-def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, segments: Segments, how: _How) -> Tensor:
+def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, segments: Segments, how: How) -> Tensor:
     """[1, T, H, D]: stretches of short rows by grouped products, others by one kernel call for each run of them."""
     products = grouped.can(query_1HTD, value_1HTD, dropout=how.dropout, softcap=how.softcap)
     longest = min(grouped.LONGEST, how.window or grouped.LONGEST) if products else 0
@@ -189,12 +197,12 @@ def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, segments:
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
-def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, segments: Segments, how: _How) -> Tensor:
+def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, segments: Segments, how: How) -> Tensor:
     length = q_SHLD.shape[2]
     window = how.window if how.causal and how.window is not None and how.window < length else None
     if how.softcap is not None:
         mask_LL = segments.band(length, length, window or length) if how.causal else None
-        return _spelled_out(q_SHLD, k_SHLD, v_SHLD, mask_LL, how)
+        return spelled_out(q_SHLD, k_SHLD, v_SHLD, mask_LL, how)
     gqa = q_SHLD.shape[1] != k_SHLD.shape[1]
     if window is None:
         return F.scaled_dot_product_attention(
@@ -218,16 +226,16 @@ def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, segments: Segments, 
     return torch.cat(out, dim=2)
 
 
-def _plain_capped(query_BHQD: Tensor, key_BHKD: Tensor, value_BHKD: Tensor, mask: Tensor | None, how: _How) -> Tensor:
+def _plain_capped(query_BHQD: Tensor, key_BHKD: Tensor, value_BHKD: Tensor, mask: Tensor | None, how: How) -> Tensor:
     """[B, Q, H, D]: what sdpa would do if it knew softcap. `mask` is sdpa's: boolean, or None for "causal, in full"."""
     num_queries = query_BHQD.shape[2]
     if mask is None and how.causal and num_queries > 1:
         key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
         mask = query_BHQD.new_ones(num_queries, num_queries, dtype=torch.bool).tril()
-    return _spelled_out(query_BHQD, key_BHKD, value_BHKD, mask, how).transpose(1, 2)
+    return spelled_out(query_BHQD, key_BHKD, value_BHKD, mask, how).transpose(1, 2)
 
 
-def _spelled_out(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_QK: Tensor | None, how: _How) -> Tensor:
+def spelled_out(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_QK: Tensor | None, how: How) -> Tensor:
     """[B, H, Q, D]: softmax(q k' · scaling) v, with scores in float32, and squashed to softcap · tanh(score / softcap).
 
     Sources: Vaswani et al. 2017, section 3.2.1; for softcap Gemma 2 (2024), section 2.

@@ -1,0 +1,201 @@
+"""Answers written together are those written alone, whoever comes and goes beside them."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from inference.batches import RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
+from tunesmith.inference import cache
+from tunesmith.inference.adapters import Adapters, SharedLinear
+from tunesmith.inference.batch import Batch
+from tunesmith.inference.choosing import How
+from tunesmith.inference.decoder import Apart, Together
+from tunesmith.methods.lora import lora_forward_reference
+
+WHO = (None, *RUNS)
+TOGETHER = (
+    "llama", "gpt2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "opt", "gpt_neox", "smollm3", "cohere",
+)  # fmt: skip
+
+
+# trap: A6, A7, A11
+def assert_ragged_answers_are_those_alone(arch: str, make: Callable[[str], Any], seed: int) -> None:
+    """Asks of three models join at random times, some leave, and each answer is that of `generation.answer` alone."""
+    draw = random.Random(seed)
+    batch = Batch(make(arch), streams=5)
+    asked: dict[int, tuple[str | None, tuple[int, ...], int]] = {}
+    heard: dict[int, Heard] = defaultdict(Heard)
+    gone: set[int] = set()
+    coming = [(draw.choice(WHO), prompt, draw.choice((1, 4, 24))) for prompt in prompts(12, seed=seed)]
+    while coming or batch.is_busy:
+        while coming and draw.random() < 0.4:
+            key = len(asked)
+            asked[key] = coming.pop()
+            adapter, prompt, most = asked[key]
+            batch.add(job(key, prompt, adapter=adapter, max_new_tokens=most))
+        if asked and draw.random() < 0.05:
+            gone.add(draw.randrange(len(asked)))
+            batch.cancel(max(gone))
+        hear(batch.step(), heard)
+    for key, (adapter, prompt, most) in asked.items():
+        if key not in gone:
+            assert heard[key].begun == len(prompt)
+            assert heard[key].answer() == alone(arch, adapter, prompt, most), (key, adapter)
+    assert len({heard[key].texts[0] for key in asked}) > len(asked) // 2
+    assert batch.running == 0
+
+
+@pytest.fixture
+def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools of 4, 8, 16, ... tokens, so that texts move between them, and prompts that are read in parts."""
+    monkeypatch.setattr(cache, "SMALLEST", 4)
+    monkeypatch.setattr("tunesmith.inference.batch.FILL_TOKENS", 7)
+    monkeypatch.setattr("tunesmith.inference.batch.FILL_TOKENS_ALONE", 16)
+
+
+@pytest.mark.usefixtures("small_rooms")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("arch", TOGETHER)
+def test_answers_together_are_those_alone(arch: str, seed: int) -> None:
+    assert_ragged_answers_are_those_alone(arch, decoder, seed)
+
+
+@pytest.mark.usefixtures("small_rooms")
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "bloom", "falcon", "t5", "bart"])
+def test_answers_apart_are_those_alone(arch: str) -> None:
+    assert_ragged_answers_are_those_alone(arch, lambda arch: decoder(arch, Apart), 0)
+
+
+def with_one_adapter_for_all(arch: str) -> Together:
+    """The planted bug: the first adapter answers for everyone."""
+
+    class First(Adapters):
+        def serving(self, names: Any) -> Any:
+            return super().serving(["first"] * len(names))
+
+    model = sharp(arch)
+    adapters = First(model)
+    for name in RUNS:
+        adapters.take(name, adapt(model, name))
+    adapters.install()
+    return Together(model, adapters)
+
+
+def with_adapters_ignored(arch: str) -> Any:
+    """The planted bug: names of layers do not fit, and nothing says so."""
+    made = decoder(arch)
+    for module in made.model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, SharedLinear):
+            module.paths = {}
+    return made
+
+
+def with_the_scale_lost(arch: str) -> Any:
+    """The planted bug: alpha / rank is 1."""
+    made = decoder(arch)
+    for module in made.model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, SharedLinear):
+            module.paths = {name: type(path)(path.a_RI, path.b_OR, 1.0) for name, path in module.paths.items()}
+    return made
+
+
+@pytest.mark.usefixtures("small_rooms")
+@pytest.mark.parametrize("planted", [with_one_adapter_for_all, with_adapters_ignored, with_the_scale_lost])
+def test_the_test_sees_wrong_adapters(planted: Callable[[str], Any]) -> None:
+    with pytest.raises(AssertionError):
+        assert_ragged_answers_are_those_alone("llama", planted, 0)
+
+
+@pytest.mark.usefixtures("small_rooms")
+@pytest.mark.parametrize("arch", ["llama", "mistral"])
+def test_the_test_sees_a_row_that_reads_too_far(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bugs: rows of a pool read what lies behind them, or before their window."""
+
+    def everything(rows: Any, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if arch == "llama" else own(rows, None, dtype)
+
+    own = cache.Rows.mask
+    monkeypatch.setattr(cache.Rows, "mask", everything)
+    with pytest.raises(AssertionError):
+        assert_ragged_answers_are_those_alone(arch, decoder, 0)
+
+
+def test_a_row_moved_into_a_hole_keeps_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: the last row takes the place of one that has ended, and leaves its keys behind."""
+
+    def without_keys(pool: Any, row: int) -> None:
+        last = pool.lanes.pop()
+        if row != len(pool.lanes):
+            pool.lanes[row], last.row = last, row
+
+    monkeypatch.setattr(cache.Pool, "free", without_keys)
+    with pytest.raises(AssertionError):
+        assert_ragged_answers_are_those_alone("llama", decoder, 0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bart"])
+def test_answers_of_one_ask_share_its_prompt_and_differ(arch: str) -> None:
+    kind = Apart if arch == "bart" else Together
+    [prompt] = prompts(1)
+    how = How(temperature=5.0, seed=7)
+    found = run(Batch(decoder(arch, kind), streams=4), job(0, prompt, how=how, n=3))[0]
+    assert len({found.texts[i] for i in range(3)}) == 3
+    greedy = run(Batch(decoder(arch, kind), streams=4), job(0, prompt, n=3))[0]
+    assert {greedy.answer(i) for i in range(3)} == {alone(arch, None, prompt, 64)}
+
+
+def test_the_same_seed_answers_the_same_in_company() -> None:
+    made = prompts(6)
+    how = How(temperature=2.0, top_p=0.9, seed=11)
+    by_itself = run(Batch(decoder("llama"), streams=8), job(0, made[0], how=how))[0]
+    others = [job(key, made[key], how=How(temperature=1.0), adapter="first") for key in range(1, 6)]
+    in_company = run(Batch(decoder("llama"), streams=8), *others, job(0, made[0], how=how))[0]
+    assert in_company.texts == by_itself.texts
+    other_seed = run(Batch(decoder("llama"), streams=8), job(0, made[0], how=How(temperature=2.0, seed=12)))[0]
+    assert other_seed.texts != by_itself.texts
+
+
+def test_asks_wait_for_a_place_in_their_order() -> None:
+    batch = Batch(decoder("llama"), streams=2)
+    for key, prompt in enumerate(prompts(4)):
+        batch.add(job(key, prompt, max_new_tokens=3, n=2 if key == 1 else 1))
+    begun: list[int] = []
+    while batch.is_busy:
+        begun += [key for key, told in batch.step() if type(told).__name__ == "Begun"]
+        assert batch.running <= 2
+    assert begun == [0, 1, 2, 3]
+
+
+def test_numbers_that_are_not_finite_end_the_ask_and_no_other() -> None:
+    made = decoder("llama")
+    model: Any = made.model  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[300] = float("nan")
+    found = run(Batch(made, streams=4), job(0, [301, 300], n=2), job(1, [301, 302], max_new_tokens=5))
+    assert found[0].refused is not None
+    assert (found[0].refused.status, found[0].refused.code) == (500, "non_finite")
+    assert not found[0].ended
+    assert found[1].answer() == alone("llama", None, (301, 302), 5)
+
+
+def test_a_shared_layer_is_each_tokens_own_adapter() -> None:
+    """Token by token through the reference of `methods.lora`, with tokens of all adapters mixed."""
+    made: Any = decoder("llama")
+    layer = next(module for module in made.model.modules() if isinstance(module, SharedLinear))
+    x_TI = torch.randn(9, layer.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    names = [WHO[i % 3] for i in range(9)]
+    with made._adapters.serving(names), torch.no_grad():
+        found_TO = layer(x_TI[None])[0]
+        for x_I, name, y_O in zip(x_TI, names, found_TO, strict=True):
+            path = layer.paths.get(name or "")
+            expected_O = layer.base(x_I)
+            if path is not None:
+                base: Any = layer.base
+                expected_O = lora_forward_reference(x_I, base.weight, base.bias, path.a_RI, path.b_OR, scale=path.scale)
+            torch.testing.assert_close(y_O, expected_O, rtol=1e-5, atol=1e-5)  # float32, sums in another order
