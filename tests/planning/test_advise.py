@@ -21,7 +21,8 @@ def decided(rows: int, **recipe):
         (500, {}, 341),  # two epochs of 32 steps of 16
         (5810, {"train": {"epochs": 1}}, 1941),  # 364 steps of 16
         (5810, {"train": {"epochs": 3}}, 5810),
-        (5810, {"train": {"max_steps": 3}}, 200),  # a short run still looks at some
+        (5810, {"train": {"max_steps": 20}}, 200),  # 320 rows were seen
+        (5810, {"train": {"max_steps": 3}}, 48),  # looking at more than was learnt from would take longer than learning
     ],
 )
 def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, looked_at):

@@ -48,7 +48,7 @@ TEXT_TOKENS = 1024
 TEXT_STEP_TOKENS = 4096
 """Learnt tokens of an update for task text."""
 FEW_LOOKS = 200
-"""Training rows that are looked at afterwards in any case."""
+"""Training rows that are looked at afterwards even if that is more than a third of those trained on."""
 UNBOUNDED_TOKENS = 512
 """Longest row for a model that names no limit, as T5 was trained."""
 
@@ -215,7 +215,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows_per_step, rows = recipe.train.rows_per_step, len(facts.lengths_I)
     assert rows_per_step != "auto"
     seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
-    most = min(rows, max(FEW_LOOKS, seen // 3))
+    most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     # A look is a forward pass, a half to a third of what training on a row costs.
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that looking stays short beside training"
 

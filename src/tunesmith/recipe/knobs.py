@@ -135,7 +135,7 @@ class Evaluation(Section):
     """Measure before and after how well a causal model still does on general text and instructions."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Most training rows looked at afterwards for those that the tuned model finds least likely. auto: a third of the
-    rows trained on, each counted as often as it was seen, and at least 200."""
+    rows trained on, each counted as often as it was seen, or 200 of them if that is more."""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Evaluation:
