@@ -43,7 +43,8 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         losses = []
         for rows in passes:
             batch = setup.feed.batch(rows, draw=step)
-            loss_sum = setup.task.loss_sum(setup.model, batch)
+            with setup.noise.on(setup.model, batch, step):
+                loss_sum = setup.task.loss_sum(setup.model, batch)
             (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
             attachment.collect_gradients()
             losses.append(loss_sum.detach())

@@ -27,6 +27,7 @@ from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
+from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import Update, check_installed
 from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
@@ -59,6 +60,7 @@ class Setup:
     """Weights of the model itself, its head among them."""
     renderer: Renderer
     task: Task
+    noise: EmbeddingNoise
     head: HeadName
     attachment: Attachment
     update: Update
@@ -120,7 +122,8 @@ def prepare(
         room=start.size.max_tokens,
         num_parameters=num_parameters,
         renderer=start.renderer,
-        task=bind(known(recipe.task), rows.labels),
+        task=bind(known(recipe.task), rows.labels, recipe.loss),
+        noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         head=start.head,
         attachment=attachment,
         update=update,

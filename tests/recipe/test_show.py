@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.recipe import read, show
@@ -47,6 +47,7 @@ RECIPES = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)  # writes a file: how long that takes is the machine's
 @given(RECIPES, st.booleans())
 def test_yaml_round_trip_is_exact(tmp_path_factory, data, comments):
     recipe = read.validate(data)

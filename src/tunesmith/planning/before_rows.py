@@ -45,6 +45,8 @@ def decide_before_rows(
     choose("data.too_long", lambda: advise.choose_too_long(task))
     if recipe.data.prompt is not None and task != "summarize":
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task}. Leave it out.")
+    if recipe.loss.neftune_alpha and kind == "encoder_decoder":
+        raise RecipeError("loss.neftune_alpha: is for models that read one text; this one reads two. Leave it out.")
     if task == "text" and kind == "causal":
         choose("data.stride", lambda: advise.choose_stride(known(recipe.data.max_tokens)))
     return recipe, choices

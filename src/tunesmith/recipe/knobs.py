@@ -15,7 +15,18 @@ from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, 
 from tunesmith.recipe.optim_knobs import Optim
 from tunesmith.recipe.sections import Auto, Fraction, Positive, Section
 
-__all__ = ["METHOD_KNOBS", "AutoMethod", "FullMethod", "LoraMethod", "Method", "Optim", "Recipe", "Section", "known"]
+__all__ = [
+    "METHOD_KNOBS",
+    "AutoMethod",
+    "FullMethod",
+    "LoraMethod",
+    "Loss",
+    "Method",
+    "Optim",
+    "Recipe",
+    "Section",
+    "known",
+]
 
 T = TypeVar("T")
 
@@ -90,6 +101,18 @@ class Data(Section):
         if isinstance(entries, (list, tuple)):
             return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
         return value
+
+
+class Loss(Section):
+    """What is added to the loss in training. It stays a sum over targets divided once, and held-out rows are measured
+    without any of it."""
+
+    label_smoothing: Fraction = 0.0
+    """Share of each target that is spread evenly over all tokens or classes."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune: uniform noise of at most alpha / √(tokens of the row · width) on every embedding; 5 is usual."""
 
 
 class Train(Section):
@@ -170,6 +193,7 @@ class Recipe(Section):
     """How weights change."""
     data: Data = Data()
     optim: Optim = Optim()
+    loss: Loss = Loss()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

@@ -45,6 +45,8 @@ OTHER_NAMES = {
     "save_total_limit": "checkpoint.keep",
     "dtype": "precision",
     "gradient_checkpointing": "train.checkpointed_layers",
+    "label_smoothing_factor": "loss.label_smoothing",
+    "neftune_noise_alpha": "loss.neftune_alpha",
 }
 """What other tools call a knob, for suggestions."""
 

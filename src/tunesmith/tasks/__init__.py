@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe.knobs import Loss
+from tunesmith.tasks._losses import PLAIN
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import classify
 from tunesmith.tasks.generate import GENERATE
@@ -23,10 +30,24 @@ TASKS: dict[TaskName, Task] = {
 """Those with classes are bound to them by `bind` before they are used."""
 
 
-def bind(name: TaskName, labels: Labels | None) -> Task:
-    """The task as it is trained: with the classes that its data has."""
+def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN) -> Task:
+    """The task as it is trained: with the classes that its data has, and with what `loss` adds in training; what is
+    measured stays the plain loss.
+
+    Raises:
+        RecipeError: what `loss` adds is not defined for such labels.
+    """
     if name not in _WITH_LABELS:
-        return TASKS[name]
-    if labels is None:
+        task = TASKS[name]
+    elif labels is None:
         raise AssertionError(f"{name} cannot be trained before its labels are decided")
-    return _WITH_LABELS[name](labels)
+    else:
+        task = _WITH_LABELS[name](labels)
+        for knob in ("label_smoothing", "z_loss"):
+            if labels.kind in ("many", "number") and getattr(loss, knob):
+                what = "numbers" if labels.kind == "number" else "classes of which several can hold"
+                raise RecipeError(f"loss.{knob}: is for one class of several; these labels are {what}. Leave it out.")
+    if not (loss.label_smoothing or loss.z_loss):
+        return task
+    loss_sum: Any = task.loss_sum
+    return replace(task, loss_sum=partial(loss_sum, loss=loss))

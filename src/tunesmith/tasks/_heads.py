@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunesmith.models.forward import sequence_logits, token_logits
+from tunesmith.recipe.knobs import Loss
+from tunesmith.tasks._losses import PLAIN, target_losses
 from tunesmith.types import Batch, Labels, Measured
 
 
-def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels) -> Tensor:
+def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:
     """Sum of the rows' losses: cross-entropy, binary cross-entropy over all classes, or squared error; float32."""
-    return _sequence_losses(sequence_logits(model, batch).float(), batch.targets_N, labels).sum()
+    return _sequence_losses(sequence_logits(model, batch).float(), batch.targets_N, labels, loss).sum()
 
 
 @torch.no_grad()
@@ -24,9 +26,9 @@ def sequence_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured
     return Measured(losses_N=_sequence_losses(logits_BC, batch.targets_N, labels), outputs_N=logits_BC)
 
 
-def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels) -> Tensor:
+def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:
     """Sum of the words' cross-entropies, each at the first piece of its word; float32."""
-    return _class_losses(token_logits(model, batch).float(), batch.targets_N, labels).sum()
+    return _class_losses(token_logits(model, batch), batch.targets_N, labels, loss).sum()
 
 
 @torch.no_grad()
@@ -37,16 +39,16 @@ def word_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured:
     return Measured(losses_N=losses_N, outputs_N=logits_NC.argmax(-1))
 
 
-def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels) -> Tensor:
+def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels, loss: Loss = PLAIN) -> Tensor:
     if labels.kind == "number":
         return (logits_BC[:, 0] - targets_B).square()
     if labels.kind == "many":
         return F.binary_cross_entropy_with_logits(logits_BC, targets_B, reduction="none").sum(-1)
-    return _class_losses(logits_BC, targets_B, labels)
+    return _class_losses(logits_BC, targets_B, labels, loss)
 
 
-def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels) -> Tensor:
-    losses_N = F.cross_entropy(logits_NC, targets_N, reduction="none")
+def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Loss = PLAIN) -> Tensor:
+    losses_N = target_losses(logits_NC, targets_N, loss)
     if labels.weights_C is None:
         return losses_N
     # Multiplied here and not inside cross_entropy, which divides by the weights of a pass instead of a step.
