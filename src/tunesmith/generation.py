@@ -67,7 +67,7 @@ def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequenc
         mask_BT[b, place] = 1
     out_BT = _generate(model, renderer, how, ids_BT, mask_BT)
     return [
-        _answer(renderer, [] if apart else prompt, row[1 if apart else longest :].tolist())
+        read_answer(renderer, [] if apart else prompt, row[1 if apart else longest :].tolist())
         for prompt, row in zip(prompts, out_BT, strict=True)
     ]
 
@@ -140,8 +140,9 @@ def as_answer(renderer: Renderer, text: str) -> str:
     return text if renderer.task_name in ("generate", "text") else text.strip()
 
 
-def _answer(renderer: Renderer, before: Sequence[int], ids: list[int]) -> Answer:
-    """`before`: what the answer goes on from, of which some tokenizers make the white space that it begins with."""
+def read_answer(renderer: Renderer, before: Sequence[int], ids: list[int]) -> Answer:
+    """Tokens that were written, as text. `before`: what the answer goes on from, of which some tokenizers make the
+    white space that it begins with."""
     end = next((i for i, token_id in enumerate(ids) if token_id in renderer.stop_ids), None)
     asked, whole = (
         renderer.tokenizer.decode([*before, *written], skip_special_tokens=True) for written in ([], ids[:end])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
-from tiny_tasks import task_recipe
+from tiny_tasks import rows_of, task_recipe, word_tokenizer
 from tunesmith.export import probe, verify
 from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
 from tunesmith.loading import make_renderer, run_labels
@@ -36,6 +37,10 @@ SHORT: dict[str, Any] = {
     "checkpoint": {"every": 9},
 }
 RESOLVED: dict[str, Any] = {"data": {"max_tokens": 64, "too_long": "error"}}
+LABELS: dict[str, dict[str, Any]] = {
+    "classify": {"labels": ["fruit", "place"], "label_kind": "one"},
+    "tag": {"labels": ["O", "B-PER", "B-LOC"]},
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "gemma2": {"attn_logit_softcapping": 20.0},
@@ -62,11 +67,7 @@ def finished(name: str) -> Run:
     if name == "chat":
         return train(tiny_recipe(folder, **SHORT), root=folder, out=folder / name, offline=True)
     task, kind = ("chat", "causal") if name == "full" else name.split("-")
-    labels = {
-        "classify": {"labels": ["fruit", "place"], "label_kind": "one"},
-        "tag": {"labels": ["O", "B-PER", "B-LOC"]},
-    }
-    data = {**RESOLVED["data"], **labels.get(task, {})}
+    data = {**RESOLVED["data"], **LABELS.get(task, {})}
     method: Any = "full" if name == "full" else LORA
     return as_if_tuned(task_recipe(folder, task, kind, rows=8, method=method, data=data), folder / name)
 
@@ -84,6 +85,21 @@ def of_architecture(arch: str) -> Run:
     tiny_model(arch, vocab_size=len(tokenizer), **SHAPES.get(arch, {})).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return as_if_tuned(chat_recipe(folder), folder / arch)
+
+
+@lru_cache
+def of_encoder(arch: str) -> Run:
+    """An encoder of this architecture that tells classes apart."""
+    folder = _folder()
+    tokenizer = word_tokenizer()
+    tiny_model(arch, vocab_size=len(tokenizer), head="masked_token").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = "".join(json.dumps(row) + "\n" for row in rows_of("classify", 6))
+    (folder / "rows.jsonl").write_text(rows)
+    data = {"train": [str(folder / "rows.jsonl")], **RESOLVED["data"], **LABELS["classify"]}
+    whole = {"model": str(folder / "model"), "task": "classify", "method": LORA, "data": data, "train": {}}
+    recipe = validate({**whole, "threads": 1, "precision": "float32", "device": "cpu"})
+    return as_if_tuned(recipe, folder / arch)
 
 
 def chat_recipe(folder: Path, **sections: Any) -> Recipe:

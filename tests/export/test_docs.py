@@ -12,6 +12,7 @@ from export.exports import finished, quick
 from tunesmith.cli.app import app
 from tunesmith.export.exporting import EXPORTS
 from tunesmith.export.gguf_models import ARCHITECTURES
+from tunesmith.export.onnx_file import KNOWN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
 
@@ -22,6 +23,10 @@ def test_every_target_has_a_section() -> None:
 
 def test_every_architecture_stands_in_the_table() -> None:
     assert [name for name in ARCHITECTURES if f"| {name} |" not in PAGE] == []
+
+
+def test_every_model_type_of_onnx_is_named() -> None:
+    assert [name for name in KNOWN if f"`{name}`" not in PAGE.partition("### onnx")[2]] == []
 
 
 def test_help_names_every_target() -> None:
@@ -41,4 +46,7 @@ def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
     wrong = CliRunner().invoke(app, [*words[:3], "coreml"])
     assert wrong.exit_code == 2
-    assert "--to: coreml: there is no such target. One of merged, adapter, gguf, gguf-adapter, ollama." in wrong.output
+    assert (
+        "--to: coreml: there is no such target. One of merged, adapter, gguf, gguf-adapter, ollama, onnx."
+        in wrong.output
+    )

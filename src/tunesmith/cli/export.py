@@ -22,7 +22,9 @@ PHASES = {
 def export(
     ctx: typer.Context,
     run: RunName,
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf, gguf-adapter or ollama.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="TARGET", help="merged, adapter, gguf, gguf-adapter, ollama, onnx.")
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to put it; else the run's folder exports.")
     ] = None,

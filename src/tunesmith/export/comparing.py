@@ -60,7 +60,8 @@ class Comparison:
                 )
         if self.carried is not None and not abs(self.carried - 1) <= bounds.carried:
             found.append(
-                f"it carries {self.carried:.1%} of what tuning changed, at most {bounds.carried:.0%} off 100 % allowed"
+                f"it carries {round(self.carried, 3) + 0.0:.1%} of what tuning changed, "
+                f"at most {bounds.carried:.0%} off 100 % allowed"
             )
         if not self.distance <= bounds.weights:
             found.append(

@@ -17,13 +17,14 @@ from tunesmith.export.gguf_adapter import GGUF_ADAPTER
 from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
+from tunesmith.export.onnx_file import ONNX
 from tunesmith.export.options import DTYPES, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.run import Run
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA)}
+EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
 
 PROOF = "verify.json"
 STALE_S = 24 * 3600.0

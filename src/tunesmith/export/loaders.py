@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from tokenizers import normalizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -23,9 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
+from tunesmith.export.asked import Asked, TorchAsked
 from tunesmith.export.gguf_models import REPACKED
 from tunesmith.export.gguf_read import TEMPLATE, add_adapter
+from tunesmith.export.onnx_read import OnnxLoaded, load_onnx
 from tunesmith.loading import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.models import load, locate
@@ -36,7 +40,7 @@ from tunesmith.models.quiet import quiet
 from tunesmith.models.source import blaming, source
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.types import HeadName
+from tunesmith.types import HeadName, ModelKind
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,18 @@ class Loaded:
     """Whose code loaded it."""
     is_plain: bool = True
     """Whether the weights are those of a plain model, without an adapter beside them."""
+
+    @property
+    def kind(self) -> ModelKind:
+        return model_kind(self.located)
+
+    def asked(self, renderer: Renderer) -> Asked:
+        return TorchAsked(self.model, renderer, self.head)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in a plain model; none where adapters stand beside them."""
+        if self.is_plain:
+            yield from self.model.state_dict().items()
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -162,9 +178,10 @@ def _complete(config: Any, header: GgufHeader) -> None:
         config.query_pre_attn_scalar = facts["attention.key_length"]
 
 
-LOADERS: dict[str, Callable[[Path, Recipe], Loaded]] = {
+LOADERS: dict[str, Callable[[Path, Recipe], Loaded | OnnxLoaded]] = {
     "merged": load_merged,
     "adapter": load_adapter,
     "gguf": load_gguf,
     "gguf-adapter": load_gguf_adapter,
+    "onnx": load_onnx,
 }

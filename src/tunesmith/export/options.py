@@ -72,7 +72,7 @@ class Export:
     num_bytes: Callable[[Source, Options], int]
     """About what it will take on disk."""
     bounds: Callable[[Source, Options], Bounds]
-    loader: Literal["merged", "adapter", "gguf", "gguf-adapter"]
+    loader: Literal["merged", "adapter", "gguf", "gguf-adapter", "onnx"]
     """How the proof loads it."""
     rounds_less: Callable[[Options], str]
     """The option that rounds less, empty where nothing does."""

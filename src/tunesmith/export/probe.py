@@ -20,22 +20,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Masking
 from tunesmith.data.labels import targets
 from tunesmith.data.render import Renderer
 from tunesmith.evaluation.general import passages
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER, PromptRoom, sample_prompts
+from tunesmith.evaluation.samples import PromptRoom, sample_prompts
 from tunesmith.export import loaders
+from tunesmith.export.asked import Asked
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
-from tunesmith.generation import Sampling, answer
-from tunesmith.loading import has_token_types, make_renderer, run_labels
-from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
-from tunesmith.models.kind import model_kind
-from tunesmith.models.modes import evaluating
+from tunesmith.loading import make_renderer, run_labels
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Part, Row, Source
@@ -45,11 +41,6 @@ MOST_TOKENS = 8192
 POSITIONS = 8
 """Targets of a row whose logits are compared, evenly spread; losses are of all of them."""
 ANSWER_TOKENS = 16
-
-_FORWARD = {
-    "next_token": logits_at_targets, "masked_token": logits_at_targets, "sequence": sequence_logits,
-    "tokens": token_logits,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class Seen:
 
 
 def look(
-    model: PreTrainedModel,
+    asked: Asked,
     renderer: Renderer,
     examples: Sequence[Example],
     *,
@@ -97,29 +88,25 @@ def look(
     masked: float,
     answered: bool = True,
 ) -> Seen:
-    """What `model` makes of the first rows of `examples`. `masked`: share of masked tokens; `answered` False leaves out
+    """What a model makes of the first rows of `examples`. `masked`: share of masked tokens; `answered` False leaves out
     prompts and answers."""
     rows = rows_of(renderer, examples, head=head, labels=labels, masked=masked)
     seen = Seen([row.ids.tolist() for row in rows], texts=_texts(renderer))
-    has_types = has_token_types(model, renderer.tokenizer)
-    start = getattr(model.config, "decoder_start_token_id", None)
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
+    how: dict[str, Any] = {"decoder_start": asked.decoder_start, "has_types": asked.has_types}
     for row in rows:
-        batch = build_batch(
-            [row], [0], layout=layout, device=model.device, decoder_start=start, has_types=has_types
-        )  # fmt: skip
-        with evaluating(model):
-            logits_NV = _FORWARD[head](model, batch).float()
+        batch = build_batch([row], [0], layout=layout, device=asked.device, **how)
+        logits_NV = asked.logits(batch)
         if len(logits_NV) == 0:
             continue
         if row.labels is None or not _unanswered(row.labels):
             seen.losses.append(float(_losses(logits_NV, batch, labels).double().sum()))
             seen.counts.append(batch.num_targets)
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
-        seen.logits.append(logits_NV[kept].cpu().numpy())
+        seen.logits.append(logits_NV[kept].numpy())
     if renderer.stop_ids and head == "next_token" and answered:
         seen.prompts.extend(_prompts(renderer, examples[: len(rows)]))
-        seen.answers.extend(_answers(model, renderer, seen.prompts))
+        seen.answers.extend(asked.answers(renderer, seen.prompts, num_tokens=ANSWER_TOKENS))
     return seen
 
 
@@ -162,11 +149,12 @@ def _unanswered(labels: NDArray[np.generic]) -> bool:
 
 def _losses(logits_NV: torch.Tensor, batch: Batch, labels: Labels | None) -> torch.Tensor:
     """Of each target, unweighted."""
+    targets_N = batch.targets_N.cpu()
     if labels is not None and labels.kind == "number":
-        return (logits_NV[:, 0] - batch.targets_N).square()
+        return (logits_NV[:, 0] - targets_N).square()
     if labels is not None and labels.kind == "many":
-        return F.binary_cross_entropy_with_logits(logits_NV, batch.targets_N, reduction="none").sum(-1)
-    return F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
+        return F.binary_cross_entropy_with_logits(logits_NV, targets_N, reduction="none").sum(-1)
+    return F.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
 def _texts(renderer: Renderer) -> list[list[int]]:
@@ -180,14 +168,6 @@ def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]
     room = PromptRoom(longest, cut_to=longest)
     made = sample_prompts(renderer, examples, room=room, new_tokens=ANSWER_TOKENS)
     return [list(prompt.ids) for prompt in made]
-
-
-def _answers(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]]) -> list[str]:
-    how = Sampling(max_new_tokens=ANSWER_TOKENS)
-    texts: list[str] = []
-    for start in range(0, len(prompts), ANSWERED_TOGETHER):
-        texts += [given.text for given in answer(model, renderer, prompts[start : start + ANSWERED_TOGETHER], how)]
-    return texts
 
 
 def write_job(path: Path, *, loader: str, exported: Path, recipe: Path, examples: Sequence[Example]) -> None:
@@ -204,11 +184,11 @@ def do_job(path: Path) -> None:
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     loaded = loaders.LOADERS[job["loader"]](Path(job["exported"]), recipe)
     labels = run_labels(recipe)
-    renderer = make_renderer(recipe, loaded.tokenizer, model_kind(loaded.located))
+    renderer = make_renderer(recipe, loaded.tokenizer, loaded.kind)
     examples = [_example(plain) for plain in job["examples"]]
-    seen = look(loaded.model, renderer, examples, head=loaded.head, labels=labels, masked=recipe.train.masked)
-    weights = sketch_all(loaded.model.state_dict().items()) if loaded.is_plain else {}
-    replace(seen, loaded_by=loaded.by, weights=weights).save(path.parent)
+    asked = loaded.asked(renderer)
+    seen = look(asked, renderer, examples, head=loaded.head, labels=labels, masked=recipe.train.masked)
+    replace(seen, loaded_by=loaded.by, weights=sketch_all(loaded.weights())).save(path.parent)
 
 
 def _example(plain: Mapping[str, Any]) -> Example:

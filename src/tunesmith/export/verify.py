@@ -11,6 +11,7 @@ from pathlib import Path
 import tunesmith
 from tunesmith.errors import ExportError
 from tunesmith.export import probe
+from tunesmith.export.asked import TorchAsked
 from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.options import Bounds
 from tunesmith.export.probe import Seen
@@ -37,7 +38,7 @@ def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
 
 def _look(speaker: Speaker, source: Source, probes: Probes, *, answered: bool) -> Seen:
     return probe.look(
-        speaker.model,
+        TorchAsked(speaker.model, speaker.renderer, speaker.head),
         speaker.renderer,
         probes.examples,
         head=speaker.head,

@@ -46,7 +46,7 @@ def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
-    if _has_cache(type(model).forward):
+    if has_cache(type(model).forward):
         inputs["use_cache"] = False
     if batch.layout == "ragged":
         segments = Segments.of(batch.lengths, device=batch.ids_BT.device)
@@ -61,7 +61,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @cache
-def _has_cache(forward: Callable[..., Any]) -> bool:
+def has_cache(forward: Callable[..., Any]) -> bool:
     return "use_cache" in inspect.signature(forward).parameters
 
 

@@ -1,0 +1,96 @@
+"""A model as the proof asks it, whoever computes it: what follows at the targets of a batch, and the greedy answers."""
+
+# N targets, V vocabulary or classes
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.data.render import Renderer
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.generation import Sampling, answer, read_answer
+from tunesmith.loading import has_token_types
+from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.modes import evaluating
+from tunesmith.types import Batch, HeadName
+
+_FORWARD = {
+    "next_token": logits_at_targets, "masked_token": logits_at_targets, "sequence": sequence_logits,
+    "tokens": token_logits,
+}  # fmt: skip
+
+
+class Asked(Protocol):
+    """One model."""
+
+    @property
+    def has_types(self) -> bool:
+        """Whether it tells the two texts of a pair apart by token types."""
+        ...
+
+    @property
+    def decoder_start(self) -> int | None:
+        """What the decoder of an encoder–decoder begins with."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where a batch has to lie."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[N, V] float32 on the CPU, for a batch of one padded row."""
+        ...
+
+    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
+        """What follows each prompt, always the likeliest token."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchAsked:
+    """A model of transformers."""
+
+    model: PreTrainedModel
+    renderer: Renderer
+    head: HeadName
+
+    @property
+    def has_types(self) -> bool:
+        return has_token_types(self.model, self.renderer.tokenizer)
+
+    @property
+    def decoder_start(self) -> int | None:
+        return getattr(self.model.config, "decoder_start_token_id", None)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.model.device
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        with evaluating(self.model):
+            return _FORWARD[self.head](self.model, batch).float().cpu()
+
+    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
+        how = Sampling(max_new_tokens=num_tokens)
+        texts: list[str] = []
+        for start in range(0, len(prompts), ANSWERED_TOGETHER):
+            texts += [
+                given.text for given in answer(self.model, renderer, prompts[start : start + ANSWERED_TOGETHER], how)
+            ]
+        return texts
+
+
+def greedy(next_V: Callable[[list[int]], Tensor], renderer: Renderer, prompt: Sequence[int], *, num_tokens: int) -> str:
+    """The likeliest token after a text, again and again, until one ends the answer. `next_V`: tokens → logits [V]."""
+    ids: list[int] = []
+    while len(ids) < num_tokens and not (ids and ids[-1] in renderer.stop_ids):
+        ids.append(int(torch.argmax(next_V([*prompt, *ids]))))
+    return read_answer(renderer, prompt, ids).text
