@@ -11,6 +11,7 @@ REQUIRED = {
     *(f"T{n}" for n in range(1, 16)),
     *(f"R{n}" for n in range(1, 8)),
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
+    *(f"S{n}" for n in range(1, 8)),
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")
@@ -20,14 +21,14 @@ def marked() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for ids in MARKER.findall(path.read_text("utf-8")):
-            for trap in re.findall(r"\b[LTRA]\d+\b", ids):
+            for trap in re.findall(r"\b[LTRAS]\d+\b", ids):
                 found.setdefault(trap, set()).add(path.relative_to(ROOT).as_posix())
     return found
 
 
 def documented() -> dict[str, set[str]]:
     rows = re.findall(
-        r"^\| ([LTRA]\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
+        r"^\| ([LTRAS]\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
     )
     return {trap: set(files.split(", ")) for trap, files in rows}
 
