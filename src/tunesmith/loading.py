@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +107,12 @@ def load_run(run: Run, *, offline: bool = False) -> Speaker:
     recipe = run.recipe()
     if run.model_path.exists():
         return _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
-    base = load_base(run, offline=offline)
+    return tune(load_base(run, offline=offline), run)
+
+
+def tune(base: Speaker, run: Run) -> Speaker:
+    """The untouched model of a run with what the run made of it; raises as `load_run` does."""
+    recipe = run.recipe()
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
         attachment = method.load_result(base.model, run.adapter_path)
@@ -136,6 +141,22 @@ def load_base(run: Run, *, offline: bool = False) -> Speaker:
     return _speaker(located, recipe, labels=labels, tokenizer=tokenizer)
 
 
+def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
+    """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
+    load on others without an error, and answer something else."""
+    start = next((event.values for event in run.events() if event.kind == "start"), {})
+    then = {
+        key.removeprefix("model "): value for key, value in start.get("identity", {}).items() if key[:6] == "model "
+    }
+    weights = {name for name in {*then, *hashes} if name.endswith((".safetensors", ".gguf", "config.json"))}
+    changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
+    if changed:
+        raise RunError(
+            f"{base.name}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
+            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back."
+        )
+
+
 def run_labels(recipe: Recipe) -> Labels | None:
     """What the head of a run answers with, by its resolved recipe; None where it has none."""
     if recipe.task == "tag":
@@ -153,6 +174,13 @@ def load_model(name: str, *, task: TaskName | None = None, offline: bool = False
     has no head for the task.
     """
     located = locate.locate(name, offline=offline)
+    recipe, tokenizer = as_it_is(located, task=task)
+    return _speaker(located, recipe, tokenizer=tokenizer)
+
+
+def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
+    """What a run of a model that was not tuned here would choose, and its tokenizer; see `load_model`."""
+    name = located.name
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, None)
     made_for = _made_for(located, kind, has_template=bool(tokenizer.chat_template))
@@ -162,7 +190,7 @@ def load_model(name: str, *, task: TaskName | None = None, offline: bool = False
             f"{name}: it has no head for the task {chosen}. Tune one: tunesmith train {name} DATA --task {chosen}"
         )
     recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, size(located), kind)
-    return _speaker(located, recipe, tokenizer=tokenizer)
+    return recipe, tokenizer
 
 
 def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:

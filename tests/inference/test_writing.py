@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
 from tunesmith.asking import TokenChance
-from tunesmith.generation import _answer
+from tunesmith.generation import read_answer
 from tunesmith.inference.choosing import Chosen
 from tunesmith.inference.writing import Tokens, Writer
 
@@ -64,7 +64,7 @@ def test_any_tokens_are_what_the_whole_decodes_to(metaspace: bool, seed: int) ->
     tokenizer = tiny_tokenizer(metaspace=metaspace)
     prompt, ids = any_ids(tokenizer, 99), any_ids(tokenizer, seed)
     renderer: Any = type("R", (), {"tokenizer": tokenizer, "stop_ids": (), "task_name": "generate"})
-    assert "".join(written(tokenizer, prompt, ids)) == _answer(renderer, prompt, ids).text
+    assert "".join(written(tokenizer, prompt, ids)) == read_answer(renderer, prompt, ids).text
 
 
 @pytest.mark.parametrize("stop", ["quick", "x j", "ver the lazy", "The", "n fox jumps over t", "fox"])

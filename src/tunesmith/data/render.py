@@ -95,7 +95,7 @@ class Renderer:
         `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
         not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
         """
-        results: list[Encoded] = [[*_empty(example), *self._control_problems(example)] for example in examples]
+        results: list[Encoded] = [[*_empty(example), *self.control_problems(example)] for example in examples]
         clean = [i for i, problems in enumerate(results) if not problems]
         known = {} if vocabulary is None else vocabulary
         for i, drafted in zip(clean, self._way.encode([examples[i] for i in clean]), strict=True):
@@ -146,7 +146,7 @@ class Renderer:
             return Summaries(tokenizer, encoder, room, prompt)
         return (Conversations if self.task_name == "chat" else Pairs)(tokenizer, encoder, room)
 
-    def _control_problems(self, example: Example) -> Iterator[Problem]:
+    def control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
         if self.control_tokens == "allow":
             return

@@ -75,14 +75,14 @@ class ChatTemplate:
         The work runs in a thread of its own, since nothing else can interrupt a template on every platform.
         """
         worker = _Worker(work)
-        most = _resident_bytes() + GROWTH_BYTES
+        most = resident_bytes() + GROWTH_BYTES
         worker.start()
         try:
             while not worker.finished.wait(0.05):
                 since = self._running_since
                 if since is not None and time.monotonic() - since > RENDER_S:
                     raise self._explodes(f"did not finish one row in {RENDER_S:g} s")
-                if _resident_bytes() > most:
+                if resident_bytes() > most:
                     raise self._explodes(f"took more than {GROWTH_BYTES // 1024**3} GiB of memory")
         finally:
             if worker.is_alive() and not worker.finished.is_set():
@@ -134,7 +134,7 @@ def _text(tokenizer: Any) -> str:
     return str(template)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory this process has now; where the platform does not tell, the most it has had, or 0."""
     if sys.platform == "linux":
         with open("/proc/self/statm", "rb") as statm:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import RunError
-from tunesmith.loading import make_renderer, run_labels
+from tunesmith.loading import make_renderer, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load, locate
@@ -104,7 +104,7 @@ def open_source(run: Run, *, offline: bool) -> Source:
     if result == run.adapter_path:
         base = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
         hashes = load.fingerprint(base)
-        _refuse_other_base(run, base, hashes)
+        refuse_other_base(run, base, hashes)
     else:
         base = locate.locate(str(result), offline=True)
         hashes = {}
@@ -112,21 +112,6 @@ def open_source(run: Run, *, offline: bool) -> Source:
     kind = model_kind(base)
     head = find_head(recipe, base, kind)
     return Source(run, recipe, base, result, tokenizer, kind, head, run_labels(recipe), hashes)
-
-
-def _refuse_other_base(run: Run, base: Located, hashes: dict[str, str]) -> None:
-    """An adapter on other weights than those it was tuned on loads without an error, and answers something else."""
-    start = next((event.values for event in run.events() if event.kind == "start"), {})
-    then = {
-        key.removeprefix("model "): value for key, value in start.get("identity", {}).items() if key[:6] == "model "
-    }
-    weights = {name for name in {*then, *hashes} if name.endswith((".safetensors", ".gguf", "config.json"))}
-    changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
-    if changed:
-        raise RunError(
-            f"{base.name}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
-            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back."
-        )
 
 
 @torch.no_grad()

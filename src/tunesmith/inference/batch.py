@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.asking import Begun, Ended, Piece, Refused, TokenChance, Told
-from tunesmith.inference.cache import Lane
+from tunesmith.inference.cache import Lane, room_for
 from tunesmith.inference.choosing import Chooser, Chosen, Grammar, How, choose_all
 from tunesmith.inference.decoder import Decoder, Fill
 from tunesmith.inference.writing import Tokens, Writer
@@ -42,6 +42,13 @@ class Job:
     """See `Writer`."""
     grammar: Callable[[], Grammar] | None = None
 
+    @property
+    def room(self) -> int:
+        """Tokens of room that its answers take at most, and its prompt while it is read."""
+        longest = room_for(len(self.prompt) + self.max_new_tokens)
+        # A row is copied to the next pool before it is given back, and a pool grows by doubling its rows.
+        return 2 * self.n * longest
+
 
 @dataclass(slots=True)
 class _Filling:
@@ -67,8 +74,10 @@ class _Answer:
 class Batch:
     """Answers under way, at most `streams` together; asks beyond wait in their order."""
 
-    def __init__(self, decoder: Decoder, *, streams: int) -> None:
+    def __init__(self, decoder: Decoder, *, streams: int, room: int | None = None) -> None:
         self.streams = streams
+        self.room = room
+        """Tokens that all answers under way may come to hold with their prompts; None: any number."""
         self.waiting: deque[Job] = deque()
         self._decoder = decoder
         self._filling: deque[_Filling] = deque()
@@ -87,6 +96,10 @@ class Batch:
     def add(self, job: Job) -> None:
         """Put an ask at the end of the queue."""
         self.waiting.append(job)
+
+    def could_hold(self, job: Job) -> bool:
+        """Whether there is room for an ask when nothing else is under way."""
+        return self.room is None or job.room <= self.room
 
     def cancel(self, key: int) -> None:
         """Forget an ask, wherever it is. Nothing more is told of it."""
@@ -116,12 +129,19 @@ class Batch:
 
     def _admit(self) -> list[News]:
         news: list[News] = []
-        while self.waiting and self.running + self.waiting[0].n <= self.streams:
+        while self.waiting and self._has_place(self.waiting[0]):
             job = self.waiting.popleft()
             lane = self._decoder.begin(job.adapter, len(job.prompt))
             self._filling.append(_Filling(job, lane))
             news.append((job.key, Begun(len(job.prompt))))
         return news
+
+    def _has_place(self, job: Job) -> bool:
+        if self.running + job.n > self.streams:
+            return False
+        held = sum(filling.job.room for filling in self._filling)
+        held += sum(answer.job.room // answer.job.n for answer in self._answers.values())
+        return self.room is None or held + job.room <= self.room
 
     def _fills(self) -> list[tuple[_Filling, Fill]]:
         """The parts of prompts for this step, first come first served."""

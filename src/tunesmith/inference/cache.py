@@ -59,6 +59,14 @@ class Block:
         _, num_groups, _, size = like_1GTD.shape
         return like_1GTD.new_zeros(self.rows, num_groups, self.room, size)
 
+    def bytes_per_token(self) -> int:
+        """Of one text, in all layers that have written."""
+        return sum(
+            tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+            for pair in self.layers.values()
+            for tensor in pair
+        )
+
     def copy_row(self, row: int, source: Block, source_row: int, num_tokens: int) -> None:
         """Put the first tokens of a row of another block, or of this one, into a row of this."""
         for layer, (key_NGLD, value_NGLD) in source.layers.items():

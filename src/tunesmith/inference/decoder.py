@@ -50,6 +50,10 @@ class Decoder(Protocol):
         """Forget a text."""
         ...
 
+    def tokens_in(self, num_bytes: int) -> int | None:
+        """How many tokens' keys and values so much memory holds; None where it cannot be told."""
+        ...
+
 
 class Together:
     """All texts in one forward pass, their keys and values in pools."""
@@ -74,6 +78,11 @@ class Together:
     @torch.inference_mode()
     def leave(self, lane: Lane) -> None:
         self._cache.leave(lane)
+
+    def tokens_in(self, num_bytes: int) -> int | None:
+        lane = self.begin(None, 1)
+        self.step({}, [(lane, [0])])
+        return max(0, num_bytes) // lane.block.bytes_per_token()
 
     @torch.inference_mode()
     def step(self, written: Mapping[Lane, int], fills: Sequence[Fill]) -> tuple[list[Lane], Tensor]:
@@ -143,6 +152,9 @@ class Apart:
     def leave(self, lane: Lane) -> None:
         self._caches.pop(lane, None)
         self._encoded.pop(lane, None)
+
+    def tokens_in(self, num_bytes: int) -> int | None:
+        return None
 
     @torch.inference_mode()
     def step(self, written: Mapping[Lane, int], fills: Sequence[Fill]) -> tuple[list[Lane], Tensor]:

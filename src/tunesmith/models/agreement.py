@@ -171,13 +171,15 @@ def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[tu
     return torch.split(logits_KV, [len(positions_K) for positions_K in positions]), trace
 
 
+def spread_error(found_KV: Tensor, expected_KV: Tensor) -> float:
+    """The mean over positions of (root mean square of the differences / spread of the logits)."""
+    return float(((found_KV - expected_KV).square().mean(-1).sqrt() / expected_KV.std(-1)).mean())
+
+
 def _judge(alone: Sequence[Tensor], packed: Sequence[Tensor], trace: Trace, dtype: torch.dtype) -> Agreement:
     differences = [packed_KV - alone_KV for packed_KV, alone_KV in zip(packed, alone, strict=True)]
     largest = max(float(difference_KV.abs().max()) for difference_KV in differences)
-    error = max(
-        float((difference_KV.square().mean(-1).sqrt() / alone_KV.std(-1)).mean())
-        for difference_KV, alone_KV in zip(differences, alone, strict=True)
-    )
+    error = max(spread_error(packed_KV, alone_KV) for packed_KV, alone_KV in zip(packed, alone, strict=True))
     reason = ""
     if trace.calls == 0:
         reason = "its attention is its own and cannot be replaced"

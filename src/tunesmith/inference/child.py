@@ -1,0 +1,196 @@
+"""The process that holds the models.
+
+    python -m tunesmith.inference.child
+
+reads what to load and then asks from its standard input, and writes what comes of them to its standard output, a line
+each (`wire`). It ends when its input does: with the server, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from tunesmith.asking import EngineOptions, Refused
+from tunesmith.data.template import resident_bytes
+from tunesmith.errors import TunesmithError
+from tunesmith.inference import wire
+from tunesmith.inference.batch import Batch
+from tunesmith.inference.serving import Serving, open_serving
+
+WATCH_S = 0.2
+SCRATCH_BYTES = 256 * 1024**2
+"""For all that is not weights, keys and values."""
+OVER_MEMORY = 3
+"""Exit code of a child that took more memory than it may."""
+
+Send = Callable[[Mapping[str, Any]], None]
+
+
+def main() -> int:
+    """0: its input ended; 1: what was named cannot be served, which was said."""
+    send = _sender()
+    told = wire.parse(sys.stdin.buffer.readline())
+    options = wire.as_options(told["options"])
+    torch.set_num_threads(options.threads or _cores())
+    limit = options.memory_limit_bytes or int(0.9 * _machine_bytes())
+    _be_the_first_to_go()
+    threading.Thread(target=_watch, args=(send, limit), daemon=True).start()
+    try:
+        serving = open_serving(
+            told["names"], root=Path(told["root"]), options=options, note=lambda text: send({"note": text})
+        )
+        worker = _Worker(serving, options, send, limit=limit)
+    except TunesmithError as error:
+        send({"failed": wire.error_fields(error)})
+        return 1
+    send({"ready": [asdict(served) for served in serving.served]})
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, inbox), daemon=True).start()
+    while True:
+        for message in _messages(inbox, wait=not worker.is_busy):
+            worker.take(message)
+        worker.step()
+
+
+class _Worker:
+    """What is asked, answered."""
+
+    def __init__(self, serving: Serving, options: EngineOptions, send: Send, *, limit: int) -> None:
+        self._serving = serving
+        self._options = options
+        self._send = send
+        self._batch: Batch | None = None
+        if serving.decoder is not None:
+            room = serving.decoder.tokens_in(limit - resident_bytes() - SCRATCH_BYTES)
+            self._batch = Batch(serving.decoder, streams=options.streams, room=room)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._batch is not None and self._batch.is_busy
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Do, or begin to do, what a message asks."""
+        if "cancel" in message:
+            if self._batch is not None:
+                self._batch.cancel(message["cancel"])
+            return
+        key = message["key"]
+        try:
+            if "ask" in message:
+                self._begin(key, message["ask"])
+            elif "classify" in message:
+                texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["classify"]]
+                labeller = _named(self._serving.labellers, message["model"], "answers with labels")
+                self._send({"reply": key, "value": labeller.classify(texts)})
+            else:
+                embedder = _named(self._serving.embedders, message["model"], "gives embeddings")
+                self._send({"reply": key, "value": embedder.embed(message["embed"])})
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # an ask of another shape than it should
+            refusal = Refused(f"the request cannot be read: {error}", status=400, code="invalid_value")
+            self._send({"news": [[key, wire.told_fields(refusal)]]})
+        except Refused as refusal:
+            self._send({"news": [[key, wire.told_fields(refusal)]]})
+
+    def _begin(self, key: int, plain: Mapping[str, Any]) -> None:
+        ask = wire.as_ask(plain)
+        voice = _named(self._serving.voices, ask.model, "answers in text")
+        job = voice.job(key, ask, self._options)
+        assert self._batch is not None, "there is a voice"
+        if not self._batch.could_hold(job):
+            raise Refused(
+                f"{job.n} answers of up to {job.max_new_tokens:,} tokens to a prompt of {len(job.prompt):,} do not fit "
+                "into the memory of this server: lower max_tokens or n",
+                status=400, code="context_length_exceeded", param="max_tokens",
+            )  # fmt: skip
+        self._batch.add(job)
+
+    def step(self) -> None:
+        """One step of all answers under way, and word of it."""
+        if self._batch is None:
+            return
+        news = self._batch.step()
+        if news:
+            self._send({"news": [[key, wire.told_fields(told)] for key, told in news]})
+
+
+def _named(models: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in models:
+        raise Refused(f"no model {name} here {what}", status=404, code="model_not_found", param="model")
+    return models[name]
+
+
+def _messages(inbox: queue.SimpleQueue[dict[str, Any]], *, wait: bool) -> Iterator[dict[str, Any]]:
+    """What has come in; with `wait` at least one."""
+    if wait:
+        yield inbox.get()
+    with suppress(queue.Empty):
+        while True:
+            yield inbox.get_nowait()
+
+
+def _listen(source: BinaryIO, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Everything that the server says, until it says nothing any more: then this process ends, whatever it is at."""
+    for line in source:
+        inbox.put(wire.parse(line))
+    os._exit(0)
+
+
+def _watch(send: Send, limit: int) -> None:
+    """Say how much memory is held; end at the limit. A limit on addresses would count files that are only mapped."""
+    while True:
+        held = resident_bytes()
+        send({"rss": held})
+        if held > limit:
+            send({"over_memory": {"held": held, "limit": limit}})
+            os._exit(OVER_MEMORY)
+        time.sleep(WATCH_S)
+
+
+def _sender() -> Send:
+    """Writes messages to what was the standard output; what libraries print goes with their warnings from now on."""
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def send(message: Mapping[str, Any]) -> None:
+        text = memoryview(wire.line(message))
+        try:
+            with lock:
+                while text:
+                    text = text[out.write(text) or 0 :]
+        except BrokenPipeError:  # nobody listens any more
+            os._exit(0)
+
+    return send
+
+
+def _be_the_first_to_go() -> None:
+    """Where the machine runs out of memory, Linux ends this process and not the server."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 1 << 62
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What is proved before the first ask is taken: prompts are those of training, adapters act, and texts that are decoded
+together are what the model itself says."""
+
+# T tokens, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.asking import Ask, Refused
+from tunesmith.data.examples import examples
+from tunesmith.data.folders import expand
+from tunesmith.data.render import Renderer
+from tunesmith.data.store import RowStore, kept
+from tunesmith.errors import DataError, RunError
+from tunesmith.files import sha256_file
+from tunesmith.inference.adapters import Adapters
+from tunesmith.inference.decoder import Decoder, Together
+from tunesmith.inference.voices import Voice
+from tunesmith.models.agreement import TOLERANCES, spread_error
+from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
+from tunesmith.models.modes import evaluating
+from tunesmith.models.quiet import quiet
+from tunesmith.recipe.knobs import known
+from tunesmith.run import Run
+from tunesmith.types import Example, Problem, Row
+
+MOST_ROWS = 32
+PROBES = ((37, 23), (11, 5), (64, 40))
+"""Tokens of each text that is tried, and how many of them are read as its prompt: the others as if it wrote them."""
+_REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, IndexError)
+"""Whatever a foreign model says when it is called this way, the answer is to run it alone."""
+
+Note = Callable[[str], None]
+
+
+def prove(voices: Iterable[Voice], decoder: Decoder, note: Note) -> None:
+    """Raise RunError for a run whose prompts are not those of its training, or whose adapter changes nothing."""
+    for voice in voices:
+        if voice.run is not None:
+            prove_prompts(voice, voice.run, note)
+            if voice.adapter is not None:
+                _prove_adapter(voice, voice.run, decoder)
+
+
+def prove_prompts(voice: Voice, run: Run, note: Note) -> None:
+    """The ids of the first training prompts are those that would be fed, each by the way of an ask."""
+    num = 0
+    for example, row in _rows(run, voice.renderer, note):
+        try:
+            served = voice.prompt_ids(_ask(voice, example))
+        except Refused as refusal:
+            raise RunError(f"{run.path}: {example.source}: trained on, but refused now: {refusal}") from refusal
+        trained = row.ids.tolist()
+        if voice.renderer.task_name == "text":
+            served, trained = served[: len(trained)], trained[: len(served)]
+        place = next((i for i, (a, b) in enumerate(zip(served, trained, strict=False)) if a != b), None)
+        if place is None and len(served) > len(trained):
+            place = len(trained)
+        if place is not None:
+            raise RunError(_difference(voice, run, example, served=served, trained=trained, place=place))
+        num += 1
+    if num:
+        note(f"{run.path}: {num} training prompts are the same tokens when they are served")
+
+
+def prove_rows(run: Run | None, renderer: Renderer, note: Note) -> None:
+    """The ids of the first training rows are those that a model with a head would read."""
+    if run is None:
+        return
+    num = 0
+    for example, row in _rows(run, renderer, note):
+        [encoded] = renderer.encode([replace(example, labels=())])
+        first = encoded[0]
+        if not isinstance(first, Row) or first.ids.tolist() != row.ids.tolist():
+            raise RunError(f"{run.path}: {example.source}: read as other tokens than it was trained on. {_WAY_OUT}")
+        num += 1
+    if num:
+        note(f"{run.path}: {num} training rows are the same tokens when they are served")
+
+
+_WAY_OUT = "Its tokenizer or template has changed since: put back what it was tuned with, or tune it again."
+
+
+def _difference(
+    voice: Voice, run: Run, example: Example, *, served: Sequence[int], trained: Sequence[int], place: int
+) -> str:
+    def shown(ids: Sequence[int]) -> str:
+        if place >= len(ids):
+            return "nothing"
+        return f"{ids[place]} ({voice.renderer.tokenizer.decode([ids[place]])!r})"
+
+    return (
+        f"{run.path}: {example.source}: token {place} of its prompt was trained as {shown(trained)}, but would be "
+        f"served as {shown(served)}. {_WAY_OUT}"
+    )
+
+
+def _ask(voice: Voice, example: Example) -> Ask:
+    """The ask that has an example's last answer written."""
+    last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+    before = example.parts[:last] or example.parts[:1]
+    if voice.renderer.task_name != "chat":
+        return Ask(voice.served.name, prompt=before[0].text)
+    messages = tuple({**part.fields, "role": part.role, "content": part.text} for part in before)
+    return Ask(voice.served.name, messages=messages, tools=example.tools)
+
+
+def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row]]:
+    """The first training rows of a run, as they were read and as they were trained on. Of a row whose earlier turns the
+    template rewrites, what was trained on is not what is served, which was said then: it is left out."""
+    store = kept(run.rows_path / "train")
+    if store is None:
+        note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
+        return
+    rows = {(int(store.file_index[i]), int(store.lines[i])): i for i in range(min(len(store), 50 * MOST_ROWS))}
+    try:
+        found = list(islice(_examples(run, store), 4 * MOST_ROWS))
+    except (DataError, OSError) as error:
+        note(f"{run.path}: whether prompts are served as they were trained was not compared: {error}")
+        return
+    rewritten: set[str] = set()
+
+    def hear(problem: Problem) -> None:
+        if problem.code == "context_rewritten":
+            rewritten.add(str(problem.source))
+
+    if known(run.recipe().task) == "chat":
+        renderer.encode([example for _, example in found], on_warning=hear)
+    kept_rows = (
+        (example, store.row(rows[file, example.source.line]))
+        for file, example in found
+        if (file, example.source.line) in rows and str(example.source) not in rewritten
+    )
+    yield from islice(kept_rows, MOST_ROWS)
+
+
+def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
+    """Of the files as they were when they were trained on. Raises DataError, OSError."""
+    recipe = run.recipe()
+    files = expand((*recipe.data.train, *recipe.data.replay), lambda problem: None)
+    first = files[:1]
+    if sha256_file(Path(first[0].path)) != store.summary.data_sha256[0]:
+        raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
+    return examples(first, recipe.data, lambda problem: None, task=known(recipe.task))
+
+
+def _prove_adapter(voice: Voice, run: Run, decoder: Decoder) -> None:
+    """What the model says of a probe is another thing with the adapter than without."""
+    told = []
+    for adapter in (None, voice.adapter):
+        lane = decoder.begin(adapter, PROBES[0][0])
+        _, logits_NV = decoder.step({}, [(lane, _probe(voice.vocab_size, PROBES[0][0]))])
+        decoder.leave(lane)
+        told.append(logits_NV)
+    if torch.equal(*told):
+        raise RunError(
+            f"{run.path}: its adapter changes nothing: the base alone would answer in its name. Look at its report, "
+            "and train it longer."
+        )
+
+
+def why_apart(model: PreTrainedModel, adapters: Adapters) -> str:
+    """Why the texts of this model cannot be decoded in one pass; "" where what it says is the same together and alone.
+
+    Texts of different lengths are read in parts and then gone on with together, and the logits compared with those of
+    the model's own attention, each text alone and whole.
+    """
+    own = model.config._attn_implementation
+    texts = [_probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
+    with evaluating(model):
+        alone = [_whole(model, ids) for ids in texts]
+        try:
+            with quiet(), ragged_pass() as trace:  # transformers warns of attention that cannot be replaced
+                together = _together(Together(model, adapters), texts)
+        except _REFUSALS as refusal:
+            return str(refusal) or type(refusal).__name__
+        finally:
+            with quiet():
+                model.set_attn_implementation(own)
+    if trace.calls == 0:
+        return "its attention is its own and cannot be replaced"
+    if missing := trace.local_masks - trace.windows:
+        return f"its attention is limited to {min(missing)} tokens by a mask alone"
+    error = max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(together, alone, strict=True))
+    return "" if error <= TOLERANCES[model.dtype] else f"others beside a text change its logits, by {error:.2g}"
+
+
+def _whole(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[V], of the last token."""
+    logits_V: Tensor = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, -1]
+    return logits_V.float()
+
+
+def _together(decoder: Together, texts: Sequence[list[int]]) -> list[Tensor]:
+    """[V] of the last token of each text."""
+    filling = [decoder.begin(None, num) for num, _ in PROBES]
+    for half in (0, 1):
+        parts = [
+            ids[num_prompt // 2 * half : num_prompt if half else num_prompt // 2]
+            for ids, (_, num_prompt) in zip(texts, PROBES, strict=True)
+        ]
+        decoder.step({}, list(zip(filling, parts, strict=True)))
+    writing = {decoder.join(lane, 1)[0]: i for i, lane in enumerate(filling)}
+    found: dict[int, Tensor] = {}
+    while writing:
+        lanes, logits_NV = decoder.step({lane: texts[i][lane.length] for lane, i in writing.items()}, [])
+        for lane, logits_V in zip(lanes, logits_NV, strict=True):
+            if lane.length == len(texts[writing[lane]]):
+                found[writing.pop(lane)] = logits_V
+                decoder.leave(lane)
+    return [found[i] for i in range(len(texts))]
+
+
+def _probe(vocab_size: int, num: int) -> list[int]:
+    """Tokens that are the same for every call."""
+    generator = torch.Generator().manual_seed(num)
+    return torch.randint(0, vocab_size, (num,), generator=generator).tolist()
