@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export import gguf_file, gguf_models, loaders
+from tunesmith.export import gguf_file, gguf_models, gguf_read
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, interleaved
 from tunesmith.export.options import QUANTS, Options
@@ -119,7 +119,7 @@ def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def assert_same_weights(done: Exported, run: Run) -> None:
     source = open_source(run, offline=True)
-    model = loaders.load_gguf(done.path, source.recipe).model
+    model = gguf_read.load_gguf(done.path, source.recipe).model
     live, _ = source.load(torch.float32)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():

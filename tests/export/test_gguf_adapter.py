@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, InputError, ModelError, RunError
-from tunesmith.export import gguf_adapter, gguf_read, loaders
+from tunesmith.export import gguf_adapter, gguf_read
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, find_architecture, in_halves, interleaved
 from tunesmith.export.options import Options
@@ -81,7 +81,7 @@ def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def assert_same_answers(done: Exported, run: Run) -> None:
     source = open_source(run, offline=True)
-    model = loaders.load_gguf_adapter(done.path, source.recipe).model
+    model = gguf_read.load_gguf_adapter(done.path, source.recipe).model
     live, _ = source.load(torch.float32)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -112,7 +112,7 @@ def assert_scales_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "load", lambda self, dtype: (live, attachment))
         done = written(run, tmp_path, proof=False, quant="f32")
-    model = loaders.load_gguf_adapter(done.path, source.recipe).model
+    model = gguf_read.load_gguf_adapter(done.path, source.recipe).model
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions

@@ -4,21 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.generation import Sampling, answer, read_answer
 from tunesmith.loading import has_token_types
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.kind import model_kind
+from tunesmith.models.locate import Located
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Batch, HeadName
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.types import Batch, HeadName, ModelKind
 
 _FORWARD = {
     "next_token": logits_at_targets, "masked_token": logits_at_targets, "sequence": sequence_logits,
@@ -52,9 +55,28 @@ class Asked(Protocol):
         """What follows each prompt, always the likeliest token."""
         ...
 
+    def split(self, renderer: Renderer, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of plain texts."""
+        ...
+
+    def read(self, renderer: Renderer, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The tokens that it makes of the text of prompts."""
+        ...
+
+
+class ByRenderer:
+    """Whoever has no tokenizer of its own."""
+
+    def split(self, renderer: Renderer, texts: Sequence[str]) -> list[list[int]]:
+        backend = renderer.tokenizer.backend_tokenizer
+        return [list(one.ids) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def read(self, renderer: Renderer, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [list(prompt) for prompt in prompts]
+
 
 @dataclass(frozen=True)
-class TorchAsked:
+class TorchAsked(ByRenderer):
     """A model of transformers."""
 
     model: PreTrainedModel
@@ -86,6 +108,38 @@ class TorchAsked:
                 given.text for given in answer(self.model, renderer, prompts[start : start + ANSWERED_TOGETHER], how)
             ]
         return texts
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was exported, ready to be asked."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    located: Located
+    head: HeadName
+    by: str
+    """Whose code loaded it."""
+    is_plain: bool = True
+    """Whether the weights are those of a plain model, without an adapter beside them."""
+
+    @property
+    def kind(self) -> ModelKind:
+        return model_kind(self.located)
+
+    def asked(self, renderer: Renderer) -> Asked:
+        return TorchAsked(self.model, renderer, self.head)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in a plain model; none where adapters stand beside them."""
+        if self.is_plain:
+            yield from self.model.state_dict().items()
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """What the run computed in: a difference is then one of weights."""
+    found: torch.dtype = getattr(torch, recipe.precision)
+    return found
 
 
 def greedy(next_V: Callable[[list[int]], Tensor], renderer: Renderer, prompt: Sequence[int], *, num_tokens: int) -> str:

@@ -190,6 +190,15 @@ def proof_lines(found: Comparison, bounds: Bounds) -> list[tuple[str, str, str]]
     return lines
 
 
+def in_brief(found: Comparison) -> str:
+    """In one line."""
+    carried = "" if found.carried is None else f", {found.carried:.1%} of what tuning changed"
+    return (
+        f"the same tokens, KL divergence {found.kl:.2g} nats (most {found.kl_max:.2g}), same first choice "
+        f"{found.top1:.1%}{carried}, same greedy answer {found.same_answers} of {found.answers}"
+    )
+
+
 def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Intervals by measure, before or after."""
     measures: Mapping[str, Any] = report.get("metrics", {}).get(name, {}).get("measures", {})

@@ -11,14 +11,14 @@ from tunesmith import __version__
 from tunesmith.errors import InputError, StorageError
 from tunesmith.export import verify
 from tunesmith.export.adapter import ADAPTER
-from tunesmith.export.card import write_card
+from tunesmith.export.card import in_brief, write_card
 from tunesmith.export.comparing import Comparison
 from tunesmith.export.gguf_adapter import GGUF_ADAPTER
 from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.onnx_file import ONNX
-from tunesmith.export.options import DTYPES, ROUNDED, Bounds, Export, Options
+from tunesmith.export.options import DTYPES, QUANTIZED, ROUNDED, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
@@ -46,6 +46,8 @@ class Exported:
     rows: str
     """Which rows it was compared on."""
     notes: Sequence[str]
+    in_llama_cpp: Comparison | None = None
+    """The same of llama.cpp; None where it is not installed, or does not read the target."""
 
 
 def export_run(
@@ -105,6 +107,7 @@ def _export(
         notes = [*notes, *export.write(source, folder, options)]
     bounds = _for_precision(export.bounds(source, options), source)
     found, loaded_by, rows = None, "", ""
+    in_llama_cpp: Comparison | None = None
     if proof:
         on_progress("verify", 0, 1)
         seen = verify.look_at_exported(source, export.loader, folder, probes, work=work)
@@ -113,6 +116,13 @@ def _export(
             source, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name, rounds_less=export.rounds_less(options)
         )
         loaded_by, rows = seen.loaded_by, probes.said
+        theirs = verify.look_in_llama_cpp(source, export, folder, probes, work=work / "llama.cpp")
+        if theirs is not None:
+            in_llama_cpp = verify.judge(
+                source, tuned=tuned, base=base, seen=theirs, bounds=_for_llama_cpp(bounds, source, export),
+                name=f"{name}, in {theirs.loaded_by}", rounds_less=export.rounds_less(options),
+            )  # fmt: skip
+            notes = [*notes, f"in {theirs.loaded_by} it is the same too: {in_brief(in_llama_cpp)}"]
         if base is not None and found.carried is None:
             notes = [*notes, "the adapter changes nothing on these rows"]
     with storing(folder):
@@ -123,8 +133,9 @@ def _export(
         values = {"verified": found is not None, "target": export.name, "tunesmith": __version__, "rows_are": rows}
         numbers = {} if found is None else found.values()
         facts = {**values, "loaded_by": loaded_by, "bounds": asdict(bounds), **numbers, "notes": list(notes)}
+        facts["llama_cpp"] = None if in_llama_cpp is None else in_llama_cpp.values()
         (folder / PROOF).write_bytes(to_json(facts, indent=True) + b"\n")
-    return Exported(folder, export.name, bounds, found, loaded_by, rows, notes)
+    return Exported(folder, export.name, bounds, found, loaded_by, rows, notes, in_llama_cpp)
 
 
 def _for_precision(bounds: Bounds, source: Source) -> Bounds:
@@ -132,6 +143,11 @@ def _for_precision(bounds: Bounds, source: Source) -> Bounds:
     if source.recipe.precision == "float32":
         return bounds
     return replace(bounds, kl=max(bounds.kl, ROUNDED.kl), weights=max(bounds.weights, ROUNDED.weights))
+
+
+def _for_llama_cpp(bounds: Bounds, source: Source, export: Export) -> Bounds:
+    """On a base in blocks it rounds what goes into each product too, which the unpacked model does not."""
+    return QUANTIZED if export.loader == "gguf-adapter" and source.base.is_gguf else bounds
 
 
 def _chosen(target: str) -> Export:

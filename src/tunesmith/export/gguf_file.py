@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
@@ -17,6 +21,7 @@ from tunesmith.export.gguf_models import REPACKED, Architecture, find_architectu
 from tunesmith.export.gguf_vocabulary import add_vocabulary, find_vocabulary
 from tunesmith.export.options import GGUF_EXACT, QUANTIZED, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source, tuned_tensors
+from tunesmith.models import load
 from tunesmith.models.size import size
 
 KINDS = {
@@ -52,13 +57,28 @@ def check(source: Source, options: Options) -> list[str]:
 def write(source: Source, folder: Path, options: Options) -> list[str]:
     """Write the file; what to say of it."""
     model, attachment = source.load(source.stored_dtype)
+    tensors = tuned_tensors(model, attachment)
+    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
+    fallen = _write_file(folder / file_name(source, options), source, options, model, chain([first], tensors))
+    return [f"{fallen} matrices cannot be cut into blocks of 32 and are F16"] if fallen else []
+
+
+def write_base(source: Source, path: Path) -> Path:
+    """The untouched base of an adapter in float32, for llama.cpp to put the adapter on."""
+    model = load.load_model(source.base, dtype=torch.float32, device="cpu", head="next_token")
+    _write_file(path, source, Options(quant="f32"), model, model.state_dict().items())
+    return path
+
+
+def _write_file(
+    path: Path, source: Source, options: Options, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    """A model whose weights are `tensors`; how many matrices fell back to F16."""
     config = source.config
     architecture = find_architecture(config, source.weights.name)
     factors = rope_factors(model, config) if architecture.rope_factors else None
-    tensors = tuned_tensors(model, attachment)
-    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
     names = model_names(architecture, model)
-    writer = gguf.GGUFWriter(folder / file_name(source, options), architecture.name)
+    writer = gguf.GGUFWriter(path, architecture.name)
     try:
         _add_facts(writer, source, architecture, options)
         add_vocabulary(writer, find_vocabulary(source, options.pre), source, num_rows=_num_rows(model))
@@ -68,20 +88,15 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in _and(first, tensors):
+        for name, tensor in tensors:
             if name in names:
-                fitted = architecture.fitted(name, tensor, config).numpy()
+                fitted = architecture.fitted(name, tensor.detach().float(), config).numpy()
                 writer.write_tensor_data(packed(fitted, _kind(fitted.shape, options)))
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
     finally:
         writer.close()
-    return [f"{fallen} matrices cannot be cut into blocks of 32 and are F16"] if fallen else []
-
-
-def _and(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest
+    return fallen
 
 
 def _num_rows(model: PreTrainedModel) -> int:

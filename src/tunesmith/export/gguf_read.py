@@ -5,19 +5,96 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
+from tokenizers import normalizers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError
-from tunesmith.export.gguf_models import find_architecture, model_names
-from tunesmith.models.headers import read_gguf
+from tunesmith.export.asked import Loaded, dtype_of
+from tunesmith.export.gguf_models import REPACKED, find_architecture, model_names
+from tunesmith.models import load, locate
+from tunesmith.models.headers import GgufHeader, read_gguf
+from tunesmith.models.locate import Located
+from tunesmith.models.source import blaming, source
+from tunesmith.recipe.knobs import Recipe
 
 TEMPLATE = "chat_template.jinja"
 """Beside an adapter, which carries no tokenizer."""
+
+
+def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
+    """The weights of a GGUF unpacked by transformers; what its reader leaves out of the config is read from the file's
+    own header, as llama.cpp does."""
+    path = next(folder.glob("*.gguf"))
+    located = locate.locate(str(path), offline=True)
+    header = read_gguf(path)
+    config = load.load_config(located)
+    _complete(config, header)
+    with blaming(located, "its weights cannot be loaded"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **source(located), config=config, dtype=dtype_of(recipe), output_loading_info=True
+        )
+    if found["missing_keys"]:
+        raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
+    if REPACKED in header.tensors:
+        factors = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == REPACKED).data
+        model.base_model.rotary_emb.inv_freq.div_(torch.from_numpy(factors.copy()))
+    return Loaded(model, read_tokenizer(located), located, "next_token", f"transformers {version('transformers')}")
+
+
+def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF, which splits text as llama.cpp does."""
+    tokenizer = load.load_tokenizer(located, None)
+    facts = read_gguf(located.path).metadata
+    if facts.get("tokenizer.ggml.model") == "llama":
+        _split_as_llama_cpp(tokenizer, prefix=bool(facts.get("tokenizer.ggml.add_space_prefix", True)))
+    return tokenizer
+
+
+def load_gguf_adapter(folder: Path, recipe: Recipe) -> Loaded:
+    """The base that was tuned, and on it what the file adds; its own tokenizer, and the template beside the file."""
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=True)
+    template = folder / TEMPLATE
+    tokenizer = load.load_tokenizer(located, str(template) if template.is_file() else None)
+    model = load.load_model(located, dtype=dtype_of(recipe), device="cpu", head="next_token", tokenizer=tokenizer)
+    path = next(folder.glob("*.gguf"))
+    add_adapter(model, path, load.load_config(located))
+    return Loaded(model, tokenizer, located, "next_token", "tunesmith, as llama.cpp adds it")
+
+
+def _split_as_llama_cpp(tokenizer: PreTrainedTokenizerBase, *, prefix: bool) -> None:
+    """llama.cpp puts a blank in front of every stretch of text between control tokens, or of none; transformers' reader
+    guesses by the architecture."""
+    blanks = [normalizers.Replace(" ", "▁")]
+    steps = [normalizers.Prepend("▁"), *blanks] if prefix else blanks
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+
+
+_UNREAD = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def _complete(config: Any, header: GgufHeader) -> None:
+    facts = {key: value for key, value in header.metadata.items() if key.startswith(f"{header.architecture}.")}
+    facts = {key.partition(".")[2]: value for key, value in facts.items()}
+    for key, name in _UNREAD.items():
+        if hasattr(config, name):
+            setattr(config, name, facts.get(key))
+    if header.architecture == "gpt2":
+        config.n_positions = facts["context_length"]
+    if header.architecture in ("gemma2", "gemma3"):
+        config.query_pre_attn_scalar = facts["attention.key_length"]
 
 
 @torch.no_grad()

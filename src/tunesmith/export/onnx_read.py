@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.export.asked import greedy
+from tunesmith.export.asked import ByRenderer, greedy
 from tunesmith.models import load
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 @dataclass(frozen=True)
-class OnnxAsked:
+class OnnxAsked(ByRenderer):
     """An open session."""
 
     session: Any

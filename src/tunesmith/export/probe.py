@@ -91,7 +91,8 @@ def look(
     """What a model makes of the first rows of `examples`. `masked`: share of masked tokens; `answered` False leaves out
     prompts and answers."""
     rows = rows_of(renderer, examples, head=head, labels=labels, masked=masked)
-    seen = Seen([row.ids.tolist() for row in rows], texts=_texts(renderer))
+    # Fixed texts hold what rules of splitting disagree on: blanks, digits, quotes, many scripts, code.
+    seen = Seen([row.ids.tolist() for row in rows], texts=asked.split(renderer, [PROBE, *passages()]))
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     how: dict[str, Any] = {"decoder_start": asked.decoder_start, "has_types": asked.has_types}
     for row in rows:
@@ -105,8 +106,9 @@ def look(
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
         seen.logits.append(logits_NV[kept].numpy())
     if renderer.stop_ids and head == "next_token" and answered:
-        seen.prompts.extend(_prompts(renderer, examples[: len(rows)]))
-        seen.answers.extend(asked.answers(renderer, seen.prompts, num_tokens=ANSWER_TOKENS))
+        prompts = _prompts(renderer, examples[: len(rows)])
+        seen.prompts.extend(asked.read(renderer, prompts))
+        seen.answers.extend(asked.answers(renderer, prompts, num_tokens=ANSWER_TOKENS))
     return seen
 
 
@@ -157,12 +159,6 @@ def _losses(logits_NV: torch.Tensor, batch: Batch, labels: Labels | None) -> tor
     return F.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
-def _texts(renderer: Renderer) -> list[list[int]]:
-    """Tokens of texts that hold what rules of splitting disagree on: blanks, digits, quotes, many scripts, code."""
-    backend = renderer.tokenizer.backend_tokenizer
-    return [list(one.ids) for one in backend.encode_batch([PROBE, *passages()], add_special_tokens=False)]
-
-
 def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]:
     longest = renderer.max_tokens or MOST_TOKENS
     room = PromptRoom(longest, cut_to=longest)
@@ -170,10 +166,13 @@ def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]
     return [list(prompt.ids) for prompt in made]
 
 
-def write_job(path: Path, *, loader: str, exported: Path, recipe: Path, examples: Sequence[Example]) -> None:
-    """The file that says what a new process is to load and look at."""
+def write_job(
+    path: Path, *, loader: str, exported: Path, recipe: Path, examples: Sequence[Example], base: Path | None = None
+) -> None:
+    """The file that says what a new process is to load and look at; `base`: what an adapter is put on."""
     plain = [asdict(example) for example in examples]
-    job = {"loader": loader, "exported": str(exported.resolve()), "recipe": str(recipe.resolve()), "examples": plain}
+    job = {"loader": loader, "exported": str(exported.resolve()), "recipe": str(recipe.resolve()), "examples": plain,
+           "base": base and str(base.resolve())}  # fmt: skip
     path.write_text(json.dumps(job), encoding="utf-8")
 
 
@@ -182,7 +181,7 @@ def do_job(path: Path) -> None:
     job = json.loads(path.read_text("utf-8"))
     recipe: Recipe = read.load(job["recipe"])
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
-    loaded = loaders.LOADERS[job["loader"]](Path(job["exported"]), recipe)
+    loaded = loaders.load(job["loader"], Path(job["exported"]), recipe, base=job["base"] and Path(job["base"]))
     labels = run_labels(recipe)
     renderer = make_renderer(recipe, loaded.tokenizer, loaded.kind)
     examples = [_example(plain) for plain in job["examples"]]

@@ -13,7 +13,9 @@ from tunesmith.errors import ExportError
 from tunesmith.export import probe
 from tunesmith.export.asked import TorchAsked
 from tunesmith.export.comparing import Comparison, compare
-from tunesmith.export.options import Bounds
+from tunesmith.export.gguf_file import write_base
+from tunesmith.export.llama_cpp_read import LLAMA_CPP, is_installed
+from tunesmith.export.options import Bounds, Export
 from tunesmith.export.probe import Seen
 from tunesmith.export.rows import Probes
 from tunesmith.export.sketches import sketch_all
@@ -54,6 +56,22 @@ def look_at_exported(source: Source, loader: str, exported: Path, probes: Probes
     job = work / "job.json"
     probe.write_job(
         job, loader=loader, exported=exported, recipe=source.run.recipe_path, examples=probes.examples
+    )  # fmt: skip
+    launch(job)
+    return Seen.load(work)
+
+
+def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Probes, *, work: Path) -> Seen | None:
+    """What llama.cpp makes of them; None where it is not installed, or the export is not for it."""
+    if not is_installed() or not export.loader.startswith("gguf"):
+        return None
+    work.mkdir()
+    base = None
+    if export.loader == "gguf-adapter":
+        base = source.base.path if source.base.is_gguf else write_base(source, work / "base.gguf")
+    job = work / "job.json"
+    probe.write_job(
+        job, loader=LLAMA_CPP, exported=exported, recipe=source.run.recipe_path, examples=probes.examples, base=base
     )  # fmt: skip
     launch(job)
     return Seen.load(work)
