@@ -49,10 +49,15 @@ class Speaker:
     """Of which it is the result, or with `is_base` the untouched model."""
     is_base: bool = False
 
+    @property
+    def can_untune(self) -> bool:
+        """Whether the base is there too, under an adapter."""
+        return isinstance(self.attachment, LoraAttachment) and self.attachment.is_beside
+
     @contextmanager
     def untuned(self) -> Iterator[None]:
         """Inside the block the model answers without its adapter."""
-        assert isinstance(self.attachment, LoraAttachment), "only an adapter can be looked past"
+        assert self.can_untune, "only an adapter that stands beside its base can be looked past"
         with without_adapter(self.attachment):
             yield
 

@@ -133,7 +133,7 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
     assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
     assert "export gguf-adapter, then" in lines("chat", use_rslora=True)["llama.cpp"]
-    assert lines("chat", use_dora=True)["vLLM"].startswith("no: its weights are rescaled column by column (DoRA)")
+    assert lines("chat", use_dora=True)["vLLM"].startswith("no: its weights are rescaled row by row (DoRA)")
     assert lines("classify-encoder")["llama.cpp"].startswith("no: it answers the task classify")
     assert lines("chat", trainable_token_indices=[7])["vLLM"].startswith("no: it brings rows of the embedding")
 

@@ -158,7 +158,7 @@ def of_gguf(folder: Path) -> Run:
     ("change", "says"),
     [
         ({"modules_to_save": ["lm_head"]}, "this adapter is more: it brings lm_head whole"),
-        ({"use_dora": True}, r"its weights are rescaled column by column \(DoRA\)"),
+        ({"use_dora": True}, r"its weights are rescaled row by row \(DoRA\)"),
         ({"trainable_token_indices": [5]}, "it brings rows of the embedding"),
         ({"target_modules": ["embed_tokens"]}, "it adapts embed_tokens"),
     ],

@@ -16,7 +16,7 @@ from tunesmith.inference.adapters import Adapters, SharedLinear
 from tunesmith.inference.batch import Batch
 from tunesmith.inference.choosing import How
 from tunesmith.inference.decoder import Apart, Together
-from tunesmith.methods.lora import lora_forward_reference
+from tunesmith.methods.lora_layer import lora_forward_reference
 
 WHO = (None, *RUNS)
 TOGETHER = (

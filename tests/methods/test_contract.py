@@ -1,9 +1,13 @@
-"""What holds for every method."""
+"""What holds for every method, and for each of its settings that changes what is trained or how it computes."""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -18,21 +23,55 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore
+from tunesmith.methods.lora import LoraAttachment, merge
+from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim, Section
+from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim
+from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod
 from tunesmith.types import Attachment, Labels
 
 VOCAB = 512
-SETTINGS: dict[str, Section] = {"lora": LoraMethod(rank=4), "full": FullMethod()}
+SETTINGS: dict[str, LowRankMethod | FullMethod] = {
+    "lora": LoraMethod(rank=4),
+    "dora": DoraMethod(rank=4),
+    "full": FullMethod(),
+}
+CASES: dict[str, LowRankMethod | FullMethod] = {
+    **SETTINGS,
+    "lora, rank-stabilised": LoraMethod(rank=4, alpha=4, rslora=True),
+    "lora, ranks by pattern": LoraMethod(
+        rank=4, rank_pattern={"mlp": 2}, alpha_pattern={"attention": 5.5}, layers=("last:1",)
+    ),
+    "lora, LoRA+": LoraMethod(rank=4, loraplus_ratio=4),
+    "lora, pissa": LoraMethod(rank=4, init="pissa"),
+    "lora, pissa by pattern": LoraMethod(rank=4, init="pissa", rslora=True, rank_pattern={"mlp": 2}),
+    "lora, orthogonal": LoraMethod(rank=4, init="orthogonal"),
+    "lora, norms whole": LoraMethod(rank=4, also_train=("re:(norm|ln_f)$",)),
+    "lora, biases": LoraMethod(rank=4, bias="all"),
+    "lora, biases of its layers": LoraMethod(rank=4, bias="lora_only", targets=("mlp",)),
+    "dora, rank-stabilised": DoraMethod(rank=4, alpha=4, rslora=True, layers=("0",)),
+    "dora, pissa": DoraMethod(rank=4, init="pissa"),
+    "dora, biases": DoraMethod(rank=4, bias="lora_only"),
+}
+NEEDS_BIASES = [name for name, settings in CASES.items() if getattr(settings, "bias", "none") != "none"]
+NOT_EXACT = {"lora, pissa": 1e-5, "lora, pissa by pattern": 1e-5, "dora, pissa": 1e-5, "lora, orthogonal": 1e-5}
+"""Starts whose matrices cancel: in float32 outputs of order 1 move by less than this."""
 FAMILIES = ["llama", "gpt2", "bert", "qwen2 sequence", "t5"]
 """BERT is taken with a head that answers about a text, qwen2 with one too."""
 DTYPES = [torch.float32, torch.bfloat16]
+GRID = [(name, arch) for name in SETTINGS for arch in FAMILIES] + [
+    (name, "gpt2" if name in NEEDS_BIASES else "llama") for name in CASES if name not in SETTINGS
+]
 
 both = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-families = pytest.mark.parametrize("arch", FAMILIES)
+cases = pytest.mark.parametrize(("case", "arch"), GRID, ids=[f"{name} on {arch}" for name, arch in GRID])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def attached(model: PreTrainedModel, case: str, *, seed: int = 0) -> Any:
+    return METHODS[CASES[case].name].attach(model, CASES[case], seed=seed)
 
 
 def made(arch: str, **how: Any) -> PreTrainedModel:
@@ -49,10 +88,13 @@ def answers(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return logits
 
 
+def probe_ids() -> Tensor:
+    return torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
 def logits(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return answers(model, ids)
+        return answers(model, probe_ids())
 
 
 def loss_of(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -62,15 +104,27 @@ def loss_of(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return F.cross_entropy(found[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-def train(model: PreTrainedModel, attachment: Attachment, *, steps: int = 3) -> None:
-    update = Update(attachment.trained, Optim(lr=1e-2))
-    for step in range(steps):
+def update_of(attachment: Attachment) -> Update:
+    return Update(attachment.trained, Optim(lr=1e-2), factors=attachment.rate_factors)
+
+
+def train(
+    model: PreTrainedModel,
+    attachment: Attachment,
+    *,
+    steps: int = 3,
+    start: int = 0,
+    update: Update | None = None,
+) -> Update:
+    update = update or update_of(attachment)
+    for step in range(start, start + steps):
         ids = torch.randint(1, VOCAB, (8, 64), generator=torch.Generator().manual_seed(step))
         ids[:, 0] = torch.arange(8) + 64 * step + 1
         loss_of(model, ids).backward()
         attachment.collect_gradients()
         update.step(1e-2)
         attachment.publish()
+    return update
 
 
 def computing(model: nn.Module) -> dict[str, Tensor]:
@@ -79,18 +133,23 @@ def computing(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_method_has_a_contract() -> None:
-    assert list(SETTINGS) == list(METHODS)
+    assert list(SETTINGS) == list(METHODS) == [name for name in METHOD_KNOBS if name != "auto"]
     assert all(name == method.name and method.doc for name, method in METHODS.items())
 
 
-@both
-@families
+@cases
 @dtypes
-def test_fresh_it_changes_nothing_bitwise(method: Method, arch: str, dtype: torch.dtype) -> None:
+def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> None:
+    """To the last bit, but for starts that say they do not."""
     model = made(arch, dtype=dtype).eval()
     before = logits(model)
-    method.attach(model, SETTINGS[method.name], seed=0)
-    assert torch.equal(logits(model), before)
+    attached(model, case)
+    if case not in NOT_EXACT:
+        assert torch.equal(logits(model), before)
+    elif dtype == torch.float32:
+        assert 0 < (logits(model) - before).abs().max() <= NOT_EXACT[case]
+    else:  # products of rounded matrices: of the size of what bfloat16 rounds anyway
+        assert (logits(model) - before).float().norm() <= 0.02 * before.float().norm()
 
 
 @both
@@ -116,21 +175,26 @@ def assert_the_named_move_and_nothing_else(model: nn.Module, attachment: Attachm
     train(model, attachment)
     still = [name for name, tensor in attachment.trained.items() if torch.equal(tensor, trained[name])]
     assert still == []
-    # Inside the model a wrapped layer's own weight is called <layer>.base.weight, its matrices <layer>.lora_A.
-    allowed = {name.removesuffix(".weight") if ".lora_" in name else name for name in trained}
+    allowed = {name_inside(name, model) for name in trained}
     names = dict(model.named_parameters(remove_duplicate=False))
     tied = {name for name, weight in names.items() if any(weight is names.get(other) for other in allowed)}
     moved = {name for name, tensor in computing(model).items() if not torch.equal(tensor, inside[name])}
     assert allowed <= moved <= allowed | tied
 
 
-@both
-@families
+def name_inside(name: str, model: nn.Module) -> str:
+    """Inside the model the matrices of a layer are called <layer>.lora_A, and its own weights <layer>.base.weight."""
+    if ".lora_" in name:
+        return name.removesuffix(".weight")
+    layer, _, weight = name.rpartition(".")
+    return f"{layer}.base.{weight}" if isinstance(model.get_submodule(layer), LoraLinear) else name
+
+
+@cases
 @dtypes
-def test_the_named_tensors_move_and_nothing_else(method: Method, arch: str, dtype: torch.dtype) -> None:
+def test_the_named_tensors_move_and_nothing_else(case: str, arch: str, dtype: torch.dtype) -> None:
     model = made(arch, dtype=dtype, layers=1)
-    attachment = method.attach(model, SETTINGS[method.name], seed=0)
-    assert_the_named_move_and_nothing_else(model, attachment)
+    assert_the_named_move_and_nothing_else(model, attached(model, case))
 
 
 def test_the_test_sees_a_base_that_moves_too() -> None:
@@ -180,18 +244,23 @@ def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.
     assert losses[-1] < losses[0] - 0.5
 
 
-@both
+@cases
 @dtypes
-def test_restored_it_goes_on_bit_for_bit(method: Method, dtype: torch.dtype) -> None:
-    model = tiny_model("llama", vocab_size=VOCAB, dtype=dtype).eval()
-    attachment = method.attach(model, SETTINGS[method.name], seed=0)
-    train(model, attachment)
-    saved = {name: tensor.detach().clone() for name, tensor in attachment.trained.items()}
-    again = tiny_model("llama", vocab_size=VOCAB, dtype=dtype).eval()
-    fresh = method.attach(again, SETTINGS[method.name], seed=1)
-    restore(fresh, saved)
-    assert all(torch.equal(fresh.trained[name], tensor) for name, tensor in saved.items())
-    assert torch.equal(logits(again), logits(model))
+def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtype) -> None:
+    """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
+    straight = attached(made(arch, dtype=dtype), case)
+    update = train(straight.model, straight, steps=2)
+    weights = {name: tensor.detach().clone() for name, tensor in straight.trained.items()}
+    state = {name: tensor.clone() for name, tensor in update.state().items()}
+    train(straight.model, straight, steps=2, start=2, update=update)
+    again = attached(made(arch, dtype=dtype), case)
+    restore(again, weights)
+    assert all(torch.equal(again.trained[name], tensor) for name, tensor in weights.items())
+    loaded = update_of(again)
+    loaded.load(state)
+    train(again.model, again, steps=2, start=2, update=loaded)
+    assert all(torch.equal(again.trained[name], tensor) for name, tensor in straight.trained.items())
+    assert torch.equal(logits(again.model), logits(straight.model))
 
 
 @both
@@ -211,20 +280,123 @@ def test_what_does_not_fit_is_not_restored(method: Method) -> None:
         assert torch.equal(attachment.trained[first], before)
 
 
-@both
-@families
+@cases
 @dtypes
-def test_the_saved_result_computes_the_same(method: Method, arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(arch, dtype=dtype).eval()
     untouched = copy.deepcopy(model)
-    attachment = method.attach(model, SETTINGS[method.name], seed=0)
+    attachment = attached(model, case)
     train(model, attachment)
-    base = tmp_path / "base"
-    untouched.save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
-    located = locate(str(base))
-    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
-    method.save_result(attachment, tmp_path / "result", model=model, renderer=renderer, located=located)
-    method.load_result(untouched, tmp_path / "result")
+    save(attachment, untouched, tmp_path)
+    METHODS[attachment.method].load_result(untouched, tmp_path / "result")
     assert torch.equal(logits(untouched), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template
+
+
+def save(attachment: Any, untouched: PreTrainedModel, folder: Path) -> None:
+    """The base as a person has it, and the result of tuning it."""
+    untouched.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    located = locate(str(folder / "base"))
+    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
+    METHODS[attachment.method].save_result(
+        attachment, folder / "result", model=attachment.model, renderer=renderer, located=located
+    )
+
+
+ADAPTERS = [(name, arch) for name, arch in GRID if CASES[name].name != "full"]
+adapters = pytest.mark.parametrize(("case", "arch"), ADAPTERS, ids=[f"{name} on {arch}" for name, arch in ADAPTERS])
+
+
+# trap: A1
+def assert_merged_is_live(case: str, arch: str, merge_it: Callable[[Any], None], *, dtype: torch.dtype) -> None:
+    model = made(arch, dtype=dtype).eval()
+    before = logits(model)
+    layout = {name: type(module) for name, module in model.named_modules()}
+    attachment = attached(model, case)
+    train(model, attachment)
+    live = logits(model)
+    merge_it(attachment)
+    assert {name: type(module) for name, module in model.named_modules()} == layout
+    effect, error = (live - before).float().norm(), (logits(model) - live).float().norm()
+    assert effect > 0.05
+    # float32: roundings alone. bfloat16: every adapted weight is rounded once, of a delta that is small in three steps.
+    assert error <= (1e-4 if dtype == torch.float32 else 0.1) * effect
+
+
+@adapters
+@dtypes
+def test_merged_is_live(case: str, arch: str, dtype: torch.dtype) -> None:
+    assert_merged_is_live(case, arch, merge, dtype=dtype)
+
+
+@torch.no_grad()
+def merge_by_adding_the_product(attachment: LoraAttachment) -> None:
+    """What is right for plain LoRA alone: neither a start nor a length is looked at."""
+    for name, layer in attachment.layers.items():
+        a_RI, b_OR = attachment.matrices(name)
+        layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
+    attachment.take_off()
+
+
+@pytest.mark.parametrize("case", ["dora", "lora, pissa", "dora, pissa"])
+def test_the_merge_test_sees_a_start_or_a_length_that_is_left_out(case: str) -> None:
+    assert_merged_is_live("lora", "llama", merge_by_adding_the_product, dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        assert_merged_is_live(case, "llama", merge_by_adding_the_product, dtype=torch.float32)
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from tunesmith.methods import METHODS
+from peft import PeftModel
+for folder, method, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    folder, kind = Path(folder), getattr(transformers, auto)
+    ids = load_file(folder / "ids.safetensors")["ids"]
+    how = {"decoder_input_ids": ids} if auto == "AutoModelForSeq2SeqLM" else {}
+    ours = kind.from_pretrained(folder / "base")
+    METHODS[method].load_result(ours, folder / "result")
+    if method == "full":
+        theirs = kind.from_pretrained(folder / "result")
+    else:
+        theirs = PeftModel.from_pretrained(kind.from_pretrained(folder / "base"), str(folder / "result"))
+    with torch.no_grad():
+        found = [model.eval()(input_ids=ids, **how).logits for model in (ours, theirs)]
+    save_file(dict(zip(("ours", "theirs"), found)), folder / "out.safetensors")
+"""
+CLASSES = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModelForSequenceClassification",
+           "qwen2 sequence": "AutoModelForSequenceClassification"}  # fmt: skip
+
+
+def test_saved_files_compute_the_same_in_a_new_process_and_in_peft(tmp_path: Path) -> None:
+    live, words = {}, []
+    for number, (case, arch) in enumerate(GRID):
+        folder = tmp_path / str(number)
+        model = made(arch).eval()
+        untouched = copy.deepcopy(model)
+        attachment = attached(model, case)
+        train(model, attachment)
+        save(attachment, untouched, folder)
+        live[case, arch] = logits(model)
+        save_file({"ids": probe_ids()}, folder / "ids.safetensors")
+        words += [str(folder), attachment.method, CLASSES.get(arch, "AutoModelForCausalLM")]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS, *words], check=True, env=environment)
+    for number, key in enumerate(GRID):
+        out = load_file(tmp_path / str(number) / "out.safetensors")
+        for by in ("ours", "theirs"):
+            # 2e-5: float32 in another order of sums, and perhaps another number of threads.
+            assert (out[by] - live[key]).abs().max() <= 2e-5, (key, by)
+
+
+def test_every_method_has_its_page() -> None:
+    """Paper, cost, when, when not: in its section of docs/methods.md."""
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text("utf-8")
+    sections = {part.partition("\n")[0].strip(): part for part in page.split("\n## ")[1:]}
+    for name in METHODS:
+        for word in ("**Cost.**", "**When.**", "**When not.**"):
+            assert word in sections[name], f"{name}: {word}"
+        assert "arxiv.org" in sections[name], name

@@ -20,9 +20,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods import METHODS, peft_format
+from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment, attach, merge
-from tunesmith.methods.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.locate import Located, locate
@@ -141,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a part of the base": (
         lambda f: save_whole(f, ["bert.pooler", "classifier", "LayerNorm"]),
-        "LayerNorm.weight comes whole, but is no part of a head",
+        "no bert.embeddings.LayerNorm.weight",
     ),
     "other labels": (
         lambda f: (f / heads.LABELS_FILE).write_text('{"kind": "one", "names": ["a", "c", "b"]}'),
@@ -163,7 +165,7 @@ def test_a_head_that_does_not_fit_is_refused_and_the_model_left_alone(damage: st
     with pytest.raises(ModelError, match=message):
         load_adapter(model, tmp_path / "adapter")
     assert torch.equal(logits(model), before)
-    assert not any(isinstance(module, peft_format.LoraLinear) for module in model.modules())
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def test_a_new_masked_language_head_is_refused_beside_adapters(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
-from tunesmith.errors import RecipeError
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.inference.adapters import Adapters
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
 from tunesmith.optim import Update
 from tunesmith.recipe.knobs import LoraMethod, Optim
+from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
 
 VOCAB = 61
 
@@ -307,3 +309,28 @@ def test_loraplus_gives_b_its_own_rate() -> None:
         # AdamW's first step moves every number by its rate, whatever the gradient's size.
         length = (tensor - before[name]).abs().median().item()
         assert length == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3, rel=1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (LoraMethod(rank_pattern={"mlp": 2}, init="pissa"), None),
+        (DoraMethod(), "its weights are rescaled row by row (DoRA)"),
+        (LoraMethod(also_train=("norm",)), "it brings model.norm whole"),
+    ],
+)
+def test_an_adapter_knows_whether_it_can_share_its_base(settings: LowRankMethod, why: str | None) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB).eval()
+    attachment = attach(model, settings, seed=0)
+    assert attachment.more_than_paths == why
+    randomise(attachment)
+    live = logits(model)
+    shared = Adapters(model)
+    if why is not None:
+        with pytest.raises(ModelError, match=r"^mine: .*cannot be shared with other adapters. Export it as merged"):
+            shared.take("mine", attachment)
+        return
+    shared.take("mine", attachment)
+    shared.install()
+    with shared.serving(["mine"] * some_ids().numel()):
+        assert (logits(model) - live).abs().max() <= 1e-5

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, StorageError
-from tunesmith.methods import peft_format
 from tunesmith.methods.lora import LoraAttachment, attach
-from tunesmith.methods.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.recipe.knobs import LoraMethod
 
 VOCAB = 61
@@ -248,11 +249,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"up_proj.lora_B.weight has shape \(4, 128\), expected \(128, 4\)",
     ),
     "another rank": (lambda f: edit(f, r=8), r"has shape \(4, 64\), expected \(8, 64\)"),
-    "a kind that is not plain": (lambda f: edit(f, use_dora=True), "use_dora: only plain LoRA can be loaded"),
-    "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 2}), "rank_pattern: only plain LoRA"),
-    "trained biases": (lambda f: edit(f, bias="all"), "bias: only plain LoRA"),
-    "a key of the future": (lambda f: edit(f, use_quantum=True), "use_quantum: only plain LoRA"),
-    "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights: only plain"),
+    "lengths that are missing": (lambda f: edit(f, use_dora=True), "no model.layers.0.self_attn.q_proj.lora_magnitude"),
+    "ranks by layer": (
+        lambda f: edit(f, rank_pattern={"q_proj": 2}),
+        r"q_proj.lora_A.weight has shape \(4, 64\), expected \(2, 64\)",
+    ),
+    "a pattern that is none": (lambda f: edit(f, rank_pattern={"(q_proj": 2}), "target_modules: missing \\), "),
+    "biases of a model without": (lambda f: edit(f, bias="all"), "bias: all: the model's layers have no bias"),
+    "biases of another kind": (lambda f: edit(f, bias="some"), "bias: Input should be 'none', 'all' or 'lora_only'"),
+    "a key of the future": (lambda f: edit(f, use_quantum=True), "use_quantum: only LoRA and DoRA that leave"),
+    "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights: only LoRA"),
+    "a whole module without weights": (lambda f: edit(f, modules_to_save=["model.norm"]), "no model.norm.weight"),
+    "a whole module that is adapted": (lambda f: edit(f, modules_to_save=["q_proj"]), "q_proj is adapted and whole"),
+    "layers that others were adapted in": (
+        lambda f: edit(f, layers_to_transform=[0]),
+        "weights for model.layers.1.mlp.down_proj, which target_modules does not name",
+    ),
     "another method": (lambda f: edit(f, peft_type="IA3"), "not a LoRA adapter: peft_type 'IA3'"),
     "no config": (lambda f: (f / CONFIG).unlink(), "missing: the folder of an adapter holds"),
     "a broken config": (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
@@ -277,7 +289,7 @@ def assert_damage_is_refused(load: Callable[..., object], folder: Path, message:
     with pytest.raises(ModelError, match=message):
         raise refused
     assert torch.equal(logits(model), before)
-    assert not any(isinstance(module, peft_format.LoraLinear) for module in model.modules())
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -7,8 +7,9 @@ from torch import nn
 
 from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, tiny_model
 from tunesmith.errors import RecipeError
-from tunesmith.methods.lora import LoraLinear, attach
-from tunesmith.methods.peft_format import shortest_ends
+from tunesmith.methods.lora import attach
+from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.methods.peft_config import shortest_ends
 from tunesmith.methods.targets import find_targets
 from tunesmith.recipe.knobs import LoraMethod
 from tunesmith.types import Labels
@@ -152,3 +153,48 @@ def test_shortest_ends_mean_the_same_modules(arch: str, targets: list[str], ends
     model = tiny_model(arch, vocab_size=32)
     chosen = dict.fromkeys(names(model, *targets))
     assert shortest_ends(chosen, [name for name, _ in model.named_modules()]) == ends
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [(["last:1"], [3]), (["last:2"], [2, 3]), (["first:3"], [0, 1, 2]), (["2"], [2]), (["0", "2-3"], [0, 2, 3])],
+)
+def test_layers_by_number(words: list[str], layers: list[int]) -> None:
+    model = tiny_model("llama", vocab_size=32, layers=4)
+    found = [target.name for target in find_targets(model, ["q_proj", "lm_head"], layers=words)]
+    assert found == [*(f"model.layers.{n}.self_attn.q_proj" for n in layers), "lm_head"]
+
+
+def test_each_stack_of_layers_is_counted_by_itself() -> None:
+    model = tiny_model("t5", vocab_size=32)
+    found = {target.name.partition(".layer.")[0] for target in find_targets(model, ["all-linear"], layers=["last:1"])}
+    assert found == {"encoder.block.1", "decoder.block.1"}
+
+
+@pytest.mark.parametrize("word", ["7", "last:9", "3-4"])
+def test_a_layer_that_is_not_there_is_refused(word: str) -> None:
+    with pytest.raises(RecipeError, match=f"^method.layers: '{word}' means no layer .* model.layers has 2"):
+        find_targets(tiny_model("llama", vocab_size=32), ["q_proj"], layers=["0", word])
+
+
+def test_ranks_and_alphas_by_pattern() -> None:
+    settings = LoraMethod(
+        rank=8, alpha=16, rslora=True, rank_pattern={"mlp": 4, "down_proj": 2}, alpha_pattern={r"re:layers\.1\.": 6}
+    )
+    attachment = attach(tiny_model("llama", vocab_size=32), settings, seed=0)
+    sizes = {name.removeprefix("model.layers."): (one.rank, one.alpha) for name, one in attachment.sizes.items()}
+    assert sizes["0.self_attn.q_proj"] == (8, 16)
+    assert sizes["0.mlp.up_proj"] == (4, 16)
+    assert sizes["1.mlp.down_proj"] == (2, 6)
+    for name, layer in attachment.layers.items():
+        rank, alpha = sizes[name.removeprefix("model.layers.")]
+        assert layer.lora_A.shape[0] == rank
+        assert layer.scale == alpha / rank**0.5
+
+
+@pytest.mark.parametrize("knob", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_means_no_adapted_layer_is_refused(knob: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^method.{knob}: 'mpl' matches no adapted layer. There are: down_proj, "):
+        attach(tiny_model("llama", vocab_size=32), LoraMethod(**{knob: {"mpl": 4}}), seed=0)
+    with pytest.raises(RecipeError, match=rf"^method.{knob}: 'mlp' matches no adapted layer"):
+        attach(tiny_model("llama", vocab_size=32), LoraMethod(targets=("q_proj",), **{knob: {"mlp": 4}}), seed=0)

@@ -11,6 +11,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe import read
 from tunesmith.recipe.fields import knobs
 from tunesmith.recipe.knobs import AutoMethod, FullMethod, LoraMethod, Recipe
+from tunesmith.recipe.method_knobs import DoraMethod
 
 PROBLEMS = [
     ({"method": {"name": "lora", "rank": "x"}}, "method.rank: 'x' is not a whole number"),
@@ -21,12 +22,16 @@ PROBLEMS = [
     ({"method": {"name": "lora", "rnk": 3}}, "method.rnk: unknown key, did you mean method.rank?"),
     (
         {"method": {"name": "full", "rank": 3}},
-        "method.rank: has no meaning for method full: drop it or set method.name: lora",
+        "method.rank: has no meaning for method full: drop it or set method.name: lora or dora",
     ),
-    ({"method": "lorra"}, "method.name: 'lorra' is none of auto, lora, full, did you mean lora?"),
-    ({"method": {"name": 3}}, "method.name: '3' is none of auto, lora, full"),
+    ({"method": "lorra"}, "method.name: 'lorra' is none of auto, lora, dora, full, did you mean lora?"),
+    ({"method": {"name": 3}}, "method.name: '3' is none of auto, lora, dora, full"),
     ({"method": 5}, "method: 5 is not a section: write its knobs below it, or as method.<knob>"),
     ({"method": {"targets": [3]}}, "method.targets: 3 is not a list of texts"),
+    ({"method": {"layers": ["lst:4"]}}, "method.layers: 'lst:4' is none of last:4, first:4, 7 or 0-3"),
+    ({"method": {"layers": True}}, "method.layers: true is not a list of texts"),
+    ({"method": {"rank_pattern": {"mlp": 0}}}, "method.rank_pattern.mlp: 0 is out of range"),
+    ({"method": {"init": "pizza"}}, "method.init: 'pizza' is none of kaiming, pissa, orthogonal, did you mean pissa?"),
     ({"optim": {"lr": "x"}}, "optim.lr: 'x' is neither a number nor auto"),
     ({"optim": {"lr": "atuo"}}, "optim.lr: 'atuo' is neither a number nor auto, did you mean auto?"),
     ({"optim": {"lr": -1}}, "optim.lr: -1 is out of range: it must be a number above 0, or auto"),
@@ -151,6 +156,10 @@ def test_a_file_with_everything_commented_out_is_the_default(tmp_path, content):
         ({"method": "full"}, ["method=auto"], AutoMethod()),
         ({"method": "lora"}, ["method.targets=q_proj"], LoraMethod(targets=("q_proj",))),
         ({"method": "lora"}, ["method.targets=[q_proj, v_proj]"], LoraMethod(targets=("q_proj", "v_proj"))),
+        ({"method": "dora"}, ["method.layers=3"], DoraMethod(layers=("3",))),
+        ({"method": "lora"}, ["method.layers=[0, 'last:2']"], LoraMethod(layers=("0", "last:2"))),
+        ({}, ["method.rank_pattern={mlp: 4}"], LoraMethod(rank_pattern={"mlp": 4})),
+        ({}, ["method.also_train=norm"], LoraMethod(also_train=("norm",))),
     ],
 )
 def test_method_by_name_or_by_knob(base, settings, method):

@@ -24,9 +24,15 @@ RECIPES = st.fixed_dictionaries(
     {
         "model": TEXT,
         "name": st.none() | TEXT,
-        "method": st.sampled_from(["auto", "full", "lora"])
+        "method": st.sampled_from(["auto", "full", "lora", "dora"])
         | st.fixed_dictionaries(
-            {"rank": st.integers(1, 4096), "alpha": st.floats(1e-6, 1e6), "targets": st.lists(TEXT, max_size=3)}
+            {
+                "rank": st.integers(1, 4096),
+                "alpha": st.floats(1e-6, 1e6),
+                "targets": st.lists(TEXT, max_size=3),
+                "rank_pattern": st.dictionaries(TEXT, st.integers(1, 64), max_size=3),
+                "also_train": st.lists(TEXT, max_size=3),
+            }
         ),
         "data": st.fixed_dictionaries(
             {
@@ -91,7 +97,7 @@ def test_default_recipe_shows_docs_and_the_other_methods_knobs():
     assert parse(shown, "r.yaml")["method"] == {"name": "auto"}
     assert "  # Peak learning rate. " in shown
     assert "  schedule: linear  # linear, cosine, constant or null\n" in shown
-    assert "  # Of method lora:\n" in shown
+    assert "  # Of method lora, dora:\n" in shown
     assert "  #   rank: 16  # a whole number above 0\n" in shown
     assert max(map(len, shown.splitlines())) <= 120
 

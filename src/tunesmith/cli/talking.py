@@ -63,7 +63,7 @@ def _voices(
         note(tuned.note)
     if not compare:
         return [Voice("", tuned)]
-    if tuned.attachment is not None and run.recipe().method.name == "lora":
+    if tuned.can_untune:
         return [Voice("before", tuned, tuned.untuned), Voice("after", tuned)]
     return [Voice("before", loading.load_base(run, offline=offline)), Voice("after", tuned)]
 

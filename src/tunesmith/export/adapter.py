@@ -18,7 +18,8 @@ from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.servers import server_lines
 from tunesmith.export.source import Source
 from tunesmith.files import to_json
-from tunesmith.methods.peft_format import CONFIG, WEIGHTS
+from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.models.quiet import quiet
 from tunesmith.models.save import save_generation_config
 
@@ -77,7 +78,10 @@ def baked(config: dict[str, Any]) -> dict[str, Any]:
     """The same scale without use_rslora: alpha / √rank becomes alpha' / rank with alpha' = alpha · √rank."""
     if not config.get("use_rslora"):
         return config
-    return {**config, "lora_alpha": config["lora_alpha"] * config["r"] ** 0.5, "use_rslora": False}
+    rank, alpha = config["r"], config["lora_alpha"]
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    scaled = {key: alphas.get(key, alpha) * ranks.get(key, rank) ** 0.5 for key in {**ranks, **alphas}}
+    return {**config, "lora_alpha": alpha * rank**0.5, "alpha_pattern": scaled, "use_rslora": False}
 
 
 def _num_bytes(source: Source, options: Options) -> int:

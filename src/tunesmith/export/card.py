@@ -14,6 +14,7 @@ from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
 from tunesmith.measures import MEASURES
 from tunesmith.models.folder import read_json
+from tunesmith.recipe.method_knobs import LowRankMethod
 from tunesmith.run import Run
 
 UNKNOWN = "unknown"
@@ -116,8 +117,9 @@ def base_id(source: Source) -> str | None:
 def _what(source: Source) -> str:
     method = source.recipe.method
     how = "Every weight was tuned."
-    if method.name == "lora":
-        how = f"LoRA of rank {method.rank}, alpha {method.alpha:g}."
+    if isinstance(method, LowRankMethod):
+        scaled = ", rank-stabilised" if method.rslora else ""
+        how = f"{'DoRA' if method.name == 'dora' else 'LoRA'} of rank {method.rank}, alpha {method.alpha:g}{scaled}."
     base = base_id(source) or Path(source.recipe.model).name
     revision = f" at {source.base.revision}" if source.base.revision else ""
     labels = (

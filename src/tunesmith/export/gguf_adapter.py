@@ -26,7 +26,8 @@ from tunesmith.export.gguf_read import TEMPLATE
 from tunesmith.export.options import GGUF_EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.servers import only_low_rank
 from tunesmith.export.source import Source
-from tunesmith.methods.lora import LoraAttachment, LoraLinear
+from tunesmith.methods.lora import LoraAttachment
+from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.models.headers import read_safetensors
 

@@ -53,17 +53,24 @@ def _llama_cpp(source: Source, config: Mapping[str, Any]) -> str:
 def _cannot(source: Source, config: Mapping[str, Any]) -> str | None:
     if source.base.is_gguf:
         return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        return "its rank or alpha differs from layer to layer, of which one alone is read there"
     return only_low_rank(source, config)
 
 
 def only_low_rank(source: Source, config: Mapping[str, Any]) -> str | None:
     """What of an adapter is more than low-rank paths beside the layers of a model that writes; None: nothing."""
-    if config.get("use_dora"):
-        return "its weights are rescaled column by column (DoRA), which is not computed there"
-    if config.get("trainable_token_indices"):
-        return "it brings rows of the embedding (trainable_token_indices), which are not read there"
-    if whole := config.get("modules_to_save"):
-        return f"it brings {', '.join(whole)} whole (modules_to_save), which is not read there"
+    whole = ", ".join(config.get("modules_to_save") or ())
+    unread = {
+        "its weights are rescaled row by row (DoRA), which is not computed there": config.get("use_dora"),
+        "it brings rows of the embedding (trainable_token_indices), which are not read there": config.get(
+            "trainable_token_indices"
+        ),
+        f"it brings {whole} whole (modules_to_save), which is not read there": whole,
+        "it brings biases, which are not read there": config.get("bias", "none") != "none",
+    }
+    if why := next((why for why, is_so in unread.items() if is_so), None):
+        return why
     if source.head != "next_token" or source.kind != "causal":
         return f"it answers the task {source.recipe.task} on a model that is {source.kind.replace('_', '–')}"
     targets = config.get("target_modules") or []

@@ -1,7 +1,5 @@
 """The result of a run as what is to be exported: found, checked against what it was tuned from, and loaded."""
 
-# O outputs, I inputs
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import RunError
@@ -120,16 +117,12 @@ def tuned_tensors(model: PreTrainedModel, attachment: LoraAttachment | None) -> 
 
     The adapter is taken off the model. Tied weights come under each of their names.
     """
-    deltas = {}
+    layers = {}
     if attachment is not None:
-        for name, layer in attachment.layers.items():
-            a_RI, b_OR = attachment.matrices(name)
-            deltas[f"{name}.weight"] = (layer, a_RI, b_OR)
+        layers = {f"{name}.weight": layer for name, layer in attachment.layers.items()}
         attachment.take_off()
     for name, weight in model.state_dict().items():
-        tensor = weight.detach().float()
-        if name in deltas:
-            layer, a_RI, b_OR = deltas[name]
-            delta_OI = layer.delta_OI(a_RI, b_OR)
-            tensor = tensor + (delta_OI.t() if isinstance(layer.base, Conv1D) else delta_OI)
-        yield name, tensor
+        if attachment is not None and name in layers:
+            yield name, attachment.merged(name.removesuffix(".weight"), layers[name])
+        else:
+            yield name, weight.detach().float()

@@ -20,8 +20,7 @@ from tunesmith.export.probe import Seen
 from tunesmith.export.rows import Probes
 from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
-from tunesmith.loading import Speaker, load_run
-from tunesmith.methods.lora import LoraAttachment
+from tunesmith.loading import Speaker, load_base, load_run
 
 TIMEOUT_S = 3600.0
 
@@ -31,9 +30,11 @@ def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
     speaker = load_run(source.run, offline=True)
     tuned = _look(speaker, source, probes, answered=True)
     base = None
-    if isinstance(speaker.attachment, LoraAttachment):
+    if speaker.can_untune:
         with speaker.untuned():
             base = _look(speaker, source, probes, answered=False)
+    elif speaker.attachment is not None:
+        base = _look(load_base(source.run, offline=True), source, probes, answered=False)
     weights = sketch_all(tuned_tensors(speaker.model, speaker.attachment))
     return replace(tuned, weights=weights), base
 

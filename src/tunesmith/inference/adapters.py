@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import ModelError
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.targets import named_targets, replace_module
 
@@ -75,9 +76,16 @@ class Adapters:
         self._held: dict[str, dict[str, Path]] = {}
 
     def take(self, name: str, attachment: LoraAttachment) -> None:
-        """Take the matrices of an adapter that is on the model, and the adapter off it. `install` puts all back."""
+        """Take the matrices of an adapter that is on the model, and the adapter off it. `install` puts all back.
+
+        Raises ModelError for an adapter that is more than low-rank paths, so that others could not share its base.
+        """
+        if why := attachment.more_than_paths:
+            raise ModelError(
+                f"{name}: {why}, so its base cannot be shared with other adapters. Export it as merged and serve that."
+            )
         self._held[name] = {
-            layer: Path(module.lora_A.detach(), module.lora_B.detach(), module.scale)
+            layer: Path(*module.with_start(module.lora_A.detach(), module.lora_B.detach()), module.scale)
             for layer, module in attachment.layers.items()
         }
         attachment.take_off()

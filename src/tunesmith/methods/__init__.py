@@ -38,6 +38,13 @@ METHODS: dict[str, Method] = {
         save_result=peft_format.save_result,
         load_result=peft_format.load_adapter,
     ),
+    "dora": Method(
+        name="dora",
+        doc="LoRA that also trains the length of each row of a weight; the result is an adapter in PEFT's format.",
+        attach=lora.attach,
+        save_result=peft_format.save_result,
+        load_result=peft_format.load_adapter,
+    ),
     "full": Method(
         name="full",
         doc="Every weight is trained, with float32 masters; the result is a model folder.",

@@ -9,38 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
-from tunesmith.methods.lora import LoraAttachment, LoraLinear, wrap
+from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, wrap
+from tunesmith.methods.peft_config import CONFIG, Saved, module_names, read_config, to_config
 from tunesmith.methods.targets import named_targets, shared_weights
+from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of
 from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.method_knobs import DoraMethod
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
     from tunesmith.models.locate import Located
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<name>.+)\.(?P<matrix>lora_[AB])\.weight")
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the base model's weights alone."""
-_READ = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-"""Keys of adapter_config.json that are understood, or say nothing about what the adapter computes."""
+_BASE_BIAS = ".base_layer.bias"
+_KEY = re.compile(r"(?P<name>.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
 
 
 def save_adapter(
@@ -57,9 +50,9 @@ def save_adapter(
     """
     beside = temporary_folder(folder.parent, folder.name)
     try:
-        tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in attachment.trained.items()}
+        tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
         weights = save(tensors, metadata={"format": "pt"})
-        config = json.dumps(_config(attachment, base=base, revision=revision), indent=2, sort_keys=True) + "\n"
+        config = json.dumps(to_config(attachment, base=base, revision=revision), indent=2, sort_keys=True) + "\n"
         with storing(folder, num_bytes=len(weights) + len(config)):
             (beside / WEIGHTS).write_bytes(weights)
             (beside / CONFIG).write_text(config, encoding="utf-8")
@@ -68,6 +61,29 @@ def save_adapter(
     except BaseException:
         remove(beside)
         raise
+
+
+@torch.no_grad()
+def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
+    """Everything trained, as the file names it."""
+    tensors = dict(attachment.trained)
+    for name, layer in attachment.layers.items():
+        tensors |= zip(
+            (f"{name}.lora_A.weight", f"{name}.lora_B.weight"),
+            layer.with_start(*attachment.matrices(name)),
+            strict=True,
+        )
+    masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
+    for name, weight in saved_modules(attachment.model, attachment.whole.modules).items():
+        tensors[name] = masters[id(weight)].clone()  # tied ones stand there twice, and safetensors wants no sharing
+    for name in attachment.whole.biases:
+        tensors[_bias_key(name, attachment.layers)] = tensors.pop(name)
+    return tensors
+
+
+def _bias_key(name: str, adapted: Mapping[str, object]) -> str:
+    layer = name.removesuffix(".bias")
+    return layer + _BASE_BIAS if layer in adapted else name
 
 
 def save_result(
@@ -88,95 +104,101 @@ def save_result(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
-    """Put a saved adapter on `model`, its base: one of ours or a plain LoRA written by peft.
+    """Put a saved adapter on `model`, its base: one of ours, or a LoRA or DoRA written by peft.
 
     Raises:
-        ModelError: a file that is missing or broken, a kind of adapter that is not plain LoRA, other labels, or weights
+        ModelError: a file that is missing or broken, a kind of adapter that changes the base, other labels, or weights
             that are not exactly those of the layers it names and of the model's head; the model was not changed.
     """
     heads.check_labels(model, folder)
-    config = _read_config(folder)
-    settings = _settings(folder, config)
+    saved = read_config(folder)
     tensors = _read_weights(folder)
     names = {match["name"] for key in tensors if (match := _KEY.fullmatch(key))}
-    expected = {name for name in _module_names(model) if _peft_means(config, name)}
+    expected = {name for name in module_names(model) if saved.means(name)}
     targets = named_targets(model, sorted(expected | names))
     fit = {name for target in targets for name in target.names}
     problems = [f"no linear layer {name} in the model" for name in sorted((expected | names) - fit)]
     problems += [f"no weights for {name}" for name in sorted(expected - names)]
     problems += [f"weights for {name}, which target_modules does not name" for name in sorted(names - expected)]
-    head = _saved_whole(config, model)
-    problems += [f"unknown tensor {key}" for key in sorted(tensors) if not _KEY.fullmatch(key) and key not in head]
-    problems += _head_misfits(model, head, tensors)
+    adapted = [saved.sized(target) for target in targets]
+    whole = _whole(folder, saved, model, adapted)
+    problems += [f"{name} is adapted and whole" for name in sorted(fit) if _inside(name, whole.modules)]
+    problems += _misfits(saved, model, adapted, whole, tensors)
     problems += shared_weights(model, targets)
-    for target in targets:
-        problems += _misfits(target.name, target.module, tensors, rank=settings.rank)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{folder}: does not fit {config['base_model_name_or_path']}: {'; '.join(problems[:5])}{more}")
-    attachment = wrap(model, targets, head=head, settings=settings)
+        raise ModelError(f"{folder}: does not fit {saved.base}: {'; '.join(problems[:5])}{more}")
+    by_layer = {one.target.name: one for one in adapted}
+    attachment = wrap(model, adapted, whole=whole, settings=saved.settings)
     with torch.no_grad():
         for name, master in attachment.trained.items():
-            master.copy_(tensors[name])
+            master.copy_(tensors[_bias_key(name, by_layer) if name in whole.biases else name])
     attachment.publish()
     return attachment
 
 
-def _config(attachment: LoraAttachment, *, base: str, revision: str | None) -> dict[str, Any]:
-    settings = attachment.settings
-    alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(attachment.model),
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "r": settings.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": shortest_ends(attachment.layers, _module_names(attachment.model)),
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in attachment.layers.values()),
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": _whole_modules(attachment) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _task_type(model: PreTrainedModel) -> str | None:
-    """What peft wraps the base for; it knows no name for models that guess masked tokens."""
-    names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None}
-    return names.get(heads.head_of(model), "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+def _whole(folder: Path, saved: Saved, model: PreTrainedModel, adapted: Sequence[Adapted]) -> Whole:
+    """What an adapter brings whole, as peft finds it: modules by the ends of their names, biases by a word.
+
+    Raises ModelError for biases that the model has not.
+    """
+    ends = tuple(saved.config.get("modules_to_save") or ())
+    found = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
+    known = heads.new_head_names(model)
+    head = [name for name, _ in model.named_parameters() if any(name.startswith(f"{one}.") for one in found)]
+    head = [name for name in head if name in known]
+    modules = [name for name in found if not any(weight.startswith(f"{name}.") for weight in head)]
+    outermost = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    once = [
+        name for name in outermost if not set(tied_modules(model, [name])) & set(outermost[: outermost.index(name)])
+    ]
+    names = {*head, *weights_of(model, once)}
+    try:
+        biases = find_biases(model, saved.settings.bias, [one.target for one in adapted], known=names)
+    except RecipeError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    return Whole(tuple(head), tuple(once), biases)
 
 
-def _whole_modules(attachment: LoraAttachment) -> list[str]:
-    """The modules that hold the head: those beside the base model, and the pooler inside it."""
-    inside, pooler = f"{attachment.model.base_model_prefix}.", ".pooler"
-    names = (
-        name[: name.index(pooler) + len(pooler)] if name.startswith(inside) else name.partition(".")[0]
-        for name in attachment.head
-    )
-    return list(dict.fromkeys(names))
-
-
-def _saved_whole(config: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """The weights of the modules that an adapter brings whole, as peft finds them: by the ends of their names."""
-    ends = tuple(config.get("modules_to_save") or ())
-    whole = tuple(f"{name}." for name, _ in model.named_modules() if ends and name.endswith(ends))
-    return [name for name, _ in model.named_parameters() if whole and name.startswith(whole)]
+def _misfits(
+    saved: Saved, model: PreTrainedModel, adapted: Sequence[Adapted], whole: Whole, tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """What the file lacks, has too much, or in another shape."""
+    problems = _head_misfits(model, whole.head, tensors)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in adapted:
+        shapes |= _shapes(one, has_lengths=isinstance(saved.settings, DoraMethod))
+    by_layer = {one.target.name: one for one in adapted}
+    shapes |= {_bias_key(name, by_layer): tuple(model.get_parameter(name).shape) for name in whole.biases}
+    modules = saved_modules(model, whole.modules)
+    shapes |= {name: tuple(weight.shape) for name, weight in modules.items()}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            problems.append(f"no {name}")
+        elif tuple(tensors[name].shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    first: dict[int, str] = {}
+    for name, weight in modules.items():
+        other = first.setdefault(id(weight), name)
+        if other in tensors and name in tensors and not torch.equal(tensors[other], tensors[name]):
+            problems.append(f"{other} and {name} differ, but are one weight in the model (tied)")
+    known = {*shapes, *whole.head}
+    problems += [f"unknown tensor {key}" for key in sorted(tensors) if not _KEY.fullmatch(key) and key not in known]
+    return problems
 
 
 def _head_misfits(model: nn.Module, head: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    known = heads.new_head_names(model)
     drawn = heads.drawn_names(model)
-    problems = [f"{name} comes whole, but is no part of a head" for name in head if name not in known]
-    needed = [name for name in known if name in drawn or not name.startswith(f"{model.base_model_prefix}.")]
-    problems += [f"no weights for the head's {name}" for name in needed if name not in head]
+    needed = [
+        name
+        for name in heads.new_head_names(model)
+        if name in drawn or not name.startswith(f"{model.base_model_prefix}.")
+    ]
+    problems = [f"no weights for the head's {name}" for name in needed if name not in head]
     for name in head:
         shape = tuple(model.get_parameter(name).shape)
         if name not in tensors:
@@ -186,75 +208,13 @@ def _head_misfits(model: nn.Module, head: Sequence[str], tensors: Mapping[str, T
     return problems
 
 
-def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> list[str]:
-    """The shortest name endings that mean the `chosen` modules and no other of `all_names`, as peft reads them."""
-    ends = set()
-    for name in chosen:
-        parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            end = ".".join(parts[start:])
-            if all(other in chosen for other in all_names if other == end or other.endswith("." + end)):
-                ends.add(end)
-                break
-    return sorted(ends)
-
-
-def _module_names(model: nn.Module) -> list[str]:
-    """Names of the modules as they are without adapters."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLinear))
-    return [name for name, _ in model.named_modules() if not (inside and name.startswith(inside))]
-
-
-def _peft_means(config: Mapping[str, Any], name: str) -> bool:
-    def listed(words: str | Sequence[str] | None) -> bool:
-        if isinstance(words, str):
-            return re.fullmatch(words, name) is not None
-        return any(name == word or name.endswith("." + word) for word in words or ())
-
-    return listed(config["target_modules"]) and not listed(config.get("exclude_modules"))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing: the folder of an adapter holds {CONFIG} and {WEIGHTS}") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
-
-
-def _settings(folder: Path, config: dict[str, Any]) -> LoraMethod:
-    """The settings that give the same scale; rank-stabilized scaling (alpha / √rank) becomes a larger alpha."""
-    path = folder / CONFIG
-    missing = [key for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if key not in config]
-    if config.get("peft_type") != "LORA" or missing:
-        raise ModelError(f"{path}: not a LoRA adapter: peft_type {config.get('peft_type')!r}, missing keys {missing}")
-    extras = sorted(key for key, value in config.items() if value and key not in _READ)
-    extras += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key) and key not in extras]
-    if config.get("bias", "none") != "none":
-        extras.append("bias")
-    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        extras.append("init_lora_weights")
-    if extras:
-        raise ModelError(f"{path}: {', '.join(extras)}: only plain LoRA can be loaded. Merge this adapter with peft.")
-    targets = config["target_modules"]
-    try:
-        words = (f"re:^(?:{re.compile(targets).pattern})$",) if isinstance(targets, str) else tuple(sorted(targets))
-        settings = LoraMethod(
-            rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), targets=words
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
-    except (TypeError, re.error) as error:
-        raise ModelError(f"{path}: target_modules: {error}") from error
-    if config.get("use_rslora"):
-        return settings.model_copy(update={"alpha": settings.alpha * settings.rank**0.5})
-    return settings
+def _shapes(one: Adapted, *, has_lengths: bool) -> dict[str, tuple[int, ...]]:
+    """What the file holds of one layer."""
+    weight: Any = one.target.module.weight
+    num_outputs, num_inputs = weight.shape[::-1] if isinstance(one.target.module, Conv1D) else weight.shape
+    name = one.target.name
+    shapes = {f"{name}.lora_A.weight": (one.rank, num_inputs), f"{name}.lora_B.weight": (num_outputs, one.rank)}
+    return shapes | ({f"{name}.{MAGNITUDE}": (num_outputs,)} if has_lengths else {})
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -266,16 +226,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
-
-
-def _misfits(name: str, module: nn.Module, tensors: Mapping[str, Tensor], *, rank: int) -> list[str]:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    num_outputs, num_inputs = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
-    problems = []
-    for matrix, shape in (("lora_A", (rank, num_inputs)), ("lora_B", (num_outputs, rank))):
-        tensor = tensors.get(f"{name}.{matrix}.weight")
-        if tensor is None:
-            problems.append(f"no {name}.{matrix}.weight")
-        elif tuple(tensor.shape) != shape:
-            problems.append(f"{name}.{matrix}.weight has shape {tuple(tensor.shape)}, expected {shape}")
-    return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -32,12 +32,14 @@ class Target:
         return self.names[0]
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
-    """The layers that `targets` mean, each once, in the order of the model.
+def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[str] = ()) -> list[Target]:
+    """The layers that `targets` mean, each once, in the order of the model; of those in numbered layers only the ones
+    that `layers` mean, if any are given.
 
     A word is a group (`all-linear`: every linear layer inside the decoder layers, `attention`, `mlp`: those of them
     inside an attention module, and the others), the end of a module's name (`q_proj`, `mlp.down_proj`), or `re:` and a
     regular expression searched for in whole module names. Layers of a head that is trained whole are not among them.
+    A word of `layers` is `last:4`, `first:4`, `7` or `0-3`, counted from 0 in each stack of layers.
 
     Raises:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
@@ -66,7 +68,76 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
             problems.append(_no_match(word, linears, not_linear(model)))
     if problems:
         raise RecipeError("\n".join(problems))
-    return [target for target in linears if id(target.module) in chosen]
+    found = [target for target in linears if id(target.module) in chosen]
+    return in_layers(model, found, layers) if layers else found
+
+
+def in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str]) -> list[Target]:
+    """Those of `targets` that stand in no numbered layer or in one that a word means.
+
+    Raises RecipeError for a word that means no layer with a target.
+    """
+    counts = layer_counts(model)
+    meant = {word: [t.name for t in targets if _is_in(word, t.name, counts)] for word in words}
+    if empty := [word for word, found in meant.items() if not found]:
+        sizes = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are none"
+        raise RecipeError(f"method.layers: {empty[0]!r} means no layer with a target; counted from 0, {sizes}.")
+    kept = {name for found in meant.values() for name in found}
+    return [target for target in targets if target.name in kept or layer_of(target.name) is None]
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The stack of layers and the number in it that a module's name tells: model.layers.3.mlp is (model.layers, 3)."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return None if found is None else (name[: found.start()], int(found.group(1)))
+
+
+def layer_counts(model: nn.Module) -> dict[str, int]:
+    """How many layers each stack has."""
+    counts: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        if (place := layer_of(name)) is not None:
+            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+    return counts
+
+
+def _is_in(word: str, name: str, counts: Mapping[str, int]) -> bool:
+    place = layer_of(name)
+    if place is None:
+        return False
+    stack, number = place
+    kind, _, many = word.partition(":")
+    if kind == "last":
+        return int(many) <= counts[stack] and number >= counts[stack] - int(many)
+    if kind == "first":
+        return int(many) <= counts[stack] and number < int(many)
+    first, _, last = word.partition("-")
+    return int(first) <= number <= int(last or first)
+
+
+def by_pattern(
+    model: nn.Module, targets: Sequence[Target], patterns: Mapping[str, float], *, knob: str
+) -> dict[str, float]:
+    """The value that `patterns` give each of `targets` by its name; of several that mean it, the last.
+
+    Raises RecipeError for a pattern that means no adapted layer.
+    """
+    values: dict[str, float] = {}
+    for word, value in patterns.items():
+        found = [target.name for target in targets if _means(word, target, model)]
+        if not found:
+            names = [target.name for target in targets]
+            raise RecipeError(f"{knob}: {word!r} matches no adapted layer.{near_words(word, names)}")
+        values |= dict.fromkeys(found, value)
+    return values
+
+
+def near_words(word: str, names: Sequence[str]) -> str:
+    """A suggestion for a word that is the end of no name, and the ends that there are."""
+    ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    near = difflib.get_close_matches(word, ends, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"{meant} There are: {', '.join(ends)}."
 
 
 def shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:

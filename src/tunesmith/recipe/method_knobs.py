@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from tunesmith.recipe.sections import Fraction, Positive, Section
 
+Start: TypeAlias = Literal["kaiming", "pissa", "orthogonal"]
+Bias: TypeAlias = Literal["none", "all", "lora_only"]
 
-class LoraMethod(Section):
-    """Low-rank adaptation: the model stays frozen, two small matrices beside each linear layer are trained."""
+_LAYERS = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
 
-    name: Literal["lora"] = "lora"
+
+class LowRankMethod(Section):
+    """What LoRA and its relatives share: the model stays frozen, small matrices beside its layers are trained."""
+
+    name: str
     rank: Positive = 16
     """Rank of the update of each adapted layer."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Rank-stabilised: scale the update by alpha / √rank instead, so that a high rank learns as fast as a low one."""
     dropout: Fraction = 0.0
     """Dropout on the input of the low-rank path."""
     targets: tuple[str, ...] = ("all-linear",)
     """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression
     over whole module names (re:layers\\.[0-3]\\..*)."""
+    layers: tuple[str, ...] = ()
+    """Of the targets only those in these layers: last:4, first:4, 7 or 0-3, counted from 0. Empty: all."""
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
+    counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other alphas by target, in the same words."""
+    bias: Bias = "none"
+    """Biases to train too: all of the model's, or those of the adapted layers."""
+    also_train: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters, such as embed_tokens: the end of a module's name, or re: and a
+    regular expression over whole names."""
+    init: Start = "kaiming"
+    """First matrices. kaiming: B is zero. pissa: the largest singular vectors of the weight. orthogonal: neither is
+    zero, their product is."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
 
-    @field_validator("targets", mode="before")
+    @field_validator("targets", "also_train", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _numbers_are_words(cls, value: Any) -> Any:
+        entries = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        words = tuple(str(entry) if type(entry) is int else entry for entry in entries)
+        for word in words:
+            if isinstance(word, str) and not _LAYERS.fullmatch(word):
+                raise ValueError(f"method.layers: {word!r} is none of last:4, first:4, 7 or 0-3")
+        return words
+
+
+class LoraMethod(LowRankMethod):
+    """Low-rank adaptation: the model stays frozen, two small matrices beside each linear layer are trained."""
+
+    name: Literal["lora"] = "lora"
+
+
+class DoraMethod(LowRankMethod):
+    """LoRA that also trains the length of each row of a weight; slower, for low ranks."""
+
+    name: Literal["dora"] = "dora"
 
 
 class FullMethod(Section):
@@ -46,7 +91,7 @@ class AutoMethod(Section):
 
 
 METHOD_KNOBS: Mapping[str, type[Section]] = MappingProxyType(
-    {"auto": AutoMethod, "lora": LoraMethod, "full": FullMethod}
+    {"auto": AutoMethod, "lora": LoraMethod, "dora": DoraMethod, "full": FullMethod}
 )
 """The settings of each method, by its name."""
 
@@ -56,6 +101,9 @@ def _method_name(value: Any) -> str:
 
 
 Method = Annotated[
-    Annotated[AutoMethod, Tag("auto")] | Annotated[LoraMethod, Tag("lora")] | Annotated[FullMethod, Tag("full")],
+    Annotated[AutoMethod, Tag("auto")]
+    | Annotated[LoraMethod, Tag("lora")]
+    | Annotated[DoraMethod, Tag("dora")]
+    | Annotated[FullMethod, Tag("full")],
     Discriminator(_method_name),
 ]

@@ -52,7 +52,9 @@ def schema() -> dict[str, Any]:
     for name in ("train", "eval"):  # as knobs.py reads them: one file or several, each a path or a mapping
         entry = {"anyOf": [text, files[name]["items"]]}
         files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
-    found["$defs"]["LoraMethod"]["properties"]["targets"]["type"] = ["array", "string"]
+    for method in ("LoraMethod", "DoraMethod"):
+        for name in ("targets", "layers", "also_train"):
+            found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
     method = found["properties"]["method"]
     method["anyOf"] = [text, *method.pop("oneOf")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
