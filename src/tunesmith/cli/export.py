@@ -16,7 +16,6 @@ PHASES = {
     "tuned": "looking at the tuned model",
     "write": "writing",
     "verify": "comparing in a new process",
-    "llama.cpp": "asking llama.cpp",
 }
 
 
