@@ -74,6 +74,7 @@ VERBS = (
     "runs",
     "show",
     "chat",
+    "serve",
     "predict",
     "eval",
     "compare",

@@ -12,7 +12,7 @@ REQUIRED = {
     *(f"R{n}" for n in range(1, 8)),
     *("A1", "A2", "A3", "A6", "A7", "A15"),  # adapters
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
-    *(f"S{n}" for n in range(1, 8)),
+    *(f"S{n}" for n in range(1, 10)),
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")

@@ -22,6 +22,7 @@ from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
 from tunesmith.cli.runs import runs
 from tunesmith.cli.selftest import selftest
+from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
 from tunesmith.cli.train import train
 
@@ -80,7 +81,7 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, train, resume),
     "Look and talk": (runs, show, chat),
-    "Use and measure": (predict, evaluate, compare, export, push),
+    "Use and measure": (serve, predict, evaluate, compare, export, push),
     "More": (selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop at its next step, the second ends the process at once."""
+"""Ctrl-C and SIGTERM: the first asks for a good end, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stopping_on_signals(
-    *, has_begun: Callable[[], bool], say: Callable[[str], None], at_once: Callable[[], None] = lambda: None
+    *,
+    has_begun: Callable[[], bool],
+    say: Callable[[str], None],
+    words: str = "stopping: a checkpoint is written after this step. Once more to leave at once.",
+    at_once: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], bool]]:
     """Gives the question "was it asked to stop?".
 
-    Before the run has begun there is nothing to keep, and the first signal interrupts like any other program's.
+    Before the run has begun there is nothing to keep, and the first signal interrupts like any other program's. `words`
+    are said of the first one.
     `at_once` is called before a second signal ends the process, to put the terminal right.
     """
     asked = threading.Event()
@@ -30,7 +35,7 @@ def stopping_on_signals(
             os.kill(os.getpid(), number)
         elif has_begun():
             asked.set()
-            say("stopping: a checkpoint is written after this step. Once more to leave at once.")
+            say(words)
         else:
             raise KeyboardInterrupt
 

@@ -26,12 +26,9 @@ def _whole(config: Mapping[str, Any]) -> str:
 
 
 def _vllm(source: Source, config: Mapping[str, Any]) -> str:
-    if why := _cannot(source, config):
+    if why := not_for_vllm(source, config):
         return f"no: {why}. Export merged and serve that."
-    rank = int(config["r"])
-    limit = next((size for size in VLLM_RANKS if size >= rank), None)
-    if limit is None:
-        return f"no: its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at most. Export merged and serve that."
+    limit = vllm_rank(config)
     base = config["base_model_name_or_path"]
     scaled = (
         " Old versions ignore use_rslora (vLLM #10798): for them use --bake-scale." if config.get("use_rslora") else ""
@@ -50,11 +47,19 @@ def _llama_cpp(source: Source, config: Mapping[str, Any]) -> str:
     )
 
 
-def _cannot(source: Source, config: Mapping[str, Any]) -> str | None:
+def vllm_rank(config: Mapping[str, Any]) -> int | None:
+    """The least --max-lora-rank that an adapter fits under; None: it is larger than all."""
+    return next((size for size in VLLM_RANKS if size >= int(config["r"])), None)
+
+
+def not_for_vllm(source: Source, config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot put an adapter on its base; None: it can."""
     if source.base.is_gguf:
         return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return "its rank or alpha differs from layer to layer, of which one alone is read there"
+    if vllm_rank(config) is None:
+        return f"its rank is {config['r']}, and vLLM takes {VLLM_RANKS[-1]} at most"
     return only_low_rank(source, config)
 
 

@@ -144,9 +144,9 @@ class TextShape:
             return None
         offsets = self._offsets.setdefault(index, _Offsets())
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [_spelled(token) for token in tokens],
             "token_logprobs": [_bounded(token.logprob) for token in tokens],
-            "top_logprobs": [{top.text: _bounded(top.logprob) for top in token.top} for token in tokens],
+            "top_logprobs": [{_spelled(top): _bounded(top.logprob) for top in token.top} for token in tokens],
             "text_offset": list(offsets.of(tokens)),
         }
 
@@ -168,6 +168,13 @@ class TextShape:
     def whole(self, index: int, pieces: Sequence[Piece], ended: Ended) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
         return self._choice(index, "".join(piece.text for piece in pieces), tokens, ended.reason)
+
+
+def _spelled(token: TokenChance) -> str:
+    """A token's text, or its bytes where those are a part of a character: two such would have one name."""
+    if token.text.encode() == token.bytes:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
 class _Offsets:

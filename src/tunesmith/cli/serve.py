@@ -1,0 +1,90 @@
+"""tunesmith serve"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Quiet, Root, remember_json
+from tunesmith.errors import InputError
+
+Targets = Annotated[
+    list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name.")
+]
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="API keys that are let in, one a line; or one in TUNESMITH_API_KEY.")
+]
+Engine = Annotated[
+    str, typer.Option(metavar="own|vllm|llama.cpp", help="Who answers; the others have to be installed.")
+]
+Print = Annotated[bool, typer.Option("--print", help="Show the command of vllm or llama.cpp, and do nothing.")]
+Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
+Queue = Annotated[int, typer.Option(min=0, help="Requests that wait for a place at most.")]
+Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt [what the model's window takes].")]
+Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
+Memory = Annotated[
+    float | None, typer.Option(min=0.1, help="Memory at which the model is started again [90 % of the machine's].")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model [one a core].")]
+Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For what is under way at the end.")]
+Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A name by which this server is asked.")]
+Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may ask from a browser.")]
+
+
+def serve(
+    ctx: typer.Context,
+    targets: Targets,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    key_file: KeyFile = None,
+    engine: Engine = "own",
+    only_print: Print = False,
+    streams: Streams = 16,
+    queue: Queue = 64,
+    max_prompt_tokens: Prompt = None,
+    max_new_tokens: Answer = 4096,
+    memory_gib: Memory = None,
+    threads: Threads = None,
+    grace: Grace = 30.0,
+    allow_host: Hosts = None,
+    allow_origin: Origins = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, with tuned models and their base.
+
+    tunesmith serve last
+
+    tunesmith serve support-3f2a sales-91c0 --port 8001 --host 0.0.0.0 --key-file keys
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.asking import EngineOptions
+    from tunesmith.cli.other_servers import ENGINES, serve_elsewhere
+    from tunesmith.cli.serving import Access, serve_own
+
+    access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
+    if engine not in ENGINES:
+        raise InputError(f"--engine: {engine}: there is no such engine. One of {', '.join(ENGINES)}.")
+    if only_print and engine == "own":
+        raise InputError("--print: shows the command of another program: --engine vllm or llama.cpp.")
+    if engine != "own":
+        given = [name for name in ctx.params if str(ctx.get_parameter_source(name)) == "ParameterSource.COMMANDLINE"]
+        how = {"root": root, "offline": offline, "only_print": only_print, "as_json": as_json}
+        serve_elsewhere(engine, targets, access, given, how)
+        return
+    options = EngineOptions(
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        streams=streams,
+        queue=queue,
+        memory_limit_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        threads=threads,
+        offline=offline,
+    )
+    serve_own(targets, access, options, root=root, grace_s=grace, quiet=quiet, as_json=as_json)
