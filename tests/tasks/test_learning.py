@@ -32,8 +32,8 @@ def copies(num: int, *, seed: int) -> list[dict[str, str]]:
 def test_a_t5_learns_to_copy_what_it_never_saw(tmp_path):
     sections = {
         "optim": {"lr": 5e-3},
-        "train": {"epochs": 4, "rows_per_step": 16, "tokens_per_pass": 512},
-        "evaluation": {"samples": 8, "sample_tokens": 6, "surprising": 0},
+        "train": {"epochs": 6, "rows_per_step": 16, "tokens_per_pass": 512},
+        "evaluation": {"samples": 16, "sample_tokens": 6, "surprising": 0},
     }
     rows, held = copies(1500, seed=1), copies(16, seed=2)
     run = train(recipe_for(tmp_path, "generate", "encoder_decoder", rows, held, **sections), root=tmp_path / "runs")

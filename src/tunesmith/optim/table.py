@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import RecipeError
+from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.optim_knobs import Optim, given
 
@@ -103,10 +104,8 @@ def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
 
 
 def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
     betas, eps = given(optim.betas), given(optim.eps)
-    return AdamW8bit(groups, lr=known(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
+    return import_bitsandbytes().optim.AdamW8bit(groups, lr=known(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
 
 
 def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -123,9 +122,7 @@ def _adamw_8bit_codes(optimizer: Any, tensor: Tensor) -> Mapping[str, Tensor]:
 
 
 def _lion(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import Lion32bit
-
-    return Lion32bit(groups, lr=known(optim.lr), betas=given(optim.betas))  # type: ignore[no-any-return]
+    return import_bitsandbytes().optim.Lion32bit(groups, lr=known(optim.lr), betas=given(optim.betas))  # type: ignore[no-any-return]
 
 
 def _adafactor(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
