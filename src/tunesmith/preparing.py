@@ -28,6 +28,7 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
 from tunesmith.models.noise import EmbeddingNoise
+from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import Update, check_installed
 from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
@@ -107,7 +108,7 @@ def prepare(
     torch.set_num_threads(known(recipe.threads))
     model = _load(recipe, start, rows.labels)
     num_parameters = model.num_parameters()
-    layout, padding_notes = _layout(model, rows, start)
+    layout, padding_notes = _layout(model, recipe, rows, start)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
@@ -212,6 +213,8 @@ def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedMod
         on_note=start.notes.append,
     )
     checkpoint_layers(model, recipe.train.checkpointed_layers)
+    if recipe.kernels == "fast":
+        use_fast_norms(model)
     return model
 
 
@@ -249,17 +252,19 @@ def _places(root: Path, run: Run | None) -> Places:
     return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
 
 
-def _layout(model: PreTrainedModel, rows: Rows, start: _Start) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: _Start) -> tuple[Layout, list[str]]:
     """Ragged if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
     if start.kind == "encoder_decoder":
         return "encoder_decoder", []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
+    plain = recipe.kernels == "plain"
     if start.kind == "encoder":
-        agreement = encoder_agrees(model, probe, has_types=has_token_types(model, start.renderer.tokenizer))
+        has_types = has_token_types(model, start.renderer.tokenizer)
+        agreement = encoder_agrees(model, probe, has_types=has_types, plain=plain)
     else:
-        agreement = ragged_agrees(model, probe)
+        agreement = ragged_agrees(model, probe, plain=plain)
     if agreement.ok:
-        attention.use_ragged(model)
+        attention.use_ragged(model, plain=plain)
         return "ragged", []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return "padded", [note]

@@ -47,7 +47,7 @@ class Agreement:
     """Why not, in words; empty if ok."""
 
 
-def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row]) -> Agreement:
+def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row], *, plain: bool = False) -> Agreement:
     """Compare the logits of a few real rows, packed, with those of the model's own attention, one row at a time.
 
     The model is left as it was.
@@ -58,7 +58,7 @@ def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row]) -> Agreement:
         alone = [_logits(model, ids_L[None], _positions(len(ids_L))) for ids_L in pieces]
         try:
             with quiet():  # transformers warns of attention that cannot be replaced; here that is an answer
-                packed, trace = _packed_logits(model, pieces)
+                packed, trace = _packed_logits(model, pieces, plain=plain)
         except _REFUSALS as refusal:
             return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
         finally:
@@ -67,7 +67,7 @@ def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row]) -> Agreement:
     return _judge(alone, packed, trace, model.dtype)
 
 
-def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bool) -> Agreement:
+def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bool, plain: bool = False) -> Agreement:
     """The same for an encoder, by what its own head answers: of each row, or of each of its tokens."""
     own = model.config._attn_implementation
     rows = [*rows, rows[0]]  # two of equal length
@@ -75,7 +75,7 @@ def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bo
         alone = torch.cat([_answers(model, [row], "padded", has_types=has_types) for row in rows])
         try:
             with quiet():
-                use_ragged(model)
+                use_ragged(model, plain=plain)
             with ragged_pass() as trace:
                 packed = _answers(model, rows, "ragged", has_types=has_types)
         except (
@@ -155,11 +155,13 @@ def _logits(model: PreTrainedModel, ids_1T: Tensor, positions_K: Tensor, **how: 
     return (logits_KV if len(logits_KV) == len(positions_K) else logits_KV[positions_K]).float()
 
 
-def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Trace]:
+def _packed_logits(
+    model: PreTrainedModel, pieces: Sequence[Tensor], *, plain: bool
+) -> tuple[tuple[Tensor, ...], Trace]:
     lengths = [len(ids_L) for ids_L in pieces]
     starts = [0, *accumulate(lengths)]
     positions = [start + _positions(length) for start, length in zip(starts, lengths, strict=False)]
-    use_ragged(model)
+    use_ragged(model, plain=plain)
     with ragged_pass() as trace:
         logits_KV = _logits(
             model,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tunesmith.models import grouped, varlen
 
-NAME = "tunesmith_ragged"
+NAME, PLAIN = "tunesmith_ragged", "tunesmith_ragged_plain"
 
 
 class UnsupportedAttentionError(Exception):
@@ -106,15 +107,17 @@ def trace_call(window: int | None) -> Trace | None:
 
 
 def register() -> None:
-    """Make the attention known to transformers under NAME; calling it again changes nothing."""
-    AttentionInterface.register(NAME, ragged_attention)
-    AttentionMaskInterface.register(NAME, mask)
+    """Make the attention known to transformers by its names; calling it again changes nothing."""
+    for name, attend in ((NAME, ragged_attention), (PLAIN, partial(ragged_attention, products=False))):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, mask)
 
 
-def use_ragged(model: PreTrainedModel) -> None:
-    """Let the model run ragged batches. Generation and padded batches go on as before."""
+def use_ragged(model: PreTrainedModel, *, plain: bool = False) -> None:
+    """Let the model run ragged batches. Generation and padded batches go on as before. `plain`: by torch's own kernels,
+    to which the faster way is held equal."""
     register()
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(PLAIN if plain else NAME)
 
 
 def mask(*args: Any, **settings: Any) -> Tensor | None:
@@ -140,9 +143,11 @@ def ragged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    products: bool = True,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """[B, T, H, D]: each example of `segments` attended to alone; plain sdpa attention without `segments`.
+    """[B, T, H, D]: each example of `segments` attended to alone; plain sdpa attention without `segments`. `products`:
+    short rows may go through `grouped`.
 
     The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks
     and position biases.
@@ -153,7 +158,7 @@ def ragged_attention(
     trace = trace_call(sliding_window)
     if segments is not None and sliding_window is not None and not causal:
         raise UnsupportedAttentionError("its attention looks a limited way in both directions")
-    how = How(causal, dropout, scaling, sliding_window, softcap)
+    how = How(causal, dropout, scaling, sliding_window, softcap, products)
     if segments is None:
         if trace is not None:
             raise UnsupportedAttentionError("it does not hand on to its attention where the rows are")
@@ -176,11 +181,12 @@ class How:
     scaling: float | None
     window: int | None
     softcap: float | None
+    products: bool = True
 
 
 def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, segments: Segments, how: How) -> Tensor:
     """[1, T, H, D]: stretches of short rows by grouped products, others by one kernel call for each run of them."""
-    products = grouped.can(query_1HTD, value_1HTD, dropout=how.dropout, softcap=how.softcap)
+    products = how.products and grouped.can(query_1HTD, value_1HTD, dropout=how.dropout, softcap=how.softcap)
     longest = min(grouped.LONGEST, how.window or grouped.LONGEST) if products else 0
     stretches = [list(runs) for _, runs in groupby(segments.runs, key=lambda run: run[1] <= longest or run)]
     sizes = [sum(num * length for num, length in runs) for runs in stretches]

@@ -203,6 +203,9 @@ class Recipe(Section):
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     threads: Positive | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
+    kernels: Literal["fast", "plain"] = "fast"
+    """fast: norms and the attention of short rows by functions of this package, where they give the model's own answer;
+    plain: as torch and the model have them, slower, for comparison."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
 
