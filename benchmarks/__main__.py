@@ -12,7 +12,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks import serve as race
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.measured import machine, versions
 from benchmarks.results import Result
@@ -24,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     options = _parser().parse_args(words)
     try:
-        return _compare(options, words)
+        return options.run(options, words)
     except UnusableError as error:
         print(error, file=sys.stderr)
         return 2
@@ -115,7 +117,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--ours-only", action="store_true", help="without the peers")
     add("--out", type=Path, metavar="TABLE.md", help="the page; beside it TABLE.json with every single result")
     add("--keep", metavar="FOLDER", help="a new folder for what the runs leave; else it is removed")
+    classify.set_defaults(run=_compare)
+    _add_serve(verbs)
     return parser
+
+
+def _add_serve(verbs: Any) -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="tokens a second of many streams, beside transformers.generate and llama.cpp",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = serve.add_argument
+    add("--model", required=True, help="a folder of a chat model")
+    add("--llama-cpp", nargs="*", default=[], metavar="FILE.gguf", help="the same weights, a file a precision")
+    add("--rounds", type=int, default=3, help="turns of each contestant")
+    add("--new-tokens", type=int, default=64, help="of each answer")
+    add("--threads", type=int, default=2, help="of each contestant")
+    add("--out", type=Path, metavar="TABLE.md", help="the page")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace, words: Sequence[str]) -> int:
+    settings = race.Settings(options.model, options.llama_cpp, options.rounds, options.new_tokens, options.threads)
+    turns = race.race(settings)
+    text = race.page(settings, turns, shlex.join(["python", "-m", "benchmarks", *map(place, words)]))
+    if options.out:
+        options.out.write_text(text, "utf-8")
+    print(text)
+    return int(any(turn.error for turn in turns))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from export.exports import card_head, finished, quick
 from faults import Faults, in_child, tree
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
-from tunesmith.export import exporting, merged, probe, verify
+from tunesmith.export import card, exporting, merged, probe, verify
 from tunesmith.export.exporting import EXPORTS, Exported, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.rows import find_probes
@@ -104,6 +104,21 @@ def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.M
     assert "16 rows to learn from, 2 held out, 0 skipped; `chats.jsonl`" in text
     assert "Loaded in a new process by transformers" in text
     assert str(finished("chat").path.parent) not in text  # a card is published: no folders of this machine
+
+
+def test_a_measure_without_an_interval_stands_in_the_card() -> None:
+    """As every run of a model with room to speak has one: the loss on the general text."""
+    report = {
+        "metrics": {
+            "before": {"measures": {"general_loss": {"value": 3.5}}},
+            "after": {
+                "measures": {"loss": {"value": 2.0, "low": 1.5, "high": 2.5}, "general_loss": {"value": 3.25}},
+            },
+        }
+    }
+    table = card._measures(report)
+    assert "| 3.5000 | 3.2500 | – |" in table
+    assert "| – | 2.0000 | 1.5000 to 2.5000 |" in table
 
 
 def test_without_a_proof_the_card_says_so(tmp_path: Path) -> None:

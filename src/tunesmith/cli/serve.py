@@ -24,12 +24,13 @@ Engine = Annotated[
 Print = Annotated[bool, typer.Option("--print", help="Show the command of vllm or llama.cpp, and do nothing.")]
 Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
 Queue = Annotated[int, typer.Option(min=0, help="Requests that wait for a place at most.")]
-Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt [what the model's window takes].")]
+Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt; without, what the model's window takes.")]
 Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Memory = Annotated[
-    float | None, typer.Option(min=0.1, help="Memory at which the model is started again [90 % of the machine's].")
+    float | None,
+    typer.Option(min=0.1, help="Memory at which the model is started again; without, 90 % of the machine's."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model [one a core].")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model; without, one a core.")]
 Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For what is under way at the end.")]
 Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A name by which this server is asked.")]
 Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may ask from a browser.")]

@@ -151,9 +151,10 @@ def _measures(report: Mapping[str, Any]) -> str:
     lines = ["| On held-out rows | before | after | 95 % interval |", "|---|---|---|---|"]
     for key in keys:
         info, then = MEASURES[key], before.get(key)
-        low, high = (info.text(float(after[key][end])) for end in ("low", "high"))
+        # The general text is one text: its loss has no interval.
+        ends = [info.text(float(after[key][end])) for end in ("low", "high") if end in after[key]]
         was = info.text(float(then["value"])) if then else "–"
-        lines.append(f"| {info.label} | {was} | {info.text(float(after[key]['value']))} | {low} to {high} |")
+        lines.append(f"| {info.label} | {was} | {info.text(float(after[key]['value']))} | {' to '.join(ends) or '–'} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,157 @@
+"""One contestant of `benchmarks serve`: reads a job, writes its rates and greedy answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+QUESTIONS = (
+    "Tell me a story about a fox and a raven.", "What is the capital of France?", "Write a poem about the sea.",
+    "How does a plane fly?", "Why is the sky blue?", "Name three things that bees make.", "What is a prime number?",
+    "Explain how bread is baked.",
+)  # fmt: skip
+Answers = list[list[int]]
+Ask = Callable[[Sequence[Sequence[int]]], Answers]
+
+
+def contest(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Rates by the number of streams, the greedy answers of the most streams, and facts."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(job["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    prompts = [_prompt(tokenizer, f"{QUESTIONS[i % len(QUESTIONS)]} ({i})") for i in range(max(job["streams"]))]
+    ask, facts = KINDS[job["kind"]](job)
+    ask(prompts[:1])
+    rates, answers = {}, []
+    for streams in job["streams"]:
+        begun = time.perf_counter()
+        answers = ask(prompts[:streams])
+        rates[streams] = sum(map(len, answers)) / (time.perf_counter() - begun)
+    return {"rates": rates, "answers": answers, "facts": facts}
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def generate(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
+    """transformers, a request after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+
+    def ask(prompts: Sequence[Sequence[int]]) -> Answers:
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            with torch.inference_mode():
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=job["new_tokens"],
+                    eos_token_id=None, pad_token_id=0, repetition_penalty=1.0,
+                )  # fmt: skip
+            answers.append(out[0, len(prompt) :].tolist())
+        return answers
+
+    return ask, {}
+
+
+def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
+    """The batch of the engine, every request at once."""
+    from tunesmith.inference.adapters import Adapters
+    from tunesmith.inference.batch import Batch, Job
+    from tunesmith.inference.decoder import Together
+    from tunesmith.loading import load_model
+
+    speaker = load_model(job["model"], offline=True)
+    decoder = Together(speaker.model, Adapters(speaker.model))
+
+    class Kept(Batch):
+        """Which notes the tokens beside the text."""
+
+        def _write(self, answer: Any, choice: Any) -> Any:
+            kept[answer.job.key].append(choice.token_id)
+            return super()._write(answer, choice)
+
+    kept: dict[int, list[int]] = {}
+
+    def ask(prompts: Sequence[Sequence[int]]) -> Answers:
+        kept.clear()
+        batch = Kept(decoder, streams=len(prompts))
+        for key, prompt in enumerate(prompts):
+            kept[key] = []
+            tokenizer = speaker.renderer.tokenizer
+            batch.add(Job(key, tuple(prompt), tokenizer, max_new_tokens=job["new_tokens"]))
+        while batch.is_busy:
+            batch.step()
+        return [list(kept[key]) for key in range(len(prompts))]
+
+    return ask, {"precision": str(speaker.model.dtype).removeprefix("torch.")}
+
+
+def llama_cpp(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
+    """llama.cpp by its Python binding: its own batch, one sequence a stream, greedy."""
+    import llama_cpp as lib
+    import numpy as np
+
+    streams, new_tokens = max(job["streams"]), job["new_tokens"]
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = lib.llama_model_load_from_file(job["model"].encode(), params)
+    how = lib.llama_context_default_params()
+    how.n_ctx, how.n_batch, how.n_ubatch, how.n_seq_max = 512 * streams, 2048, 512, streams
+    how.n_threads = how.n_threads_batch = job["threads"]
+    context = lib.llama_init_from_model(model, how)
+    num_words = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+
+    def decode(tokens: Sequence[tuple[int, int, int, bool]]) -> list[int]:
+        """Feed (token, position, sequence, wanted); the likeliest next tokens of those wanted."""
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        said = [
+            int(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (num_words,)).argmax())
+            for i, (*_, wanted) in enumerate(tokens)
+            if wanted
+        ]
+        lib.llama_batch_free(batch)
+        return said
+
+    def ask(prompts: Sequence[Sequence[int]]) -> Answers:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        said = decode([
+            (token, place, stream, place == len(prompt) - 1)
+            for stream, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+        ])  # fmt: skip
+        answers = [[token] for token in said]
+        for step in range(new_tokens - 1):
+            said = decode([(said[s], len(prompt) + step, s, True) for s, prompt in enumerate(prompts)])
+            for answer, token in zip(answers, said, strict=True):
+                answer.append(token)
+        return answers
+
+    return ask, {"llama-cpp-python": version("llama-cpp-python")}
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], tuple[Ask, dict[str, Any]]]] = {
+    "tunesmith": tunesmith, "generate": generate, "llama_cpp": llama_cpp,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    told = contest(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(told), "utf-8")
