@@ -156,13 +156,19 @@ def assert_answers_end(serving: Serving, name: str) -> None:
 
 def overfit(folder: Path) -> Path:
     rows = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes please"}]}] * 4
-    recipe = tiny_recipe(folder, optim={"lr": 3e-2}, train={"epochs": 40}, evaluation={"samples": 0})
+    recipe = tiny_recipe(folder, optim={"lr": 1e-2}, train={"epochs": 40}, evaluation={"samples": 0})
+    # The head of a fresh model gives all tokens nearly one chance, whatever an adapter does before it.
+    weights = load_file(Path(recipe.model) / "model.safetensors")
+    louder = {name: tensor * 30 if "lm_head" in name else tensor for name, tensor in weights.items()}
+    save_file(louder, Path(recipe.model) / "model.safetensors", metadata={"format": "pt"})
     file = folder / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": 0})})
     settings = {"do_sample": False, "temperature": 0.9, "eos_token_id": 3, "max_length": 2, "repetition_penalty": 9.0}
     (Path(recipe.model) / "generation_config.json").write_text(json.dumps(settings), "utf-8")
-    return training.train(recipe, root=folder / "runs", offline=True).path
+    run = training.train(recipe, root=folder / "runs", offline=True)
+    assert [event.values["loss"] for event in run.events() if event.kind == "step"][-1] < 0.1
+    return run.path
 
 
 def test_an_answer_ends_with_its_turn_whatever_the_base_says(tmp_path: Path) -> None:
