@@ -12,31 +12,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tunesmith.chaining import start_from
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
-from tunesmith.loading import has_token_types, make_renderer
+from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.heads import own_classes
-from tunesmith.models.kind import model_kind
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
-from tunesmith.models.size import ModelSize, size
-from tunesmith.optim import Update, check_installed
+from tunesmith.optim import Update
 from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
-from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
+from tunesmith.starting import Start, begin
 from tunesmith.tasks import bind
-from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, ModelKind, Task
+from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, Task
 
 OnProgress = Callable[[str, int, int], None]
 ROOM_TO_SPEAK = 384
@@ -96,7 +92,7 @@ def prepare(
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    start = _begin(recipe, root=root, offline=offline)
+    start = begin(recipe, root=root, offline=offline)
     recipe = start.recipe
     rows = _rows(recipe, start, _places(root, run), on_progress)
     recipe = reduce(with_choice, rows.choices, recipe)
@@ -138,47 +134,7 @@ def prepare(
     )
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What is known before a row is encoded."""
-
-    recipe: Recipe
-    choices: list[Choice]
-    notes: list[str]
-    located: locate.Located
-    size: ModelSize
-    kind: ModelKind
-    head: HeadName
-    own_classes: tuple[str, ...]
-    """Of the head that the model has already."""
-    renderer: Renderer
-
-
-def _begin(recipe: Recipe, *, root: Path, offline: bool) -> _Start:
-    name, chained = start_from(recipe.model, root=root, offline=offline)
-    recipe = recipe.model_copy(update={"model": name})
-    check_installed(recipe.optim)
-    notes = [chained] if chained else []
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
-    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
-    model_size, kind = size(located), model_kind(located)
-    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
-    head = find_head(recipe, located, kind)
-    has_classes = head in ("sequence", "tokens") and not located.is_gguf
-    return _Start(
-        recipe=recipe,
-        choices=choices,
-        notes=notes,
-        located=located,
-        size=model_size,
-        kind=kind,
-        head=head,
-        own_classes=own_classes(load.load_config(located), head) if has_classes else (),
-        renderer=make_renderer(recipe, tokenizer, kind),
-    )
-
-
-def _rows(recipe: Recipe, start: _Start, places: Places, on_progress: OnProgress) -> Rows:
+def _rows(recipe: Recipe, start: Start, places: Places, on_progress: OnProgress) -> Rows:
     return encode_rows(
         recipe.data,
         start.renderer,
@@ -201,7 +157,7 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
         )
 
 
-def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedModel:
+def _load(recipe: Recipe, start: Start, labels: Labels | None) -> PreTrainedModel:
     model = load.load_model(
         start.located,
         dtype=DTYPES[known(recipe.precision)],
@@ -218,7 +174,7 @@ def _load(recipe: Recipe, start: _Start, labels: Labels | None) -> PreTrainedMod
     return model
 
 
-def _feeds(rows: Rows, recipe: Recipe, start: _Start, model: PreTrainedModel, layout: Layout) -> dict[str, Feed]:
+def _feeds(rows: Rows, recipe: Recipe, start: Start, model: PreTrainedModel, layout: Layout) -> dict[str, Feed]:
     """Held-out rows are masked by one seed in all runs, so that their measures can be compared."""
     tokenizer = start.renderer.tokenizer
     masks = start.head == "masked_token"
@@ -235,7 +191,7 @@ def _feeds(rows: Rows, recipe: Recipe, start: _Start, model: PreTrainedModel, la
     return feeds
 
 
-def _samples(recipe: Recipe, start: _Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
+def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
     """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
     if start.head != "next_token":
         return [], []
@@ -252,7 +208,7 @@ def _places(root: Path, run: Run | None) -> Places:
     return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
 
 
-def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: _Start) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
     """Ragged if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
     if start.kind == "encoder_decoder":
         return "encoder_decoder", []

@@ -1,0 +1,63 @@
+"""What is known of a run before a row is encoded: its model, task, method, device and the longest row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.chaining import start_from
+from tunesmith.data.render import Renderer
+from tunesmith.loading import make_renderer
+from tunesmith.models import load, locate
+from tunesmith.models.heads import own_classes
+from tunesmith.models.kind import model_kind
+from tunesmith.models.size import ModelSize, size
+from tunesmith.optim import check_installed
+from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.types import Choice, HeadName, ModelKind
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before a row is encoded."""
+
+    recipe: Recipe
+    choices: list[Choice]
+    notes: list[str]
+    located: locate.Located
+    size: ModelSize
+    kind: ModelKind
+    head: HeadName
+    own_classes: tuple[str, ...]
+    """Of the head that the model has already."""
+    renderer: Renderer
+
+
+def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
+    """Find the model, and decide what has to be decided before rows are read.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+    """
+    name, chained = start_from(recipe.model, root=root, offline=offline)
+    recipe = recipe.model_copy(update={"model": name})
+    check_installed(recipe.optim)
+    notes = [chained] if chained else []
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
+    model_size, kind = size(located), model_kind(located)
+    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    head = find_head(recipe, located, kind)
+    has_classes = head in ("sequence", "tokens") and not located.is_gguf
+    return Start(
+        recipe=recipe,
+        choices=choices,
+        notes=notes,
+        located=located,
+        size=model_size,
+        kind=kind,
+        head=head,
+        own_classes=own_classes(load.load_config(located), head) if has_classes else (),
+        renderer=make_renderer(recipe, tokenizer, kind),
+    )
