@@ -91,6 +91,21 @@ def test_adapter_test_catches_a_reentrant_recomputation():  # trap: L10 planted
         adapters_get_gradients(2, use_reentrant=True)
 
 
+def bfloat16_gradients(num_layers: int) -> list[torch.Tensor]:
+    """Rows of several lengths, which on a processor go through grouped products, a few saved tensors for each."""
+    model = tiny_model("llama", vocab_size=VOCAB, dtype=torch.bfloat16)
+    use_ragged(model)
+    checkpoint_layers(model, num_layers)
+    batch = batch_of(rows_of())
+    F.cross_entropy(logits_at_targets(model.train(), batch).float(), batch.targets_N).backward()
+    return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+
+def test_short_rows_in_bfloat16_have_the_same_gradients_in_recomputed_layers():
+    """A recomputed layer hands out what it saved once: asking twice ended the run with a CheckpointError."""
+    assert all(map(torch.equal, bfloat16_gradients(2), bfloat16_gradients(0)))
+
+
 def gradients_with_a_head(arch: str, num_layers: int) -> list[torch.Tensor]:
     """Adapters, and the head of encoders, on rows of 9, 9 and 5 tokens."""
     labels = None if arch in TRANSLATORS else Labels("one", ("a", "b"))

@@ -81,10 +81,10 @@ class _Grouped(torch.autograd.Function):
         num_tokens, num_heads, size = grad_1THD.shape[1:]
         gq_THD = grad_1THD.new_empty(num_tokens, num_heads, size)
         gk_TGD, gv_TGD = (grad_1THD.new_empty(num_tokens, ctx.num_groups, size) for _ in range(2))
-        start = 0
+        saved, start = ctx.saved_tensors, 0  # asked for once: a recomputed layer gives them once
         for i, (num, length) in enumerate(ctx.runs):
             here = slice(start, start + num * length)
-            q_NQD, k_NLD, v_NLD, p_NQL = ctx.saved_tensors[4 * i : 4 * i + 4]
+            q_NQD, k_NLD, v_NLD, p_NQL = saved[4 * i : 4 * i + 4]
             g_NQD = _stacked(grad_1THD[0, here].transpose(0, 1), num, ctx.num_groups)
             gv_NLD = torch.bmm(p_NQL.transpose(1, 2), g_NQD)
             gp_NQL = torch.bmm(g_NQD, v_NLD.transpose(1, 2))
