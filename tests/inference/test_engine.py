@@ -201,6 +201,39 @@ def test_who_goes_away_frees_the_place_at_once(asked: Asked) -> None:
     asked.run(scene())
 
 
+def test_answers_go_on_while_a_huge_prompt_is_read(asked: Asked) -> None:
+    """A megabyte of text takes its tokenizer as long as many steps of a model take."""
+
+    async def scene() -> int:
+        num = 0
+        told = asked.engine.ask(Ask("first", prompt=(40, 41), temperature=2.0, max_tokens=32, seed=1))
+        assert await told.__anext__()
+        refusing = asyncio.ensure_future(heard(asked.engine.ask(says("first", "x" * 900_000))))
+        async for _ in told:
+            num += not refusing.done()
+        with pytest.raises(Refused, match="at most 511 are read here"):
+            await refusing
+        return num
+
+    assert asked.run(scene()) > 10  # of 32: with one thread for both there would be two or three
+
+
+def test_who_goes_away_before_the_prompt_is_read_is_forgotten(asked: Asked) -> None:
+    async def scene() -> None:
+        huge = asyncio.ensure_future(heard(asked.engine.ask(says("first", "x" * 900_000))))
+        waiting = asyncio.ensure_future(heard(asked.engine.ask(long())))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(Refused):
+            await huge
+        await heard(asked.engine.ask(says("first", "hello")))
+        assert (asked.engine.state().running, asked.engine.state().waiting) == (0, 0)
+
+    before = asked.engine.state().completion_tokens
+    asked.run(scene())
+    assert asked.engine.state().completion_tokens - before <= 12, "nothing of the one that went away was written"
+
+
 def test_a_full_queue_is_said(asked: Asked) -> None:
     async def scene() -> list[Any]:
         return await asyncio.gather(*(heard(asked.engine.ask(long())) for _ in range(12)), return_exceptions=True)

@@ -25,7 +25,8 @@ from tunesmith.asking import EngineOptions, Refused
 from tunesmith.data.template import resident_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.inference import wire
-from tunesmith.inference.batch import Batch
+from tunesmith.inference.ahead import Ahead, Made
+from tunesmith.inference.batch import Batch, Job
 from tunesmith.inference.serving import Serving, open_serving
 
 WATCH_S = 0.2
@@ -55,8 +56,8 @@ def main() -> int:
         send({"failed": wire.error_fields(error)})
         return 1
     send({"ready": [asdict(served) for served in serving.served]})
-    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, inbox), daemon=True).start()
+    inbox: queue.SimpleQueue[dict[str, Any] | Made] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, Ahead(worker.job, inbox.put), inbox), daemon=True).start()
     while True:
         for message in _messages(inbox, wait=not worker.is_busy):
             worker.take(message)
@@ -79,33 +80,11 @@ class _Worker:
     def is_busy(self) -> bool:
         return self._batch is not None and self._batch.is_busy
 
-    def take(self, message: dict[str, Any]) -> None:
-        """Do, or begin to do, what a message asks."""
-        if "cancel" in message:
-            if self._batch is not None:
-                self._batch.cancel(message["cancel"])
-            return
-        key = message["key"]
-        try:
-            if "ask" in message:
-                self._begin(key, message["ask"])
-            elif "classify" in message:
-                texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["classify"]]
-                labeller = _named(self._serving.labellers, message["model"], "answers with labels")
-                self._send({"reply": key, "value": labeller.classify(texts)})
-            else:
-                embedder = _named(self._serving.embedders, message["model"], "gives embeddings")
-                self._send({"reply": key, "value": embedder.embed(message["embed"])})
-        except (TypeError, ValueError, LookupError, AttributeError) as error:  # an ask of another shape than it should
-            refusal = Refused(f"the request cannot be read: {error}", status=400, code="invalid_value")
-            self._send({"news": [[key, wire.told_fields(refusal)]]})
-        except Refused as refusal:
-            self._send({"news": [[key, wire.told_fields(refusal)]]})
-
-    def _begin(self, key: int, plain: Mapping[str, Any]) -> None:
-        ask = wire.as_ask(plain)
+    def job(self, message: Mapping[str, Any]) -> Job:
+        """The ask of a message as the batch takes it, on any thread. Raises Refused."""
+        ask = wire.as_ask(message["ask"])
         voice = _named(self._serving.voices, ask.model, "answers in text")
-        job = voice.job(key, ask, self._options)
+        job: Job = voice.job(message["key"], ask, self._options)
         assert self._batch is not None, "there is a voice"
         if not self._batch.could_hold(job):
             raise Refused(
@@ -113,7 +92,34 @@ class _Worker:
                 "into the memory of this server: lower max_tokens or n",
                 status=400, code="context_length_exceeded", param="max_tokens",
             )  # fmt: skip
-        self._batch.add(job)
+        return job
+
+    def take(self, message: dict[str, Any] | Made) -> None:
+        """Do, or begin to do, what a message asks."""
+        if isinstance(message, tuple):
+            key, made = message
+            if isinstance(made, Refused):
+                self._refuse(key, made)
+            elif self._batch is not None:
+                self._batch.add(made)
+        elif "cancel" in message:
+            if self._batch is not None:
+                self._batch.cancel(message["cancel"])
+        else:
+            try:
+                self._send({"reply": message["key"], "value": self._read(message)})
+            except Refused as refusal:
+                self._refuse(message["key"], refusal)
+
+    def _read(self, message: Mapping[str, Any]) -> Any:
+        """What models that read say of texts. Raises Refused."""
+        if "classify" in message:
+            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["classify"]]
+            return _named(self._serving.labellers, message["model"], "answers with labels").classify(texts)
+        return _named(self._serving.embedders, message["model"], "gives embeddings").embed(message["embed"])
+
+    def _refuse(self, key: int, refusal: Refused) -> None:
+        self._send({"news": [[key, wire.told_fields(refusal)]]})
 
     def step(self) -> None:
         """One step of all answers under way, and word of it."""
@@ -130,7 +136,7 @@ def _named(models: Mapping[str, Any], name: str, what: str) -> Any:
     return models[name]
 
 
-def _messages(inbox: queue.SimpleQueue[dict[str, Any]], *, wait: bool) -> Iterator[dict[str, Any]]:
+def _messages(inbox: queue.SimpleQueue[Any], *, wait: bool) -> Iterator[Any]:
     """What has come in; with `wait` at least one."""
     if wait:
         yield inbox.get()
@@ -139,10 +145,14 @@ def _messages(inbox: queue.SimpleQueue[dict[str, Any]], *, wait: bool) -> Iterat
             yield inbox.get_nowait()
 
 
-def _listen(source: BinaryIO, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _listen(source: BinaryIO, ahead: Ahead, inbox: queue.SimpleQueue[Any]) -> None:
     """Everything that the server says, until it says nothing any more: then this process ends, whatever it is at."""
     for line in source:
-        inbox.put(wire.parse(line))
+        message = wire.parse(line)
+        if "ask" in message:
+            ahead.add(message)
+        elif "cancel" not in message or not ahead.cancel(message["cancel"]):
+            inbox.put(message)
     os._exit(0)
 
 
