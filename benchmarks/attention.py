@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.measured import machine, versions
 from tunesmith.models import attention, grouped
-from tunesmith.models.attention import Segments
+from tunesmith.models.segments import Segments
 
 LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512)
 

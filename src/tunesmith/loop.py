@@ -40,7 +40,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
             attachment.publish()
         passes = plan.step(step)
         num_targets = sum(float(setup.rows.store.denominators[i]) for rows in passes for i in rows)
-        losses = []
+        losses, computed = [], 0
         for rows in passes:
             batch = setup.feed.batch(rows, draw=step)
             with setup.noise.on(setup.model, batch, step):
@@ -48,6 +48,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
             (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
             attachment.collect_gradients()
             losses.append(loss_sum.detach())
+            computed += batch.num_computed
         pass_losses = torch.stack(losses).cpu().double().tolist()
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
@@ -67,6 +68,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": tokens,
+                "computed": computed,
                 "targets": num_targets,
                 "passes": len(passes),
                 "rows": row_ids,

@@ -28,6 +28,7 @@ from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.optim import Update
 from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
+from tunesmith.planning.sharing import decide_sharing
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.starting import Start, begin
@@ -109,10 +110,11 @@ def prepare(
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
+    feeds, sharing = _feeds(rows, recipe, start, model, plan)
     samples, sample_notes = _samples(recipe, start, rows)
     return Setup(
         recipe=recipe,
-        choices=[*start.choices, *rows.choices, *more, update.describe()],
+        choices=[*start.choices, *rows.choices, *more, *sharing, update.describe()],
         notes=[*start.notes, *rows.notes, *far_numbers(rows), *padding_notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
@@ -125,7 +127,7 @@ def prepare(
         attachment=attachment,
         update=update,
         rows=rows,
-        **_feeds(rows, recipe, start, model, layout),
+        **feeds,
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
@@ -174,21 +176,29 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> PreTrainedMode
     return model
 
 
-def _feeds(rows: Rows, recipe: Recipe, start: Start, model: PreTrainedModel, layout: Layout) -> dict[str, Feed]:
-    """Held-out rows are masked by one seed in all runs, so that their measures can be compared."""
+def _feeds(
+    rows: Rows, recipe: Recipe, start: Start, model: PreTrainedModel, plan: Plan
+) -> tuple[dict[str, Feed], list[Choice]]:
+    """Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
+    whole, as whoever measures the result again will."""
     tokenizer = start.renderer.tokenizer
     masks = start.head == "masked_token"
+    has_types = has_token_types(model, tokenizer)
+    choices = []
+    if start.kind == "causal" and plan.layout == "ragged" and not has_types:
+        choices = [decide_sharing(model, recipe, plan, rows.store)]
     feeds = {}
     for name, store, seed in (("feed", rows.store, recipe.seed), ("held_feed", rows.held_store, 0)):
         feeds[name] = Feed(
             store,
-            layout=layout,
+            layout=plan.layout,
             device=recipe.device,
             masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
-            has_types=has_token_types(model, tokenizer),
+            has_types=has_types,
+            shares=name == "feed" and any(choice.value for choice in choices),
         )
-    return feeds
+    return feeds, choices
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:

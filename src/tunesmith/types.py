@@ -124,6 +124,22 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of a ragged pass that stand together: a row, the beginning of several, or what is left of one of those."""
+
+    tokens: int
+    prefix: int = 0
+    """Tokens that come before these in their row and stand elsewhere."""
+    start: int = 0
+    """Where those stand."""
+
+    @property
+    def keys(self) -> int:
+        """Tokens that the last of these reads."""
+        return self.prefix + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The tokens of one pass, ragged (one flat row of whole examples) or padded (one row an example).
 
@@ -150,6 +166,8 @@ class Batch:
     """Rows of the store that this pass holds, in order."""
     types_BT: Tensor | None = None
     """int64, 1 in the second text of a pair; None for models without token types."""
+    pieces: tuple[Piece, ...] = ()
+    """Of a ragged pass whose rows share what they begin with, in the order they stand; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
 
@@ -157,6 +175,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Real tokens: padding does not count."""
         return sum(self.lengths)
+
+    @property
+    def num_computed(self) -> int:
+        """Places that the model computes, padding among them; a shared beginning counts once."""
+        return self.ids_BT.numel()
 
     @property
     def num_targets(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +13,8 @@ from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
 from tunesmith.models import grouped
-from tunesmith.models.attention import Segments, use_ragged
+from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets
-
-CPU = torch.device("cpu")
 
 
 def inputs(lengths: list[int], *, heads: int, groups: int, size: int, dtype=torch.float64) -> list[Tensor]:
@@ -31,6 +31,12 @@ def row_by_row(qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, scal
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
+def layout_of(lengths: list[int], qkv_1HTD: list[Tensor], *, causal: bool) -> grouped.Layout:
+    query, key, _ = qkv_1HTD
+    heads = {"num_heads": query.shape[1], "num_groups": key.shape[1]}
+    return grouped.Layout.of([(n, n) for n in lengths], **heads, causal=causal, like=query.detach())
+
+
 def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
     """The result, and the gradient of every input under one fixed random gradient of the result."""
     out = attend(qkv_1HTD)
@@ -39,7 +45,7 @@ def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 12) | st.integers(20, 40), min_size=1, max_size=6),
     groups=st.integers(1, 3),
     shared=st.integers(1, 3),
     size=st.sampled_from([1, 4, 6]),
@@ -48,10 +54,10 @@ def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
 )
 @settings(deadline=None, max_examples=60)
 def test_it_is_attention_row_by_row(lengths, *, groups, shared, size, causal, scaling):
-    """float64: 1e-12 is its rounding over a dozen products."""
+    """float64: 1e-12 is its rounding over a dozen products. Lengths are such that rows are filled up, and some not."""
     qkv = inputs(lengths, heads=groups * shared, groups=groups, size=size)
-    runs = Segments.of(lengths, device=CPU).runs
-    ours = answers(lambda t: grouped.attend(*t, runs, causal=causal, scaling=scaling), qkv)
+    layout = layout_of(lengths, qkv, causal=causal)
+    ours = answers(lambda t: grouped.attend(*t, layout, scaling=scaling), qkv)
     expected = answers(lambda t: row_by_row(t, lengths, causal=causal, scaling=scaling), qkv)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
@@ -63,9 +69,9 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
     exact = inputs(lengths, heads=6, groups=2, size=32)
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
-    runs = Segments.of(lengths, device=CPU).runs
+    layout = layout_of(lengths, rounded, causal=True)
     truth = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), exact)
-    ours = answers(lambda t: grouped.attend(*t, runs, causal=True, scaling=None), rounded)
+    ours = answers(lambda t: grouped.attend(*t, layout, scaling=None), rounded)
     torchs = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), rounded)
     for true, one, other in zip(truth, ours, torchs, strict=True):
         away, torchs_away = ((x.double() - true).norm() / true.norm() for x in (one, other))
@@ -85,7 +91,7 @@ def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
         assert not seen
     else:
         assert seen
-        assert all(length <= (8 if arch == "mistral" else 23) for runs in seen for _, length in runs)
+        assert all(block.keys <= (8 if arch == "mistral" else 23) for layout in seen for block in layout.blocks)
 
 
 @pytest.mark.parametrize("longest", [0, 7, 11, 256])
@@ -99,16 +105,39 @@ def test_short_and_long_rows_of_one_pass_answer_alike(longest, monkeypatch):
     assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
 
 
-def test_the_test_catches_heads_stacked_in_the_wrong_order(monkeypatch):
-    """Planted: the heads of a group interleaved with its queries."""
-    monkeypatch.setattr(
-        grouped,
-        "_stacked",
-        lambda part, num, groups: (
-            part.unflatten(1, (num, -1)).unflatten(0, (groups, -1)).permute(2, 0, 3, 1, 4).flatten(2, 3).flatten(0, 1)
-        ),
-    )
+def test_rows_of_like_length_are_multiplied_together():
+    """12 to 28 lie within 16 of each other; 60 stands alone."""
+    qkv = inputs([28, 60, 12, 20], heads=2, groups=1, size=4)
+    layout = layout_of([28, 60, 12, 20], qkv, causal=True)
+    assert [(block.num, block.queries, block.keys) for block in layout.blocks] == [(1, 120, 60), (3, 56, 28)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_test_catches_gradients_of_what_is_filled_up(monkeypatch, causal):
+    """Planted: answers of the filled places are learnt from."""
+    real = grouped.Layout.of
+
+    def forgetful(*args, **how):
+        return replace(real(*args, **how), filled=torch.empty(0, dtype=torch.int64))
+
+    monkeypatch.setattr(grouped.Layout, "of", forgetful)
     with pytest.raises(AssertionError):
         test_it_is_attention_row_by_row.hypothesis.inner_test(
-            [5, 5, 3], groups=2, shared=2, size=4, causal=True, scaling=None
+            [5, 3], groups=2, shared=2, size=4, causal=causal, scaling=None
+        )
+
+
+def test_the_test_catches_rows_that_read_what_is_filled_up(monkeypatch):
+    """Planted: an encoder's row without its bars."""
+    real = grouped.Layout.of
+
+    def forgetful(*args, **how):
+        layout = real(*args, **how)
+        blocks = tuple(replace(block, bias=torch.zeros_like(block.bias)) for block in layout.blocks)
+        return replace(layout, blocks=blocks)
+
+    monkeypatch.setattr(grouped.Layout, "of", forgetful)
+    with pytest.raises(AssertionError):
+        test_it_is_attention_row_by_row.hypothesis.inner_test(
+            [5, 3], groups=2, shared=2, size=4, causal=False, scaling=None
         )

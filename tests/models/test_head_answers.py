@@ -17,8 +17,9 @@ from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
 from tunesmith.models import forward
 from tunesmith.models.agreement import encoder_agrees
-from tunesmith.models.attention import Segments, use_ragged
+from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.segments import Segments
 from tunesmith.types import Batch, HeadName, Labels, Layout, Row, Source
 
 VOCAB = 96

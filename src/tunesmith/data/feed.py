@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import build_batch, sort_keys
+from tunesmith.data.sharing import share
 from tunesmith.data.store import RowStore
 from tunesmith.types import Batch, Layout, Row
 
@@ -75,6 +76,8 @@ class Feed:
     """None: the model does not learn masked tokens."""
     decoder_start: int | None = None
     has_types: bool = False
+    shares: bool = False
+    """Whether what rows of a pass begin with alike is computed once."""
 
     def __post_init__(self) -> None:
         if self.masking is not None:
@@ -86,14 +89,16 @@ class Feed:
         In a step, masks follow from a row's place in the store; to measure, from what its example says, so that they
         are the same in another file, order or run.
         """
-        return build_batch(
-            [self._row(index, draw) for index in members],
+        rows = [self._row(index, draw) for index in members]
+        batch = build_batch(
+            rows,
             members,
             layout=self.layout,
             device=self.device,
             decoder_start=self.decoder_start,
             has_types=self.has_types,
         )
+        return share(batch, [row.ids for row in rows]) if self.shares else batch
 
     def _row(self, index: int, draw: int) -> Row:
         row = self.store.row(index)

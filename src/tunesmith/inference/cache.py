@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tunesmith.models import attention
-from tunesmith.models.attention import How, Segments, UnsupportedAttentionError, spelled_out
+from tunesmith.models.attention import How, UnsupportedAttentionError, spelled_out
+from tunesmith.models.segments import Segments
 
 NAME = "tunesmith_cached"
 SMALLEST = 128

@@ -18,7 +18,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from tunesmith.inference.adapters import Adapters
 from tunesmith.inference.cache import Block, Cache, Lane, Pass, Rows, Span, room_for, use_cached
-from tunesmith.models.attention import Segments, ragged_pass
+from tunesmith.models.attention import ragged_pass
+from tunesmith.models.segments import Segments
 
 Fill = tuple[Lane, Sequence[int]]
 """A text whose prompt is read, and the next tokens of the prompt."""
@@ -104,7 +105,7 @@ class Together:
             positions += range(lane.length, lane.length + len(prompt))
             adapters += [lane.adapter] * len(prompt)
             last.append(len(ids) - 1)
-        segments = Segments(runs=(), longest=0, device=device, starts=None)
+        segments = Segments(pieces=(), device=device)
         with ragged_pass(), self._adapters.serving(adapters):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.models.attention import Segments, Trace, UnsupportedAttentionError, ragged_pass, use_ragged
+from tunesmith.models.attention import Trace, UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
+from tunesmith.models.segments import Segments
 from tunesmith.types import Batch, Layout, Row
 
 PROBE_TOKENS = 128

@@ -8,17 +8,17 @@ Not every model can: whether the answer is the same as one example at a time is 
 `agreement.ragged_agrees`.
 """
 
-# B rows, H heads, T tokens, D head size, S segments of equal length, L their length, Q queries, K keys,
+# B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys,
 # G groups of heads that share keys, R queries of all heads of a group
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,43 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.models import grouped, varlen
+from tunesmith.models.segments import Segments
 
 NAME, PLAIN = "tunesmith_ragged", "tunesmith_ragged_plain"
 
 
 class UnsupportedAttentionError(Exception):
     """The model asks its attention for something that the ragged one does not do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Where the examples of one ragged batch stand; made once a batch, used by every layer."""
-
-    runs: tuple[tuple[int, int], ...]
-    """Neighbours of equal length as (how many, length): one call of the kernel each."""
-    longest: int
-    device: torch.device
-    starts: Tensor | None
-    """int32 [examples + 1], where each begins and the last ends; on CUDA only, for the varlen kernel."""
-    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, compare=False)
-    """Masks of a sliding window, by (Q, K, window)."""
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], *, device: torch.device) -> Segments:
-        runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
-        starts = None
-        if device.type == "cuda":
-            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(runs=runs, longest=max(lengths), device=device, starts=starts)
-
-    def band(self, num_queries: int, num_keys: int, window: int) -> Tensor:
-        """bool [Q, K]: the last Q of K tokens, each reading itself and the `window` - 1 before it."""
-        key = (num_queries, num_keys, window)
-        if key not in self.bands:
-            queries_Q1 = torch.arange(num_keys - num_queries, num_keys, device=self.device)[:, None]
-            keys_K = torch.arange(num_keys, device=self.device)
-            self.bands[key] = (keys_K <= queries_Q1) & (keys_K > queries_Q1 - window)
-        return self.bands[key]
 
 
 @dataclass(slots=True)
@@ -167,9 +137,12 @@ def ragged_attention(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, **others
         )
+    if segments.shared is not None and not causal:
+        raise UnsupportedAttentionError("pieces of rows that read both ways cannot share what they begin with")
+    key_BHTD, value_BHTD = segments.keys(key_BHTD), segments.keys(value_BHTD)
     if varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
         return varlen.attend(query_BHTD, key_BHTD, value_BHTD, segments, scaling=scaling, window=sliding_window), None
-    return _by_runs(query_BHTD, key_BHTD, value_BHTD, segments, how), None
+    return _by_pieces(query_BHTD, key_BHTD, value_BHTD, segments, how), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,46 +157,74 @@ class How:
     products: bool = True
 
 
-def _by_runs(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, segments: Segments, how: How) -> Tensor:
-    """[1, T, H, D]: stretches of short rows by grouped products, others by one kernel call for each run of them."""
-    products = how.products and grouped.can(query_1HTD, value_1HTD, dropout=how.dropout, softcap=how.softcap)
+def _by_pieces(query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segments: Segments, how: How) -> Tensor:
+    """[1, T, H, D]: stretches of short pieces by grouped products, others by one kernel call for each run of equals."""
+    products = how.products and grouped.can(query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap)
     longest = min(grouped.LONGEST, how.window or grouped.LONGEST) if products else 0
-    stretches = [list(runs) for _, runs in groupby(segments.runs, key=lambda run: run[1] <= longest or run)]
-    sizes = [sum(num * length for num, length in runs) for runs in stretches]
+    sizes = [(piece.tokens, piece.keys) for piece in segments.pieces]
+    stretches = [tuple(some) for _, some in groupby(sizes, key=lambda size: size[1] <= longest or size)]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
-    parts = [torch.split(tensor, sizes, dim=2) for tensor in (query_1HTD, key_1HTD, value_1HTD)]
+    queries = torch.split(query_1HTD, [sum(tokens for tokens, _ in some) for some in stretches], dim=2)
+    num_keys = [sum(keys for _, keys in some) for some in stretches]
+    keys, values = (torch.split(tensor, num_keys, dim=2) for tensor in (key_1GKD, value_1GKD))
     out = []
-    for runs, query, key, value in zip(stretches, *parts, strict=True):
-        (num, length), *_ = runs
-        if length <= longest:
-            out.append(grouped.attend(query, key, value, runs, causal=how.causal, scaling=how.scaling))
+    for some, query, key, value in zip(stretches, queries, keys, values, strict=True):
+        if some[0][1] <= longest:
+            layout = _layout(segments, some, query, key, causal=how.causal)
+            out.append(grouped.attend(query, key, value, layout, scaling=how.scaling))
             continue
-        q_SHLD, k_SHLD, v_SHLD = (part.unflatten(2, (num, length))[0].transpose(0, 1) for part in (query, key, value))
-        out.append(_attend(q_SHLD, k_SHLD, v_SHLD, segments, how).transpose(1, 2).flatten(0, 1)[None])
+        q_SHQD, k_SHKD, v_SHKD = (
+            torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)
+        )
+        out.append(_attend(q_SHQD, k_SHKD, v_SHKD, segments, how).transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
-def _attend(q_SHLD: Tensor, k_SHLD: Tensor, v_SHLD: Tensor, segments: Segments, how: How) -> Tensor:
-    length = q_SHLD.shape[2]
-    window = how.window if how.causal and how.window is not None and how.window < length else None
+def _layout(
+    segments: Segments, rows: tuple[grouped.Row, ...], query_1HTD: Tensor, key_1GKD: Tensor, *, causal: bool
+) -> grouped.Layout:
+    """Made by the first layer that asks for it."""
+    heads = query_1HTD.shape[1], key_1GKD.shape[1]
+    name = (rows, heads, causal, query_1HTD.dtype)
+    if name not in segments.layouts:
+        segments.layouts[name] = grouped.Layout.of(
+            rows, num_heads=heads[0], num_groups=heads[1], causal=causal, like=query_1HTD
+        )
+    layout: grouped.Layout = segments.layouts[name]
+    return layout
+
+
+def _attend(q_SHQD: Tensor, k_SHKD: Tensor, v_SHKD: Tensor, segments: Segments, how: How) -> Tensor:
+    """The queries are the last of the keys."""
+    num_queries, num_keys = q_SHQD.shape[2], k_SHKD.shape[2]
+    first = num_keys - num_queries
+    window = how.window if how.causal and how.window is not None and how.window < num_keys else None
     if how.softcap is not None:
-        mask_LL = segments.band(length, length, window or length) if how.causal else None
-        return spelled_out(q_SHLD, k_SHLD, v_SHLD, mask_LL, how)
-    gqa = q_SHLD.shape[1] != k_SHLD.shape[1]
+        mask_QK = segments.band(num_queries, num_keys, window or num_keys) if how.causal else None
+        return spelled_out(q_SHQD, k_SHKD, v_SHKD, mask_QK, how)
+    gqa = q_SHQD.shape[1] != k_SHKD.shape[1]
     if window is None:
+        mask_QK = segments.band(num_queries, num_keys, num_keys) if first else None
         return F.scaled_dot_product_attention(
-            q_SHLD, k_SHLD, v_SHLD, dropout_p=how.dropout, is_causal=how.causal, scale=how.scaling, enable_gqa=gqa
+            q_SHQD,
+            k_SHKD,
+            v_SHKD,
+            attn_mask=mask_QK,
+            dropout_p=how.dropout,
+            is_causal=how.causal and mask_QK is None,
+            scale=how.scaling,
+            enable_gqa=gqa,
         )
     out = []
     # A window's worth of queries reads at most two windows of keys: memory and time stay linear in the length.
-    for start in range(0, length, window):
-        stop, first = min(start + window, length), max(0, start - window + 1)
+    for start in range(first, num_keys, window):
+        stop, oldest = min(start + window, num_keys), max(0, start - window + 1)
         out.append(
             F.scaled_dot_product_attention(
-                q_SHLD[:, :, start:stop],
-                k_SHLD[:, :, first:stop],
-                v_SHLD[:, :, first:stop],
-                attn_mask=segments.band(stop - start, stop - first, window),
+                q_SHQD[:, :, start - first : stop - first],
+                k_SHKD[:, :, oldest:stop],
+                v_SHKD[:, :, oldest:stop],
+                attn_mask=segments.band(stop - start, stop - oldest, window),
                 dropout_p=how.dropout,
                 scale=how.scaling,
                 enable_gqa=gqa,

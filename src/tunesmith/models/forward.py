@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.models.attention import Segments, UnsupportedAttentionError, ragged_pass
+from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.heads import pools_last
+from tunesmith.models.segments import Segments
 from tunesmith.types import Batch
 
 
@@ -38,10 +39,15 @@ def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
         with _passing(batch), _first_alone(model, batch):
             logits_BC: Tensor = model(**_inputs(model, batch)).logits
         return logits_BC
+    pooled: Tensor = model.score(hidden_states(model, batch)[batch.predict_N])  # type: ignore[operator]
+    return pooled
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """[B × T, D]: what stands before the head."""
     with _passing(batch):
         hidden_BTD: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
-    pooled: Tensor = model.score(hidden_BTD.flatten(0, 1)[batch.predict_N])  # type: ignore[operator]
-    return pooled
+    return hidden_BTD.flatten(0, 1)
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -49,7 +55,11 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if has_cache(type(model).forward):
         inputs["use_cache"] = False
     if batch.layout == "ragged":
-        segments = Segments.of(batch.lengths, device=batch.ids_BT.device)
+        segments = (
+            Segments.sharing(batch.pieces, device=batch.ids_BT.device)
+            if batch.pieces
+            else Segments.of(batch.lengths, device=batch.ids_BT.device)
+        )
         inputs |= {"position_ids": batch.positions_BT + _first_position(model), "segments": segments}
     if batch.types_BT is not None:
         inputs["token_type_ids"] = batch.types_BT

@@ -4,26 +4,39 @@ about half the time of torch's own kernel up to some 256 tokens (`python -m benc
     P = softmax(Q Kᵀ · scale),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),  dQ = dS K · scale,  dK = dSᵀ Q · scale
 
-Query heads that share a key head stand below each other, so that a product reads the keys once. Scores are rounded to
-the inputs' precision, as in transformers' eager attention; the softmax computes in float32 inside. Sources: Vaswani et
-al. 2017, section 3.2.1; Dao et al. 2022, appendix B.2, for the backward.
+Query heads that share a key head stand below each other, so that a product reads the keys once. Rows of like length
+are multiplied together: what is missing is filled with the row's last token, whose answers are thrown away and whose
+gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention; the softmax
+computes in float32 inside. Sources: Vaswani et al. 2017, section 3.2.1; Dao et al. 2022, appendix B.2, for the
+backward.
+
+Kept for backward, numbers of the inputs' precision a token: D for each query head, 2 D for each key head, and one for
+each query head and key; filled ones among them.
 """
 
-# H heads, T tokens, D head size, S rows of equal length, L their length, G groups of heads that share keys,
-# R query heads a group, N = S × G, Q = R × L queries of a group
+# H heads, T tokens, D head size, S rows of a block, G groups of heads that share keys, R query heads a group,
+# L queries of a row, Q = R × L, K keys, N = S × G
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LONGEST = 256
-"""Tokens of a row up to which this beats torch's kernel on CPU, in bfloat16."""
+"""Keys of a row up to which this beats torch's kernel on CPU, in bfloat16."""
+ALIKE, FEW = 0.75, 16
+"""Rows share a block if the shortest has this share of the longest's queries, or lacks no more than so many."""
+
+Row = tuple[int, int]
+"""(queries, keys): as many, or keys more, which stand before the queries."""
 
 
 def can(query_1HTD: Tensor, value_1HTD: Tensor, *, dropout: float, softcap: float | None) -> bool:
@@ -38,78 +51,155 @@ def can(query_1HTD: Tensor, value_1HTD: Tensor, *, dropout: float, softcap: floa
 
 
 def attend(
-    query_1HTD: Tensor,
-    key_1HTD: Tensor,
-    value_1HTD: Tensor,
-    runs: Sequence[tuple[int, int]],
-    *,
-    causal: bool,
-    scaling: float | None,
+    query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, layout: Layout, *, scaling: float | None
 ) -> Tensor:
-    """[1, T, H, D]: each row attended to alone. `runs`: neighbours of equal length as (how many, length), T in all."""
+    """[1, T, H, D]: each row attended to alone; `layout` says where the rows stand, end to end, T and K in all."""
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Grouped.apply(query_1HTD, key_1HTD, value_1HTD, runs, causal, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _Grouped.apply(query_1HTD, key_1GKD, value_1GKD, layout, scale)  # type: ignore[no-untyped-call]
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows that are multiplied together: N products of Q queries with K keys."""
+
+    num: int
+    queries: int
+    keys: int
+    bias: Tensor
+    """Added to the scores [N, Q, K]: -inf where a query may not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the queries and keys of all rows stand in blocks, head by head, and back.
+
+    Queries are counted as token · H + head, keys as token · G + group.
+    """
+
+    blocks: tuple[Block, ...]
+    query_index: Tensor
+    query_place: Tensor
+    """Where in the blocks each query stands: undoes `query_index`."""
+    key_index: Tensor
+    key_place: Tensor
+    filled: Tensor
+    """Places of the blocks that hold no query."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], *, num_heads: int, num_groups: int, causal: bool, like: Tensor) -> Layout:
+        """`like` has the precision and device of the scores. All rows that are not causal have as many keys as
+        queries."""
+        starts_2S = np.cumsum([(0, 0), *rows[:-1]], axis=0).T
+        blocks, queries, keys, filled = [], [], [], []
+        for members in _alike(rows):
+            own_S, all_S = np.array([rows[i] for i in members]).T
+            num_queries, prefix = int(own_S.max()), int(all_S[0] - own_S[0])
+            num_keys = prefix + num_queries
+            query_SL = _places(starts_2S[0, members], own_S, num_queries)
+            key_SK = _places(starts_2S[1, members], all_S, num_keys)
+            heads_GR = np.arange(num_heads).reshape(num_groups, -1)
+            queries.append((query_SL[:, None, None] * num_heads + heads_GR[:, :, None]).ravel())
+            keys.append((key_SK[:, None] * num_groups + np.arange(num_groups)[:, None]).ravel())
+            spare_SL = np.arange(num_queries) >= own_S[:, None]
+            filled.append(np.repeat(spare_SL, num_heads, axis=0).ravel())
+            if causal:
+                bias = like.new_full((num_queries, num_keys), -math.inf).triu_(prefix + 1)
+                bias = bias.repeat(num_heads // num_groups, 1)
+            else:
+                bars_NK = torch.from_numpy(np.repeat(spare_SL, num_groups, axis=0)).to(like.device)
+                bias = like.new_zeros(bars_NK.shape).masked_fill_(bars_NK, -math.inf)[:, None]
+            shared = num_heads // num_groups
+            blocks.append(Block(len(members) * num_groups, shared * num_queries, num_keys, bias))
+        index_q, index_k, spare = (np.concatenate(parts) for parts in (queries, keys, filled))
+        arrays = (index_q, _first_places(index_q), index_k, _first_places(index_k), np.flatnonzero(spare))
+        return cls(tuple(blocks), *(torch.from_numpy(array).to(like.device) for array in arrays))
+
+    def parts(self, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+        """Of each block the block, and its part of every tensor: [N, Q, D] of queries, [N, K, D] of keys."""
+        query, key = 0, 0
+        for block in self.blocks:
+            num_queries, num_keys = block.num * block.queries, block.num * block.keys
+            yield (
+                block,
+                *(lines[query : query + num_queries].view(block.num, block.queries, -1) for lines in of_queries),
+                *(lines[key : key + num_keys].view(block.num, block.keys, -1) for lines in of_keys),
+            )
+            query, key = query + num_queries, key + num_keys
+
+
+def _alike(rows: Sequence[Row]) -> list[list[int]]:
+    """Rows in blocks: of as many keys before their queries, and of like length."""
+    blocks: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (rows[i][1] - rows[i][0], -rows[i][0], i)):
+        num, all_keys = rows[i]
+        if blocks:
+            longest, longest_keys = rows[blocks[-1][0]]
+            if longest_keys - longest == all_keys - num and (num >= ALIKE * longest or num + FEW >= longest):
+                blocks[-1].append(i)
+                continue
+        blocks.append([i])
+    return blocks
+
+
+def _places(starts_S: NDArray[np.int64], lengths_S: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """[S, longest], the last place of a row again and again behind its end."""
+    return starts_S[:, None] + np.minimum(np.arange(longest), lengths_S[:, None] - 1)
+
+
+def _first_places(index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in `index` each number from 0 on stands first."""
+    return np.unique(index, return_index=True)[1]
+
+
 class _Grouped(torch.autograd.Function):
-    """Keeps for each run its Q, K, V as they were multiplied, and P."""
+    """Keeps Q, K, V as they were multiplied, and P of each block."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: Sequence[tuple[int, int]], causal: bool, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         num_heads, num_tokens, size = query.shape[1:]
-        num_groups = key.shape[1]
-        out_1THD = query.new_empty(1, num_tokens, num_heads, size)
-        saved, start = [], 0
-        for num, length in runs:
-            here = slice(start, start + num * length)
-            q_NQD, k_NLD, v_NLD = (_stacked(t[0, :, here], num, num_groups) for t in (query, key, value))
-            bias_QL = _later(length, q_NQD).repeat(num_heads // num_groups, 1) if causal else q_NQD.new_zeros(())
-            p_NQL = torch.softmax(torch.baddbmm(bias_QL, q_NQD, k_NLD.transpose(1, 2), alpha=scale), -1)
-            out_1THD[0, here] = _unstacked(torch.bmm(p_NQL, v_NLD), num, num_groups, length)
-            saved += [q_NQD, k_NLD, v_NLD, p_NQL]
-            start = here.stop
-        ctx.save_for_backward(*saved)
-        ctx.runs, ctx.scale, ctx.num_groups = runs, scale, num_groups
-        return out_1THD
+        q = _lines(query).index_select(0, layout.query_index)
+        k, v = (_lines(tensor).index_select(0, layout.key_index) for tensor in (key, value))
+        out = torch.empty_like(q)
+        weights = []
+        for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
+            scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
+            weights.append(torch.softmax(scores_NQK, -1))
+            torch.bmm(weights[-1], v_NKD, out=out_NQD)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.layout, ctx.scale, ctx.num_heads, ctx.num_groups = layout, scale, num_heads, key.shape[1]
+        return out.index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        num_tokens, num_heads, size = grad_1THD.shape[1:]
-        gq_THD = grad_1THD.new_empty(num_tokens, num_heads, size)
-        gk_TGD, gv_TGD = (grad_1THD.new_empty(num_tokens, ctx.num_groups, size) for _ in range(2))
-        saved, start = ctx.saved_tensors, 0  # asked for once: a recomputed layer gives them once
-        for i, (num, length) in enumerate(ctx.runs):
-            here = slice(start, start + num * length)
-            q_NQD, k_NLD, v_NLD, p_NQL = saved[4 * i : 4 * i + 4]
-            g_NQD = _stacked(grad_1THD[0, here].transpose(0, 1), num, ctx.num_groups)
-            gv_NLD = torch.bmm(p_NQL.transpose(1, 2), g_NQD)
-            gp_NQL = torch.bmm(g_NQD, v_NLD.transpose(1, 2))
-            gs_NQL = torch.ops.aten._softmax_backward_data(gp_NQL, p_NQL, -1, p_NQL.dtype)
-            gq_NQD = torch.bmm(gs_NQL, k_NLD).mul_(ctx.scale)
-            gk_NLD = torch.bmm(gs_NQL.transpose(1, 2), q_NQD).mul_(ctx.scale)
-            for whole, part in ((gq_THD, gq_NQD), (gk_TGD, gk_NLD), (gv_TGD, gv_NLD)):
-                whole[here] = _unstacked(part, num, ctx.num_groups, length)
-            start = here.stop
-        gq, gk, gv = (whole.transpose(0, 1)[None] for whole in (gq_THD, gk_TGD, gv_TGD))
-        return gq, gk, gv, None, None, None
+    def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        layout: Layout = ctx.layout
+        q, k, v, *weights = ctx.saved_tensors
+        g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index)
+        if len(layout.filled):
+            g.index_fill_(0, layout.filled, 0)
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        parts = layout.parts((q, g, gq), (k, v, gk, gv))
+        for (_, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD), p_NQK in zip(parts, weights, strict=True):
+            torch.bmm(p_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
+            gp_NQK = torch.bmm(g_NQD, v_NKD.transpose(1, 2))
+            gs_NQK = torch.ops.aten._softmax_backward_data(gp_NQK, p_NQK, -1, p_NQK.dtype)
+            torch.bmm(gs_NQK, k_NKD, out=gq_NQD)
+            torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
+        places = layout.query_place, layout.key_place, layout.key_place
+        gq, gk, gv = (grad.index_select(0, place) for grad, place in zip((gq, gk, gv), places, strict=True))
+        gq, gk = gq.mul_(ctx.scale), gk.mul_(ctx.scale)
+        heads = ctx.num_heads, ctx.num_groups, ctx.num_groups
+        return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None  # type: ignore[return-value]
 
 
-def _later(length: int, like: Tensor) -> Tensor:
-    """[L, L]: -inf where a token would read a later one."""
-    return torch.full((length, length), -math.inf, dtype=like.dtype, device=like.device).triu_(1)
+def _lines(tensor_1HTD: Tensor) -> Tensor:
+    """[T × H, D], a view where the model computes token by token."""
+    return tensor_1HTD[0].transpose(0, 1).reshape(-1, tensor_1HTD.shape[-1])
 
 
-def _stacked(part_HTD: Tensor, num: int, num_groups: int) -> Tensor:
-    """[H, S × L, D] → [S × G, R × L, D], each group's heads below each other."""
-    part_GRSLD = torch.unflatten(torch.unflatten(part_HTD, 1, (num, -1)), 0, (num_groups, -1))
-    return part_GRSLD.permute(2, 0, 1, 3, 4).flatten(2, 3).flatten(0, 1).contiguous()
-
-
-def _unstacked(part_NQD: Tensor, num: int, num_groups: int, length: int) -> Tensor:
-    """[S × G, R × L, D] → [S × L, H, D]."""
-    part_SGRLD = torch.unflatten(torch.unflatten(part_NQD, 0, (num, num_groups)), 2, (-1, length))
-    return part_SGRLD.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+def _unlined(lines: Tensor, num_heads: int) -> Tensor:
+    """[T × H, D] → [1, H, T, D]."""
+    return lines.view(-1, num_heads, lines.shape[-1]).transpose(0, 1)[None]

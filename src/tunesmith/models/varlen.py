@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tunesmith.models.attention import Segments
+    from tunesmith.models.segments import Segments
 
 
 @cache
@@ -48,19 +48,23 @@ def attend(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """[1, T, H, D]. A window counts the token itself; the kernel's counts those to its left, and 0 to its right."""
+    """[1, T, H, D]. A window counts the token itself; the kernel's counts those to its left, and 0 to its right.
+
+    Where a piece has more keys than queries, the kernel's last query reads its last key (Dao 2023, FlashAttention-2).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q_THD, k_THD, v_THD = (tensor[0].transpose(0, 1) for tensor in (query_1HTD, key_1HTD, value_1HTD))
-    assert segments.starts is not None  # made for every batch on CUDA
+    assert segments.query_starts is not None  # both are made for every batch on CUDA
+    assert segments.key_starts is not None
     out_THD: Tensor = varlen_attn(
         q_THD,
         k_THD,
         v_THD,
-        segments.starts,
-        segments.starts,
-        segments.longest,
-        segments.longest,
+        segments.query_starts,
+        segments.key_starts,
+        max(piece.tokens for piece in segments.pieces),
+        max(piece.keys for piece in segments.pieces),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q_THD.shape[1] != k_THD.shape[1],
