@@ -11,7 +11,7 @@ from pathlib import Path
 from tunesmith.errors import RunError
 from tunesmith.files import remove
 from tunesmith.loading import load_run
-from tunesmith.methods.lora import LoraAttachment, merge
+from tunesmith.methods import merge
 from tunesmith.models import locate
 from tunesmith.models.save import save_model
 from tunesmith.run import Run, is_run
@@ -51,7 +51,6 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
     with run.lock():
         remove(merged)
         speaker = load_run(run, offline=offline)
-        assert isinstance(speaker.attachment, LoraAttachment), "a run with an adapter has its attachment"
         merge(speaker.attachment)
         adapter = locate.Located("folder", run.adapter_path, str(run.adapter_path))
         save_model(

@@ -15,8 +15,7 @@ from tunesmith import checkpoint
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
-from tunesmith.methods import METHODS, restore
-from tunesmith.methods.lora import LoraAttachment, without_adapter
+from tunesmith.methods import METHODS, is_beside, restore, without
 from tunesmith.models import heads, load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
@@ -40,7 +39,7 @@ class Speaker:
     labels: Labels | None = None
     """What its head answers with."""
     attachment: Any = None
-    """The adapter of a LoRA run."""
+    """What its method put on the model."""
     result: Path | None = None
     """The folder that the adapter was read from."""
     note: str = ""
@@ -52,13 +51,13 @@ class Speaker:
     @property
     def can_untune(self) -> bool:
         """Whether the base is there too, under an adapter."""
-        return isinstance(self.attachment, LoraAttachment) and self.attachment.is_beside
+        return is_beside(self.attachment)
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
         """Inside the block the model answers without its adapter."""
         assert self.can_untune, "only an adapter that stands beside its base can be looked past"
-        with without_adapter(self.attachment):
+        with without(self.attachment):
             yield
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -21,6 +22,7 @@ from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, s
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
+from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
@@ -105,8 +107,9 @@ def prepare(
     torch.set_num_threads(known(recipe.threads))
     model = _load(recipe, start, rows.labels)
     num_parameters = model.num_parameters()
-    layout, padding_notes = _layout(model, recipe, rows, start)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
+    with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
+        layout, padding_notes = _layout(model, recipe, rows, start)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.chaining import start_from
 from tunesmith.data.render import Renderer
+from tunesmith.errors import RecipeError
 from tunesmith.loading import make_renderer
+from tunesmith.methods.peft_kinds import num_virtual_tokens, resolved
 from tunesmith.models import load, locate
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
@@ -15,6 +17,7 @@ from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import check_installed
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.types import Choice, HeadName, ModelKind
 
 
@@ -46,7 +49,9 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     notes = [chained] if chained else []
     located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
-    model_size, kind = size(located), model_kind(located)
+    if isinstance(recipe.method, PeftMethod):
+        recipe = recipe.model_copy(update={"method": resolved(recipe.method)})
+    model_size, kind = _room_left(size(located), recipe), model_kind(located)
     recipe, choices = decide_before_rows(recipe, located, model_size, kind)
     head = find_head(recipe, located, kind)
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
@@ -61,3 +66,14 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
         renderer=make_renderer(recipe, tokenizer, kind),
     )
+
+
+def _room_left(model_size: ModelSize, recipe: Recipe) -> ModelSize:
+    """The model as rows find it: virtual tokens stand before each of them."""
+    virtual = num_virtual_tokens(recipe.method)
+    if virtual >= model_size.max_tokens:
+        raise RecipeError(
+            f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {model_size.max_tokens:,} "
+            "tokens in all. Use fewer."
+        )
+    return replace(model_size, max_tokens=model_size.max_tokens - virtual)

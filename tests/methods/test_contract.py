@@ -22,23 +22,42 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import METHODS, Method, restore
-from tunesmith.methods.lora import LoraAttachment, merge
+from tunesmith.methods import METHODS, Method, merge, restore
+from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.methods.peft_bridge import short_name
+from tunesmith.methods.peft_kinds import MERGES
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.optim import Update
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim
-from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod
+from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod, PeftMethod
 from tunesmith.types import Attachment, Labels
 
 VOCAB = 512
-SETTINGS: dict[str, LowRankMethod | FullMethod] = {
+Settings = LowRankMethod | FullMethod | PeftMethod
+SETTINGS: dict[str, Settings] = {
     "lora": LoraMethod(rank=4),
     "dora": DoraMethod(rank=4),
     "full": FullMethod(),
+    "peft": PeftMethod(kind="IA3"),
 }
-CASES: dict[str, LowRankMethod | FullMethod] = {
+PEFT: dict[str, dict[str, Any]] = {
+    "BOFT": {"boft_block_size": 8},
+    "FOURIERFT": {"n_frequency": 50, "init_weights": True},
+    "LN_TUNING": {},
+    "LOHA": {"r": 4},
+    "LOKR": {"r": 4},
+    "OFT": {"r": 0, "oft_block_size": 16},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "VERA": {"r": 16},
+}
+"""Kinds of peft and settings that suit a model of width 64; tests/methods/test_peft_kinds.py goes through all."""
+for kind in PEFT.keys() & {"BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
+    PEFT[kind]["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+CASES: dict[str, Settings] = {
     **SETTINGS,
     "lora, rank-stabilised": LoraMethod(rank=4, alpha=4, rslora=True),
     "lora, ranks by pattern": LoraMethod(
@@ -54,10 +73,13 @@ CASES: dict[str, LowRankMethod | FullMethod] = {
     "dora, rank-stabilised": DoraMethod(rank=4, alpha=4, rslora=True, layers=("0",)),
     "dora, pissa": DoraMethod(rank=4, init="pissa"),
     "dora, biases": DoraMethod(rank=4, bias="lora_only"),
+    **{f"peft, {kind}": PeftMethod(kind=kind, settings=settings) for kind, settings in PEFT.items()},
 }
 NEEDS_BIASES = [name for name, settings in CASES.items() if getattr(settings, "bias", "none") != "none"]
 NOT_EXACT = {"lora, pissa": 1e-5, "lora, pissa by pattern": 1e-5, "dora, pissa": 1e-5, "lora, orthogonal": 1e-5}
 """Starts whose matrices cancel: in float32 outputs of order 1 move by less than this."""
+CHANGES_AT_ONCE = ["peft, FOURIERFT", "peft, PREFIX_TUNING", "peft, PROMPT_TUNING", "peft, P_TUNING"]
+"""What begins with random numbers of its own, and says so in its notes."""
 FAMILIES = ["llama", "gpt2", "bert", "qwen2 sequence", "t5"]
 """BERT is taken with a head that answers about a text, qwen2 with one too."""
 DTYPES = [torch.float32, torch.bfloat16]
@@ -143,8 +165,11 @@ def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> N
     """To the last bit, but for starts that say they do not."""
     model = made(arch, dtype=dtype).eval()
     before = logits(model)
-    attached(model, case)
-    if case not in NOT_EXACT:
+    attachment = attached(model, case)
+    if case in CHANGES_AT_ONCE:
+        assert any("before the first update" in note for note in attachment.notes)
+        assert not torch.equal(logits(model), before)
+    elif case not in NOT_EXACT:
         assert torch.equal(logits(model), before)
     elif dtype == torch.float32:
         assert 0 < (logits(model) - before).abs().max() <= NOT_EXACT[case]
@@ -183,7 +208,10 @@ def assert_the_named_move_and_nothing_else(model: nn.Module, attachment: Attachm
 
 
 def name_inside(name: str, model: nn.Module) -> str:
-    """Inside the model the matrices of a layer are called <layer>.lora_A, and its own weights <layer>.base.weight."""
+    """Inside the model the matrices of a layer are called <layer>.lora_A, and its own weights <layer>.base.weight; peft
+    has the name of the adapter in its names."""
+    if name in (by_peft := {short_name(inside): inside for inside, _ in model.named_parameters()}):
+        return by_peft[name]
     if ".lora_" in name:
         return name.removesuffix(".weight")
     layer, _, weight = name.rpartition(".")
@@ -304,7 +332,9 @@ def save(attachment: Any, untouched: PreTrainedModel, folder: Path) -> None:
     )
 
 
-ADAPTERS = [(name, arch) for name, arch in GRID if CASES[name].name != "full"]
+ADAPTERS = [
+    (name, arch) for name, arch in GRID if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGES
+]
 adapters = pytest.mark.parametrize(("case", "arch"), ADAPTERS, ids=[f"{name} on {arch}" for name, arch in ADAPTERS])
 
 
@@ -364,6 +394,8 @@ for folder, method, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
         theirs = PeftModel.from_pretrained(kind.from_pretrained(folder / "base"), str(folder / "result"))
     with torch.no_grad():
         found = [model.eval()(input_ids=ids, **how).logits for model in (ours, theirs)]
+    if found[1].ndim == 3:  # peft answers at its virtual tokens too
+        found[1] = found[1][:, -ids.shape[1]:].contiguous()
     save_file(dict(zip(("ours", "theirs"), found)), folder / "out.safetensors")
 """
 CLASSES = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModelForSequenceClassification",

@@ -14,7 +14,7 @@ from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
 from tunesmith.measures import MEASURES
 from tunesmith.models.folder import read_json
-from tunesmith.recipe.method_knobs import LowRankMethod
+from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.run import Run
 
 UNKNOWN = "unknown"
@@ -120,6 +120,8 @@ def _what(source: Source) -> str:
     if isinstance(method, LowRankMethod):
         scaled = ", rank-stabilised" if method.rslora else ""
         how = f"{'DoRA' if method.name == 'dora' else 'LoRA'} of rank {method.rank}, alpha {method.alpha:g}{scaled}."
+    elif isinstance(method, PeftMethod):
+        how = f"{method.kind} of the peft library, {method.settings or 'as it is'}."
     base = base_id(source) or Path(source.recipe.model).name
     revision = f" at {source.base.revision}" if source.base.revision else ""
     labels = (

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunesmith import __version__
 from tunesmith.errors import InputError, StorageError
@@ -22,6 +23,8 @@ from tunesmith.export.options import DTYPES, QUANTIZED, ROUNDED, Bounds, Export,
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
+from tunesmith.methods.peft_kinds import MERGES
+from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.run import Run
 
 EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
@@ -72,6 +75,7 @@ def export_run(
     out = out or default_folder(run, target, options)
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
+    _check_method(source.recipe.method, target)
     notes = export.check(source, options)
     _check_room(out, export.num_bytes(source, options))
     _tidy(out)
@@ -170,6 +174,19 @@ def _check_words(export: Export, options: Options) -> None:
                     f"`llama-quantize model-f16.gguf model-{value}.gguf {value}`."
                 )
             raise InputError(f"--{key}: {value}: not offered here. One of {', '.join(known)}.{more}")
+
+
+def _check_method(method: Any, target: str) -> None:
+    """Raise InputError where what peft's method made is not what a target takes."""
+    if not isinstance(method, PeftMethod) or target == ADAPTER.name:
+        return
+    if target == GGUF_ADAPTER.name:
+        raise InputError(f"--to {target}: method peft ({method.kind}): llama.cpp reads what --method lora leaves.")
+    if method.kind not in MERGES:
+        raise InputError(
+            f"--to {target}: {method.kind} is no change of the model's weights, so it cannot be merged into them. "
+            "Use --to adapter."
+        )
 
 
 def default_folder(run: Run, target: str, options: Options | None = None) -> Path:

@@ -56,7 +56,7 @@ def _check(source: Source, options: Options) -> list[str]:
 
 def _write(source: Source, folder: Path, options: Options) -> list[str]:
     _, attachment = source.load(source.stored_dtype)
-    assert attachment is not None, "a run without an adapter was refused"
+    assert isinstance(attachment, LoraAttachment), "what has no adapter of ours was refused"
     architecture = find_architecture(source.config, source.weights.name)
     names = tensor_names(
         architecture, [f"{name}.weight" for name in attachment.layers], source.config.num_hidden_layers

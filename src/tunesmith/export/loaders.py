@@ -22,6 +22,7 @@ from tunesmith.export.asked import Loaded, dtype_of
 from tunesmith.export.gguf_read import load_gguf, load_gguf_adapter
 from tunesmith.export.llama_cpp_read import LLAMA_CPP, LlamaLoaded, load_llama_cpp
 from tunesmith.export.onnx_read import OnnxLoaded, load_onnx
+from tunesmith.export.peft_read import PromptLoaded
 from tunesmith.loading import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.models import locate
@@ -70,8 +71,11 @@ def load_adapter(folder: Path, recipe: Recipe) -> Loaded:
     from peft import PeftModel
 
     with quiet():
-        PeftModel.from_pretrained(model, str(folder))  # which puts its layers into the model itself
-    return Loaded(model.eval(), tokenizer, located, head, f"peft {version('peft')}", is_plain=False)
+        wrapped = PeftModel.from_pretrained(model, str(folder))  # which puts its layers into the model itself
+    by = f"peft {version('peft')}"
+    if wrapped.active_peft_config.is_prompt_learning:
+        return PromptLoaded(model.eval(), tokenizer, located, head, by, is_plain=False, wrapped=wrapped.eval())
+    return Loaded(model.eval(), tokenizer, located, head, by, is_plain=False)
 
 
 LOADERS: dict[str, Callable[[Path, Recipe], Loaded | OnnxLoaded]] = {

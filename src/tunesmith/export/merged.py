@@ -9,7 +9,7 @@ import torch
 
 from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source
-from tunesmith.methods.lora import merge
+from tunesmith.methods import merge
 from tunesmith.models.save import save_model
 from tunesmith.models.size import size
 

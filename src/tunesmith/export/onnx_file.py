@@ -23,7 +23,7 @@ from tunesmith.export.onnx_read import FILE, check_installed
 from tunesmith.export.options import EXACT, Export, Options
 from tunesmith.export.source import Source
 from tunesmith.loading import has_token_types
-from tunesmith.methods.lora import merge
+from tunesmith.methods import merge
 from tunesmith.models import heads, padding
 from tunesmith.models.forward import has_cache
 from tunesmith.models.heads import pools_last

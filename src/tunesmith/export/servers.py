@@ -54,6 +54,8 @@ def vllm_rank(config: Mapping[str, Any]) -> int | None:
 
 def not_for_vllm(source: Source, config: Mapping[str, Any]) -> str | None:
     """Why vLLM cannot put an adapter on its base; None: it can."""
+    if config["peft_type"] != "LORA":
+        return only_low_rank(source, config)
     if source.base.is_gguf:
         return "its base is a GGUF file, and adapters are put on the model folder that one was made from"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -67,6 +69,7 @@ def only_low_rank(source: Source, config: Mapping[str, Any]) -> str | None:
     """What of an adapter is more than low-rank paths beside the layers of a model that writes; None: nothing."""
     whole = ", ".join(config.get("modules_to_save") or ())
     unread = {
+        f"it is {config['peft_type']}, of which only peft knows": config["peft_type"] != "LORA",
         "its weights are rescaled row by row (DoRA), which is not computed there": config.get("use_dora"),
         "it brings rows of the embedding (trainable_token_indices), which are not read there": config.get(
             "trainable_token_indices"

@@ -17,6 +17,7 @@ from tunesmith.errors import RunError
 from tunesmith.loading import make_renderer, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
+from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.models import load, locate
 from tunesmith.models.folder import read_tensors
 from tunesmith.models.kind import model_kind
@@ -76,7 +77,7 @@ class Source:
         found = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
         return next((dtype for name, dtype in _DTYPES.items() if name in found), torch.float32)
 
-    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | None]:
+    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | PeftAttachment | None]:
         """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
         model = load.load_model(
             self.weights, dtype=dtype, device="cpu", head=self.head, labels=self.labels, seed=self.recipe.seed,
@@ -112,11 +113,20 @@ def open_source(run: Run, *, offline: bool) -> Source:
 
 
 @torch.no_grad()
-def tuned_tensors(model: PreTrainedModel, attachment: LoraAttachment | None) -> Iterator[tuple[str, Tensor]]:
+def tuned_tensors(
+    model: PreTrainedModel, attachment: LoraAttachment | PeftAttachment | None
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the tuned model by its name in a plain model, float32: base plus delta, never rounded.
 
-    The adapter is taken off the model. Tied weights come under each of their names.
+    The adapter is taken off the model. Tied weights come under each of their names. None where it is no change of
+    weights.
     """
+    if isinstance(attachment, PeftAttachment):
+        if not attachment.can_merge:
+            return
+        model.float()
+        attachment.merge()
+        attachment = None
     layers = {}
     if attachment is not None:
         layers = {f"{name}.weight": layer for name, layer in attachment.layers.items()}

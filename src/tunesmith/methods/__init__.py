@@ -6,13 +6,15 @@ A method attaches to a loaded model and gives an `Attachment`: what is trained, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import full, lora, peft_format
+from tunesmith.methods import full, lora, peft_bridge, peft_format, peft_saved
 from tunesmith.types import Attachment
 
 
@@ -52,7 +54,37 @@ METHODS: dict[str, Method] = {
         save_result=full.save_result,
         load_result=full.load_result,
     ),
+    "peft": Method(
+        name="peft",
+        doc="Any method of the installed peft library by its name; the result is an adapter in PEFT's format.",
+        attach=peft_bridge.attach,
+        save_result=peft_saved.save_result,
+        load_result=peft_saved.load_result,
+    ),
 }
+
+
+def merge(attachment: Any) -> None:
+    """Put an adapter into the weights of its base and take it off: what is left is a plain model.
+
+    Raises InputError for one that is no change of weights.
+    """
+    if isinstance(attachment, peft_bridge.PeftAttachment):
+        attachment.merge()
+    else:
+        lora.merge(attachment)
+
+
+def without(attachment: Any) -> AbstractContextManager[None]:
+    """A block inside which the model answers without its adapter; what is trained whole stays as it was trained."""
+    if isinstance(attachment, peft_bridge.PeftAttachment):
+        return attachment.without()
+    return lora.without_adapter(attachment)
+
+
+def is_beside(attachment: Any) -> bool:
+    """Whether the base is there too, under an adapter that can be looked past."""
+    return isinstance(attachment, (lora.LoraAttachment, peft_bridge.PeftAttachment)) and attachment.is_beside
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def _only(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
         output[next(iter(output))] = hidden_BTD.flatten(0, 1)[positions_N][None]
         return output
 
-    hook = _body(model).register_forward_hook(keep)
+    hook = body_of(model).register_forward_hook(keep)
     try:
         yield done
     finally:
@@ -141,7 +141,7 @@ def _first_position(model: nn.Module) -> int:
     return 0
 
 
-def _body(model: nn.Module) -> nn.Module:
+def body_of(model: nn.Module) -> nn.Module:
     """What the output layers stand on: the base model, or its decoder."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     return getattr(base, "decoder", base)

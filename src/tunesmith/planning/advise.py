@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
+from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
-from tunesmith.recipe.method_knobs import LowRankMethod
+from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
 
@@ -162,7 +163,14 @@ def _rate_of_adamw(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     if facts.kind != "causal" and recipe.method.name == "full":
         rate = 1e-4 if facts.num_parameters < 50e6 else 3e-5 if facts.kind == "encoder" else 1e-4
         return rate, f"usual for full tuning of an {facts.kind.replace('_', '–')} of this size"
+    if isinstance(recipe.method, PeftMethod) and recipe.method.kind in RATES:
+        rate, source = RATES[recipe.method.kind]
+        return rate, f"usual for {recipe.method.kind}: {source}"
     small = facts.num_parameters < 1e9
+    if isinstance(recipe.method, PeftMethod):
+        return (
+            5e-4 if small else 2e-4
+        ), f"that of LoRA: for {recipe.method.kind} none is known here, so try others too"
     if isinstance(recipe.method, LowRankMethod):
         return (5e-4 if small else 2e-4), f"usual for LoRA on a model {'below' if small else 'above'} a billion weights"
     return (5e-5 if small else 1e-5), f"usual for full tuning {'below' if small else 'above'} a billion weights"

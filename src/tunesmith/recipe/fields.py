@@ -127,10 +127,13 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
             str: "text",
             type(None): "null",
             bool: "true or false",
-            dict: "a mapping of names to " + ("names" if arguments[1:] == (str,) else "numbers"),
+            dict: "a mapping of names to " + _IN_MAPPINGS.get(arguments[1:], "numbers"),
             tuple: "a list of files" if DataFile in arguments else "a list of texts",
         }
         yield names[origin or annotation], _bounds(metadata), False
+
+
+_IN_MAPPINGS: Mapping[tuple[Any, ...], str] = {(str,): "names", (Any,): "values"}
 
 
 def _bounds(metadata: list[Any]) -> str:

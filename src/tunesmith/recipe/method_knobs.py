@@ -78,6 +78,21 @@ class DoraMethod(LowRankMethod):
     name: Literal["dora"] = "dora"
 
 
+class PeftMethod(Section):
+    """Any method of the installed peft library by its name, such as IA3, PROMPT_TUNING or VERA."""
+
+    name: Literal["peft"] = "peft"
+    kind: str
+    """peft's name of the method, in capitals or not. docs/methods.md lists them, and which are refused."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its settings by peft's own names, such as {num_virtual_tokens: 8}; what is left out has peft's default."""
+
+    @field_validator("kind")
+    @classmethod
+    def _as_peft_writes_it(cls, value: str) -> str:
+        return value.strip().upper().replace("-", "_").replace(" ", "_")
+
+
 class FullMethod(Section):
     """Full fine-tuning: every weight is trained."""
 
@@ -91,7 +106,7 @@ class AutoMethod(Section):
 
 
 METHOD_KNOBS: Mapping[str, type[Section]] = MappingProxyType(
-    {"auto": AutoMethod, "lora": LoraMethod, "dora": DoraMethod, "full": FullMethod}
+    {"auto": AutoMethod, "lora": LoraMethod, "dora": DoraMethod, "full": FullMethod, "peft": PeftMethod}
 )
 """The settings of each method, by its name."""
 
@@ -104,6 +119,7 @@ Method = Annotated[
     Annotated[AutoMethod, Tag("auto")]
     | Annotated[LoraMethod, Tag("lora")]
     | Annotated[DoraMethod, Tag("dora")]
-    | Annotated[FullMethod, Tag("full")],
+    | Annotated[FullMethod, Tag("full")]
+    | Annotated[PeftMethod, Tag("peft")],
     Discriminator(_method_name),
 ]

@@ -1,0 +1,294 @@
+"""Every kind of the installed peft library: trained by our loop as by peft's own model, or refused by name and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny import tiny_tokenizer
+from tiny_model import tiny_model
+from tunesmith.errors import InputError, ModelError, RecipeError
+from tunesmith.methods import METHODS, merge, without
+from tunesmith.methods.peft_bridge import PeftAttachment, attach
+from tunesmith.methods.peft_kinds import MERGES, NUM_VIRTUAL, REFUSED, is_prompt, num_virtual_tokens, resolved
+from tunesmith.methods.peft_saved import load_result, save_result
+from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.load import load_tokenizer
+from tunesmith.models.locate import locate
+from tunesmith.optim import Update
+from tunesmith.recipe.knobs import Optim
+from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.types import Batch
+
+VOCAB = 512
+KINDS = [str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+SUITED: dict[str, dict[str, Any]] = {
+    "BOFT": {"boft_block_size": 8},
+    "C3A": {"block_size": 16},
+    "CARTRIDGE": {"num_virtual_tokens": 4},
+    "FOURIERFT": {"n_frequency": 50},
+    "OFT": {"r": 0, "oft_block_size": 16},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "ROAD": {"group_size": 32},
+    "SHIRA": {"r": 2},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2, 3]},
+    "UNILORA": {"theta_d_length": 64},
+    "VBLORA": {"num_vectors": 16, "vector_length": 16},
+    "WAVEFT": {"n_frequency": 50},
+}
+"""Settings that suit a model of width 64 where peft's own do not."""
+FOUND_OUT = {"LILY": "other rows stand beside it"}
+"""Kinds that are refused by what they do, and a part of the reason."""
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
+    chooses = kind in ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
+    targets = {} if chooses or "target_modules" not in fields else {"target_modules": ["q_proj", "v_proj"]}
+    return {**targets, **SUITED.get(kind, {})}
+
+
+def base_model(arch: str = "llama", **how: Any) -> PreTrainedModel:
+    return tiny_model(arch, vocab_size=VOCAB, **how).eval()
+
+
+def ids_of(seed: int = 3, *, rows: int = 2, tokens: int = 9) -> Tensor:
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**(given or {"input_ids": ids_of()})).logits
+    return found
+
+
+def trained(model: PreTrainedModel, kind: str, *, steps: int = 3) -> PeftAttachment:
+    attachment = attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
+    update = Update(attachment.trained, Optim(lr=1e-2))
+    model.train()
+    for step in range(steps):
+        ids = ids_of(step, rows=4, tokens=24)
+        ids[:, :3] = torch.tensor([1, 2, 3])  # those that TRAINABLE_TOKENS trains
+        found = model(ids).logits
+        F.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        attachment.collect_gradients()
+        update.step(1e-2)
+        attachment.publish()
+    model.eval()
+    return attachment
+
+
+def saved(attachment: PeftAttachment, folder: Path) -> Path:
+    base = folder / "base"
+    base_model().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    located = locate(str(base))
+    renderer: Any = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
+    save_result(attachment, folder / "result", model=attachment.model, renderer=renderer, located=located)
+    return folder / "result"
+
+
+def by_peft(folder: Path, **given: Tensor) -> Tensor:
+    """What peft's own model answers at the row's own tokens."""
+    wrapped = peft.PeftModel.from_pretrained(base_model(), str(folder)).eval()
+    given = given or {"input_ids": ids_of()}
+    with torch.no_grad():
+        found: Tensor = wrapped(**given).logits
+    return found[:, -given["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Path) -> None:
+    model = base_model()
+    if kind in REFUSED or kind in FOUND_OUT:
+        with pytest.raises(RecipeError, match=rf"^method\.kind: {kind}.*{FOUND_OUT.get(kind, 'Use')}"):
+            attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
+        return
+    probe = ids_of()
+    probe[0, :3] = torch.tensor([1, 2, 3])
+    before = logits(model, input_ids=probe)
+    attachment = trained(model, kind)
+    assert {module.training for module in model.modules()} == {False}
+    live = logits(model, input_ids=probe)
+    effect = float((live - before).norm())
+    assert effect > 0
+    with without(attachment):
+        assert torch.equal(logits(model, input_ids=probe), before)
+    assert torch.equal(logits(model, input_ids=probe), live)
+
+    folder = saved(attachment, tmp_path)
+    again = base_model()
+    load_result(again, folder)
+    # 2e-5: float32, what was multiplied out when it was saved in another order of sums.
+    assert (logits(again, input_ids=probe) - live).abs().max() <= 2e-5
+    assert (by_peft(folder, input_ids=probe) - live).abs().max() <= 2e-5
+
+    if kind not in MERGES:
+        with pytest.raises(InputError, match="cannot be merged"):
+            merge(attachment)
+        return
+    layout = {name: type(module) for name, module in base_model().named_modules()}
+    merge(attachment)
+    assert {name: type(module) for name, module in model.named_modules()} == layout
+    assert float((logits(model, input_ids=probe) - live).norm()) <= 2e-4 * effect + 1e-5
+
+
+def test_what_is_said_of_kinds_is_said_of_kinds_that_there_are() -> None:
+    assert {*MERGES, *REFUSED, *SUITED, *FOUND_OUT} <= set(KINDS)
+    assert not MERGES & REFUSED.keys()
+
+
+PROMPTS = ["CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_prompt_learns_what_peft_learns_with_labels(kind: str) -> None:
+    """The loss of padded rows and its gradients, by our hooks and by peft's own forward with labels: two rows of
+    unequal length, so that positions, mask and targets all count."""
+    model = base_model()
+    attachment = attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
+    ids, mask = ids_of(), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, 0] = -100  # peft has the last virtual token guess it; here a row's first token is never a target
+    losses, gradients = [], []
+    for by_us in (True, False):
+        if by_us:
+            found = model(input_ids=ids, attention_mask=mask).logits
+            loss = F.cross_entropy(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        else:
+            with without(attachment):
+                loss = attachment.wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: tensor.grad.clone() for name, tensor in attachment.trained.items()})
+        for tensor in attachment.trained.values():
+            tensor.grad = None
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_targets_of_a_prompted_model_are_those_of_its_rows(kind: str) -> None:
+    model = base_model()
+    attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
+    ids = ids_of()
+    batch = Batch(
+        layout="padded",
+        ids_BT=ids,
+        positions_BT=torch.arange(9).expand(2, -1),
+        mask_BT=torch.ones_like(ids),
+        lengths=(9, 9),
+        predict_N=torch.tensor([3, 11]),
+        targets_N=torch.tensor([0, 0]),
+        row_of_N=torch.tensor([0, 1]),
+        row_indices=(0, 1),
+    )
+    with torch.no_grad():
+        found = logits_at_targets(model, batch)
+    expected = logits(model).flatten(0, 1)[[3, 11]]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_answered_together_are_answered_as_alone(kind: str) -> None:
+    """Greedy, of unequal length and padded on the left: virtual tokens come before the padding, and do not shift."""
+    model = base_model()
+    trained(model, kind)
+    ids = ids_of()
+    left = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids[1:, :5]], dim=1)
+    both = torch.cat([ids[:1], left])
+    mask = torch.ones_like(both)
+    mask[1, :4] = 0
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(both, attention_mask=mask, **how)[:, 9:]
+    for row, alone in enumerate((ids[:1], ids[1:, :5])):
+        one = model.generate(alone, attention_mask=torch.ones_like(alone), **how)[0, alone.shape[1] :]
+        assert torch.equal(one, together[row])
+        written = alone
+        for token in one.tolist():  # and as a whole forward says, without a cache
+            assert int(logits(model, input_ids=written)[0, -1].argmax()) == token
+            written = torch.cat([written, torch.tensor([[token]])], dim=1)
+
+
+def test_a_prompt_does_not_meet_packed_rows() -> None:
+    model = base_model()
+    attach(model, PeftMethod(kind="PROMPT_TUNING"), seed=0)
+    from tunesmith.models.attention import Segments, UnsupportedAttentionError
+
+    with pytest.raises(UnsupportedAttentionError, match="virtual tokens"):
+        model(input_ids=ids_of(rows=1), segments=Segments.of([4, 5], device=torch.device("cpu")))
+
+
+def test_settings_are_checked_by_the_dataclass_of_peft() -> None:
+    for kind, settings, message in (
+        ("IA4", {}, r"^method.kind: 'IA4': peft has no such method. Did you mean IA3\?"),
+        ("IA3", {"target_module": ["k_proj"]}, "^method.settings.target_module: IA3 has no such setting. Did you mean"),
+        ("LORA", {"r": "eight"}, r"^method.settings.r: 'eight': Input should be a valid integer"),
+        ("LORA", {"task_type": "CAUSAL_LM"}, r"^method.settings.task_type: follows from the model"),
+        ("IA3", {"target_modules": ["kproj"]}, r"^method.kind: IA3 does not fit LlamaForCausalLM: .*kproj"),
+        ("LORA", {"init_lora_weights": "pissa"}, r"^method.settings: LORA: they change the base itself"),
+        ("PROMPT_TUNING", {"tokenizer_kwargs": {"trust_remote_code": True}}, r"trust_remote_code: code of a model"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            attach(base_model(), PeftMethod(kind=kind, settings=settings), seed=0)
+
+
+def test_a_kind_may_be_written_small_and_with_dashes() -> None:
+    assert PeftMethod(kind="prompt-tuning").kind == "PROMPT_TUNING"
+
+
+def test_the_number_of_virtual_tokens_is_decided() -> None:
+    method = resolved(PeftMethod(kind="P_TUNING"))
+    assert method.settings["num_virtual_tokens"] == NUM_VIRTUAL == num_virtual_tokens(method)
+    assert num_virtual_tokens(resolved(PeftMethod(kind="IA3"))) == 0
+    assert is_prompt("P_TUNING")
+    assert not is_prompt("IA3")
+
+
+def test_what_does_not_fit_the_model_is_told_before_a_row_is_seen() -> None:
+    with pytest.raises(RecipeError, match=r"^method.kind: PROMPT_TUNING puts virtual tokens before a text"):
+        attach(base_model("bert", head="masked_token"), PeftMethod(kind="PROMPT_TUNING"), seed=0)
+    with pytest.raises(RecipeError, match=r"IA3 does not fit .* Please specify `target_modules`"):
+        attach(base_model("cohere"), PeftMethod(kind="IA3"), seed=0)
+
+
+def test_a_tied_head_is_not_adapted() -> None:
+    with pytest.raises(RecipeError, match="tied"):
+        attach(
+            base_model("llama", tie_word_embeddings=True),
+            PeftMethod(kind="LORA", settings={"target_modules": ["lm_head"]}),
+            seed=0,
+        )
+
+
+def test_a_missing_tensor_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(trained(base_model(), "IA3"), tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first, *_ = tensors
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"does not fit: no {first}"):
+        load_result(base_model(), folder)
+
+
+def test_without_peft_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.methods.peft_kinds.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "peft")
+    with pytest.raises(RecipeError, match=r"pip install 'tunesmith\[peft\]'"):
+        METHODS["peft"].attach(base_model(), PeftMethod(kind="IA3"), seed=0)
