@@ -21,7 +21,15 @@ from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RecipeError
 from tunesmith.methods import METHODS, merge, without
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
-from tunesmith.methods.peft_kinds import MERGES, NUM_VIRTUAL, REFUSED, is_prompt, num_virtual_tokens, resolved
+from tunesmith.methods.peft_kinds import (
+    MERGES,
+    NUM_VIRTUAL,
+    REFUSED,
+    is_prompt,
+    num_virtual_tokens,
+    resolved,
+    what_draws,
+)
 from tunesmith.methods.peft_saved import load_result, save_result
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.load import load_tokenizer
@@ -228,7 +236,8 @@ def test_prompts_answered_together_are_answered_as_alone(kind: str) -> None:
 def test_a_prompt_does_not_meet_packed_rows() -> None:
     model = base_model()
     attach(model, PeftMethod(kind="PROMPT_TUNING"), seed=0)
-    from tunesmith.models.attention import Segments, UnsupportedAttentionError
+    from tunesmith.models.attention import UnsupportedAttentionError
+    from tunesmith.models.segments import Segments
 
     with pytest.raises(UnsupportedAttentionError, match="virtual tokens"):
         model(input_ids=ids_of(rows=1), segments=Segments.of([4, 5], device=torch.device("cpu")))
@@ -250,6 +259,12 @@ def test_settings_are_checked_by_the_dataclass_of_peft() -> None:
 
 def test_a_kind_may_be_written_small_and_with_dashes() -> None:
     assert PeftMethod(kind="prompt-tuning").kind == "PROMPT_TUNING"
+
+
+def test_what_draws_in_training_is_known() -> None:
+    assert what_draws(PeftMethod(kind="PVERA")) == "PVERA"
+    assert what_draws(PeftMethod(kind="OFT", settings={"module_dropout": 0.1})) == "method.settings.module_dropout"
+    assert what_draws(PeftMethod(kind="OFT", settings={"module_dropout": 0.0})) is None
 
 
 def test_the_number_of_virtual_tokens_is_decided() -> None:

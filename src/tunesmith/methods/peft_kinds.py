@@ -86,6 +86,14 @@ def num_virtual_tokens(settings: Any) -> int:
     return int(settings.settings["num_virtual_tokens"])
 
 
+def what_draws(method: PeftMethod) -> str | None:
+    """What of a method is random in training; None: nothing is."""
+    if method.kind == "PVERA":
+        return "PVERA"
+    drop = (key for key, value in method.settings.items() if "dropout" in key and value)
+    return next((f"method.settings.{key}" for key in drop), None)
+
+
 def resolved(method: PeftMethod) -> PeftMethod:
     """The method with its settings checked against peft's own dataclass, and the number of virtual tokens decided.
 

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from tunesmith.data.batch import Plan, build_batch
 from tunesmith.data.sharing import families, share
 from tunesmith.data.store import RowStore
+from tunesmith.methods.peft_kinds import what_draws
 from tunesmith.models.agreement import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import evaluating
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.types import Batch, Choice, Row
 
 LEAST_SAVED = 0.05
@@ -73,6 +75,8 @@ def _draws(model: PreTrainedModel, recipe: Recipe) -> str | None:
         return "loss.neftune_alpha"
     if getattr(recipe.method, "dropout", 0):
         return "method.dropout"
+    if isinstance(recipe.method, PeftMethod) and (drawn := what_draws(recipe.method)):
+        return drawn
     settings = model.config.get_text_config().to_dict().items()
     inside = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     if inside or any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings):
