@@ -16,19 +16,18 @@ from transformers import PreTrainedModel
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.peft_kinds import MERGES, import_peft, is_prompt, make_config, resolved
+from tunesmith.methods.peft_trial import base_sums, difference_by_mates, plain_name, probe, try_out
 from tunesmith.methods.targets import Target, shared_weights
 from tunesmith.methods.virtual_tokens import VirtualTokens
 from tunesmith.models import heads
 from tunesmith.models.forward import body_of
-from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.method_knobs import PeftMethod
 
 ADAPTER = "default"
 """What peft calls the only adapter there is."""
-PROMPT = "virtual_tokens"
+PROMPT = "prompt_encoder"
 """Where a prompt lies in the model."""
-PROBE_TOKENS = 8
 MATES = 1e-3
 """Most that the rows beside it may move the answer to a row, over the spread of its logits: experts that share a
 product with other rows' tokens round otherwise, LILY moves by 0.01 and more."""
@@ -120,14 +119,6 @@ class PeftAttachment:
             found = get_peft_model_state_dict(self.wrapped, state_dict=state, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
-    def take_off(self) -> None:
-        """Give the model its own layers back; the attachment changes nothing any more."""
-        if self._prompt is not None:
-            self._prompt.remove()
-            delattr(self.model, PROMPT)
-        else:
-            self.wrapped.unload()
-
     def merge(self) -> None:
         """Put what it does into the model's own weights, in float32 and rounded once, and take it off: what is left is
         a plain model.
@@ -139,12 +130,22 @@ class PeftAttachment:
                 f"{self.kind}: what it does is no change of the model's weights, so it cannot be merged into them. "
                 "Use it as an adapter."
             )
-        dtypes = {_plain_name(name): tensor.dtype for name, tensor in self.model.state_dict().items()}
+        dtypes = {plain_name(name): tensor.dtype for name, tensor in self.model.state_dict().items()}
         with silent():
             self.model.float()
+            self._unwrap_whole_modules()
             self.wrapped.merge_and_unload(safe_merge=True)
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(dtypes[name])
+
+    def _unwrap_whole_modules(self) -> None:
+        """Modules trained whole take their places: peft looks for a weight in each, which a pooler has not."""
+        from peft.utils import ModulesToSaveWrapper
+
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.modules_to_save[ADAPTER])
 
 
 def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAttachment:
@@ -161,15 +162,15 @@ def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAt
     if any(isinstance(module, _layer_class()) for module in model.modules()):
         raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
     _check_head(model, method)
-    before, base, training = _probe(model), _base_sums(model), model.training
+    before, base, training = probe(model), base_sums(model), model.training
     config = make_config(method, **_given(model, method))
     with torch.random.fork_rng(devices=[]), silent():
         torch.manual_seed(seed)
         try:
             attachment = PeftAttachment(model, peft.get_peft_model(model, config), method.kind)
             model.train(training)  # some kinds leave their layers in training mode
-            _try_out(attachment)
-            mates = _difference_by_mates(attachment)
+            try_out(attachment)
+            mates = difference_by_mates(attachment)
         except RecipeError:
             raise
         except Exception as error:  # whatever peft or the model says of what does not fit
@@ -180,7 +181,7 @@ def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAt
             f"method.kind: {method.kind} answers a row otherwise when other rows stand beside it (by {mates:.2g} of "
             "the spread of its logits): what it learns would depend on how rows are batched. Use another kind."
         )
-    if moved := [name for name, sum_ in _base_sums(model).items() if base.get(name, sum_) != sum_]:
+    if moved := [name for name, sum_ in base_sums(model).items() if base.get(name, sum_) != sum_]:
         raise RecipeError(
             f"method.settings: {method.kind}: they change the base itself ({moved[0]}), so that the adapter would not "
             "fit the base that others have. Choose another way to begin."
@@ -195,11 +196,6 @@ def short_name(name: str) -> str:
     """The name of a weight as peft's file has it: without its wrappers and the adapter's own name."""
     name = name.removeprefix("base_model.model.") if name.startswith("base_model.model.") else name
     return ".".join(part for part in name.split(".") if part != ADAPTER)
-
-
-def _plain_name(name: str) -> str:
-    """The name that a weight of the base has in the plain model."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _layer_class() -> Any:
@@ -252,50 +248,6 @@ def _check_head(model: PreTrainedModel, method: PeftMethod) -> None:
         )
 
 
-def _inputs(model: PreTrainedModel, *, rows: int = 1) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    vocab = int(model.get_input_embeddings().weight.shape[0])
-    ids_BT = torch.randint(0, vocab, (rows, PROBE_TOKENS), generator=draw).to(model.device)
-    return {"input_ids": ids_BT} | ({"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {})
-
-
-def _probe(model: PreTrainedModel) -> Tensor:
-    """What the model answers to a few tokens, float32."""
-    with evaluating(model):
-        logits: Tensor = model(**_inputs(model)).logits
-    return logits.float()
-
-
-def _try_out(attachment: PeftAttachment) -> None:
-    """One forward and backward, and none of it stays."""
-    logits = attachment.model(**_inputs(attachment.model)).logits.float()
-    torch.autograd.backward(logits.square().mean())
-    attachment.collect_gradients()
-    for tensor in attachment.trained.values():
-        tensor.grad = None
-
-
-def _difference_by_mates(attachment: PeftAttachment) -> float:
-    """How far the answer to a row moves when another row of the same length stands beside it, over the spread of its
-    logits. As soon as it has learnt something: a fresh adapter may hide it."""
-    inputs = _inputs(attachment.model, rows=3)
-    with attachment.disturbed(), evaluating(attachment.model):
-        both = [
-            attachment.model(**{name: ids_3T[[0, mate]] for name, ids_3T in inputs.items()}).logits[0].float()
-            for mate in (1, 2)
-        ]
-    return float((both[0] - both[1]).abs().max() / both[0].std().clamp_min(1e-12))
-
-
-def _base_sums(model: PreTrainedModel) -> dict[str, int]:
-    """A sum over the bits of every weight of the base, by its name there."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return {
-        _plain_name(name): int(weight.detach().contiguous().view(whole[weight.element_size()]).sum())
-        for name, weight in model.named_parameters()
-    }
-
-
 def _notes(attachment: PeftAttachment, before: Tensor) -> tuple[str, ...]:
     config, notes = attachment.config, []
     layers = [name for name, module in attachment.model.named_modules() if isinstance(module, _layer_class())]
@@ -303,7 +255,7 @@ def _notes(attachment: PeftAttachment, before: Tensor) -> tuple[str, ...]:
         notes.append(f"peft puts {attachment.kind} on {len(layers)} modules, such as {layers[0]}")
     else:
         notes.append(f"{config.num_virtual_tokens} virtual tokens stand before every row and take so much of its room")
-    moved = float((_probe(attachment.model) - before).abs().max() / before.abs().max())
+    moved = float((probe(attachment.model) - before).abs().max() / before.abs().max())
     if moved > 1e-3:
         notes.append(
             f"before the first update it changes the answers already, logits by up to {moved:.2g} of the largest"
