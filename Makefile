@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-classify clean
+.PHONY: help demo test test-slow check format bench bench-quick bench-classify clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -36,7 +36,11 @@ format: $(STAMP)-dev ## put the code into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)-demo ## time one epoch of the example chats on this machine
+bench: $(STAMP)-test ## training beside TRL: MODEL=folder ROWS="chat train.jsonl test.jsonl" ARGS="--rounds 5"
+	@$(BIN)/python -m benchmarks.environments .peers
+	@$(BIN)/python -m benchmarks train --model '$(MODEL)' --rows $(ROWS) --work .peers/raced $(ARGS)
+
+bench-quick: $(STAMP)-demo ## time one epoch of the example chats on this machine
 	@$(BIN)/python scripts/bench.py
 
 bench-classify: $(STAMP)-demo ## beside transformers.Trainer: MODEL=folder TRAIN=train.csv EVAL=test.csv ARGS="--out table.md"

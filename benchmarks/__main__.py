@@ -19,6 +19,7 @@ from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, 
 from benchmarks.measured import machine, versions
 from benchmarks.results import Result
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
+from benchmarks.train_command import add_train
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", metavar="FOLDER", help="a new folder for what the runs leave; else it is removed")
     classify.set_defaults(run=_compare)
     _add_serve(verbs)
+    add_train(verbs)
     return parser
 
 

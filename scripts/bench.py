@@ -1,4 +1,4 @@
-"""`make bench`: one epoch of the example chats with LoRA on this machine, as one line of a table."""
+"""`make bench-quick`: one epoch of the example chats with LoRA on this machine, as one line of a table."""
 
 from __future__ import annotations
 
