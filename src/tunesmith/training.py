@@ -5,6 +5,7 @@ What happens becomes an event; `train` and `resume` differ only in where they st
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from tunesmith import checkpoint
 from tunesmith.describing import plan_values, report_facts, run_name, start_values
+from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
 from tunesmith.files import fsync_file, remove, temporary_folder
@@ -113,7 +115,7 @@ def _drive(session: Session, *, fresh: bool) -> None:
     setup, run = session.setup, session.run
     try:
         if fresh:
-            session.emit("start", start_values(setup))
+            session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", plan_values(setup))
             look(session, "before")
             _save(session)

@@ -9,10 +9,9 @@ def main() -> None:
     import warnings
 
     from tunesmith.cli.app import app
+    from tunesmith.environment import prepare_environment, recent_load
 
-    # Threads that wait for each other soon go to sleep. Spinning on, as is the default, made training several times
-    # slower beside one other busy program (docs/EXPERIMENTS.md). Read when torch is imported; what is set counts more.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    prepare_environment(os.environ, recent_load)
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     app(prog_name="tunesmith")

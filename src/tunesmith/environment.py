@@ -1,0 +1,36 @@
+"""What torch and its libraries read from the environment when they start: set here once, unless a person has set it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+
+SHAPES = "512"
+BUSY = 0.5
+"""Processes that want to run, in the mean of the last minute, from which on the machine has other work."""
+NAMES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], float]) -> None:
+    """Settings that measurably help, for this process and those it starts; what is set already counts more.
+
+    Before torch is imported. What was measured: docs/EXPERIMENTS.md.
+    """
+    # Of each shape of a product oneDNN keeps what it compiled, more than half a MiB, and so does torch's layer above
+    # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs a few hundred at most.
+    environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
+    environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
+    # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
+    # default, made training several times slower. On a machine of one's own it is sleeping that costs.
+    if load() >= BUSY:
+        environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def in_force(environ: Mapping[str, str]) -> dict[str, str]:
+    """What is set of these, by whomever; a library's own default where nothing is."""
+    return {name: environ.get(name, "the library's") for name in NAMES}
+
+
+def recent_load() -> float:
+    """Processes that wanted to run in the last minute; 0 where the platform does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

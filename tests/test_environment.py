@@ -1,0 +1,79 @@
+"""What the command line sets for torch: memory that does not grow with shapes, and threads that fit the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tunesmith.environment import BUSY, SHAPES, in_force, prepare_environment
+
+SHAPED = """
+import ctypes, torch
+torch.set_num_threads(1)
+
+def used():  # MiB in use on the heap: what the C library holds free is no growth
+    info = mallinfo2()
+    return (info.uordblks + info.hblkhd) / 2**20
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+weight = torch.randn(32, 64).bfloat16()
+marks = []
+for tokens in range(20, 1420):  # each pass has another number of tokens
+    torch.nn.functional.linear(torch.ones(tokens, 64).bfloat16(), weight)
+    if tokens % 700 == 19:  # after 700 shapes, when a cache of 512 is full, and after twice as many
+        marks.append(used())
+print(marks[1] - marks[0])
+"""
+
+
+def growth(environment: dict[str, str]) -> float:
+    """MiB that a process grows by from its 700th shape of a product to its 1,400th."""
+    words = [sys.executable, "-c", SHAPED]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def mallinfo2_is_here() -> bool:
+    import ctypes
+
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
+
+
+@pytest.mark.skipif(
+    not mallinfo2_is_here() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="needs glibc's mallinfo2 and a processor on which products in bfloat16 are oneDNN's",
+)
+def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
+    environment: dict[str, str] = {}
+    prepare_environment(environment, lambda: 0.0)
+    assert growth(environment) < 16  # MiB: a few shapes more or less in the caches
+    # The planted bug: only one of the two caches is bounded, so that the other keeps what this one drops.
+    assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES, "LRU_CACHE_CAPACITY": "4096"}) > 64
+
+
+def test_threads_sleep_soon_only_beside_other_work() -> None:
+    for load, expected in ((0.0, None), (BUSY, "2000"), (7.0, "2000")):
+        environment: dict[str, str] = {}
+        prepare_environment(environment, lambda load=load: load)
+        assert environment.get("GOMP_SPINCOUNT") == expected
+
+
+def test_what_a_person_has_set_counts_more_and_is_told() -> None:
+    environment = {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "7"}
+    prepare_environment(environment, lambda: 9.0)
+    assert in_force(environment) == {
+        "GOMP_SPINCOUNT": "5",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES,
+        "LRU_CACHE_CAPACITY": "7",
+    }
+    assert in_force({})["GOMP_SPINCOUNT"] == "the library's"
