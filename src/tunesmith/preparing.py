@@ -23,6 +23,7 @@ from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment
+from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
@@ -110,6 +111,8 @@ def prepare(
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
+    if recipe.kernels == "fast":
+        compute_together(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
