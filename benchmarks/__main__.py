@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import serve as race
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.measured import machine, versions
+from benchmarks.methods_command import add_methods
 from benchmarks.results import Result
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
 from benchmarks.train_command import add_train
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(run=_compare)
     _add_serve(verbs)
     add_train(verbs)
+    add_methods(verbs)
     return parser
 
 

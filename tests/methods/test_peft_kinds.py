@@ -307,3 +307,23 @@ def test_without_peft_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delitem(sys.modules, "peft")
     with pytest.raises(RecipeError, match=r"pip install 'tunesmith\[peft\]'"):
         METHODS["peft"].attach(base_model(), PeftMethod(kind="IA3"), seed=0)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen2", "gemma2", "opt", "gpt_neox", "phi3", "mistral", "bloom", "falcon"])
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+def test_on_every_architecture_a_prompt_is_what_peft_makes_of_it_or_refused(kind: str, arch: str) -> None:
+    """Padded rows of unequal length, in float32; what is refused here fails in peft's own forward too."""
+    ids, mask = ids_of(), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    model = base_model(arch)
+    try:
+        attachment = attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
+    except RecipeError:
+        config = peft.get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", **settings_of(kind)})
+        with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)):
+            peft.get_peft_model(base_model(arch), config)(input_ids=ids, attention_mask=mask)
+        return
+    ours = logits(model, input_ids=ids, attention_mask=mask)
+    with without(attachment), torch.no_grad():
+        theirs = attachment.wrapped(input_ids=ids, attention_mask=mask).logits[:, -9:]
+    assert (ours - theirs)[mask.bool()].abs().max() <= 1e-5

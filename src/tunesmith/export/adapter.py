@@ -49,6 +49,8 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
     shutil.copytree(source.result, folder, dirs_exist_ok=True)
     config = read_config(source.result)
     config["base_model_name_or_path"] = base_id(source) or source.base.path.name
+    if config.get("tokenizer_name_or_path"):  # of a prompt that began as a text
+        config["tokenizer_name_or_path"] = config["base_model_name_or_path"]
     if options.bake_scale:
         config = baked(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

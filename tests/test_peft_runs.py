@@ -1,0 +1,142 @@
+"""Whole runs of peft's methods: the same loop, folder, resume, chat and export as every other method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export.exports import quick
+from test_resume import same_run, stop_at
+from tiny_run import tiny_recipe
+from tunesmith.errors import InputError, RecipeError, Stopped
+from tunesmith.evaluation.measure import evaluate
+from tunesmith.export.exporting import export_run
+from tunesmith.loading import load_run, load_target
+from tunesmith.preparing import prepare
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.run import Run, runs
+from tunesmith.training import resume, train
+
+KINDS = {"IA3": {}, "PROMPT_TUNING": {"num_virtual_tokens": 4}}
+
+
+def recipe_of(folder: Path, kind: str, arch: str = "llama", **sections: object) -> Recipe:
+    recipe = tiny_recipe(folder, arch=arch, **sections)
+    return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=KINDS[kind])})
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp(f"peft-{request.param}")
+    return train(recipe_of(folder, request.param), root=folder / "runs")
+
+
+def kind_of(run: Run) -> str:
+    method = run.recipe().method
+    assert isinstance(method, PeftMethod)
+    return method.kind
+
+
+def plan_of(run: Run) -> dict:
+    return next(event.values for event in run.events() if event.kind == "plan")
+
+
+def test_stopped_and_resumed_is_the_same_run(straight: Run, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=tmp_path, listener=stop_at(3))
+    same_run(resume(runs(tmp_path)[0]), straight)
+
+
+def test_what_the_plan_says(straight: Run) -> None:
+    plan = plan_of(straight)
+    notes = "; ".join(plan["warnings"])
+    if kind_of(straight) == "IA3":
+        assert plan["layout"] == "ragged"
+        assert "peft puts IA3 on" in notes
+    else:
+        assert plan["layout"] == "padded"
+        assert "virtual tokens stand before each row" in notes
+        assert "4 virtual tokens stand before every row and take so much of its room" in notes
+        assert straight.recipe().data.max_tokens == 512 - 4
+
+
+def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
+    setup = prepare(straight.recipe(), root=straight.path.parent)
+    told = [event.values for event in straight.events() if event.kind == "evaluation"][-1]
+    speaker = load_run(straight)
+    outcomes = evaluate(
+        speaker.model, setup.task, setup.held_feed, [int(i) for i in setup.rows.held_rows], tokens_per_pass=256
+    )
+    found = float(outcomes.losses_I.sum() / outcomes.counts_I.sum())
+    assert found == pytest.approx(told["loss"], abs=1e-4)  # the run cut other passes
+
+
+def test_the_base_is_looked_at_under_the_method(straight: Run) -> None:
+    ids = torch.arange(3, 12)[None]
+    base = load_target(str(straight.path), root=Path("runs"), base=True)
+    tuned = load_target(str(straight.path), root=Path("runs"))
+    assert tuned.can_untune
+    with torch.no_grad():
+        expected, live = base.model(ids).logits, tuned.model(ids).logits
+        with tuned.untuned():
+            assert torch.equal(tuned.model(ids).logits, expected)
+    assert not torch.equal(live, expected)
+
+
+def test_exported_as_an_adapter_it_is_what_was_tuned(
+    straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    done = export_run(straight, "adapter", out=tmp_path / "out", offline=True)
+    assert done.found is not None
+    assert done.found.carried == pytest.approx(1.0, abs=1e-3)
+    assert done.found.same_answers == done.found.answers
+    assert done.loaded_by.startswith("peft ")
+    card = (done.path / "README.md").read_text("utf-8")
+    assert f"{kind_of(straight)} of the peft library" in card
+    assert f"it is {kind_of(straight)}, of which only peft knows" in card
+
+
+def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    if kind_of(straight) == "IA3":
+        done = export_run(straight, "merged", out=tmp_path / "out", offline=True)
+        assert done.found is not None
+        assert done.found.carried == pytest.approx(1.0, abs=1e-2)
+        assert "model.layers.0.mlp.down_proj.weight" in load_file(done.path / "model.safetensors")
+        return
+    for target in ("merged", "gguf", "ollama", "onnx"):
+        with pytest.raises(InputError, match=f"^--to {target}: PROMPT_TUNING is no change of the model's weights"):
+            export_run(straight, target, out=tmp_path / "out", offline=True)
+
+
+def test_an_adapter_for_llama_cpp_is_of_our_own_lora(straight: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--to gguf-adapter: method peft"):
+        export_run(straight, "gguf-adapter", out=tmp_path / "out", offline=True)
+
+
+def test_another_run_starts_from_it_where_it_can_be_merged(straight: Run, tmp_path: Path) -> None:
+    recipe = straight.recipe().model_copy(update={"model": str(straight.path)})
+    if kind_of(straight) == "IA3":
+        assert train(recipe, root=tmp_path).state() == "done"
+    else:
+        with pytest.raises(InputError, match="cannot be merged"):
+            train(recipe, root=tmp_path)
+
+
+def test_more_virtual_tokens_than_the_model_attends_to_are_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    method = PeftMethod(kind="PROMPT_TUNING", settings={"num_virtual_tokens": 512})
+    with pytest.raises(RecipeError, match=r"^method.settings.num_virtual_tokens: 512: the model can attend to 512"):
+        prepare(recipe.model_copy(update={"method": method}), root=tmp_path)
+
+
+def test_recomputed_layers_would_lose_a_prefix(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train={"checkpointed_layers": 1})
+    method = PeftMethod(kind="PREFIX_TUNING")
+    with pytest.raises(RecipeError, match="gradient checkpointing"):
+        prepare(recipe.model_copy(update={"method": method}), root=tmp_path)
