@@ -50,7 +50,7 @@ def _is_current(merged: Path, adapter: Path) -> bool:
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:
     with run.lock():
         remove(merged)
-        speaker = load_run(run, offline=offline)
+        speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
         merge(speaker.attachment)
         adapter = locate.Located("folder", run.adapter_path, str(run.adapter_path))
         save_model(

@@ -44,6 +44,8 @@ class Speaker:
     """The folder that the adapter was read from."""
     note: str = ""
     """What a person should know before trusting an answer."""
+    packed: str = ""
+    """What was done to the base's weights, as the method of its run does; empty: nothing."""
     run: Run | None = None
     """Of which it is the result, or with `is_base` the untouched model."""
     is_base: bool = False
@@ -78,6 +80,8 @@ class Speaker:
             weights = [path for path in sorted(self.result.iterdir()) if path.is_file()]
             digests |= {f"{self.result.name} {path.name}": sha256_file(path) for path in weights}
         settings = {"task": self.recipe.task, "precision": self.recipe.precision, "renderer": self.renderer.fingerprint}
+        if self.packed:
+            settings["base"] = self.packed
         limits = {"max_tokens": self.recipe.data.max_tokens, "prompt": self.recipe.data.prompt}
         return digests | {name: str(value) for name, value in {**settings, **limits}.items()}
 
@@ -101,8 +105,10 @@ def load_target(
     return replace(speaker, run=run, is_base=base)
 
 
-def load_run(run: Run, *, offline: bool = False) -> Speaker:
+def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Speaker:
     """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
+
+    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is.
 
     Raises:
         ModelError: the base model is gone or cannot be read.
@@ -111,7 +117,7 @@ def load_run(run: Run, *, offline: bool = False) -> Speaker:
     recipe = run.recipe()
     if run.model_path.exists():
         return _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
-    return tune(load_base(run, offline=offline), run)
+    return tune(load_base(run, offline=offline, as_trained=as_trained), run)
 
 
 def tune(base: Speaker, run: Run) -> Speaker:
@@ -120,7 +126,7 @@ def tune(base: Speaker, run: Run) -> Speaker:
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
         attachment = method.load_result(base.model, run.adapter_path)
-        return replace(base, attachment=attachment, result=run.adapter_path, note="")
+        return replace(base, attachment=attachment, result=run.adapter_path, note=base.packed)
     # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
     with run.lock():
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
@@ -128,11 +134,11 @@ def tune(base: Speaker, run: Run) -> Speaker:
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
     attachment = method.attach(base.model, recipe.method, seed=recipe.seed)
     restore(attachment, newest.weights)
-    note = f"not ended: these are the weights of step {newest.step}"
+    note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
-def load_base(run: Run, *, offline: bool = False) -> Speaker:
+def load_base(run: Run, *, offline: bool = False, as_trained: bool = True) -> Speaker:
     """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with."""
     recipe = run.recipe()
     labels = run_labels(recipe)
@@ -140,9 +146,11 @@ def load_base(run: Run, *, offline: bool = False) -> Speaker:
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = Located("folder", folder, str(folder))
-            return _speaker(located, recipe, labels=labels, tokenizer=load.load_tokenizer(saved, None))
-    tokenizer = load.load_tokenizer(located, recipe.data.template)
-    return _speaker(located, recipe, labels=labels, tokenizer=tokenizer)
+            tokenizer = load.load_tokenizer(saved, None)
+            break
+    else:
+        tokenizer = load.load_tokenizer(located, recipe.data.template)
+    return _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
 
 
 def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
@@ -217,8 +225,12 @@ def _speaker(
     *,
     labels: Labels | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    as_trained: bool = True,
 ) -> Speaker:
-    """The model with a head for `labels`; None: with the head that it has, if its task needs one."""
+    """The model with a head for `labels`; None: with the head that it has, if its task needs one.
+
+    `as_trained` False leaves its weights as they are also where the method quantises them.
+    """
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
     device = load.choose_device(recipe.device).value
@@ -228,15 +240,19 @@ def _speaker(
     model = load.load_model(
         located,
         dtype=getattr(torch, precision),
-        device=device,
+        device="cpu",
         head=head,
         labels=labels,
         seed=recipe.seed,
         tokenizer=tokenizer,
         on_note=notes.append,
     )
+    method = recipe.method
+    packed = "; ".join(METHODS[method.name].ready(model, method, device=device)) if as_trained else ""
+    model.to(device)
+    note = "; ".join(filter(None, [packed, *notes]))
     renderer = make_renderer(recipe, tokenizer, kind)
-    return Speaker(model, renderer, recipe, head, located, heads.labels_of(model), note="; ".join(notes))
+    return Speaker(model, renderer, recipe, head, located, heads.labels_of(model), note=note, packed=packed)
 
 
 def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:

@@ -106,8 +106,7 @@ def prepare(
 
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
-    model = _load(recipe, start, rows.labels)
-    num_parameters = model.num_parameters()
+    model, num_parameters = _load(recipe, start, rows.labels)
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
@@ -165,21 +164,25 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
         )
 
 
-def _load(recipe: Recipe, start: Start, labels: Labels | None) -> PreTrainedModel:
+def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
+    """The base of the method, and how many weights it has."""
     model = load.load_model(
         start.located,
         dtype=DTYPES[known(recipe.precision)],
-        device=recipe.device,
+        device="cpu",
         head=start.head,
         labels=labels,
         seed=recipe.seed,
         tokenizer=start.renderer.tokenizer,
         on_note=start.notes.append,
     )
+    num_parameters = model.num_parameters()  # what is packed is no parameter any more
+    method = recipe.method
+    start.notes.extend(METHODS[method.name].ready(model, method, device=recipe.device))
     checkpoint_layers(model, recipe.train.checkpointed_layers)
     if recipe.kernels == "fast":
         use_fast_norms(model)
-    return model
+    return model, num_parameters
 
 
 def _feeds(

@@ -29,9 +29,10 @@ from tunesmith.methods.peft_bridge import short_name
 from tunesmith.methods.peft_kinds import MERGES
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
+from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.optim import Update
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim
-from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod, PeftMethod
+from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod, PeftMethod, QloraMethod
 from tunesmith.types import Attachment, Labels
 
 VOCAB = 512
@@ -39,6 +40,7 @@ Settings = LowRankMethod | FullMethod | PeftMethod
 SETTINGS: dict[str, Settings] = {
     "lora": LoraMethod(rank=4),
     "dora": DoraMethod(rank=4),
+    "qlora": QloraMethod(rank=4),
     "full": FullMethod(),
     "peft": PeftMethod(kind="IA3"),
 }
@@ -74,9 +76,16 @@ CASES: dict[str, Settings] = {
     "dora, pissa": DoraMethod(rank=4, init="pissa"),
     "dora, biases": DoraMethod(rank=4, bias="lora_only"),
     **{f"peft, {kind}": PeftMethod(kind=kind, settings=settings) for kind, settings in PEFT.items()},
+    "qlora, scales whole": QloraMethod(rank=4, double_quant=False, targets=("attention",)),
+    "qlora, int8": QloraMethod(rank=4, quant="int8"),
+    "qlora, pissa": QloraMethod(rank=4, init="pissa"),
+    "qlora, biases and more whole": QloraMethod(
+        rank=4, bias="all", targets=("attention",), also_train=("ln_f", "mlp.c_proj")
+    ),
 }
 NEEDS_BIASES = [name for name, settings in CASES.items() if getattr(settings, "bias", "none") != "none"]
-NOT_EXACT = {"lora, pissa": 1e-5, "lora, pissa by pattern": 1e-5, "dora, pissa": 1e-5, "lora, orthogonal": 1e-5}
+NOT_EXACT = {"lora, pissa": 1e-5, "lora, pissa by pattern": 1e-5, "dora, pissa": 1e-5, "lora, orthogonal": 1e-5,
+             "qlora, pissa": 1e-5}  # fmt: skip
 """Starts whose matrices cancel: in float32 outputs of order 1 move by less than this."""
 CHANGES_AT_ONCE = ["peft, PREFIX_TUNING", "peft, PROMPT_TUNING", "peft, P_TUNING"]
 """What begins with random numbers of its own, and says so in its notes."""
@@ -102,6 +111,12 @@ def made(arch: str, **how: Any) -> PreTrainedModel:
         return tiny_model(name, vocab_size=VOCAB, **how)
     labels = Labels("one", ("a", "b", "c"))
     return tiny_model(name, vocab_size=VOCAB, head="sequence", labels=labels, pad_token_id=0, **how)
+
+
+def ready(model: PreTrainedModel, case: str) -> PreTrainedModel:
+    """The base as the method trains on it."""
+    METHODS[CASES[case].name].ready(model, CASES[case], device="cpu")
+    return model
 
 
 def answers(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -163,7 +178,7 @@ def test_every_method_has_a_contract() -> None:
 @dtypes
 def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> None:
     """To the last bit, but for starts that say they do not."""
-    model = made(arch, dtype=dtype).eval()
+    model = ready(made(arch, dtype=dtype).eval(), case)
     before = logits(model)
     attachment = attached(model, case)
     if case in CHANGES_AT_ONCE:
@@ -180,10 +195,7 @@ def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> N
 @both
 @dtypes
 def test_what_is_trained_is_float32_leaves_in_a_stable_order(method: Method, dtype: torch.dtype) -> None:
-    first, second = (
-        method.attach(tiny_model("llama", vocab_size=VOCAB, dtype=dtype), SETTINGS[method.name], seed=0)
-        for _ in range(2)
-    )
+    first, second = (attached(ready(made("llama", dtype=dtype), method.name), method.name) for _ in range(2))
     assert first.method == method.name
     assert list(first.trained) == list(second.trained)
     for name, tensor in first.trained.items():
@@ -221,7 +233,7 @@ def name_inside(name: str, model: nn.Module) -> str:
 @cases
 @dtypes
 def test_the_named_tensors_move_and_nothing_else(case: str, arch: str, dtype: torch.dtype) -> None:
-    model = made(arch, dtype=dtype, layers=1)
+    model = ready(made(arch, dtype=dtype, layers=1), case)
     assert_the_named_move_and_nothing_else(model, attached(model, case))
 
 
@@ -256,8 +268,8 @@ def test_the_test_sees_a_tensor_that_stays() -> None:
 @both
 @dtypes
 def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.dtype) -> None:
-    model = tiny_model("llama", vocab_size=VOCAB, dtype=dtype)
-    attachment = method.attach(model, SETTINGS[method.name], seed=0)
+    model = ready(made("llama", dtype=dtype), method.name)
+    attachment = attached(model, method.name)
     ids = torch.arange(16)[None]
     losses = []
     update = Update(attachment.trained, Optim(lr=1e-2))
@@ -277,12 +289,12 @@ def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.
 @dtypes
 def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtype) -> None:
     """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
-    straight = attached(made(arch, dtype=dtype), case)
+    straight = attached(ready(made(arch, dtype=dtype), case), case)
     update = train(straight.model, straight, steps=2)
     weights = {name: tensor.detach().clone() for name, tensor in straight.trained.items()}
     state = {name: tensor.clone() for name, tensor in update.state().items()}
     train(straight.model, straight, steps=2, start=2, update=update)
-    again = attached(made(arch, dtype=dtype), case)
+    again = attached(ready(made(arch, dtype=dtype), case), case)
     restore(again, weights)
     assert all(torch.equal(again.trained[name], tensor) for name, tensor in weights.items())
     loaded = update_of(again)
@@ -314,10 +326,10 @@ def test_what_does_not_fit_is_not_restored(method: Method) -> None:
 def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(arch, dtype=dtype).eval()
     untouched = copy.deepcopy(model)
-    attachment = attached(model, case)
+    attachment = attached(ready(model, case), case)
     train(model, attachment)
     save(attachment, untouched, tmp_path)
-    METHODS[attachment.method].load_result(untouched, tmp_path / "result")
+    METHODS[attachment.method].load_result(ready(untouched, case), tmp_path / "result")
     assert torch.equal(logits(untouched), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template
 
@@ -337,6 +349,7 @@ ADAPTERS = [
     (name, arch) for name, arch in GRID if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGES
 ]
 adapters = pytest.mark.parametrize(("case", "arch"), ADAPTERS, ids=[f"{name} on {arch}" for name, arch in ADAPTERS])
+"""Those of `qlora` are merged into the base as it was: into a quantised one nothing is."""
 
 
 # trap: A1
@@ -380,27 +393,40 @@ def test_the_merge_test_sees_a_start_or_a_length_that_is_left_out(case: str) -> 
 
 
 IN_A_NEW_PROCESS = """
-import sys, torch, transformers
+import json, sys, torch, transformers
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tunesmith.methods import METHODS
+from tunesmith.recipe.method_knobs import METHOD_KNOBS
 from peft import PeftModel
-for folder, method, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
-    folder, kind = Path(folder), getattr(transformers, auto)
+for folder, settings, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    folder, kind, method = Path(folder), getattr(transformers, auto), json.loads(settings)["name"]
     ids = load_file(folder / "ids.safetensors")["ids"]
     how = {"decoder_input_ids": ids} if auto == "AutoModelForSeq2SeqLM" else {}
     ours = kind.from_pretrained(folder / "base")
+    METHODS[method].ready(ours, METHOD_KNOBS[method].model_validate_json(settings), device="cpu")
     METHODS[method].load_result(ours, folder / "result")
     if method == "full":
         theirs = kind.from_pretrained(folder / "result")
     else:
-        theirs = PeftModel.from_pretrained(kind.from_pretrained(folder / "base"), str(folder / "result"))
+        theirs = PeftModel.from_pretrained(kind.from_pretrained(folder / "unpacked"), str(folder / "result"))
     with torch.no_grad():
         found = [model.eval()(input_ids=ids, **how).logits for model in (ours, theirs)]
     if found[1].ndim == 3:  # peft answers at its virtual tokens too
         found[1] = found[1][:, -ids.shape[1]:].contiguous()
     save_file(dict(zip(("ours", "theirs"), found)), folder / "out.safetensors")
 """
+
+
+@torch.no_grad()
+def unpacked_into(plain: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """The base that a model was trained on, with no weight packed: what peft is asked on."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            plain.get_submodule(name.removesuffix(".base")).weight.copy_(layer.weight)
+    return plain
+
+
 CLASSES = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModelForSequenceClassification",
            "qwen2 sequence": "AutoModelForSequenceClassification"}  # fmt: skip
 
@@ -411,12 +437,13 @@ def test_saved_files_compute_the_same_in_a_new_process_and_in_peft(tmp_path: Pat
         folder = tmp_path / str(number)
         model = made(arch).eval()
         untouched = copy.deepcopy(model)
-        attachment = attached(model, case)
+        attachment = attached(ready(model, case), case)
         train(model, attachment)
         save(attachment, untouched, folder)
+        unpacked_into(untouched, model).save_pretrained(folder / "unpacked")
         live[case, arch] = logits(model)
         save_file({"ids": probe_ids()}, folder / "ids.safetensors")
-        words += [str(folder), attachment.method, CLASSES.get(arch, "AutoModelForCausalLM")]
+        words += [str(folder), CASES[case].model_dump_json(), CLASSES.get(arch, "AutoModelForCausalLM")]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS, *words], check=True, env=environment)

@@ -40,6 +40,9 @@ def export(
     pre: Annotated[
         str | None, typer.Option(metavar="NAME", help="gguf, ollama: llama.cpp's rule of splitting text.")
     ] = None,
+    merge_into: Annotated[
+        str, typer.Option(metavar="original|dequantized", help="qlora: which weights of the base to take.")
+    ] = "original",
     license: Annotated[str | None, typer.Option(metavar="ID", help="Licence in the model card.")] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare it with the tuned model; the card says so.")
@@ -64,7 +67,7 @@ def export(
     from tunesmith.run import Run
 
     found = Run.open(run, root)
-    options = Options(dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, license=license)
+    options = Options(dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license)
     with phases(console(stderr=True), PHASES) as progress:
         done = export_run(
             found, to, out=out, options=options, proof=not no_verify, offline=offline, on_progress=progress

@@ -19,7 +19,7 @@ from tunesmith.export.gguf_file import GGUF
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.onnx_file import ONNX
-from tunesmith.export.options import DTYPES, QUANTIZED, ROUNDED, Bounds, Export, Options
+from tunesmith.export.options import DTYPES, MERGE_INTO, QUANTIZED, ROUNDED, UNQUANTIZED_KL, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
 from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
@@ -76,6 +76,9 @@ def export_run(
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
     _check_method(source.recipe.method, target)
+    if options.merge_into == "dequantized":
+        _check_quantized(source)
+        source = replace(source, merges_into_dequantized=True)
     notes = export.check(source, options)
     _check_room(out, export.num_bytes(source, options))
     _tidy(out)
@@ -120,6 +123,7 @@ def _export(
             source, tuned=tuned, base=base, seen=seen, bounds=bounds, name=name, rounds_less=export.rounds_less(options)
         )
         loaded_by, rows = seen.loaded_by, probes.said
+        notes = [*notes, *_changed_base(source, found)]
         theirs = verify.look_in_llama_cpp(source, export, folder, probes, work=work / "llama.cpp")
         if theirs is not None:
             in_llama_cpp = verify.judge(
@@ -142,8 +146,31 @@ def _export(
     return Exported(folder, export.name, bounds, found, loaded_by, rows, notes, in_llama_cpp)
 
 
+def _check_quantized(source: Source) -> None:
+    if source.quant is None:
+        raise InputError(
+            f"--merge-into: dequantized: {source.run.path} was not tuned on a quantised base (method "
+            f"{source.recipe.method.name}), so there is nothing to unpack. Leave it out."
+        )
+
+
+def _changed_base(source: Source, found: Comparison) -> list[str]:
+    """What to say of an adapter that is on another base now than the one it was tuned on."""
+    if not source.is_off_its_base:
+        return []
+    losses = ""
+    if found.loss_tuned is not None and found.loss_exported is not None:
+        moved = found.loss_exported - found.loss_tuned
+        losses = f": held-out loss {found.loss_exported:.4f}, {moved:+.4f} from the tuned model's"
+    return [f"tuned on its base in {source.quant}, and here on the base as it was{losses}"]
+
+
 def _for_precision(bounds: Bounds, source: Source) -> Bounds:
-    """What the tuned model is known to in 16 bits is not asked to be nearer."""
+    """What the tuned model is known to in 16 bits is not asked to be nearer, nor one on another base to be the same."""
+    if source.is_off_its_base:
+        kl, weights = UNQUANTIZED_KL, max(bounds.weights, ROUNDED.weights)
+        return replace(bounds, kl=max(bounds.kl, kl), loss=max(bounds.loss, ROUNDED.loss), weights=weights,
+                       loss_may_fall=True)  # fmt: skip
     if source.recipe.precision == "float32":
         return bounds
     return replace(bounds, kl=max(bounds.kl, ROUNDED.kl), weights=max(bounds.weights, ROUNDED.weights))
@@ -165,7 +192,9 @@ def _check_words(export: Export, options: Options) -> None:
         if key not in (*export.reads, "license") and getattr(options, key) != default:
             readers = ", ".join(name for name, other in EXPORTS.items() if key in other.reads)
             raise InputError(f"--{key.replace('_', '-')}: means nothing to --to {export.name}, only to {readers}.")
-    for key, value, known in (("dtype", options.dtype, DTYPES), ("quant", options.quant, export.quants)):
+    offered = {"merge_into": MERGE_INTO, "dtype": DTYPES, "quant": export.quants}
+    for key, known in offered.items():
+        value = getattr(options, key)
         if value not in known:
             more = ""
             if key == "quant" and "pre" in export.reads:
@@ -173,7 +202,7 @@ def _check_words(export: Export, options: Options) -> None:
                     " Others need llama.cpp's own quantiser: export f16, then "
                     f"`llama-quantize model-f16.gguf model-{value}.gguf {value}`."
                 )
-            raise InputError(f"--{key}: {value}: not offered here. One of {', '.join(known)}.{more}")
+            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.{more}")
 
 
 def _check_method(method: Any, target: str) -> None:

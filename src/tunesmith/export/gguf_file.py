@@ -187,5 +187,5 @@ GGUF = Export(
     loader="gguf",
     rounds_less=rounds_less,
     card=_card,
-    reads=("quant", "pre"),
+    reads=("quant", "pre", "merge_into"),
 )

@@ -84,5 +84,5 @@ MERGED = Export(
     loader="merged",
     rounds_less=lambda options: "" if options.dtype == "float32" else "--dtype float32",
     card=_card,
-    reads=("dtype",),
+    reads=("dtype", "merge_into"),
 )

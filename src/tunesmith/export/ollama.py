@@ -192,5 +192,5 @@ OLLAMA = Export(
     loader="gguf",
     rounds_less=gguf_file.rounds_less,
     card=_card,
-    reads=("quant", "pre"),
+    reads=("quant", "pre", "merge_into"),
 )

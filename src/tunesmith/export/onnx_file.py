@@ -150,5 +150,5 @@ ONNX = Export(
     loader="onnx",
     rounds_less=lambda options: "",
     card=_card,
-    reads=(),
+    reads=("merge_into",),
 )

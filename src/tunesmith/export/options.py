@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from tunesmith.export.source import Source
 
+MERGE_INTO = ("original", "dequantized")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("f32", "f16", "bf16", "q8_0")
 
@@ -26,6 +27,9 @@ class Options:
     """adapter: write alpha so that programs which ignore use_rslora scale right."""
     pre: str | None = None
     """gguf, ollama: llama.cpp's name of the rule that splits text, instead of what was found."""
+    merge_into: str = "original"
+    """merged, gguf, ollama, onnx of a base that was quantised for tuning: the weights it had before, or those that the
+    quantised ones unpack to, which are what was tuned on."""
     license: str | None = None
     """Of the model card."""
 
@@ -42,6 +46,8 @@ class Bounds:
     """How far the share of tuning's effect that is in the export may be from 1."""
     weights: float
     """How far any weight may be from base plus delta, over its size."""
+    loss_may_fall: bool = False
+    """A lower held-out loss is no fault: the base is a better one than that which was tuned on."""
 
 
 EXACT = Bounds(kl=1e-6, loss=1e-4, carried=0.01, weights=1e-5)
@@ -54,6 +60,9 @@ GGUF_EXACT = Bounds(kl=1e-3, loss=0.02, carried=0.05, weights=2e-3)
 """F32 and F16 in a GGUF (trap A14)."""
 QUANTIZED = Bounds(kl=2e-2, loss=0.05, carried=0.2, weights=3e-2)
 """8 bits: blocks of 32 share a scale."""
+
+UNQUANTIZED_KL = 0.5
+"""Nats: an adapter that was tuned on a quantised base, on the base as it was. Its loss says whether that is as good."""
 
 Written = Sequence[str]
 """What to say of what was written."""

@@ -18,12 +18,14 @@ from tunesmith.loading import make_renderer, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.peft_bridge import PeftAttachment
+from tunesmith.methods.quantize import unpack_base
 from tunesmith.models import load, locate
 from tunesmith.models.folder import read_tensors
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.planning.before_rows import find_head
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run
 from tunesmith.types import HeadName, Labels, ModelKind
 
@@ -47,10 +49,22 @@ class Source:
     labels: Labels | None
     base_hashes: dict[str, str]
     """SHA-256 of the base's files, by name; empty where every weight was tuned."""
+    merges_into_dequantized: bool = False
+    """Of a base that was quantised for tuning, take what its quantised weights unpack to."""
 
     @property
     def is_adapter(self) -> bool:
         return self.result == self.run.adapter_path
+
+    @property
+    def quant(self) -> str | None:
+        """What the base was quantised to for tuning; None: it was tuned on as it is."""
+        return self.recipe.method.quant if isinstance(self.recipe.method, QloraMethod) else None
+
+    @property
+    def is_off_its_base(self) -> bool:
+        """Whether what is exported has another base than the one that was tuned on: not quantised."""
+        return self.quant is not None and not self.merges_into_dequantized
 
     @property
     def weights(self) -> Located:
@@ -79,10 +93,14 @@ class Source:
 
     def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | PeftAttachment | None]:
         """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
+        as_tuned_on = getattr(torch, known(self.recipe.precision))
         model = load.load_model(
-            self.weights, dtype=dtype, device="cpu", head=self.head, labels=self.labels, seed=self.recipe.seed,
-            tokenizer=self.tokenizer,
+            self.weights, dtype=as_tuned_on if self.merges_into_dequantized else dtype, device="cpu", head=self.head,
+            labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,
         )  # fmt: skip
+        if self.merges_into_dequantized:
+            METHODS[self.recipe.method.name].ready(model, self.recipe.method, device="cpu")
+            unpack_base(model).to(dtype)
         if not self.is_adapter:
             return model, None
         return model, METHODS[self.recipe.method.name].load_result(model, self.result)  # type: ignore[return-value]
@@ -118,8 +136,8 @@ def tuned_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the tuned model by its name in a plain model, float32: base plus delta, never rounded.
 
-    The adapter is taken off the model. Tied weights come under each of their names. None where it is no change of
-    weights.
+    The adapter is taken off the model, and packed weights are unpacked. Tied weights come under each of their names.
+    None where it is no change of weights.
     """
     if isinstance(attachment, PeftAttachment):
         if not attachment.can_merge:
@@ -131,6 +149,7 @@ def tuned_tensors(
     if attachment is not None:
         layers = {f"{name}.weight": layer for name, layer in attachment.layers.items()}
         attachment.take_off()
+    unpack_base(model)
     for name, weight in model.state_dict().items():
         if attachment is not None and name in layers:
             yield name, attachment.merged(name.removesuffix(".weight"), layers[name])

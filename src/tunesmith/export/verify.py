@@ -30,7 +30,11 @@ def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
     speaker = load_run(source.run, offline=True)
     tuned = _look(speaker, source, probes, answered=True)
     base = None
-    if speaker.can_untune:
+    if source.is_off_its_base:
+        # An export is on the base as it is. What tuning changed cannot be told there from what quantising changed; that
+        # every weight is base plus delta can.
+        speaker = load_run(source.run, offline=True, as_trained=False)
+    elif speaker.can_untune:
         with speaker.untuned():
             base = _look(speaker, source, probes, answered=False)
     elif speaker.attachment is not None:
@@ -103,5 +107,10 @@ def judge(
     if problems := found.problems(bounds):
         is_rounding = found.same_ids and found.distance <= bounds.weights and rounds_less
         way_out = f" Every weight is as near as rounding allows: try {rounds_less}." if is_rounding else ""
+        if source.is_off_its_base and found.distance <= bounds.weights:
+            way_out = (
+                " It was tuned on a quantised base, and does worse on the base as it was: --merge-into dequantized "
+                "takes the weights that it was tuned on."
+            )
         raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     return found

@@ -21,7 +21,8 @@ from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.size import size
-from tunesmith.recipe.knobs import known
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run, is_run
 
 Note = Callable[[str], None]
@@ -82,12 +83,12 @@ def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]
 
 
 def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> Located:
-    """The base that everything named is on. Raises InputError where there are several."""
-    bases: dict[tuple[str, str | None], list[str]] = {}
+    """The base that everything named is on, quantised or not. Raises InputError where there are several."""
+    bases: dict[tuple[str, str | None, str], list[str]] = {}
     found: list[Located] = []
     for name in models:
         found.append(locate.locate(name, offline=offline))
-        bases.setdefault((str(found[-1].path.resolve()), found[-1].revision), []).append(name)
+        bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, ""), []).append(name)
     for run in runs:
         recipe = run.recipe()
         if run.model_path.exists():
@@ -96,13 +97,21 @@ def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> L
             found.append(locate.locate(recipe.model, revision=recipe.revision, offline=offline))
             if run.adapter_path.exists():
                 loading.refuse_other_base(run, found[-1], load.fingerprint(found[-1]))
-        bases.setdefault((str(found[-1].path.resolve()), found[-1].revision), []).append(str(run.path))
+        bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, _form(recipe)), []).append(str(run.path))
     if len(bases) > 1:
-        several = "; ".join(f"{', '.join(users)} on {path}" for (path, _), users in bases.items())
+        several = "; ".join(f"{', '.join(users)} on {path}{form}" for (path, _, form), users in bases.items())
         raise InputError(
             f"one base is served with its adapters, but these are on {len(bases)}: {several}. Serve apart."
         )
     return found[0]
+
+
+def _form(recipe: Recipe) -> str:
+    """How a run has the weights of its base, in words; empty: as they are."""
+    method = recipe.method
+    if not isinstance(method, QloraMethod):
+        return ""
+    return f" in {method.quant}{' with scales in 8 bits' if method.double_quant else ''}"
 
 
 def _load_base(
@@ -181,6 +190,8 @@ def _add_base(serving: Serving, speaker: Speaker, base: Located, *, is_named: bo
             raise
         note(f"{name}: the base itself is not served: {error}")
         return
+    if speaker.packed:
+        note(f"{name}: the base itself answers quantised too, as its runs were tuned on it")
     _add_voice(serving, replace(speaker, renderer=renderer, recipe=recipe), name, None, None)
 
 

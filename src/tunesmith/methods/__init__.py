@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import full, lora, peft_bridge, peft_format, peft_saved
+from tunesmith.methods.quantize import quantize_base
+from tunesmith.recipe.sections import Section
 from tunesmith.types import Attachment
 
 
@@ -24,6 +27,8 @@ class Method:
 
     name: str
     doc: str
+    ready: Callable[..., tuple[str, ...]]
+    """(model, settings, *, device) -> notes. Put a model that was just loaded on the device, as the method's base."""
     attach: Callable[..., Attachment]
     """(model, settings, *, seed) -> Attachment. Sets what is trained and what is frozen; outputs do not change."""
     save_result: Callable[..., None]
@@ -32,10 +37,16 @@ class Method:
     """(model, folder) -> Attachment. Put a saved result on its base model; strict."""
 
 
+def _as_it_is(model: PreTrainedModel, settings: Section, *, device: str) -> tuple[str, ...]:
+    model.to(device)
+    return ()
+
+
 METHODS: dict[str, Method] = {
     "lora": Method(
         name="lora",
         doc="Low-rank adapters beside the frozen linear layers; the result is an adapter in PEFT's format.",
+        ready=_as_it_is,
         attach=lora.attach,
         save_result=peft_format.save_result,
         load_result=peft_format.load_adapter,
@@ -43,6 +54,15 @@ METHODS: dict[str, Method] = {
     "dora": Method(
         name="dora",
         doc="LoRA that also trains the length of each row of a weight; the result is an adapter in PEFT's format.",
+        ready=_as_it_is,
+        attach=lora.attach,
+        save_result=peft_format.save_result,
+        load_result=peft_format.load_adapter,
+    ),
+    "qlora": Method(
+        name="qlora",
+        doc="LoRA on a base that is kept in 4 or 8 bits; the result is an adapter in PEFT's format.",
+        ready=quantize_base,
         attach=lora.attach,
         save_result=peft_format.save_result,
         load_result=peft_format.load_adapter,
@@ -50,6 +70,7 @@ METHODS: dict[str, Method] = {
     "full": Method(
         name="full",
         doc="Every weight is trained, with float32 masters; the result is a model folder.",
+        ready=_as_it_is,
         attach=full.attach,
         save_result=full.save_result,
         load_result=full.load_result,
@@ -57,6 +78,7 @@ METHODS: dict[str, Method] = {
     "peft": Method(
         name="peft",
         doc="Any method of the installed peft library by its name; the result is an adapter in PEFT's format.",
+        ready=_as_it_is,
         attach=peft_bridge.attach,
         save_result=peft_saved.save_result,
         load_result=peft_saved.load_result,

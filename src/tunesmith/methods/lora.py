@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.dora import DoraLinear
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.masters import Masters
@@ -22,6 +21,7 @@ from tunesmith.methods.starts import draw
 from tunesmith.methods.targets import Target, by_pattern, find_targets, not_linear, replace_module
 from tunesmith.methods.whole import find_biases, find_modules, tied_notes, weights_of
 from tunesmith.models.heads import drawn_names, new_head_names
+from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -124,7 +124,7 @@ class LoraAttachment:
     def merged(self, name: str, layer: LoraLinear) -> Tensor:
         """What the weight of a layer is with its adapter in it: float32, lying as the base's does."""
         merged_OI = layer.merged_OI(*self.matrices(name))
-        return merged_OI.t() if isinstance(layer.base, Conv1D) else merged_OI
+        return merged_OI.t() if layer.lies_transposed else merged_OI
 
     def take_off(self) -> None:
         """Give the model its own layers back; the attachment adapts nothing any more."""
@@ -199,7 +199,15 @@ def wrap(model: nn.Module, adapted: Sequence[Adapted], *, whole: Whole, settings
 @torch.no_grad()
 def merge(attachment: LoraAttachment) -> None:
     """Put every adapter into its layer's weight, in float32 and rounded once, and take the adapters off: what is left
-    is a plain model with all that was trained."""
+    is a plain model with all that was trained.
+
+    Raises ModelError on a quantised base: its weights cannot hold what an adapter adds to them.
+    """
+    if packed := [name for name, layer in attachment.layers.items() if isinstance(layer.base, QuantizedLinear)]:
+        raise ModelError(
+            f"{packed[0]}: its weight is quantised, and rounding would eat what the adapter adds. Put the saved "
+            "adapter on the base as it was before, and merge there: `tunesmith export RUN --to merged` does."
+        )
     for name, layer in attachment.layers.items():
         layer.weight.copy_(attachment.merged(name, layer))
     attachment.take_off()

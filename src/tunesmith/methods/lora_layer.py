@@ -9,7 +9,8 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.models.quantized import QuantizedLinear, product
+
+Weight: TypeAlias = Tensor | Callable[[], Tensor]
+"""A frozen weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
+
+
+def dense(weight: Weight) -> Tensor:
+    """The weight [O, I] for one product."""
+    return weight if isinstance(weight, Tensor) else weight()
+
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer (`nn.Linear`, or GPT-2's `Conv1D`, whose weight lies transposed) with a low-rank path."""
+    """A frozen linear layer (`nn.Linear`, GPT-2's `Conv1D`, whose weight lies transposed, or either quantised) with a
+    low-rank path."""
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -29,9 +41,10 @@ class LoraLinear(nn.Module):
         self.active = True
         """False computes the base layer alone; see `without_adapter`."""
         # A subclass may compute in its own way; then it is asked instead of imitated.
-        self._product_is_known = type(base).forward in (nn.Linear.forward, Conv1D.forward)
-        num_outputs, num_inputs = self.weight_OI.shape
-        like: dict[str, Any] = {"dtype": self.weight_OI.dtype, "device": self.weight_OI.device}
+        self._product_is_known = type(base).forward in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
+        num_outputs, num_inputs = shape_OI(base)
+        weight = self.weight
+        like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.start: tuple[Tensor, Tensor] | None = None
         """float32 A [R, I] and B [O, R] whose product is taken off again; see `methods.starts`."""
         self.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, **like))
@@ -43,8 +56,18 @@ class LoraLinear(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     @property
+    def lies_transposed(self) -> bool:
+        """Whether the base's weight lies [I, O]."""
+        return lies_transposed(self.base)
+
+    @property
     def weight_OI(self) -> Tensor:
-        return self.weight.t() if isinstance(self.base, Conv1D) else self.weight
+        return self.weight.t() if self.lies_transposed else self.weight
+
+    @property
+    def frozen(self) -> Weight:
+        """What the base's part of the product is made with."""
+        return self.base.weight_OI if isinstance(self.base, QuantizedLinear) else self.weight_OI
 
     @property
     def bias_O(self) -> Tensor | None:
@@ -59,7 +82,7 @@ class LoraLinear(nn.Module):
         if (self.dropout and self.training) or not self._product_is_known:
             return self._forward_by_autograd(x)
         a_SI, b_OS = self.with_start(self.lora_A, self.lora_B)
-        return lora_forward(x, self.weight_OI, self.bias_O, a_SI, b_OS, scale=self.scale)
+        return lora_forward(x, self.frozen, self.bias_O, a_SI, b_OS, scale=self.scale)
 
     def _forward_by_autograd(self, x: Tensor) -> Tensor:
         # With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
@@ -98,19 +121,32 @@ class LoraLinear(nn.Module):
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+def lies_transposed(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight lies [I, O], as that of GPT-2's Conv1D."""
+    return layer.lies_transposed if isinstance(layer, QuantizedLinear) else isinstance(layer, Conv1D)
+
+
+def shape_OI(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.shape_OI
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
 def lora_forward(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
+    x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
 ) -> Tensor:
-    """[..., I] → [..., O]; `weight_OI` is frozen and gets no gradient."""
-    out: Tensor = _LoraForward.apply(x, weight_OI, bias_O, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
+    """[..., I] → [..., O]; `weight` is frozen and gets no gradient."""
+    out: Tensor = _LoraForward.apply(x, weight, bias_O, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
     return out
 
 
 def lora_forward_reference(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
+    x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
 ) -> Tensor:
     """The same by plain autograd: slower, and what `lora_forward` is held equal to."""
-    return F.linear(x, weight_OI, bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
+    return F.linear(x, dense(weight), bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
 
 
 class _LoraForward(torch.autograd.Function):
@@ -118,13 +154,14 @@ class _LoraForward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         low_TR = x_TI @ a_RI.t()
-        y_TO = _product(x_TI, weight_OI, bias_O)
+        y_TO = product(x_TI, dense(weight), bias_O)
         y_TO.addmm_(low_TR, b_OR.t(), alpha=scale)
-        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
+        ctx.save_for_backward(x_TI, a_RI, b_OR, low_TR)
+        ctx.weight = weight
         ctx.scale = scale
         ctx.shape = x.shape
         return y_TO.view(*x.shape[:-1], -1)
@@ -132,14 +169,14 @@ class _LoraForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, Tensor | None, None]:
-        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
+        x_TI, a_RI, b_OR, low_TR = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         g_TO = g.reshape(-1, g.shape[-1])
         gx = gbias_O = ga_RI = gb_OR = None
         if needs_x or needs_a:
             glow_TR = (g_TO @ b_OR).mul_(ctx.scale)
         if needs_x:
-            gx = (g_TO @ weight_OI).addmm_(glow_TR, a_RI).view(ctx.shape)
+            gx = (g_TO @ dense(ctx.weight)).addmm_(glow_TR, a_RI).view(ctx.shape)
         if needs_a:
             ga_RI = glow_TR.t() @ x_TI
         if needs_b:
@@ -148,10 +185,3 @@ class _LoraForward(torch.autograd.Function):
         if needs_bias:
             gbias_O = g_TO.sum(0)
         return gx, None, gbias_O, ga_RI, gb_OR, None
-
-
-def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    # Bit for bit what nn.Linear and Conv1D compute: Conv1D calls addmm with the weight as it lies.
-    if bias_O is not None and not weight_OI.is_contiguous():
-        return torch.addmm(bias_O, x_TI, weight_OI.t())
-    return F.linear(x_TI, weight_OI, bias_O)

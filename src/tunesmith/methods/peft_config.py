@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
 from tunesmith.methods.lora import Adapted, LoraAttachment
@@ -61,7 +60,7 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "lora_alpha": _whole_number(alpha),
         "lora_dropout": settings.dropout,
         "target_modules": shortest_ends(attachment.layers, module_names(attachment.model)),
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in attachment.layers.values()),
+        "fan_in_fan_out": any(layer.lies_transposed for layer in attachment.layers.values()),
         "bias": settings.bias,
         "inference_mode": True,
         "init_lora_weights": True,

@@ -6,18 +6,18 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, wrap
+from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.peft_config import CONFIG, Saved, module_names, read_config, to_config
 from tunesmith.methods.targets import named_targets, shared_weights
 from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of
@@ -210,8 +210,7 @@ def _head_misfits(model: nn.Module, head: Sequence[str], tensors: Mapping[str, T
 
 def _shapes(one: Adapted, *, has_lengths: bool) -> dict[str, tuple[int, ...]]:
     """What the file holds of one layer."""
-    weight: Any = one.target.module.weight
-    num_outputs, num_inputs = weight.shape[::-1] if isinstance(one.target.module, Conv1D) else weight.shape
+    num_outputs, num_inputs = shape_OI(one.target.module)
     name = one.target.name
     shapes = {f"{name}.lora_A.weight": (one.rank, num_inputs), f"{name}.lora_B.weight": (num_outputs, one.rank)}
     return shapes | ({f"{name}.{MAGNITUDE}": (num_outputs,)} if has_lengths else {})

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import new_head_names
+from tunesmith.models.quantized import QuantizedLinear
 
-LINEARS = (nn.Linear, Conv1D)
+LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 GROUPS = ("all-linear", "attention", "mlp")
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -70,6 +71,13 @@ def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[s
         raise RecipeError("\n".join(problems))
     found = [target for target in linears if id(target.module) in chosen]
     return in_layers(model, found, layers) if layers else found
+
+
+def inner_linears(model: nn.Module) -> list[Target]:
+    """Every linear layer inside the decoder and encoder layers, but those of a head that is trained whole."""
+    whole = {name.rpartition(".")[0] for name in new_head_names(model)}
+    linears = _named(model, LINEARS)
+    return [target for target in linears if target.name not in whole and _means("all-linear", target, model)]
 
 
 def in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str]) -> list[Target]:
@@ -148,7 +156,8 @@ def shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
             owners.setdefault(id(parameter), []).append(name)
     reasons = []
     for target in targets:
-        others = [name for name in owners[id(target.module.weight)] if name not in target.names]
+        owned = (name for weight in target.module.parameters() for name in owners[id(weight)])
+        others = [name for name in owned if name not in target.names]
         if others:
             reasons.append(
                 f"{target.name} and {others[0]} are one weight (tied): after a merge {others[0]} would change too, "

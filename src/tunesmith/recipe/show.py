@@ -52,7 +52,7 @@ def schema() -> dict[str, Any]:
     for name in ("train", "eval"):  # as knobs.py reads them: one file or several, each a path or a mapping
         entry = {"anyOf": [text, files[name]["items"]]}
         files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
-    for method in ("LoraMethod", "DoraMethod"):
+    for method in ("LoraMethod", "DoraMethod", "QloraMethod"):
         for name in ("targets", "layers", "also_train"):
             found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
     method = found["properties"]["method"]

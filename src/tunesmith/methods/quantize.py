@@ -1,0 +1,74 @@
+"""The base of QLoRA: a loaded model whose linear layers are packed, one after the other, before adapters go on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError
+from tunesmith.methods.targets import inner_linears, replace_module, shared_weights
+from tunesmith.methods.whole import find_modules
+from tunesmith.models.quantized import QuantizedLinear, check_installed
+from tunesmith.recipe.method_knobs import QloraMethod
+
+_KNOWN = (nn.Linear.forward, Conv1D.forward)
+
+
+@torch.no_grad()
+def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
+    """Pack the linear layers inside the decoder and encoder layers, and put the model on `device`; what to say of it.
+
+    What is trained whole keeps its weights, and so do embeddings, norms and the head. Each layer is packed on `device`
+    and let go before the next, so that on neither side there are ever two models.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed, or the model has no linear layer that could be packed.
+    """
+    check_installed()
+    modules = find_modules(model, settings.also_train, ())
+    whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
+    inside = [target for target in inner_linears(model) if id(target.module) not in whole]
+    targets = [
+        target for target in inside if type(target.module).forward in _KNOWN and not shared_weights(model, [target])
+    ]
+    if not targets:
+        raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")
+    num, left_out = len(targets), len(inside) - len(targets)
+    before = after = 0
+    error = size = 0.0
+    targets.reverse()
+    while targets:
+        target = targets.pop()
+        weight: Tensor = target.module.weight.detach()  # type: ignore[operator]
+        packed = QuantizedLinear(target.module, quant=settings.quant, double=bool(settings.double_quant), device=device)
+        packed.train(target.module.training)
+        replace_module(model, target, packed)
+        before += weight.numel() * weight.element_size()
+        after += packed.num_bytes
+        there = weight.to(device).float()
+        size += float(there.square().sum())
+        error += float(there.sub_(packed.weight).square_().sum())
+    model.to(device)
+    doubled = " with scales in 8 bits" if settings.double_quant else ""
+    off_by = (error / max(size, 1e-30)) ** 0.5
+    notes = [
+        f"the base is quantised to {settings.quant}{doubled}: {num} linear layers, {_mib(before)} become "
+        f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
+    ]
+    if left_out:
+        notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
+    return tuple(notes)
+
+
+def unpack_base(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, every packed layer in it an ordinary one with the weight that it unpacks to."""
+    for target in inner_linears(model):
+        if isinstance(target.module, QuantizedLinear):
+            replace_module(model, target, target.module.unpacked())
+    return model
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,172 @@
+"""A frozen linear layer whose weight is kept in 4 or 8 bits, and unpacked anew for every product.
+
+nf4: blocks of 64 weights, each rounded to one of 16 quantiles of a normal distribution times the block's largest
+magnitude; the magnitudes can be quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman & Zettlemoyer,
+"QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3).
+int8: each row rounded to 127 steps of its largest magnitude (Dettmers, Lewis, Belkada & Zettlemoyer, "LLM.int8()",
+arXiv 2208.07339, section 2.1, of the weight alone: what goes into a product is not rounded).
+
+bitsandbytes packs and unpacks; the product and its gradient are those of the unpacked weight, exactly.
+"""
+
+# T tokens, I inputs, O outputs
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError
+from tunesmith.models.bnb import import_bitsandbytes
+from tunesmith.recipe.method_knobs import Quant
+
+BLOCK = 64
+NESTED_BLOCK = 256
+_NESTED = "nested_"
+
+
+def check_installed() -> None:
+    """Raise RecipeError where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "method.name: qlora needs the package bitsandbytes, which is not installed. Install it with: "
+            "pip install 'tunesmith[bitsandbytes]', or use method: lora."
+        )
+
+
+def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """[T, I] → [T, O], bit for bit what nn.Linear and Conv1D compute: Conv1D calls addmm with the weight as it lies."""
+    if bias_O is not None and not weight_OI.is_contiguous():
+        return torch.addmm(bias_O, x, weight_OI.t())
+    return F.linear(x, weight_OI, bias_O)
+
+
+def _functional() -> Any:
+    return import_bitsandbytes().functional
+
+
+class QuantizedLinear(nn.Module):
+    """In the place of an `nn.Linear`, or of GPT-2's `Conv1D`, whose weight lies transposed."""
+
+    packed: Tensor
+    """nf4: uint8, two weights each; int8: int8, as the weight lay."""
+    scales: Tensor
+    """float32 of each block or row; nf4 with `double`: uint8."""
+
+    def __init__(self, base: nn.Module, *, quant: Quant, double: bool, device: str | torch.device) -> None:
+        """`base` is left as it is; what is made of its weight lies on `device`, where it is made."""
+        super().__init__()
+        weight: Tensor = base.weight.detach()  # type: ignore[operator]
+        self.quant = quant
+        self.lies_transposed = isinstance(base, Conv1D)
+        self.weight_shape, self.weight_dtype = weight.shape, weight.dtype
+        self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
+        functional = _functional()
+        weight = weight.to(device).contiguous()
+        if quant == "int8":
+            # Each row of what lies there: of an output, or of an input where it lies transposed. bitsandbytes takes
+            # float16 on CUDA, whose steps are far below those of int8.
+            packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
+            self._keep(packed=packed, scales=scales)
+            return
+        packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
+        self._keep(packed=packed, scales=state.absmax)
+        if double:
+            self._keep(offset=state.offset, nested_scales=state.state2.absmax, nested_code=state.state2.code)
+
+    def _keep(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def is_double(self) -> bool:
+        return "nested_scales" in self._buffers
+
+    @property
+    def shape_OI(self) -> tuple[int, int]:
+        rows, columns = self.weight_shape
+        return (columns, rows) if self.lies_transposed else (rows, columns)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept of the weight."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight unpacked, lying as that of the layer it stands for, in the precision that one had."""
+        if self.quant == "int8":
+            unpacked: Tensor = _functional().int8_vectorwise_dequant(self.packed, self.scales)
+            return unpacked.to(self.weight_dtype)
+        made: Tensor = _functional().dequantize_4bit(self.packed, self._state())
+        return made.reshape(self.weight_shape)
+
+    def _state(self) -> Any:
+        """What bitsandbytes unpacks by, over the buffers as they are: a move to another device moved them."""
+        nested = None
+        if self.is_double:
+            nested = _functional().QuantState(
+                absmax=self.nested_scales, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+            )
+        return _functional().QuantState(
+            absmax=self.scales,
+            shape=self._rows_of_blocks(),
+            dtype=self.weight_dtype,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            offset=self.offset if self.is_double else None,
+            state2=nested,
+        )
+
+    def _rows_of_blocks(self) -> tuple[int, ...]:
+        """A shape in which every row begins with a block: in others bitsandbytes 0.50 takes wrong scales on the CPU."""
+        if self.weight_shape[1] % BLOCK == 0:
+            return tuple(self.weight_shape)
+        num = self.weight_shape.numel()
+        return (num // BLOCK, BLOCK) if num % BLOCK == 0 else (num,)
+
+    def weight_OI(self) -> Tensor:
+        """The weight unpacked, [O, I]."""
+        return self.weight.t() if self.lies_transposed else self.weight
+
+    @torch.no_grad()
+    def unpacked(self) -> nn.Module:
+        """The layer that this one stood for, with what its weight is now."""
+        num_outputs, num_inputs = self.shape_OI
+        with torch.device("meta"):
+            made = Conv1D(num_outputs, num_inputs) if self.lies_transposed else nn.Linear(num_inputs, num_outputs)
+        made.weight = nn.Parameter(self.weight, requires_grad=False)
+        made.register_parameter("bias", self.bias)
+        out: nn.Module = made.train(self.training)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O]."""
+        out: Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.quant}{' double' if self.is_double else ''}, {self.shape_OI[1]} → {self.shape_OI[0]}"
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b: nothing is kept for the backward but the packed weight, which is unpacked there again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias_O: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return product(x.reshape(-1, x.shape[-1]), layer.weight_OI(), bias_O).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        gx = g @ ctx.layer.weight_OI() if needs_x else None
+        gbias_O = g.reshape(-1, g.shape[-1]).sum(0) if needs_bias else None
+        return gx, gbias_O, None

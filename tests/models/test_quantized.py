@@ -1,0 +1,171 @@
+"""A packed weight: what it unpacks to, and products with it held against plain autograd on what it unpacks to."""
+
+# T tokens, I inputs, O outputs
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError
+from tunesmith.methods.lora_layer import LoraLinear, lora_forward_reference
+from tunesmith.models import quantized
+from tunesmith.models.quantized import QuantizedLinear
+
+WAYS: dict[str, dict[str, Any]] = {
+    "nf4": {"quant": "nf4", "double": False},
+    "nf4 double": {"quant": "nf4", "double": True},
+    "int8": {"quant": "int8", "double": False},
+}
+ways = pytest.mark.parametrize("way", WAYS)
+kinds = pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+
+
+def layer(kind: Any, inputs: int, outputs: int, *, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    made = Conv1D(outputs, inputs) if kind is Conv1D else nn.Linear(inputs, outputs, bias=bias)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.02)
+    return made.to(dtype)
+
+
+def packed(base: nn.Module, way: str) -> QuantizedLinear:
+    return QuantizedLinear(base, **WAYS[way], device="cpu")
+
+
+def off_by(found: Tensor, weight: Tensor) -> float:
+    return float((found.float() - weight.detach().float()).norm() / weight.detach().float().norm())
+
+
+@ways
+@kinds
+@pytest.mark.parametrize("shape", [(64, 48), (160, 10), (96, 5), (33, 7), (256, 192)])
+def test_a_weight_unpacks_to_nearly_what_it_was(way: str, kind: Any, shape: tuple[int, int]) -> None:
+    base = layer(kind, *shape)
+    made = packed(base, way)
+    assert made.weight.shape == base.weight.shape
+    assert made.weight_OI().shape == (shape[1], shape[0]) == made.shape_OI
+    # 16 levels of a normal distribution: 9 % of its width. 127 steps of a row's largest: at most 0.4 % of that, which
+    # is some three times the width.
+    assert off_by(made.weight, base.weight) < (0.012 if way == "int8" else 0.11)
+
+
+@ways
+def test_a_row_of_zeros_stays_one(way: str) -> None:
+    base = layer(nn.Linear, 64, 3)
+    base.weight.data[1] = 0
+    assert torch.equal(packed(base, way).weight[1], torch.zeros(64))
+
+
+@ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_twice_gives_the_same_bits(way: str, dtype: torch.dtype) -> None:
+    first, second = (packed(layer(nn.Linear, 128, 96, dtype=dtype), way) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
+    assert first.weight.dtype == dtype
+
+
+def test_what_it_weighs() -> None:
+    """Of 256 × 256 weights: half a byte each, and 4 bytes a block of 64, or 1 and a little for the scales' own."""
+    base = layer(nn.Linear, 256, 256)
+    num, blocks = 256 * 256, 256 * 256 // 64
+    assert packed(base, "nf4").num_bytes == num // 2 + 4 * blocks
+    assert packed(base, "nf4 double").num_bytes == num // 2 + blocks + 4 * blocks // 256 + 4 * 256 + 4
+    assert packed(base, "int8").num_bytes == num + 4 * 256
+
+
+@ways
+@kinds
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
+def test_products_are_those_of_the_unpacked_weight(way: str, kind: Any, shape: tuple[int, ...]) -> None:
+    made = packed(layer(kind, 64, 48), way)
+    torch.manual_seed(1)
+    x, g = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 48)
+    expected = F.linear(x, made.weight_OI(), made.bias)
+    out = made(x)
+    # float32, sums of 64 products below 1: in another order of sums.
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    inputs = [x, made.bias]
+    for mine, theirs in zip(torch.autograd.grad(out, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@ways
+@kinds
+def test_low_rank_paths_beside_it_are_those_of_plain_autograd(way: str, kind: Any) -> None:
+    made = packed(layer(kind, 64, 48), way)
+    path = LoraLinear(made, rank=4, scale=2.0, dropout=0.0)
+    torch.manual_seed(1)
+    for matrix in (path.lora_A, path.lora_B):
+        matrix.data.normal_()
+    x, g = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 3, 48)
+    out = path(x)
+    expected = lora_forward_reference(x, made.weight_OI(), made.bias, path.lora_A, path.lora_B, scale=2.0)
+    trained = [x, path.lora_A, path.lora_B]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, trained, g), torch.autograd.grad(expected, trained, g), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_path", [False, True])
+def test_the_graph_keeps_no_unpacked_weight(with_path: bool) -> None:
+    made: nn.Module = packed(layer(nn.Linear, 256, 256), "nf4 double")
+    if with_path:
+        made = LoraLinear(made, rank=2, scale=1.0, dropout=0.0)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        out = made(torch.randn(4, 256, requires_grad=True))
+    gc.collect()
+    kept += [t.shape for t in gc.get_objects() if type(t) is Tensor]
+    assert torch.Size((256, 256)) not in kept
+    assert out.grad_fn is not None
+
+
+IN_A_NEW_PROCESS = """
+import gc, sys, torch
+sys.path[:0] = sys.argv[3:]
+from tiny_model import tiny_model
+from tunesmith.methods import METHODS
+from tunesmith.recipe.method_knobs import METHOD_KNOBS
+torch.set_num_threads(1)
+name = sys.argv[2]
+model = tiny_model("llama", vocab_size=512, hidden=1024, layers=16, dtype=torch.bfloat16)
+METHODS[name].ready(model, METHOD_KNOBS[name](rank=4), device="cpu")
+gc.collect()
+held = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
+in_tensors = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+print(in_tensors, int(held.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads what the kernel says a process holds")
+def test_the_process_holds_less() -> None:
+    """16 layers of 1024: 126 M weights in bfloat16 are 250 MB, in nf4 with scales in 8 bits 65 MB."""
+    found = {}
+    for name in ("lora", "qlora"):
+        words = [sys.executable, "-c", IN_A_NEW_PROCESS, "-", name, *sys.path]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+        found[name] = [int(number) for number in done.stdout.split()]
+    in_tensors, in_process = (found["lora"][i] - found["qlora"][i] for i in (0, 1))
+    assert found["qlora"][0] < 0.3 * found["lora"][0]
+    assert in_process > 0.8 * in_tensors - 8e6  # bitsandbytes itself takes a few MB
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"method.name: qlora needs .*tunesmith\[bitsandbytes\]"):
+        quantized.check_installed()
