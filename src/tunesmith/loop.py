@@ -53,7 +53,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
-        update.step(lr)
+        update.step(lr, number=step)
         attachment.publish()
 
         seconds = time.perf_counter() - begun

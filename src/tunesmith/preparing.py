@@ -112,7 +112,7 @@ def prepare(
         layout, padding_notes = _layout(model, recipe, rows, start)
     if recipe.kernels == "fast":
         compute_together(model)
-    update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors)
+    update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = _plan(recipe, rows, layout)
     feeds, sharing = _feeds(rows, recipe, start, model, plan)

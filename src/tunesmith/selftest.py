@@ -147,7 +147,8 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     restore(setup.attachment, weights)
-    setup.update = Update(setup.attachment.trained, setup.recipe.optim, factors=setup.attachment.rate_factors)
+    recipe, attachment = setup.recipe, setup.attachment
+    setup.update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     setup.update.load(optimizer)
 
 

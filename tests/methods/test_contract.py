@@ -76,6 +76,8 @@ CASES: dict[str, Settings] = {
     "dora, pissa": DoraMethod(rank=4, init="pissa"),
     "dora, biases": DoraMethod(rank=4, bias="lora_only"),
     **{f"peft, {kind}": PeftMethod(kind=kind, settings=settings) for kind, settings in PEFT.items()},
+    "full, two layers": FullMethod(train=("last:1", "re:(norm|ln_f)\\.")),
+    "full, frozen embeddings": FullMethod(freeze=("embed_tokens", "lm_head")),
     "qlora, scales whole": QloraMethod(rank=4, double_quant=False, targets=("attention",)),
     "qlora, int8": QloraMethod(rank=4, quant="int8"),
     "qlora, pissa": QloraMethod(rank=4, init="pissa"),

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.methods.full import attach, load_result
-from tunesmith.optim import Update
-from tunesmith.recipe.knobs import FullMethod, Optim
+from tunesmith.recipe.knobs import FullMethod
 
 VOCAB = 61
 
@@ -62,12 +61,13 @@ def mean_move_of_ten_steps(attach_to: Callable, dtype: torch.dtype) -> tuple[flo
     model = OneWeight((torch.randn(20_000, generator=generator) * 0.02).to(dtype))
     attachment = attach_to(model)
     before = attachment.trained["weight"].detach().clone()
-    update = Update(attachment.trained, Optim(lr=1e-5))
+    optimizer = torch.optim.AdamW(attachment.trained.values(), lr=1e-5, weight_decay=0.0)
     for _ in range(10):
         pull = torch.randn(20_000, generator=generator).abs() + 1.0  # one sign: ten steps of the whole rate
         (model.weight * pull.to(dtype)).sum().backward()
         attachment.collect_gradients()
-        update.step(1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
         attachment.publish()
     moved = (attachment.trained["weight"].detach().float() - before.float()).abs()
     return (moved > 0).float().mean().item(), moved.mean().item()

@@ -1,4 +1,5 @@
-"""Full fine-tuning: every weight is trained, in float32 whatever the model computes in."""
+"""Full fine-tuning: every weight is trained, or those that are named; in float32 whatever the model computes in, or in
+bfloat16 alone with updates rounded at random."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.methods.chosen import choose, notes
 from tunesmith.methods.masters import Masters
 from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
@@ -22,15 +24,20 @@ if TYPE_CHECKING:
 
 
 class FullAttachment:
-    """Every parameter of a model by its own name, tied ones once."""
+    """Parameters of a model by their own names, tied ones once; the others are frozen."""
 
     method: str = "full"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], *, has_masters: bool = True) -> None:
+        """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32."""
         self.model = model
-        self._masters = Masters(dict(model.named_parameters()), free_early=True)
-        self.trained: Mapping[str, Tensor] = self._masters.trained
-        self.notes: tuple[str, ...] = ()
+        model.requires_grad_(False)
+        self._masters = Masters(chosen if has_masters else {}, free_early=True)
+        self.trained: Mapping[str, Tensor] = self._masters.trained if has_masters else dict(chosen)
+        if not has_masters:
+            for parameter in chosen.values():
+                parameter.requires_grad_(True).grad_dtype = torch.float32
+        self.notes: tuple[str, ...] = notes(model, chosen)
         self.rate_factors: Mapping[str, float] = {}
 
     def collect_gradients(self) -> None:
@@ -45,8 +52,18 @@ class FullAttachment:
 
 
 def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAttachment:
-    """Train all of `model`; nothing is drawn, so `seed` changes nothing."""
-    return FullAttachment(model)
+    """Train what `settings` name of `model`; nothing is drawn here, so `seed` changes nothing.
+
+    Raises RecipeError for words that mean nothing, or stochastic rounding where nothing is rounded.
+    """
+    is_stochastic = settings.rounding == "stochastic"
+    if is_stochastic and model.dtype != torch.bfloat16:
+        raise RecipeError(
+            "method.rounding: stochastic: is for weights in bfloat16, and these are float32, which nothing rounds. "
+            "Set precision: bfloat16, or leave it out."
+        )
+    chosen = choose(model, train=settings.train, freeze=settings.freeze)
+    return FullAttachment(model, chosen, has_masters=not is_stochastic)
 
 
 def save_result(
@@ -81,4 +98,4 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return FullAttachment(model)
+    return FullAttachment(model, dict(model.named_parameters()))

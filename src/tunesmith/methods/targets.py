@@ -86,7 +86,7 @@ def in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str])
     Raises RecipeError for a word that means no layer with a target.
     """
     counts = layer_counts(model)
-    meant = {word: [t.name for t in targets if _is_in(word, t.name, counts)] for word in words}
+    meant = {word: [t.name for t in targets if is_in_layers(word, t.name, counts)] for word in words}
     if empty := [word for word, found in meant.items() if not found]:
         sizes = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are none"
         raise RecipeError(f"method.layers: {empty[0]!r} means no layer with a target; counted from 0, {sizes}.")
@@ -109,7 +109,8 @@ def layer_counts(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _is_in(word: str, name: str, counts: Mapping[str, int]) -> bool:
+def is_in_layers(word: str, name: str, counts: Mapping[str, int]) -> bool:
+    """Whether last:4, first:4, 7 or 0-3 means the layer that a name tells; `counts` as `layer_counts` gives them."""
     place = layer_of(name)
     if place is None:
         return False

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.optim.rounding import StandIns
 from tunesmith.optim.table import OPTIMIZERS, Groups, Optimizer, Slot, is_embedding
 from tunesmith.recipe.knobs import Optim, known
 from tunesmith.types import Choice
@@ -62,19 +63,29 @@ class Update:
     """The optimizer that the recipe names over the tensors it takes, and AdamW over the others.
 
     Between two steps the tensors hold the weights that are evaluated and saved. Schedule-free takes its gradients
-    elsewhere: `begin` goes there, `step` comes back. What a step does follows from the tensors, the state and the rate.
+    elsewhere: `begin` goes there, `step` comes back. What a step does follows from the tensors, the state and the rate;
+    of tensors that are bfloat16, which are rounded at random, from `seed` and the number of the step too.
     """
 
     def __init__(
-        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS
+        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS, seed: int = 0
     ) -> None:
+        """Raises RecipeError for an optimizer that counts its calls, over tensors that are updated one by one."""
         self.trained = trained
+        self._narrow = StandIns(trained, seed=seed)
+        if self._narrow.leaves and OPTIMIZERS[optim.name].counters:
+            raise RecipeError(
+                f"optim.name: {optim.name}: keeps means of the weights, which bfloat16 alone cannot hold. Use another "
+                "optimizer, or method.rounding: nearest."
+            )
+        self.leaves = {**trained, **self._narrow.leaves}
+        """What the optimizers update: `trained`, and float32 stand-ins for what of it is bfloat16."""
         chosen, others = OPTIMIZERS[optim.name], OPTIMIZERS["adamw"]
         shares: dict[str, list[str]] = {chosen.name: [], others.name: []}
-        for name, tensor in trained.items():
+        for name, tensor in self.leaves.items():
             shares[chosen.name if chosen.takes(name, tensor) else others.name].append(name)
         self.parts: list[tuple[Optimizer, list[str], torch.optim.Optimizer]] = [
-            (row, names, row.build(parameter_groups({name: trained[name] for name in names}, optim, factors), optim))
+            (row, names, row.build(parameter_groups({n: self.leaves[n] for n in names}, optim, factors), optim))
             for row, names in ((OPTIMIZERS[key], names) for key, names in shares.items())
             if names
         ]
@@ -83,18 +94,23 @@ class Update:
         """Go where the gradient of the next step is taken; whether the tensors changed, so that they are published."""
         return self._switch("train")
 
-    def step(self, lr: float) -> None:
-        """Update everything that has a gradient, and drop the gradients."""
-        for _, _, optimizer in self.parts:
+    def step(self, lr: float, *, number: int = 0) -> None:
+        """Update everything that has a gradient, and drop the gradients. `number`: of the step, for what is drawn."""
+        for _, names, optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate_factor"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if any(name not in self._narrow.leaves for name in names):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            for name in names:
+                if name in self._narrow.leaves and self.trained[name].grad is not None:
+                    with self._narrow.lent(name, number):
+                        optimizer.step()
         self._switch("eval")
 
     def drop_gradients(self) -> None:
-        for _, _, optimizer in self.parts:
-            optimizer.zero_grad(set_to_none=True)
+        for tensor in self.trained.values():
+            tensor.grad = None
 
     def _switch(self, mode: str) -> bool:
         switches = [getattr(optimizer, mode) for _, _, optimizer in self.parts if hasattr(optimizer, mode)]
@@ -110,9 +126,9 @@ class Update:
         """
         found: dict[str, Tensor] = {}
         for row, names, optimizer in self.parts:
-            begun = [name for name in names if optimizer.state.get(self.trained[name])]
+            begun = [name for name in names if optimizer.state.get(self.leaves[name])]
             for name in begun:
-                kept, slots = optimizer.state[self.trained[name]], row.state(self.trained[name])
+                kept, slots = optimizer.state[self.leaves[name]], row.state(self.leaves[name])
                 found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in slots}
             if begun:
                 found |= {key: _as_tensor(value) for key, value in _counters(row, optimizer).items()}
@@ -130,7 +146,7 @@ class Update:
         for row, names, optimizer in self.parts:
             states.append({})
             for name in names:
-                tensor = self.trained[name]
+                tensor = self.leaves[name]
                 slots = row.state(tensor)
                 parts = {key: left.pop(f"{name}/{key}") for key in slots if f"{name}/{key}" in left}
                 if parts:

@@ -69,6 +69,8 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
 
 def choose_precision(recipe: Recipe, num_parameters: int) -> Choice:
     """What weights and activations are computed in, once method and device are known."""
+    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
+        return Choice("precision", "bfloat16", "stochastic rounding is for weights in bfloat16")
     if recipe.method.name == "full" and num_parameters <= FEW_WEIGHTS and recipe.device == "cpu":
         reason = "of so few weights a second copy, rounded at every update, costs more than narrow products save"
         return Choice("precision", "float32", reason)

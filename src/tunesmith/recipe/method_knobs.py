@@ -15,7 +15,13 @@ Start: TypeAlias = Literal["kaiming", "pissa", "orthogonal"]
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
 Quant: TypeAlias = Literal["nf4", "int8"]
 
-_LAYERS = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
+LAYER_WORD = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
+
+
+def _words(value: Any) -> Any:
+    """One word or several, numbers among them, as the words they are."""
+    entries = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(str(entry) if type(entry) is int else entry for entry in entries)
 
 
 class LowRankMethod(Section):
@@ -54,15 +60,14 @@ class LowRankMethod(Section):
     @field_validator("targets", "also_train", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+        return _words(value)
 
     @field_validator("layers", mode="before")
     @classmethod
     def _numbers_are_words(cls, value: Any) -> Any:
-        entries = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        words = tuple(str(entry) if type(entry) is int else entry for entry in entries)
+        words: Any = _words(value)
         for word in words:
-            if isinstance(word, str) and not _LAYERS.fullmatch(word):
+            if isinstance(word, str) and not LAYER_WORD.fullmatch(word):
                 raise ValueError(f"method.layers: {word!r} is none of last:4, first:4, 7 or 0-3")
         return words
 
@@ -119,9 +124,22 @@ class QloraMethod(LowRankMethod):
 
 
 class FullMethod(Section):
-    """Full fine-tuning: every weight is trained."""
+    """Full fine-tuning: every weight is trained, or those that are named."""
 
     name: Literal["full"] = "full"
+    train: tuple[str, ...] = ()
+    """Weights to train: layers counted from 0 (last:4, first:4, 7, 0-3), the end of a module's or weight's name
+    (lm_head, norm.weight), or re: and a regular expression over whole names of weights. Empty: all."""
+    freeze: tuple[str, ...] = ()
+    """Of those, weights that stay as they are, in the same words."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How updates reach bfloat16 weights. nearest: from float32 masters. stochastic: without masters, up or down at
+    random so that on average nothing is lost; 4 bytes a weight less, noisier."""
+
+    @field_validator("train", "freeze", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return _words(value)
 
 
 class AutoMethod(Section):

@@ -52,8 +52,9 @@ def schema() -> dict[str, Any]:
     for name in ("train", "eval"):  # as knobs.py reads them: one file or several, each a path or a mapping
         entry = {"anyOf": [text, files[name]["items"]]}
         files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
-    for method in ("LoraMethod", "DoraMethod", "QloraMethod"):
-        for name in ("targets", "layers", "also_train"):
+    several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "layers", "also_train"))
+    for method, names in {**several, "FullMethod": ("train", "freeze")}.items():
+        for name in names:
             found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
     method = found["properties"]["method"]
     method["anyOf"] = [text, *method.pop("oneOf")]
