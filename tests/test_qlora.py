@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def test_what_was_packed_is_said_in_the_plan_and_when_it_answers(finished: Run) 
     plan = next(event.values for event in finished.events() if event.kind == "plan")
     said = next(note for note in plan["warnings"] if note.startswith("the base is quantised to "))
     assert load_run(finished).note == load_base(finished).note == said
+
+
+def test_the_start_names_the_version_of_what_packs(finished: Run) -> None:
+    start = next(event.values for event in finished.events() if event.kind == "start")
+    assert start["versions"]["bitsandbytes"] == version("bitsandbytes")
 
 
 def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> None:

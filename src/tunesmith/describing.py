@@ -15,8 +15,10 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.data.labels import count_classes
+from tunesmith.optim import OPTIMIZERS
 from tunesmith.preparing import Setup
-from tunesmith.recipe.knobs import known
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -28,7 +30,7 @@ def run_name(setup: Setup) -> str:
 
 def start_values(setup: Setup) -> dict[str, Any]:
     """Values of the "start" event: what the run rests on."""
-    return {"model": setup.located.name, "versions": versions(), "identity": dict(setup.identity)}
+    return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
 
 
 def plan_values(setup: Setup) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "precision": setup.recipe.precision,
         "device": setup.device,
         "threads": known(setup.recipe.threads),
-        "versions": versions(),
+        "versions": versions(setup.recipe),
         "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
         "labels": label_counts(setup),
         "lengths": length_histogram(setup),
@@ -125,12 +127,15 @@ def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
     return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
 
 
-def versions() -> dict[str, str]:
-    """Of this package, Python and the libraries that numbers depend on."""
+def versions(recipe: Recipe | None = None) -> dict[str, str]:
+    """Of this package, Python and the libraries that numbers depend on; of those that not all need, what `recipe`
+    uses."""
+    used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
+    used |= {"bitsandbytes"} if recipe and isinstance(recipe.method, QloraMethod) else set()
     return {
         "tunesmith": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: version(name) for name in (*LIBRARIES, *sorted(filter(None, used)))},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     }
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export.exports import card_head, finished, quick
+from tiny_model import tiny_model
 from tunesmith.errors import RunError
 from tunesmith.export import loaders
 from tunesmith.export.adapter import baked
@@ -21,7 +22,10 @@ from tunesmith.export.options import Options
 from tunesmith.export.servers import server_lines
 from tunesmith.export.source import open_source
 from tunesmith.files import sha256_file
+from tunesmith.methods import METHODS
+from tunesmith.methods.peft_format import save_adapter
 from tunesmith.models.locate import Located
+from tunesmith.recipe.knobs import LoraMethod
 
 
 def exported(name: str, tmp_path: Path, **words: Any) -> Exported:
@@ -117,6 +121,31 @@ def assert_ignoring_is_harmless(bake: Any, folder: Path) -> None:
 
     ignoring = {**bake(rslora), "use_rslora": False}
     assert torch.allclose(logits(ignoring), logits(rslora), atol=1e-5)  # float32: another order of two factors
+
+
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_a_baked_scale_is_right_with_ranks_and_alphas_by_pattern(tmp_path: Path, is_planted: bool) -> None:
+    """trap A7, on an adapter whose layers have scales of their own; planted: the patterns are forgotten."""
+    settings = LoraMethod(rank=4, alpha=3, rslora=True, rank_pattern={"mlp": 2}, alpha_pattern={"attention": 5.5})
+    attachment = METHODS["lora"].attach(tiny_model(vocab_size=64), settings, seed=0)
+    for name, tensor in attachment.trained.items():
+        tensor.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    save_adapter(attachment, tmp_path / "adapter", base="x")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+
+    def logits(config: dict[str, Any]) -> torch.Tensor:
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+        model = peft.PeftModel.from_pretrained(tiny_model(vocab_size=64), str(tmp_path / "adapter")).eval()
+        with torch.no_grad():
+            out: torch.Tensor = model(torch.arange(20, 30)[None]).logits
+        return out
+
+    right, made = logits(config), baked(config)
+    if is_planted:
+        made["alpha_pattern"] = config["alpha_pattern"]
+    # float32, in another order of two factors; a forgotten pattern changes them by more than a tenth.
+    assert torch.allclose(logits(made), right, atol=1e-5) != is_planted
+    assert made["use_rslora"] is False
 
 
 def lines(name: str, **config: Any) -> dict[str, str]:

@@ -34,9 +34,12 @@ def test_layers_are_meant_by_number_and_by_expression(word: str) -> None:
     [
         ({"train": ("lm_head", "model.norm")}, ["model.norm.weight", "lm_head.weight"]),
         ({"train": ("q_proj.weight",)}, [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]),
-        ({"train": ("self_attn",), "freeze": ("0", "k_proj", "v_proj", "o_proj")}, ["model.layers.1.self_attn.q_proj.weight"]),
+        (
+            {"train": ("self_attn",), "freeze": ("0", "k_proj", "v_proj", "o_proj")},
+            ["model.layers.1.self_attn.q_proj.weight"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_names_mean_modules_and_weights(settings: dict[str, object], expected: list[str]) -> None:
     assert trained(**settings) == expected
 

@@ -66,8 +66,8 @@ def assert_small_updates_arrive_on_average(settings: FullMethod, *, train_narrow
             optimizer.zero_grad()
         else:
             update.step(1e-3, number=step)
-    # Each step's error is at most 2⁻⁸ of the weight: a walk of 1,000 such steps spreads by less than 0.06, its mean over
-    # 1,000 weights by 0.002.
+    # Each step's error is at most 2⁻⁸ of the weight: a walk of 1,000 such steps spreads by less than 0.06, its mean
+    # over 1,000 weights by 0.002.
     assert model.weight.float().mean().item() == pytest.approx(0.0, abs=0.008)
 
 
