@@ -23,7 +23,9 @@ def train(
         typer.Option("--eval", metavar="DATA", help="Held-out rows; without, 5 % of DATA are held out."),
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="auto|lora|dora|qlora|full", help="How weights change.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="auto|lora|dora|qlora|full|peft", help="How weights change.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: Settings = None,
     out: Annotated[
