@@ -89,7 +89,9 @@ def test_shown_is_every_knob_in_declared_order():
         depth = (len(line) - len(line.lstrip())) // 2
         stack[depth:] = [line.strip().partition(":")[0]]
         keys.append(".".join(stack))
-    expected = [key for key, knob in knobs().items() if "[]" not in key and knob.methods != ("peft",)]
+    expected = [
+        key for key, knob in knobs().items() if "[]" not in key and (not knob.methods or "lora" in knob.methods)
+    ]
     assert sorted(key for key in keys if key not in sections()) == sorted(expected)
     assert keys[:5] == ["model", "revision", "name", "task", "method"]
 
@@ -99,7 +101,7 @@ def test_default_recipe_shows_docs_and_the_other_methods_knobs():
     assert parse(shown, "r.yaml")["method"] == {"name": "auto"}
     assert "  # Peak learning rate. " in shown
     assert "  schedule: linear  # linear, cosine, constant or null\n" in shown
-    assert "  # Of method lora, dora:\n" in shown
+    assert "  # Of method lora, dora, qlora:\n" in shown
     assert "  #   rank: 16  # a whole number above 0\n" in shown
     assert max(map(len, shown.splitlines())) <= 120
 

@@ -53,8 +53,6 @@ def export(
 ) -> None:
     """Turn a run into something others use, and prove that it is what was tuned.
 
-    tunesmith export last --to merged
-
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     remember_json(ctx, as_json)

@@ -60,7 +60,7 @@ class LowRankMethod(Section):
     @field_validator("targets", "also_train", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return _words(value)
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @field_validator("layers", mode="before")
     @classmethod
