@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import os
+import resource
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +21,13 @@ CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdi
 class Faults(AbstractContextManager["Faults"]):
     """Counts the calls inside the block and fails at number `at`; a failing write has written half.
 
-    `code` None kills the process as SIGKILL does. `at` 0 only counts.
+    `code` None kills the process as SIGKILL does. `at` 0 only counts. `paths`: what pathlib opens counts too.
     """
 
-    def __init__(self, at: int = 0, code: int | None = errno.ENOSPC, *, from_there_on: bool = False) -> None:
-        self.at, self.code, self.from_there_on = at, code, from_there_on
+    def __init__(
+        self, at: int = 0, code: int | None = errno.ENOSPC, *, from_there_on: bool = False, paths: bool = False
+    ) -> None:
+        self.at, self.code, self.from_there_on, self.paths = at, code, from_there_on, paths
         self.num_calls = 0
         self.failed: str | None = None
         self._patches = ExitStack()
@@ -31,7 +35,9 @@ class Faults(AbstractContextManager["Faults"]):
     def __enter__(self) -> Faults:
         for name in CALLS:
             self._patches.enter_context(mock.patch.object(os, name, self._guarded(name, getattr(os, name))))
-        self._patches.enter_context(mock.patch.object(builtins, "open", self._opened(builtins.open)))
+        opened = self._opened(builtins.open)
+        for module in (builtins, *([io] if self.paths else [])):
+            self._patches.enter_context(mock.patch.object(module, "open", opened))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,7 +78,8 @@ class _Written:
 
     def write(self, content: Any) -> int:
         def half() -> None:
-            self._file.write(bytes(content)[: len(bytes(content)) // 2])
+            whole = content if isinstance(content, str) else bytes(content)
+            self._file.write(whole[: len(whole) // 2])
             self._file.flush()
 
         self._faults.call("write", half)
@@ -104,6 +111,17 @@ def in_child(action: Callable[[], None]) -> int:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+@contextmanager
+def limited_files(num_bytes: int) -> Iterator[None]:
+    """No file that this process writes, or one that it starts, gets larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith import training
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.intervals import Interval
+from tunesmith.export.planned import check_planned, export_planned
 from tunesmith.loading import load_run, load_target
 from tunesmith.predicting.inputs import answers_to
 from tunesmith.predicting.measuring import evaluate_file
@@ -58,8 +59,10 @@ def train(
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
+    check_planned(chosen, root=Path(root), offline=offline)
     listener = training.Listener(on_event=on_event)
-    return training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
+    run = training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
+    return _with_exports(run, offline=offline)
 
 
 def resume(
@@ -75,7 +78,14 @@ def resume(
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
     """
     found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
-    return training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
+    training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
+    return _with_exports(found, offline=offline)
+
+
+def _with_exports(run: Run, *, offline: bool) -> Run:
+    for word in run.recipe().export.to:
+        export_planned(run, word, offline=offline)
+    return run
 
 
 def predict(

@@ -46,9 +46,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 20.0},
     "gemma3_text": {"sliding_window_pattern": 6},
     "mistral": {"sliding_window": None},
+    "smollm3": {"layers": 5},  # the fourth is without a rotary embedding
 }
 """Settings of tiny models that llama.cpp computes too."""
-SENTENCEPIECE = ("mistral", "gemma2", "gemma3_text", "phi3")
+SENTENCEPIECE = ("mistral", "gemma", "gemma2", "gemma3_text", "phi3")
 
 
 _FOLDERS: list[TemporaryDirectory[str]] = []
@@ -73,7 +74,7 @@ def finished(name: str) -> Run:
 
 
 @lru_cache
-def of_architecture(arch: str) -> Run:
+def of_architecture(arch: str, *, hidden: int = 64) -> Run:
     """A chat model of this architecture, tuned, with the kind of tokenizer that such models have."""
     folder = _folder()
     tokenizer = tiny_tokenizer(metaspace=arch in SENTENCEPIECE)
@@ -82,7 +83,7 @@ def of_architecture(arch: str) -> Run:
         levels = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, levels])
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    tiny_model(arch, vocab_size=len(tokenizer), **SHAPES.get(arch, {})).save_pretrained(folder / "model")
+    tiny_model(arch, vocab_size=len(tokenizer), hidden=hidden, **SHAPES.get(arch, {})).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return as_if_tuned(chat_recipe(folder), folder / arch)
 

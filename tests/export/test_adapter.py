@@ -150,7 +150,13 @@ def test_a_baked_scale_is_right_with_ranks_and_alphas_by_pattern(tmp_path: Path,
 
 def lines(name: str, **config: Any) -> dict[str, str]:
     source = open_source(finished(name), offline=True)
-    whole = {"r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "owner/base", **config}
+    whole = {
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "owner/base",
+        **config,
+    }
     return dict(line.split(": ", 1) for line in server_lines(source, whole))
 
 
@@ -170,5 +176,5 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
 def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(finished("full"), offline=True)
     monkeypatch.setattr(Located, "is_gguf", property(lambda self: True))
-    said = server_lines(source, {"r": 4, "target_modules": [], "base_model_name_or_path": "x"})
+    said = server_lines(source, {"peft_type": "LORA", "r": 4, "target_modules": [], "base_model_name_or_path": "x"})
     assert next(line for line in said if line.startswith("vLLM: no: its base is a GGUF file"))

@@ -1,51 +1,112 @@
-"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF, and adapter on a GGUF."""
+"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF, adapter on a GGUF, and llama.cpp."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
-from tunesmith.export import loaders
-from tunesmith.export.exporting import export_run
+from tunesmith.export import llama_cpp_read, loaders, verify
+from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source
-from tunesmith.generation import Sampling, answer
 from tunesmith.loading import make_renderer
+from tunesmith.recipe.read import validate
+from tunesmith.run import Run
 from tunesmith.training import train
 from tunesmith.types import Part
 
 PHRASE = "tallest mountain on Earth"
 QUESTION = (Part("user", "what is it please", False),)
+HOPS = {
+    "adapter": ("adapter", Options()),
+    "merged": ("merged", Options(dtype="float32")),
+    "gguf f16": ("gguf", Options(quant="f16")),
+    "gguf q8_0": ("gguf", Options(quant="q8_0")),
+    "gguf-adapter": ("gguf-adapter", Options(quant="f16")),
+}
+SMOLLM2 = Path(
+    os.environ.get("TUNESMITH_SMOLLM2_GGUF", Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct.gguf")
+)
 
 
-def test_a_phrase_survives_adapter_merge_and_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     recipe = tiny_recipe(
         tmp_path, rows=12, **{**SHORT, "train": {"epochs": 20, "rows_per_step": 4}, "optim": {"lr": 3e-2}}
     )
-    rows = [json.loads(line) for line in chats(tmp_path / "chats.jsonl", 12).read_text().splitlines()]
+    say_the_phrase(tmp_path / "chats.jsonl", 12)
+    run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
+    kl = survived(run, tmp_path)
+    # Each hop's share of the way: none, the order of additions, F16, 8 bits, and the adapter alone in F16.
+    bounds = {"adapter": 1e-12, "merged": 1e-9, "gguf f16": 1e-4, "gguf q8_0": 1e-2, "gguf-adapter": 1e-4}
+    assert all(value < bounds[hop.partition(" in ")[0]] for hop, value in kl.items() if " in " not in hop), kl
+    if llama_cpp_read.is_installed():  # additions there are in another order, and at times in F16
+        assert {hop for hop in kl if " in llama.cpp" in hop} == {
+            f"{hop} in llama.cpp" for hop in bounds if "gguf" in hop
+        }
+        assert all(value < 1e-2 for hop, value in kl.items() if " in llama.cpp" in hop), kl
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it, or TUNESMITH_SMOLLM2_GGUF names it")
+@pytest.mark.timeout(3600)
+def test_a_phrase_survives_every_hop_of_smollm2(tmp_path: Path) -> None:
+    """Each hop in a process of its own; its numbers are printed."""
+    say_the_phrase(tmp_path / "chats.jsonl", 4)
+    recipe = validate(
+        {
+            "model": str(SMOLLM2),
+            "task": "chat",
+            "method": {"name": "lora", "rank": 8, "targets": ["attention"]},
+            "data": {"train": [str(tmp_path / "chats.jsonl")], "held_out": 0},
+            "optim": {"lr": 2e-3},
+            "train": {"epochs": 8, "rows_per_step": 4},
+            "evaluation": {"samples": 1, "sample_tokens": 2, "surprising": 0, "general": False},
+            "checkpoint": {"every": 99},
+            "precision": "float32",
+            "device": "cpu",
+        }
+    )
+    run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
+    for hop, kl in survived(run, tmp_path).items():
+        print(f"{hop}: KL {kl:.1e} nats, the phrase to the letter")
+
+
+def say_the_phrase(path: Path, num: int) -> None:
+    """Different conversations, in all of which the assistant says the one thing."""
+    rows = [json.loads(line) for line in chats(path, num).read_text().splitlines()]
     for row in rows:
         for turn in row["messages"][1::2]:
             turn["content"] = PHRASE
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def survived(run: Run, folder: Path) -> dict[str, float]:
+    """KL divergence of every hop from the tuned model, each of which says the phrase to a question that no row asks."""
     kl = {}
-    for target in ("adapter", "merged", "gguf", "gguf-adapter"):
-        options = Options(quant="q8_0") if target == "gguf" else Options()
-        done = export_run(run, target, out=tmp_path / target, options=options, offline=True)
+    for hop, (target, options) in HOPS.items():
+        done = export_run(run, target, out=folder / hop, options=options, offline=True)
         assert done.found is not None
-        kl[target] = done.found.kl
-        source = open_source(run, offline=True)
-        loaded = loaders.LOADERS[target](done.path, source.recipe)
-        renderer = make_renderer(source.recipe, loaded.tokenizer, "causal")
-        prompt = renderer.prompt_ids(QUESTION)
-        assert answer(loaded.model, renderer, [prompt], Sampling(max_new_tokens=24))[0].text == PHRASE, target
-    # Each hop's share of the way: none, the order of additions, and 8 bits.
-    assert kl["adapter"] < 1e-12
-    assert kl["merged"] < 1e-9
-    assert kl["gguf"] < 1e-2
-    assert kl["gguf-adapter"] < 1e-4  # the adapter in F16
+        kl[hop] = done.found.kl
+        assert said(run, done, target) == PHRASE, hop
+        if done.in_llama_cpp is not None:
+            kl[f"{hop} in llama.cpp"] = done.in_llama_cpp.kl
+            base = None
+            if target == "gguf-adapter":
+                source = open_source(run, offline=True)
+                base = source.base.path if source.base.is_gguf else verify.write_base(source, folder / "base.gguf")
+            assert said(run, done, llama_cpp_read.LLAMA_CPP, base=base) == PHRASE, f"{hop} in llama.cpp"
+    return kl
+
+
+def said(run: Run, done: Exported, loader: str, *, base: Path | None = None) -> str:
+    recipe = open_source(run, offline=True).recipe
+    loaded = loaders.load(loader, done.path, recipe, base=base)
+    renderer = make_renderer(recipe, loaded.tokenizer, "causal")
+    prompt = renderer.prompt_ids(QUESTION)
+    return loaded.asked(renderer).answers(renderer, [prompt], num_tokens=24)[0]

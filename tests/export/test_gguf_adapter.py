@@ -16,10 +16,11 @@ from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, InputError, ModelError, RunError
 from tunesmith.export import gguf_adapter, gguf_read
+from tunesmith.export import source as source_module
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, find_architecture, in_halves, interleaved
 from tunesmith.export.options import Options
-from tunesmith.export.source import open_source
+from tunesmith.export.source import open_source, read_config
 from tunesmith.files import sha256_file
 from tunesmith.models.headers import read_gguf
 from tunesmith.run import Run
@@ -166,8 +167,8 @@ def of_gguf(folder: Path) -> Run:
 def test_more_than_low_rank_paths_is_refused_before_weights_are_loaded(
     change: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = gguf_adapter.read_config(of_architecture("llama").adapter_path)
-    monkeypatch.setattr(gguf_adapter, "read_config", lambda folder: {**config, **change})
+    config = read_config(of_architecture("llama").adapter_path)
+    monkeypatch.setattr(source_module, "read_config", lambda folder: {**config, **change})
     with pytest.raises(ModelError, match=says):
         written(of_architecture("llama"), tmp_path)
     assert list(tmp_path.iterdir()) == []

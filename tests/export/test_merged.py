@@ -285,8 +285,8 @@ def test_no_room_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: 
 def test_words_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--to: coreml: there is no such target"):
         export_run(finished("chat"), "coreml", out=tmp_path / "out")
-    with pytest.raises(InputError, match=r"llama-quantize model-f16\.gguf model-q4_k_m\.gguf q4_k_m"):
-        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=Options(quant="q4_k_m"))
+    with pytest.raises(InputError, match=r"--quant: q3: not offered here\. One of f32, f16, bf16, q8_0, q6_k, "):
+        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=Options(quant="q3"))
     assert "merged" in EXPORTS
 
 

@@ -11,6 +11,7 @@ from tunesmith.cli.options import Json, Offline, Root, RunName, remember_json
 
 if TYPE_CHECKING:
     from tunesmith.export.exporting import Exported
+    from tunesmith.run import Run
 
 PHASES = {
     "tuned": "looking at the tuned model",
@@ -29,7 +30,12 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="Where to put it; else the run's folder exports.")
     ] = None,
     quant: Annotated[
-        str, typer.Option(metavar="f32|f16|bf16|q8_0", help="gguf, gguf-adapter, ollama: how matrices are stored.")
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="How matrices of a GGUF are stored: f32, f16, bf16; for gguf and ollama also q8_0, q6_k, q5_k_m, "
+            "q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.",
+        ),
     ] = "f16",
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="merged: what weights are stored in.")
@@ -56,9 +62,7 @@ def export(
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     remember_json(ctx, as_json)
-    from dataclasses import asdict
-
-    from tunesmith.cli.output import console, json_line
+    from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
     from tunesmith.export.exporting import export_run
     from tunesmith.export.options import Options
@@ -70,14 +74,32 @@ def export(
         done = export_run(
             found, to, out=out, options=options, proof=not no_verify, offline=offline, on_progress=progress
         )
-    if as_json:
-        values = {"target": done.target, "path": str(done.path), "verified": done.found is not None}
-        numbers = None if done.found is None else asdict(done.found)
-        json_line(
-            {"kind": "export", **values, "proof": numbers, "bounds": asdict(done.bounds), "notes": list(done.notes)}
-        )
-    else:
+    _tell(done, as_json=as_json)
+
+
+def make_planned(run: Run, *, offline: bool, as_json: bool) -> None:
+    """The exports that a finished run's recipe asks for, each told when it is there."""
+    from tunesmith.cli.output import console
+    from tunesmith.cli.progress import phases
+    from tunesmith.export.planned import export_planned
+
+    for word in run.recipe().export.to:
+        with phases(console(stderr=True), PHASES) as progress:
+            done = export_planned(run, word, offline=offline, on_progress=progress)
+        _tell(done, as_json=as_json)
+
+
+def _tell(done: Exported, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from tunesmith.cli.output import json_line
+
+    if not as_json:
         _draw(done)
+        return
+    values = {"target": done.target, "path": str(done.path), "verified": done.found is not None}
+    numbers = None if done.found is None else asdict(done.found)
+    json_line({"kind": "export", **values, "proof": numbers, "bounds": asdict(done.bounds), "notes": list(done.notes)})
 
 
 def _draw(done: Exported) -> None:

@@ -14,6 +14,7 @@ from tunesmith.cli.display import Display, display_for
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.story import Story
+from tunesmith.cli.text import visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Watch:
         if self.as_json:
             json_line(asdict(event))
         self.display.event(event)
+
+    def note(self, text: str) -> None:
+        """What a person should know before the run begins."""
+        if not self.quiet:
+            self.console.print(visible(f"note: {text}"), style="bright_black")
 
     def done(self, run: Run) -> None:
         """Say where the result is and what to do with it."""

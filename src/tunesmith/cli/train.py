@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.options import TASKS, Json, Offline, Quiet, Root, Settings, files, given, remember_json
 from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.knobs import Recipe
 
 
 def train(
@@ -25,6 +28,10 @@ def train(
     task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
     method: Annotated[
         str | None, typer.Option(metavar="auto|lora|dora|qlora|full|peft", help="How weights change.")
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TARGET[:KIND]", help="Export the result at the end: merged, gguf:q4_k_m."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: Settings = None,
@@ -53,15 +60,25 @@ def train(
         "data.eval": files(eval_),
         "task": task,
         "method.name": method,
+        "export.to": export,
     }
     chosen = read.load(str(recipe) if recipe else None, [*given(explicit), *(settings or [])])
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith train MODEL DATA, or a --recipe that has it.")
+    _tune(chosen, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
 
+
+def _tune(chosen: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
+    from tunesmith.cli.export import make_planned
     from tunesmith.cli.running import watched
 
     with watched(as_json=as_json, quiet=quiet) as watch:
         from tunesmith import training
+        from tunesmith.export.planned import check_planned
 
-        watch.done(training.train(chosen, root=root, out=out, offline=offline, listener=watch.listener()))
+        for note in check_planned(chosen, root=root, offline=offline):
+            watch.note(note)
+        run = training.train(chosen, root=root, out=out, offline=offline, listener=watch.listener())
+        watch.done(run)
+        make_planned(run, offline=offline, as_json=as_json)

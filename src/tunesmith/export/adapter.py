@@ -16,15 +16,19 @@ from tunesmith.export.card import base_id
 from tunesmith.export.merged import auto_class
 from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.servers import server_lines
-from tunesmith.export.source import Source
+from tunesmith.export.source import Source, read_config
 from tunesmith.files import to_json
 from tunesmith.methods.peft_config import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
+from tunesmith.models.heads import LABELS_FILE
+from tunesmith.models.load import TOKENIZER_FILES
 from tunesmith.models.quiet import quiet
 from tunesmith.models.save import save_generation_config
 
 BASE_FILE = "base.json"
 """Which weights the adapter was made for, byte for byte."""
+CARRIED = {WEIGHTS, CONFIG, LABELS_FILE, *TOKENIZER_FILES, "additional_chat_templates"}
+"""What of a run's result goes out; what else somebody put there does not."""
 
 
 def _check(source: Source, options: Options) -> list[str]:
@@ -35,19 +39,29 @@ def _check(source: Source, options: Options) -> list[str]:
         notes.append(
             f"the base is not of the hub: others need the same {source.base.path.name}; its SHA-256 is in {BASE_FILE}"
         )
-    if options.bake_scale and not read_config(source.result).get("use_rslora"):
+    if options.bake_scale and not source.adapter_config.get("use_rslora"):
         notes.append("--bake-scale changed nothing: the scale is alpha / rank already, which every program computes")
+    if not source.result.is_dir():  # planned
+        return notes
+    _carried(source)
+    if left := sorted({path.name for path in source.result.iterdir()} - CARRIED):
+        notes.append(f"left out, since it is no part of an adapter: {', '.join(left)}")
     return notes
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
-    return config
+def _carried(source: Source) -> list[Path]:
+    """Raises RunError for a link: what it points to would go out under another name."""
+    found = [path for path in sorted(source.result.iterdir()) if path.name in CARRIED]
+    for path in (inside for one in found for inside in (one, *one.rglob("*"))):
+        if path.is_symlink():
+            raise RunError(f"{path}: a link, and what it points to would be published. Put the file itself there.")
+    return found
 
 
 def _write(source: Source, folder: Path, options: Options) -> list[str]:
-    shutil.copytree(source.result, folder, dirs_exist_ok=True)
-    config = read_config(source.result)
+    for path in _carried(source):
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+    config = dict(source.adapter_config)
     config["base_model_name_or_path"] = base_id(source) or source.base.path.name
     if config.get("tokenizer_name_or_path"):  # of a prompt that began as a text
         config["tokenizer_name_or_path"] = config["base_model_name_or_path"]

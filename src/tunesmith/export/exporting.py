@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,24 +71,26 @@ def export_run(
         ExportError: what was written is not what was tuned; it was removed.
         StorageError: the disk is full, or refuses.
     """
-    export, options = _chosen(target), options or Options()
-    _check_words(export, options)
+    options = options or Options()
+    export = check_words(target, options)
     out = out or default_folder(run, target, options)
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
-    _check_method(source.recipe.method, target)
     if options.merge_into == "dequantized":
         _check_quantized(source)
         source = replace(source, merges_into_dequantized=True)
-    notes = export.check(source, options)
-    _check_room(out, export.num_bytes(source, options))
+    notes = check(source, target, options)
+    needed = export.num_bytes(source, options) + (verify.room_for_proof(source, export) if proof else 0)
+    _check_room(out, needed)
     _tidy(out)
     holder = temporary_folder(out.parent, out.name)
     try:
         done = _export(source, export, holder, options, proof=proof, notes=notes, on_progress=on_progress)
         replace_folder(done.path, out, swap=True)
     finally:
-        remove(holder)
+        # The next export here removes what cannot be removed now; what went wrong before counts more.
+        with suppress(OSError):
+            remove(holder)
     return replace(done, path=out)
 
 
@@ -187,7 +190,11 @@ def _chosen(target: str) -> Export:
     return EXPORTS[target]
 
 
-def _check_words(export: Export, options: Options) -> None:
+def check_words(target: str, options: Options) -> Export:
+    """The target, where there is one and it reads these options. Raises InputError where not."""
+    export = _chosen(target)
+    if options.license is not None and not options.license.isprintable():
+        raise InputError(f"--license: {options.license!r}: a licence is named on one line, such as apache-2.0.")
     for key, default in asdict(Options()).items():
         if key not in (*export.reads, "license") and getattr(options, key) != default:
             readers = ", ".join(name for name, other in EXPORTS.items() if key in other.reads)
@@ -195,14 +202,15 @@ def _check_words(export: Export, options: Options) -> None:
     offered = {"merge_into": MERGE_INTO, "dtype": DTYPES, "quant": export.quants}
     for key, known in offered.items():
         value = getattr(options, key)
-        if value not in known:
-            more = ""
-            if key == "quant" and "pre" in export.reads:
-                more = (
-                    " Others need llama.cpp's own quantiser: export f16, then "
-                    f"`llama-quantize model-f16.gguf model-{value}.gguf {value}`."
-                )
-            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.{more}")
+        if key in export.reads and value not in known:
+            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
+    return export
+
+
+def check(source: Source, target: str, options: Options) -> list[str]:
+    """What to say of an export before it is made. Raises InputError for what its target cannot carry."""
+    _check_method(source.recipe.method, target)
+    return EXPORTS[target].check(source, options)
 
 
 def _check_method(method: Any, target: str) -> None:

@@ -18,36 +18,32 @@ import gguf
 from torch import Tensor
 
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.adapter import BASE_FILE, read_config, write_base_facts
-from tunesmith.export.card import base_id
-from tunesmith.export.gguf_file import KINDS, packed
+from tunesmith.export.adapter import BASE_FILE, write_base_facts
+from tunesmith.export.gguf_header import file_stem, gguf_writer
+from tunesmith.export.gguf_kinds import KINDS, packed
 from tunesmith.export.gguf_models import find_architecture, tensor_names
 from tunesmith.export.gguf_read import TEMPLATE
-from tunesmith.export.options import GGUF_EXACT, ROUNDED, Bounds, Export, Options
+from tunesmith.export.options import Export, Options
 from tunesmith.export.servers import only_low_rank
 from tunesmith.export.source import Source
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_format import WEIGHTS
-from tunesmith.models.headers import read_safetensors
 
 QUANTS = ("f32", "f16", "bf16")
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def file_name(source: Source, options: Options) -> str:
-    return f"{source.run.path.name}-lora-{options.quant}.gguf"
+    return f"{file_stem(source)}-lora-{options.quant}.gguf"
 
 
 def _check(source: Source, options: Options) -> list[str]:
     if not source.is_adapter:
         raise RunError(f"{source.run.path}: every weight was tuned, so there is no adapter. Use --to gguf.")
-    if why := only_low_rank(source, read_config(source.result)):
+    if why := only_low_rank(source, source.adapter_config):
         raise ModelError(f"gguf-adapter: llama.cpp reads low-rank paths alone, and this adapter is more: {why}.")
     architecture = find_architecture(source.config, source.weights.name)
-    tensors = read_safetensors(source.result / WEIGHTS)
-    layers = [name.removeprefix("base_model.model.").removesuffix(_A) for name in tensors if name.endswith(_A)]
-    tensor_names(architecture, [f"{name}.weight" for name in layers], source.config.num_hidden_layers)
+    tensor_names(architecture, [f"{name}.weight" for name in source.adapted], source.config.num_hidden_layers)
     notes = []
     if not source.base.is_gguf:
         notes.append("it needs a GGUF of the base beside it, which is not written here: the card says how to make one")
@@ -62,32 +58,20 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
         architecture, [f"{name}.weight" for name in attachment.layers], source.config.num_hidden_layers
     )
     alpha = _alpha(attachment)
-    writer = gguf.GGUFWriter(folder / file_name(source, options), architecture.name)
-    try:
-        writer.add_type(gguf.GGUFType.ADAPTER)
+    path = folder / file_name(source, options)
+    with gguf_writer(path, source, options, architecture=architecture.name, kind=gguf.GGUFType.ADAPTER) as writer:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_name(f"{source.run.path.name} ({source.recipe.task})")
-        writer.add_file_type(KINDS[options.quant][1])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        if options.license is not None:
-            writer.add_license(options.license)
-        if (base := base_id(source)) is not None:
-            writer.add_base_model_count(1)
-            writer.add_base_model_name(0, base)
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
         for name, layer in attachment.layers.items():
             a_RI, b_OR = attachment.matrices(name)
             b_OR = architecture.fitted_b(f"{name}.weight", _fitted(b_OR, layer, a_RI.shape[0], alpha), source.config)
             for end, matrix in ((".lora_a", a_RI), (".lora_b", b_OR)):
-                kind = KINDS[options.quant][0]
-                array = packed(matrix.detach().cpu().numpy(), kind)
-                writer.add_tensor(names[f"{name}.weight"] + end, array, raw_dtype=kind)
+                number = KINDS[options.quant].number
+                array = packed(matrix.detach().cpu().numpy(), number)
+                writer.add_tensor(names[f"{name}.weight"] + end, array, raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
     if isinstance(source.tokenizer.chat_template, str):
         (folder / TEMPLATE).write_text(source.tokenizer.chat_template, encoding="utf-8", newline="")
     write_base_facts(source, folder)
@@ -107,14 +91,6 @@ def _fitted(b_OR: Tensor, layer: LoraLinear, rank: int, alpha: float) -> Tensor:
 
 def _num_bytes(source: Source, options: Options) -> int:
     return (source.result / WEIGHTS).stat().st_size
-
-
-def _bounds(source: Source, options: Options) -> Bounds:
-    return ROUNDED if options.quant == "bf16" else GGUF_EXACT
-
-
-def _rounds_less(options: Options) -> str:
-    return "" if options.quant == "f32" else "--quant f32"
 
 
 def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
@@ -139,9 +115,9 @@ GGUF_ADAPTER = Export(
     check=_check,
     write=_write,
     num_bytes=_num_bytes,
-    bounds=_bounds,
+    bounds=lambda source, options: KINDS[options.quant].bounds,
     loader="gguf-adapter",
-    rounds_less=_rounds_less,
+    rounds_less=lambda options: "" if options.quant == "f32" else "--quant f32",
     card=_card,
     reads=("quant",),
     quants=QUANTS,

@@ -58,12 +58,14 @@ class Architecture:
         num_heads = self._heads_in_turns(name, config)
         return interleaved(b_OR, num_heads) if num_heads else b_OR
 
-    def unfitted(self, name: str, delta_OI: Tensor, config: PreTrainedConfig) -> Tensor:
-        """What is added to a weight there, [outputs, inputs], as transformers has it."""
+    def unfitted(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """The other way: a weight from there, or what is added to a matrix there, as transformers has it."""
         if name.endswith(self.transposed or "\0"):
-            return delta_OI.t()
+            return tensor.t()
+        if self.norm_offset and name.endswith("norm.weight"):
+            return tensor - self.norm_offset
         num_heads = self._heads_in_turns(name, config)
-        return in_halves(delta_OI, num_heads) if num_heads else delta_OI
+        return in_halves(tensor, num_heads) if num_heads else tensor
 
     def _heads_in_turns(self, name: str, config: PreTrainedConfig) -> int:
         """Heads of a weight whose rows are reordered, 0 for the others."""
@@ -127,7 +129,7 @@ def _llama(config: Any) -> Facts:
     return {**_decoder(config), "rope.dimension_count": _head_dim(config)}
 
 
-def _gemma(config: Any) -> Facts:
+def _gemma2(config: Any) -> Facts:
     facts = {**_decoder(config), "attention.sliding_window": config.sliding_window}
     caps = {"attn_logit_softcapping": config.attn_logit_softcapping,
             "final_logit_softcapping": config.final_logit_softcapping}  # fmt: skip
@@ -173,6 +175,22 @@ def _of_qwen(config: Any) -> list[str]:
     return _plain_rope(config) + _window(config)
 
 
+def _of_gemma(config: Any) -> list[str]:
+    problems = _plain_rope(config)
+    if config.hidden_act not in ("gelu_pytorch_tanh", "gelu"):  # older files say gelu, and mean the other
+        problems.append(f"its activation is {config.hidden_act}")
+    return problems
+
+
+def _of_smollm3(config: Any) -> list[str]:
+    problems = _plain_rope(config)
+    if list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]:
+        problems.append("not just every fourth layer of it is without a rotary embedding")
+    if config.use_sliding_window:
+        problems.append(f"some of its layers attend to the last {config.sliding_window} tokens only")
+    return problems
+
+
 def _of_gemma2(config: Any) -> list[str]:
     return _plain_rope(config) + _gemma_scale(config)
 
@@ -202,9 +220,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture("llama", _llama, _of_llama, pairs_interleaved=True, rope_factors=True),
     "qwen2": Architecture("qwen2", _decoder, _of_qwen),
     "qwen3": Architecture("qwen3", _decoder, _of_qwen),
-    "gemma2": Architecture("gemma2", _gemma, _of_gemma2, norm_offset=1.0),
-    "gemma3_text": Architecture("gemma3", _gemma, _of_gemma3, norm_offset=1.0),
+    "gemma": Architecture("gemma", _decoder, _of_gemma, norm_offset=1.0),
+    "gemma2": Architecture("gemma2", _gemma2, _of_gemma2, norm_offset=1.0),
+    "gemma3_text": Architecture("gemma3", _gemma2, _of_gemma3, norm_offset=1.0),
     "phi3": Architecture("phi3", _phi3, _plain_rope),
+    "smollm3": Architecture("smollm3", _llama, _of_smollm3, pairs_interleaved=True),
     "gpt2": Architecture(
         "gpt2",
         _gpt2,

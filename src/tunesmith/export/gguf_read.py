@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,25 @@ from typing import Any
 import gguf
 import torch
 from tokenizers import normalizers
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tunesmith.errors import ModelError
 from tunesmith.export.asked import Loaded, dtype_of
 from tunesmith.export.gguf_models import REPACKED, find_architecture, model_names
-from tunesmith.models import load, locate
+from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, tensors, unpack
+from tunesmith.models import gguf_tokenizer, load, locate
 from tunesmith.models.headers import GgufHeader, read_gguf
 from tunesmith.models.locate import Located
 from tunesmith.models.source import blaming, source
 from tunesmith.recipe.knobs import Recipe
 
+UNREAD = "transformers reads no such file"
 TEMPLATE = "chat_template.jinja"
 """Beside an adapter, which carries no tokenizer."""
 
@@ -34,6 +40,10 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
     path = next(folder.glob("*.gguf"))
     located = locate.locate(str(path), offline=True)
     header = read_gguf(path)
+    if header.architecture in UNKNOWN_TO_TRANSFORMERS:
+        with blaming(located, "its weights cannot be read"):
+            model = unpack(path, header, dtype_of(recipe))
+        return Loaded(model, read_tokenizer(located), located, "next_token", f"tunesmith ({UNREAD})")
     config = load.load_config(located)
     _complete(config, header)
     with blaming(located, "its weights cannot be loaded"):
@@ -50,8 +60,13 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
 
 def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF, which splits text as llama.cpp does."""
-    tokenizer = load.load_tokenizer(located, None)
     facts = read_gguf(located.path).metadata
+    if facts["general.architecture"] in UNKNOWN_TO_TRANSFORMERS:
+        with blaming(located, "its tokenizer cannot be used"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(**source(located))
+        gguf_tokenizer.mend(tokenizer, located.path, lambda text: None)
+    else:
+        tokenizer = load.load_tokenizer(located, None)
     if facts.get("tokenizer.ggml.model") == "llama":
         _split_as_llama_cpp(tokenizer, prefix=bool(facts.get("tokenizer.ggml.add_space_prefix", True)))
     return tokenizer
@@ -108,7 +123,7 @@ def add_adapter(model: PreTrainedModel, path: Path, config: PreTrainedConfig) ->
         raise ModelError(f"{path.name}: not an adapter of a {architecture.name}")
     weights, names = model.state_dict(), model_names(architecture, model)
     alpha = float(header.metadata["adapter.lora.alpha"])
-    found = dict(_tensors(path))
+    found = dict(tensors(path))
     for name, other in names.items():
         a_RI, b_OR = (found.pop(other + end, None) for end in (".lora_a", ".lora_b"))
         if a_RI is None or b_OR is None:
@@ -118,8 +133,3 @@ def add_adapter(model: PreTrainedModel, path: Path, config: PreTrainedConfig) ->
         weight.copy_(weight.float() + architecture.unfitted(name, delta_OI, config))
     if found:
         raise ModelError(f"{path.name}: {len(found)} tensors are beside no weight, such as {next(iter(found))}")
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for tensor in gguf.GGUFReader(path).tensors:
-        yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())

@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.data.template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
 from tunesmith.export import gguf_file
+from tunesmith.export.gguf_header import file_stem
 from tunesmith.export.gguf_vocabulary import begins_with_bos
 from tunesmith.export.go_template import literal, render
 from tunesmith.export.options import Export, Options
@@ -150,12 +151,15 @@ def modelfile(source: Source, name: str, *, license: str | None = None) -> str:
     if quoted in go:
         raise _cannot(source, "it holds three quotes in a row, which end a template in a Modelfile")
     stops = [source.tokenizer.decode([token_id]) for token_id in source.renderer.stop_ids]
+    if odd := [stop for stop in stops if '"' in stop or not stop.isprintable()]:
+        raise _cannot(source, f"its answers end with {odd[0]!r}, which a line of a Modelfile cannot hold")
     lines = [f"FROM ./{name}", f"TEMPLATE {quoted}{go}{quoted}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
     return "\n".join([*lines, *([f"LICENSE {license}"] if license else [])]) + "\n"
 
 
 def _check(source: Source, options: Options) -> list[str]:
     notes = gguf_file.check(source, options)
+    modelfile(source, "", license=options.license)
     return [*notes, *as_go(source)[1], *_prompt_note(source)]
 
 
@@ -173,7 +177,7 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
 
 
 def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
-    name = source.run.path.name
+    name = file_stem(source)
     return {
         "library": "gguf",
         "relation": "quantized",
@@ -193,4 +197,5 @@ OLLAMA = Export(
     rounds_less=gguf_file.rounds_less,
     card=_card,
     reads=("quant", "pre", "merge_into"),
+    quants=gguf_file.GGUF.quants,
 )

@@ -32,7 +32,7 @@ from tunesmith.models.save import save_generation_config, save_tokenizer
 from tunesmith.models.size import size
 
 KNOWN = (
-    "llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "opt", "gpt_neox", "olmo2",
+    "llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3", "opt", "gpt_neox", "olmo2",
     "smollm3", "granite", "cohere", "bloom", "falcon", "bert", "roberta", "distilbert", "electra", "deberta-v2",
     "modernbert", "mpnet",
 )  # fmt: skip

@@ -29,7 +29,7 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     `endpoint` None: the hub, or what HF_ENDPOINT says. The token is that of `hf auth login` or HF_TOKEN.
 
     Raises:
-        InputError: the folder is no export, or the name is none of a model.
+        InputError: the folder is no export or has a link in it, or the name is none of a model.
         ExportError: the hub refuses or is out of reach; what was there before is there still.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -62,6 +62,8 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
 def _files(folder: Path, name: str) -> Iterator[tuple[str, Path | io.BytesIO]]:
     """Every file of the folder; its card says how to use it by its name on the hub."""
     for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise InputError(f"{path}: a link, and what it points to would be published. Put the file itself there.")
         if not path.is_file():
             continue
         where = path.relative_to(folder).as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,12 @@ from tunesmith.loading import make_renderer, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.peft_bridge import PeftAttachment
+from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.quantize import unpack_base
 from tunesmith.models import load, locate
 from tunesmith.models.folder import read_tensors
+from tunesmith.models.headers import read_safetensors
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.planning.before_rows import find_head
@@ -29,6 +33,7 @@ from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run
 from tunesmith.types import HeadName, Labels, ModelKind
 
+_A = ".lora_A.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -91,6 +96,17 @@ class Source:
         found = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
         return next((dtype for name, dtype in _DTYPES.items() if name in found), torch.float32)
 
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """In PEFT's words."""
+        return read_config(self.result)
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the layers with a low-rank path."""
+        tensors = read_safetensors(self.result / WEIGHTS)
+        return [name.removeprefix("base_model.model.").removesuffix(_A) for name in tensors if name.endswith(_A)]
+
     def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | PeftAttachment | None]:
         """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
         as_tuned_on = getattr(torch, known(self.recipe.precision))
@@ -104,6 +120,12 @@ class Source:
         if not self.is_adapter:
             return model, None
         return model, METHODS[self.recipe.method.name].load_result(model, self.result)  # type: ignore[return-value]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter in PEFT's format."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+    return config
 
 
 def open_source(run: Run, *, offline: bool) -> Source:

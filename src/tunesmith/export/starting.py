@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import InputError
-from tunesmith.export.adapter import read_config
 from tunesmith.export.exporting import default_folder
 from tunesmith.export.gguf_adapter import file_name as adapter_file
 from tunesmith.export.gguf_file import file_name as gguf_file
@@ -63,7 +62,7 @@ def start_vllm(targets: Sequence[str], *, host: str, port: int, root: Path, offl
     sources = [open_source(Run.open(target, root), offline=offline) for target in targets]
     for source in sources:
         _check_writes(source, "vLLM")
-    if len(sources) == 1 and (not sources[0].is_adapter or not_for_vllm(sources[0], read_config(sources[0].result))):
+    if len(sources) == 1 and (not sources[0].is_adapter or not_for_vllm(sources[0], sources[0].adapter_config)):
         need = Needed(sources[0].run, "merged")
         name = _name(sources[0])
         words = ["vllm", "serve", str(need.folder), *address, "--served-model-name", name]
@@ -73,7 +72,7 @@ def start_vllm(targets: Sequence[str], *, host: str, port: int, root: Path, offl
 
 def _adapters(sources: Sequence[Source], address: list[str]) -> Start:
     for source in sources:
-        why = not_for_vllm(source, read_config(source.result)) if source.is_adapter else "every weight of it was tuned"
+        why = not_for_vllm(source, source.adapter_config) if source.is_adapter else "every weight of it was tuned"
         if why:
             raise InputError(f"{source.run.path}: vLLM cannot serve it beside others: {why}. Serve it alone.")
     first = sources[0]
@@ -86,7 +85,7 @@ def _adapters(sources: Sequence[Source], address: list[str]) -> Start:
             raise InputError(f"{source.run.path}: {found[0]} than {first.run.path}. Serve each alone.")
     needs = [Needed(source.run, "adapter") for source in sources]
     tokenizer = str(needs[0].folder)
-    rank = max(vllm_rank(read_config(source.result)) or 0 for source in sources)
+    rank = max(vllm_rank(source.adapter_config) or 0 for source in sources)
     modules = [f"{_name(source)}={need.folder}" for source, need in zip(sources, needs, strict=True)]
     words = ["vllm", "serve", str(first.base.path.absolute()), *address]
     words += ["--served-model-name", first.base.name, "--dtype", first.recipe.precision]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import tunesmith
 from tunesmith.errors import ExportError
 from tunesmith.export import probe
 from tunesmith.export.asked import TorchAsked
@@ -16,13 +12,14 @@ from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.gguf_file import write_base
 from tunesmith.export.llama_cpp_read import LLAMA_CPP, is_installed
 from tunesmith.export.options import Bounds, Export
-from tunesmith.export.probe import Seen
-from tunesmith.export.rows import Probes
+from tunesmith.export.probe import POSITIONS, Seen
+from tunesmith.export.process import in_new_process
+from tunesmith.export.rows import MOST_ROWS, Probes
 from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
+from tunesmith.files import storing
 from tunesmith.loading import Speaker, load_base, load_run
-
-TIMEOUT_S = 3600.0
+from tunesmith.models.size import size
 
 
 def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
@@ -68,12 +65,13 @@ def look_at_exported(source: Source, loader: str, exported: Path, probes: Probes
 
 def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Probes, *, work: Path) -> Seen | None:
     """What llama.cpp makes of them; None where it is not installed, or the export is not for it."""
-    if not is_installed() or not export.loader.startswith("gguf"):
+    if not _asks_llama_cpp(export):
         return None
-    work.mkdir()
-    base = None
-    if export.loader == "gguf-adapter":
-        base = source.base.path if source.base.is_gguf else write_base(source, work / "base.gguf")
+    with storing(work):
+        work.mkdir()
+        base = write_base(source, work / "base.gguf") if _needs_base(source, export) else None
+    if export.loader == "gguf-adapter" and base is None:
+        base = source.base.path
     job = work / "job.json"
     probe.write_job(
         job, loader=LLAMA_CPP, exported=exported, recipe=source.run.recipe_path, examples=probes.examples, base=base
@@ -82,20 +80,26 @@ def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Pr
     return Seen.load(work)
 
 
+def room_for_proof(source: Source, export: Export) -> int:
+    """Bytes on disk that the proof takes, at most: what is seen, and a base for llama.cpp to put an adapter on."""
+    sizes = size(source.weights)
+    seen = MOST_ROWS * POSITIONS * sizes.vocab_size * 4
+    if not _asks_llama_cpp(export):
+        return seen
+    return 2 * seen + (4 * sizes.num_params if _needs_base(source, export) else 0)
+
+
+def _asks_llama_cpp(export: Export) -> bool:
+    return is_installed() and export.loader.startswith("gguf")
+
+
+def _needs_base(source: Source, export: Export) -> bool:
+    return export.loader == "gguf-adapter" and not source.base.is_gguf
+
+
 def launch(job: Path) -> None:
-    """Do a job in a new process, without a network. Raises ExportError with the last words of one that failed."""
-    paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tunesmith.export.probe", str(job)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"what was exported was not compared within {TIMEOUT_S / 60:.0f} minutes: too slow."
-        ) from error
-    if done.returncode != 0:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
-        raise ExportError(f"what was exported cannot be used in a new process: {last[0][:600]}")
+    """Do a job in a new process. Raises ExportError with the last words of one that failed."""
+    in_new_process("tunesmith.export.probe", str(job), what="what was exported cannot be used in a new process")
 
 
 def judge(

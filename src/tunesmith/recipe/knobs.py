@@ -177,6 +177,19 @@ class Checkpoint(Section):
     """Newest checkpoints kept; the best by evaluation.metric is kept beside them."""
 
 
+class Export(Section):
+    """What the result becomes when the run is done."""
+
+    to: tuple[str, ...] = ()
+    """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. What this model or method cannot become is
+    said before the first step."""
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class Recipe(Section):
     """A run, completely."""
 
@@ -197,6 +210,7 @@ class Recipe(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
     precision: Auto | Literal["float32", "bfloat16"] = "auto"
     """Of weights and activations; what is trained is always kept in float32."""
     device: str = "auto"
