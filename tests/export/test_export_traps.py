@@ -48,7 +48,7 @@ def gguf_of(done: Exported) -> Path:
     return next(done.path.glob("*.gguf"))
 
 
-def test_tied_embeddings_stay_tied_and_are_written_once(tmp_path: Path) -> None:  # trap: A3
+def test_tied_embeddings_stay_tied_and_are_written_once(tmp_path: Path) -> None:
     run = tuned(tmp_path, tie_word_embeddings=True)
     assert_is_tied(run, tmp_path)
     config = tmp_path / "merged" / "config.json"
@@ -73,7 +73,7 @@ def assert_loads_as_tuned(run: Run, merged: Path) -> None:
         assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-5)  # float32: order of additions
 
 
-def test_rows_of_a_padded_vocabulary_are_kept(tmp_path: Path) -> None:  # trap: A4
+def test_rows_of_a_padded_vocabulary_are_kept(tmp_path: Path) -> None:
     """Embeddings have more rows than there are tokens, and a file with fewer is no model."""
     run = tuned(tmp_path, vocab_size=len(tiny_tokenizer()) + 8)
     assert_rows_are_kept(run, tmp_path / "right")
