@@ -62,7 +62,7 @@ def train(
     check_planned(chosen, root=Path(root), offline=offline)
     listener = training.Listener(on_event=on_event)
     run = training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
-    return _with_exports(run, offline=offline)
+    return _with_exports(run)
 
 
 def resume(
@@ -79,12 +79,12 @@ def resume(
     """
     found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
     training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
-    return _with_exports(found, offline=offline)
+    return _with_exports(found)
 
 
-def _with_exports(run: Run, *, offline: bool) -> Run:
+def _with_exports(run: Run) -> Run:
     for word in run.recipe().export.to:
-        export_planned(run, word, offline=offline)
+        export_planned(run, word)
     return run
 
 

@@ -77,7 +77,7 @@ def export(
     _tell(done, as_json=as_json)
 
 
-def make_planned(run: Run, *, offline: bool, as_json: bool) -> None:
+def make_planned(run: Run, *, as_json: bool) -> None:
     """The exports that a finished run's recipe asks for, each told when it is there."""
     from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
@@ -85,7 +85,7 @@ def make_planned(run: Run, *, offline: bool, as_json: bool) -> None:
 
     for word in run.recipe().export.to:
         with phases(console(stderr=True), PHASES) as progress:
-            done = export_planned(run, word, offline=offline, on_progress=progress)
+            done = export_planned(run, word, on_progress=progress)
         _tell(done, as_json=as_json)
 
 

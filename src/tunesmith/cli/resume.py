@@ -22,7 +22,6 @@ def resume(
     tunesmith resume runs/support-3f2a
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.export import make_planned
     from tunesmith.cli.running import watched
     from tunesmith.run import Run
 
@@ -31,4 +30,3 @@ def resume(
         from tunesmith import training
 
         watch.done(training.resume(found, offline=offline, listener=watch.listener()))
-        make_planned(found, offline=offline, as_json=as_json)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tunesmith.cli.display import Display, display_for
+from tunesmith.cli.export import make_planned
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.story import Story
@@ -51,7 +52,7 @@ class Watch:
             self.console.print(visible(f"note: {text}"), style="bright_black")
 
     def done(self, run: Run) -> None:
-        """Say where the result is and what to do with it."""
+        """Say where the result is and what to do with it, and make the exports that its recipe asks for."""
         self.display.__exit__(None, None, None)
         if self.as_json:
             json_line({"kind": "result", "run": str(run.path), "report": str(run.report_path)})
@@ -62,6 +63,7 @@ class Watch:
             self.console.print(f"\nThe result is in {run.path}, its report in report.html. Go on with:\n")
             for verb in next_verbs(str(self.story.plan.get("task", ""))):
                 self.console.print(f"  tunesmith {verb.format(name)}")
+        make_planned(run, as_json=self.as_json)
 
 
 def next_verbs(task: str) -> list[str]:

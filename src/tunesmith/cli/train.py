@@ -70,7 +70,6 @@ def train(
 
 
 def _tune(chosen: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
-    from tunesmith.cli.export import make_planned
     from tunesmith.cli.running import watched
 
     with watched(as_json=as_json, quiet=quiet) as watch:
@@ -79,6 +78,4 @@ def _tune(chosen: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
 
         for note in check_planned(chosen, root=root, offline=offline):
             watch.note(note)
-        run = training.train(chosen, root=root, out=out, offline=offline, listener=watch.listener())
-        watch.done(run)
-        make_planned(run, offline=offline, as_json=as_json)
+        watch.done(training.train(chosen, root=root, out=out, offline=offline, listener=watch.listener()))

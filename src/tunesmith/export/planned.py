@@ -69,12 +69,10 @@ def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:
     return [f"{target}: {note}" for target, options in asked for note in check(source, target, options)]
 
 
-def export_planned(
-    run: Run, word: str, *, offline: bool, on_progress: OnProgress = lambda what, done, total: None
-) -> Exported:
-    """Make one of the exports that a finished run's recipe asks for."""
+def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what, done, total: None) -> Exported:
+    """Make one of the exports that a finished run's recipe asks for; its base is on this machine."""
     target, options = parse(word)
-    return export_run(run, target, options=options, offline=offline, on_progress=on_progress)
+    return export_run(run, target, options=options, offline=True, on_progress=on_progress)
 
 
 def _planned(start: Start) -> Source:
