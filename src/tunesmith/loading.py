@@ -16,7 +16,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS, is_beside, restore, without
-from tunesmith.models import heads, load, locate
+from tunesmith.models import heads, load, locate, new_tokens
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.size import size
@@ -150,6 +150,7 @@ def load_base(run: Run, *, offline: bool = False, as_trained: bool = True) -> Sp
             break
     else:
         tokenizer = load.load_tokenizer(located, recipe.data.template)
+        new_tokens.add(tokenizer, recipe.data.new_tokens)
     return _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
 
 
@@ -247,6 +248,8 @@ def _speaker(
         tokenizer=tokenizer,
         on_note=notes.append,
     )
+    if recipe.data.new_tokens and located.name == recipe.model:
+        new_tokens.make_room(model, new_tokens.of_recipe(recipe, located))
     method = recipe.method
     packed = "; ".join(METHODS[method.name].ready(model, method, device=device)) if as_trained else ""
     model.to(device)

@@ -27,6 +27,7 @@ from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.optim import Update
@@ -176,6 +177,7 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
         tokenizer=start.renderer.tokenizer,
         on_note=start.notes.append,
     )
+    make_room(model, start.added)
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
     start.notes.extend(METHODS[method.name].ready(model, method, device=recipe.device))

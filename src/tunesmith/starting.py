@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from tunesmith.chaining import start_from
 from tunesmith.data.render import Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.loading import make_renderer
 from tunesmith.methods.peft_kinds import num_virtual_tokens, resolved
-from tunesmith.models import load, locate
+from tunesmith.models import load, locate, new_tokens
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
+from tunesmith.models.new_tokens import NewTokens
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import check_installed
 from tunesmith.planning.before_rows import decide_before_rows, find_head
@@ -35,6 +38,8 @@ class Start:
     own_classes: tuple[str, ...]
     """Of the head that the model has already."""
     renderer: Renderer
+    added: NewTokens
+    """Tokens that the recipe adds."""
 
 
 def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
@@ -52,6 +57,8 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     if isinstance(recipe.method, PeftMethod):
         recipe = recipe.model_copy(update={"method": resolved(recipe.method)})
     model_size, kind = _room_left(size(located), recipe), model_kind(located)
+    added = _add_tokens(recipe, tokenizer, kind)
+    notes += new_tokens.say(added, recipe.data.new_tokens)
     recipe, choices = decide_before_rows(recipe, located, model_size, kind)
     head = find_head(recipe, located, kind)
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
@@ -65,7 +72,16 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
         head=head,
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
         renderer=make_renderer(recipe, tokenizer, kind),
+        added=added,
     )
+
+
+def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:
+    """Put the tokens of the recipe into the tokenizer."""
+    if recipe.data.new_tokens and (kind != "causal" or isinstance(recipe.method, PeftMethod)):
+        what = "method peft" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+        raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
+    return new_tokens.add(tokenizer, recipe.data.new_tokens)
 
 
 def _room_left(model_size: ModelSize, recipe: Recipe) -> ModelSize:

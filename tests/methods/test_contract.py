@@ -27,6 +27,7 @@ from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_bridge import short_name
 from tunesmith.methods.peft_kinds import MERGES
+from tunesmith.methods.token_rows import ROWS
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.models.quantized import QuantizedLinear
@@ -78,6 +79,9 @@ CASES: dict[str, Settings] = {
     **{f"peft, {kind}": PeftMethod(kind=kind, settings=settings) for kind, settings in PEFT.items()},
     "full, two layers": FullMethod(train=("last:1", "re:(norm|ln_f)\\.")),
     "full, frozen embeddings": FullMethod(freeze=("embed_tokens", "lm_head")),
+    "lora, new tokens": LoraMethod(rank=4),
+    "lora, tokens of biased attention": LoraMethod(rank=4, bias="lora_only", targets=("attention",)),
+    "dora, tokens": DoraMethod(rank=4),
     "qlora, scales whole": QloraMethod(rank=4, double_quant=False, targets=("attention",)),
     "qlora, int8": QloraMethod(rank=4, quant="int8"),
     "qlora, pissa": QloraMethod(rank=4, init="pissa"),
@@ -118,6 +122,8 @@ def made(arch: str, **how: Any) -> PreTrainedModel:
 def ready(model: PreTrainedModel, case: str) -> PreTrainedModel:
     """The base as the method trains on it."""
     METHODS[CASES[case].name].ready(model, CASES[case], device="cpu")
+    if "tokens" in case:  # GPT-2's head is its embedding, Llama's is not
+        model.new_token_ids = (3, 500, 509)
     return model
 
 
@@ -226,6 +232,8 @@ def name_inside(name: str, model: nn.Module) -> str:
     has the name of the adapter in its names."""
     if name in (by_peft := {short_name(inside): inside for inside, _ in model.named_parameters()}):
         return by_peft[name]
+    if name.endswith(ROWS):
+        return name.removesuffix(ROWS) + ".weight"
     if ".lora_" in name:
         return name.removesuffix(".weight")
     layer, _, weight = name.rpartition(".")

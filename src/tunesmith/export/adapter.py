@@ -110,11 +110,12 @@ def _bounds(source: Source, options: Options) -> Bounds:
 
 def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     name, base = auto_class(source), base_id(source) or source.base.path.name
+    grows = "base.resize_token_embeddings(len(tokenizer))\n" if source.recipe.data.new_tokens else ""
     code = (
         f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {name}\n\n"
         f'base = {name}.from_pretrained("{base}"{_labels(source)})\n'
-        'model = PeftModel.from_pretrained(base, "PATH")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        f'{grows}model = PeftModel.from_pretrained(base, "PATH")'
     )
     lines = "\n".join(f"- {line}" for line in server_lines(source, read_config(folder)))
     return {

@@ -29,6 +29,7 @@ from tunesmith.models import locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.locate import Located
+from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.models.quiet import quiet
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe
@@ -65,6 +66,7 @@ def load_adapter(folder: Path, recipe: Recipe) -> Loaded:
         located, dtype=dtype_of(recipe), device="cpu", head=head, labels=run_labels(recipe), seed=recipe.seed,
         tokenizer=tokenizer,
     )  # fmt: skip
+    make_room(model, of_recipe(recipe, located))
     if find_spec("peft") is None:
         METHODS["lora"].load_result(model, folder)
         return Loaded(model, tokenizer, located, head, "tunesmith (peft is not installed)", is_plain=False)

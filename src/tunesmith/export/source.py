@@ -27,6 +27,7 @@ from tunesmith.models.folder import read_tensors
 from tunesmith.models.headers import read_safetensors
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
+from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
@@ -86,7 +87,11 @@ class Source:
 
     @cached_property
     def config(self) -> Any:
-        return load.load_config(self.weights)
+        config = load.load_config(self.weights)
+        if self.is_adapter and (added := of_recipe(self.recipe, self.base).ids):
+            text = config.get_text_config()
+            text.vocab_size = max(text.vocab_size, max(added) + 1)
+        return config
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -114,6 +119,8 @@ class Source:
             self.weights, dtype=as_tuned_on if self.merges_into_dequantized else dtype, device="cpu", head=self.head,
             labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,
         )  # fmt: skip
+        if self.is_adapter:
+            make_room(model, of_recipe(self.recipe, self.base))
         if self.merges_into_dequantized:
             METHODS[self.recipe.method.name].ready(model, self.recipe.method, device="cpu")
             unpack_base(model).to(dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.dora import DoraLinear
@@ -19,8 +20,10 @@ from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.starts import draw
 from tunesmith.methods.targets import Target, by_pattern, find_targets, not_linear, replace_module
+from tunesmith.methods.token_rows import TokenRows
 from tunesmith.methods.whole import find_biases, find_modules, tied_notes, weights_of
 from tunesmith.models.heads import drawn_names, new_head_names
+from tunesmith.models.new_tokens import ids_of
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
 
@@ -59,6 +62,7 @@ class LoraAttachment:
         whole: Whole,
         weights: Mapping[str, nn.Parameter],
         settings: LowRankMethod,
+        rows: TokenRows | None = None,
     ) -> None:
         """`weights`: the parameters that `whole` names, found before the layers took their places."""
         self.model = model
@@ -79,7 +83,10 @@ class LoraAttachment:
             for name, layer in self.layers.items()
             if isinstance(layer, DoraLinear)
         }
-        self._masters = Masters({**self._matrices, **lengths, **weights}, free_early=False)
+        self.rows = rows
+        """Rows of the embedding that are trained alone."""
+        of_tokens = {} if rows is None else rows.parameters
+        self._masters = Masters({**self._matrices, **lengths, **weights, **of_tokens}, free_early=False)
         self.trained: Mapping[str, Tensor] = self._masters.trained
         self.notes: tuple[str, ...] = ()
         """What a person should know about what is not trained."""
@@ -97,7 +104,7 @@ class LoraAttachment:
     @property
     def is_beside(self) -> bool:
         """Whether the model without adapters is the base: weights trained whole are then those of a head alone."""
-        return not (self.whole.modules or self.whole.biases)
+        return not (self.whole.modules or self.whole.biases or self.rows)
 
     @property
     def more_than_paths(self) -> str | None:
@@ -106,6 +113,8 @@ class LoraAttachment:
             return "its weights are rescaled row by row (DoRA)"
         if brought := [*self.whole.head, *self.whole.modules, *self.whole.biases]:
             return f"it brings {brought[0]} whole"
+        if self.rows is not None:
+            return f"it brings rows of {self.rows.names[0]} for new tokens"
         return None
 
     def collect_gradients(self) -> None:
@@ -113,6 +122,8 @@ class LoraAttachment:
 
     def publish(self) -> None:
         self._masters.publish()
+        if self.rows is not None:
+            self.rows.publish()
         for layer in self.layers.values():
             layer.refresh()
 
@@ -130,11 +141,13 @@ class LoraAttachment:
         """Give the model its own layers back; the attachment adapts nothing any more."""
         for adapted in self.sizes.values():
             replace_module(self.model, adapted.target, adapted.target.module)
+        if self.rows is not None:
+            self.rows.take_off()
         self.layers = {}
         self.sizes = {}
 
 
-def attach(model: nn.Module, settings: LowRankMethod, *, seed: int) -> LoraAttachment:
+def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> LoraAttachment:
     """Freeze `model` but for its head and what else is trained whole, and put fresh adapters on it.
 
     Outputs do not change until the first update. With `init: kaiming` to the last bit, since B is zero; A is drawn as
@@ -159,7 +172,8 @@ def attach(model: nn.Module, settings: LowRankMethod, *, seed: int) -> LoraAttac
     ]
     modules = find_modules(model, settings.also_train, targets)
     biases = find_biases(model, settings.bias, targets, known={*head, *weights_of(model, modules)})
-    attachment = wrap(model, adapted, whole=Whole(head, modules, biases), settings=settings)
+    rows = _rows(model, targets, modules)
+    attachment = wrap(model, adapted, whole=Whole(head, modules, biases), settings=settings, rows=rows)
     attachment.notes = tied_notes(model, modules)
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
         attachment.notes += (
@@ -177,8 +191,36 @@ def attach(model: nn.Module, settings: LowRankMethod, *, seed: int) -> LoraAttac
     return attachment
 
 
-def wrap(model: nn.Module, adapted: Sequence[Adapted], *, whole: Whole, settings: LowRankMethod) -> LoraAttachment:
-    """Freeze `model` but for `whole`, and put adapters of zeros on it."""
+def _rows(model: PreTrainedModel, targets: Sequence[Target], modules: Sequence[str]) -> tuple[int, ...]:
+    """The tokens whose rows are trained: the new ones, unless the embedding is trained whole.
+
+    Raises RecipeError where head or embedding would be trained in two ways.
+    """
+    ids = ids_of(model)
+    if not ids:
+        return ()
+    tables = {id(table): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
+    weights = {id(table.weight) for table in tables.values()}
+    whole = {id(weight) for weight in weights_of(model, modules).values()} & weights
+    adapted = [target.name for target in targets if id(target.module) in tables]
+    if adapted or (whole and whole != weights):
+        names = [name for name, module in model.named_modules() if id(module) in tables]
+        raise RecipeError(
+            f"data.new_tokens: {' and '.join(names)} have rows of the new tokens: name all of them in "
+            "method.also_train, or none there and in method.targets."
+        )
+    return () if whole else ids
+
+
+def wrap(
+    model: PreTrainedModel,
+    adapted: Sequence[Adapted],
+    *,
+    whole: Whole,
+    settings: LowRankMethod,
+    rows: Sequence[int] = (),
+) -> LoraAttachment:
+    """Freeze `model` but for `whole` and the `rows` of these tokens, and put adapters of zeros on it."""
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
     weights = {name: model.get_parameter(name) for name in whole.head}
@@ -193,7 +235,8 @@ def wrap(model: nn.Module, adapted: Sequence[Adapted], *, whole: Whole, settings
         layer.train(one.target.module.training)
         replace_module(model, one.target, layer)
         layers.append((one, layer))
-    return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings)
+    of_tokens = TokenRows(model, rows) if rows else None
+    return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings, rows=of_tokens)
 
 
 @torch.no_grad()

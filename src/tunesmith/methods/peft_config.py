@@ -29,7 +29,7 @@ _READ = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 """Keys of adapter_config.json that are understood, or say nothing about what the adapter computes."""
 
@@ -39,7 +39,7 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
 
     One that takes its start off again stands there as what it is on the untouched base: plain LoRA of twice the rank.
     """
-    settings = attachment.settings
+    settings, rows = attachment.settings, attachment.rows
     twice = any(layer.start is not None for layer in attachment.layers.values())
     is_stable = settings.rslora and not twice
     ranks = {name: one.rank * (2 if twice else 1) for name, one in attachment.sizes.items()}
@@ -67,6 +67,7 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "use_rslora": is_stable,
         "use_dora": isinstance(settings, DoraMethod),
         "modules_to_save": whole_modules(attachment) or None,
+        "trainable_token_indices": None if rows is None else {name: list(rows.ids) for name in rows.names},
         "layers_to_transform": None,
         "layers_pattern": None,
         "rank_pattern": {f"^{name}": other for name, other in ranks.items() if other != rank},
@@ -125,6 +126,11 @@ class Saved:
     @property
     def base(self) -> str:
         return str(self.config["base_model_name_or_path"])
+
+    def token_rows(self) -> dict[str, list[int]]:
+        """The tokens whose rows an adapter brings, by module; a mere list is of the embedding, under no name."""
+        indices = self.config.get("trainable_token_indices") or {}
+        return dict(indices) if isinstance(indices, dict) else {"": list(indices)}
 
     def means(self, name: str) -> bool:
         """Whether the module of this name is adapted."""

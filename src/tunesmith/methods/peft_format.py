@@ -20,6 +20,7 @@ from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, wr
 from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.peft_config import CONFIG, Saved, module_names, read_config, to_config
 from tunesmith.methods.targets import named_targets, shared_weights
+from tunesmith.methods.token_rows import ROWS, misfits
 from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of
 from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
@@ -125,11 +126,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     problems += [f"{name} is adapted and whole" for name in sorted(fit) if _inside(name, whole.modules)]
     problems += _misfits(saved, model, adapted, whole, tensors)
     problems += shared_weights(model, targets)
+    indices = saved.token_rows()
+    problems += misfits(model, indices, tensors)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(f"{folder}: does not fit {saved.base}: {'; '.join(problems[:5])}{more}")
     by_layer = {one.target.name: one for one in adapted}
-    attachment = wrap(model, adapted, whole=whole, settings=saved.settings)
+    attachment = wrap(model, adapted, whole=whole, settings=saved.settings, rows=min(indices.values(), default=()))
     with torch.no_grad():
         for name, master in attachment.trained.items():
             master.copy_(tensors[_bias_key(name, by_layer) if name in whole.biases else name])
@@ -187,7 +190,11 @@ def _misfits(
         if other in tensors and name in tensors and not torch.equal(tensors[other], tensors[name]):
             problems.append(f"{other} and {name} differ, but are one weight in the model (tied)")
     known = {*shapes, *whole.head}
-    problems += [f"unknown tensor {key}" for key in sorted(tensors) if not _KEY.fullmatch(key) and key not in known]
+    problems += [
+        f"unknown tensor {key}"
+        for key in sorted(tensors)
+        if not _KEY.fullmatch(key) and key not in known and not key.endswith(ROWS)
+    ]
     return problems
 
 

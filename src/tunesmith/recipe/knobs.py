@@ -67,6 +67,9 @@ class Data(Section):
     """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
+    spells in many pieces. Beside adapters these rows alone are trained. Of causal models."""
     max_tokens: Positive | Auto = "auto"
     """Longest row, in tokens. auto: what the model can attend to."""
     too_long: Literal["error", "drop", "cut"] | Auto = "auto"
