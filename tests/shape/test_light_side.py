@@ -72,3 +72,10 @@ def test_layers_hold() -> None:
     words = [lint_imports, "--no-cache"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_run_does_not_wait_for_measures_it_has_no_use_for() -> None:
+    """nltk (of rouge-score), scikit-learn's metrics, seqeval and matplotlib: nearly a fifth of the time to import."""
+    late = ("nltk", "rouge_score", "sklearn.metrics", "seqeval", "matplotlib")
+    done = python(f"import sys, tunesmith.training; print([m for m in {late} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import statistics
@@ -54,6 +53,8 @@ def answer_measures(answers: Sequence[str], references: Sequence[str], *, bleu: 
 
 def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
     """Each answer's own `SCORES`, from 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer  # now: what it imports takes as long as a model
+
     scorer = RougeScorer(_ROUGES, tokenizer=Words())
     found = []
     for answer, reference in zip(answers, references, strict=True):

@@ -13,14 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
-from sklearn.metrics import mean_squared_error
 
 from tunesmith.evaluation import statistics
-from tunesmith.evaluation.class_scores import score_one, score_sets
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
 from tunesmith.evaluation.outcomes import Outcomes
-from tunesmith.evaluation.tag_scores import score_tags
 from tunesmith.types import HeadName, Labels, TaskName
 
 MOST_DOTS = 500
@@ -49,6 +45,10 @@ def score(
     if labels is None:
         measures |= _score_tokens(outcomes, bytes_told=task == "text" and head == "next_token")
     else:
+        # Now: scikit-learn takes as long to import as a small model to load, and chats do without it.
+        from tunesmith.evaluation.class_scores import score_one, score_sets
+        from tunesmith.evaluation.tag_scores import score_tags
+
         kinds = {"one": score_one, "many": score_sets, "number": _score_numbers, "tags": score_tags}
         baseline = mean if labels.kind == "number" else majority
         more, details = kinds[labels.kind](labels, outcomes, baseline)
@@ -78,6 +78,8 @@ def _exp(loss: float) -> float:
 
 
 def _score_numbers(_: Labels, outcomes: Outcomes, mean: float | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    from sklearn.metrics import mean_squared_error
+
     true_I, predicted_I = outcomes.values_I, outcomes.logits_IC[:, 0]
     measures: dict[str, Estimate] = {
         "mse": (mean_squared_error(true_I, predicted_I), statistics.ratio((true_I - predicted_I) ** 2)),
@@ -94,4 +96,6 @@ def _spearman(ones_I: NDArray[np.float64], others_I: NDArray[np.float64]) -> flo
     """scipy's; NaN, without its warning, where either side is constant."""
     if np.ptp(ones_I) == 0 or np.ptp(others_I) == 0:
         return math.nan
+    from scipy.stats import spearmanr
+
     return float(spearmanr(ones_I, others_I).statistic)
