@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import Plan, build_batch, fill_passes
+from tunesmith.data.batch import PASS_PLACES, Plan, build_batch, fill_passes
 from tunesmith.types import Row, Source
 
 LENGTHS = np.array([(7 * i) % 23 + 3 for i in range(64)], np.int32)
@@ -156,12 +157,51 @@ def test_passes_that_are_closed_when_a_row_does_not_fit_would_be_seen():
         wastes_little(next_fit, [51] * 50 + [49] * 50, 100)
 
 
+def places(passes, lengths) -> int:
+    """What padded passes compute, the passes themselves included."""
+    return sum(PASS_PLACES + len(members) * max(lengths[i] for i in members) for members in passes)
+
+
+def cuts(num: int):
+    """Every way to cut rows that stand in a line into passes."""
+    for marks in itertools.product([False, True], repeat=num - 1):
+        ends = [i + 1 for i, mark in enumerate(marks) if mark] + [num]
+        yield [tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), budget=st.integers(100, 900))
+def test_padded_passes_compute_the_least_of_all_ways_to_cut(lengths, budget):
+    lengths = sorted(lengths, reverse=True)
+
+    def fits(members) -> bool:
+        return len(members) == 1 or len(members) * lengths[members[0]] <= budget
+
+    least = min(places(way, lengths) for way in cuts(len(lengths)) if all(map(fits, way)))
+    assert places(fill_passes(range(len(lengths)), lengths, tokens_per_pass=budget, layout="padded"), lengths) == least
+
+
+def test_padding_of_a_plan_is_told():
+    lengths = np.random.default_rng(0).lognormal(2.5, 0.6, 2000).astype(np.int32).clip(3, 60)  # short texts
+    padded = plan(lengths, rows_per_step=16, tokens_per_pass=2048, layout="padded")
+    steps = [[(row - 1) // 2 for rows in padded.step(step + 1) for row in rows] for step in range(64)]
+    as_it_was = 1 - sum(lengths[step].sum() for step in steps) / sum(16 * lengths[step].max() for step in steps)
+    assert padded.padding() < 0.3  # 0.27
+    assert as_it_was > 0.5  # all 16 in one pass
+    assert plan(lengths, layout="ragged").padding() == 0.0
+    even = np.full(64, 7, np.int32)
+    assert plan(even, rows_per_step=16, tokens_per_pass=2048, layout="padded").padding() == 0.0
+
+
 def test_many_rows_are_packed_in_no_time():
     lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int).clip(2, 2048).tolist()
     begun = time.process_time()
     passes = fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="ragged")
     assert time.process_time() - begun < 0.5  # 0.03 s; looking at every pass for every row took 1.5 s
     assert len(passes) == -(-sum(lengths) // 2048)  # no pass more than their tokens need
+    begun = time.process_time()
+    fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="padded")
+    assert time.process_time() - begun < 2.0  # 0.15 s
 
 
 ROWS = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1])]

@@ -42,11 +42,13 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = f"{count(trained)} weights are trained ({percent(trained / total)})"
     held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
     skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
+    padding = plan.get("padding", 0.0)
+    padded = f", {percent(padding)} of what is computed is padding" if padding else ""
     facts = [
         ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
         ("task", f"{plan['task']}, by {plan['method']}: {share}"),
         ("rows", held_out + skipped),
-        ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch"),
+        ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
     ]
     if plan.get("labels"):
         facts.append(("labels", label_counts(plan["labels"])))

@@ -21,6 +21,8 @@ from tunesmith.types import Batch, Layout, Row
 
 Pass = tuple[int, ...]
 """Row indices that go through the model together."""
+PASS_PLACES = 64
+"""What a pass costs beside its tokens, in tokens: a small model on a processor computes so many in that time."""
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
 
@@ -58,6 +60,15 @@ class Plan:
         rows = [int(self.rows_I[i]) for i in chosen]
         lengths = [int(self.lengths_I[i]) for i in chosen]
         return fill_passes(rows, lengths, tokens_per_pass=self.tokens_per_pass, layout=self.layout)
+
+    def padding(self, most_steps: int = 64) -> float:
+        """Share of the places computed in the first steps of a run that hold no token; of an encoder–decoder about."""
+        if self.layout == "ragged":
+            return 0.0
+        length_of = dict(zip(self.rows_I.tolist(), self.lengths_I.tolist(), strict=True))
+        passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
+        places = sum(len(rows) * max(length_of[row] for row in rows) for rows in passes)
+        return 1.0 - float(sum(length_of[row] for rows in passes for row in rows) / places)
 
     def _copies(self, epoch: int) -> NDArray[np.int64]:
         """How often each row stands in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
@@ -103,25 +114,48 @@ def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass:
     length stand together, and passes count the padding, of an encoder–decoder as if both sides were one line.
     """
     by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
+    ordered = [lengths[i] for i in by_length]
+    fill = _fill_ragged if layout == "ragged" else _fill_padded
+    return [tuple(rows[by_length[at]] for at in members) for members in fill(ordered, tokens_per_pass)]
+
+
+def _fill_ragged(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Places of `lengths`, which fall, pass by pass."""
     passes: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
-    """(tokens left, pass) of the ragged passes, by tokens left."""
-    for i in by_length:
-        if layout != "ragged":  # all rows of a padded pass cost as much as its longest, which stands first
-            if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= tokens_per_pass:
-                passes[-1].append(i)
-            else:
-                passes.append([i])
-            continue
-        at = bisect_left(rooms, (lengths[i], 0))
+    """(tokens left, pass), by tokens left."""
+    for i, length in enumerate(lengths):
+        at = bisect_left(rooms, (length, 0))
         if at < len(rooms):
             left, place = rooms.pop(at)
             passes[place].append(i)
         else:
             left, place = tokens_per_pass, len(passes)
             passes.append([i])
-        insort(rooms, (left - lengths[i], place))
-    return [tuple(rows[i] for i in members) for members in passes]
+        insort(rooms, (left - length, place))
+    return passes
+
+
+def _fill_padded(lengths: Sequence[int], tokens_per_pass: int) -> list[range]:
+    """Places of `lengths`, which fall, cut into the passes that compute the fewest places, those of a pass included.
+
+    All rows of a pass cost as much as its first and longest. By dynamic programming from the shortest row on.
+    """
+    num = len(lengths)
+    costs = np.zeros(num + 1)
+    """Least places of the rows from each on."""
+    ends = [num] * num
+    for i in range(num - 1, -1, -1):
+        most = max(1, tokens_per_pass // max(1, lengths[i]))
+        sizes = np.arange(1, min(most, num - i) + 1)
+        found = PASS_PLACES + lengths[i] * sizes + costs[i + 1 : i + 1 + len(sizes)]
+        best = int(found.argmin())
+        costs[i], ends[i] = found[best], i + 1 + best
+    passes, start = [], 0
+    while start < num:
+        passes.append(range(start, ends[start]))
+        start = ends[start]
+    return passes
 
 
 def build_batch(
