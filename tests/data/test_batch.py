@@ -204,6 +204,14 @@ def test_many_rows_are_packed_in_no_time():
     assert time.process_time() - begun < 2.0  # 0.15 s
 
 
+def test_a_million_rows_are_planned_and_gone_on_with_at_once():
+    million = plan(np.full(1_000_000, 30, np.int32), rows_per_step=16, tokens_per_pass=2048)
+    for step in (1, 2, 150_000):  # the first of an epoch, the next, and one of another epoch
+        begun = time.process_time()
+        million.step(step)
+        assert time.process_time() - begun < 2.0  # 0.2 s, 0.01 s, 0.2 s
+
+
 ROWS = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1])]
 
 

@@ -1,0 +1,90 @@
+"""`python -m benchmarks.data`: a file of many short chats encoded, opened again, planned, and gone on with at any step.
+
+Each part runs in a process of its own, so that its memory is its own. Rows are made of numbers, each another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measured import machine, run_child
+
+
+def write_rows(path: Path, num: int) -> None:
+    """`num` different chats of about 30 tokens."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(num):
+            asked = f"What is {i} plus {i % 97}?"
+            said = f"{i} plus {i % 97} is {i + i % 97}."
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def encode(model: str, path: str, folder: str) -> None:
+    """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
+    import numpy as np
+
+    from tunesmith.data.batch import Plan
+    from tunesmith.data.store import build
+    from tunesmith.loading import make_renderer
+    from tunesmith.models import load, locate
+    from tunesmith.recipe import read
+
+    given = {"model": model, "task": "chat", "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
+    recipe = read.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    located = locate.locate(model, revision=None, offline=True)
+    renderer = make_renderer(recipe, load.load_tokenizer(located, None), "causal")
+    begun = time.perf_counter()
+    store = build(
+        Path(folder), data=recipe.data, files=recipe.data.train, renderer=renderer, on_problem=lambda problem: None
+    )
+    seconds = time.perf_counter() - begun
+    plan = Plan(
+        rows_I=np.arange(len(store)),
+        weights_I=np.ones(len(store)),
+        lengths_I=store.lengths,
+        rows_per_step=16,
+        tokens_per_pass=2048,
+        layout="ragged",
+        seed=0,
+    )
+    begun = time.perf_counter()
+    plan.step(1)
+    first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    plan.step(5 * plan.steps_per_epoch // 2)  # in another epoch: its order is made anew
+    told = {"rows": len(store), "tokens": int(store.lengths.sum()), "seconds": seconds, "plan": first}
+    print(json.dumps({**told, "resume": time.perf_counter() - begun}))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
+    parser.add_argument("--model", required=True, help="a folder of a chat model")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    options = parser.parse_args(words)
+    print(f"{machine()['processor']}, {machine()['cores']} cores; {options.rows:,} rows\n")
+    columns = ("", "seconds", "rows/s", "peak RSS, GiB", "first step planned, s", "another epoch's, s")
+    print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.jsonl")
+        write_rows(rows, options.rows)
+        for name in ("encoded", "opened again"):
+            code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"
+            words = [sys.executable, "-c", code, options.model, str(rows), str(Path(folder, "encoded"))]
+            child = run_child(words, log=Path(folder, "log"))
+            if child.code:
+                sys.exit(child.tail)
+            told = json.loads(child.tail.splitlines()[-1])
+            rate, peak = told["rows"] / told["seconds"], child.peak_bytes / 2**30
+            times = f"{told['plan']:.2f} | {told['resume']:.2f}"
+            print(f"| {name} | {told['seconds']:.1f} | {rate:,.0f} | {peak:.2f} | {times} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
