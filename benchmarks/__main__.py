@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import planning
 from benchmarks import serve as race
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.measured import machine, versions
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     add_train(verbs)
     add_methods(verbs)
+    planning.add_parser(verbs)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.data.labels import count_classes
+from tunesmith.forecasting import Foreseen, plan_of
 from tunesmith.optim import OPTIMIZERS
+from tunesmith.planning.advise import total_steps
+from tunesmith.planning.forecast import Forecast
 from tunesmith.preparing import Setup
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
@@ -58,6 +62,56 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
+    }
+
+
+def plan_timing(setup: Setup) -> dict[str, Any]:
+    """What the run was predicted to need; empty if it could not be predicted."""
+    return {} if setup.forecast is None else {"forecast": forecast_values(setup.forecast)}
+
+
+def foreseen_values(seen: Foreseen) -> dict[str, Any]:
+    """What `tunesmith plan` tells: the values of a "plan" event that are known before the model is loaded."""
+    recipe, forecast = seen.recipe, seen.forecast
+    plan = plan_of(recipe, seen.rows, "padded" if forecast is None else forecast.layout)
+    return {
+        "model": seen.start.located.name,
+        "task": recipe.task,
+        "method": recipe.method.name,
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
+        "rows": {
+            "train": len(seen.rows.train_rows),
+            "held_out": len(seen.rows.held_rows),
+            "skipped": seen.rows.skipped,
+        },
+        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
+        "steps": total_steps(recipe, plan.steps_per_epoch),
+        "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
+        "total_parameters": seen.start.size.num_params,
+        "precision": recipe.precision,
+        "device": recipe.device if forecast is None else forecast.device.name,
+        "warnings": [*seen.start.notes, *seen.notes, *seen.rows.notes],
+        "recipe": recipe.model_dump(mode="json"),
+        "forecast": None if forecast is None else forecast_values(forecast),
+    }
+
+
+def forecast_values(forecast: Forecast) -> dict[str, Any]:
+    """Bytes and seconds."""
+    memory, time, disk = forecast.memory, forecast.duration, forecast.disk
+    return {
+        "memory": {"total": memory.total, "phase": memory.phase, "parts": memory.parts()},
+        "phases": {phase.phase: phase.total for phase in forecast.phases},
+        "room": forecast.device.room,
+        "pass": {
+            "step": forecast.heavy.step,
+            "rows": len(forecast.heavy.rows),
+            "tokens": forecast.tokens,
+            "targets": forecast.targets,
+        },
+        "layers": {"all": forecast.num_layers, "recomputed": forecast.recomputed},
+        "seconds": None if time is None else asdict(time),
+        "disk": {**asdict(disk), "total": disk.total},
     }
 
 

@@ -5,7 +5,8 @@
     │   ├── RecipeError       a knob: unknown, of the wrong type, or out of range
     │   ├── DataError         rows: carries one `Problem` a finding
     │   ├── ModelError        a model, tokenizer or template
-    │   └── RunError          a run folder: missing, locked, or not the one to resume
+    │   ├── RunError          a run folder: missing, locked, or not the one to resume
+    │   └── DoesNotFitError   a run that needs more memory than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
@@ -54,6 +55,15 @@ class ModelError(InputError):
 
 class RunError(InputError):
     """A run folder that is missing, in use, or does not match what is asked of it."""
+
+
+class DoesNotFitError(InputError):
+    """A run needs more memory than there is, by prediction; nothing was loaded. Both in bytes."""
+
+    def __init__(self, message: str, *, needed: int, room: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.room = room
 
 
 class NonFiniteError(TunesmithError):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from tunesmith.data.batch import Plan
-from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Places, Rows, encode_rows
-from tunesmith.errors import RecipeError
+from tunesmith.data.rows import Rows
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
+from tunesmith.forecasting import OnProgress, feeds, foresee, plan_of
 from tunesmith.loading import has_token_types
-from tunesmith.measures import MEASURED
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.methods.together import compute_together
@@ -31,15 +28,15 @@ from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.optim import Update
-from tunesmith.planning.advise import Facts, decide, far_numbers, total_steps, with_choice
-from tunesmith.planning.sharing import decide_sharing
+from tunesmith.planning.advise import far_numbers, total_steps
+from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.sharing import disagreement
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
-from tunesmith.starting import Start, begin
+from tunesmith.starting import Start
 from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, Task
 
-OnProgress = Callable[[str, int, int], None]
 ROOM_TO_SPEAK = 384
 """Positions that a passage of the general text, or an instruction and its answer, may need."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,6 +72,8 @@ class Setup:
     total_steps: int
     device: str
     samples: list[SamplePrompt]
+    forecast: Forecast | None
+    """What the run was predicted to need, before its model was loaded; None if it could not be, or was resumed."""
     identity: dict[str, str] = field(default_factory=dict)
     """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
 
@@ -96,15 +95,10 @@ def prepare(
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
+        DoesNotFitError: it needs more memory than there is.
     """
-    start = begin(recipe, root=root, offline=offline)
-    recipe = start.recipe
-    rows = _rows(recipe, start, _places(root, run), on_progress)
-    recipe = reduce(with_choice, rows.choices, recipe)
-    _check_evaluation(recipe, start.head, rows)
-    facts = Facts(start.size.num_params, recipe.device, start.kind, rows.store.lengths[rows.train_rows])
-    recipe, more = decide(recipe, facts)
-
+    seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
@@ -115,13 +109,14 @@ def prepare(
         compute_together(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    plan = _plan(recipe, rows, layout)
-    feeds, sharing = _feeds(rows, recipe, start, model, plan)
+    plan = plan_of(recipe, rows, layout)
+    feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, ask=disagreement)
     samples, sample_notes = _samples(recipe, start, rows)
+    notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
-        choices=[*start.choices, *rows.choices, *more, *sharing, update.describe()],
-        notes=[*start.notes, *rows.notes, *far_numbers(rows), *padding_notes, *attachment.notes, *sample_notes],
+        choices=[*seen.choices, *sharing, update.describe()],
+        notes=[*notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
         room=start.size.max_tokens,
@@ -133,36 +128,15 @@ def prepare(
         attachment=attachment,
         update=update,
         rows=rows,
-        **feeds,
+        feed=feed,
+        held_feed=held_feed,
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
         samples=samples,
+        forecast=seen.forecast,
         identity=_identity(recipe, rows, start.renderer, start.located),
     )
-
-
-def _rows(recipe: Recipe, start: Start, places: Places, on_progress: OnProgress) -> Rows:
-    return encode_rows(
-        recipe.data,
-        start.renderer,
-        places=places,
-        max_held=recipe.evaluation.max_rows,
-        task=known(recipe.task),
-        class_weights=recipe.train.class_weights,
-        own_classes=start.own_classes,
-        on_progress=on_progress,
-    )
-
-
-def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
-    if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
-        raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
-    keys = MEASURED[head if rows.labels is None else rows.labels.kind]
-    if recipe.evaluation.metric not in keys:
-        raise RecipeError(
-            f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
-        )
 
 
 def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
@@ -181,35 +155,10 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
     start.notes.extend(METHODS[method.name].ready(model, method, device=recipe.device))
-    checkpoint_layers(model, recipe.train.checkpointed_layers)
+    checkpoint_layers(model, known(recipe.train.checkpointed_layers))
     if recipe.kernels == "fast":
         use_fast_norms(model)
     return model, num_parameters
-
-
-def _feeds(
-    rows: Rows, recipe: Recipe, start: Start, model: PreTrainedModel, plan: Plan
-) -> tuple[dict[str, Feed], list[Choice]]:
-    """Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
-    whole, as whoever measures the result again will."""
-    tokenizer = start.renderer.tokenizer
-    masks = start.head == "masked_token"
-    has_types = has_token_types(model, tokenizer)
-    choices = []
-    if start.kind == "causal" and plan.layout == "ragged" and not has_types:
-        choices = [decide_sharing(model, recipe, plan, rows.store)]
-    feeds = {}
-    for name, store, seed in (("feed", rows.store, recipe.seed), ("held_feed", rows.held_store, 0)):
-        feeds[name] = Feed(
-            store,
-            layout=plan.layout,
-            device=recipe.device,
-            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
-            decoder_start=getattr(model.config, "decoder_start_token_id", None),
-            has_types=has_types,
-            shares=name == "feed" and any(choice.value for choice in choices),
-        )
-    return feeds, choices
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
@@ -221,12 +170,6 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
     room = PromptRoom.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(start.renderer, examples, room=room, new_tokens=new_tokens)
     return prompts, remarks_on(prompts, num_rows=len(examples))
-
-
-def _places(root: Path, run: Run | None) -> Places:
-    """A new run shares encoded rows with others below `root`; a resumed one has its own."""
-    shared = root / ".rows"
-    return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
 
 
 def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
@@ -245,19 +188,6 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         return "ragged", []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return "padded", [note]
-
-
-def _plan(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
-    weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
-    return Plan(
-        rows_I=rows.train_rows,
-        weights_I=weights[rows.store.file_index[rows.train_rows]],
-        lengths_I=rows.store.lengths[rows.train_rows],
-        rows_per_step=known(recipe.train.rows_per_step),
-        tokens_per_pass=known(recipe.train.tokens_per_pass),
-        layout=layout,
-        seed=recipe.seed,
-    )
 
 
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, located: locate.Located) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.preparing import OnProgress, Setup
+from tunesmith.forecasting import OnProgress
+from tunesmith.preparing import Setup
 from tunesmith.run import Run
 from tunesmith.types import Event
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import checkpoint
-from tunesmith.describing import plan_values, report_facts, run_name, start_values
+from tunesmith.describing import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
@@ -116,7 +116,7 @@ def _drive(session: Session, *, fresh: bool) -> None:
     try:
         if fresh:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-            session.emit("plan", plan_values(setup))
+            session.emit("plan", plan_values(setup), plan_timing(setup))
             look(session, "before")
             _save(session)
             _rehearse_result(setup, run)

@@ -16,6 +16,7 @@ from tunesmith.cli.compare import compare
 from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.export import export
+from tunesmith.cli.plan import plan
 from tunesmith.cli.predict import predict
 from tunesmith.cli.push import push
 from tunesmith.cli.recipe import recipe
@@ -79,7 +80,7 @@ def about(
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Tune": (check, train, resume),
+    "Tune": (check, plan, train, resume),
     "Look and talk": (runs, show, chat),
     "Use and measure": (serve, predict, evaluate, compare, export, push),
     "More": (selftest, recipe, doctor),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ PHASES = {
     "hash": "fingerprinting data",
     "encode": "encoding rows",
     "load": "loading the model",
+    "plan": "predicting memory and time",
     "evaluate": "measuring held-out rows",
     "answer": "answering held-out prompts",
     "check": "checking rows",
@@ -53,6 +54,15 @@ def display_for(console: Console, *, quiet: bool, story: Story) -> Display:
 
         return Live(console, story)
     return Plain(console, story)
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """A plan as whole lines: facts, choices, notes."""
+    from tunesmith.cli.panels import plan_facts
+
+    lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
+    lines += [f"chosen: {c['key']} = {knob(c['value'])}: {c['reason']}" for c in plan["choices"]]
+    return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 
 class Silent:
@@ -117,12 +127,7 @@ class Plain(Silent):
         return words.get(event.kind, list)()
 
     def _plan_lines(self) -> list[str]:
-        from tunesmith.cli.panels import plan_facts
-
-        plan = self.story.plan
-        lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
-        lines += [f"chosen: {c['key']} = {knob(c['value'])}: {c['reason']}" for c in plan["choices"]]
-        return lines + [f"note: {text}" for text in plan.get("warnings", ())]
+        return plan_lines(self.story.plan)
 
     def _step_is_due(self, event: Event) -> bool:
         total, now = self.story.total_steps, self.clock()

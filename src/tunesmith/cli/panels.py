@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cli.forecasts import forecast_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import count, knob, one_line, percent, plural, visible
@@ -39,7 +40,7 @@ def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of what a plan says beside its choices, also for plain output."""
     rows, trained, total = plan["rows"], plan["trained_parameters"], plan["total_parameters"]
-    share = f"{count(trained)} weights are trained ({percent(trained / total)})"
+    share = f"{count(trained)} weights are trained ({percent(trained / total)})" if trained else "adapted"
     held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
     skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
     padding = plan.get("padding", 0.0)
@@ -56,6 +57,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("windows", visible(str(plan["windows"]))))
     if plan.get("device"):
         facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
+    if plan.get("forecast"):
+        facts += forecast_facts(plan["forecast"])
     return [fact for fact in facts if fact[1]]
 
 

@@ -53,7 +53,8 @@ class Story:
             self.started = True
             self.step = event.step
         elif event.kind == "plan":
-            self.plan = values
+            # What is predicted does not repeat bit for bit: it rests on what the machine has free at the moment.
+            self.plan = {**values, "forecast": event.timing.get("forecast")}
         elif event.kind in ("evaluation", "answers", "general"):
             self.measures.setdefault(values["name"], {}).update(measures_of(event))
             if event.kind == "evaluation":

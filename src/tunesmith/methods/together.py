@@ -34,11 +34,13 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 PROBE_TOKENS = 4
 
 
-def compute_together(model: nn.Module) -> tuple[int, int]:
+def compute_together(model: nn.Module, *, agrees: Agrees | None = None) -> tuple[int, int]:
     """Let LoRA layers compute together where that is the same; how many gated MLPs, and how many groups of siblings.
 
     Weights and names stay. A class of MLP is taken where a known activation gives its own answer and gradients.
+    `agrees`: asks a model of shapes, which has no answer, another way.
     """
+    asked = agrees or _agrees
     known: dict[tuple[type, type], Activation | None] = {}
     mlps = groups = 0
     for parent in model.modules():
@@ -46,7 +48,7 @@ def compute_together(model: nn.Module) -> tuple[int, int]:
         if _whole(layers) is not None and "forward" not in vars(parent):
             key = (type(parent), type(getattr(parent, "act_fn", None)))
             if key not in known:
-                known[key] = next((act for act in ACTIVATIONS if _agrees(parent, act)), None)
+                known[key] = next((act for act in ACTIVATIONS if asked(parent, act)), None)
             if (activation := known[key]) is not None:
                 parent.forward = partial(_gated, parent, activation, parent.forward)
                 mlps += 1
@@ -176,6 +178,7 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
+Agrees = Callable[[nn.Module, Activation], bool]
 ACTIVATIONS = (
     Activation(F.silu, torch.ops.aten.silu_backward),
     _gelu("tanh"),

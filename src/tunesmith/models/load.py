@@ -111,7 +111,7 @@ def load_model(
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
     with torch.random.fork_rng(devices=[]), blaming(located, "its weights cannot be loaded"):
-        model, found = _auto_class(located, config, head).from_pretrained(
+        model, found = auto_class(located, config, head).from_pretrained(
             **source(located),
             **settings,
             **({} if located.is_gguf else {"use_safetensors": True}),
@@ -136,7 +136,8 @@ def load_model(
     return model.to(device)
 
 
-def _auto_class(located: Located, config: PreTrainedConfig | None, head: HeadName) -> Any:
+def auto_class(located: Located, config: PreTrainedConfig | None, head: HeadName) -> Any:
+    """transformers' class that makes such a model with this head. Raises ModelError where it has none."""
     translates = config is not None and config.is_encoder_decoder and head == "next_token"
     auto, known = _AUTO["translated" if translates else head]
     if config is not None and type(config) not in known:

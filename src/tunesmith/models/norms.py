@@ -25,8 +25,11 @@ from torch.autograd.function import once_differentiable
 PROBE_TOKENS = 4
 
 
-def use_fast_norms(model: nn.Module) -> int:
-    """Replace the forward of every RMS norm that is known and agrees; how many were. Weights and names stay."""
+def use_fast_norms(model: nn.Module, *, with_numbers: Callable[[nn.Module], nn.Module] = lambda norm: norm) -> int:
+    """Replace the forward of every RMS norm that is known and agrees; how many were. Weights and names stay.
+
+    `with_numbers`: of a model of shapes, a twin of a norm that can be asked.
+    """
     ways: dict[tuple[type, torch.dtype], Callable[..., Tensor] | None] = {}
     replaced = 0
     for module in model.modules():
@@ -34,7 +37,8 @@ def use_fast_norms(model: nn.Module) -> int:
             continue
         key = (type(module), _weight(module).dtype)
         if key not in ways:
-            ways[key] = next((way for way in (_rounded_first, _counted_from_one) if _agrees(module, way)), None)
+            twin = with_numbers(module)
+            ways[key] = next((way for way in (_rounded_first, _counted_from_one) if _agrees(twin, way)), None)
         if (way := ways[key]) is not None:
             module.forward = partial(way, module)
             replaced += 1

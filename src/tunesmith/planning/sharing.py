@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ LEAST_SAVED = 0.05
 PROBE_STEPS = 4
 PROBE_ROWS = 3
 KEY = "kernels.shared_beginnings"
+Ask = Callable[[PreTrainedModel, Sequence[Row]], str | None]
+"""What is wrong with a model's answers where rows share what they begin with; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,9 @@ class Sharing:
     """Some rows that begin alike."""
 
 
-def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: RowStore) -> Choice:
-    """For ragged batches of a causal model without token types."""
+def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: RowStore, *, ask: Ask) -> Choice:
+    """For ragged batches of a causal model without token types. `ask`: `disagreement`, or what stands for it where
+    there is no model yet."""
     sharing = look(plan, store)
     if sharing.saved < LEAST_SAVED:
         return Choice(KEY, False, f"what rows of a step begin with alike is {sharing.saved:.0%} of their tokens")
@@ -49,7 +52,7 @@ def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: Ro
         return Choice(KEY, False, f"{what} could be computed once, but kernels: plain leaves them")
     if drawn := _draws(model, recipe):
         return Choice(KEY, False, f"{what} could be computed once, but {drawn} draws anew for each row")
-    if problem := disagreement(model, sharing.probe):
+    if problem := ask(model, sharing.probe):
         return Choice(KEY, False, f"{what} could be computed once, but the model then {problem}")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 

@@ -128,9 +128,10 @@ class Train(Section):
     rows_per_step: Positive | Auto = "auto"
     """Rows in one update. The loss is divided by the targets of the whole step, however it is cut into passes."""
     tokens_per_pass: Positive | Auto = "auto"
-    """Most tokens in one forward and backward. Smaller needs less memory and gives the same update."""
-    checkpointed_layers: Annotated[int, Field(ge=0)] = 0
-    """Layers whose activations are recomputed in the backward pass instead of kept."""
+    """Most tokens in one forward and backward. Smaller needs less memory and gives the same update. auto: what fills
+    the machine's products, or less where memory forces it."""
+    checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory forces."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
     """Task classify and tag: what an example of a class counts. balanced: rare classes count as much as frequent ones;
     or a weight by name."""
@@ -218,6 +219,9 @@ class Recipe(Section):
     """Of weights and activations; what is trained is always kept in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
+    memory: Literal["refuse", "warn"] = "refuse"
+    """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or go on and
+    say so."""
     threads: Positive | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"

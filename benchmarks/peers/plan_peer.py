@@ -1,0 +1,111 @@
+"""One case of `python -m benchmarks planning`: plan_peer.py SPEC.json OUT.json; without OUT.json it makes the model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+from tunesmith.evaluation.measure import evaluate
+from tunesmith.loop import training_steps
+from tunesmith.preparing import prepare
+from tunesmith.recipe.knobs import known
+from tunesmith.recipe.read import validate
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>")
+
+
+def model_folder(spec: dict[str, Any]) -> Path:
+    """A model of the shape, with random weights, and a tokenizer in which a letter is a token."""
+    arch, hidden, layers, heads, groups, inner, vocabulary = spec["shape"]
+    folder = Path(spec["folder"]) / spec["model"].replace(" ", "-")
+    if folder.exists():
+        return folder
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
+    more: dict[str, Any] = {"intermediate_size": inner, "max_position_embeddings": 8192}
+    if arch == "gpt2":
+        more = {"n_positions": 8192, "n_inner": inner}
+    elif arch != "bert":
+        more |= {"num_key_value_heads": groups, "tie_word_embeddings": True}
+    config = AutoConfig.for_model(arch, **sizes, **more, pad_token_id=0, eos_token_id=5, bos_token_id=5)
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    auto = AutoModelForMaskedLM if arch == "bert" else AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = {word: i for i, word in enumerate((*SPECIALS, *"abcdefgh", " "))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", eos_token="</s>", clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def recipe_of(spec: dict[str, Any], model: str) -> Any:
+    per_step = max(1, round(2 * spec["tokens"] / spec["length"]))
+    longest = 512 if spec["task"] != "generate" else 8192
+    layers = {"none": 0, "half": "half", "all": "all"}[spec["layers"]]
+    if layers:
+        config = AutoConfig.from_pretrained(model) if not model.endswith(".gguf") else None
+        num = 30 if config is None else config.num_hidden_layers
+        layers = num if layers == "all" else num // 2
+    return validate(
+        {
+            "model": model,
+            "task": spec["task"],
+            "method": {"name": spec["method"]},
+            "precision": spec["precision"],
+            "device": "cpu",
+            "threads": spec["threads"],
+            "memory": "warn",
+            "data": {"train": [spec["data"]], "held_out": 0.1, "max_tokens": min(spec["length"] * 2, longest)},
+            "train": {
+                "max_steps": spec["steps"],
+                "epochs": 100,
+                "rows_per_step": per_step,
+                "tokens_per_pass": spec["tokens"],
+                "checkpointed_layers": layers,
+            },
+        }
+    )
+
+
+def main(spec_path: str, out_path: str = "") -> None:
+    spec = json.loads(Path(spec_path).read_text("utf-8"))
+    model = spec["real"] or str(model_folder(spec))
+    if not out_path:
+        return
+    setup = prepare(recipe_of(spec, model), root=Path(spec["folder"]) / "runs")
+    assert setup.forecast is not None, setup.notes
+    assert setup.forecast.duration is not None
+    seconds = [event.timing["seconds"] for event in training_steps(setup)]
+    evaluate(
+        setup.model,
+        setup.task,
+        setup.held_feed,
+        [int(i) for i in setup.rows.held_rows],
+        tokens_per_pass=known(setup.recipe.train.tokens_per_pass),
+    )
+    found = {
+        "predicted_bytes": setup.forecast.memory.total,
+        "parts": setup.forecast.memory.parts(),
+        "phase": setup.forecast.memory.phase,
+        "predicted_seconds": setup.forecast.duration.step,
+        "measured_seconds": statistics.median(seconds[1:]),
+        "seconds": seconds,
+        "layout": setup.plan.layout,
+    }
+    Path(out_path).write_text(json.dumps(found), "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

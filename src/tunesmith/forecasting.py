@@ -1,0 +1,204 @@
+"""What can be said of a run before its model is loaded: what is decided, what it will need, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.batch import Plan
+from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.rows import Places, Rows, encode_rows
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.loading import has_token_types
+from tunesmith.measures import MEASURED
+from tunesmith.planning import devices
+from tunesmith.planning.advise import Facts, decide, with_choice
+from tunesmith.planning.devices import Device
+from tunesmith.planning.fitting import fit, refuse
+from tunesmith.planning.forecast import Forecast, Forecaster
+from tunesmith.planning.sharing import Ask, decide_sharing
+from tunesmith.planning.sketch import DTYPES
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.run import Run
+from tunesmith.starting import Start, begin
+from tunesmith.types import Choice, HeadName, Layout
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Foreseen:
+    """A run before its model is loaded."""
+
+    recipe: Recipe
+    """Resolved: no "auto" is left."""
+    choices: list[Choice]
+    notes: list[str]
+    """Of the prediction; those of the model and the rows are theirs."""
+    start: Start
+    rows: Rows
+    forecast: Forecast | None
+    """None for a model that cannot be run in shapes alone, and for a resumed run, whose choices are made."""
+
+
+def foresee(
+    recipe: Recipe,
+    *,
+    root: Path,
+    offline: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    run: Run | None = None,
+    device: Device | None = None,
+) -> Foreseen:
+    """Encode rows and decide. `device`: another machine's, for which a plan is asked.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+        DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
+    """
+    if device is not None:
+        recipe = _elsewhere(recipe)
+    start = begin(recipe, root=root, offline=offline)
+    rows = _rows(start, _places(root, run), on_progress)
+    recipe = reduce(with_choice, rows.choices, start.recipe)
+    _check_evaluation(recipe, start.head, rows)
+    lengths_I = rows.store.lengths[rows.train_rows]
+    kind = device.kind if device else recipe.device
+    free_tokens = recipe.train.tokens_per_pass == "auto"
+    recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I))
+    choices = [*start.choices, *rows.choices, *choices]
+    if device is not None:
+        choices = [choice for choice in choices if choice.key not in ("device", "threads")]
+    if run is not None:
+        return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
+
+    on_progress("plan", 0, 1)
+    device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
+    seen = Foreseen(recipe, choices, [], start, rows, None)
+    _predict(seen, device, free_tokens=free_tokens)
+    on_progress("plan", 1, 1)
+    return seen
+
+
+def _predict(seen: Foreseen, device: Device, *, free_tokens: bool) -> None:
+    """Decide what memory decides, and what the run will need then. Raises DoesNotFitError."""
+    start, rows = seen.start, seen.rows
+    forecaster = Forecaster(
+        located=start.located,
+        kind=start.kind,
+        head=start.head,
+        rows=rows,
+        feeds=lambda recipe, model, plan: feeds(
+            recipe, start, rows, model, plan, device="cpu", ask=lambda model, rows: None
+        )[:2],
+        plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
+        device=device,
+        base=devices.resident(),
+    )
+    longest = int(rows.store.lengths[rows.train_rows].max())
+    try:
+        recipe, fitted, forecast = fit(seen.recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
+    except ModelError as error:
+        seen.recipe = _without_layers(seen.recipe)
+        seen.notes.append(f"memory and time cannot be predicted: {error}")
+        return
+    if not forecast.fits:
+        refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
+        if recipe.memory == "refuse":
+            raise refusal
+        seen.notes.append(str(refusal))
+    replaced = {choice.key for choice in fitted}
+    seen.choices = [*(choice for choice in seen.choices if choice.key not in replaced), *fitted]
+    seen.recipe, seen.forecast = recipe, forecast
+
+
+def _without_layers(recipe: Recipe) -> Recipe:
+    if recipe.train.checkpointed_layers != "auto":
+        return recipe
+    return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
+
+
+def _elsewhere(recipe: Recipe) -> Recipe:
+    """A recipe for a card that is not here, which what is here can decide the rest of."""
+    precision = "bfloat16" if recipe.precision == "auto" else recipe.precision
+    return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
+
+
+def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
+    recipe = start.recipe
+    return encode_rows(
+        recipe.data,
+        start.renderer,
+        places=places,
+        max_held=recipe.evaluation.max_rows,
+        task=known(recipe.task),
+        class_weights=recipe.train.class_weights,
+        own_classes=start.own_classes,
+        on_progress=on_progress,
+    )
+
+
+def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
+    if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
+        raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
+    keys = MEASURED[head if rows.labels is None else rows.labels.kind]
+    if recipe.evaluation.metric not in keys:
+        raise RecipeError(
+            f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
+        )
+
+
+def _places(root: Path, run: Run | None) -> Places:
+    """A new run shares encoded rows with others below `root`; a resumed one has its own."""
+    shared = root / ".rows"
+    return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
+
+
+def feeds(
+    recipe: Recipe, start: Start, rows: Rows, model: Any, plan: Plan, *, device: str, ask: Ask
+) -> tuple[Feed, Feed, list[Choice]]:
+    """The passes of training rows and of held-out rows, and what was decided of them.
+
+    Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
+    whole, as whoever measures the result again will. `ask`: whether the model answers otherwise where rows share what
+    they begin with.
+    """
+    tokenizer = start.renderer.tokenizer
+    masks = start.head == "masked_token"
+    has_types = has_token_types(model, tokenizer)
+    choices = []
+    if start.kind == "causal" and plan.layout == "ragged" and not has_types:
+        choices = [decide_sharing(model, recipe, plan, rows.store, ask=ask)]
+
+    def feed(store: Any, seed: int, *, shares: bool) -> Feed:
+        return Feed(
+            store,
+            layout=plan.layout,
+            device=device,
+            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
+            decoder_start=getattr(model.config, "decoder_start_token_id", None),
+            has_types=has_types,
+            shares=shares,
+        )
+
+    shares = any(choice.value for choice in choices)
+    return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
+
+
+def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
+    """Which rows make which step."""
+    weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
+    return Plan(
+        rows_I=rows.train_rows,
+        weights_I=weights[rows.store.file_index[rows.train_rows]],
+        lengths_I=rows.store.lengths[rows.train_rows],
+        rows_per_step=known(recipe.train.rows_per_step),
+        tokens_per_pass=known(recipe.train.tokens_per_pass),
+        layout=layout,
+        seed=recipe.seed,
+    )

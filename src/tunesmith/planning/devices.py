@@ -1,0 +1,172 @@
+"""Machines by name, and what this one has: memory that a run may take, products a second, bytes a second."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.errors import InputError
+from tunesmith.planning.tracing import Segment
+
+GB = 10**9
+EFFICIENCY = 0.4
+"""Of a graphics processor's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
+performance summary, Llama 3 8B and Qwen2.5 7B)."""
+CUDA_CONTEXT = 800 * 2**20
+"""What CUDA and its libraries keep on a card for one process that computes."""
+CUDA_FRAGMENTS = 0.05
+"""Share of the tensors' memory that torch's allocator cannot use."""
+CUDA_LAUNCH = 5e-6
+"""Seconds to start one operation."""
+LIBRARIES = 48 * 2**20
+"""What torch's own code, its threads and the model's classes take when they are used for the first time."""
+COMPILED = 650 * 1024
+"""Bytes that oneDNN and torch's layer above it keep of each shape of a bfloat16 product that a processor has met;
+measured in docs/EXPERIMENTS.md."""
+MOST_COMPILED = 1024
+"""Shapes that both keep where the environment does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a run is planned for."""
+
+    name: str
+    kind: str
+    """cpu, cuda or mps."""
+    room: int
+    """Bytes that the run may take in all."""
+    products: float = 0.0
+    """Floating-point operations a second in matrix products, as reached; 0: not known."""
+    bandwidth: float = 0.0
+    """Bytes a second to and from memory."""
+    launch: float = CUDA_LAUNCH
+    """Seconds that one operation takes beside its work."""
+
+
+_CARDS: dict[str, tuple[int, float, float]] = {
+    "B200-180G": (180, 2250e12, 8.0e12),
+    "H200-141G": (141, 989e12, 4.8e12),
+    "H100-80G": (80, 989e12, 3.35e12),
+    "A100-80G": (80, 312e12, 2.04e12),
+    "A100-40G": (40, 312e12, 1.56e12),
+    "L40S-48G": (48, 362e12, 0.86e12),
+    "A10G-24G": (24, 70e12, 0.6e12),
+    "L4-24G": (24, 121e12, 0.3e12),
+    "RTX5090-32G": (32, 210e12, 1.79e12),
+    "RTX4090-24G": (24, 165e12, 1.01e12),
+    "RTX3090-24G": (24, 71e12, 0.94e12),
+}
+"""Memory in GB, dense bfloat16 operations a second with float32 sums, bytes a second: from the makers' data sheets."""
+
+
+def named(name: str) -> Device:
+    """A card of the table, or one of which only the memory is known: 24G. Raises InputError for any other word."""
+    wanted = name.upper().replace(" ", "")
+    if match := re.fullmatch(r"(\d+)GI?B?", wanted):
+        return Device(f"a card of {match[1]} GB", "cuda", int(match[1]) * GB)
+    for card, (memory, peak, bandwidth) in _CARDS.items():
+        if wanted in (card, card.partition("-")[0]):
+            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth)
+    raise InputError(f"--device: {name}: not known. One of {', '.join(_CARDS)}, or its memory alone: 24G.")
+
+
+def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
+    """This machine, its speed measured for a fifth of a second."""
+    kind = torch.device(device).type
+    products, bandwidth = _measured(device, threads=threads, dtype=dtype)
+    return Device(device, kind, room(device), products, bandwidth, CUDA_LAUNCH)
+
+
+def room(device: str) -> int:
+    """Bytes that this process may hold: what is free now, and what it holds already."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + int(torch.cuda.memory_reserved(device))
+    return min(_memory_free(), _group_free()) + resident()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def compiled_bytes(segments: Iterable[Segment], *, passes: int) -> int:
+    """What comes to be kept of products over a number of passes like this one: each has another number of tokens."""
+    shapes = {one.shape for segment in segments for one in segment.products if one.dtype == torch.bfloat16}
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    most = max(int(os.environ.get(name, MOST_COMPILED)) for name in names)
+    return COMPILED * min(most, len(shapes) * passes)
+
+
+def _memory_free() -> int:
+    """What the system can give without swapping; where it does not say, all that there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return 2**63
+
+
+def _group_free() -> int:
+    """What the control group of this process (a container) leaves; files that it has read can be given up."""
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        group = Path("/sys/fs/cgroup")
+        try:
+            most, now = (int((group / name).read_text("ascii")) for name in (limit, used))
+            lines = (group / stat).read_text("ascii").splitlines()
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+        files = next((int(line.split()[1]) for line in lines if line.split()[0] == cached), 0)
+        return most - now + files
+    return 2**63
+
+
+@cache
+def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, float]:
+    """(operations a second in products of the size that layers have, bytes a second of a large copy), the better of
+    several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2048)))
+        large = torch.ones(16 * 2**20, dtype=torch.float32, device=device)
+        flops = 2 * 1024 * 1024 * 2048 / _fastest(lambda: a @ b, device)
+        return flops, 2 * large.nbytes / _fastest(large.clone, device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fastest(do: Callable[[], Any], device: str, *, seconds: float = 0.1) -> float:
+    is_cpu = torch.device(device).type == "cpu"
+
+    def clock() -> float:
+        # Of a processor its own time is counted, over all threads: what else runs there now is not its speed.
+        return time.process_time() / torch.get_num_threads() if is_cpu else time.perf_counter()
+
+    do()
+    best, end = float("inf"), clock() + seconds
+    while clock() < end or best == float("inf"):
+        begun = clock()
+        do()
+        if not is_cpu:
+            torch.accelerator.synchronize()
+        best = min(best, clock() - begun)
+    return best

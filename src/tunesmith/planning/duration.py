@@ -1,0 +1,56 @@
+"""Predicted time: what a pass computes and moves, over what the machine reached a moment ago.
+
+    seconds of a pass = Σ products of max(operations / reached, bytes / bandwidth) + other bytes / bandwidth
+                        + number of operations · launch
+
+the roofline of Williams, Waterman & Patterson 2009, operation by operation, as `tracing` found them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.planning.devices import Device
+from tunesmith.planning.sketch import Kept
+from tunesmith.planning.tracing import Segment
+
+SPREAD = 0.3
+"""Of a total by formula alone, either way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """Seconds."""
+
+    step: float
+    """Of a mean step."""
+    training: float
+    """All steps."""
+    looking: float
+    """Measuring held-out rows before and after, and on the way."""
+    spread: float = SPREAD
+    """Share by which the truth may be off either way."""
+
+    @property
+    def total(self) -> float:
+        return self.training + self.looking
+
+
+def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype) -> float:
+    """What one pass takes on a device whose products were measured in `dtype`; others take by the width."""
+    seconds = 0.0
+    for segment in segments:
+        for product, times in segment.products.items():
+            reached = device.products * dtype.itemsize / product.dtype.itemsize
+            seconds += times * max(product.flops / reached, product.num_bytes / device.bandwidth)
+        seconds += segment.moved / device.bandwidth + segment.num_ops * device.launch
+    return seconds
+
+
+def update_seconds(kept: Kept, device: Device) -> float:
+    """Gradient, weight and state read, weight and state written, and the copy that computes."""
+    trained = 4 * kept.trained_parameters
+    return (3 * trained + 2 * kept.optimizer + 1.5 * kept.masters) / device.bandwidth

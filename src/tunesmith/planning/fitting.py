@@ -1,0 +1,168 @@
+"""Making a run fit into memory: as many layers recomputed and passes as small as it takes, and no more; or saying what
+else would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tunesmith.errors import DoesNotFitError, TunesmithError
+from tunesmith.planning.advise import with_choice
+from tunesmith.planning.forecast import Forecast
+from tunesmith.recipe.knobs import LoraMethod, Recipe, known
+from tunesmith.recipe.method_knobs import LowRankMethod
+from tunesmith.types import Choice
+
+MARGIN = 0.08
+"""Share of the memory that automatic choices leave free: what a forecast by formula may be off."""
+MOST_ALTERNATIVES = 3
+SMALLEST_PASS = 128
+"""Tokens: below, passes get slow without getting smaller."""
+
+Predict = Callable[[Recipe], Forecast]
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another plan that fits."""
+
+    settings: tuple[str, ...]
+    """As `--set` takes them."""
+    total: int
+    """Predicted peak, bytes."""
+
+    def words(self) -> str:
+        """For the command line, with the prediction."""
+        return f"{' '.join(f'--set {setting}' for setting in self.settings)}  ({gib(self.total)})"
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as a person reads them: 3.41 GiB."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) -> tuple[Recipe, list[Choice], Forecast]:
+    """The recipe with `train.checkpointed_layers` decided, and with `free_tokens` smaller passes if it takes them.
+
+    What was set is left as it is, whether it fits or not.
+    """
+    automatic = recipe.train.checkpointed_layers == "auto"
+    recipe = _with(recipe, "train.checkpointed_layers", 0) if automatic else recipe
+    asked = known(recipe.train.tokens_per_pass)
+    found = predict(recipe)
+    smaller = recipe
+    while True:
+        best, forecast = _fewest_layers(smaller, predict) if automatic else (smaller, predict(smaller))
+        tokens = known(best.train.tokens_per_pass)
+        if _easily(forecast) or not free_tokens or tokens <= max(longest, SMALLEST_PASS):
+            break
+        smaller = _with(recipe, "train.tokens_per_pass", max(longest, SMALLEST_PASS, tokens // 2))
+    choices = []
+    if free_tokens and tokens != asked:
+        reason = f"{asked:,} would need {gib(found.memory.total)} of {gib(found.device.room)}; the update is the same"
+        choices.append(Choice("train.tokens_per_pass", tokens, reason))
+    if automatic:
+        choices.append(_layers_choice(best, found, forecast))
+    return best, choices, forecast
+
+
+def _layers_choice(recipe: Recipe, without: Forecast, forecast: Forecast) -> Choice:
+    layers = recipe.train.checkpointed_layers
+    need, room = gib(without.memory.total), gib(without.device.room)
+    if layers == 0:
+        reason = f"{gib(forecast.memory.total)} of {room} are needed: nothing has to be computed twice"
+    else:
+        reason = f"without, {need} of {room} would be needed; of {forecast.num_layers} layers no more than it takes"
+    return Choice("train.checkpointed_layers", layers, reason)
+
+
+def _fewest_layers(recipe: Recipe, predict: Predict) -> tuple[Recipe, Forecast]:
+    """With as few layers recomputed as fit easily; all if that is not enough, none if it makes no difference."""
+    plain = predict(recipe)
+    if _easily(plain) or not plain.num_layers:
+        return recipe, plain
+    most = _with(recipe, "train.checkpointed_layers", plain.num_layers)
+    all_of_them = predict(most)
+    if all_of_them.memory.total >= plain.memory.total:
+        return recipe, plain
+    if not _easily(all_of_them):
+        return most, all_of_them
+    low, high = 0, plain.num_layers  # low does not fit, high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _easily(predict(_with(recipe, "train.checkpointed_layers", middle))):
+            high = middle
+        else:
+            low = middle
+    best = _with(recipe, "train.checkpointed_layers", high)
+    return best, predict(best)
+
+
+def _easily(forecast: Forecast) -> bool:
+    return forecast.memory.total <= (1 - MARGIN) * forecast.device.room
+
+
+def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int) -> DoesNotFitError:
+    """What to tell of a run that does not fit: what it needs, and the nearest plans that do."""
+    found = nearest(recipe, predict, longest=longest)
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in forecast.memory.parts().items() if size)
+    lines = [
+        f"memory: this run needs {gib(forecast.memory.total)}, and {gib(forecast.device.room)} are there ({parts}).",
+        "These would fit:" if found else "Nothing that is known would make it fit: take a smaller model.",
+        *(f"  {alternative.words()}" for alternative in found),
+        "To run it all the same: --set memory=warn",
+    ]
+    return DoesNotFitError("\n".join(lines), needed=forecast.memory.total, room=forecast.device.room)
+
+
+def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternative]:
+    """At most three plans that fit, those that change least first."""
+    found: list[Alternative] = []
+    for settings, other in _others(recipe, predict, longest):
+        try:
+            forecast = predict(other)
+        except TunesmithError:  # a setting that this model or machine does not take
+            continue
+        if forecast.fits and not any(set(one.settings) <= set(settings) for one in found):
+            found.append(Alternative(settings, forecast.memory.total))
+        if len(found) == MOST_ALTERNATIVES:
+            break
+    return found
+
+
+def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe]]:
+    num_layers = predict(recipe).num_layers
+    least = max(longest, SMALLEST_PASS)
+    changes: list[dict[str, object]] = []
+    tokens = known(recipe.train.tokens_per_pass)
+    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
+        if fewer < tokens:
+            changes.append({"train.tokens_per_pass": fewer})
+    for layers in (num_layers // 2, num_layers):
+        if layers > known(recipe.train.checkpointed_layers):
+            changes.append({"train.checkpointed_layers": layers})
+    changes.append({"train.tokens_per_pass": min(least, tokens), "train.checkpointed_layers": num_layers})
+    smallest = dict(changes[-1])
+    if recipe.precision == "float32":
+        changes += [{"precision": "bfloat16"}, {"precision": "bfloat16", **smallest}]
+    if not isinstance(recipe.method, LowRankMethod):
+        changes += [
+            {"method": "lora"},
+            {"method": "lora", **smallest},
+            {"method": "lora", "precision": "bfloat16", **smallest},
+        ]
+    kinds: set[str] = set()
+    for change in changes:
+        kind = " ".join(sorted(change))
+        if kind in kinds:
+            continue
+        other = recipe
+        for key, value in change.items():
+            other = _with(other, key, LoraMethod() if value == "lora" else value)
+        if predict(other).fits:  # the nearest of each kind is enough
+            kinds.add(kind)
+        yield tuple(f"{key}={value}" for key, value in change.items()), other
+
+
+def _with(recipe: Recipe, key: str, value: object) -> Recipe:
+    return with_choice(recipe, Choice(key, value, ""))

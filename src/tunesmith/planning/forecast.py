@@ -1,0 +1,211 @@
+"""What a run will need before anything of it is loaded: memory by component, time, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tunesmith.data.batch import Plan, fill_passes
+from tunesmith.data.feed import Feed
+from tunesmith.data.rows import Rows
+from tunesmith.models.locate import Located
+from tunesmith.planning import devices
+from tunesmith.planning.advise import total_steps
+from tunesmith.planning.devices import Device
+from tunesmith.planning.duration import Duration, pass_seconds, update_seconds
+from tunesmith.planning.heaviest import Heavy, heaviest
+from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline
+from tunesmith.planning.sketch import DTYPES, Sketch
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.types import HeadName, Layout, ModelKind
+
+Feeds = Callable[[Recipe, Any, Plan], tuple[Feed, Feed]]
+"""(recipe, model of shapes, plan) → the passes of training and of held-out rows, on the CPU."""
+PlanOf = Callable[[Recipe, Layout], Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that a run writes."""
+
+    rows: int
+    checkpoints: int
+    """Those kept, and the one that is written beside them."""
+    result: int
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.checkpoints + self.result
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will need."""
+
+    memory: Memory
+    """At its highest."""
+    phases: tuple[Memory, ...]
+    """The highest moment of each phase."""
+    duration: Duration | None
+    """None for a device whose speed is not known."""
+    disk: Disk
+    device: Device
+    heavy: Heavy
+    tokens: int
+    """Of that pass."""
+    targets: int
+    layout: Layout
+    num_layers: int
+    recomputed: int
+    trained_parameters: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.device.room
+
+
+@dataclass
+class Forecaster:
+    """Answers for one model and one set of rows, whatever the recipe makes of them; keeps what it has traced."""
+
+    located: Located
+    kind: ModelKind
+    head: HeadName
+    rows: Rows
+    feeds: Feeds
+    plan_of: PlanOf
+    device: Device
+    base: int
+    """Bytes that the process holds with its libraries and without a model."""
+    _sketches: dict[str, Sketch] = field(default_factory=dict)
+    _layouts: dict[int, Layout] = field(default_factory=dict)
+    _passes: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)
+
+    def forecast(self, recipe: Recipe) -> Forecast:
+        """Raises ModelError where the model cannot be run in shapes alone."""
+        sketch = self.sketch(recipe)
+        layout = self.layout(recipe, sketch)
+        plan = self.plan_of(recipe, layout)
+        steps = total_steps(recipe, plan.steps_per_epoch)
+        recomputed = recipe.train.checkpointed_layers
+        recomputed = 0 if recomputed == "auto" else recomputed
+        found = [self._step(recipe, sketch, layout, heavy, recomputed) for heavy in self._heaviest(recipe, plan, steps)]
+        heavy, one, step, tokens, targets = max(found, key=lambda entry: entry[2].total)
+        caches = devices.compiled_bytes(one.plain, passes=sum(len(plan.step(n)) for n in range(1, min(steps, 64) + 1)))
+        phases = [self._with_runtime(step, caches)]
+        looked = self._look(recipe, sketch, layout)
+        if looked is not None:
+            phases.append(self._with_runtime(evaluation_peak(sketch.kept, sketch.stacks, looked[0]), caches))
+        duration = None
+        if self.device.products:
+            run = list(timeline(one, sketch.stacks, recomputed))
+            duration = self._duration(recipe, sketch, plan, steps=steps, run=(run, tokens), looked=looked)
+        return Forecast(
+            memory=max(phases, key=lambda memory: memory.total),
+            phases=tuple(phases),
+            duration=duration,
+            disk=self._disk(recipe, sketch),
+            device=self.device,
+            heavy=heavy,
+            tokens=tokens,
+            targets=targets,
+            layout=layout,
+            num_layers=sketch.num_layers,
+            recomputed=recomputed,
+            trained_parameters=sketch.kept.trained_parameters,
+        )
+
+    def sketch(self, recipe: Recipe) -> Sketch:
+        key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.loss!r}"
+        if key not in self._sketches:
+            self._sketches[key] = Sketch(
+                recipe, self.located, head=self.head, labels=self.rows.labels, on=self.device.kind
+            )
+        return self._sketches[key]
+
+    def layout(self, recipe: Recipe, sketch: Sketch) -> Layout:
+        """As far as the code of the model tells; whether packed rows answer the same is asked when it is loaded."""
+        if self.kind == "encoder_decoder":
+            return "encoder_decoder"
+        if id(sketch) not in self._layouts:
+            self._layouts[id(sketch)] = self._layout(recipe, sketch)
+        return self._layouts[id(sketch)]
+
+    def _layout(self, recipe: Recipe, sketch: Sketch) -> Layout:
+        feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, "ragged"))
+        some = [int(i) for i in self.rows.train_rows[:2]]
+        return "ragged" if sketch.can_pack(feed.batch(some, draw=1)) else "padded"
+
+    def _heaviest(self, recipe: Recipe, plan: Plan, steps: int) -> list[Heavy]:
+        return heaviest(plan, steps, self.rows.store.denominators)
+
+    def _step(
+        self, recipe: Recipe, sketch: Sketch, layout: Layout, heavy: Heavy, recomputed: int
+    ) -> tuple[Heavy, Pass, Memory, int, int]:
+        key = (id(sketch), layout, heavy.rows, heavy.accumulating, recomputed > 0)
+        if key not in self._passes:
+            feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))
+            batch = feed.batch(heavy.rows, draw=heavy.step)
+            self._passes[key] = (
+                Pass(
+                    sketch.step_pass(batch, recompute=False, accumulating=heavy.accumulating),
+                    sketch.step_pass(batch, recompute=True, accumulating=heavy.accumulating) if recomputed else (),
+                ),
+                batch.num_tokens,
+                batch.num_targets,
+            )
+        one, tokens, targets = self._passes[key]
+        memory = step_peak(sketch.kept, sketch.stacks, one, recomputed=recomputed, accumulating=heavy.accumulating)
+        return heavy, one, memory, tokens, targets
+
+    def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> tuple[list[Any], int] | None:
+        """The heaviest pass over held-out rows and its tokens; None where nothing is held out."""
+        rows = [int(i) for i in self.rows.held_rows]
+        if not rows:
+            return None
+        store = self.rows.held_store
+        lengths = [int(store.lengths[i]) for i in rows]
+        passes = fill_passes(rows, lengths, tokens_per_pass=known(recipe.train.tokens_per_pass), layout=layout)
+        members = max(passes, key=lambda some: float(sum(store.denominators[i] for i in some)))
+        key = (id(sketch), layout, members)
+        if key not in self._passes:
+            _, held_feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))
+            batch = held_feed.batch(members, draw=0)
+            self._passes[key] = (sketch.measure_pass(batch), batch.num_tokens)
+        segments, tokens = self._passes[key]
+        return segments, tokens
+
+    def _with_runtime(self, memory: Memory, caches: int) -> Memory:
+        if self.device.kind != "cpu":
+            tensors = memory.total
+            return replace(memory, runtime=devices.CUDA_CONTEXT + int(devices.CUDA_FRAGMENTS * tensors))
+        return replace(memory, runtime=self.base + devices.LIBRARIES + caches)
+
+    def _duration(
+        self, recipe: Recipe, sketch: Sketch, plan: Plan, *, steps: int, run: tuple[list[Any], int], looked: Any
+    ) -> Duration:
+        dtype = DTYPES[known(recipe.precision)]
+        segments, tokens = run
+        per_token = pass_seconds(segments, self.device, dtype) / tokens
+        per_step = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
+        step = per_token * per_step + update_seconds(sketch.kept, self.device)
+        looking = 0.0
+        if looked is not None:
+            segments, tokens = looked
+            every = recipe.evaluation.every
+            times = 2 + (steps // every if every else 0)
+            held = float(self.rows.held_store.lengths[self.rows.held_rows].sum())
+            whole = timeline(Pass(segments, ()), sketch.stacks, 0)
+            looking = times * held * pass_seconds(whole, self.device, dtype) / tokens
+        return Duration(step=step, training=step * steps, looking=looking)
+
+    def _disk(self, recipe: Recipe, sketch: Sketch) -> Disk:
+        kept, is_full = sketch.kept, recipe.method.name == "full"
+        one = 4 * kept.trained_parameters + kept.optimizer
+        held = recipe.checkpoint.keep + (recipe.evaluation.every is not None) + 1
+        return Disk(
+            rows=self.rows.store.summary.arrow_bytes,
+            checkpoints=held * one,
+            result=kept.weights if is_full else 4 * kept.trained_parameters,
+        )

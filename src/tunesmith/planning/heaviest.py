@@ -1,0 +1,60 @@
+"""The passes of a run that need the most memory, found among those that will occur."""
+
+# I rows
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.batch import Pass, Plan
+
+MOST_STEPS = 1000
+"""Steps that are looked through: of longer runs that many, evenly spread, and the passes of the longest rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heavy:
+    """One pass of one step."""
+
+    step: int
+    rows: Pass
+    accumulating: bool
+    """Whether the step has other passes, so that gradients are there already."""
+
+
+def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> list[Heavy]:
+    """The pass of the most tokens, and that of the most targets where it is another one: layers keep by the token,
+    the head by the target. `targets_I`: of each row of the store."""
+    lengths = dict(zip(plan.rows_I.tolist(), plan.lengths_I.tolist(), strict=True))
+    found = [
+        Heavy(step, rows, len(passes) > 1)
+        for step in _some_steps(total_steps)
+        for passes in [plan.step(step)]
+        for rows in passes
+    ]
+
+    def tokens(heavy: Heavy) -> tuple[int, int]:
+        sizes = [lengths[i] for i in heavy.rows]
+        squares = sum(size * size for size in sizes)
+        return (sum(sizes) if plan.layout == "ragged" else max(sizes) * len(sizes)), squares
+
+    def targets(heavy: Heavy) -> float:
+        return float(sum(targets_I[i] for i in heavy.rows))
+
+    most = [max(found, key=tokens), max(found, key=targets)]
+    return most[:1] if targets(most[0]) > 0.9 * targets(most[1]) else most
+
+
+def heaviest_of(passes: Iterable[Pass], weigh: Callable[[Sequence[int]], float]) -> Pass:
+    """The pass whose rows weigh most."""
+    return max(passes, key=weigh)
+
+
+def _some_steps(total: int) -> list[int]:
+    if total <= MOST_STEPS:
+        return list(range(1, total + 1))
+    return sorted({int(step) for step in np.linspace(1, total, MOST_STEPS)})

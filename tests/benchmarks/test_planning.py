@@ -1,0 +1,54 @@
+"""The table of predictions beside measurements."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.planning import CASES, SHAPES, Case, errors, markdown, rows
+
+FOUND = [
+    {"model": "a", "method": "lora", "precision": "bfloat16", "length": 64, "tokens": 512, "layers": "none"}
+    | {
+        "predicted_bytes": 110 * 2**20,
+        "measured_bytes": 100 * 2**20,
+        "predicted_seconds": 0.5,
+        "measured_seconds": 1.0,
+    },
+    {"model": "b", "method": "full", "precision": "float32", "length": 64, "tokens": 512, "layers": "all"}
+    | {"predicted_bytes": 80 * 2**20, "measured_bytes": 100 * 2**20, "predicted_seconds": 1.2, "measured_seconds": 1.0},
+    {
+        "model": "c",
+        "method": "full",
+        "precision": "float32",
+        "length": 64,
+        "tokens": 512,
+        "layers": "all",
+        "error": "x",
+    },
+]
+
+
+def test_errors_are_shares_of_what_was_measured():
+    assert errors(FOUND[:2], "predicted_bytes", "measured_bytes") == pytest.approx([0.1, 0.2])
+
+
+def test_the_table_tells_medians_and_worst_and_keeps_what_failed():
+    page = markdown(FOUND)
+    assert "| a | lora | bfloat16 | 64 | 512 | none | 110 | 100 | +10.0% | 0.50 | 1.00 | -50% |" in page
+    assert "| failed |" in page
+    assert "Peak memory, 2 cases: median error 15.0%, worst 20.0%." in page
+    assert "Step time, 2 cases: median error 35.0%, worst 50.0%." in page
+
+
+def test_the_grid_is_as_wide_as_it_says():
+    assert len(CASES) >= 24
+    assert {case.method for case in CASES} >= {"full", "lora", "dora"}
+    assert {case.layers for case in CASES} == {"none", "half", "all"}
+    assert {case.length for case in CASES} >= {64, 4096}
+    assert all(case.model in SHAPES or case.model in ("smollm2", "minilm") for case in CASES)
+
+
+@pytest.mark.parametrize("case", [CASES[0], Case("minilm", "full", "float32", 64, 512, task="classify")])
+def test_rows_are_about_as_long_as_asked(case):
+    made = rows(case)
+    lengths = [len("".join(value for key, value in row.items() if key != "label")) for row in made]
+    assert 0.7 * case.length <= sum(lengths) / len(lengths) <= case.length

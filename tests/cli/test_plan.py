@@ -1,0 +1,59 @@
+"""tunesmith plan, and the forecast on the first screen of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from tiny_run import chats, model_folder
+from tunesmith.cli.app import app
+from tunesmith.cli.forecasts import forecast_facts
+
+FORECAST = {
+    "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
+    "phases": {"step": 3 * 2**30},
+    "room": 2**34,
+    "pass": {"step": 7, "rows": 4, "tokens": 1987, "targets": 612},
+    "layers": {"all": 30, "recomputed": 0},
+    "seconds": {"step": 1.5, "training": 100.0, "looking": 20.0, "spread": 0.3},
+    "disk": {"rows": 0, "checkpoints": 2**20, "result": 2**19, "total": 2**20 + 2**19},
+}
+
+
+def plan(folder: Path, *more: str, code: int = 0) -> str:
+    model, data = model_folder(folder / "model"), chats(folder / "rows.jsonl", 20)
+    words = ["plan", str(model), str(data), "--runs", str(folder / "runs"), "--offline", *more]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_it_tells_memory_time_disk_and_the_reason_of_each_choice(tmp_path):
+    text = plan(tmp_path)
+    for word in ("memory: ", "runtime ", "time: ", "disk: ", "chosen: train.checkpointed_layers = 0: "):
+        assert word in text
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.name != ".rows"], "a plan leaves no run"
+
+
+def test_for_machines_it_is_one_line_of_json(tmp_path):
+    told = json.loads(plan(tmp_path, "--json", "--device", "24G", "--method", "full"))
+    assert told["forecast"]["room"] == 24 * 10**9
+    assert told["forecast"]["seconds"] is None
+    assert told["recipe"]["train"]["checkpointed_layers"] == 0
+    assert told["forecast"]["memory"]["total"] == sum(told["forecast"]["memory"]["parts"].values())
+
+
+def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: 2**20)
+    assert "note: memory: this run needs" in plan(tmp_path, code=2)
+
+
+def test_words_of_a_forecast():
+    assert dict(forecast_facts(FORECAST)) == {
+        "memory": "3.0 GiB at most, of 16.0 GiB, in the heaviest pass of step 7 (4 rows, 1,987 tokens, 612 targets): "
+        "weights 1.0 GiB, logits 2.0 GiB",
+        "time": "1:24 min to 2:36 min: 1:40 min of training, 1.5 s a step; 20 s of measuring held-out rows",
+        "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
+    }

@@ -1,0 +1,182 @@
+"""Runs are made to fit, with as little changed as that takes, or are refused with what would fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tiny_run import tiny_recipe
+from tunesmith.errors import DoesNotFitError, InputError, RecipeError
+from tunesmith.forecasting import foresee
+from tunesmith.planning import devices, fitting
+from tunesmith.planning.devices import Device, named
+from tunesmith.planning.forecast import Disk, Forecast
+from tunesmith.planning.heaviest import Heavy, heaviest
+from tunesmith.planning.memory import Memory
+from tunesmith.preparing import prepare
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.read import validate
+
+LAYERS = 10
+
+
+def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
+    """A run that holds 100, keeps 10 a layer for 2,048 tokens and 1 where the layer is recomputed; LoRA holds 20."""
+
+    def predict(recipe: Recipe) -> Forecast:
+        if asked is not None:
+            asked.append(recipe)
+        layers = recipe.train.checkpointed_layers
+        recomputed = 0 if layers == "auto" else layers
+        share = known(recipe.train.tokens_per_pass) / 2048
+        kept = int(share * (10 * (LAYERS - recomputed) + recomputed)) + (int(10 * share) if recomputed else 0)
+        held = 20 if recipe.method.name == "lora" else 100
+        memory = Memory("step", weights=held, activations=kept)
+        device = Device("cpu", "cpu", room)
+        return Forecast(
+            memory, (memory,), None, Disk(0, 0, 0), device, Heavy(1, (0,), False), 0, 0, "ragged", LAYERS, recomputed, 1
+        )
+
+    return predict
+
+
+def recipe_with(**train) -> Recipe:
+    settings = {"tokens_per_pass": 2048, **train}
+    return validate({"model": "m", "method": {"name": "full"}, "train": settings, "precision": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("room", "layers"),
+    [
+        (300, 0),  # 200 are needed, and 276 may be used without asking
+        (210, 2),  # 193 may be used: 100 + 8 · 10 + 2 + 10
+        (150, 8),
+    ],
+)
+def test_only_as_many_layers_are_recomputed_as_memory_forces(room, layers):
+    recipe, choices, forecast = fitting.fit(recipe_with(), predictor(room), longest=100, free_tokens=False)
+    assert recipe.train.checkpointed_layers == layers
+    assert forecast.memory.total <= (1 - fitting.MARGIN) * room
+    fewer = replace_layers(recipe, max(layers - 1, 0))
+    assert layers == 0 or predictor(room)(fewer).memory.total > (1 - fitting.MARGIN) * room
+    assert [choice.key for choice in choices] == ["train.checkpointed_layers"]
+
+
+def replace_layers(recipe: Recipe, layers: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpointed_layers": layers})})
+
+
+def test_passes_get_smaller_only_where_recomputing_all_is_not_enough():
+    recipe, choices, _ = fitting.fit(recipe_with(), predictor(125), longest=100, free_tokens=True)
+    assert recipe.train.tokens_per_pass == 1024
+    assert "the update is the same" in choices[0].reason
+
+
+def test_what_was_set_is_left_as_it_is():
+    recipe, choices, forecast = fitting.fit(
+        recipe_with(checkpointed_layers=0), predictor(10), longest=100, free_tokens=False
+    )
+    assert (recipe.train.checkpointed_layers, recipe.train.tokens_per_pass, choices) == (0, 2048, [])
+    assert not forecast.fits
+
+
+def test_a_refusal_names_the_nearest_plans_that_fit_and_their_predictions():
+    predict = predictor(125)
+    recipe = recipe_with(checkpointed_layers=0)
+    error = fitting.refuse(recipe, predict(recipe), predict, longest=100)
+    assert (error.needed, error.room, error.exit_code) == (200, 125, InputError.exit_code)
+    found = fitting.nearest(recipe, predict, longest=100)
+    assert [one.settings for one in found] == [
+        ("train.tokens_per_pass=512",),
+        ("train.checkpointed_layers=10",),
+        ("method=lora",),
+    ]
+    assert all(one.total <= 125 and one.words() in str(error) for one in found)
+    assert "--set memory=warn" in str(error)
+
+
+def test_nothing_is_offered_that_does_not_fit():
+    predict = predictor(15)
+    recipe = recipe_with(checkpointed_layers=0)
+    assert fitting.nearest(recipe, predict, longest=100) == []
+    assert "take a smaller model" in str(fitting.refuse(recipe, predict(recipe), predict, longest=100))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    monkeypatch.setattr("tunesmith.models.load.load_model", lambda *args, **how: pytest.fail("it was loaded"))
+    with pytest.raises(DoesNotFitError, match=r"memory: this run needs .* GiB, and .* GiB are there \(weights"):
+        prepare(tiny_recipe(tmp_path), root=tmp_path)
+
+
+def test_it_is_run_all_the_same_where_the_recipe_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    setup = prepare(tiny_recipe(tmp_path, memory="warn"), root=tmp_path)
+    assert any("this run needs" in note for note in setup.notes)
+
+
+def test_the_number_of_layers_to_recompute_is_checked_against_the_model(tmp_path):
+    with pytest.raises(RecipeError, match=r"train.checkpointed_layers: 3"):
+        prepare(tiny_recipe(tmp_path, train={"checkpointed_layers": 3}), root=tmp_path)
+
+
+def test_a_plan_for_another_machine_takes_its_room(tmp_path):
+    seen = foresee(tiny_recipe(tmp_path, device="auto", precision="auto"), root=tmp_path, device=named("H100"))
+    assert seen.forecast is not None
+    assert (seen.forecast.device.name, seen.forecast.device.room) == ("H100-80G", 80 * 10**9)
+    assert seen.recipe.precision == "bfloat16"
+    assert seen.forecast.memory.runtime >= devices.CUDA_CONTEXT
+
+
+def test_cards_are_named_or_known_by_their_memory_alone():
+    assert named("24G").room == named("24GB").room == named("rtx4090").room == 24 * 10**9
+    assert named("24G").products == 0
+    with pytest.raises(InputError, match=r"--device: banana: not known. One of B200-180G"):
+        named("banana")
+
+
+def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
+    monkeypatch.setattr(devices, "_memory_free", lambda: 10**12)
+    monkeypatch.setattr(devices, "_group_free", lambda: 3 * 10**9)
+    assert devices.room("cpu") == 3 * 10**9 + devices.resident()
+
+
+@pytest.mark.parametrize("rows_per_step", [3, 18])
+def test_the_heaviest_pass_is_one_that_will_occur(tmp_path, rows_per_step):
+    setup = prepare(tiny_recipe(tmp_path, train={"rows_per_step": rows_per_step}), root=tmp_path)
+    plan, store = setup.plan, setup.rows.store
+    passes = [rows for step in range(1, setup.total_steps + 1) for rows in plan.step(step)]
+    found = heaviest(plan, setup.total_steps, store.denominators)
+    assert {heavy.rows for heavy in found} <= set(passes)
+    assert all(heavy.rows in plan.step(heavy.step) for heavy in found)
+    assert sum(store.lengths[list(found[0].rows)]) == max(sum(store.lengths[list(rows)]) for rows in passes)
+    assert sum(store.denominators[list(found[-1].rows)]) >= 0.9 * max(
+        sum(store.denominators[list(rows)]) for rows in passes
+    )
+
+
+def test_a_forecast_rests_on_the_recipe_and_says_of_which_pass_it_speaks(tmp_path):
+    seen = foresee(tiny_recipe(tmp_path), root=tmp_path)
+    forecast = seen.forecast
+    assert forecast is not None
+    assert forecast.fits
+    assert forecast.memory.total == sum(forecast.memory.parts().values())
+    assert {phase.phase for phase in forecast.phases} >= {"step", "evaluation"}
+    assert forecast.tokens <= 96
+    assert forecast.duration is not None
+    assert forecast.duration.training == pytest.approx(12 * forecast.duration.step)
+    assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
+
+
+def test_a_model_that_cannot_be_run_in_shapes_is_trained_all_the_same(tmp_path: Path, monkeypatch):
+    from tunesmith.errors import ModelError
+
+    def fail(*args, **how):
+        raise ModelError("no config")
+
+    monkeypatch.setattr("tunesmith.planning.sketch.model_of_shapes", fail)
+    setup = prepare(tiny_recipe(tmp_path), root=tmp_path)
+    assert setup.forecast is None
+    assert setup.recipe.train.checkpointed_layers == 0
+    assert any("cannot be predicted: no config" in note for note in setup.notes)
