@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tiny_run import tiny_recipe
 from tunesmith import checkpoint
@@ -147,8 +148,8 @@ def poison(monkeypatch, at: int) -> None:
     calls = {"n": 0}
 
     def poisoned(model, batch):
-        calls["n"] += 1
         loss = chat.loss_sum(model, batch)
+        calls["n"] += not isinstance(loss, FakeTensor)  # a plan's pass has no numbers
         return loss * float("nan") if calls["n"] == at else loss
 
     monkeypatch.setitem(TASKS, "chat", replace(chat, loss_sum=poisoned))

@@ -8,6 +8,7 @@
     │   ├── RunError          a run folder: missing, locked, or not the one to resume
     │   └── DoesNotFitError   a run that needs more memory than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
+    ├── OutOfMemoryError      memory ended in a pass, however small; what was learnt before is saved
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
     ├── ExportError           what was exported is not what was tuned; nothing was kept
@@ -68,6 +69,19 @@ class DoesNotFitError(InputError):
 
 class NonFiniteError(TunesmithError):
     """A loss or gradient is NaN or infinite. Raised before the update: the weights are those of the step before."""
+
+
+class OutOfMemoryError(TunesmithError):
+    """Memory ended in a pass that cannot be made smaller. The weights are those of the step before.
+
+    `lengths`: tokens of the rows of that pass; `peak`: most bytes held until then.
+    """
+
+    def __init__(self, message: str, *, step: int, lengths: Sequence[int], peak: int) -> None:
+        super().__init__(message)
+        self.step = step
+        self.lengths = tuple(lengths)
+        self.peak = peak
 
 
 class CheckpointError(TunesmithError):

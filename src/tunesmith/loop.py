@@ -15,6 +15,7 @@ import torch
 from tunesmith.data.batch import Pass
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import NonFiniteError
+from tunesmith.gradients import gradients
 from tunesmith.optim import clip_, rate
 from tunesmith.preparing import Setup
 from tunesmith.types import Event
@@ -30,26 +31,17 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
 
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
+        OutOfMemoryError: memory ended in a pass that cannot be made smaller; the weights are those of the step before.
     """
     recipe, plan, attachment, update = setup.recipe, setup.plan, setup.attachment, setup.update
     for step in range(start + 1, setup.total_steps + 1):
         begun = time.perf_counter()
-        torch.manual_seed(_step_seed(recipe.seed, step))
         setup.model.train()
         if update.begin():
             attachment.publish()
-        passes = plan.step(step)
-        num_targets = sum(float(setup.rows.store.denominators[i]) for rows in passes for i in rows)
-        losses, computed = [], 0
-        for rows in passes:
-            batch = setup.feed.batch(rows, draw=step)
-            with setup.noise.on(setup.model, batch, step):
-                loss_sum = setup.task.loss_sum(setup.model, batch)
-            (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
-            attachment.collect_gradients()
-            losses.append(loss_sum.detach())
-            computed += batch.num_computed
-        pass_losses = torch.stack(losses).cpu().double().tolist()
+        done = gradients(setup, plan, step)
+        plan, passes = done.plan, done.passes
+        pass_losses = torch.stack(done.losses).cpu().double().tolist()
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
@@ -64,14 +56,15 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
             step=step,
             time=time.time(),
             values={
-                "loss": math.fsum(pass_losses) / num_targets,
+                "loss": math.fsum(pass_losses) / done.num_targets,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": tokens,
-                "computed": computed,
-                "targets": num_targets,
+                "computed": done.computed,
+                "targets": done.num_targets,
                 "passes": len(passes),
                 "rows": row_ids,
+                **({"tokens_per_pass": plan.tokens_per_pass} if done.halved else {}),
             },
             timing={
                 "seconds": seconds,
@@ -79,10 +72,6 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
                 "peak_bytes": peak_memory_bytes(setup.device),
             },
         )
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step * 0x9E3779B97F4A7C15) % 2**63
 
 
 def _require_finite(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +17,24 @@ from typing import Any
 from tunesmith import checkpoint
 from tunesmith.describing import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.environment import in_force
-from tunesmith.errors import CheckpointError, RunError, Stopped, StorageError
+from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
-from tunesmith.files import fsync_file, remove, temporary_folder
+from tunesmith.files import fsync_file, remove, temporary_folder, write_atomic
 from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
 from tunesmith.methods import METHODS, restore
+from tunesmith.models.checkpointing import count_layers
 from tunesmith.preparing import Setup, prepare
+from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run
 from tunesmith.session import Listener, OnEvent, Progress, Session
+from tunesmith.types import Event
+
+SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
+"""Knobs that change what a step needs, and nothing of what it learns but rounding."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -59,10 +65,13 @@ def train(
     return run
 
 
-def resume(run: Run, *, offline: bool = False, listener: Listener | None = None) -> Run:
+def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
     """Go on with a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
+    `settings`: key=value of SAME_UPDATE, which change what a step needs and not what it learns, but for rounding.
+
     Raises:
+        RecipeError: a setting that would make it another run.
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
         And whatever `train` raises.
     """
@@ -74,10 +83,12 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
-        setup = prepare(run.recipe(), root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
+        recipe = _with_settings(run, settings)
+        setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         then = newest.state["identity"] if newest else _identity_at_start(run)
         if then is not None:
-            _refuse_changes(run, setup.identity, then)
+            changed = {f"setting {key}" for key in SAME_UPDATE} if settings else set()
+            _refuse_changes(run, _without(setup.identity, changed), _without(then, changed))
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
@@ -88,8 +99,27 @@ def resume(run: Run, *, offline: bool = False, listener: Listener | None = None)
             restore(setup.attachment, newest.weights)
             setup.update.load(newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
+        if settings:
+            write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
+            session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
+            if newest:
+                _save(session)  # what the next resume finds goes with the recipe that it finds
         _drive(session, fresh=newest is None)
     return run
+
+
+def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    if other := [key for key in keys if key not in SAME_UPDATE]:
+        raise RecipeError(
+            f"--set {other[0]}: it would be another run. Of one that goes on only {', '.join(SAME_UPDATE)} can change; "
+            "for anything else start a new one with `tunesmith train`."
+        )
+    return read.load(str(run.recipe_path), settings) if settings else run.recipe()
+
+
+def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+    return {key: value for key, value in identity.items() if key not in keys}
 
 
 def _identity_at_start(run: Run) -> Mapping[str, str] | None:
@@ -148,12 +178,14 @@ def _take_steps(session: Session) -> None:
     _stop_if_asked(session, saved=True)
     if _patience_is_over(session):
         return
-    for event in training_steps(setup, start=progress.step):
+    for event in _steps_or_saved(session):
         progress.step = event.step
         progress.tokens += event.values["tokens"]
         progress.targets += event.values["targets"]
         progress.train_seconds += event.timing["seconds"]
         session.pass_on(event)
+        if "tokens_per_pass" in event.values:
+            session.emit("note", {"text": _halved(event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
@@ -169,6 +201,27 @@ def _take_steps(session: Session) -> None:
             return
         if not last:
             _stop_if_asked(session, saved=due)
+
+
+def _steps_or_saved(session: Session) -> Iterator[Event]:
+    """The steps; where memory ends for good, what was learnt before is saved, and how to go on is said."""
+    try:
+        yield from training_steps(session.setup, start=session.progress.step)
+    except OutOfMemoryError as error:
+        _save(session)
+        num_layers = count_layers(session.setup.model)
+        settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
+        way = f"tunesmith resume {shlex.quote(str(session.run.path))} --set train.tokens_per_pass=1{settings}"
+        told = f"{error} Saved: step {session.progress.step}. Go on where there is more memory, or with: {way}"
+        raise OutOfMemoryError(told, step=error.step, lengths=error.lengths, peak=error.peak) from error
+
+
+def _halved(event: Event) -> str:
+    tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
+    return (
+        f"memory ended in step {event.step} ({peak / 2**30:.2f} GiB at most): its passes were made anew, and are from "
+        f"here on, of at most {tokens:,} tokens; the update is the same"
+    )
 
 
 def _evaluation_is_due(setup: Setup, step: int) -> bool:

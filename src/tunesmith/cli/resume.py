@@ -6,12 +6,13 @@ from pathlib import Path
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, remember_json
+from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, Settings, remember_json
 
 
 def resume(
     ctx: typer.Context,
     run: RunName,
+    settings: Settings = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -20,6 +21,8 @@ def resume(
     """Go on with a run that was stopped, failed or killed, as if it had never stopped.
 
     tunesmith resume runs/support-3f2a
+
+    tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.running import watched
@@ -29,4 +32,4 @@ def resume(
     with watched(as_json=as_json, quiet=quiet, earlier=found.events()) as watch:
         from tunesmith import training
 
-        watch.done(training.resume(found, offline=offline, listener=watch.listener()))
+        watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))

@@ -108,6 +108,11 @@ class Update:
                         optimizer.step()
         self._switch("eval")
 
+    def rest(self) -> None:
+        """Go back to the weights that are evaluated and saved, without an update."""
+        self.drop_gradients()
+        self._switch("eval")
+
     def drop_gradients(self) -> None:
         for tensor in self.trained.values():
             tensor.grad = None

@@ -1,0 +1,142 @@
+"""Memory that ends in a step: smaller passes with the same update, or a saved run and the way on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tiny_run import tiny_recipe
+from tunesmith import checkpoint
+from tunesmith.errors import OutOfMemoryError, RecipeError, RunError
+from tunesmith.loop import training_steps
+from tunesmith.models.exhausted import is_out_of_memory
+from tunesmith.preparing import Setup, prepare
+from tunesmith.run import runs
+from tunesmith.training import resume, train
+
+CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+FOUND = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU)]
+
+
+@pytest.mark.parametrize("error", FOUND, ids=lambda error: type(error).__name__)
+def test_the_end_of_memory_is_known_by_its_class_or_its_words(error):
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_are_not_the_end_of_memory():
+    assert not any(map(is_out_of_memory, [RuntimeError("mat1 and mat2 cannot be multiplied"), ValueError("memory")]))
+
+
+def bounded(setup: Setup, tokens: int, error: Exception, *, inside_backward: bool = False) -> Setup:
+    """Memory ends in every pass of more than so many tokens: on its way in, or after gradients were added up."""
+    right = setup.task.loss_sum
+
+    def loss_sum(model, batch):
+        found = right(model, batch)
+        if batch.num_tokens <= tokens:
+            return found
+        if inside_backward:
+            found.backward(retain_graph=True)  # gradients that a retry must not keep
+        raise error
+
+    setup.task = replace(setup.task, loss_sum=loss_sum)
+    return setup
+
+
+def weights_after(setup: Setup, steps: int) -> list[torch.Tensor]:
+    for event in training_steps(setup):
+        if event.step == steps:
+            break
+    return [tensor.detach().clone() for tensor in setup.attachment.trained.values()]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("inside_backward", [False, True])
+@pytest.mark.parametrize("error", FOUND, ids=lambda error: type(error).__name__)
+def test_passes_are_halved_and_the_update_is_the_same(tmp_path, method, inside_backward, error):
+    """float32: what differs is the order of sums, over a few hundred terms of size one and three updates."""
+    settings = {"name": "full"} if method == "full" else {"name": "lora", "rank": 4}
+    recipe = tiny_recipe(tmp_path, train={"rows_per_step": 6, "tokens_per_pass": 400}, optim={"lr": 1e-3})
+    recipe = recipe.model_copy(update={"method": type(recipe).model_validate({"method": settings}).method})
+    expected = weights_after(prepare(recipe, root=tmp_path), 3)
+    setup = bounded(prepare(recipe, root=tmp_path), 100, error, inside_backward=inside_backward)
+    for one, other in zip(weights_after(setup, 3), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
+
+
+def test_planted_a_retry_that_keeps_gradients_would_be_seen(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, train={"rows_per_step": 6, "tokens_per_pass": 400}, optim={"lr": 1e-3})
+    expected = weights_after(prepare(recipe, root=tmp_path), 3)
+    monkeypatch.setattr("tunesmith.gradients._drop_gradients", lambda setup: None)
+    found = weights_after(bounded(prepare(recipe, root=tmp_path), 100, MemoryError(), inside_backward=True), 3)
+    assert any(float((one - other).abs().max()) > 3e-4 for one, other in zip(found, expected, strict=True))
+
+
+def test_what_happened_is_told_and_holds_from_there_on(tmp_path, monkeypatch):
+    run = patched(monkeypatch, lambda recipe: train(recipe, root=tmp_path / "runs"), tmp_path, tokens=100)
+    notes = [event.values["text"] for event in run.events() if event.kind == "note"]
+    told = [text for text in notes if text.startswith("memory ended in step 1 (")]
+    assert len(told) == 1
+    assert "the update is the same" in told[0]
+    steps = [event for event in run.events() if event.kind == "step"]
+    assert steps[0].values["tokens_per_pass"] <= 100
+    assert not any("tokens_per_pass" in step.values for step in steps[1:])
+
+
+def patched(monkeypatch, act, folder, *, tokens: int):
+    from tunesmith.preparing import prepare as right
+
+    monkeypatch.setattr(
+        "tunesmith.training.prepare", lambda *args, **how: bounded(right(*args, **how), tokens, MemoryError())
+    )
+    return act(tiny_recipe(folder, train={"rows_per_step": 6, "tokens_per_pass": 400}))
+
+
+def test_a_row_that_is_too_much_ends_the_run_saved_with_the_way_on(tmp_path, monkeypatch):
+    with pytest.raises(OutOfMemoryError, match=r"a pass of one row of \d+ tokens; .* Saved: step 0. .*--set") as told:
+        patched(monkeypatch, lambda recipe: train(recipe, root=tmp_path / "runs"), tmp_path, tokens=3)
+    run = runs(tmp_path / "runs")[0]
+    assert checkpoint.steps(run.checkpoints_path) == [0]
+    assert [event.kind for event in run.events()][-1] == "failed"
+    assert len(told.value.lengths) == 1
+    monkeypatch.undo()
+    settings = ["train.tokens_per_pass=1", "train.checkpointed_layers=2"]
+    assert all(f"--set {setting}" in str(told.value) for setting in settings)
+    resume(run, settings=settings)
+    assert run.state() == "done"
+    assert run.recipe().train.checkpointed_layers == 2
+    assert any("resumed with other settings" in event.values.get("text", "") for event in run.events())
+
+
+def test_a_run_that_goes_on_takes_no_setting_that_would_make_it_another(tmp_path):
+    run = train(tiny_recipe(tmp_path, train={"max_steps": 2}), root=tmp_path / "runs")
+    (run.path / "report.json").unlink()
+    events = run.events_path.read_text().splitlines()
+    run.events_path.write_text("\n".join(line for line in events if '"kind":"end"' not in line) + "\n")
+    with pytest.raises((RecipeError, RunError), match=r"it would be another run|this run is done"):
+        resume(run, settings=["optim.lr=1"])
+
+
+LIMITED = """
+import resource, sys, torch
+from tunesmith.models.exhausted import is_out_of_memory
+torch.ones(8)
+resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[0], -1))
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, now + 2**28))
+try:
+    torch.ones(2**30)
+except Exception as error:
+    sys.exit(0 if is_out_of_memory(error) else f"not known: {type(error)}: {error}")
+sys.exit("nothing was raised")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited by setrlimit on Linux")
+def test_what_torch_says_under_a_real_limit_is_known():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
