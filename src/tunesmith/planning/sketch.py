@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import METHODS
+from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import Activation, compute_together
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
@@ -27,6 +28,7 @@ from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_
 from tunesmith.optim import Update
 from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Batch, HeadName, Labels, Layout
 
@@ -73,13 +75,14 @@ class Sketch:
             self.model: PreTrainedModel = model_of_shapes(
                 located, dtype=dtype, head=head, labels=labels, kernels=recipe.kernels
             )
-            METHODS[recipe.method.name].ready(self.model, recipe.method, device="cpu")
+            saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
             self.attachment: Attachment = METHODS[recipe.method.name].attach(
                 self.model, recipe.method, seed=recipe.seed
             )
-            if recipe.kernels == "fast":
+            if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=_acts_alike)
-            self.kept = _kept(self.model, self.attachment, recipe)
+            kept = _kept(self.model, self.attachment, recipe)
+            self.kept = replace(kept, weights=kept.weights - saved)
             self.stacks = _cut(self.model)
         self._own_attention = self.model.config._attn_implementation
 
@@ -233,6 +236,20 @@ def _cut(model: nn.Module) -> list[Stack]:
         stacks.append(Stack(tuple(kept.index(ends.get(i, first_of.get(kind, 0))) for i, kind in enumerate(kinds))))
         layers._modules = {str(n): layers[i] for n, i in enumerate(kept)}
     return stacks
+
+
+PACKED_BITS = {("nf4", True): 4.127, ("nf4", False): 4.5, ("int8", None): 8.03}
+"""Bits of a weight with its scales: 4 and 32 a block of 64; with double quantisation 8 a block, and 32 for 256 blocks
+(Dettmers et al. 2023, "QLoRA", section 3); of int8 32 a row, of rows of a thousand."""
+
+
+def _packed_away(model: nn.Module, method: QloraMethod) -> int:
+    """Bytes that a quantised base does not hold: its linear layers are computed here as they are, one is unpacked at
+    a time there."""
+    weights: list[Tensor] = [target.module.weight for target in inner_linears(model)]  # type: ignore[misc]
+    bits = PACKED_BITS[method.quant, method.double_quant]
+    saved = sum(weight.nbytes - round(weight.numel() * bits / 8) for weight in weights)
+    return saved - max(weight.nbytes for weight in weights)
 
 
 def _kept(model: nn.Module, attachment: Attachment, recipe: Recipe) -> Kept:
