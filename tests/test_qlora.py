@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.engines import OPTIONS
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, Stopped
@@ -19,6 +20,7 @@ from tunesmith.export import verify
 from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.exporting import export_run
 from tunesmith.export.options import Options
+from tunesmith.inference.serving import open_serving
 from tunesmith.loading import Speaker, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.run import Run
@@ -111,3 +113,14 @@ def test_only_a_quantised_base_can_be_unpacked(tmp_path: Path) -> None:
     run = train(tiny_recipe(tmp_path), root=tmp_path / "runs")
     with pytest.raises(InputError, match=r"--merge-into: dequantized: .* was not tuned on a quantised base"):
         export_run(run, "merged", options=Options(merge_into="dequantized"))
+
+
+def test_it_is_served_from_the_quantised_base_and_beside_no_other(finished: Run) -> None:
+    """The proof before the first ask holds on it, and a base that is not quantised is another one."""
+    notes: list[str] = []
+    root = finished.path.parent
+    serving = open_serving([str(finished.path)], root=root, options=OPTIONS, note=notes.append)
+    assert finished.path.name in serving.voices
+    assert any("the base itself answers quantised too" in note for note in notes)
+    with pytest.raises(InputError, match=rf"in {finished.recipe().method.quant}.*Serve apart"):
+        open_serving([str(finished.path), finished.recipe().model], root=root, options=OPTIONS, note=notes.append)
