@@ -16,14 +16,15 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export import gguf_models, gguf_read
+from tunesmith.export import gguf_file, gguf_models, gguf_read
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, interleaved
+from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, unpack
 from tunesmith.export.options import Options
 from tunesmith.export.pre_tokenizers import HASHES, find_rule, probe_hash, rule_of_steps
 from tunesmith.export.source import open_source
 from tunesmith.models import load, locate
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.headers import GgufHeader, read_gguf
 from tunesmith.run import Run
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]
@@ -247,3 +248,25 @@ def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
     found = find_rule(tokenizer, given=None, of_gguf=None)
     assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")
+
+
+@pytest.mark.parametrize("arch", UNKNOWN_TO_TRANSFORMERS)
+def test_what_only_tunesmith_reads_back_is_told_where_llama_cpp_is_not_there(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "is_installed", lambda: False)
+    done = written(of_architecture(arch), tmp_path, proof=False)
+    assert any(
+        f"transformers reads no GGUF of a {arch}, and llama-cpp-python is not installed" in n for n in done.notes
+    )
+
+
+def test_a_file_with_another_number_of_weights_is_no_model(tmp_path: Path) -> None:
+    path = next(written(of_architecture("smollm3"), tmp_path, proof=False).path.glob("*.gguf"))
+    header = read_gguf(path)
+    fewer = {**header.metadata, "smollm3.block_count": 4}
+    with pytest.raises(ModelError, match=r"9 tensors are no weights of it, such as blk\.4\."):
+        unpack(path, GgufHeader(fewer, header.tensors), torch.float32)
+    more = {**header.metadata, "smollm3.block_count": 6}
+    with pytest.raises(ModelError, match=r"blk\.5\.attn_q\.weight is missing"):
+        unpack(path, GgufHeader(more, header.tensors), torch.float32)
