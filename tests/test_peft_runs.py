@@ -62,6 +62,7 @@ def test_what_the_plan_says(straight: Run) -> None:
         assert "virtual tokens stand before each row" in notes
         assert "4 virtual tokens stand before every row and take so much of its room" in notes
         assert straight.recipe().data.max_tokens == 512 - 4
+        assert "cannot be merged" in notes
 
 
 def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:

@@ -260,6 +260,8 @@ def _notes(attachment: PeftAttachment, before: Tensor) -> tuple[str, ...]:
         notes.append(
             f"before the first update it changes the answers already, logits by up to {moved:.2g} of the largest"
         )
+    if not attachment.can_merge:
+        notes.append(f"{attachment.kind} is no change of weights, so the result is an adapter that cannot be merged")
     return tuple(notes)
 
 
