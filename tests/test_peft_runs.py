@@ -76,6 +76,12 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
     assert found == pytest.approx(told["loss"], abs=1e-4)  # the run cut other passes
 
 
+def test_its_room_is_what_virtual_tokens_leave(straight: Run) -> None:
+    virtual = 4 if kind_of(straight) == "PROMPT_TUNING" else 0
+    assert load_run(straight).room == 512 - virtual
+    assert load_target(str(straight.path), root=Path("runs"), base=True).room == 512
+
+
 def test_the_base_is_looked_at_under_the_method(straight: Run) -> None:
     ids = torch.arange(3, 12)[None]
     base = load_target(str(straight.path), root=Path("runs"), base=True)

@@ -16,6 +16,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS, is_beside, restore, without
+from tunesmith.methods.peft_kinds import num_virtual_tokens
 from tunesmith.models import heads, load, locate, new_tokens
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
@@ -66,6 +67,12 @@ class Speaker:
     def has_types(self) -> bool:
         """Whether the model tells the two texts of a pair apart by token types."""
         return has_token_types(self.model, self.renderer.tokenizer)
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a text and its answer: what the model can attend to, less the virtual ones of its method."""
+        virtual = num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
+        return size(self.located).max_tokens - virtual
 
     @property
     def tokens_per_pass(self) -> int:

@@ -20,7 +20,6 @@ from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
-from tunesmith.models.size import size
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run, is_run
@@ -209,7 +208,7 @@ def _served(speaker: Speaker, name: str, run: Run | None, answers: str) -> Serve
         name=name,
         task=speaker.renderer.task_name,
         answers=answers,  # type: ignore[arg-type]
-        max_tokens=size(speaker.located).max_tokens,
+        max_tokens=speaker.room,
         is_base=run is None or run.model_path.exists(),
         created=int(created),
         labels=speaker.labels.names if speaker.labels is not None else (),

@@ -27,7 +27,6 @@ from tunesmith.evaluation.samples import PromptRoom, answer_samples, remarks_on,
 from tunesmith.evaluation.scores import score
 from tunesmith.generation import Sampling
 from tunesmith.loading import Speaker
-from tunesmith.models.size import size
 from tunesmith.predicting.trained import find_trained
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.tasks import bind
@@ -159,7 +158,7 @@ def _answered(
     task, new_tokens = speaker.renderer.task_name, speaker.recipe.evaluation.sample_tokens
     rows = (example for _, example in examples(data.train, data, lambda problem: None, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
-    room = PromptRoom.of(speaker.renderer, model_tokens=size(speaker.located).max_tokens, new_tokens=new_tokens)
+    room = PromptRoom.of(speaker.renderer, model_tokens=speaker.room, new_tokens=new_tokens)
     prompts = sample_prompts(speaker.renderer, chosen, room=room, new_tokens=new_tokens)
     how = Sampling(max_new_tokens=new_tokens)
     told = list(answer_samples(speaker.model, speaker.renderer, prompts, how, on_progress))

@@ -20,7 +20,6 @@ from tunesmith.generation import Sampling, answer
 from tunesmith.loading import Speaker
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import evaluating
-from tunesmith.models.size import size
 from tunesmith.predicting.lines import Answered, Line
 from tunesmith.types import Batch, Example, Problem, Row, TaskName
 
@@ -127,7 +126,7 @@ class Predictor:
     def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """What the model is given, if that leaves room for an answer."""
         room = PromptRoom.of(
-            self.speaker.renderer, model_tokens=size(self.speaker.located).max_tokens, new_tokens=self.max_new_tokens
+            self.speaker.renderer, model_tokens=self.speaker.room, new_tokens=self.max_new_tokens
         )
         try:
             ids, cut = room.ask(self.speaker.renderer, example)
