@@ -9,11 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from export.exports import quick
+from inference.batches import run as run_batch
+from inference.engines import says
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
+from tunesmith.asking import EngineOptions
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.export.exporting import export_run
+from tunesmith.generation import Sampling, answer
+from tunesmith.inference.batch import Batch
+from tunesmith.inference.serving import open_serving
 from tunesmith.loading import load_run, load_target
 from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe
@@ -124,6 +130,21 @@ def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, m
 def test_an_adapter_for_llama_cpp_is_of_our_own_lora(straight: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--to gguf-adapter: method peft"):
         export_run(straight, "gguf-adapter", out=tmp_path / "out", offline=True)
+
+
+def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
+    notes: list[str] = []
+    options = EngineOptions(max_new_tokens=16, threads=1, offline=True)
+    serving = open_serving([str(straight.path)], root=Path("runs"), options=options, note=notes.append)
+    voice = serving.voices[straight.path.name]
+    ask = says(voice.served.name, "hello dog", max_tokens=8)
+    assert serving.decoder is not None
+    heard = run_batch(Batch(serving.decoder, streams=1), voice.job(0, ask, options))
+    tuned = load_run(straight)
+    [alone] = answer(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
+    assert heard[0].texts[0] == alone.text
+    apart = any("decoded one by one" in note and "virtual tokens" in note for note in notes)
+    assert apart == (kind_of(straight) == "PROMPT_TUNING")
 
 
 def test_another_run_starts_from_it_where_it_can_be_merged(straight: Run, tmp_path: Path) -> None:

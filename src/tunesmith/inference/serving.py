@@ -21,7 +21,7 @@ from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
 from tunesmith.run import Run, is_run
 
 Note = Callable[[str], None]
@@ -126,6 +126,9 @@ def _load_base(
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
         _add(serving, speaker if first is None else loading.tune(speaker, first), first, note)
+        return
+    if first is not None and len(runs) == 1 and isinstance(first.recipe().method, PeftMethod):
+        _add(serving, loading.tune(speaker, first), first, note)
         return
     adapters = Adapters(speaker.model)
     for run in runs:

@@ -125,9 +125,7 @@ class Predictor:
 
     def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """What the model is given, if that leaves room for an answer."""
-        room = PromptRoom.of(
-            self.speaker.renderer, model_tokens=self.speaker.room, new_tokens=self.max_new_tokens
-        )
+        room = PromptRoom.of(self.speaker.renderer, model_tokens=self.speaker.room, new_tokens=self.max_new_tokens)
         try:
             ids, cut = room.ask(self.speaker.renderer, example)
         except DataError as error:
