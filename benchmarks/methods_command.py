@@ -35,6 +35,15 @@ def add_methods(verbs: Any) -> None:
     parser.set_defaults(run=_run)
 
 
+def _without_parts(words: Sequence[str]) -> list[str]:
+    """The words that make all results, of a command that may have made a part of them."""
+    kept, skips = [], False
+    for word in words:
+        skips = word in ("--only", "--minutes") or (skips and not word.startswith("--"))
+        kept += [] if skips else [word]
+    return kept
+
+
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     data = {name: tuple(getattr(options, name)) for name in ("chat", "medical") if getattr(options, name)}
     if not data:
@@ -49,7 +58,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         extra=options.set,
     )
     results = methods.run_all(settings, options.folder, only=options.only, minutes=options.minutes)
-    command = shlex.join(["python", "-m", "benchmarks", *map(place, words)])
+    command = shlex.join(["python", "-m", "benchmarks", *map(place, _without_parts(words))])
     text = methods_page.table(settings, results, command)
     if options.page:
         plot = options.page.with_name(f"{options.page.stem}-compared.svg")

@@ -24,7 +24,9 @@ def table(settings: Settings, results: Sequence[Result], command: str) -> str:
     loads = [result.load for result in found.values()]
     processor, memory = some.machine["processor"], some.machine["memory_bytes"] / 2**30
     steps = ", ".join(f"{num} of {name}" for name, num in settings.steps.items())
-    told = ", ".join(f"{name} {version}" for name, version in some.versions.items())
+    told = ", ".join(
+        f"{name} {' and '.join(sorted({result.versions[name] for result in found.values()}))}" for name in some.versions
+    )
     lines = [
         f"`{command}`",
         "",
@@ -37,10 +39,12 @@ def table(settings: Settings, results: Sequence[Result], command: str) -> str:
         *(_row(case, found) for case in CASES if any(case == name for _, name in found)),
         "",
         _before(found),
-        f"Rates are those that Tunesmith chooses. Peak: resident memory of the whole process; tokens/s: on chat, after "
-        f"{WARM_UP_STEPS} steps. General text: its loss after less before, on the same passages for all: what was "
-        "forgotten.",
+        "Rates are those that Tunesmith chooses. Trained numbers, result and peak (resident memory of the whole "
+        f"process): on chat; tokens/s too, after {WARM_UP_STEPS} steps. General text: its loss after less before, on "
+        "the same passages for all: what was forgotten. –: not measured.",
     ]
+    if missing := [case for case in CASES if not any(case == name for _, name in found)]:
+        lines.append(f"Not measured yet: {', '.join(missing)}.")
     lines += [f"{case} on {data}: not run, {why}." for (data, case), why in NOT_FOR.items()]
     return "\n".join([*lines, *failed]) + "\n"
 
@@ -58,14 +62,12 @@ def _before(found: Mapping[tuple[str, str], Result]) -> str:
 def _row(case: str, found: Mapping[tuple[str, str], Result]) -> str:
     chat, medical = found.get(("chat", case)), found.get(("medical", case))
     rates = " / ".join(f"{result.rate:g}" if result else "–" for result in (chat, medical))
-    one = chat or medical
-    assert one is not None, "a case without a result has no line"
     general = f"{chat.general[1] - chat.general[0]:+.3f}" if chat and chat.general else "–"
     cells = (
         rates,
-        f"{one.trained:,}",
-        f"{one.result_bytes / 1e6:,.2f}",
-        f"{one.peak_bytes / 2**30:.2f}",
+        f"{chat.trained:,}" if chat else "–",
+        f"{chat.result_bytes / 1e6:,.2f}" if chat else "–",
+        f"{chat.peak_bytes / 2**30:.2f}" if chat else "–",
         f"{chat.tokens_per_second:,.0f}" if chat else "–",
         f"{chat.after['loss']:.3f}" if chat else "–",
         general,
