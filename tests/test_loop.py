@@ -147,8 +147,8 @@ def poison(monkeypatch, at: int) -> None:
     chat = TASKS["chat"]
     calls = {"n": 0}
 
-    def poisoned(model, batch):
-        loss = chat.loss_sum(model, batch)
+    def poisoned(model, batch, **how):
+        loss = chat.loss_sum(model, batch, **how)
         calls["n"] += not isinstance(loss, FakeTensor)  # a plan's pass has no numbers
         return loss * float("nan") if calls["n"] == at else loss
 

@@ -27,6 +27,7 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
+from tunesmith.models.output import find_output
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
@@ -105,8 +106,10 @@ def prepare(
     attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
+    output = None
     if recipe.kernels == "fast":
         compute_together(model)
+        output = None if isinstance(attachment, PeftAttachment) else find_output(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = plan_of(recipe, rows, layout)
@@ -122,7 +125,7 @@ def prepare(
         room=start.size.max_tokens,
         num_parameters=num_parameters,
         renderer=start.renderer,
-        task=bind(known(recipe.task), rows.labels, recipe.loss),
+        task=bind(known(recipe.task), rows.labels, recipe.loss, output),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         head=start.head,
         attachment=attachment,

@@ -89,6 +89,16 @@ def test_a_model_that_then_learns_otherwise_is_told(tmp_path, monkeypatch):
     assert "the model then learns otherwise" in choice.reason
 
 
+def test_a_model_that_refuses_is_told(tmp_path, monkeypatch):
+    """As a kernel would that cannot read more keys than it has queries."""
+
+    def refuse(pieces, device):
+        raise RuntimeError("as many keys as queries, please")
+
+    monkeypatch.setattr(segments.Shared, "of", refuse)
+    assert "the model then refuses (as many keys as queries, please)" in choice_of(prepared(tmp_path)).reason
+
+
 def test_a_model_that_then_answers_otherwise_is_told(tmp_path, monkeypatch):
     """Planted: rows read the beginning one token too far to the left."""
     real = segments.Shared.of

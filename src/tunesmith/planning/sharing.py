@@ -16,6 +16,7 @@ from tunesmith.data.sharing import families, share
 from tunesmith.data.store import RowStore
 from tunesmith.methods.peft_kinds import what_draws
 from tunesmith.models.agreement import PROBE_TOKENS, TOLERANCES
+from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import evaluating
 from tunesmith.recipe.knobs import Recipe
@@ -95,7 +96,11 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
     shared = share(plain, [row.ids for row in rows])
     prefix = shared.pieces[0].tokens
     with evaluating(model), torch.enable_grad():
-        (hidden, grad), (shared_hidden, shared_grad) = (_answer(model, batch, prefix) for batch in (plain, shared))
+        hidden, grad = _answer(model, plain, prefix)
+        try:
+            shared_hidden, shared_grad = _answer(model, shared, prefix)
+        except (UnsupportedAttentionError, RuntimeError) as refusal:
+            return f"refuses ({refusal})"
     away = float((hidden - shared_hidden).norm() / (hidden - hidden.mean(0)).norm())
     if not away <= TOLERANCES[model.dtype]:
         return f"answers otherwise, by {away:.3g} of the spread"

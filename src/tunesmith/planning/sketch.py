@@ -23,12 +23,13 @@ from tunesmith.methods.together import Activation, compute_together
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.locate import Located
+from tunesmith.models.output import named_output
 from tunesmith.models.quiet import quiet
 from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_temporarily
 from tunesmith.optim import Update
 from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
 from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Batch, HeadName, Labels, Layout
 
@@ -68,7 +69,6 @@ class Sketch:
         Raises ModelError where no model can be made from the config alone, and what attaching raises.
         """
         self.mode = FakeTensorMode()
-        self._loss = bind(known(recipe.task), labels, recipe.loss)
         self._plain = recipe.kernels == "plain" or on != "cpu"
         with _blaming(), self.mode, torch.random.fork_rng(devices=[]), quiet():
             dtype = DTYPES[known(recipe.precision)]
@@ -81,6 +81,9 @@ class Sketch:
             )
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=_acts_alike)
+            knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
+            output = named_output(self.model) if knows_output else None
+            self._loss = bind(known(recipe.task), labels, recipe.loss, output)
             kept = _kept(self.model, self.attachment, recipe)
             self.kept = replace(kept, weights=kept.weights - saved)
             self.stacks = _cut(self.model)

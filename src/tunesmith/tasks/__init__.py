@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from tunesmith.errors import RecipeError
+from tunesmith.models.output import Output
 from tunesmith.recipe.knobs import Loss
 from tunesmith.tasks._losses import PLAIN
 from tunesmith.tasks.chat import CHAT
@@ -30,9 +31,9 @@ TASKS: dict[TaskName, Task] = {
 """Those with classes are bound to them by `bind` before they are used."""
 
 
-def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN) -> Task:
+def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: Output | None = None) -> Task:
     """The task as it is trained: with the classes that its data has, and with what `loss` adds in training; what is
-    measured stays the plain loss.
+    measured stays the plain loss. `output`: that of a model that learns tokens, if it is known.
 
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.
@@ -47,7 +48,7 @@ def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN) -> Task:
             if labels.kind in ("many", "number") and getattr(loss, knob):
                 what = "numbers" if labels.kind == "number" else "classes of which several can hold"
                 raise RecipeError(f"loss.{knob}: is for one class of several; these labels are {what}. Leave it out.")
-    if not (loss.label_smoothing or loss.z_loss):
-        return task
-    loss_sum: Any = task.loss_sum
-    return replace(task, loss_sum=partial(loss_sum, loss=loss))
+    added: dict[str, Any] = {} if output is None else {"output": output}
+    if loss.label_smoothing or loss.z_loss:
+        added["loss"] = loss
+    return replace(task, loss_sum=partial(task.loss_sum, **added)) if added else task

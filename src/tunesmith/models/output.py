@@ -1,0 +1,169 @@
+"""The output layer and the loss of its tokens in one node: logits live for a piece of the targets at a time, and their
+gradient is formed while they are there.
+
+    l = cap · tanh(scale (h Wᵀ + b) / cap),  loss = Σ_N (1 − ε) (lse − l_target) + ε (lse − mean_V l) + z lse²
+    dl = p (1 + 2 z lse) − ε / V − (1 − ε) at the target,  lse = log Σ_V exp l,  p = exp(l − lse)
+
+Logits are rounded as the model rounds them; the softmax and its logarithm are float32. Instead of some five numbers of
+float32 for every target and token of the vocabulary, kept or passing, there are two, and those of one piece. Kept for
+the backward: the gradient of h, D numbers a target, and where W is trained, that of W.
+
+The idea of the gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. Whether the
+model's output layer is one of this shape is asked of the model: it is used only where it gives the model's own logits.
+"""
+
+# N targets, V vocabulary, D hidden size
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from tunesmith.models.heads import head_of
+from tunesmith.models.modes import evaluating
+
+PIECE_BYTES = {"cpu": 64 * 2**20}
+"""float32 logits of a piece."""
+PIECE_BYTES_ELSEWHERE = 512 * 2**20
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What turns hidden states into logits."""
+
+    layer: nn.Linear
+    scale: float
+    divides: bool
+    """By `scale` and not times it: rounding differs."""
+    cap: float | None
+
+    @property
+    def rows(self) -> int:
+        """Targets of a piece."""
+        device = self.layer.weight.device.type
+        return max(1, PIECE_BYTES.get(device, PIECE_BYTES_ELSEWHERE) // (4 * self.layer.weight.shape[0]))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V], as the model has them."""
+        logits_NV = F.linear(hidden_ND, self.layer.weight, self.layer.bias)
+        if self.scale != 1:
+            logits_NV = logits_NV / self.scale if self.divides else logits_NV * self.scale
+        return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
+
+    def loss_sum(self, hidden_ND: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> Tensor:
+        """The sum of the targets' losses, a float32 scalar."""
+        weight, bias = self.layer.weight, self.layer.bias
+        out: Tensor = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
+        return out
+
+
+def named_output(model: PreTrainedModel) -> Output | None:
+    """The output layer of a causal model as its config describes it, if it is a linear layer."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if head_of(model) != "next_token" or config.is_encoder_decoder or type(layer) is not nn.Linear:
+        return None
+    multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return Output(
+        layer,
+        scale=float(divided or multiplied or 1.0),
+        divides=bool(divided),
+        cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def find_output(model: PreTrainedModel) -> Output | None:
+    """The same, if it gives the model's own logits."""
+    output = named_output(model)
+    if output is None:
+        return None
+    ids_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
+    asked = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    with evaluating(model):
+        own = model(input_ids=ids_1T, **asked).logits[0]
+        hidden_TD = model.base_model(input_ids=ids_1T, **asked).last_hidden_state[0]
+    found = output.logits(hidden_TD)
+    tolerance = 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+    return output if found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=tolerance) else None
+
+
+class _LossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        output: Output,
+        smoothing: float,
+        z: float,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        total = hidden_ND.new_zeros((), dtype=wide)
+        ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
+        for start in range(0, len(targets_N), output.rows):
+            here = slice(start, start + output.rows)
+            logits_NV = output.logits(hidden_ND[here])
+            loss, glogits_NV = _loss_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
+            total += loss
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
+            if ghidden_ND is not None:
+                torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
+            if gweight_VD is not None:
+                gweight_VD += glogits_NV.t() @ hidden_ND[here]
+            if gbias_V is not None:
+                gbias_V += glogits_NV.sum(0)
+        grads = (ghidden_ND, gweight_VD, gbias_V)
+        ctx.save_for_backward(*(None if grad is None else grad.to(hidden_ND.dtype) for grad in grads))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # In float32: a factor rounded to bfloat16 would be wrong by up to 2^-9 in all gradients alike.
+        found = (None if saved is None else (saved.to(grad) * grad).to(saved.dtype) for saved in ctx.saved_tensors)
+        return *found, None, None, None, None
+
+
+def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and [N, V] its gradient."""
+    picked_N1 = targets_N[:, None]
+    largest_N = logits_NV.amax(-1)
+    at_target_N = logits_NV.gather(1, picked_N1)[:, 0]
+    p_NV = torch.softmax(logits_NV, -1)
+    # The largest p is exp(largest − lse), at least 1 / V: its logarithm loses nothing.
+    lse_N = largest_N - p_NV.amax(-1).log()
+    losses_N = lse_N - at_target_N
+    if smoothing:
+        losses_N = (1 - smoothing) * losses_N + smoothing * (lse_N - logits_NV.mean(-1))
+    if z:
+        losses_N = losses_N + z * lse_N.square()
+        p_NV.mul_(1 + 2 * z * lse_N[:, None])
+    if smoothing:
+        p_NV.sub_(smoothing / p_NV.shape[1])
+    p_NV.scatter_add_(1, picked_N1, torch.full_like(at_target_N, smoothing - 1)[:, None])
+    return losses_N.sum(), p_NV
+
+
+def _before_scale(glogits_NV: Tensor, logits_NV: Tensor, output: Output) -> Tensor:
+    """The gradient of what the linear layer answers."""
+    if output.cap is not None:
+        glogits_NV = glogits_NV * (1 - (logits_NV / output.cap).square())
+    if output.scale != 1:
+        glogits_NV = glogits_NV / output.scale if output.divides else glogits_NV * output.scale
+    return glogits_NV

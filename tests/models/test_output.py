@@ -1,0 +1,144 @@
+"""The output layer and its loss in one node: losses and gradients of logits spelled out, and the model's own layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from packed import CAN, batch_of, rows_of, sharp
+from tunesmith.models import output as output_module
+from tunesmith.models.attention import use_ragged
+from tunesmith.models.output import Output, find_output
+from tunesmith.recipe.knobs import Loss
+from tunesmith.tasks._losses import target_losses
+from tunesmith.tasks._tokens import token_loss_sum
+
+
+def layer(width: int, vocabulary: int, *, bias: bool, seed: int = 0) -> nn.Linear:
+    made = nn.Linear(width, vocabulary, bias=bias).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    return made
+
+
+def gradients(loss: Tensor, *wanted: Tensor) -> list[Tensor]:
+    """The loss, and gradients of a seventh of it: as in the loop, which divides by the targets of a step."""
+    return [loss.detach(), *torch.autograd.grad(loss / 7, wanted)]
+
+
+@given(
+    num=st.integers(1, 12),
+    vocabulary=st.integers(2, 9),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    divides=st.booleans(),
+    cap=st.sampled_from([None, 2.0]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    z=st.sampled_from([0.0, 0.01]),
+    rows=st.integers(1, 13),
+)
+@settings(deadline=None, max_examples=80)
+def test_it_is_the_loss_of_the_logits(num, vocabulary, *, bias, scale, divides, cap, smoothing, z, rows):
+    """float64, in pieces of any number of targets, against autograd through logits: 1e-5, as `target_losses` computes
+    in float32."""
+    generator = torch.Generator().manual_seed(num)
+    made = layer(5, vocabulary, bias=bias)
+    hidden = torch.randn(num, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(vocabulary, (num,), generator=generator)
+    output = Output(made, scale, divides, cap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(output_module.PIECE_BYTES, "cpu", rows * 4 * vocabulary)
+        assert output.rows == rows
+        ours = gradients(output.loss_sum(hidden, targets, smoothing=smoothing, z=z), hidden, *made.parameters())
+    spelled = target_losses(output.logits(hidden), targets, Loss(label_smoothing=smoothing, z_loss=z)).sum()
+    for one, other in zip(ours, gradients(spelled, hidden, *made.parameters()), strict=True):
+        torch.testing.assert_close(one, other.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_formula():
+    made = layer(4, 6, bias=True)
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    output = Output(made, 0.5, False, 3.0)
+    assert torch.autograd.gradcheck(
+        lambda h, *_: output.loss_sum(h, torch.tensor([0, 5, 2, 2, 1]), smoothing=0.2, z=0.1),
+        (hidden, *made.parameters()),
+    )
+
+
+def answers(model, output: Output | None) -> list[Tensor]:
+    model.zero_grad()
+    batch = batch_of(rows_of())
+    loss = token_loss_sum(model, batch, Loss(label_smoothing=0.1), output)
+    (loss / batch.num_targets).backward()
+    return [loss.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+
+@pytest.mark.parametrize("arch", CAN)
+def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch):
+    """gemma2 with its cap, cohere and granite with their scales. float32, in pieces of 7 targets: rounding of sums in
+    another order."""
+    settings = {"cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 3.0}}.get(arch, {})
+    model = sharp(arch, **settings)
+    output = find_output(model)
+    assert output is not None
+    assert (output.cap is not None) == (arch == "gemma2")
+    assert (output.scale != 1) == (arch in ("cohere", "granite"))
+    use_ragged(model)
+    monkeypatch.setitem(output_module.PIECE_BYTES, "cpu", 7 * 4 * output.layer.weight.shape[0])
+    for one, other in zip(answers(model, output), answers(model, None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 + 1e-5 * float(other.abs().max()))
+
+
+def test_in_bfloat16_its_gradients_are_as_near_to_the_truth_as_the_models_own():
+    """Distance of all gradients together to those of float32; the factor of the loss must not be rounded."""
+    model = sharp("llama").bfloat16()
+    use_ragged(model)
+    output = find_output(model)
+    assert output is not None
+    found = [answers(model, one) for one in (output, None)]
+    truth = answers(model.float(), None)
+    ours, plain = (
+        torch.cat([(a.float() - b).flatten() / b.norm() for a, b in zip(some[1:], truth[1:], strict=True)]).norm()
+        for some in found
+    )
+    assert ours < 1.3 * plain
+
+
+@pytest.mark.parametrize("targets", [[], [3]])
+def test_a_frozen_layer_and_few_targets(targets):
+    made = layer(4, 6, bias=False).requires_grad_(False)
+    hidden = torch.zeros(len(targets), 4, dtype=torch.float64).requires_grad_()
+    loss = Output(made, 1.0, False, None).loss_sum(
+        hidden, torch.tensor(targets, dtype=torch.int64), smoothing=0.0, z=0.0
+    )
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(len(targets) * float(torch.tensor(6.0).log()))
+    assert hidden.grad is not None
+    assert made.weight.grad is None
+
+
+def test_an_output_layer_that_does_more_is_left_to_the_model(monkeypatch):
+    """Planted: logits that are shifted after the layer, and a scale by another name."""
+    model = sharp("llama")
+    real = type(model).forward
+
+    def shifted(self, *args, **how):
+        out = real(self, *args, **how)
+        out.logits = out.logits * 1.5
+        return out
+
+    monkeypatch.setattr(type(model), "forward", shifted)
+    assert find_output(model) is None
+
+
+def test_the_test_catches_a_cap_that_is_forgotten_in_the_backward(monkeypatch):
+    monkeypatch.setattr(output_module, "_before_scale", lambda glogits_NV, logits_NV, output: glogits_NV)
+    with pytest.raises(AssertionError):
+        test_it_is_the_loss_of_the_logits.hypothesis.inner_test(
+            3, 5, bias=False, scale=1.0, divides=False, cap=2.0, smoothing=0.0, z=0.0, rows=2
+        )
