@@ -107,10 +107,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def put_into(page: Path, text: str) -> None:
+def put_into(page: Path, text: str, *, first: str = BEGIN, last: str = END) -> None:
     """Write a text between the page's two markers. Raises ValueError where it has none."""
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text("utf-8").partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{page}: it lacks the lines {BEGIN} and {END}")
+        raise ValueError(f"{page}: it lacks the lines {first} and {last}")
     page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", "utf-8")

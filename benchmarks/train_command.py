@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.classify import UnusableError
+from benchmarks.methods_page import put_into
 from benchmarks.rows import make_rows
 from benchmarks.table import place
 from benchmarks.train import PEERS, Race, Settings, Turn, measure_held_out
-from benchmarks.train_page import page, read_turns
+from benchmarks.train_page import BEGIN, END, page, read_turns
 
 RATES = {"lora": 5e-4, "full": 5e-5}
 
@@ -46,6 +47,7 @@ def add_train(verbs: Any) -> None:
     add("--minutes", type=float, default=float("inf"), help="no turn is begun after so long; the next call goes on")
     add("--only", choices=["race", "judge"], help="race: without the held-out losses; judge: only those and the page")
     add("--out", type=Path, metavar="TABLE.md", help="the page, of everything in the work folder")
+    add("--page", type=Path, help="a page with the two markers between which the table goes too")
     train.set_defaults(run=_train)
 
 
@@ -69,6 +71,8 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     text = page(shlex.join(["python", "-m", "benchmarks", *map(place, words)]), turns, facts)
     if options.out:
         options.out.write_text(text, "utf-8")
+    if options.page:
+        put_into(options.page, text, first=BEGIN, last=END)
     print(text)
     return int(any(turn.error for turn in turns))
 

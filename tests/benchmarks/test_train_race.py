@@ -25,7 +25,7 @@ from benchmarks.train_page import page
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import environments, train
+from benchmarks import environments, train, train_page
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 
@@ -90,10 +90,16 @@ def test_all_train_on_the_same_tokens_and_are_judged_alike(
     words = ["train", "--model", str(model), "--rows", "chat", str(train_rows), str(eval_rows)]
     words += ["--work", str(tmp_path / "work"), "--environments", str(environment), "--peers", "Quick"]
     words += ["--rounds", "1", "--steps", "4", "--rows-per-step", "2", "--held-out", "4", "--methods", "lora"]
-    words += ["--threads", "1", "--rank", "4", "--out", str(out)]
+    kept = tmp_path / "kept.md"
+    kept.write_text(f"# Title\n{train_page.BEGIN}\nold\n{train_page.END}\nbehind\n", "utf-8")
+    words += ["--threads", "1", "--rank", "4", "--out", str(out), "--page", str(kept)]
     assert main(words) == 0, capsys.readouterr().out
     text = out.read_text("utf-8")
     assert "8 rows of" in text
+    whole = kept.read_text("utf-8")
+    assert text in whole
+    assert "old" not in whole.split("\n")
+    assert whole.endswith(f"{train_page.END}\nbehind\n")
     assert "Tunesmith over Quick, round by round: tokens/s" in text
     assert "Quick: `loud=True`" in text
     assert str(tmp_path) not in text
