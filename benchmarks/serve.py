@@ -1,4 +1,5 @@
-"""`python -m benchmarks serve`: tokens a second of many streams at once, beside `transformers.generate` and llama.cpp.
+"""`python -m benchmarks serve`: tokens a second of many streams at once, in the engine and over HTTP, beside
+`transformers.generate` and llama.cpp.
 
 Contestants run one after the other in processes of their own, round by round, each round beginning with another one.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from benchmarks.measured import ROOT, machine, run_child, versions
 
-OURS, GENERATE = "Tunesmith", "transformers.generate"
+OURS, SERVED, GENERATE = "Tunesmith", "Tunesmith over HTTP", "transformers.generate"
 STREAMS = (1, 4, 16)
 
 
@@ -45,7 +46,8 @@ class Turn:
 
 def contestants(settings: Settings) -> dict[str, tuple[str, str]]:
     """By name: what it is run as, and on which file."""
-    found = {OURS: ("tunesmith", settings.model), GENERATE: ("generate", settings.model)}
+    model = settings.model
+    found = {OURS: ("tunesmith", model), SERVED: ("served", model), GENERATE: ("generate", model)}
     return found | {f"llama.cpp, {Path(path).stem}": ("llama_cpp", path) for path in settings.ggufs}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -98,6 +100,48 @@ def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     return ask, {"precision": str(speaker.model.dtype).removeprefix("torch.")}
 
 
+def served(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
+    """`tunesmith serve` and as many clients as there are streams, each of which reads events as they come.
+
+    An answer ends where its turn does: whoever has not had all his tokens then asks the next question for the others.
+    """
+    import subprocess
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    words = [sys.executable, "-m", "tunesmith", "serve", job["model"], "--port", "0", "--json", "--offline"]
+    words += ["--threads", str(job["threads"]), "--streams", str(max(job["streams"]))]
+    out = tempfile.NamedTemporaryFile("w+", suffix=".jsonl")  # noqa: SIM115 (open as long as the process is)
+    process = subprocess.Popen(words, stdout=out)
+    atexit.register(process.terminate)
+    while not (lines := [line for line in Path(out.name).read_text("utf-8").splitlines() if '"serving"' in line]):
+        if process.poll() is not None:
+            raise RuntimeError(f"tunesmith serve ended with {process.returncode}")
+        time.sleep(0.1)
+    begun = json.loads(lines[0])
+    client = httpx.Client(base_url=begun["url"], timeout=600, limits=httpx.Limits(max_connections=None))
+    body = {"model": begun["models"][0]["name"], "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+
+    def listen(prompts: Sequence[Sequence[int]], first: int) -> list[int]:
+        """As many zeros as there were tokens: their ids are not told over HTTP."""
+        left, number = job["new_tokens"], first
+        while left:
+            asked = {**body, "prompt": list(prompts[number % len(prompts)]), "max_tokens": left}
+            with client.stream("POST", "/v1/completions", json=asked) as answer:
+                *_, last = [line for line in answer.iter_lines() if line.startswith("data: {")]
+            left -= json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
+            number += 1
+        return [0] * job["new_tokens"]
+
+    def ask(prompts: Sequence[Sequence[int]]) -> Answers:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda first: listen(prompts, first), range(len(prompts))))
+
+    return ask, {}
+
+
 def llama_cpp(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """llama.cpp by its Python binding: its own batch, one sequence a stream, greedy."""
     import llama_cpp as lib
@@ -149,7 +193,7 @@ def llama_cpp(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], tuple[Ask, dict[str, Any]]]] = {
-    "tunesmith": tunesmith, "generate": generate, "llama_cpp": llama_cpp,
+    "tunesmith": tunesmith, "served": served, "generate": generate, "llama_cpp": llama_cpp,
 }  # fmt: skip
 
 if __name__ == "__main__":
