@@ -11,10 +11,12 @@ BUSY = 0.5
 NAMES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], float]) -> None:
+def prepare_environment(
+    environ: MutableMapping[str, str], load: Callable[[], float], *, answers: bool = False
+) -> None:
     """Settings that measurably help, for this process and those it starts; what is set already counts more.
 
-    Before torch is imported. What was measured: docs/EXPERIMENTS.md.
+    `answers`: whether the process writes answers, whose many short waits cost less when they are spun through. Before torch is imported. What was measured: docs/EXPERIMENTS.md.
     """
     # Of each shape of a product oneDNN keeps what it compiled, more than half a MiB, and so does torch's layer above
     # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs a few hundred at most.
@@ -23,7 +25,7 @@ def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], fl
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
     # default, made training several times slower. On a machine of one's own it is sleeping that costs.
     if load() >= BUSY:
-        environ.setdefault("GOMP_SPINCOUNT", "2000")
+        environ.setdefault("GOMP_SPINCOUNT", "20000" if answers else "2000")
 
 
 def in_force(environ: Mapping[str, str]) -> dict[str, str]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 def main() -> None:
     """Run the words of the command line; exits with 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
     import os
+    import sys
     import warnings
 
     from tunesmith.cli.app import app
     from tunesmith.environment import prepare_environment, recent_load
 
-    prepare_environment(os.environ, recent_load)
+    prepare_environment(os.environ, recent_load, answers=sys.argv[1:2] in (["serve"], ["chat"]))
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     app(prog_name="tunesmith")
