@@ -7,16 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.render import Renderer
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,44 +70,14 @@ def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequenc
     ]
 
 
-def stream(model: PreTrainedModel, renderer: Renderer, parts: Sequence[Part], how: Sampling) -> Iterator[str]:
-    """The answer to a conversation, piece by piece as it is written. Closing the iterator ends the generation."""
-    prompt = torch.tensor([renderer.prompt_ids(parts)])
-    streamer = TextIteratorStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    left = _Left()
-
-    def write() -> None:
-        try:
-            criteria = StoppingCriteriaList([left])
-            _generate(
-                model, renderer, how, prompt, torch.ones_like(prompt), streamer=streamer, stopping_criteria=criteria
-            )
-        except BaseException as error:
-            left.error = error
-        finally:
-            streamer.end()
-
-    worker = Thread(target=write, daemon=True)
-    worker.start()
-    try:
-        yield from streamer
-    finally:
-        left.asked = True
-        worker.join()
-    if left.error is not None:
-        raise left.error
-
-
-def _generate(
-    model: PreTrainedModel, renderer: Renderer, how: Sampling, ids_BT: Tensor, mask_BT: Tensor, **extra: Any
-) -> Tensor:
+def _generate(model: PreTrainedModel, renderer: Renderer, how: Sampling, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
     # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
     config = how.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
     config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
     with evaluating(model), _without_own_config(model):
         out_BT: Tensor = model.generate(
-            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config, **extra
+            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
         )
     return out_BT
 
@@ -122,17 +90,6 @@ def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-class _Left(StoppingCriteria):  # type: ignore[misc]
-    """Stops the generation of a reader who has gone away, and carries what went wrong over to his thread."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.error: BaseException | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
 
 def as_answer(renderer: Renderer, text: str) -> str:

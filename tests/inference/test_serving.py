@@ -20,6 +20,7 @@ from tiny_tasks import encoder_folder, task_recipe
 from tunesmith import loading, training
 from tunesmith.asking import Ask, Refused
 from tunesmith.errors import InputError, ModelError, RunError
+from tunesmith.generation import Sampling, answer
 from tunesmith.inference import cache, proofs
 from tunesmith.inference.adapters import Adapters
 from tunesmith.inference.batch import Batch
@@ -63,7 +64,7 @@ def test_a_run_is_served_and_what_was_proved_is_said(run: Run) -> None:
     serving = opened(run.path, notes=notes)
     assert [one.name for one in serving.served] == ["first", "model-llama"]
     assert notes == [f"{run.path}: 18 training prompts are the same tokens when they are served"]
-    assert isinstance(serving.decoder, Together)
+    assert [type(decoder) for decoder in serving.decoders] == [Together]
     assert_served(run)
 
 
@@ -143,8 +144,7 @@ def test_two_runs_of_one_name_are_refused(run: Run, made: Path) -> None:
 def assert_answers_end(serving: Serving, name: str) -> None:
     """With the turn's end of the template, whatever the model's own settings say."""
     voice = serving.voices[name]
-    assert serving.decoder is not None
-    batch = Batch(serving.decoder, streams=1)
+    batch = Batch(voice.decoder, streams=1)
     job = voice.job(0, says(name, "hello", max_tokens=30), OPTIONS)
     assert job.stop_ids == {voice.renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     batch.add(job)
@@ -180,6 +180,43 @@ def test_an_answer_ends_with_its_turn_whatever_the_base_says(tmp_path: Path) -> 
         assert_answers_end(planted, path.name)
 
 
+ALONE: list[tuple[str, dict[str, Any], str]] = [
+    ("dora", {"name": "dora", "rank": 4, "alpha": 16}, "method dora is more than low-rank paths"),
+    ("rows", {"name": "lora", "rank": 4, "also_train": ["embed_tokens"]}, "embed_tokens were trained whole"),
+    ("full", {"name": "full"}, "every weight of it was tuned"),
+]
+
+
+def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp_path: Path) -> None:
+    """Beside one that can: each answers in the batch what its own model answers alone."""
+    paths = [made / "runs" / "first"]
+    for name, method, _ in ALONE:
+        recipe = tiny_recipe(made, method={"dropout": 0.0, **method}, optim={"lr": 3e-3}, train={"epochs": 1})
+        sharp("llama").save_pretrained(recipe.model)
+        paths.append(training.train(recipe, root=tmp_path, out=tmp_path / name, offline=True).path)
+    notes: list[str] = []
+    serving = opened(*paths, notes=notes)
+    assert [one.name for one in serving.served] == ["dora", "rows", "full", "first", "model-llama"]
+    assert len(serving.decoders) == 4
+    for name, _, why in ALONE:
+        assert any(note.startswith(f"{tmp_path / name}: {why}: it has a model of its own, ") for note in notes)
+    answers = set()
+    for path in paths:
+        voice = serving.voices[path.name]
+        batch, heard = Batch(voice.decoder, streams=2), defaultdict(Heard)
+        for key, text in enumerate(("hello", "the quick brown fox jumps")):
+            batch.add(voice.job(key, says(path.name, text), OPTIONS))
+        while batch.is_busy:
+            hear(batch.step(), heard)
+        speaker = loading.load_run(Run(path), offline=True)
+        for key, text in enumerate(("hello", "the quick brown fox jumps")):
+            prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
+            [expected] = answer(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))
+            assert heard[key].answer() == expected, path.name
+            answers.add(expected.text)
+    assert len(answers) > 4, "runs that answer alike would prove nothing"
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "mistral", "qwen3"])
 def test_texts_of_common_families_are_decoded_together(arch: str) -> None:
     assert proofs.why_apart(sharp(arch), Adapters(sharp(arch))) == ""
@@ -204,7 +241,7 @@ def test_an_encoder_decoder_is_run_apart(tmp_path: Path) -> None:
     run = training.train(recipe, root=tmp_path / "runs", offline=True)
     notes: list[str] = []
     serving = opened(run.path, notes=notes)
-    assert isinstance(serving.decoder, Apart)
+    assert [type(decoder) for decoder in serving.decoders] == [Apart]
     assert any("one by one" in note for note in notes)
     voice = serving.voices[run.path.name]
     assert voice.job(0, Ask(run.path.name, prompt="red apple"), OPTIONS).prompt

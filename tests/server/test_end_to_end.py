@@ -77,8 +77,8 @@ def offline_answers(run: Run) -> tuple[list[str], list[str]]:
     for speaker in (load_run(run, offline=True), load_base(run, offline=True)):
         how = Sampling(max_new_tokens=NUM_TOKENS, temperature=0.0, top_p=1.0)
         parts = [[Part("user", text, trained=False)] for text in QUESTIONS]
-        texts = ["".join(generation.stream(speaker.model, speaker.renderer, part, how)) for part in parts]
-        found.append([generation.as_answer(speaker.renderer, text) for text in texts])
+        prompts = [speaker.renderer.prompt_ids(part) for part in parts]
+        found.append([generation.answer(speaker.model, speaker.renderer, [prompt], how)[0].text for prompt in prompts])
     return found[0], found[1]
 
 

@@ -93,7 +93,7 @@ def serving(root: Path, log: Path) -> Iterator[Live]:
         popen = subprocess.Popen(words, stdout=out, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
         live = Live(popen, "", log)
-        wait_for(lambda: popen.poll() is not None or '"kind":"serving"' in log.read_text("utf-8"), timeout_s=120)
+        wait_for(lambda: popen.poll() is not None or '"kind":"serving"' in log.read_text("utf-8"), timeout_s=600)
         live.url = next(line["url"] for line in live.lines() if line["kind"] == "serving")
         yield live
     finally:
@@ -106,8 +106,8 @@ class Client(threading.Thread):
 
     def __init__(self, url: str, known: list[Case], todo: Iterator[int], counts: Counter[str]) -> None:
         super().__init__()
-        self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-        self._http = httpx.Client(base_url=url, timeout=120)
+        self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=1200)
+        self._http = httpx.Client(base_url=url, timeout=1200)
         self._known, self._todo, self._counts = known, todo, counts
         self.wrong: list[str] = []
 
@@ -187,7 +187,7 @@ def soak(live: Live, known: list[Case], num: int) -> Counter[str]:
             client.join()
     wrong = [line for client in clients for line in client.wrong]
     assert not wrong, f"{len(wrong)} of {num}: " + "\n".join(wrong[:10])
-    wait_for(lambda: (live.health()["running"], live.health()["waiting"]) == (0, 0), timeout_s=60)
+    wait_for(lambda: (live.health()["running"], live.health()["waiting"]) == (0, 0), timeout_s=300)
     assert live.health()["restarts"] == 0
     requests = [line for line in live.lines() if line["kind"] == "request"]
     print(Counter(line["status"] for line in requests))

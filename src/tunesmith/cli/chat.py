@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.options import Json, Offline, Root, remember_json
+from tunesmith.errors import InputError
 
 
 def chat(
@@ -31,16 +32,18 @@ def chat(
     tunesmith chat last --once "My screen is flickering."
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.talking import Talk, open_speakers
-    from tunesmith.generation import Sampling
+    from tunesmith.asking import Refused
+    from tunesmith.cli.talking import Manner, Talk, open_voices
 
-    speakers = open_speakers(target, root=root, base=base, compare=compare, offline=offline, note=_note)
-    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    talk = Talk(speakers, how, system=system, as_json=as_json)
-    if once is not None:
-        talk.ask(once)
-    else:
+    voices = open_voices(target, root=root, base=base, compare=compare, offline=offline, note=_note)
+    talk = Talk(voices, Manner(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+    if once is None:
         talk.hold()
+        return
+    try:
+        talk.ask(once)
+    except Refused as refused:
+        raise InputError(f"--once: {refused}.") from refused
 
 
 def _note(text: str) -> None:

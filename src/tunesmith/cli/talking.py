@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith import generation, loading
+from tunesmith import loading
+from tunesmith.asking import Ask, Ended, EngineOptions, Piece, Refused
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
-from tunesmith.generation import Sampling
+from tunesmith.inference.alone import Alone
 from tunesmith.loading import Speaker
 from tunesmith.run import Run, is_run
-from tunesmith.types import Part
 
 STYLES = {"before": "default", "after": "green", "": "default"}
 
@@ -25,47 +25,54 @@ class Voice:
     """One that answers, and the name its answers go by ("" when it is alone)."""
 
     name: str
-    speaker: Speaker
+    alone: Alone
     mode: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def answer(self, parts: list[Part], how: Sampling) -> Iterator[str]:
-        with self.mode():
-            yield from generation.stream(self.speaker.model, self.speaker.renderer, parts, how)
 
-
-def open_speakers(
+def open_voices(
     target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
 ) -> list[Voice]:
     """Who answers, in order; the last one's answers carry the conversation on."""
-    voices = _voices(target, root=root, base=base, compare=compare, offline=offline, note=note)
-    speaker = voices[-1].speaker
+    speakers = _speakers(target, root=root, base=base, compare=compare, offline=offline, note=note)
+    speaker = speakers[-1][1]
     if speaker.head != "next_token":
         verb = "eval" if speaker.head == "masked_token" else "predict"
         task = speaker.renderer.task_name
         raise InputError(f"{target}: of task {task}, it does not answer in words. Use: tunesmith {verb} {target}")
-    return voices
+    if compare and speaker.can_untune:  # one model, with its adapter and past it
+        alone = Alone(speaker, note)
+        return [Voice("before", alone, speaker.untuned), Voice("after", alone)]
+    return [Voice(name, Alone(speaker, note)) for name, speaker in speakers]
 
 
-def _voices(
+def _speakers(
     target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
-) -> list[Voice]:
+) -> list[tuple[str, Speaker]]:
     if not is_run(target, root):
         if base or compare:
             raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version beside it.")
         note(f"loading {target}")
-        return [Voice("", loading.load_model(target, offline=offline))]
+        return [("", loading.load_model(target, offline=offline))]
     run = Run.open(target, root)
     note(f"loading {run.path}")
     if base:
-        return [Voice("", loading.load_base(run, offline=offline))]
+        return [("", loading.load_base(run, offline=offline))]
     tuned = loading.load_run(run, offline=offline)
     if tuned.note:
         note(tuned.note)
     if not compare:
-        return [Voice("", tuned)]
-    if tuned.can_untune:
-        return [Voice("before", tuned, tuned.untuned), Voice("after", tuned)]
-    return [Voice("before", loading.load_base(run, offline=offline)), Voice("after", tuned)]
+        return [("", tuned)]
+    before = [] if tuned.can_untune else [("before", loading.load_base(run, offline=offline))]
+    return [*before, ("after", tuned)]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers are written."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
 
 
 class Talk:
@@ -74,41 +81,63 @@ class Talk:
     def __init__(
         self,
         voices: list[Voice],
-        how: Sampling,
+        manner: Manner,
         *,
         system: str | None = None,
         as_json: bool = False,
     ) -> None:
         self.voices = voices
-        self.how = how
+        self.manner = manner
         self.as_json = as_json
-        self.begin = [Part("system", system, trained=False)] if system else []
-        self.parts = list(self.begin)
+        self.is_chat = voices[-1].alone.voice.renderer.task_name == "chat"
+        if system and not self.is_chat:
+            raise InputError("--system: only conversations have one, and this one was tuned for single prompts.")
+        self.begin = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.begin)
         self.screen = console(stderr=as_json)
 
     def ask(self, text: str) -> dict[str, str]:
-        """Every voice's answer, shown as it is written."""
-        if self.voices[-1].speaker.renderer.task_name != "chat":
-            self.parts = []
-        self.parts.append(Part("user", text, trained=False))
-        answers = {voice.name or "answer": self._speak(voice) for voice in self.voices}
-        self.parts.append(Part("assistant", list(answers.values())[-1], trained=False))
+        """Every voice's answer, shown as it is written. Raises Refused, after which the conversation is as before."""
+        before = self.messages if self.is_chat else []
+        asked = [*before, {"role": "user", "content": text}]
+        answers = {voice.name or "answer": self._speak(voice, asked) for voice in self.voices}
+        self.messages = [*asked, {"role": "assistant", "content": list(answers.values())[-1]}]
         if self.as_json:
             json_line({"prompt": text, **answers})
         return answers
 
-    def _speak(self, voice: Voice) -> str:
-        if voice.name:
-            self.screen.print(f"{voice.name:>6}: ", end="", style="bright_black")
-        pieces = []
-        for piece in voice.answer(self.parts, self.how):
-            pieces.append(piece)
-            if not self.as_json:
-                self.screen.print(visible(piece), end="", style=STYLES[voice.name], soft_wrap=True)
-                self.screen.file.flush()
+    def _speak(self, voice: Voice, messages: Sequence[Mapping[str, str]]) -> str:
+        # As many tokens as there is room for: an answer is cut at the end of the window, which is then said.
+        options = EngineOptions(max_new_tokens=self.manner.max_new_tokens, streams=1)
+        temperature, top_p = self.manner.temperature, self.manner.top_p
+        ask = Ask("", messages=tuple(messages), temperature=temperature, top_p=top_p)
+        pieces, ended = [], None
+        with closing(voice.alone.ask(ask, options, voice.mode)) as telling:
+            if voice.name:
+                self.screen.print(f"{voice.name:>6}: ", end="", style="bright_black")
+            for told in telling:
+                if isinstance(told, Piece):
+                    pieces.append(told.text)
+                    self._show(told.text, voice)
+                elif isinstance(told, Ended):
+                    ended = told
         if not self.as_json:
             self.screen.print()
-        return generation.as_answer(voice.speaker.renderer, "".join(pieces))
+        if ended is not None and ended.reason == "length":
+            self._say_cut(ended.completion_tokens)
+        return "".join(pieces)
+
+    def _show(self, piece: str, voice: Voice) -> None:
+        if not self.as_json:
+            self.screen.print(visible(piece), end="", style=STYLES[voice.name], soft_wrap=True)
+            self.screen.file.flush()
+
+    def _say_cut(self, num_tokens: int) -> None:
+        if num_tokens >= self.manner.max_new_tokens:
+            why = f"cut after {num_tokens:,} tokens: --max-tokens for more"
+        else:
+            why = f"cut after {num_tokens:,} tokens: the model's window is full; /reset forgets what was said"
+        self.screen.print(f"({why})", style="bright_black")
 
     def hold(self) -> None:
         """Ask what is typed, or what is piped in line by line, until it ends."""
@@ -119,14 +148,17 @@ class Talk:
             if text in ("/exit", "/quit"):
                 return
             if text == "/reset":
-                self.parts = list(self.begin)
+                self.messages = list(self.begin)
             elif text:
-                turns = len(self.parts)
                 try:
                     self.ask(text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
-                    del self.parts[turns:]
                     self.screen.print("\n(left unsaid)", style="bright_black")
+                except Refused as refused:
+                    if not typed:
+                        raise InputError(str(refused)) from refused
+                    way_out = " /reset forgets what was said." if refused.code == "context_length_exceeded" else ""
+                    self.screen.print(visible(f"{refused}.{way_out}"), style="red")
 
     def _lines(self, typed: bool) -> Iterator[str]:
         if typed:

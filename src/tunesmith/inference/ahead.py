@@ -9,9 +9,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from tunesmith.asking import Refused
-from tunesmith.inference.batch import Job
+from tunesmith.inference.batch import Batch, Job
 
-Made = tuple[int, Job | Refused]
+Ready = tuple[Batch, Job]
+"""A job, and the batch that it is for."""
+Made = tuple[int, Ready | Refused]
 """What became of an ask, by its key."""
 
 
@@ -22,7 +24,7 @@ class Ahead:
     it is made is never told of.
     """
 
-    def __init__(self, make: Callable[[Mapping[str, Any]], Job], on_made: Callable[[Made], None]) -> None:
+    def __init__(self, make: Callable[[Mapping[str, Any]], Ready], on_made: Callable[[Made], None]) -> None:
         self._make = make
         self._on_made = on_made
         self._todo: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
@@ -54,7 +56,7 @@ class Ahead:
                     self._open.discard(key)
                     self._on_made((key, made))
 
-    def _made(self, message: Mapping[str, Any]) -> Job | Refused:
+    def _made(self, message: Mapping[str, Any]) -> Ready | Refused:
         try:
             return self._make(message)
         except Refused as refusal:

@@ -25,7 +25,7 @@ from tunesmith.asking import EngineOptions, Refused
 from tunesmith.data.template import resident_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.inference import wire
-from tunesmith.inference.ahead import Ahead, Made
+from tunesmith.inference.ahead import Ahead, Made, Ready
 from tunesmith.inference.batch import Batch, Job
 from tunesmith.inference.serving import Serving, open_serving
 
@@ -71,28 +71,30 @@ class _Worker:
         self._serving = serving
         self._options = options
         self._send = send
-        self._batch: Batch | None = None
-        if serving.decoder is not None:
-            room = serving.decoder.tokens_in(limit - resident_bytes() - SCRATCH_BYTES)
-            self._batch = Batch(serving.decoder, streams=options.streams, room=room)
+        free = limit - resident_bytes() - SCRATCH_BYTES
+        decoders = serving.decoders
+        self._batches = {
+            decoder: Batch(decoder, streams=options.streams, room=decoder.tokens_in(free // len(decoders)))
+            for decoder in decoders
+        }
 
     @property
     def is_busy(self) -> bool:
-        return self._batch is not None and self._batch.is_busy
+        return any(batch.is_busy for batch in self._batches.values())
 
-    def job(self, message: Mapping[str, Any]) -> Job:
+    def job(self, message: Mapping[str, Any]) -> Ready:
         """The ask of a message as the batch takes it, on any thread. Raises Refused."""
         ask = wire.as_ask(message["ask"])
         voice = _named(self._serving.voices, ask.model, "answers in text")
         job: Job = voice.job(message["key"], ask, self._options)
-        assert self._batch is not None, "there is a voice"
-        if not self._batch.could_hold(job):
+        batch = self._batches[voice.decoder]
+        if not batch.could_hold(job):
             raise Refused(
                 f"{job.n} answers of up to {job.max_new_tokens:,} tokens to a prompt of {len(job.prompt):,} do not fit "
                 "into the memory of this server: lower max_tokens or n",
                 status=400, code="context_length_exceeded", param="max_tokens",
             )  # fmt: skip
-        return job
+        return batch, job
 
     def take(self, message: dict[str, Any] | Made) -> None:
         """Do, or begin to do, what a message asks."""
@@ -100,11 +102,12 @@ class _Worker:
             key, made = message
             if isinstance(made, Refused):
                 self._refuse(key, made)
-            elif self._batch is not None:
-                self._batch.add(made)
+            else:
+                batch, job = made
+                batch.add(job)
         elif "cancel" in message:
-            if self._batch is not None:
-                self._batch.cancel(message["cancel"])
+            for batch in self._batches.values():
+                batch.cancel(message["cancel"])
         else:
             try:
                 self._send({"reply": message["key"], "value": self._read(message)})
@@ -123,9 +126,7 @@ class _Worker:
 
     def step(self) -> None:
         """One step of all answers under way, and word of it."""
-        if self._batch is None:
-            return
-        news = self._batch.step()
+        news = [one for batch in self._batches.values() if batch.is_busy for one in batch.step()]
         if news:
             self._send({"news": [[key, wire.told_fields(told)] for key, told in news]})
 

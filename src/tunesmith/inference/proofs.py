@@ -22,7 +22,7 @@ from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.inference.adapters import Adapters
-from tunesmith.inference.decoder import Decoder, Together
+from tunesmith.inference.decoder import Together
 from tunesmith.inference.voices import Voice
 from tunesmith.models.agreement import TOLERANCES, spread_error
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
@@ -41,13 +41,13 @@ _REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeE
 Note = Callable[[str], None]
 
 
-def prove(voices: Iterable[Voice], decoder: Decoder, note: Note) -> None:
+def prove(voices: Iterable[Voice], note: Note) -> None:
     """Raise RunError for a run whose prompts are not those of its training, or whose adapter changes nothing."""
     for voice in voices:
         if voice.run is not None:
             prove_prompts(voice, voice.run, note)
             if voice.adapter is not None:
-                _prove_adapter(voice, voice.run, decoder)
+                _prove_adapter(voice, voice.run)
 
 
 def prove_prompts(voice: Voice, run: Run, note: Note) -> None:
@@ -152,9 +152,9 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     return examples(first, recipe.data, lambda problem: None, task=known(recipe.task))
 
 
-def _prove_adapter(voice: Voice, run: Run, decoder: Decoder) -> None:
+def _prove_adapter(voice: Voice, run: Run) -> None:
     """What the model says of a probe is another thing with the adapter than without."""
-    told = []
+    decoder, told = voice.decoder, []
     for adapter in (None, voice.adapter):
         lane = decoder.begin(adapter, PROBES[0][0])
         _, logits_NV = decoder.step({}, [(lane, _probe(voice.vocab_size, PROBES[0][0]))])

@@ -1,4 +1,5 @@
-"""From the names on a command line to models that answer: one base loaded once, with the adapters of its runs."""
+"""From the names on a command line to models that answer: one base loaded once, with the adapters of its runs on it,
+and a model of its own for whatever cannot share it."""
 
 from __future__ import annotations
 
@@ -16,12 +17,11 @@ from tunesmith.inference.decoder import Apart, Decoder, Together
 from tunesmith.inference.reading import Embedder, Labeller
 from tunesmith.inference.voices import Voice
 from tunesmith.loading import Speaker
-from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
-from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
+from tunesmith.recipe.knobs import LoraMethod, Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run, is_run
 
 Note = Callable[[str], None]
@@ -34,31 +34,49 @@ class Serving:
     voices: dict[str, Voice] = field(default_factory=dict)
     labellers: dict[str, Labeller] = field(default_factory=dict)
     embedders: dict[str, Embedder] = field(default_factory=dict)
-    decoder: Decoder | None = None
-    """Of all voices."""
 
     @property
     def served(self) -> list[Served]:
         """Everything that can be named, in the order it was given; a base behind its runs."""
         return [one.served for some in (self.voices, self.labellers, self.embedders) for one in some.values()]
 
+    @property
+    def decoders(self) -> list[Decoder]:
+        """Those of all voices, each once."""
+        return list({id(voice.decoder): voice.decoder for voice in self.voices.values()}.values())
+
 
 def open_serving(names: Sequence[str], *, root: Path, options: EngineOptions, note: Note) -> Serving:
     """Every model that `names` mean, loaded and proved.
 
-    Raises InputError where they are not on one base, and whatever loading raises.
+    Raises InputError where models and adapters are not on one base, and whatever loading raises.
     """
     runs, models = _sorted_out(names, root)
-    base = _one_base(runs, models, offline=options.offline)
+    sharing = [run for run in runs if why_alone(run) is None]
+    base = _one_base(sharing, models, offline=options.offline) if sharing or models else None
     serving = Serving()
-    labelled = [run for run in runs if known(run.recipe().task) in ("classify", "tag")]
-    text_runs = [run for run in runs if run not in labelled]
-    for run in labelled:  # each head is a model of its own: they are small beside those that write
-        _add(serving, loading.load_run(run, offline=options.offline), run, note)
-    if models or text_runs:
-        first = text_runs[0] if text_runs else None
-        _load_base(serving, base, first, text_runs, is_named=bool(models), note=note)
+    for run in runs:
+        if (why := why_alone(run)) is not None:
+            _add_alone(serving, run, why, options, note)
+    if base is not None:
+        first = sharing[0] if sharing else None
+        _load_base(serving, base, first, sharing, is_named=bool(models), note=note)
     return serving
+
+
+def why_alone(run: Run) -> str | None:
+    """Why a run has to have a model of its own; None: it is low-rank paths beside layers, so that many share one."""
+    recipe = run.recipe()
+    method = recipe.method
+    if known(recipe.task) in ("classify", "tag"):
+        return "its head is its own"
+    if run.model_path.exists():
+        return "every weight of it was tuned"
+    if not isinstance(method, (LoraMethod, QloraMethod)):
+        return f"method {method.name} is more than low-rank paths beside layers"
+    if method.also_train or method.bias != "none":
+        return f"{', '.join(method.also_train) or 'biases'} were trained whole"
+    return None
 
 
 def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]:
@@ -82,7 +100,7 @@ def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]
 
 
 def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> Located:
-    """The base that everything named is on, quantised or not. Raises InputError where there are several."""
+    """The base that models and adapters are on, quantised or not. Raises InputError where there are several."""
     bases: dict[tuple[str, str | None, str], list[str]] = {}
     found: list[Located] = []
     for name in models:
@@ -90,12 +108,9 @@ def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> L
         bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, ""), []).append(name)
     for run in runs:
         recipe = run.recipe()
-        if run.model_path.exists():
-            found.append(locate.locate(str(run.model_path), offline=True))
-        else:
-            found.append(locate.locate(recipe.model, revision=recipe.revision, offline=offline))
-            if run.adapter_path.exists():
-                loading.refuse_other_base(run, found[-1], load.fingerprint(found[-1]))
+        found.append(locate.locate(recipe.model, revision=recipe.revision, offline=offline))
+        if run.adapter_path.exists():
+            loading.refuse_other_base(run, found[-1], load.fingerprint(found[-1]))
         bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, _form(recipe)), []).append(str(run.path))
     if len(bases) > 1:
         several = "; ".join(f"{', '.join(users)} on {path}{form}" for (path, _, form), users in bases.items())
@@ -117,50 +132,52 @@ def _load_base(
     serving: Serving, base: Located, first: Run | None, runs: Sequence[Run], *, is_named: bool, note: Note
 ) -> None:
     """The base, loaded once, and the adapters of `runs` on it."""
-    is_full = first is not None and first.model_path.exists()
-    if first is not None and is_full:
-        _add(serving, loading.load_run(first), first, note)
-        return
     speaker = loading.load_model(base.name) if first is None else loading.load_base(first)
     if speaker.head != "next_token":
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
         _add(serving, speaker if first is None else loading.tune(speaker, first), first, note)
         return
-    if first is not None and len(runs) == 1 and isinstance(first.recipe().method, PeftMethod):
-        _add(serving, loading.tune(speaker, first), first, note)
-        return
     adapters = Adapters(speaker.model)
-    for run in runs:
-        _take(serving, adapters, speaker, run, note)
+    tuned = [_take(adapters, speaker, run, note) for run in runs]
     adapters.install()
+    decoder = choose_decoder(speaker, adapters, note)
+    for run, voiced in zip(runs, tuned, strict=True):
+        name = run.path.resolve().name
+        _add_voice(serving, make_voice(voiced, name, decoder, adapter=name, run=run))
     if first is None:
-        _add_voice(serving, speaker, _name_of(base), None, None)
+        _add_voice(serving, make_voice(speaker, _name_of(base), decoder))
     else:
-        _add_base(serving, speaker, base, is_named=is_named, note=note)
-    serving.decoder = _decoder(speaker, adapters, note)
-    proofs.prove(serving.voices.values(), serving.decoder, note)
+        _add_base(serving, speaker, base, decoder, is_named=is_named, note=note)
+    proofs.prove([voice for voice in serving.voices.values() if voice.decoder is decoder], note)
 
 
-def _take(serving: Serving, adapters: Adapters, base: Speaker, run: Run, note: Note) -> None:
-    """One run's adapter, and the voice that speaks through it."""
+def _take(adapters: Adapters, base: Speaker, run: Run, note: Note) -> Speaker:
+    """One run's adapter, taken off its base; how the run is spoken to."""
     recipe = run.recipe()
     if recipe.precision != base.recipe.precision:
         note(f"{run.path}: tuned in {recipe.precision}, served in {base.recipe.precision}, as the first run was")
     tuned = loading.tune(base, run)
-    if type(tuned.attachment) is not LoraAttachment:
-        raise InputError(
-            f"{run.path}: method {recipe.method.name}, of which no part stands beside others. Serve apart."
-        )
     if tuned.note:
         note(f"{run.path}: {tuned.note}")
-    name = run.path.resolve().name
-    adapters.take(name, tuned.attachment)
+    adapters.take(run.path.resolve().name, tuned.attachment)
     tokenizer = base.renderer.tokenizer
     if run.adapter_path.exists():
         tokenizer = load.load_tokenizer(Located("folder", run.adapter_path, str(run.adapter_path)), None)
     renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
-    _add_voice(serving, replace(base, renderer=renderer, recipe=recipe), name, name, run)
+    return replace(base, renderer=renderer, recipe=recipe)
+
+
+def _add_alone(serving: Serving, run: Run, why: str, options: EngineOptions, note: Note) -> None:
+    """A run with a model of its own."""
+    recipe = run.recipe()
+    if run.adapter_path.exists():
+        base = locate.locate(recipe.model, revision=recipe.revision, offline=options.offline)
+        loading.refuse_other_base(run, base, load.fingerprint(base))
+    speaker = loading.load_run(run, offline=options.offline)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in speaker.model.parameters())
+    note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")
+    _add(serving, speaker, run, note)
 
 
 def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> None:
@@ -169,9 +186,9 @@ def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> Non
     if speaker.note:
         note(f"{name}: {speaker.note}")
     if speaker.head == "next_token":
-        _add_voice(serving, speaker, name, None, run)
-        serving.decoder = _decoder(speaker, Adapters(speaker.model), note)
-        proofs.prove(serving.voices.values(), serving.decoder, note)
+        voice = make_voice(speaker, name, choose_decoder(speaker, Adapters(speaker.model), note), run=run)
+        _add_voice(serving, voice)
+        proofs.prove([voice], note)
     elif speaker.head == "masked_token":
         embedder = Embedder(_served(speaker, name, run, "embeddings"), speaker)
         _, _, most = embedder.how
@@ -181,7 +198,9 @@ def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> Non
         proofs.prove_rows(run, speaker.renderer, note)
 
 
-def _add_base(serving: Serving, speaker: Speaker, base: Located, *, is_named: bool, note: Note) -> None:
+def _add_base(
+    serving: Serving, speaker: Speaker, base: Located, decoder: Decoder, *, is_named: bool, note: Note
+) -> None:
     """The untouched model, asked with its own tokenizer and template."""
     name = _name_of(base)
     try:
@@ -194,15 +213,23 @@ def _add_base(serving: Serving, speaker: Speaker, base: Located, *, is_named: bo
         return
     if speaker.packed:
         note(f"{name}: the base itself answers quantised too, as its runs were tuned on it")
-    _add_voice(serving, replace(speaker, renderer=renderer, recipe=recipe), name, None, None)
+    _add_voice(serving, make_voice(replace(speaker, renderer=renderer, recipe=recipe), name, decoder))
 
 
-def _add_voice(serving: Serving, speaker: Speaker, name: str, adapter: str | None, run: Run | None) -> None:
+def _add_voice(serving: Serving, voice: Voice) -> None:
+    name = voice.served.name
     if name in serving.voices:
         raise InputError(f"{name}: a run and its base have one name, by which both would be asked. Rename the run.")
+    serving.voices[name] = voice
+
+
+def make_voice(
+    speaker: Speaker, name: str, decoder: Decoder, *, adapter: str | None = None, run: Run | None = None
+) -> Voice:
+    """What is asked by a name, of a model whose texts `decoder` goes on with."""
     vocab_size = int(speaker.model.get_output_embeddings().weight.shape[0])
     served = _served(speaker, name, run, "text")
-    serving.voices[name] = Voice(served, speaker.renderer, vocab_size, adapter, run)
+    return Voice(served, speaker.renderer, vocab_size, decoder, adapter, run)
 
 
 def _served(speaker: Speaker, name: str, run: Run | None, answers: str) -> Served:
@@ -229,7 +256,7 @@ def _name_of(base: Located) -> str:
     return base.path.stem if base.is_gguf else base.path.resolve().name
 
 
-def _decoder(speaker: Speaker, adapters: Adapters, note: Note) -> Decoder:
+def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note) -> Decoder:
     """All texts in one pass, where the model answers so as it does alone; else one by one."""
     reason = "it is an encoder–decoder"
     if not speaker.model.config.is_encoder_decoder:

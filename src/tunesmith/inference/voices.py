@@ -12,6 +12,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import DataError
 from tunesmith.inference.batch import Job
 from tunesmith.inference.choosing import How
+from tunesmith.inference.decoder import Decoder
 from tunesmith.inference.grammar import Grammars
 from tunesmith.run import Run
 from tunesmith.types import Example, Part, Source
@@ -27,6 +28,8 @@ class Voice:
     served: Served
     renderer: Renderer
     vocab_size: int
+    decoder: Decoder
+    """What goes on with its texts."""
     adapter: str | None = None
     run: Run | None = None
     grammars: list[Grammars] = field(default_factory=list)
