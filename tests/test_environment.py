@@ -66,6 +66,8 @@ def test_threads_sleep_soon_only_beside_other_work() -> None:
         environment: dict[str, str] = {}
         prepare_environment(environment, lambda load=load: load)
         assert environment.get("GOMP_SPINCOUNT") == expected
+    prepare_environment(environment := {}, lambda: 7.0, answers=True)
+    assert environment["GOMP_SPINCOUNT"] == "20000"
 
 
 def test_what_a_person_has_set_counts_more_and_is_told() -> None:

@@ -11,12 +11,11 @@ BUSY = 0.5
 NAMES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def prepare_environment(
-    environ: MutableMapping[str, str], load: Callable[[], float], *, answers: bool = False
-) -> None:
+def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], float], *, answers: bool = False) -> None:
     """Settings that measurably help, for this process and those it starts; what is set already counts more.
 
-    `answers`: whether the process writes answers, whose many short waits cost less when they are spun through. Before torch is imported. What was measured: docs/EXPERIMENTS.md.
+    `answers`: whether the process writes answers, whose many short waits cost less when they are spun through. To be
+    called before torch is imported. What was measured: docs/EXPERIMENTS.md.
     """
     # Of each shape of a product oneDNN keeps what it compiled, more than half a MiB, and so does torch's layer above
     # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs a few hundred at most.
