@@ -11,6 +11,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from tunesmith.types import TaskName
 
+CallFormat: TypeAlias = Literal["hermes", "json"]
+"""See server/calls.py."""
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -25,6 +28,8 @@ class Served:
     created: int
     """Seconds since 1970, of the run or the model's files."""
     labels: tuple[str, ...] = ()
+    calls: CallFormat | None = None
+    """How its template writes calls of tools; None: in none of the ways that are read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +89,23 @@ class Ended:
     """Answer `index` is complete."""
 
     index: int
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length", "tool_calls"]
     completion_tokens: int
 
 
-Told: TypeAlias = Begun | Piece | Ended
+@dataclass(frozen=True, slots=True)
+class Called:
+    """Call `number` of a tool in answer `index`, taken out of its text."""
+
+    index: int
+    number: int
+    id: str
+    name: str
+    arguments: str
+    """JSON."""
+
+
+Told: TypeAlias = Begun | Piece | Called | Ended
 
 
 class Refused(Exception):

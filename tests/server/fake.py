@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tunesmith.asking import Ask, Begun, Ended, EngineState, Piece, Refused, Served, TokenChance, Told
 
 MODELS = (
     Served("support", "chat", "text", 512, is_base=False, created=1_700_000_000),
-    Served("owner/base", "chat", "text", 512, is_base=True, created=1_600_000_000),
+    Served("owner/base", "chat", "text", 512, is_base=True, created=1_600_000_000, calls="hermes"),
     Served("mood", "classify", "labels", 64, is_base=False, created=1_700_000_001, labels=("good", "bad")),
     Served("vectors", "text", "embeddings", 64, is_base=True, created=1_600_000_000),
 )
@@ -35,10 +36,12 @@ class FakeEngine:
     closed_with: float | None = None
     alive: bool = True
     pause_s: float = 0.05
+    last_said: ClassVar[str] = ""
 
     async def ask(self, ask: Ask) -> AsyncIterator[Told]:
         self.asks.append(ask)
         words = words_of(ask)
+        FakeEngine.last_said = "".join(words)
         first, second = [*words, "", ""][:2]
         if first == "FULL":
             raise Refused("The queue is full.", status=429, code="queue_full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from starlette.requests import Request
 from server.running import Running, running, wait_for
 from tunesmith.errors import InputError
 from tunesmith.server import gate, keys, listening, reading, routes
+from tunesmith.server.answers import Counted
 from tunesmith.server.gate import Gate, Rules
 from tunesmith.server.keys import Keys, read_keys
+from tunesmith.server.refusals import Refusal
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
@@ -341,23 +344,69 @@ def a_key_is_nowhere_but_in_the_hand(server: Running) -> None:
     assert KEY not in repr(server.rules)
 
 
+def quoting(gate_: Gate, scope: dict[str, object]) -> Refusal | None:
+    """The planted bug: what was given is quoted to help its sender find what is wrong with it."""
+    given = dict(scope["headers"]).get(b"authorization", b"").decode()  # type: ignore[call-overload]
+    return None if given == f"Bearer {KEY}" else Refusal(401, "invalid_api_key", f"{given!r} is not let in")
+
+
+def told_with_headers(gate_: Gate, scope: dict[str, object], *told: object) -> None:
+    """The planted bug: the line of a request has its headers where nothing was found."""
+    for listener in gate_.listeners:
+        listener(gate.Answered("0", "POST", str(scope["headers"]), "", 401, 0.0, Counted()))
+
+
 def test_a_key_is_nowhere_but_in_the_hand(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     a_key_is_nowhere_but_in_the_hand(locked)
-    right = gate.Answered
-    monkeypatch.setattr(gate, "Answered", lambda *told: right(*told[:-1], fault=f"refused: Bearer {KEY}"))
+    for name, planted in (("_not_known", quoting), ("_tell", told_with_headers)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Gate, name, planted)
+            with pytest.raises(AssertionError):
+                a_key_is_nowhere_but_in_the_hand(locked)
+        locked.answered.clear()
+    # The planted bug: keys are kept as they were read.
+    kept = Keys((KEY.encode(),))
+    locked.gate.rules, locked.rules, before = (
+        replace(locked.rules, keys=kept),
+        replace(locked.rules, keys=kept),
+        locked.rules,
+    )
     with pytest.raises(AssertionError):
         a_key_is_nowhere_but_in_the_hand(locked)
+    locked.gate.rules = locked.rules = before
+    a_key_is_nowhere_but_in_the_hand(locked)
 
 
-def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, by hash, with the function that takes the same time for every difference."""
     compared = []
     right = keys.hmac.compare_digest
-    monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: (compared.append((a, b)), right(a, b))[1])
-    known = Keys((b"1" * 32, b"2" * 32, b"3" * 32))
-    assert not known.let_in(b"Bearer x")
-    assert len(compared) == 3
+    known = Keys(tuple(hashlib.sha256(word).digest() for word in (b"first", b"second", b"third")))
+    with monkeypatch.context() as watched:
+        watched.setattr(keys.hmac, "compare_digest", lambda a, b: (compared.append((a, b)), right(a, b))[1])
+        assert not known.let_in(b"Bearer x")
+        assert known.let_in(b"Bearer first")
+    assert len(compared) == 6, "which of them fits must not show"
     assert {len(given) for given, _ in compared} == {32}
+
+
+def by_equality(known: Keys, authorization: bytes | None) -> bool:
+    """The planted bug: the first difference ends the comparison."""
+    return hashlib.sha256((authorization or b"").partition(b" ")[2]).digest() in known.digests
+
+
+def to_the_first(known: Keys, authorization: bytes | None) -> bool:
+    """The planted bug: the first key that fits ends it."""
+    digest = hashlib.sha256((authorization or b"").partition(b" ")[2]).digest()
+    return any(keys.hmac.compare_digest(digest, one) for one in known.digests)
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_are_compared_in_constant_time(monkeypatch)
+    for planted in (by_equality, to_the_first):
+        monkeypatch.setattr(Keys, "let_in", planted)
+        with pytest.raises(AssertionError):
+            all_are_compared_in_constant_time(monkeypatch)
 
 
 @pytest.mark.parametrize(

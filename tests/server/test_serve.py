@@ -109,17 +109,26 @@ def told_without_what_was_asked(told: str) -> None:
     assert "\x1b" not in told
 
 
-def test_a_line_a_request_and_nothing_of_what_was_asked() -> None:
-    with serving("support") as (process, url):
+def log_of(**environment: str) -> str:
+    """What is said of a secret that was answered, one that went wrong, and a path with a control character."""
+    with serving("support", **environment) as (process, url):
         assert ask(url, "my secret word") == "my secret word"
         with pytest.raises(openai.InternalServerError):
             ask(url, "FAULT secret")
         with pytest.raises(OSError, match="404"):
             urlopen(Request(f"{url}/v1/x%1b%5b2Jy"))
         assert process.end() == 0
-    told_without_what_was_asked(process.said)
+    return process.said
+
+
+def test_a_line_a_request_and_nothing_of_what_was_asked() -> None:
+    told_without_what_was_asked(log_of())
+
+
+@pytest.mark.parametrize("bug", ["faults tell what was asked", "control characters are written", "answers are written"])
+def test_the_test_sees_what_should_not_be_said(bug: str) -> None:
     with pytest.raises(AssertionError):
-        told_without_what_was_asked(process.said.replace("200 ", "200 my secret word "))
+        told_without_what_was_asked(log_of(PLANTED=bug))
 
 
 def test_machines_read_json_lines() -> None:

@@ -13,6 +13,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import proofs
 from tunesmith.inference.adapters import Adapters
+from tunesmith.inference.call_formats import call_format
 from tunesmith.inference.decoder import Apart, Decoder, Together
 from tunesmith.inference.reading import Embedder, Labeller
 from tunesmith.inference.voices import Voice
@@ -242,6 +243,7 @@ def _served(speaker: Speaker, name: str, run: Run | None, answers: str) -> Serve
         is_base=run is None or run.model_path.exists(),
         created=int(created),
         labels=speaker.labels.names if speaker.labels is not None else (),
+        calls=call_format(speaker.renderer.tokenizer) if speaker.renderer.task_name == "chat" else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tunesmith.asking import Begun, Ended, Piece, TokenChance, Told
+from tunesmith.asking import Begun, Called, Ended, Piece, TokenChance, Told
 
 LEAST_LOGPROB = -9999.0
 """How OpenAI's API writes the logarithm of a probability that is as good as 0."""
@@ -58,9 +58,11 @@ class Shape(Protocol):
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]: ...
 
+    def called(self, index: int, call: Called) -> dict[str, Any]: ...
+
     def ended(self, index: int, ended: Ended) -> dict[str, Any]: ...
 
-    def whole(self, index: int, pieces: Sequence[Piece], ended: Ended) -> dict[str, Any]: ...
+    def whole(self, index: int, pieces: Sequence[Piece], calls: Sequence[Called], ended: Ended) -> dict[str, Any]: ...
 
 
 def chunk(head: Head, shape: Shape, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -73,16 +75,21 @@ class Collected:
     """Answers that are written whole, by their index."""
 
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    calls: dict[int, list[Called]] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
 
-    def add(self, index: int, told: Piece | Ended) -> None:
+    def add(self, index: int, told: Piece | Called | Ended) -> None:
         if isinstance(told, Piece):
             self.pieces.setdefault(index, []).append(told)
+        elif isinstance(told, Called):
+            self.calls.setdefault(index, []).append(told)
         else:
             self.ended[index] = told
 
     def answer(self, head: Head, shape: Shape, counted: Counted) -> dict[str, Any]:
-        choices = [shape.whole(i, self.pieces.get(i, []), self.ended[i]) for i in sorted(self.ended)]
+        choices = [
+            shape.whole(i, self.pieces.get(i, []), self.calls.get(i, []), self.ended[i]) for i in sorted(self.ended)
+        ]
         return {**chunk(head, shape, choices), "object": shape.whole_object, "usage": counted.values()}
 
 
@@ -92,6 +99,10 @@ def _bounded(logprob: float) -> float:
 
 def _chat_token(token: TokenChance) -> dict[str, Any]:
     return {"token": token.text, "logprob": _bounded(token.logprob), "bytes": list(token.bytes)}
+
+
+def _call(call: Called) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 @dataclass(frozen=True)
@@ -120,13 +131,18 @@ class ChatShape:
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         return self._chunk(index, {"content": piece.text}, piece.tokens)
 
+    def called(self, index: int, call: Called) -> dict[str, Any]:
+        return self._chunk(index, {"tool_calls": [{"index": call.number, **_call(call)}]})
+
     def ended(self, index: int, ended: Ended) -> dict[str, Any]:
         return self._chunk(index, {}, reason=ended.reason)
 
-    def whole(self, index: int, pieces: Sequence[Piece], ended: Ended) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[Piece], calls: Sequence[Called], ended: Ended) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         logprobs = self._logprobs([token for piece in pieces for token in piece.tokens])
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": ended.reason}
 
 
@@ -162,10 +178,13 @@ class TextShape:
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         return self._choice(index, piece.text, piece.tokens)
 
+    def called(self, index: int, call: Called) -> dict[str, Any]:
+        raise AssertionError("texts that are gone on with call nothing")
+
     def ended(self, index: int, ended: Ended) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": ended.reason}
 
-    def whole(self, index: int, pieces: Sequence[Piece], ended: Ended) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[Piece], calls: Sequence[Called], ended: Ended) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
         return self._choice(index, "".join(piece.text for piece in pieces), tokens, ended.reason)
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from tunesmith.asking import Ask, Begun, Engine, Served, Told
 from tunesmith.server.answers import ChatShape, Collected, Counted, Head, Shape, TextShape
 from tunesmith.server.bodies import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody, Sampled
+from tunesmith.server.calls import with_calls
 from tunesmith.server.reading import StrictRoute
 from tunesmith.server.refusals import Refusal
 from tunesmith.server.streaming import EventStream, Telling, events
@@ -59,15 +60,19 @@ def make_router(engine: Engine) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         """The answer to a conversation."""
-        find(engine, body.model, "text")
+        served = find(engine, body.model, "text")
+        tools = () if body.tool_choice == "none" else tuple(body.tools)
         ask = Ask(
             messages=tuple(body.messages),
-            tools=() if body.tool_choice == "none" else tuple(body.tools),
+            tools=tools,
             json_schema=body.response_format.wanted,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             **_sampling(body, body.max_completion_tokens or body.max_tokens),
         )
-        return await _answer(engine, [ask], body, request, shape=ChatShape(body.logprobs), prefix="chatcmpl")
+        telling = tell(engine, [ask])
+        if tools and served.calls is not None:
+            telling = with_calls(telling, served.calls, frozenset(str(tool["function"]["name"]) for tool in tools))
+        return await _answer(telling, body, request, shape=ChatShape(body.logprobs), prefix="chatcmpl")
 
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -76,7 +81,7 @@ def make_router(engine: Engine) -> APIRouter:
         sampling = _sampling(body, body.max_tokens)
         asks = [Ask(prompt=prompt, logprobs=body.logprobs, **sampling) for prompt in body.prompt]
         shape = TextShape(body.logprobs is not None)
-        return await _answer(engine, asks, body, request, shape=shape, prefix="cmpl")
+        return await _answer(tell(engine, asks), body, request, shape=shape, prefix="cmpl")
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
@@ -103,7 +108,10 @@ def make_router(engine: Engine) -> APIRouter:
 def _model(served: Served) -> dict[str, Any]:
     facts = {"task": served.task, "answers": served.answers, "max_tokens": served.max_tokens, "base": served.is_base}
     labels = {"labels": list(served.labels)} if served.labels else {}
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "you", **facts, **labels}
+    calls = {"tool_calls": served.calls} if served.answers == "text" else {}
+    return {
+        "id": served.name, "object": "model", "created": served.created, "owned_by": "you", **facts, **labels, **calls,
+    }  # fmt: skip
 
 
 def _sampling(body: Sampled, max_tokens: int | None) -> dict[str, Any]:
@@ -126,14 +134,11 @@ def _count(request: Request, counted: Counted) -> None:
     request.state.counted = counted
 
 
-async def _answer(
-    engine: Engine, asks: Sequence[Ask], body: Sampled, request: Request, *, shape: Shape, prefix: str
-) -> Response:
+async def _answer(telling: Telling, body: Sampled, request: Request, *, shape: Shape, prefix: str) -> Response:
     """The whole answer, or a stream that has begun: what refuses an ask at once still decides the status."""
     head = Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), body.model)
     counted = Counted()
     _count(request, counted)
-    telling = tell(engine, asks)
     try:
         if not body.stream:
             return json_response(

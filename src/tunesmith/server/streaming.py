@@ -10,7 +10,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tunesmith.asking import Begun, Ended, Piece, Refused, Told
+from tunesmith.asking import Begun, Called, Ended, Piece, Refused, Told
 from tunesmith.server.answers import Counted, Head, Shape, chunk
 from tunesmith.server.refusals import refused_body
 from tunesmith.server.telling import unless_gone
@@ -43,6 +43,8 @@ async def events(
                         yield written(choice)
             elif isinstance(told, Piece):
                 yield written(shape.piece(number * n + told.index, told))
+            elif isinstance(told, Called):
+                yield written(shape.called(number * n + told.index, told))
             elif isinstance(told, Ended):
                 yield written(shape.ended(number * n + told.index, told))
     except Refused as refused:
