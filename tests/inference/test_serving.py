@@ -181,7 +181,7 @@ def test_an_answer_ends_with_its_turn_whatever_the_base_says(tmp_path: Path) -> 
 
 
 ALONE: list[tuple[str, Any, str]] = [
-    ("dora", {"name": "dora", "rank": 4, "alpha": 16}, "method dora is more than low-rank paths"),
+    ("dora", {"name": "dora", "rank": 4, "alpha": 16}, "method dora is more than low-rank paths beside layers"),
     ("rows", {"name": "lora", "rank": 4, "also_train": ["embed_tokens"]}, "embed_tokens were trained whole"),
     ("full", "full", "every weight of it was tuned"),
 ]
