@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tunesmith.environment import BUSY, SHAPES, in_force, prepare_environment
+from tunesmith.environment import BUSY, SHAPES, in_force, others_running, prepare_environment
 
 SHAPED = """
 import ctypes, torch
@@ -55,24 +56,34 @@ def mallinfo2_is_here() -> bool:
 )
 def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
     environment: dict[str, str] = {}
-    prepare_environment(environment, lambda: 0.0)
+    prepare_environment(environment, lambda: 0)
     assert growth(environment) < 16  # MiB: a few shapes more or less in the caches
     # The planted bug: only one of the two caches is bounded, so that the other keeps what this one drops.
     assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES, "LRU_CACHE_CAPACITY": "4096"}) > 64
 
 
 def test_threads_sleep_soon_only_beside_other_work() -> None:
-    for load, expected in ((0.0, None), (BUSY, "2000"), (7.0, "2000")):
+    for others, expected in ((0, None), (BUSY, "2000"), (7, "2000")):
         environment: dict[str, str] = {}
-        prepare_environment(environment, lambda load=load: load)
+        prepare_environment(environment, lambda others=others: others)
         assert environment.get("GOMP_SPINCOUNT") == expected
-    prepare_environment(environment := {}, lambda: 7.0, answers=True)
+    prepare_environment(environment := {}, lambda: 7, answers=True)
     assert environment["GOMP_SPINCOUNT"] == "20000"
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the platform does not tell")
+def test_a_program_that_never_waits_is_other_work() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert any(others_running() >= BUSY for _ in range(50))
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 def test_what_a_person_has_set_counts_more_and_is_told() -> None:
     environment = {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "7"}
-    prepare_environment(environment, lambda: 9.0)
+    prepare_environment(environment, lambda: 9)
     assert in_force(environment) == {
         "GOMP_SPINCOUNT": "5",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES,

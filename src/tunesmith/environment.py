@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 
 SHAPES = "512"
-BUSY = 0.5
-"""Processes that want to run, in the mean of the last minute, from which on the machine has other work."""
+BUSY = 1
+"""Other threads that run or want to, at every look, from which on the machine has other work."""
+LOOKS = 5
 NAMES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], float], *, answers: bool = False) -> None:
+def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], int], *, answers: bool = False) -> None:
     """Settings that measurably help, for this process and those it starts; what is set already counts more.
 
     `answers`: whether the process writes answers, whose many short waits cost less when they are spun through. To be
@@ -23,7 +25,7 @@ def prepare_environment(environ: MutableMapping[str, str], load: Callable[[], fl
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
     # default, made training several times slower. On a machine of one's own it is sleeping that costs.
-    if load() >= BUSY:
+    if others() >= BUSY:
         environ.setdefault("GOMP_SPINCOUNT", "20000" if answers else "2000")
 
 
@@ -32,6 +34,18 @@ def in_force(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ.get(name, "the library's") for name in NAMES}
 
 
-def recent_load() -> float:
-    """Processes that wanted to run in the last minute; 0 where the platform does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+def others_running() -> int:
+    """Threads beside this one that run or want to, the fewest of some looks; 0 where the platform does not tell.
+
+    Not the load of the last minute: a run that follows another would find the machine busy with what is over.
+    """
+    found = []
+    for look in range(LOOKS):
+        if look:
+            time.sleep(0.004)
+        try:
+            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
+        except OSError:
+            return 0
+        found.append(int(running) - 1)
+    return min(found)

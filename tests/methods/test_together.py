@@ -23,7 +23,10 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.recipe.method_knobs import DoraMethod, LoraMethod
 
-GATED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "olmo2", "smollm3", "granite", "cohere")
+GATED = (
+    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("mistral", "olmo2", "smollm3", "granite", "cohere"),
+)
 SIBLINGS = (*GATED, "qwen3_moe", "opt")
 """phi3, gpt2 and gpt_neox have one layer for queries, keys and values, and other MLPs."""
 

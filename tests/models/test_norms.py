@@ -19,6 +19,7 @@ WITH_RMS = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "gemma",
     "gemma2",
     "gemma3_text",
     "mistral",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from packed import CAN, batch_of, rows_of, sharp
+from tunesmith.methods.token_rows import TokenRows
 from tunesmith.models import output as output_module
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.output import Output, find_output
@@ -133,6 +134,18 @@ def test_an_output_layer_that_does_more_is_left_to_the_model(monkeypatch):
         return out
 
     monkeypatch.setattr(type(model), "forward", shifted)
+    assert find_output(model) is None
+
+
+def test_an_output_layer_with_a_forward_of_its_own_is_left_to_it():
+    """Rows of new tokens are trained so: a node around the layer would take their gradients away without a word."""
+    model = sharp("llama", tie_word_embeddings=False)
+    assert find_output(model) is not None
+    rows = TokenRows(model, [3, 5])
+    assert find_output(model) is None
+    rows.take_off()
+    assert find_output(model) is not None
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
     assert find_output(model) is None
 
 

@@ -10,7 +10,8 @@ REQUIRED = {
     *(f"L{n}" for n in range(1, 13) if n != 3),  # L3: several processes, which do not exist yet
     *(f"T{n}" for n in range(1, 16)),
     *(f"R{n}" for n in range(1, 8)),
-    *("A1", "A2", "A3", "A4", "A6", "A7", "A15"),  # adapters
+    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
+    *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in range(1, 10)),
 }

@@ -10,9 +10,9 @@ def main() -> None:
     import warnings
 
     from tunesmith.cli.app import app
-    from tunesmith.environment import prepare_environment, recent_load
+    from tunesmith.environment import others_running, prepare_environment
 
-    prepare_environment(os.environ, recent_load, answers=sys.argv[1:2] in (["serve"], ["chat"]))
+    prepare_environment(os.environ, others_running, answers=sys.argv[1:2] in (["serve"], ["chat"]))
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     app(prog_name="tunesmith")

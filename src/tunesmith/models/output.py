@@ -66,10 +66,15 @@ class Output:
 
 
 def named_output(model: PreTrainedModel) -> Output | None:
-    """The output layer of a causal model as its config describes it, if it is a linear layer."""
+    """The output layer of a causal model as its config describes it, if it is a linear layer and nothing more.
+
+    A method may have given it a forward of its own, with gradients that only that knows: rows of new tokens have.
+    """
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     if head_of(model) != "next_token" or config.is_encoder_decoder or type(layer) is not nn.Linear:
+        return None
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     return Output(
