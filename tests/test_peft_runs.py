@@ -138,8 +138,7 @@ def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     serving = open_serving([str(straight.path)], root=Path("runs"), options=options, note=notes.append)
     voice = serving.voices[straight.path.name]
     ask = says(voice.served.name, "hello dog", max_tokens=8)
-    assert serving.decoder is not None
-    heard = run_batch(Batch(serving.decoder, streams=1), voice.job(0, ask, options))
+    heard = run_batch(Batch(voice.decoder, streams=1), voice.job(0, ask, options))
     tuned = load_run(straight)
     [alone] = answer(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
     assert heard[0].texts[0] == alone.text

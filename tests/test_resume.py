@@ -203,7 +203,7 @@ WORKER = """
 import contextlib, importlib, sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[4:]
-for name in sys.argv[3].split(","):  # the imports are not what is killed
+for name in Path(sys.argv[3]).read_text().split():  # the imports are not what is killed
     with contextlib.suppress(Exception):
         importlib.import_module(name)
 from tunesmith.recipe.read import load
@@ -233,9 +233,11 @@ def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     recipe_path.write_text(as_yaml(recipe, comments=False))
     straight = train(recipe, root=tmp_path / "straight")
     paths = [entry for entry in sys.path if entry]
-    imported = [name for name in sys.modules if "pytest" not in name and not name.startswith(("__", "test", "tiny"))]
+    imported = tmp_path / "imported.txt"
+    names = [name for name in sys.modules if "pytest" not in name and not name.startswith(("__", "test", "tiny"))]
+    imported.write_text("\n".join(name for name in names if " " not in name))
     worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(recipe_path), str(tmp_path / "runs"), ",".join(imported), *paths],
+        [sys.executable, "-c", WORKER, str(recipe_path), str(tmp_path / "runs"), str(imported), *paths],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

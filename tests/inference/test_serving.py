@@ -180,24 +180,33 @@ def test_an_answer_ends_with_its_turn_whatever_the_base_says(tmp_path: Path) -> 
         assert_answers_end(planted, path.name)
 
 
-ALONE: list[tuple[str, Any, str]] = [
-    ("dora", {"name": "dora", "rank": 4, "alpha": 16}, "method dora is more than low-rank paths beside layers"),
-    ("rows", {"name": "lora", "rank": 4, "also_train": ["embed_tokens"]}, "embed_tokens were trained whole"),
-    ("full", "full", "every weight of it was tuned"),
+ALONE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "dora",
+        {"method": {"name": "dora", "rank": 4, "alpha": 16}},
+        "method dora is more than low-rank paths beside layers",
+    ),
+    (
+        "rows",
+        {"method": {"name": "lora", "rank": 4, "also_train": ["embed_tokens"]}},
+        "embed_tokens were trained whole",
+    ),
+    ("full", {"method": "full"}, "every weight of it was tuned"),
+    ("tokens", {"data": {"new_tokens": ["quick brown"]}}, "it has tokens that its base has not"),
 ]
 
 
 def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp_path: Path) -> None:
     """Beside one that can: each answers in the batch what its own model answers alone."""
     paths = [made / "runs" / "first"]
-    for name, method, _ in ALONE:
-        recipe = tiny_recipe(made, method=method, optim={"lr": 3e-3}, train={"epochs": 1})
+    for name, changed, _ in ALONE:
+        recipe = tiny_recipe(made, optim={"lr": 3e-3}, train={"epochs": 1}, **changed)
         sharp("llama").save_pretrained(recipe.model)
         paths.append(training.train(recipe, root=tmp_path, out=tmp_path / name, offline=True).path)
     notes: list[str] = []
     serving = opened(*paths, notes=notes)
-    assert [one.name for one in serving.served] == ["dora", "rows", "full", "first", "model-llama"]
-    assert len(serving.decoders) == 4
+    assert [one.name for one in serving.served] == ["dora", "rows", "full", "tokens", "first", "model-llama"]
+    assert len(serving.decoders) == 5
     for name, _, why in ALONE:
         assert any(note.startswith(f"{tmp_path / name}: {why}: it has a model of its own, ") for note in notes)
     answers = set()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from tunesmith.errors import InputError
 from tunesmith.types import TaskName
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.knobs import Recipe
 
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
@@ -33,6 +36,23 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="A recipe key, dotted: method.rank=8. May be given many times."),
 ]
 
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="DATA...", help="Files of rows. [bold]a.jsonl:2[/]: each row twice an epoch."),
+]
+Eval = Annotated[
+    list[str] | None,
+    typer.Option("--eval", metavar="DATA", help="Held-out rows; without, 5 % of DATA are held out."),
+]
+Task = Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="How weights change.")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe; other options count more.")
+]
+
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 
 
@@ -52,6 +72,30 @@ def given(values: Mapping[str, Any]) -> list[str]:
     from tunesmith.files import to_json
 
     return [f"{key}={to_json(value).decode()}" for key, value in values.items() if value not in (None, [])]
+
+
+def chosen(
+    verb: str,
+    model: str | None,
+    data: Sequence[str] | None,
+    *,
+    held_out: Sequence[str] | None,
+    recipe: Path | None,
+    words: Mapping[str, Any],
+    settings: Sequence[str] | None,
+) -> Recipe:
+    """The recipe that a command line means: a file, and what was given beside it. Raises InputError without a model or
+    rows."""
+    from tunesmith.recipe import read
+
+    explicit = {"model": model, "data.train": files(data), "data.eval": files(held_out), **words}
+    found = read.load(str(recipe) if recipe else None, [*given(explicit), *(settings or ())])
+    if not found.model or not found.data.train:
+        missing = "model" if not found.model else "data.train"
+        raise InputError(
+            f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe that has it."
+        )
+    return found
 
 
 def as_task(name: str | None) -> TaskName | None:

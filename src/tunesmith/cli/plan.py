@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import TASKS, Json, Offline, Root, Settings, files, given, remember_json
+from tunesmith.cli.options import (
+    Data,
+    Eval,
+    Json,
+    MethodName,
+    Model,
+    Offline,
+    RecipeFile,
+    Root,
+    Settings,
+    Task,
+    chosen,
+    remember_json,
+)
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,15 +32,12 @@ if TYPE_CHECKING:
 
 def plan(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")] = None,
-    data: Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="Files of rows.")] = None,
-    eval_: Annotated[
-        list[str] | None,
-        typer.Option("--eval", metavar="DATA", help="Held-out rows; without, 5 % of DATA are held out."),
-    ] = None,
-    task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="auto|lora|dora|full", help="How weights change.")] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
+    model: Model = None,
+    data: Data = None,
+    eval_: Eval = None,
+    task: Task = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
     settings: Settings = None,
     device: Annotated[
         str | None, typer.Option(metavar="H100-80G|24G|...", help="Plan for a card that is not here.")
@@ -43,24 +53,14 @@ def plan(
     tunesmith plan ./model support.jsonl --method full --device 24G
     """
     remember_json(ctx, as_json)
-    from tunesmith.recipe import read
-
-    explicit = {
-        "model": model,
-        "data.train": files(data),
-        "data.eval": files(eval_),
-        "task": task,
-        "method.name": method,
-    }
-    words = [*given(explicit), *(settings or []), "memory=warn"]  # a plan tells what does not fit, and of what would
-    chosen = read.load(str(recipe) if recipe else None, words)
-    if not chosen.model or not chosen.data.train:
-        missing = "model" if not chosen.model else "data.train"
-        raise InputError(f"{missing}: nothing was given. Write: tunesmith plan MODEL DATA, or a --recipe that has it.")
+    # A plan tells what does not fit, and of what would.
+    words = {"task": task, "method.name": method}
+    settings = [*(settings or []), "memory=warn"]
+    found = chosen("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings)
 
     from tunesmith.cli.output import console, json_line
 
-    values, fits = _foresee(chosen, root, offline=offline, device=device)
+    values, fits = _foresee(found, root, offline=offline, device=device)
     if as_json:
         json_line({"kind": "plan", **values})
     else:
@@ -69,7 +69,7 @@ def plan(
         raise typer.Exit(InputError.exit_code)
 
 
-def _foresee(chosen: Recipe, root: Path, *, offline: bool, device: str | None) -> tuple[dict[str, Any], bool]:
+def _foresee(recipe: Recipe, root: Path, *, offline: bool, device: str | None) -> tuple[dict[str, Any], bool]:
     from tunesmith.cli.display import PHASES
     from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
@@ -80,7 +80,7 @@ def _foresee(chosen: Recipe, root: Path, *, offline: bool, device: str | None) -
         from tunesmith.planning.devices import named
 
         card = named(device) if device else None
-        seen = foresee(chosen, root=root, offline=offline, on_progress=tick, device=card)
+        seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
     return foreseen_values(seen), seen.forecast is None or seen.forecast.fits
 
 

@@ -73,6 +73,8 @@ def why_alone(run: Run) -> str | None:
         return "its head is its own"
     if run.model_path.exists():
         return "every weight of it was tuned"
+    if recipe.data.new_tokens:
+        return "it has tokens that its base has not"
     if not isinstance(method, (LoraMethod, QloraMethod)):
         return f"method {method.name} is more than low-rank paths beside layers"
     if method.also_train or method.bias != "none":
