@@ -28,11 +28,20 @@ class FullAttachment:
 
     method: str = "full"
 
-    def __init__(self, model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], *, has_masters: bool = True) -> None:
-        """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chosen: Mapping[str, nn.Parameter],
+        *,
+        has_masters: bool = True,
+        spread: int | None = None,
+    ) -> None:
+        """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32.
+
+        `spread`: the seed of where masters begin, as Masters has it."""
         self.model = model
         model.requires_grad_(False)
-        self._masters = Masters(chosen if has_masters else {}, free_early=True)
+        self._masters = Masters(chosen if has_masters else {}, free_early=True, spread=spread)
         self.trained: Mapping[str, Tensor] = self._masters.trained if has_masters else dict(chosen)
         if not has_masters:
             for parameter in chosen.values():
@@ -52,7 +61,7 @@ class FullAttachment:
 
 
 def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAttachment:
-    """Train what `settings` name of `model`; nothing is drawn here, so `seed` changes nothing.
+    """Train what `settings` name of `model`; `seed` draws where in their cells of bfloat16 the masters begin.
 
     Raises RecipeError for words that mean nothing, or stochastic rounding where nothing is rounded.
     """
@@ -63,7 +72,7 @@ def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAt
             "Set precision: bfloat16, or leave it out."
         )
     chosen = choose(model, train=settings.train, freeze=settings.freeze)
-    return FullAttachment(model, chosen, has_masters=not is_stochastic)
+    return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed)
 
 
 def save_result(

@@ -1,0 +1,71 @@
+"""Masters begin anywhere in their cells of bfloat16: the model is the same, and its first updates reach it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith.methods.masters import Masters, spread_in_cells
+
+COUNT = 40_000
+UPDATE = 5e-5
+"""A usual step of full tuning: a hundredth of the way from 1.0 to the next value of bfloat16."""
+
+
+def spread(values: Tensor, seed: int = 0) -> Tensor:
+    moved = values.float().clone()
+    spread_in_cells(moved, torch.Generator().manual_seed(seed))
+    return moved
+
+
+def every_bfloat16() -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def test_whatever_bfloat16_has_is_what_its_master_rounds_to() -> None:
+    values = every_bfloat16()
+    for seed in range(8):
+        moved = spread(values, seed)
+        same = moved.to(torch.bfloat16).view(torch.int16) == values.view(torch.int16)
+        assert bool((same | values.isnan()).all())
+        assert bool(moved[values.isnan()].isnan().all())
+
+
+def test_they_fill_the_cell_evenly_and_zeros_stay() -> None:
+    moved = spread(torch.full((COUNT,), 1.5))
+    half = 2**-8  # neighbours of 1.5 lie 2⁻⁷ away
+    assert moved.min().item() < 1.5 - 0.99 * half
+    assert moved.max().item() > 1.5 + 0.99 * half
+    # An even spread over ± half has the deviation half / √3; the mean of 40,000 is off by five of its own at most.
+    assert moved.double().mean().item() == pytest.approx(1.5, abs=5 * half / (3 * COUNT) ** 0.5)
+    assert moved.double().std().item() == pytest.approx(half / 3**0.5, rel=0.02)
+    assert torch.equal(spread(torch.zeros(8)), torch.zeros(8))
+
+
+def test_a_seed_draws_the_same_again() -> None:
+    values = torch.randn(100).to(torch.bfloat16)
+    assert torch.equal(spread(values, 1), spread(values, 1))
+    assert not torch.equal(spread(values, 1), spread(values, 2))
+
+
+def assert_one_small_update_reaches_the_model(seed: int | None) -> None:  # trap: L9
+    weight = nn.Parameter(torch.full((COUNT,), 1.5, dtype=torch.bfloat16))
+    masters = Masters({"weight": weight}, free_early=False, spread=seed)
+    assert bool((weight == 1.5).all())
+    with torch.no_grad():
+        masters.trained["weight"].sub_(UPDATE)
+    masters.publish()
+    moved = 1.5 - weight.detach().double().mean().item()
+    # A share p = UPDATE / 2⁻⁷ of the weights crosses, each by 2⁻⁷: within five deviations of such a share.
+    share = UPDATE * 2**7
+    assert moved == pytest.approx(UPDATE, abs=5 * 2**-7 * (share * (1 - share) / COUNT) ** 0.5)
+
+
+def test_one_small_update_reaches_the_model_on_average() -> None:
+    assert_one_small_update_reaches_the_model(seed=0)
+
+
+def test_the_test_sees_masters_that_all_begin_in_the_middle() -> None:
+    with pytest.raises(AssertionError):
+        assert_one_small_update_reaches_the_model(seed=None)
