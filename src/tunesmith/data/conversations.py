@@ -1,9 +1,10 @@
 """Conversations to ids and trained flags: the tokenizer's own template, tokenized as one text, each turn verified."""
 
-# T tokens, R tokens that close an answer
+# T tokens, P places
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,17 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
 
 CACHED_PROMPTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens(Tokens):
+    """Of a row, and where the control tokens among them stand."""
+
+    num_reserved: int
+    closing: list[int]
+    """Places of tokens that can close a turn, rising."""
+    cuts: list[int]
+    """Places of tokens that a text is cut at, rising."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +54,18 @@ class Conversations:
         self.control = ControlTokens(tokenizer, self.template_text)
         stops = self._template.bounded(lambda: find_stops(self._bare_render, self.control, name=encoder.name))
         self.stop_ids = stops.ids
-        self._run_R = np.array(stops.run, np.int32)
+        self._run = list(stops.run)
         self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
         self._refuse_two_bos()
-        self._opening_ids: dict[str, NDArray[np.int32]] = {}
+        self._opening_ids: dict[str, bytes] = {}
+        """Of the end of a prompt, from its last cut on, the ids as they lie in memory."""
 
     def encode(self, examples: Sequence[Example]) -> list[Drafted]:
         """Aligned with `examples`."""
         texts = self._template.bounded(lambda: [self._render(example) for example in examples])
-        tokens = self._encoder.encode([text.whole for text in texts if isinstance(text, _Text)])
-        self._learn_openings([text for text in texts if isinstance(text, _Text)], tokens)
+        rendered = [text for text in texts if isinstance(text, _Text)]
+        tokens = self._marked(self._encoder.encode([text.whole for text in rendered]))
+        self._learn_openings(rendered, tokens)
         following = iter(tokens)
         return [
             self._draft(example.source, text, next(following)) if isinstance(text, _Text) else text
@@ -100,7 +114,22 @@ class Conversations:
         useless = [problem for problem in missing if problem.severity == "error"]
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
-    def _draft(self, source: Source, text: _Text, tokens: Tokens) -> Drafted:
+    def _marked(self, tokens: Sequence[Tokens]) -> list[_Tokens]:
+        """All looked up at once."""
+        if not tokens:
+            return []
+        ids_T = np.concatenate([of_row.ids_T for of_row in tokens])
+        ends = np.cumsum([len(of_row.ids_T) for of_row in tokens])
+        reserved, closing, cuts = (
+            _split(np.flatnonzero(are(ids_T)), ends)
+            for are in (self.control.are_reserved, self.control.are_closing, self.control.are_cuts)
+        )
+        return [
+            _Tokens(row.ids_T, row.starts_T, row.ends_T, len(its_reserved), its_closing, its_cuts)
+            for row, its_reserved, its_closing, its_cuts in zip(tokens, reserved, closing, cuts, strict=True)
+        ]
+
+    def _draft(self, source: Source, text: _Text, tokens: _Tokens) -> Drafted:
         if self._starts_with_two_bos(tokens.ids_T):
             return Problem(
                 source,
@@ -108,11 +137,10 @@ class Conversations:
                 "its text begins with two BOS tokens.",
                 "Remove the BOS from the first message: the chat template writes one.",
             )
-        num_control = int(self.control.are_reserved(tokens.ids_T).sum())
         draft = Draft(
             tokens.ids_T,
             np.zeros(len(tokens.ids_T), np.bool_),
-            num_unspelled=num_control - self.control.count(text.whole),
+            num_unspelled=tokens.num_reserved - self.control.count(text.whole),
             warnings=list(text.warnings),
         )
         for turn in text.turns:
@@ -132,10 +160,10 @@ class Conversations:
         return self._room.fit(source, draft)
 
     def _first_token(
-        self, source: Source, whole: str, turn: Turn, tokens: Tokens, warnings: list[Problem]
+        self, source: Source, whole: str, turn: Turn, tokens: _Tokens, warnings: list[Problem]
     ) -> int | Problem:
         """The first trained token of a turn; a Problem when it is not one that serving lets the model write."""
-        first = int(np.searchsorted(tokens.ends_T, turn.start, side="right"))
+        first = int(tokens.ends_T.searchsorted(turn.start, side="right"))
         straddles = first < len(tokens.starts_T) and bool(whole[tokens.starts_T[first] : turn.start].strip())
         served = None if turn.prompt is None else self._served_tokens(whole[: turn.prompt], tokens)
         if served is not None:
@@ -163,45 +191,41 @@ class Conversations:
             )
         return first
 
-    def _last_token(self, whole: str, turn: Turn, tokens: Tokens) -> int | None:
+    def _last_token(self, whole: str, turn: Turn, tokens: _Tokens) -> int | None:
         """The token that closes a turn, which may have white space before and after it."""
-        closing_tokens = np.flatnonzero(self.control.are_closing(tokens.ids_T))
-        ends = tokens.ends_T[closing_tokens]
-        if turn.close is not None:
-            nth = int(np.searchsorted(ends, turn.close, side="right"))
-        else:
-            nth = int(np.searchsorted(ends, turn.limit, side="right")) - 1
-        if not 0 <= nth < len(closing_tokens):
+        ends = [int(tokens.ends_T[at]) for at in tokens.closing]
+        nth = bisect_right(ends, turn.limit) - 1 if turn.close is None else bisect_right(ends, turn.close)
+        if not 0 <= nth < len(ends):
             return None
-        last = int(closing_tokens[nth])
+        last = tokens.closing[nth]
         if turn.close is not None:
             between = whole[turn.close : tokens.starts_T[last]]
         else:
             between = whole[tokens.ends_T[last] : turn.limit] if tokens.ends_T[last] > turn.start else "before"
-        if np.array_equal(tokens.ids_T[last : last + len(self._run_R)], self._run_R):
-            last += len(self._run_R) - 1
+        if tokens.ids_T[last : last + len(self._run)].tolist() == self._run:
+            last += len(self._run) - 1
         return last if not between.strip() and int(tokens.ids_T[last]) in self.stop_ids else None
 
-    def _served_tokens(self, prompt: str, tokens: Tokens) -> int | None:
+    def _served_tokens(self, prompt: str, tokens: _Tokens) -> int | None:
         """How many tokens the prompt has, if they are the first ones of the whole text; None if they are not."""
         first, opening = self._opening(prompt, tokens)
         expected = self._opening_ids[opening]
-        end = first + len(expected)
-        return end if np.array_equal(tokens.ids_T[first:end], expected) else None
+        end = first + len(expected) // tokens.ids_T.itemsize
+        return end if tokens.ids_T[first:end].tobytes() == expected else None
 
-    def _opening(self, prompt: str, tokens: Tokens) -> tuple[int, str]:
+    def _opening(self, prompt: str, tokens: _Tokens) -> tuple[int, str]:
         """The part of a prompt that decides its last tokens: from its last control token on.
 
         A control token cuts the text before anything else looks at it, so what comes before has the same ids in the
         prompt and in the whole. A prompt a turn would otherwise be tokenized whole: quadratic in the turns.
         """
-        within = int(np.searchsorted(tokens.ends_T, len(prompt), side="right"))
-        cuts = np.flatnonzero(self.control.are_cuts(tokens.ids_T[:within]))
-        if not len(cuts):
+        within = int(tokens.ends_T.searchsorted(len(prompt), side="right"))
+        num = bisect_left(tokens.cuts, within)
+        if not num:
             return 0, prompt
-        return int(cuts[-1]), prompt[tokens.starts_T[cuts[-1]] :]
+        return tokens.cuts[num - 1], prompt[tokens.starts_T[tokens.cuts[num - 1]] :]
 
-    def _learn_openings(self, texts: Sequence[_Text], tokens: Sequence[Tokens]) -> None:
+    def _learn_openings(self, texts: Sequence[_Text], tokens: Sequence[_Tokens]) -> None:
         if len(self._opening_ids) > CACHED_PROMPTS:
             self._opening_ids.clear()
         openings = {
@@ -211,7 +235,8 @@ class Conversations:
             if turn.prompt is not None
         }
         unknown = sorted(openings - self._opening_ids.keys())
-        self._opening_ids.update(zip(unknown, self._encoder.ids(unknown, plain=False), strict=True))
+        ids = (ids_T.tobytes() for ids_T in self._encoder.ids(unknown, plain=False))
+        self._opening_ids.update(zip(unknown, ids, strict=True))
 
     def _refuse_two_bos(self) -> None:
         text = self._template.bounded(lambda: self._bare_render([QUESTION], True))
@@ -225,6 +250,14 @@ class Conversations:
 
     def _starts_with_two_bos(self, ids_T: NDArray[np.int32]) -> bool:
         return len(ids_T) > 1 and ids_T[0] == ids_T[1] == self._encoder.bos_id
+
+
+def _split(places_P: NDArray[np.int64], ends: NDArray[np.int64]) -> list[list[int]]:
+    """Places in rows that stand end to end, row by row, counted from the start of each."""
+    cuts = places_P.searchsorted(ends).tolist()
+    starts = [0, *ends[:-1].tolist()]
+    places = places_P.tolist()
+    return [[place - start for place in places[a:b]] for start, a, b in zip(starts, [0, *cuts[:-1]], cuts, strict=True)]
 
 
 def as_message(part: Part) -> Message:

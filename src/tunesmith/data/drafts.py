@@ -60,8 +60,10 @@ class Room:
         Its first token is not trained: nothing predicts it.
         """
         num_tokens = len(draft.ids_T)
-        starts_at = int(np.argmax(draft.trained_T)) + 1 if draft.trained_T.any() else None
+        starts_at = int(draft.trained_T.argmax()) + 1 if draft.trained_T.any() else None
         draft.trained_T[:1] = False
+        if starts_at is not None and starts_at > 1 and not self.excess(num_tokens):
+            return [draft]  # nearly every row
         end = num_tokens - self.excess(num_tokens)
         if end < num_tokens:
             if self.too_long != "cut":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from tunesmith.data.forms import Forms
 from tunesmith.errors import ModelError
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class ChatTemplate:
                 f"{tokenizer.name_or_path}: its chat template has {size} bytes, more than the {TEMPLATE_BYTES} "
                 "a template may have. Give a smaller one by data.template."
             )
+        variables = {name: value for name, value in tokenizer.special_tokens_map.items() if name in self.text}
+        self._forms = Forms(self.text, variables) if isinstance(tokenizer.chat_template, str) else None
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
@@ -57,16 +60,25 @@ class ChatTemplate:
         """
         self._running_since = time.monotonic()
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False
-            )
-        except Exception as error:  # the template is a program we did not write: it can raise anything
-            text = str(error) or type(error).__name__
-            raise TemplateRefusal(text if text.endswith((".", "!", "?")) else f"{text}.") from error
+            known = None if tools or self._forms is None else self._forms.write(messages, prompt=prompt)
+            text = known.text if known is not None and known.is_checked else self.run(messages, tools, prompt)
+            if known is not None and not known.is_checked:
+                known.check(agrees=text == known.text)
         finally:
             self._running_since = None
         if len(text) > OUTPUT_CHARS:
             raise TemplateRefusal(f"it wrote {len(text)} characters, more than {OUTPUT_CHARS}.")
+        return text
+
+    def run(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+        """What `render` gives, always by the template itself."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False
+            )
+        except Exception as error:  # the template is a program we did not write: it can raise anything
+            reason = str(error) or type(error).__name__
+            raise TemplateRefusal(reason if reason.endswith((".", "!", "?")) else f"{reason}.") from error
         return str(text)
 
     def bounded(self, work: Callable[[], T]) -> T:

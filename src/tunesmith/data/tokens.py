@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from tunesmith.data.cutting import Cutter, alternatives, cuts
 from tunesmith.errors import ModelError
 
 PROBE = (
@@ -77,12 +77,13 @@ class Encoder:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._cutter = Cutter(self._backend, tokenizer.added_tokens_decoder)
         check_against_file(tokenizer, Path(self.name) / "tokenizer.json")
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text as it stands: the template has already written BOS, if any."""
         self._reset()
-        return [_tokens(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [Tokens(*arrays) for arrays in self._cutter.encode(texts)]
 
     def ids(self, texts: Sequence[str], *, plain: bool) -> list[NDArray[np.int32]]:
         """Ids of each text; `plain` text gets the BOS that the tokenizer puts in front of what is not a chat."""
@@ -136,17 +137,15 @@ class ControlTokens:
             for i, token in added.items()
             if token.content in template_text and not token.content.isspace()
         }
-        self._reserved_re = _alternatives(self.reserved.values())
+        self._reserved_re = alternatives(self.reserved.values())
         # What no word of the vocabulary spells becomes the unknown token, which structures nothing.
         known = {i: text for i, text in self.reserved.items() if i != tokenizer.unk_token_id}
-        self._known_re = _alternatives(known.values())
-        self._closing_re = _alternatives(self.closing.values())
+        self._known_re = alternatives(known.values())
+        self._closing_re = alternatives(self.closing.values())
         size = max([*added, 0]) + 1
         self._is_reserved = _table(known, size)
         self._is_closing = _table(self.closing, size)
-        # The text after such a token is tokenized as if it began there, whatever stands before.
-        cuts = [i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
-        self._is_cut = _table(cuts, size)
+        self._is_cut = _table(cuts(added), size)
 
     def in_text(self, text: str) -> str | None:
         """The first control token that stands in a text."""
@@ -226,16 +225,6 @@ def fingerprint(tokenizer: Any, template_text: str) -> str:
         "eos": tokenizer.eos_token_id,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _tokens(encoding: Any) -> Tokens:
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1])
-
-
-def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
-    # Longest first, as the tokenizer matches them; (?!) matches nothing.
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
 
 
 def _table(token_ids: Iterable[int], size: int) -> NDArray[np.bool_]:
