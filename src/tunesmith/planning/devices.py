@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from tunesmith.errors import InputError
-from tunesmith.planning.tracing import Segment
 
 GB = 10**9
 EFFICIENCY = 0.4
@@ -28,11 +27,9 @@ CUDA_LAUNCH = 5e-6
 """Seconds to start one operation."""
 LIBRARIES = 48 * 2**20
 """What torch's own code, its threads and the model's classes take when they are used for the first time."""
-COMPILED = 650 * 1024
-"""Bytes that oneDNN and torch's layer above it keep of each shape of a bfloat16 product that a processor has met;
-measured in docs/EXPERIMENTS.md."""
-MOST_COMPILED = 1024
-"""Shapes that both keep where the environment does not say."""
+HEAP_FRAGMENTS = 0.1
+"""Share of the heap of a processor, when it is largest, that lies in holes: 7 to 11 were measured in
+docs/EXPERIMENTS.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +97,6 @@ def resident() -> int:
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def compiled_bytes(segments: Iterable[Segment], *, passes: int) -> int:
-    """What comes to be kept of products over a number of passes like this one: each has another number of tokens."""
-    shapes = {one.shape for segment in segments for one in segment.products if one.dtype == torch.bfloat16}
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    most = max(int(os.environ.get(name, MOST_COMPILED)) for name in names)
-    return COMPILED * min(most, len(shapes) * passes)
 
 
 def _memory_free() -> int:

@@ -12,10 +12,11 @@ from tunesmith.data.rows import Rows
 from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
+from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
 from tunesmith.planning.devices import Device
 from tunesmith.planning.duration import Duration, pass_seconds, update_seconds
 from tunesmith.planning.heaviest import Heavy, heaviest
-from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline
+from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline, with_heap
 from tunesmith.planning.sketch import DTYPES, Sketch
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName, Layout, ModelKind
@@ -92,15 +93,19 @@ class Forecaster:
         recomputed = 0 if recomputed == "auto" else recomputed
         found = [self._step(recipe, sketch, layout, heavy, recomputed) for heavy in self._heaviest(recipe, plan, steps)]
         heavy, one, step, tokens, targets = max(found, key=lambda entry: entry[2].total)
-        caches = devices.compiled_bytes(one.plain, passes=sum(len(plan.step(n)) for n in range(1, min(steps, 64) + 1)))
-        phases = [self._with_runtime(step, caches)]
         looked = self._look(recipe, sketch, layout)
+        phases = [step]
         if looked is not None:
-            phases.append(self._with_runtime(evaluation_peak(sketch.kept, sketch.stacks, looked[0]), caches))
+            phases.append(evaluation_peak(sketch.kept, sketch.stacks, looked[0]))
+        is_cpu = self.device.kind == "cpu"
+        compiling = self._compiling(recipe, plan, steps, (heavy, one), looked) if is_cpu else Compiling(0)
+        phases = self._with_runtime(phases, compiling.kept, pinned=recipe.precision == "bfloat16")
         duration = None
         if self.device.products:
             run = list(timeline(one, sketch.stacks, recomputed))
-            duration = self._duration(recipe, sketch, plan, steps=steps, run=(run, tokens), looked=looked)
+            duration = self._duration(
+                recipe, sketch, plan, steps=steps, run=(run, tokens), looked=looked, compiling=compiling.seconds
+            )
         return Forecast(
             memory=max(phases, key=lambda memory: memory.total),
             phases=tuple(phases),
@@ -176,20 +181,36 @@ class Forecaster:
         segments, tokens = self._passes[key]
         return segments, tokens
 
-    def _with_runtime(self, memory: Memory, caches: int) -> Memory:
+    def _with_runtime(self, phases: list[Memory], caches: int, *, pinned: bool) -> list[Memory]:
         if self.device.kind != "cpu":
-            tensors = memory.total
-            return replace(memory, runtime=devices.CUDA_CONTEXT + int(devices.CUDA_FRAGMENTS * tensors))
-        return replace(memory, runtime=self.base + devices.LIBRARIES + caches)
+            share, context = devices.CUDA_FRAGMENTS, devices.CUDA_CONTEXT
+            return [replace(one, runtime=context, allocator=int(share * one.total)) for one in phases]
+        runtime = self.base + devices.LIBRARIES + caches
+        return [replace(one, runtime=runtime) for one in with_heap(phases, devices.HEAP_FRAGMENTS, pinned=pinned)]
+
+    def _compiling(self, recipe: Recipe, plan: Plan, steps: int, found: tuple[Heavy, Pass], looked: Any) -> Compiling:
+        heavy, one = found
+        if recipe.precision == "float32":
+            return in_float32(one.plain)
+        looking, lengths_R = looked[0] if looked else (), self.rows.store.lengths[list(heavy.rows)]
+        return in_bfloat16(plan, steps, one.plain, looking, lengths_R=lengths_R)
 
     def _duration(
-        self, recipe: Recipe, sketch: Sketch, plan: Plan, *, steps: int, run: tuple[list[Any], int], looked: Any
+        self,
+        recipe: Recipe,
+        sketch: Sketch,
+        plan: Plan,
+        *,
+        steps: int,
+        run: tuple[list[Any], int],
+        looked: Any,
+        compiling: float,
     ) -> Duration:
         dtype = DTYPES[known(recipe.precision)]
         segments, tokens = run
         per_token = pass_seconds(segments, self.device, dtype) / tokens
         per_step = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
-        step = per_token * per_step + update_seconds(sketch.kept, self.device)
+        step = per_token * per_step + update_seconds(sketch.kept, self.device) + compiling
         looking = 0.0
         if looked is not None:
             segments, tokens = looked

@@ -36,6 +36,14 @@ class Memory:
     """Of the targets, and their gradients."""
     runtime: int = 0
     """Python, torch, and what they keep for themselves."""
+    allocator: int = 0
+    """What is free in blocks that the process does not give back: see `with_heap`."""
+    heap: int = 0
+    """No component: most bytes of small blocks that come and go in this phase."""
+    mapped: int = 0
+    """No component: the same of blocks that are mapped one by one."""
+    held: int = 0
+    """No component: of the total what neither comes nor goes in this phase."""
 
     @property
     def total(self) -> int:
@@ -43,7 +51,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """Component → bytes."""
-        names = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "runtime")
+        names = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "runtime", "allocator")
         return {name: getattr(self, name) for name in names}
 
 
@@ -60,8 +68,9 @@ def step_peak(kept: Kept, stacks: Sequence[Stack], one: Pass, *, recomputed: int
     """The most that a pass forward and backward needs, or the update after it."""
     held = held_memory(kept)
     base = replace(held, gradients=kept.gradients if accumulating else 0)
-    update = replace(held, phase="update", gradients=kept.gradients)
-    return max(highest("step", base, timeline(one, stacks, recomputed)), update, key=lambda memory: memory.total)
+    step = highest("step", base, timeline(one, stacks, recomputed))
+    update = replace(step, phase="update", gradients=kept.gradients, activations=0, logits=0)
+    return max(step, update, key=lambda memory: memory.total)
 
 
 def evaluation_peak(kept: Kept, stacks: Sequence[Stack], segments: Sequence[Segment]) -> Memory:
@@ -72,6 +81,19 @@ def evaluation_peak(kept: Kept, stacks: Sequence[Stack], segments: Sequence[Segm
 def held_memory(kept: Kept) -> Memory:
     """What is there throughout."""
     return Memory("rest", weights=kept.weights, masters=kept.masters, optimizer=kept.optimizer)
+
+
+def with_heap(phases: Sequence[Memory], fragments: float, *, pinned: bool) -> list[Memory]:
+    """What a processor's phases take with all that the C library keeps.
+
+    `fragments` of its heap lie in holes that nothing fits into. What is free at its upper end goes back to the system,
+    unless it is `pinned` by small things that came last and stay, as compiled products are: then the heap stays as
+    large as in the phase that needed most of it, and large blocks are mapped beside it whenever they come.
+    """
+    if not pinned:
+        return [replace(one, allocator=int(one.heap * fragments)) for one in phases]
+    heap = int(max(phase.heap for phase in phases) * (1 + fragments))
+    return [replace(one, allocator=max(0, heap + one.mapped - (one.total - one.held))) for one in phases]
 
 
 def timeline(one: Pass, stacks: Sequence[Stack], recomputed: int) -> Iterator[Segment]:
@@ -96,7 +118,8 @@ def timeline(one: Pass, stacks: Sequence[Stack], recomputed: int) -> Iterator[Se
 
 def highest(phase: str, base: Memory, segments: Iterator[Segment]) -> Memory:
     """The moment of a pass at which it holds most, on top of `base`."""
-    alive = gradients = 0
+    alive = mapped = gradients = 0
+    heap_peak = mapped_peak = 0
     best = base
     for segment in segments:
         made = min(segment.gradients, segment.peak)
@@ -110,6 +133,9 @@ def highest(phase: str, base: Memory, segments: Iterator[Segment]) -> Memory:
             logits=inside if is_head else 0,
         )
         best = max(best, now, key=lambda memory: memory.total)
+        heap_peak = max(heap_peak, alive - mapped + segment.heap_peak)
+        mapped_peak = max(mapped_peak, mapped + segment.mapped_peak)
         alive += segment.delta
+        mapped += segment.mapped
         gradients += segment.gradients
-    return best
+    return replace(best, heap=heap_peak, mapped=mapped_peak, held=base.total)

@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+MAPPED = 32 * 2**20
+"""Bytes from which the C library asks the system for a block of its own and gives it back at once; smaller ones come
+from its heap, which stays as large as it once was (glibc's DEFAULT_MMAP_THRESHOLD_MAX, malloc(3), mallopt(3))."""
 Place = tuple[Literal["start", "forward", "between", "head", "backward", "end"], int, int]
 """Which part of a pass; of "forward" and "backward" the stack of layers and the number in it."""
 
@@ -33,6 +36,8 @@ class Product:
     dtype: torch.dtype
     shape: str
     """Which product it is and how its operands lie: what a library compiles for, once each."""
+    kernels: int = 1
+    """Of the compiled products that this takes."""
 
 
 @dataclass(slots=True)
@@ -46,6 +51,12 @@ class Segment:
     """Of these the bytes of gradients."""
     peak: int = 0
     """Most bytes alive in it, above those at its start."""
+    mapped: int = 0
+    """Of `delta`, blocks that are mapped one by one."""
+    mapped_peak: int = 0
+    """Most bytes of these alive in it, above those at its start."""
+    heap_peak: int = 0
+    """The same of smaller blocks."""
     products: Counter[Product] = field(default_factory=Counter)
     moved: int = 0
     """Bytes read and written by everything else."""
@@ -57,20 +68,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known: Iterable[Tensor], gradients: Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._live = 0
+        self._live = self._mapped = 0
         self._sizes: dict[int, int] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._gradients = gradients
         """Bytes of the gradients that there are now."""
-        self._begun = (0, gradients())
+        self._begun = (0, 0, gradients())
         self.segments: list[Segment] = [Segment(("start", 0, 0))]
 
     def mark(self, place: Place) -> None:
         """Here a segment ends and another begins."""
         gradients = self._gradients()
         self.segments[-1].delta = self._live - self._begun[0]
-        self.segments[-1].gradients = gradients - self._begun[1]
-        self._begun = (self._live, gradients)
+        self.segments[-1].mapped = self._mapped - self._begun[1]
+        self.segments[-1].gradients = gradients - self._begun[2]
+        self._begun = (self._live, self._mapped, gradients)
         self.segments.append(Segment(place))
 
     def close(self) -> list[Segment]:
@@ -91,14 +103,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._known or key in self._sizes:
             return False
-        self._sizes[key] = storage.nbytes()
-        self._live += storage.nbytes()
-        self.segments[-1].peak = max(self.segments[-1].peak, self._live - self._begun[0])
+        self._sizes[key] = size = storage.nbytes()
+        self._live += size
+        self._mapped += size if size >= MAPPED else 0
+        segment, live, mapped = self.segments[-1], self._live - self._begun[0], self._mapped - self._begun[1]
+        segment.peak = max(segment.peak, live)
+        segment.mapped_peak = max(segment.mapped_peak, mapped)
+        segment.heap_peak = max(segment.heap_peak, live - mapped)
         weakref.finalize(storage, self._gone, key)
         return True
 
     def _gone(self, key: int) -> None:
-        self._live -= self._sizes.pop(key)
+        size = self._sizes.pop(key)
+        self._live -= size
+        self._mapped -= size if size >= MAPPED else 0
 
     def _work(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor], *, moves: bool) -> None:
         segment = self.segments[-1]
@@ -110,7 +128,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = _flops(func, args, kwargs, result)
         if flops:
             shape = " ".join([func.name(), *(f"{tuple(t.shape)}{t.stride()}" for t in read)])
-            segment.products[Product(flops, num_bytes, read[0].dtype, shape)] += 1
+            segment.products[Product(flops, num_bytes, read[0].dtype, shape, _kernels(func, read[0]))] += 1
         else:
             segment.moved += num_bytes
 
@@ -131,6 +149,19 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         causal = bool(args[times.causal]) if len(args) > times.causal else bool(kwargs.get("is_causal", False))
         return int(times.products * 2 * prod(query) * key[-2] * (0.5 if causal else 1))
     return 0
+
+
+def _kernels(func: Any, first: Tensor) -> int:
+    """Attention computes block by block, of the sizes that its length leaves: of a new length its backward compiles
+    6 products, or 11 where it cuts both ways; counted in docs/EXPERIMENTS.md."""
+    attention = _ATTENTION.get(func.overloadpacket)
+    if attention is None:
+        return 1
+    return 0 if attention.products == 2 else 11 if first.shape[-2] >= CUT_BOTH_WAYS else 6
+
+
+CUT_BOTH_WAYS = 768
+"""Tokens from which attention cuts its queries into blocks of 256, and its keys too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,73 @@
+"""What a processor's libraries compile and keep of matrix products, in bytes and in seconds.
+
+In bfloat16 every product of a new shape is compiled, and kept by two caches. In float32 nothing is,
+but operands are copied into buffers that stay. Measured in docs/EXPERIMENTS.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.data.batch import Plan
+from tunesmith.planning.tracing import Segment
+
+COMPILED = 650 * 1024
+"""Bytes that are kept of each product."""
+COMPILE_SECONDS = 2e-3
+"""To compile one, on a core of its own."""
+MOST_KEPT = 1024
+"""Products that are kept where the environment does not say."""
+MOST_COPIED = 64 * 2**20
+"""Bytes of the buffers for operands in float32, at most."""
+MANY_STEPS = 64
+"""After which every cache is full."""
+PASSES_BEFORE = 5
+"""In which a run asks the model, before the first step, whether rows can be packed and products computed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiling:
+    """Over a run."""
+
+    kept: int
+    """Bytes, at the most."""
+    seconds: float = 0.0
+    """Of a mean step."""
+
+
+def in_bfloat16(
+    plan: Plan, steps: int, segments: Iterable[Segment], looking: Iterable[Segment], *, lengths_R: NDArray[np.int32]
+) -> Compiling:
+    """For a run of which one pass of training rows and one of held-out rows is known. `lengths_R`: of the former.
+
+    A pass has a number of tokens that hardly comes again, so its products of matrices are compiled anew; lengths of
+    rows do come again, and attention to them is compiled once if all that is needed between is kept so long.
+    """
+    matrices, attention = _counts(segments)
+    passes = [len(plan.step(number)) for number in range(1, min(steps, MANY_STEPS) + 1)]
+    every_length = attention * len(np.unique(plan.lengths_I)) / len(np.unique(lengths_R))
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    most = max(int(os.environ.get(name, MOST_KEPT)) for name in names)
+    count = matrices * sum(passes) + every_length + _counts(looking)[0] * PASSES_BEFORE
+    a_step = sum(passes) / len(passes)
+    all_passes = a_step * steps
+    anew = attention if every_length > most / 2 else min(attention, every_length / all_passes)
+    return Compiling(int(COMPILED * min(most, count)), (matrices + anew) * a_step * COMPILE_SECONDS)
+
+
+def in_float32(segments: Iterable[Segment]) -> Compiling:
+    """As much as the largest product reads and writes."""
+    products = (one.num_bytes for segment in segments for one in segment.products if one.dtype == torch.float32)
+    return Compiling(min(MOST_COPIED, max(products, default=0)))
+
+
+def _counts(segments: Iterable[Segment]) -> tuple[int, int]:
+    """What one pass has compiled: products of matrices, and those of attention to rows of a new length."""
+    found = {one.shape: one.kernels for segment in segments for one in segment.products if one.dtype == torch.bfloat16}
+    return sum(num == 1 for num in found.values()), sum(num for num in found.values() if num > 1)
