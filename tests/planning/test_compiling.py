@@ -1,4 +1,4 @@
-"""What libraries keep of products is counted by what a pass multiplies, and by how many passes and lengths there are."""
+"""What libraries keep of products is counted by what a pass multiplies, and how many passes and lengths there are."""
 
 from __future__ import annotations
 
