@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ def write_rows(path: Path, num: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def encode(model: str, path: str, folder: str) -> None:
+def encode(model: str, path: str, folder: str, num_proc: str) -> None:
     """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
     import numpy as np
 
@@ -37,9 +39,11 @@ def encode(model: str, path: str, folder: str) -> None:
     from tunesmith.recipe import read
 
     given = {"model": model, "task": "chat", "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
+    given |= {"data.num_proc": int(num_proc)}
     recipe = read.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
     located = locate.locate(model, revision=None, offline=True)
     renderer = make_renderer(recipe, load.load_tokenizer(located, None), "causal")
+    watch = _Watch()
     begun = time.perf_counter()
     store = build(
         Path(folder), data=recipe.data, files=recipe.data.train, renderer=renderer, on_problem=lambda problem: None
@@ -59,29 +63,67 @@ def encode(model: str, path: str, folder: str) -> None:
     first = time.perf_counter() - begun
     begun = time.perf_counter()
     plan.step(5 * plan.steps_per_epoch // 2)  # in another epoch: its order is made anew
-    told = {"rows": len(store), "tokens": int(store.lengths.sum()), "seconds": seconds, "plan": first}
+    told = {
+        "peak": watch.peak_bytes,
+        "rows": len(store),
+        "tokens": int(store.lengths.sum()),
+        "seconds": seconds,
+        "plan": first,
+    }
     print(json.dumps({**told, "resume": time.perf_counter() - begun}))
+
+
+class _Watch(threading.Thread):
+    """The most memory that this process and those it began held together, as looked up five times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self.start()
+
+    def run(self) -> None:
+        me = os.getpid()
+        while True:
+            try:
+                children = Path(f"/proc/{me}/task/{me}/children").read_text("ascii").split()
+                pages = [int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) for pid in (str(me), *children)]
+                self.peak_bytes = max(self.peak_bytes, sum(pages) * os.sysconf("SC_PAGE_SIZE"))
+            except (OSError, IndexError):  # one that has just ended
+                pass
+            time.sleep(0.2)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--model", required=True, help="a folder of a chat model")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument(
+        "--num-proc", type=int, nargs="+", default=[1, 2], help="processes that encode, one after another"
+    )
     options = parser.parse_args(words)
     print(f"{machine()['processor']}, {machine()['cores']} cores; {options.rows:,} rows\n")
-    columns = ("", "seconds", "rows/s", "peak RSS, GiB", "first step planned, s", "another epoch's, s")
+    columns = ("", "seconds", "rows/s", "peak RSS of all processes, GiB", "first step planned, s", "another epoch's, s")
     print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         write_rows(rows, options.rows)
-        for name in ("encoded", "opened again"):
+        made = [(f"encoded, num_proc {num}", num) for num in options.num_proc]
+        for name, num in [*made, ("opened again", options.num_proc[-1])]:
             code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"
-            words = [sys.executable, "-c", code, options.model, str(rows), str(Path(folder, "encoded"))]
+            words = [
+                sys.executable,
+                "-c",
+                code,
+                options.model,
+                str(rows),
+                str(Path(folder, f"encoded-{num}")),
+                str(num),
+            ]
             child = run_child(words, log=Path(folder, "log"))
             if child.code:
                 sys.exit(child.tail)
             told = json.loads(child.tail.splitlines()[-1])
-            rate, peak = told["rows"] / told["seconds"], child.peak_bytes / 2**30
+            rate, peak = told["rows"] / told["seconds"], told["peak"] / 2**30
             times = f"{told['plan']:.2f} | {told['resume']:.2f}"
             print(f"| {name} | {told['seconds']:.1f} | {rate:,.0f} | {peak:.2f} | {times} |", flush=True)
 

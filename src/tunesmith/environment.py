@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -49,3 +50,8 @@ def others_running() -> int:
             return 0
         found.append(int(running) - 1)
     return min(found)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith import files as disk
+from tunesmith.data.encoders import how_many
 from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
 from tunesmith.data.folders import expand
 from tunesmith.data.label_column import LabelColumn
@@ -44,12 +45,16 @@ STALE_S = 3600.0
 class RowStore:
     """The rows of one set of files, in file order, memory-mapped. Select rows by arrays of their indices."""
 
-    def __init__(self, folder: Path, summary: Summary, paths: Sequence[str], *, reused: bool) -> None:
+    def __init__(
+        self, folder: Path, summary: Summary, paths: Sequence[str], *, reused: bool, notes: Sequence[str] = ()
+    ) -> None:
         self.summary = summary
         self.key = summary.key
         self.skipped = summary.skipped
         self.reused = reused
         """Whether the rows had been encoded before."""
+        self.notes = tuple(notes)
+        """How they were encoded."""
         self.paths = tuple(paths)
         self._folder = folder
         reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(folder, summary.key))))
@@ -196,19 +201,29 @@ def build(
     key = _key(hashes, data, renderer)
     paths = [file.path for file in files]
     summary = find(folder, key)
+    notes: list[str] = []
     reused = summary is not None
     if summary is None:
         with disk.storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         disk.clean(folder, older_than_s=STALE_S)
-        encoding = Encoding(data, files, renderer, num_bytes=num_bytes, on_problem=on_problem, progress=progress)
+        encoding = Encoding(
+            data,
+            files,
+            renderer,
+            num_bytes=num_bytes,
+            on_problem=on_problem,
+            progress=progress,
+            num_proc=how_many(data.num_proc, num_bytes=num_bytes),
+        )
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
+        notes = encoding.notes
     else:
         for problem in summary.problems:
             on_problem(as_problem(problem))
         progress(summary.num_rows, num_bytes, num_bytes)
-    return RowStore(folder, summary, paths, reused=reused)
+    return RowStore(folder, summary, paths, reused=reused, notes=notes)
 
 
 def kept(folder: Path) -> RowStore | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +13,8 @@ import orjson
 import pyarrow as pa
 
 from tunesmith import files as disk
-from tunesmith.data.encoding import SCHEMA, Encoding
+from tunesmith.data.chunks import SCHEMA
+from tunesmith.data.encoding import Encoding
 from tunesmith.types import Problem, Source
 
 VERSION = 3
@@ -48,8 +50,9 @@ def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         hashing = _Hashing(file)
-        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as sink:
-            for batch in encoding.batches():
+        batches = encoding.batches()
+        with closing(batches), pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as sink:
+            for batch in batches:
                 sink.write_batch(batch)
         check()
     return Summary(

@@ -23,6 +23,7 @@ import torch
 
 from tunesmith.asking import EngineOptions, Refused
 from tunesmith.data.template import resident_bytes
+from tunesmith.environment import cores
 from tunesmith.errors import TunesmithError
 from tunesmith.inference import wire
 from tunesmith.inference.ahead import Ahead, Made, Ready
@@ -43,7 +44,7 @@ def main() -> int:
     send = _sender()
     told = wire.parse(sys.stdin.buffer.readline())
     options = wire.as_options(told["options"])
-    torch.set_num_threads(options.threads or _cores())
+    torch.set_num_threads(options.threads or cores())
     limit = options.memory_limit_bytes or int(0.9 * _machine_bytes())
     _be_the_first_to_go()
     threading.Thread(target=_watch, args=(send, limit), daemon=True).start()
@@ -190,10 +191,6 @@ def _be_the_first_to_go() -> None:
     """Where the machine runs out of memory, Linux ends this process and not the server."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _machine_bytes() -> int:

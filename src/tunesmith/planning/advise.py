@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
+from tunesmith.environment import cores
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
@@ -210,8 +210,8 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return cores, f"{cores} cores are free to this process"
+    num = cores()
+    return num, f"{num} cores are free to this process"
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:

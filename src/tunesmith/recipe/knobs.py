@@ -95,6 +95,9 @@ class Data(Section):
     """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or trusted."""
     overlap: Literal["error", "warn"] = "warn"
     """Held-out rows that also stand in the training files: refuse, or train and say how many."""
+    num_proc: Positive | None = None
+    """Processes that encode rows. null: one, or for files of 16 MiB and more together one a core, at most 8. Rows,
+    counts and errors are the same."""
     limits: Limits = Limits()
 
     @field_validator("train", "eval", "replay", mode="before")
