@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-SHAPES = "512"
+SHAPES = "256"
 BUSY = 1
 """Other threads that run or want to, at every look, from which on the machine has other work."""
 LOOKS = 5
@@ -21,7 +21,8 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
     called before torch is imported. What was measured: docs/EXPERIMENTS.md.
     """
     # Of each shape of a product oneDNN keeps what it compiled, more than half a MiB, and so does torch's layer above
-    # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs a few hundred at most.
+    # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs 35 to 50, and more
+    # where it has many long rows of different lengths.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's

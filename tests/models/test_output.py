@@ -53,8 +53,8 @@ def test_it_is_the_loss_of_the_logits(num, vocabulary, *, bias, scale, divides, 
     targets = torch.randint(vocabulary, (num,), generator=generator)
     output = Output(made, scale, divides, cap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(output_module.PIECE_BYTES, "cpu", rows * 4 * vocabulary)
-        assert output.rows == rows
+        in_pieces(patch, rows, vocabulary)
+        assert output.rows(trained=True) == output.rows(trained=False) == rows
         ours = gradients(output.loss_sum(hidden, targets, smoothing=smoothing, z=z), hidden, *made.parameters())
     spelled = target_losses(output.logits(hidden), targets, Loss(label_smoothing=smoothing, z_loss=z)).sum()
     for one, other in zip(ours, gradients(spelled, hidden, *made.parameters()), strict=True):
@@ -69,6 +69,22 @@ def test_gradients_are_those_of_the_formula():
         lambda h, *_: output.loss_sum(h, torch.tensor([0, 5, 2, 2, 1]), smoothing=0.2, z=0.1),
         (hidden, *made.parameters()),
     )
+
+
+def in_pieces(patch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:
+    patch.setitem(output_module.PIECE_BYTES, "cpu", rows * 4 * vocabulary)
+    patch.setattr(output_module, "PIECE_BYTES_TRAINED", 0)
+    patch.setattr(output_module, "PIECE_TARGETS", 1)
+
+
+def test_a_frozen_layer_has_small_pieces_and_none_is_too_small_for_its_weights():
+    """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 96 targets are more bytes."""
+    for vocabulary, frozen, trained in ((49_152, 96, 341), (30_522, 137, 549), (128_256, 96, 130)):
+        with torch.device("meta"):
+            output = Output(torch.nn.Linear(8, vocabulary), 1.0, False, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(output_module.PIECE_BYTES, "meta", output_module.PIECE_BYTES["cpu"])
+            assert (output.rows(trained=False), output.rows(trained=True)) == (frozen, trained)
 
 
 def answers(model, output: Output | None) -> list[Tensor]:
@@ -90,7 +106,7 @@ def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch
     assert (output.cap is not None) == (arch == "gemma2")
     assert (output.scale != 1) == (arch in ("cohere", "granite"))
     use_ragged(model)
-    monkeypatch.setitem(output_module.PIECE_BYTES, "cpu", 7 * 4 * output.layer.weight.shape[0])
+    in_pieces(monkeypatch, 7, output.layer.weight.shape[0])
     for one, other in zip(answers(model, output), answers(model, None), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 + 1e-5 * float(other.abs().max()))
 

@@ -29,9 +29,13 @@ from transformers import PreTrainedModel
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import evaluating
 
-PIECE_BYTES = {"cpu": 64 * 2**20}
-"""float32 logits of a piece."""
+PIECE_BYTES = {"cpu": 16 * 2**20}
+"""float32 logits of a piece. On a processor small pieces are the faster ones, for they stay in its caches."""
 PIECE_BYTES_ELSEWHERE = 512 * 2**20
+PIECE_BYTES_TRAINED = 64 * 2**20
+"""At least, where the layer is trained: every piece goes through its gradient once more."""
+PIECE_TARGETS = 96
+"""At least: every piece reads the layer's weights, which takes as long as the products with some 60 targets."""
 PROBE_TOKENS = 8
 
 
@@ -45,11 +49,13 @@ class Output:
     """By `scale` and not times it: rounding differs."""
     cap: float | None
 
-    @property
-    def rows(self) -> int:
-        """Targets of a piece."""
-        device = self.layer.weight.device.type
-        return max(1, PIECE_BYTES.get(device, PIECE_BYTES_ELSEWHERE) // (4 * self.layer.weight.shape[0]))
+    def rows(self, *, trained: bool) -> int:
+        """Targets of a piece. Measured: docs/EXPERIMENTS.md."""
+        weight = self.layer.weight
+        size = PIECE_BYTES.get(weight.device.type, PIECE_BYTES_ELSEWHERE)
+        if trained:
+            return max(1, max(size, PIECE_BYTES_TRAINED) // (4 * len(weight)))
+        return max(PIECE_TARGETS, size // (4 * len(weight)))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V], as the model has them."""
@@ -119,8 +125,9 @@ class _LossSum(torch.autograd.Function):
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
-        for start in range(0, len(targets_N), output.rows):
-            here = slice(start, start + output.rows)
+        rows = output.rows(trained=needs_weight)
+        for start in range(0, len(targets_N), rows):
+            here = slice(start, start + rows)
             logits_NV = output.logits(hidden_ND[here])
             loss, glogits_NV = _loss_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
             total += loss
