@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ def run_all(settings: Settings, folder: Path, *, only: Sequence[str], minutes: f
     results = []
     for data in settings.data:
         for case in CASES:
-            name = f"{data}-{case.replace(', ', '-').replace(': ', '-').replace(' ', '-')}"
+            name = _name(data, case)
             place = folder / f"{name}.json"
             if place.exists():
-                results.append(Result(**json.loads(place.read_text("utf-8"))))
+                results.append(_read_result(place))
                 continue
             left = None if minutes is None else minutes * 60 - (time.monotonic() - begun)
             if (data, case) in NOT_FOR or (only and case not in only) or (left is not None and left < slowest):
@@ -94,6 +94,24 @@ def run_all(settings: Settings, folder: Path, *, only: Sequence[str], minutes: f
                 place.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
             results.append(result)
     return results
+
+
+def with_speed_of(results: Sequence[Result], folder: Path) -> list[Result]:
+    """The same results with the tokens/s that `folder` has, and the load before them; 0 where it has none."""
+    found = []
+    for result in results:
+        place = folder / f"{_name(result.data, result.case)}.json"
+        timed = _read_result(place) if place.exists() else replace(result, tokens_per_second=0.0)
+        found.append(replace(result, tokens_per_second=timed.tokens_per_second, load=timed.load))
+    return found
+
+
+def _read_result(place: Path) -> Result:
+    return Result(**json.loads(place.read_text("utf-8")))
+
+
+def _name(data: str, case: str) -> str:
+    return f"{data}-{case.replace(', ', '-').replace(': ', '-').replace(' ', '-')}"
 
 
 def _line(result: Result) -> str:

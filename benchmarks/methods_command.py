@@ -31,6 +31,11 @@ def add_methods(verbs: Any) -> None:
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="any other knob of a recipe")
     add("--minutes", type=float, help="begin no case that would end later; run it again to go on")
     add("--folder", type=Path, required=True, help="of the results, one file a case: what is there is not run again")
+    add(
+        "--speed-folder",
+        type=Path,
+        help="of results of the same cases, few steps each, on a machine without other work: has the tokens/s",
+    )
     add("--page", type=Path, help="a page with the two markers between which the table goes; the plot lies beside it")
     parser.set_defaults(run=_run)
 
@@ -58,6 +63,8 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         extra=options.set,
     )
     results = methods.run_all(settings, options.folder, only=options.only, minutes=options.minutes)
+    if options.speed_folder:
+        results = methods.with_speed_of(results, options.speed_folder)
     command = shlex.join(["python", "-m", "benchmarks", *map(place, _without_parts(words))])
     text = methods_page.table(settings, results, command)
     if options.page:

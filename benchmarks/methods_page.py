@@ -68,7 +68,7 @@ def _row(case: str, found: Mapping[tuple[str, str], Result]) -> str:
         f"{chat.trained:,}" if chat else "–",
         f"{chat.result_bytes / 1e6:,.2f}" if chat else "–",
         f"{chat.peak_bytes / 2**30:.2f}" if chat else "–",
-        f"{chat.tokens_per_second:,.0f}" if chat else "–",
+        f"{chat.tokens_per_second:,.0f}" if chat and chat.tokens_per_second else "–",
         f"{chat.after['loss']:.3f}" if chat else "–",
         general,
         f"{medical.after['accuracy']:.3f}" if medical else "–",

@@ -39,7 +39,15 @@ def test_what_is_done_is_kept_and_not_done_again(
     assert saved["after"]["loss"] != saved["before"]["loss"]
     assert not list((tmp_path / "results").glob("*-run"))
 
+    # Another folder's results of the same case give the speed alone.
+    (tmp_path / "speed").mkdir()
+    timed = {**saved, "tokens_per_second": 98_765.0, "load": 0.25, "after": {"loss": 9.0}}
+    (tmp_path / "speed/chat-peft-IA3.json").write_text(json.dumps(timed), "utf-8")
     monkeypatch.setattr(methods, "run_child", lambda *args, **how: pytest.fail("it was run again"))
+    assert main(words(tmp_path, "--only", "peft: IA3", "--speed-folder", str(tmp_path / "speed"))) == 0
+    fast = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| peft: IA3")][-1]
+    assert "98,765" in fast
+    assert f"{saved['after']['loss']:.3f}" in fast
     assert main(words(tmp_path, "--only", "peft: IA3")) == 0
     assert row in capsys.readouterr().out
 
