@@ -1,6 +1,7 @@
 """`python -m benchmarks planning`: what a plan predicts beside what the same run then takes, over a grid of runs.
 
-Every case is a fresh process, which predicts, loads, takes a few steps, measures held-out rows, and reports its peak.
+Every case is two fresh processes: one predicts and probes as `tunesmith plan` does; the other predicts, loads, takes a
+few steps, measures held-out rows, and reports its peak.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--smollm2", help="GGUF file or folder of SmolLM2-135M-Instruct")
     parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--memory-only", action="store_true", help="no seconds in the table: the machine has other work"
+    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
     parser.add_argument("--results", type=Path, help="JSON lines, one a case: what is there is not run again")
     parser.add_argument("--folder", help="keep models and rows here")
@@ -117,7 +121,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             if options.results:
                 with open(options.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(results[str(number)]) + "\n")
-    page = markdown([results[key] for key in sorted(results, key=int)])
+    page = markdown([results[key] for key in sorted(results, key=int)], memory_only=options.memory_only)
     print(page)
     if options.out:
         options.out.write_text(page, "utf-8")
@@ -131,14 +135,17 @@ def measure(case: Case, folder: Path, *, threads: int, real: str) -> dict[str, A
         data.write_text("".join(json.dumps(row) + "\n" for row in rows(case)), "utf-8")
     spec = {**asdict(case), "shape": SHAPES.get(case.model), "real": real, "data": str(data), "threads": threads}
     (folder / "spec.json").write_text(json.dumps({**spec, "steps": STEPS, "folder": str(folder)}), "utf-8")
-    out = folder / "out.json"
-    out.unlink(missing_ok=True)
     words = [sys.executable, str(PEER), str(folder / "spec.json")]
     run_child(words, log=folder / "log")  # makes the model, whose memory is none of the run's
-    child = run_child([*words, str(out)], log=folder / "log")
-    if child.code or not out.exists():
-        return {"error": child.tail}
-    return {**json.loads(out.read_text("utf-8")), "measured_bytes": child.peak_bytes}
+    found: dict[str, Any] = {}
+    for what in ("probe", "run"):
+        out = folder / "out.json"
+        out.unlink(missing_ok=True)
+        child = run_child([*words, what, str(out)], log=folder / "log")
+        if child.code or not out.exists():
+            return {"error": f"{what}: {child.tail}"}
+        found |= json.loads(out.read_text("utf-8"))
+    return {**found, "measured_bytes": child.peak_bytes}
 
 
 def rows(case: Case) -> list[dict[str, str]]:
@@ -165,37 +172,40 @@ def errors(found: Sequence[dict[str, Any]], predicted: str, measured: str) -> li
     return [abs(one[predicted] / one[measured] - 1) for one in found if one.get(predicted) and one.get(measured)]
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """The table, and the median and worst error of each prediction."""
+def markdown(found: Sequence[dict[str, Any]], *, memory_only: bool = False) -> str:
+    """The table, and the median and worst error of each prediction: by formula, and after a probe."""
     here = machine()
     whole = [one for one in found if "error" not in one]
     libraries = ", ".join(f"{name} {value}" for name, value in versions().items() if name in ("torch", "transformers"))
+    kinds = [("memory", "bytes", 2**20, "{:,.0f}", "{:+.1%}")]
+    if not memory_only:
+        kinds.append(("step", "seconds", 1, "{:.2f}", "{:+.0%}"))
+    heads = [f"{name}: measured | by formula | error | after a probe | error" for name, *_ in kinds]
     lines = [
-        f"{here['processor']}, {here['cores']} cores; {libraries}. Memory in MiB, seconds a step.",
+        f"{here['processor']}, {here['cores']} cores; {libraries}. Memory in MiB, seconds a mean step.",
         "",
-        "| model | method | precision | row | pass | recomputed | memory predicted | measured | error "
-        "| step predicted | measured | error |",
-        "|---|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        f"| model | method | precision | row | pass | recomputed | {' | '.join(heads)} |",
+        f"|---|---|---|---:|---:|---|{'---:|' * 5 * len(kinds)}",
     ]
     for one in found:
-        case = "".join(f"| {one[key]} " for key in ("model", "method", "precision", "length", "tokens", "layers"))
+        cells = [f"{one[key]}" for key in ("model", "method", "precision", "length", "tokens", "layers")]
         if "error" in one:
-            lines.append(case + "| failed | | | | | |")
-            continue
-        memory = [one["predicted_bytes"] / 2**20, one["measured_bytes"] / 2**20]
-        seconds = [one["predicted_seconds"], one["measured_seconds"]]
-        lines.append(
-            case + f"| {memory[0]:,.0f} | {memory[1]:,.0f} | {memory[0] / memory[1] - 1:+.1%} "
-            f"| {seconds[0]:.2f} | {seconds[1]:.2f} | {seconds[0] / seconds[1] - 1:+.0%} |"
-        )
+            cells += ["failed", *[""] * (5 * len(kinds) - 1)]
+        for _, unit, scale, number, share in kinds if "error" not in one else ():
+            measured = one[f"measured_{unit}"]
+            cells.append(number.format(measured / scale))
+            for way in ("predicted", "probe"):
+                cells += [
+                    number.format(one[f"{way}_{unit}"] / scale),
+                    share.format(one[f"{way}_{unit}"] / measured - 1),
+                ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for name, keys in (
-        ("Peak memory", ("predicted_bytes", "measured_bytes")),
-        ("Step time", ("predicted_seconds", "measured_seconds")),
-    ):
-        off = errors(whole, *keys)
-        if off:
-            lines.append(
-                f"{name}, {len(off)} cases: median error {statistics.median(off):.1%}, worst {max(off):.1%}.  "
-            )
+    for name, unit, *_ in kinds:
+        for way, words in (("predicted", "by formula"), ("probe", "after a probe")):
+            if off := errors(whole, f"{way}_{unit}", f"measured_{unit}"):
+                median, worst = statistics.median(off), max(off)
+                lines.append(
+                    f"{name.capitalize()} {words}, {len(off)} cases: median error {median:.1%}, worst {worst:.1%}.  "
+                )
     return "\n".join(lines) + "\n"

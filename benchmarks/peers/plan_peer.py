@@ -1,9 +1,8 @@
-"""One case of `python -m benchmarks planning`: plan_peer.py SPEC.json OUT.json; without OUT.json it makes the model."""
+"""One case of `python -m benchmarks planning`: plan_peer.py SPEC.json [run|probe OUT.json]; alone it makes a model."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.measure import evaluate
+from tunesmith.forecasting import foresee, plan_of
 from tunesmith.loop import training_steps
 from tunesmith.preparing import prepare
+from tunesmith.probing.correcting import corrected
+from tunesmith.probing.process import probe
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.read import validate
 
@@ -67,6 +69,7 @@ def recipe_of(spec: dict[str, Any], model: str) -> Any:
             "device": "cpu",
             "threads": spec["threads"],
             "memory": "warn",
+            "evaluation": {"samples": 0, "general": False},
             "data": {"train": [spec["data"]], "held_out": 0.1, "max_tokens": min(spec["length"] * 2, longest)},
             "train": {
                 "max_steps": spec["steps"],
@@ -79,15 +82,21 @@ def recipe_of(spec: dict[str, Any], model: str) -> Any:
     )
 
 
-def main(spec_path: str, out_path: str = "") -> None:
+def main(spec_path: str, what: str = "", out_path: str = "") -> None:
     spec = json.loads(Path(spec_path).read_text("utf-8"))
     model = spec["real"] or str(model_folder(spec))
-    if not out_path:
-        return
-    setup = prepare(recipe_of(spec, model), root=Path(spec["folder"]) / "runs")
+    if what:
+        found = {"run": run, "probe": probed}[what](recipe_of(spec, model), Path(spec["folder"]) / "runs")
+        Path(out_path).write_text(json.dumps(found), "utf-8")
+
+
+def run(recipe: Any, root: Path) -> dict[str, Any]:
+    """Predicted, then done. The second of a step is that of a mean one, by the tokens of all but the first."""
+    setup = prepare(recipe, root=root)
     assert setup.forecast is not None, setup.notes
     assert setup.forecast.duration is not None
-    seconds = [event.timing["seconds"] for event in training_steps(setup)]
+    plan = setup.plan
+    events = list(training_steps(setup))
     evaluate(
         setup.model,
         setup.task,
@@ -95,16 +104,28 @@ def main(spec_path: str, out_path: str = "") -> None:
         [int(i) for i in setup.rows.held_rows],
         tokens_per_pass=known(setup.recipe.train.tokens_per_pass),
     )
-    found = {
+    later = events[1:]
+    per_token = sum(event.timing["seconds"] for event in later) / sum(event.values["tokens"] for event in later)
+    return {
         "predicted_bytes": setup.forecast.memory.total,
         "parts": setup.forecast.memory.parts(),
         "phase": setup.forecast.memory.phase,
         "predicted_seconds": setup.forecast.duration.step,
-        "measured_seconds": statistics.median(seconds[1:]),
-        "seconds": seconds,
-        "layout": setup.plan.layout,
+        "measured_seconds": per_token * float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
+        "seconds": [event.timing["seconds"] for event in events],
+        "layout": plan.layout,
     }
-    Path(out_path).write_text(json.dumps(found), "utf-8")
+
+
+def probed(recipe: Any, root: Path) -> dict[str, Any]:
+    """What `tunesmith plan` predicts once it has measured."""
+    seen = foresee(recipe, root=root)
+    found = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
+    assert seen.forecast is not None, seen.notes
+    plan = plan_of(seen.recipe, seen.rows, seen.forecast.layout)
+    made = corrected(seen.forecast, found, mean_tokens=float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
+    assert made.duration is not None, found.ended
+    return {"probe_bytes": made.memory, "probe_peak": found.peak, "probe_seconds": made.duration.step}
 
 
 if __name__ == "__main__":

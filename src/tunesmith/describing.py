@@ -85,6 +85,7 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
             "skipped": seen.rows.skipped,
         },
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
+        "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         "steps": total_steps(recipe, plan.steps_per_epoch),
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": seen.start.size.num_params,

@@ -10,11 +10,14 @@ FOUND = [
     | {
         "predicted_bytes": 110 * 2**20,
         "measured_bytes": 100 * 2**20,
+        "probe_bytes": 102 * 2**20,
         "predicted_seconds": 0.5,
         "measured_seconds": 1.0,
+        "probe_seconds": 0.95,
     },
     {"model": "b", "method": "full", "precision": "float32", "length": 64, "tokens": 512, "layers": "all"}
-    | {"predicted_bytes": 80 * 2**20, "measured_bytes": 100 * 2**20, "predicted_seconds": 1.2, "measured_seconds": 1.0},
+    | {"predicted_bytes": 80 * 2**20, "measured_bytes": 100 * 2**20, "probe_bytes": 96 * 2**20}
+    | {"predicted_seconds": 1.2, "measured_seconds": 1.0, "probe_seconds": 1.09},
     {
         "model": "c",
         "method": "full",
@@ -33,10 +36,18 @@ def test_errors_are_shares_of_what_was_measured():
 
 def test_the_table_tells_medians_and_worst_and_keeps_what_failed():
     page = markdown(FOUND)
-    assert "| a | lora | bfloat16 | 64 | 512 | none | 110 | 100 | +10.0% | 0.50 | 1.00 | -50% |" in page
+    case = "| a | lora | bfloat16 | 64 | 512 | none "
+    assert f"{case}| 100 | 110 | +10.0% | 102 | +2.0% | 1.00 | 0.50 | -50% | 0.95 | -5% |" in page
     assert "| failed |" in page
-    assert "Peak memory, 2 cases: median error 15.0%, worst 20.0%." in page
-    assert "Step time, 2 cases: median error 35.0%, worst 50.0%." in page
+    assert "Memory by formula, 2 cases: median error 15.0%, worst 20.0%." in page
+    assert "Memory after a probe, 2 cases: median error 3.0%, worst 4.0%." in page
+    assert "Step after a probe, 2 cases: median error 7.0%, worst 9.0%." in page
+
+
+def test_seconds_are_left_out_where_they_say_nothing():
+    page = markdown(FOUND, memory_only=True)
+    assert "| 64 | 512 | none | 100 | 110 | +10.0% | 102 | +2.0% |\n" in page
+    assert "Step" not in page
 
 
 def test_the_grid_is_as_wide_as_it_says():

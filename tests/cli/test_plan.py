@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
-from tunesmith.cli.forecasts import forecast_facts
+from tunesmith.cli.forecasts import forecast_facts, probe_facts
 
 FORECAST = {
     "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
@@ -17,14 +18,26 @@ FORECAST = {
     "room": 2**34,
     "pass": {"step": 7, "rows": 4, "tokens": 1987, "targets": 612},
     "layers": {"all": 30, "recomputed": 0},
-    "seconds": {"step": 1.5, "training": 100.0, "looking": 20.0, "spread": 0.3},
+    "seconds": {
+        "step": 1.5,
+        "training": 100.0,
+        "looking": 20.0,
+        "answering": 0.0,
+        "saving": 0.0,
+        "starting": 0.0,
+        "look": 2.0,
+        "words": 0,
+        "saves": 3,
+        "spread": 0.3,
+    },
     "disk": {"rows": 0, "checkpoints": 2**20, "result": 2**19, "total": 2**20 + 2**19},
 }
 
 
 def plan(folder: Path, *more: str, code: int = 0) -> str:
     model, data = model_folder(folder / "model"), chats(folder / "rows.jsonl", 20)
-    words = ["plan", str(model), str(data), "--runs", str(folder / "runs"), "--offline", *more]
+    words = ["plan", str(model), str(data), "--runs", str(folder / "runs"), "--offline"]
+    words += [*more, *(() if "--probe" in more else ("--no-probe",))]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == code, result.output
     return result.stdout
@@ -50,10 +63,65 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
     assert "note: memory: this run needs" in plan(tmp_path, code=2)
 
 
+def test_a_probe_is_told_beside_what_was_predicted_and_leaves_no_run(tmp_path):
+    text = plan(tmp_path, "--probe")
+    for word in ("measured memory: ", "measured step: ", "measured looking: ", "measured checkpoint: "):
+        assert word in text
+    assert "predicted" in text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"]
+
+
+def test_for_machines_a_probe_is_plain_values(tmp_path):
+    told = json.loads(plan(tmp_path, "--json", "--probe"))
+    assert told["probe"]["ended"] == ""
+    assert told["probe"]["memory"] >= told["probe"]["peak"] > 0
+    assert told["probe"]["seconds"]["spread"] < told["forecast"]["seconds"]["spread"]
+
+
+@pytest.mark.parametrize(("more", "why"), [(["--device", "24G"], "24G is not here"), ([], "it does not fit")])
+def test_what_is_not_probed_is_said(tmp_path, monkeypatch, more, why):
+    if not more:
+        monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: 2**20)
+    monkeypatch.setattr("tunesmith.probing.process.probe", lambda *args, **how: pytest.fail("it was probed"))
+    assert f"note: not probed: {why}" in plan(tmp_path, "--probe", *more, code=0 if more else 2)
+
+
+PROBE = {
+    "memory": 2**31 + 2**28,
+    "peak": 2**31,
+    "steps": [{"step": 7, "tokens": 400, "seconds": 2.0}],
+    "evaluation": {"tokens": 90, "seconds": 2.5},
+    "word": None,
+    "save": {"num_bytes": 2**20, "seconds": 0.5},
+    "starting": {"seconds": 3.0},
+    "notes": [],
+    "ended": "the system killed it, as it does where memory ends",
+    "seconds": None,
+}
+
+
+def test_words_of_a_probe():
+    assert probe_facts(PROBE, FORECAST, 200.0) == [
+        ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run), predicted 3.0 GiB (+33%)"),
+        ("step", "2 s (step 7, 400 tokens), predicted 3 s (+50%)"),
+        ("looking", "2.5 s (a batch of held-out rows, 90 tokens), predicted 2 s (-20%)"),
+        ("checkpoint", "1.0 MiB in 0.5 s"),
+        ("loading", "3 s"),
+        ("ended", "early: the system killed it, as it does where memory ends"),
+    ]
+
+
+def test_words_of_a_probe_of_what_cannot_be_predicted():
+    assert probe_facts(PROBE, None, 200.0)[:2] == [
+        ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run)"),
+        ("step", "2 s (step 7, 400 tokens)"),
+    ]
+
+
 def test_words_of_a_forecast():
     assert dict(forecast_facts(FORECAST)) == {
         "memory": "3.0 GiB at most, of 16.0 GiB, in the heaviest pass of step 7 (4 rows, 1,987 tokens, 612 targets): "
         "weights 1.0 GiB, logits 2.0 GiB",
-        "time": "1:24 min to 2:36 min: 1:40 min of training, 1.5 s a step; 20 s of measuring held-out rows",
+        "time": "1:24 min to 2:36 min: 1:40 min of training, 1.5 s a step; 20 s of measuring rows",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }

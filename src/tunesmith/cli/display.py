@@ -21,6 +21,7 @@ PHASES = {
     "encode": "encoding rows",
     "load": "loading the model",
     "plan": "predicting memory and time",
+    "probe": "trying the heaviest step",
     "evaluate": "measuring held-out rows",
     "answer": "answering held-out prompts",
     "check": "checking rows",

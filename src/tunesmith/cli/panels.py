@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.forecasts import forecast_facts
+from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import count, knob, one_line, percent, plural, visible
@@ -58,7 +58,10 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan.get("device"):
         facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
     if plan.get("forecast"):
-        facts += forecast_facts(plan["forecast"])
+        facts += forecast_facts(plan["forecast"], plan.get("probe"))
+    if plan.get("probe"):
+        found = probe_facts(plan["probe"], plan.get("forecast"), plan["tokens_per_step"])
+        facts += [(f"measured {name}", text) for name, text in found]
     return [fact for fact in facts if fact[1]]
 
 

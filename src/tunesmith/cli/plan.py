@@ -42,11 +42,14 @@ def plan(
     device: Annotated[
         str | None, typer.Option(metavar="H100-80G|24G|...", help="Plan for a card that is not here.")
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Load the model in a process of its own and measure, too.")
+    ] = True,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Say what `train` would do with MODEL and DATA and what it would need, without loading the model.
+    """Say what `train` would do with MODEL and DATA and what it would need; then try its heaviest step.
 
     tunesmith plan ./model support.jsonl
 
@@ -60,7 +63,7 @@ def plan(
 
     from tunesmith.cli.output import console, json_line
 
-    values, fits = _foresee(found, root, offline=offline, device=device)
+    values, fits = _foresee(found, root, offline=offline, device=device, probe=probe)
     if as_json:
         json_line({"kind": "plan", **values})
     else:
@@ -69,7 +72,9 @@ def plan(
         raise typer.Exit(InputError.exit_code)
 
 
-def _foresee(recipe: Recipe, root: Path, *, offline: bool, device: str | None) -> tuple[dict[str, Any], bool]:
+def _foresee(
+    recipe: Recipe, root: Path, *, offline: bool, device: str | None, probe: bool
+) -> tuple[dict[str, Any], bool]:
     from tunesmith.cli.display import PHASES
     from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
@@ -81,7 +86,21 @@ def _foresee(recipe: Recipe, root: Path, *, offline: bool, device: str | None) -
 
         card = named(device) if device else None
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
-    return foreseen_values(seen), seen.forecast is None or seen.forecast.fits
+        values, fits = foreseen_values(seen), seen.forecast is None or seen.forecast.fits
+        values["probe"] = None
+        if probe and (why := f"{device} is not here" if card else "" if fits else "it does not fit"):
+            values["warnings"].append(f"not probed: {why}")
+        elif probe:
+            values["probe"] = _probe(seen, values, root, offline=offline, tick=tick)
+    return values, fits
+
+
+def _probe(seen: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:
+    from tunesmith.probing.correcting import corrected
+    from tunesmith.probing.process import probe
+
+    found = probe(seen.recipe, root=root, offline=offline, on_progress=tick)
+    return corrected(seen.forecast, found, mean_tokens=values["tokens_per_step"]).values()
 
 
 def _draw(screen: Console, values: Mapping[str, Any]) -> None:

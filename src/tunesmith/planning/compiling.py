@@ -25,6 +25,7 @@ MOST_KEPT = 1024
 """Products that are kept where the environment does not say."""
 MOST_COPIED = 64 * 2**20
 """Bytes of the buffers for operands in float32, at most."""
+FEW_STEPS = 2
 MANY_STEPS = 64
 """After which every cache is full."""
 PASSES_BEFORE = 5
@@ -39,6 +40,8 @@ class Compiling:
     """Bytes, at the most."""
     seconds: float = 0.0
     """Of a mean step."""
+    later: int = 0
+    """Of `kept`, what comes after the first FEW_STEPS steps."""
 
 
 def in_bfloat16(
@@ -50,15 +53,26 @@ def in_bfloat16(
     rows do come again, and attention to them is compiled once if all that is needed between is kept so long.
     """
     matrices, attention = _counts(segments)
-    passes = [len(plan.step(number)) for number in range(1, min(steps, MANY_STEPS) + 1)]
-    every_length = attention * len(np.unique(plan.lengths_I)) / len(np.unique(lengths_R))
+    attention_a_length = attention / len(np.unique(lengths_R))
+    lengths = dict(zip(plan.rows_I.tolist(), plan.lengths_I.tolist(), strict=True))
+    passes = [plan.step(number) for number in range(1, min(steps, MANY_STEPS) + 1)]
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     most = max(int(os.environ.get(name, MOST_KEPT)) for name in names)
-    count = matrices * sum(passes) + every_length + _counts(looking)[0] * PASSES_BEFORE
-    a_step = sum(passes) / len(passes)
-    all_passes = a_step * steps
-    anew = attention if every_length > most / 2 else min(attention, every_length / all_passes)
-    return Compiling(int(COMPILED * min(most, count)), (matrices + anew) * a_step * COMPILE_SECONDS)
+    looks = _counts(looking)[0] * PASSES_BEFORE
+
+    def of_attention(first: int) -> float:
+        seen = {lengths[row] for rows in passes[:first] for one in rows for row in one}
+        return attention_a_length * len(seen)
+
+    def kept(first: int) -> int:
+        count = matrices * sum(len(some) for some in passes[:first]) + of_attention(first) + looks
+        return int(COMPILED * min(most, count))
+
+    a_step = sum(map(len, passes)) / len(passes)
+    every_length = of_attention(MANY_STEPS)
+    anew = attention if every_length > most / 2 else min(attention, every_length / (a_step * steps))
+    seconds = (matrices + anew) * a_step * COMPILE_SECONDS
+    return Compiling(kept(MANY_STEPS), seconds, later=kept(MANY_STEPS) - kept(FEW_STEPS))
 
 
 def in_float32(segments: Iterable[Segment]) -> Compiling:

@@ -17,6 +17,8 @@ from tunesmith.planning.devices import Device
 from tunesmith.planning.sketch import Kept
 from tunesmith.planning.tracing import Segment
 
+DECODE_LAUNCH = 20e-6
+"""Seconds of one small operation while an answer is written."""
 SPREAD = 0.3
 """Of a total by formula alone, either way."""
 
@@ -30,13 +32,25 @@ class Duration:
     training: float
     """All steps."""
     looking: float
-    """Measuring held-out rows before and after, and on the way."""
+    """Measuring held-out rows before and after, and on the way; looking for surprising rows; the general text."""
+    answering: float = 0.0
+    """Prompts before and after, where every answer is as long as it may be."""
+    saving: float = 0.0
+    """Checkpoints. By formula: nothing."""
+    starting: float = 0.0
+    """Loading the model, and asking it what it can do. By formula: nothing."""
+    look: float = 0.0
+    """Of the pass over held-out rows that has most targets."""
+    words: int = 0
+    """Tokens that are written one after the other in `answering`."""
+    saves: int = 0
+    """Checkpoints."""
     spread: float = SPREAD
     """Share by which the truth may be off either way."""
 
     @property
     def total(self) -> float:
-        return self.training + self.looking
+        return self.training + self.looking + self.answering + self.saving + self.starting
 
 
 def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype) -> float:
@@ -48,6 +62,11 @@ def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype
             seconds += times * max(product.flops / reached, product.num_bytes / device.bandwidth)
         seconds += segment.moved / device.bandwidth + segment.num_ops * device.launch
     return seconds
+
+
+def word_seconds(segments: Iterable[Segment], kept: Kept, device: Device) -> float:
+    """Of the next token of some answers: every weight is read, and every operation started."""
+    return kept.weights / device.bandwidth + DECODE_LAUNCH * sum(segment.num_ops for segment in segments)
 
 
 def update_seconds(kept: Kept, device: Device) -> float:

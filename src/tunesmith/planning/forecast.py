@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunesmith.data.batch import Plan, fill_passes
+from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.rows import Rows
+from tunesmith.evaluation.general import ANSWER_TOKENS
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
 from tunesmith.planning.devices import Device
-from tunesmith.planning.duration import Duration, pass_seconds, update_seconds
-from tunesmith.planning.heaviest import Heavy, heaviest
+from tunesmith.planning.duration import Duration, pass_seconds, update_seconds, word_seconds
+from tunesmith.planning.heaviest import Heavy, heaviest, heaviest_looked
 from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline, with_heap
 from tunesmith.planning.sketch import DTYPES, Sketch
 from tunesmith.recipe.knobs import Recipe, known
@@ -60,6 +62,8 @@ class Forecast:
     num_layers: int
     recomputed: int
     trained_parameters: int
+    later: int = 0
+    """Bytes of the total that come only in the course of the run."""
 
     @property
     def fits(self) -> bool:
@@ -119,6 +123,7 @@ class Forecaster:
             num_layers=sketch.num_layers,
             recomputed=recomputed,
             trained_parameters=sketch.kept.trained_parameters,
+            later=compiling.later,
         )
 
     def sketch(self, recipe: Recipe) -> Sketch:
@@ -169,10 +174,8 @@ class Forecaster:
         rows = [int(i) for i in self.rows.held_rows]
         if not rows:
             return None
-        store = self.rows.held_store
-        lengths = [int(store.lengths[i]) for i in rows]
-        passes = fill_passes(rows, lengths, tokens_per_pass=known(recipe.train.tokens_per_pass), layout=layout)
-        members = max(passes, key=lambda some: float(sum(store.denominators[i] for i in some)))
+        tokens = known(recipe.train.tokens_per_pass)
+        members = heaviest_looked(self.rows.held_store, rows, tokens_per_pass=tokens, layout=layout)
         key = (id(sketch), layout, members)
         if key not in self._passes:
             _, held_feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))
@@ -211,15 +214,35 @@ class Forecaster:
         per_token = pass_seconds(segments, self.device, dtype) / tokens
         per_step = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
         step = per_token * per_step + update_seconds(sketch.kept, self.device) + compiling
-        looking = 0.0
-        if looked is not None:
-            segments, tokens = looked
-            every = recipe.evaluation.every
-            times = 2 + (steps // every if every else 0)
-            held = float(self.rows.held_store.lengths[self.rows.held_rows].sum())
-            whole = timeline(Pass(segments, ()), sketch.stacks, 0)
-            looking = times * held * pass_seconds(whole, self.device, dtype) / tokens
-        return Duration(step=step, training=step * steps, looking=looking)
+        saves = 2 + (steps - 1) // known(recipe.checkpoint.every)
+        training = Duration(step=step, training=step * steps, looking=0.0, saves=saves)
+        if looked is None:
+            return training
+        segments, looked_tokens = looked
+        whole = list(timeline(Pass(segments, ()), sketch.stacks, 0))
+        look, words = pass_seconds(whole, self.device, dtype), self._words(recipe)
+        return replace(
+            training,
+            looking=look / looked_tokens * self._looked_tokens(recipe, plan, steps),
+            answering=words * word_seconds(whole, sketch.kept, self.device),
+            look=look,
+            words=words,
+        )
+
+    def _looked_tokens(self, recipe: Recipe, plan: Plan, steps: int) -> float:
+        """Of held-out rows, as often as they are measured, and of the rows that are looked through for surprises."""
+        every = recipe.evaluation.every
+        times = 2 + (steps // every if every else 0)
+        held = float(self.rows.held_store.lengths[self.rows.held_rows].sum())
+        return times * held + known(recipe.evaluation.surprising) * float(plan.lengths_I.mean())
+
+    def _words(self, recipe: Recipe) -> int:
+        """Tokens written one after the other before and after, if no answer ends early."""
+        if self.head != "next_token":
+            return 0
+        asked = min(recipe.evaluation.samples, len(self.rows.held_rows))
+        general = ANSWER_TOKENS if recipe.evaluation.general and self.kind == "causal" else 0
+        return 2 * (-(-asked // ANSWERED_TOGETHER) * recipe.evaluation.sample_tokens + general)
 
     def _disk(self, recipe: Recipe, sketch: Sketch) -> Disk:
         kept, is_full = sketch.kept, recipe.method.name == "full"

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Pass, Plan
+from tunesmith.data.batch import Pass, Plan, fill_passes
+from tunesmith.data.store import RowStore
+from tunesmith.types import Layout
 
 MOST_STEPS = 1000
 """Steps that are looked through: of longer runs that many, evenly spread, and the passes of the longest rows."""
@@ -49,9 +51,11 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     return most[:1] if targets(most[0]) > 0.9 * targets(most[1]) else most
 
 
-def heaviest_of(passes: Iterable[Pass], weigh: Callable[[Sequence[int]], float]) -> Pass:
-    """The pass whose rows weigh most."""
-    return max(passes, key=weigh)
+def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> Pass:
+    """Of the passes over held-out rows that of the most targets."""
+    lengths = [int(store.lengths[i]) for i in rows]
+    passes = fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout)
+    return max(passes, key=lambda members: float(sum(store.denominators[i] for i in members)))
 
 
 def _some_steps(total: int) -> list[int]:

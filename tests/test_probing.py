@@ -1,0 +1,168 @@
+"""A probe lives through the heaviest moments of a run in a process of its own, and tells whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_run import tiny_recipe
+from tunesmith.forecasting import Foreseen, foresee
+from tunesmith.planning.duration import Duration
+from tunesmith.probing import process
+from tunesmith.probing.correcting import SPREAD, corrected
+from tunesmith.probing.found import Found, Timed
+from tunesmith.probing.process import KILLED, probe
+
+
+def foreseen(folder: Path, **sections: Any) -> Foreseen:
+    return foresee(tiny_recipe(folder, **sections), root=folder / "runs")
+
+
+def nothing_left(root: Path) -> bool:
+    return [path.name for path in root.iterdir()] == [".rows"]
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory) -> tuple[Foreseen, Found, list[str], Path]:
+    folder = tmp_path_factory.mktemp("probed")
+    seen, heard = foreseen(folder), []
+    found = probe(
+        seen.recipe, root=folder / "runs", offline=True, on_progress=lambda what, done, total: heard.append(what)
+    )
+    return seen, found, heard, folder / "runs"
+
+
+def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
+    seen, found, heard, root = probed
+    assert found.ended == ""
+    assert found.steps[0].step == seen.forecast.heavy.step
+    assert len({one.step for one in found.steps}) == 2, "the heaviest step, then a usual one"
+    assert all(one.seconds > 0 and one.tokens > 0 for one in found.steps)
+    for piece in (found.starting, found.evaluation, found.word, found.save):
+        assert piece is not None
+    assert found.save.num_bytes > 0
+    assert heard[-1] == "probe"
+    assert nothing_left(root), "no run, and no folder of the probe"
+
+
+def test_its_memory_is_that_of_its_own_process(probed):
+    """The test holds something large; what the kernel tells of a new process by getrusage begins with that."""
+    seen, found, _, root = probed
+    weight = bytearray(os.urandom(1)) * (found.peak + 2**28)
+    again = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
+    assert len(weight) > again.peak > 2**27, "torch alone takes that much"
+    # Threads and libraries differ a little from process to process.
+    assert again.peak == pytest.approx(found.peak, rel=0.05)
+
+
+def test_a_probe_that_takes_too_long_is_ended_and_tells_what_it_found(tmp_path):
+    seen = foreseen(tmp_path)
+    root = tmp_path / "runs"
+    found = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None, limit_s=0.1)
+    assert found.ended == "it was not done within 0 s"
+    assert found.steps == []
+    assert nothing_left(root)
+
+
+def child_that(code: str, monkeypatch, tmp_path: Path) -> None:
+    """Let another module stand for the child's."""
+    package = tmp_path / "stub"
+    package.mkdir()
+    (package / "stub_child.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    begin = process.subprocess.Popen
+    monkeypatch.setattr(process.subprocess, "Popen", lambda words, **how: begin([*words[:2], "stub_child"], **how))
+
+
+def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):
+    seen = foreseen(tmp_path)
+    child_that(
+        "import os, signal\n"
+        'print(\'{"steps": {"seconds": 2.0, "tokens": 5, "step": 1}, "peak": 7}\', flush=True)\n'
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        monkeypatch,
+        tmp_path,
+    )
+    found = probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
+    assert (found.ended, found.peak, found.steps) == (KILLED, 7, [Timed(2.0, tokens=5, step=1)])
+    assert nothing_left(tmp_path / "runs")
+
+
+def test_what_a_child_said_last_is_told_where_it_fails(tmp_path, monkeypatch):
+    seen = foreseen(tmp_path)
+    child_that("raise ValueError('no such thing')", monkeypatch, tmp_path)
+    found = probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
+    assert found.ended == "exit code 1: ValueError: no such thing"
+
+
+def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
+    from tunesmith.errors import OutOfMemoryError
+    from tunesmith.preparing import prepare
+    from tunesmith.probing import measuring
+
+    setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
+    monkeypatch.setattr("tunesmith.gradients._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(OutOfMemoryError, match="memory ended in a pass of one row"):
+        measuring.measure(setup, tmp_path, tell=lambda message: None, on_progress=lambda what, done, total: None)
+
+
+def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
+    seen = foreseen(tmp_path)
+    pid_file = tmp_path / "pid"
+    child_that(
+        f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)", monkeypatch, tmp_path
+    )
+
+    def interrupt() -> None:
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+    assert nothing_left(tmp_path / "runs")
+
+
+FORMULA = Duration(step=1.0, training=100.0, looking=20.0, answering=8.0, look=2.0, words=40, saves=5)
+
+
+def forecast_with(monkeypatch, tmp_path: Path):
+    from dataclasses import replace
+
+    forecast = foreseen(tmp_path).forecast
+    return replace(forecast, duration=FORMULA, later=1000)
+
+
+def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
+    """The last step took twice its share, the look half; words, saves and the start are as measured."""
+    found = Found(
+        starting=Timed(3.0),
+        steps=[Timed(9.0, tokens=300, step=4), Timed(1.0, tokens=50, step=2)],
+        evaluation=Timed(1.0, tokens=10),
+        word=Timed(0.1),
+        save=Timed(0.5),
+        peak=5000,
+    )
+    made = corrected(forecast_with(monkeypatch, tmp_path), found, mean_tokens=100.0)
+    assert made.memory == 6000
+    duration = made.duration
+    assert duration is not None
+    assert (duration.step, duration.training, duration.looking) == (2.0, 200.0, 10.0)
+    assert (duration.answering, duration.saving, duration.starting) == (4.0, 2.5, 3.0)
+    assert duration.spread == SPREAD < FORMULA.spread
+    assert duration.total == pytest.approx(219.5)
+
+
+def test_a_probe_that_ended_before_a_step_corrects_nothing(tmp_path, monkeypatch):
+    made = corrected(forecast_with(monkeypatch, tmp_path), Found(ended=KILLED, peak=9), mean_tokens=100.0)
+    assert (made.memory, made.duration) == (0, None)
+    assert made.values()["ended"] == KILLED
