@@ -34,7 +34,8 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print is no message
 
     def tell(message: Mapping[str, Any]) -> None:
-        print(json.dumps(message), file=out, flush=True)
+        out.write(json.dumps(message) + "\n")
+        out.flush()
 
     def on_progress(what: str, done: int, total: int) -> None:
         tell({"progress": [what, done, total]})
