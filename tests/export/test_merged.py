@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from export.exports import card_head, finished, quick
+from export.exports import SHORT, card_head, finished, quick
 from faults import Faults, in_child, tree
+from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
 from tunesmith.export import card, exporting, merged, probe, verify
 from tunesmith.export.exporting import EXPORTS, Exported, export_run
@@ -27,6 +28,7 @@ from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.knobs import DataFile
 from tunesmith.run import Run
+from tunesmith.training import train
 
 KINDS = [
     "chat",
@@ -104,6 +106,17 @@ def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.M
     assert "16 rows to learn from, 2 held out, 0 skipped; `chats.jsonl`" in text
     assert "Loaded in a new process by transformers" in text
     assert str(finished("chat").path.parent) not in text  # a card is published: no folders of this machine
+
+
+def test_a_run_that_held_nothing_out_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    recipe = tiny_recipe(tmp_path, rows=4, **SHORT)
+    data = recipe.data.model_copy(update={"held_out": 0})
+    run = train(recipe.model_copy(update={"data": data}), root=tmp_path, out=tmp_path / "run", offline=True)
+    done = export_run(run, "merged", out=tmp_path / "out", offline=True)
+    assert done.rows == "training rows, since none is held out"
+    assert "Nothing was held out, so nothing was measured." in (done.path / "README.md").read_text("utf-8")
+    assert card_head(done.path).eval_results is None
 
 
 def test_a_measure_without_an_interval_stands_in_the_card() -> None:

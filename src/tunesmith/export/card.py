@@ -206,7 +206,8 @@ def in_brief(found: Comparison) -> str:
 
 def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Intervals by measure, before or after."""
-    measures: Mapping[str, Any] = report.get("metrics", {}).get(name, {}).get("measures", {})
+    measured: Mapping[str, Any] = report.get("metrics", {}).get(name) or {}  # null where nothing was held out
+    measures: Mapping[str, Any] = measured.get("measures", {})
     return measures
 
 
