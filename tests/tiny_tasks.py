@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*MARKS, *WORDS, "summarize", ":", "."])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.NFC()
+    return _with_marks(backend, vocabulary)
+
+
+def _with_marks(backend: Tokenizer, vocabulary: Mapping[str, int]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -51,6 +55,26 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def piece_tokenizer(*, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """BERT's own: words of small letters, cut into the longest pieces that it knows."""
+    letters = [chr(c) for c in range(33, 127) if not (lowercase and chr(c).isupper())]
+    words = [word.lower() if lowercase else word for word in WORDS]
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *words, "##s", "un", "##ed", "##ing"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*MARKS, *pieces]))}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    return _with_marks(backend, vocabulary)
+
+
+def write_pooling(folder: Path, settings: Mapping[str, Any]) -> None:
+    """The files of sentence-transformers, with these settings of its module of pooling and lengths of 1."""
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in
+               (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings), "utf-8")
 
 
 def encoder_folder(path: Path, *, hidden: int = 32, dropout: float = 0.1) -> Path:

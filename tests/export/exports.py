@@ -15,7 +15,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
-from tiny_tasks import rows_of, task_recipe, word_tokenizer
+from tiny_tasks import piece_tokenizer, rows_of, task_recipe, word_tokenizer, write_pooling
 from tunesmith.export import probe, verify
 from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
 from tunesmith.loading import make_renderer, run_labels
@@ -89,16 +89,20 @@ def of_architecture(arch: str, *, hidden: int = 64) -> Run:
 
 
 @lru_cache
-def of_encoder(arch: str) -> Run:
-    """An encoder of this architecture that tells classes apart."""
+def of_encoder(arch: str, *, task: str = "classify", hidden: int = 64, pooling: str = "") -> Run:
+    """An encoder of this architecture that tells classes apart, or does another task; a BERT cuts words into pieces.
+    `pooling`: what its files of sentence-transformers say."""
     folder = _folder()
-    tokenizer = word_tokenizer()
-    tiny_model(arch, vocab_size=len(tokenizer), head="masked_token").save_pretrained(folder / "model")
+    tokenizer = piece_tokenizer() if arch == "bert" else word_tokenizer()
+    size = len(tokenizer)
+    tiny_model(arch, vocab_size=size, head="masked_token", hidden=hidden).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = "".join(json.dumps(row) + "\n" for row in rows_of("classify", 6))
+    if pooling:
+        write_pooling(folder / "model", {f"pooling_mode_{pooling}": True})
+    rows = "".join(json.dumps(row) + "\n" for row in rows_of(task, 6))
     (folder / "rows.jsonl").write_text(rows)
-    data = {"train": [str(folder / "rows.jsonl")], **RESOLVED["data"], **LABELS["classify"]}
-    whole = {"model": str(folder / "model"), "task": "classify", "method": LORA, "data": data, "train": {}}
+    data = {"train": [str(folder / "rows.jsonl")], **RESOLVED["data"], **LABELS.get(task, {})}
+    whole = {"model": str(folder / "model"), "task": task, "method": LORA, "data": data, "train": {}}
     recipe = validate({**whole, "threads": 1, "precision": "float32", "device": "cpu"})
     return as_if_tuned(recipe, folder / arch)
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from export.exports import finished, quick
 from tunesmith.cli.app import app
 from tunesmith.export.exporting import EXPORTS
+from tunesmith.export.gguf_encoders import ENCODERS
 from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.onnx_file import KNOWN
 
@@ -22,7 +23,7 @@ def test_every_target_has_a_section() -> None:
 
 
 def test_every_architecture_stands_in_the_table() -> None:
-    assert [name for name in ARCHITECTURES if f"| {name} |" not in PAGE] == []
+    assert [name for name in (*ARCHITECTURES, *ENCODERS) if f"| {name} |" not in PAGE] == []
 
 
 def test_every_model_type_of_onnx_is_named() -> None:

@@ -158,8 +158,10 @@ def test_what_cannot_be_written_is_said_before_weights_are_loaded(
 
 
 def test_a_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="only models that go on with a text"):
-        written(finished("classify-encoder"), tmp_path)
+    with pytest.raises(ModelError, match="which is causal, is tuned for classify"):
+        written(finished("classify-causal"), tmp_path)
+    with pytest.raises(ModelError, match="which is encoder–decoder, is tuned for summarize"):
+        written(finished("summarize-encoder_decoder"), tmp_path)
 
 
 def test_template_tokens_and_ends_are_in_the_file(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_rows_for_the_proof_are_found_without_the_data(name: str) -> None:
 
 def test_an_adapter_that_does_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(verify, "look_at_tuned", lambda source, probes: (REAL_LOOK(source, probes)[0],) * 2)
+    monkeypatch.setattr(verify, "look_at_tuned", lambda *given: (REAL_LOOK(*given)[0],) * 2)
     done = exported("classify-encoder", tmp_path)
     assert "the adapter changes nothing on these rows" in done.notes
 

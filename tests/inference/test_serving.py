@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from inference.batches import Heard, hear, sharp
 from inference.engines import OPTIONS, says, two_runs
 from tiny_run import tiny_recipe
-from tiny_tasks import encoder_folder, task_recipe
+from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith import loading, training
 from tunesmith.asking import Ask, Refused
 from tunesmith.errors import InputError, ModelError, RunError
@@ -293,11 +293,7 @@ def test_vectors_are_means_of_tokens(tmp_path: Path) -> None:
 
 def test_files_of_sentence_transformers_say_how_tokens_are_pooled(tmp_path: Path) -> None:
     folder = encoder_folder(tmp_path / "encoder")
-    modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in
-               (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]  # fmt: skip
-    (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}), "utf-8")
+    write_pooling(folder, {"pooling_mode_cls_token": True})
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 6}), "utf-8")
     embedder = opened(folder).embedders["encoder"]
     [[*vector]], _ = embedder.embed(["red apple"])

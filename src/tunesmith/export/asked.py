@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from tunesmith.data.render import Renderer
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.generation import Sampling, answer, read_answer
 from tunesmith.loading import has_token_types
-from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.modes import evaluating
+from tunesmith.models.pooling import Kind, pool
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
 
+Asks: TypeAlias = HeadName | Literal["vector"]
+"""What is asked: what a head says, or of an encoder without one the vector of a text."""
 _FORWARD = {
     "next_token": logits_at_targets, "masked_token": logits_at_targets, "sequence": sequence_logits,
     "tokens": token_logits,
@@ -48,7 +51,7 @@ class Asked(Protocol):
         ...
 
     def logits(self, batch: Batch) -> Tensor:
-        """[N, V] float32 on the CPU, for a batch of one padded row."""
+        """[N, V] float32 on the CPU, for a batch of one padded row; of vectors [1, D]."""
         ...
 
     def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
@@ -81,7 +84,9 @@ class TorchAsked(ByRenderer):
 
     model: PreTrainedModel
     renderer: Renderer
-    head: HeadName
+    head: Asks
+    pooling: Kind = "mean"
+    """Of vectors."""
 
     @property
     def has_types(self) -> bool:
@@ -98,7 +103,10 @@ class TorchAsked(ByRenderer):
 
     def logits(self, batch: Batch) -> Tensor:
         with evaluating(self.model):
-            return _FORWARD[self.head](self.model, batch).float().cpu()
+            if self.head != "vector":
+                return _FORWARD[self.head](self.model, batch).float().cpu()
+            hidden_1TD = hidden_states(self.model, batch).float().cpu()[None]
+            return pool(hidden_1TD, torch.ones(hidden_1TD.shape[:2]), self.pooling)  # one row: no padding
 
     def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
         how = Sampling(max_new_tokens=num_tokens)
@@ -117,7 +125,7 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     located: Located
-    head: HeadName
+    head: Asks
     by: str
     """Whose code loaded it."""
     is_plain: bool = True

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tunesmith import __version__
-from tunesmith.export.comparing import Comparison
+from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
 from tunesmith.measures import MEASURES
@@ -84,7 +84,7 @@ def find_license(source: Source, given: str | None) -> tuple[str, str]:
 def _head(
     source: Source, name: str, fields: Mapping[str, Any], license: str, report: Mapping[str, Any]
 ) -> dict[str, Any]:
-    pipeline = _PIPELINES[source.head]
+    pipeline = str(fields.get("pipeline", _PIPELINES[source.head]))
     if source.kind == "encoder_decoder":
         pipeline = "summarization" if source.recipe.task == "summarize" else "text2text-generation"
     head: dict[str, Any] = {"license": license, "library_name": fields["library"], "pipeline_tag": pipeline}
@@ -173,9 +173,10 @@ def proof_lines(found: Comparison, bounds: Bounds) -> list[tuple[str, str, str]]
     """What was found, its value, and what is allowed."""
     lines = [
         ("tokens of rows and prompts", "identical" if found.same_ids else "other", "identical"),
-        (f"KL divergence at {found.positions:,} places, mean (most)", f"{found.kl:.2g} ({found.kl_max:.2g}) nats",
-         f"{bounds.kl:g}"),
-        ("same first choice", f"{found.top1:.1%}", ""),
+        (f"{found.measure} at {found.positions:,} places, mean (most)",
+         f"{found.kl:.2g} ({found.kl_max:.2g}){_unit(found)}",
+         f"{bounds.cosine if found.measure == COSINE else bounds.kl:g}"),
+        (_choice(found), f"{found.top1:.1%}", ""),
     ]  # fmt: skip
     if found.carried is not None and found.error_to_effect is not None:
         lines.append(("of what tuning changed", f"{found.carried:.2%}", f"100 % ± {bounds.carried:.0%}"))
@@ -198,10 +199,19 @@ def proof_lines(found: Comparison, bounds: Bounds) -> list[tuple[str, str, str]]
 def in_brief(found: Comparison) -> str:
     """In one line."""
     carried = "" if found.carried is None else f", {found.carried:.1%} of what tuning changed"
+    answers = f", same greedy answer {found.same_answers} of {found.answers}" if found.answers else ""
     return (
-        f"the same tokens, KL divergence {found.kl:.2g} nats (most {found.kl_max:.2g}), same first choice "
-        f"{found.top1:.1%}{carried}, same greedy answer {found.same_answers} of {found.answers}"
+        f"the same tokens, {found.measure} {found.kl:.2g}{_unit(found)} (most {found.kl_max:.2g}), {_choice(found)} "
+        f"{found.top1:.1%}{carried}{answers}"
     )
+
+
+def _unit(found: Comparison) -> str:
+    return " nats" if found.measure == KL else ""
+
+
+def _choice(found: Comparison) -> str:
+    return "same nearest text" if found.measure == COSINE else "same first choice"
 
 
 def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from tunesmith.export.probe import Seen
 from tunesmith.export.sketches import furthest
 from tunesmith.types import Labels
 
+KL, COSINE, RELATIVE = "KL divergence", "1 − cosine", "relative error"
+"""What is between two models: of next tokens and classes in nats, of vectors of texts, of numbers."""
 Floats = NDArray[np.float64]
 
 
@@ -29,10 +32,11 @@ class Comparison:
     difference: str
     """Where the first other token is."""
     kl: float
-    """Mean KL divergence, tuned from exported, in nats; of numbers the mean relative error."""
+    """Mean KL divergence, tuned from exported, in nats; of numbers and vectors what `measure` says."""
     kl_max: float
     top1: float
-    """Share of positions with the same first choice; of numbers 1."""
+    """Share of positions with the same first choice; of numbers 1; of vectors the share of texts that the same other
+    text is nearest to."""
     loss_tuned: float | None
     loss_exported: float | None
     carried: float | None
@@ -46,12 +50,15 @@ class Comparison:
     """The weight that is furthest from base plus delta; empty where weights were not compared."""
     distance: float
     """How far, over its size; estimated from sketches."""
+    measure: str = KL
 
     def problems(self, bounds: Bounds) -> list[str]:
         """What is past its bound, in words."""
         found = [] if self.same_ids else [f"its tokens are others: {self.difference}"]
-        if self.same_ids and not self.kl <= bounds.kl:
-            found.append(f"its KL divergence from the tuned model is {self.kl:.2g} nats, at most {bounds.kl:g} allowed")
+        most = bounds.cosine if self.measure == COSINE else bounds.kl
+        if self.same_ids and not self.kl <= most:
+            unit = " nats" if self.measure == KL else ""
+            found.append(f"its {self.measure} from the tuned model is {self.kl:.2g}{unit}, at most {most:g} allowed")
         if self.loss_tuned is not None and self.loss_exported is not None:
             moved = self.loss_exported - self.loss_tuned
             if not (abs(moved) <= bounds.loss or (bounds.loss_may_fall and moved <= 0)):
@@ -85,8 +92,11 @@ def compare(tuned: Seen, exported: Seen, *, base: Seen | None, labels: Labels | 
     carried = share = None
     if is_same:
         pairs = list(zip(tuned.logits, exported.logits, strict=True))
-        kl_N = np.concatenate([np.zeros(0), *(_divergence(a.astype(np.float64), b, labels) for a, b in pairs)])
-        top_N = np.concatenate([top_N, *(_same_choice(a, b, labels) for a, b in pairs)])
+        if tuned.vectors:
+            kl_N, top_N = _between_vectors(tuned.logits, exported.logits)
+        else:
+            kl_N = np.concatenate([np.zeros(0), *(_divergence(a.astype(np.float64), b, labels) for a, b in pairs)])
+            top_N = np.concatenate([top_N, *(_same_choice(a, b, labels) for a, b in pairs)])
         if base is not None:
             carried, share = _effect(tuned, exported, base)
     return Comparison(
@@ -105,6 +115,7 @@ def compare(tuned: Seen, exported: Seen, *, base: Seen | None, labels: Labels | 
         same_answers=sum(a == b for a, b in zip(tuned.answers, exported.answers, strict=False)),
         furthest=weight,
         distance=distance,
+        measure=COSINE if tuned.vectors else RELATIVE if labels is not None and labels.kind == "number" else KL,
     )
 
 
@@ -148,6 +159,18 @@ def _same_choice(
     if labels is not None and labels.kind == "many":
         return np.asarray(((tuned_NV > 0) == (exported_NV > 0)).all(-1))
     return np.asarray(tuned_NV.argmax(-1) == exported_NV.argmax(-1))
+
+
+def _between_vectors(
+    tuned: Sequence[NDArray[np.float32]], exported: Sequence[NDArray[np.float32]]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """1 − cosine of each text, and whether the same other text is nearest to it."""
+    ours_ND, theirs_ND = (np.concatenate(vectors).astype(np.float64) for vectors in (tuned, exported))
+    ours_ND, theirs_ND = (
+        x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (ours_ND, theirs_ND)
+    )
+    nearest = [(x @ x.T - 2 * np.eye(len(x))).argmax(-1) for x in (ours_ND, theirs_ND)]
+    return np.maximum(1 - (ours_ND * theirs_ND).sum(-1), 0.0), nearest[0] == nearest[1]
 
 
 def _effect(tuned: Seen, exported: Seen, base: Seen) -> tuple[float | None, float | None]:

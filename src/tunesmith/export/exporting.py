@@ -111,7 +111,7 @@ def _export(
     if proof:
         on_progress("tuned", 0, 1)
         probes = find_probes(source)
-        tuned, base = verify.look_at_tuned(source, probes)
+        tuned, base = verify.look_at_tuned(source, probes, export.asks(source))
     on_progress("write", 0, 1)
     with storing(folder, num_bytes=export.num_bytes(source, options)):
         notes = [*notes, *export.write(source, folder, options)]

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.export.asked import Asks
+from tunesmith.export.gguf_encoders import ENCODERS, add_reading, check_encoder, encoder_names
 from tunesmith.export.gguf_header import file_stem, gguf_writer
 from tunesmith.export.gguf_kinds import (
     BASE_OF_QUANTISER,
@@ -43,23 +45,27 @@ def file_name(source: Source, options: Options) -> str:
 
 def check(source: Source, options: Options) -> list[str]:
     """What to say before; raises ModelError for a model, a head or a tokenizer that cannot go into a GGUF."""
-    if source.head != "next_token" or source.kind != "causal":
+    if source.kind == "encoder":
+        notes = check_encoder(source)
+    elif source.head != "next_token" or source.kind != "causal":
         raise ModelError(
-            f"gguf: only models that go on with a text can be written here, and this one is tuned for "
-            f"{source.recipe.task}. Export merged instead."
+            f"gguf: encoders and models that go on with a text can be written here, and this one, which is "
+            f"{source.kind.replace('_', '–')}, is tuned for {source.recipe.task}. Export merged instead."
         )
-    find_architecture(source.config, source.weights.name)
+    else:
+        find_architecture(source.config, source.weights.name)
+        notes = []
     check_quantiser(options.quant)
     rule = find_vocabulary(source, options.pre).rule
-    notes = [f"text is split by llama.cpp's rule {rule.name}: {rule.how}"]
+    notes.append(f"text is split by llama.cpp's rule {rule.name}: {rule.how}")
     if isinstance(source.tokenizer.chat_template, dict):
         raise ModelError(
             "gguf: the tokenizer has several chat templates. Give the one it was tuned with by data.template."
         )
-    if source.config.model_type in UNKNOWN_TO_TRANSFORMERS and not is_installed():
+    if source.config.model_type in (*UNKNOWN_TO_TRANSFORMERS, *ENCODERS) and not is_installed():
         notes.append(
             f"transformers reads no GGUF of a {source.config.model_type}, and llama-cpp-python is not installed: "
-            "tunesmith alone reads it back, and would not see an order of rows that llama.cpp takes for another"
+            "tunesmith alone reads it back, and would not see names or an order of rows that llama.cpp takes for others"
         )
     return notes
 
@@ -93,14 +99,19 @@ def _write_file(
 ) -> int:
     """A model whose weights are `tensors`; how many matrices fell back to F16."""
     config = source.config
-    architecture = find_architecture(config, source.weights.name)
+    if source.kind == "encoder":
+        architecture = ENCODERS[config.model_type]
+        names = encoder_names(architecture, model)
+    else:
+        architecture = find_architecture(config, source.weights.name)
+        names = model_names(architecture, model)
     factors = rope_factors(model, config) if architecture.rope_factors else None
-    names = model_names(architecture, model)
     numbers = _numbers(model, names, architecture, options)
     with gguf_writer(path, source, options, architecture=architecture.name, kind=gguf.GGUFType.MODEL) as writer:
         for key, value in architecture.facts(config).items():
-            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-            add(f"{architecture.name}.{key}", value)
+            _ADD[type(value)](writer, f"{architecture.name}.{key}", value)
+        if source.kind == "encoder":
+            add_reading(writer, source)
         add_vocabulary(writer, find_vocabulary(source, options.pre), source, num_rows=_num_rows(model))
         for name, (shape, number) in numbers.items():
             writer.add_tensor_info(
@@ -119,6 +130,11 @@ def _write_file(
             writer.write_tensor_data(factors.numpy())
     asked = KINDS[options.quant].number
     return sum(len(shape) > 1 and number == Number.F16 != asked for shape, number in numbers.values())
+
+
+_ADD = {
+    bool: gguf.GGUFWriter.add_bool, float: gguf.GGUFWriter.add_float32, int: gguf.GGUFWriter.add_uint32,
+}  # fmt: skip
 
 
 def _num_rows(model: PreTrainedModel) -> int:
@@ -160,8 +176,20 @@ def rounds_less(options: Options) -> str:
 
 def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     name = file_name(source, options)
-    use = [("sh", f"llama-server -m {name} --jinja"), ("sh", f"llama-cli -m {name} --jinja")]
-    return {"library": "gguf", "relation": "quantized", "use": use}
+    fields = {"library": "gguf", "relation": "quantized"}
+    if source.head == "next_token":
+        use = [f"llama-server -m {name} --jinja", f"llama-cli -m {name} --jinja"]
+    elif source.head == "sequence":
+        use = [f'llama-embedding -m {name} -p "a text"  # a raw score for each class']
+    else:
+        use = [f"llama-server -m {name} --embeddings  # vectors of length 1 at /v1/embeddings"]
+        fields["pipeline"] = "feature-extraction"
+    return {**fields, "use": [("sh", line) for line in use]}
+
+
+def asks(source: Source) -> Asks:
+    """What llama.cpp computes of it."""
+    return "vector" if source.head == "masked_token" else source.head
 
 
 GGUF = Export(
@@ -176,4 +204,5 @@ GGUF = Export(
     card=_card,
     reads=("quant", "pre", "merge_into"),
     quants=tuple(KINDS),
+    asks=asks,
 )

@@ -20,6 +20,8 @@ from tunesmith.models.headers import read_gguf
 Number: TypeAlias = gguf.GGMLQuantizationType
 _File = gguf.LlamaFileType
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
+_ADDED = ("position_embd.weight", "token_types.weight", "cls.output.weight")
+"""Small, and added to or read as they are: llama.cpp's own quantiser leaves the first two alone as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ BASE_OF_QUANTISER = "f16"
 def number_of(name: str, shape: tuple[int, ...], kind: Kind, *, is_tied: bool) -> Number:
     """How the tensor `name` of llama.cpp is stored. Vectors stay float32, as llama.cpp wants them; what cannot be cut
     into blocks is F16."""
-    if len(shape) < 2:
+    if len(shape) < 2 or name in _ADDED:
         return Number.F32
     is_output = name == _OUTPUT or (is_tied and name == _EMBEDDING)
     number = kind.output if is_output and kind.output is not None else kind.number

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import gguf
 import torch
 from tokenizers import normalizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -19,15 +22,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.export.asked import Loaded, dtype_of
+from tunesmith.export.asked import Asked, Asks, Loaded, TorchAsked, dtype_of
+from tunesmith.export.gguf_encoders import ENCODERS, pooling_of, unpack_encoder
 from tunesmith.export.gguf_models import REPACKED, find_architecture, model_names
 from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, tensors, unpack
+from tunesmith.export.gguf_word_pieces import read_word_pieces
 from tunesmith.models import gguf_tokenizer, load, locate
 from tunesmith.models.headers import GgufHeader, read_gguf
 from tunesmith.models.locate import Located
+from tunesmith.models.pooling import Kind
 from tunesmith.models.source import blaming, source
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.types import ModelKind
 
 UNREAD = "transformers reads no such file"
 TEMPLATE = "chat_template.jinja"
@@ -40,6 +48,8 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
     path = next(folder.glob("*.gguf"))
     located = locate.locate(str(path), offline=True)
     header = read_gguf(path)
+    if header.architecture in ENCODERS:
+        return _load_encoder(located, header, recipe)
     if header.architecture in UNKNOWN_TO_TRANSFORMERS:
         with blaming(located, "its weights cannot be read"):
             model = unpack(path, header, dtype_of(recipe))
@@ -58,9 +68,37 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
     return Loaded(model, read_tokenizer(located), located, "next_token", f"transformers {version('transformers')}")
 
 
+@dataclass(frozen=True)
+class EncoderLoaded(Loaded):
+    """An encoder, whose vectors are pooled as the file says, or with a head that answers with classes."""
+
+    pooling: Kind | None = None
+
+    @property
+    def kind(self) -> ModelKind:
+        return "encoder"
+
+    def asked(self, renderer: Renderer) -> Asked:
+        return TorchAsked(self.model, renderer, self.head, self.pooling or "mean")
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        body = f"{self.model.base_model_prefix}." if self.head == "vector" else ""
+        yield from ((name, weight) for name, weight in super().weights() if name.startswith(body))
+
+
+def _load_encoder(located: Located, header: GgufHeader, recipe: Recipe) -> EncoderLoaded:
+    with blaming(located, "its weights cannot be read"):
+        model = unpack_encoder(located.path, header, dtype_of(recipe))
+    pooling = pooling_of(header)
+    head: Asks = "vector" if pooling else "sequence"
+    return EncoderLoaded(model, read_tokenizer(located), located, head, f"tunesmith ({UNREAD})", pooling=pooling)
+
+
 def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF, which splits text as llama.cpp does."""
     facts = read_gguf(located.path).metadata
+    if facts.get("tokenizer.ggml.model") == "bert":
+        return read_word_pieces(located.path)
     if facts["general.architecture"] in UNKNOWN_TO_TRANSFORMERS:
         with blaming(located, "its tokenizer cannot be used"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(**source(located))

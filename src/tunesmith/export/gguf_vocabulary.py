@@ -12,6 +12,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError
+from tunesmith.export.gguf_word_pieces import add_word_pieces, as_there, check_word_pieces
 from tunesmith.export.pre_tokenizers import Rule, find_rule
 from tunesmith.export.source import Source
 from tunesmith.models.headers import read_gguf
@@ -25,7 +26,7 @@ class Vocabulary:
     """What of a tokenizer goes into the header."""
 
     model: str
-    """gpt2: byte level; llama: pieces of sentencepiece."""
+    """gpt2: byte level; llama: pieces of sentencepiece; bert: pieces of words."""
     rule: Rule
     backend: Mapping[str, Any]
     """The tokenizer's own file."""
@@ -36,6 +37,9 @@ def find_vocabulary(source: Source, pre: str | None) -> Vocabulary:
     tokenizer = source.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
+    if model["type"] == "WordPiece":
+        check_word_pieces(source.weights.name, backend)
+        return Vocabulary("bert", Rule("default", "words are cut into the longest pieces, as BERT's are"), backend)
     if model["type"] != "BPE":
         raise ModelError(
             f"gguf: a tokenizer of the kind {model['type']} cannot be written here. Export merged instead, and convert "
@@ -53,10 +57,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, source: Sour
     """Write the tokenizer; `num_rows` are those of the embedding, which may be more than the tokens."""
     tokenizer, backend = source.tokenizer, vocabulary.backend
     tokens, kinds = _tokens(tokenizer, backend, num_rows)
+    if vocabulary.model == "bert":
+        normal = int(gguf.TokenType.NORMAL)
+        tokens = [as_there(t) if kind == normal else t for t, kind in zip(tokens, kinds, strict=True)]
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.rule.name)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
+    if vocabulary.model == "bert":
+        add_word_pieces(writer, backend, tokenizer)
+        return
     if vocabulary.model == "gpt2":
         writer.add_token_merges([" ".join(_pair(merge)) for merge in backend["model"]["merges"]])
     else:

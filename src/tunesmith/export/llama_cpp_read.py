@@ -21,12 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.export.asked import greedy
+from tunesmith.export.asked import Asks, greedy
+from tunesmith.export.gguf_encoders import ENCODERS, pooling_of
 from tunesmith.export.gguf_read import TEMPLATE, read_tokenizer
 from tunesmith.models import locate
+from tunesmith.models.headers import read_gguf
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.types import Batch, HeadName, ModelKind
+from tunesmith.types import Batch, ModelKind
 
 LLAMA_CPP = "llama.cpp"
 """Name of this way to load."""
@@ -124,17 +126,44 @@ class LlamaAsked:
 
 
 @dataclass(frozen=True)
+class LlamaEncoderAsked(LlamaAsked):
+    """An open encoder: one vector a text, or the scores of its classes."""
+
+    num_outputs: int = 0
+
+    def logits(self, batch: Batch) -> Tensor:
+        import llama_cpp
+
+        ids = batch.ids_BT[0].tolist()
+        self._decode(ids, 0, set(range(len(ids))))
+        row = llama_cpp.llama_get_embeddings_seq(self.llama.ctx, 0)
+        return torch.from_numpy(np.ctypeslib.as_array(row, shape=(1, self.num_outputs)).copy())
+
+    def split(self, renderer: Renderer, texts: Sequence[str]) -> list[list[int]]:
+        """Without the marks around a text, where it puts them there."""
+        marks = [renderer.tokenizer.cls_token_id, renderer.tokenizer.sep_token_id]
+        whole = [self.llama.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
+        return [ids[1:-1] if [ids[0], ids[-1]] == marks else ids for ids in whole]
+
+
+@dataclass(frozen=True)
 class LlamaLoaded:
     """What was exported, ready to be asked."""
 
     llama: Any
     tokenizer: PreTrainedTokenizerBase
     by: str
-    head: HeadName = "next_token"
+    head: Asks = "next_token"
     kind: ModelKind = "causal"
 
     def asked(self, renderer: Renderer) -> LlamaAsked:
-        return LlamaAsked(self.llama)
+        import llama_cpp
+
+        if self.kind == "causal":
+            return LlamaAsked(self.llama)
+        num_classes = llama_cpp.llama_model_n_cls_out(self.llama.model)
+        num_outputs = self.llama.n_embd() if self.head == "vector" else num_classes
+        return LlamaEncoderAsked(self.llama, num_outputs=num_outputs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """None: it does not give them out."""
@@ -152,6 +181,12 @@ def load_llama_cpp(folder: Path, recipe: Recipe, base: Path | None) -> LlamaLoad
     words: dict[str, Any] = {"n_ctx": longest + ROOM, "n_batch": MOST_AT_ONCE, "n_threads": torch.get_num_threads()}
     if base is not None:
         words["lora_path"] = str(exported)
+    header = read_gguf(path)
+    what: dict[str, Any] = {}
+    if header.architecture in ENCODERS:  # which read a text at once
+        whole = int(header.metadata[f"{header.architecture}.context_length"])
+        words |= {"n_ctx": whole, "n_batch": whole, "n_ubatch": whole, "embedding": True}
+        what = {"kind": "encoder", "head": "vector" if pooling_of(header) else "sequence"}
     by = f"llama.cpp (llama-cpp-python {installed_version()})"
     try:
         llama = llama_cpp.Llama(str(path), verbose=False, **words)
@@ -162,4 +197,4 @@ def load_llama_cpp(folder: Path, recipe: Recipe, base: Path | None) -> LlamaLoad
     template = folder / TEMPLATE
     if template.is_file():
         tokenizer.chat_template = template.read_text("utf-8")
-    return LlamaLoaded(llama, tokenizer, by)
+    return LlamaLoaded(llama, tokenizer, by, **what)

@@ -10,6 +10,7 @@ import torch
 from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source
 from tunesmith.methods import merge
+from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.save import save_model
 from tunesmith.models.size import size
 
@@ -49,6 +50,8 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
         merge(attachment)
     model.to(dtype)
     save_model(model, source.tokenizer, folder, located=source.result_located, stop_ids=source.renderer.stop_ids)
+    if source.head == "masked_token":
+        copy_pooling(source.weights.path, folder)
     return []
 
 

@@ -158,6 +158,11 @@ def modelfile(source: Source, name: str, *, license: str | None = None) -> str:
 
 
 def _check(source: Source, options: Options) -> list[str]:
+    if source.kind == "encoder":
+        raise ModelError(
+            f"{source.weights.name}: ollama: only models that go on with a text get a Modelfile here. Export "
+            "gguf: Ollama takes an encoder's file by `FROM` alone."
+        )
     notes = gguf_file.check(source, options)
     modelfile(source, "", license=options.license)
     return [*notes, *as_go(source)[1], *_prompt_note(source)]

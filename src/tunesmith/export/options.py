@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from tunesmith.export.asked import Asks
     from tunesmith.export.source import Source
 
 MERGE_INTO = ("original", "dequantized")
@@ -45,23 +46,25 @@ class Bounds:
     """How far the share of tuning's effect that is in the export may be from 1."""
     weights: float
     """How far any weight may be from base plus delta, over its size."""
+    cosine: float
+    """Mean of 1 − cosine of the vectors of texts."""
     loss_may_fall: bool = False
     """A lower held-out loss is no fault: the base is a better one than that which was tuned on."""
 
 
-EXACT = Bounds(kl=1e-6, loss=1e-4, carried=0.01, weights=1e-5)
+EXACT = Bounds(kl=1e-6, loss=1e-4, carried=0.01, weights=1e-5, cosine=1e-9)
 """The same numbers in float32: 1e-4 on logits and less is noise of the order of additions."""
-ROUNDED = Bounds(kl=5e-3, loss=0.02, carried=0.2, weights=8e-3)
+ROUNDED = Bounds(kl=5e-3, loss=0.02, carried=0.2, weights=8e-3, cosine=1e-4)
 """Weights of 16 bits. Measured: a merge of SmolLM2 into bfloat16 has KL 7e-4, and rounding moves a weight by 1.1e-3 of
 its size. 0.02 nats of loss: trap A2 of docs/correctness.md. After three steps of tuning, when rounding is as large as
 6 % of what they changed, it has been seen to look like 6 % of the effect."""
-GGUF_EXACT = Bounds(kl=1e-3, loss=0.02, carried=0.05, weights=2e-3)
+GGUF_EXACT = Bounds(kl=1e-3, loss=0.02, carried=0.05, weights=2e-3, cosine=1e-4)
 """F32 and F16 in a GGUF (trap A14)."""
-QUANTIZED = Bounds(kl=2e-2, loss=0.05, carried=0.2, weights=3e-2)
+QUANTIZED = Bounds(kl=2e-2, loss=0.05, carried=0.2, weights=3e-2, cosine=1e-3)
 """8 bits: blocks of 32 share a scale."""
-SIX_BITS = Bounds(kl=5e-2, loss=0.05, carried=0.2, weights=6e-2)
-FIVE_BITS = Bounds(kl=0.25, loss=0.15, carried=0.3, weights=0.2)
-FOUR_BITS = Bounds(kl=0.5, loss=0.2, carried=0.3, weights=0.25)
+SIX_BITS = Bounds(kl=5e-2, loss=0.05, carried=0.2, weights=6e-2, cosine=1e-2)
+FIVE_BITS = Bounds(kl=0.25, loss=0.15, carried=0.3, weights=0.2, cosine=0.1)
+FOUR_BITS = Bounds(kl=0.5, loss=0.2, carried=0.3, weights=0.25, cosine=0.1)
 """About twice what was measured of SmolLM2-135M, which such kinds hurt more than larger models: of q4_0 KL 0.22, loss
 +0.10, 94 % carried, weights 0.14; of q5_k_m, most rows as Q5_1, KL 0.11, loss +0.06, 113 %, 0.09. Those of q6_k stand
 between its neighbours'. A lost adapter carries nothing whatever the kind."""
@@ -96,3 +99,6 @@ class Export:
     """Options that it reads beside the licence."""
     quants: tuple[str, ...] = ()
     """What --quant can be."""
+    asks: Callable[[Source], Asks] = lambda source: source.head
+    """What the proof asks both models: what their head says, or of an encoder that leaves it behind the vector of a
+    text."""

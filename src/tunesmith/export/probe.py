@@ -28,13 +28,13 @@ from tunesmith.data.render import Renderer
 from tunesmith.evaluation.general import passages
 from tunesmith.evaluation.samples import PromptRoom, sample_prompts
 from tunesmith.export import loaders
-from tunesmith.export.asked import Asked
+from tunesmith.export.asked import Asked, Asks
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
 from tunesmith.loading import make_renderer, run_labels
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Part, Row, Source
+from tunesmith.types import IGNORE, Batch, Example, Labels, Layout, Part, Row, Source
 
 MOST_TOKENS = 8192
 """Of all rows together; the first row is always taken."""
@@ -61,6 +61,8 @@ class Seen:
     loaded_by: str = ""
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     """[N, V] of each row."""
+    vectors: bool = False
+    """Whether these are vectors of texts, [1, D] each."""
 
     @property
     def loss(self) -> float | None:
@@ -83,7 +85,7 @@ def look(
     renderer: Renderer,
     examples: Sequence[Example],
     *,
-    head: HeadName,
+    head: Asks,
     labels: Labels | None,
     masked: float,
     answered: bool = True,
@@ -92,7 +94,8 @@ def look(
     prompts and answers."""
     rows = rows_of(renderer, examples, head=head, labels=labels, masked=masked)
     # Fixed texts hold what rules of splitting disagree on: blanks, digits, quotes, many scripts, code.
-    seen = Seen([row.ids.tolist() for row in rows], texts=asked.split(renderer, [PROBE, *passages()]))
+    texts = asked.split(renderer, [PROBE, *passages()])
+    seen = Seen([row.ids.tolist() for row in rows], texts=texts, vectors=head == "vector")
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     how: dict[str, Any] = {"decoder_start": asked.decoder_start, "has_types": asked.has_types}
     for row in rows:
@@ -100,7 +103,7 @@ def look(
         logits_NV = asked.logits(batch)
         if len(logits_NV) == 0:
             continue
-        if row.labels is None or not _unanswered(row.labels):
+        if not seen.vectors and (row.labels is None or not _unanswered(row.labels)):
             seen.losses.append(float(_losses(logits_NV, batch, labels).double().sum()))
             seen.counts.append(batch.num_targets)
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
@@ -113,7 +116,7 @@ def look(
 
 
 def rows_of(
-    renderer: Renderer, examples: Sequence[Example], *, head: HeadName, labels: Labels | None, masked: float
+    renderer: Renderer, examples: Sequence[Example], *, head: Asks, labels: Labels | None, masked: float
 ) -> list[Row]:
     """The first row of each example that has one, until there are MOST_TOKENS."""
     vocabulary: dict[str, int] = {}

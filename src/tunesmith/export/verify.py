@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.errors import ExportError
 from tunesmith.export import probe
-from tunesmith.export.asked import TorchAsked
+from tunesmith.export.asked import Asks, TorchAsked
 from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.gguf_file import write_base
 from tunesmith.export.llama_cpp_read import LLAMA_CPP, is_installed
@@ -19,13 +19,14 @@ from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
 from tunesmith.files import storing
 from tunesmith.loading import Speaker, load_base, load_run
+from tunesmith.models.pooling import find_pooling
 from tunesmith.models.size import size
 
 
-def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
+def look_at_tuned(source: Source, probes: Probes, asks: Asks) -> tuple[Seen, Seen | None]:
     """What the tuned model makes of the probes, with its adapter live on its base, and what the base makes of them."""
     speaker = load_run(source.run, offline=True)
-    tuned = _look(speaker, source, probes, answered=True)
+    tuned = _look(speaker, source, probes, asks, answered=True)
     base = None
     if source.is_off_its_base:
         # An export is on the base as it is. What tuning changed cannot be told there from what quantising changed; that
@@ -33,19 +34,22 @@ def look_at_tuned(source: Source, probes: Probes) -> tuple[Seen, Seen | None]:
         speaker = load_run(source.run, offline=True, as_trained=False)
     elif speaker.can_untune:
         with speaker.untuned():
-            base = _look(speaker, source, probes, answered=False)
+            base = _look(speaker, source, probes, asks, answered=False)
     elif speaker.attachment is not None:
-        base = _look(load_base(source.run, offline=True), source, probes, answered=False)
-    weights = sketch_all(tuned_tensors(speaker.model, speaker.attachment))
+        base = _look(load_base(source.run, offline=True), source, probes, asks, answered=False)
+    body = f"{speaker.model.base_model_prefix}." if asks == "vector" else ""
+    tensors = tuned_tensors(speaker.model, speaker.attachment)
+    weights = sketch_all((name, tensor) for name, tensor in tensors if name.startswith(body))
     return replace(tuned, weights=weights), base
 
 
-def _look(speaker: Speaker, source: Source, probes: Probes, *, answered: bool) -> Seen:
+def _look(speaker: Speaker, source: Source, probes: Probes, asks: Asks, *, answered: bool) -> Seen:
+    pooling = find_pooling(source.weights.path).kind if asks == "vector" else "mean"
     return probe.look(
-        TorchAsked(speaker.model, speaker.renderer, speaker.head),
+        TorchAsked(speaker.model, speaker.renderer, asks, pooling),
         speaker.renderer,
         probes.examples,
-        head=speaker.head,
+        head=asks,
         labels=source.labels,
         masked=source.recipe.train.masked,
         answered=answered,

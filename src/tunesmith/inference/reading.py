@@ -4,29 +4,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.asking import Refused, Served
 from tunesmith.data.batch import fill_passes
-from tunesmith.errors import ModelError
 from tunesmith.loading import Speaker
 from tunesmith.models.modes import evaluating
+from tunesmith.models.pooling import Pooling, pool
 from tunesmith.predicting.lines import Line
 from tunesmith.predicting.predictor import Predictor
 from tunesmith.types import Example, Part, Problem, Source
-
-Pooling = Literal["mean", "cls", "max"]
-_POOLINGS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
-}  # fmt: skip
-_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
@@ -62,39 +54,11 @@ def _example(task: str, text: str | tuple[str, str], index: int) -> Example:
 
 @dataclass(frozen=True)
 class Embedder:
-    """An encoder without a head: what it makes of a text's tokens, pooled as its files say, by their mean if they do
-    not (Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084, section 3)."""
+    """An encoder without a head: what it makes of a text's tokens, pooled as its files say."""
 
     served: Served
     speaker: Speaker
-
-    @cached_property
-    def how(self) -> tuple[Pooling, bool, int]:
-        """How tokens become one vector, whether it is brought to length 1, and the most tokens.
-
-        Raises ModelError where the files of sentence-transformers ask for something else.
-        """
-        folder = self.speaker.located.path
-        most = self.served.max_tokens
-        if not (folder / "modules.json").is_file():
-            return "mean", False, most
-        modules = _json(folder / "modules.json")
-        names = [str(module["type"]).rpartition(".")[2] for module in modules]
-        if strange := [name for name in names if name not in _KNOWN_MODULES]:
-            raise ModelError(f"{folder}: modules.json: {strange[0]}: only {', '.join(_KNOWN_MODULES)} can be served.")
-        pooling: Pooling = "mean"
-        if "Pooling" in names:
-            config = _json(folder / modules[names.index("Pooling")]["path"] / "config.json")
-            asked = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-            if len(asked) != 1 or asked[0] not in _POOLINGS:
-                raise ModelError(
-                    f"{folder}: {', '.join(asked) or 'no pooling'}: one of {', '.join(_POOLINGS)} is known."
-                )
-            pooling = _POOLINGS[asked[0]]
-        limits = folder / "sentence_bert_config.json"
-        if limits.is_file():
-            most = min(most, _json(limits).get("max_seq_length") or most)
-        return pooling, "Normalize" in names, most
+    pooling: Pooling
 
     def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """A vector a text, and how many tokens were read. Raises Refused for a text that is empty or too long."""
@@ -110,7 +74,7 @@ class Embedder:
 
     def _ids(self, text: str, index: int) -> list[int]:
         ids = self.speaker.renderer.tokenizer(text).input_ids
-        most = self.how[2]
+        most = self.served.max_tokens
         if not text.strip():
             raise Refused(f"input[{index}] is empty", status=400, code="invalid_value", param="input")
         if len(ids) > most:
@@ -121,7 +85,6 @@ class Embedder:
         return list(ids)
 
     def _vectors(self, rows: Sequence[list[int]]) -> Iterator[list[float]]:
-        pooling, normalizes, _ = self.how
         longest = max(map(len, rows))
         ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
         mask_BT = torch.zeros_like(ids_BT)
@@ -132,20 +95,7 @@ class Embedder:
         device = self.speaker.model.device
         mask_BT = mask_BT.to(device)
         hidden_BTD: Tensor = base(input_ids=ids_BT.to(device), attention_mask=mask_BT).last_hidden_state.float()
-        mask_BT1 = mask_BT[..., None].bool()
-        if pooling == "cls":
-            pooled_BD = hidden_BTD[:, 0]
-        elif pooling == "max":
-            pooled_BD = hidden_BTD.masked_fill(~mask_BT1, float("-inf")).amax(1)
-        else:
-            pooled_BD = hidden_BTD.masked_fill(~mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
-        if normalizes:
+        pooled_BD = pool(hidden_BTD, mask_BT, self.pooling.kind)
+        if self.pooling.normalizes:
             pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=-1)
         yield from pooled_BD.tolist()
-
-
-def _json(path: Any) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}. Download the model again.") from error

@@ -21,6 +21,7 @@ from tunesmith.loading import Speaker
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
+from tunesmith.models.pooling import find_pooling
 from tunesmith.recipe.knobs import LoraMethod, Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run, is_run
@@ -193,9 +194,9 @@ def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> Non
         _add_voice(serving, voice)
         proofs.prove([voice], note)
     elif speaker.head == "masked_token":
-        embedder = Embedder(_served(speaker, name, run, "embeddings"), speaker)
-        _, _, most = embedder.how
-        serving.embedders[name] = replace(embedder, served=replace(embedder.served, max_tokens=most))
+        served, pooling = _served(speaker, name, run, "embeddings"), find_pooling(speaker.located.path)
+        most = min(served.max_tokens, pooling.max_tokens or served.max_tokens)
+        serving.embedders[name] = Embedder(replace(served, max_tokens=most), speaker, pooling)
     else:
         serving.labellers[name] = Labeller(_served(speaker, name, run, "labels"), speaker)
         proofs.prove_rows(run, speaker.renderer, note)

@@ -21,6 +21,7 @@ from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.models import heads, padding
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.locate import Located
+from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.quiet import quiet
 
 SHARD_BYTES = 5 * 1000**3
@@ -39,7 +40,8 @@ def save_model(
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
     `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
-    labels.json. Raises StorageError where the disk refuses.
+    labels.json. An encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
+    Raises StorageError where the disk refuses.
     """
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     temporary = temporary_folder(folder.parent, folder.name)
@@ -48,6 +50,8 @@ def save_model(
             _save_weights(model, temporary, num_bytes)
             save_tokenizer(padding.fitted(model, tokenizer), temporary, located=located)
             heads.write_labels(model, temporary)
+            if type(model).__name__.endswith("ForMaskedLM"):
+                copy_pooling(located.path, temporary)
             if model.can_generate():
                 save_generation_config(model, temporary, stop_ids=stop_ids)
         replace_folder(temporary, folder, swap=True)
