@@ -126,6 +126,15 @@ def test_in_bfloat16_its_gradients_are_as_near_to_the_truth_as_the_models_own():
     assert ours < 1.3 * plain
 
 
+@pytest.mark.parametrize("shape", [(1,), (33, 7)])
+def test_the_factor_of_a_gradient_is_not_rounded(shape):
+    """What torch does with one number on a processor is what the general way does, bit for bit."""
+    saved = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    factor = torch.tensor(1 / 237)
+    assert torch.equal(output_module._times(saved, factor), (saved.float() * factor).bfloat16())
+    assert factor.bfloat16() != factor
+
+
 @pytest.mark.parametrize("targets", [[], [3]])
 def test_a_frozen_layer_and_few_targets(targets):
     made = layer(4, 6, bias=False).requires_grad_(False)
