@@ -99,6 +99,11 @@ def prepare(
         DoesNotFitError: it needs more memory than there is.
     """
     seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    if not seen.start.located.has_weights:  # it fits, so they are worth fetching
+        on_progress("download", 0, 1)
+        locate.locate(seen.start.located.name, revision=recipe.revision)
+        on_progress("download", 1, 1)
+        seen = foresee(recipe, root=root, on_progress=on_progress, run=run)
     recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))

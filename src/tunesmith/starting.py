@@ -43,7 +43,8 @@ class Start:
 
 
 def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
-    """Find the model, and decide what has to be decided before rows are read.
+    """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not cached
+    only the headers of the weights are fetched.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
@@ -52,7 +53,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     recipe = recipe.model_copy(update={"model": name})
     check_installed(recipe.optim)
     notes = [chained] if chained else []
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline, weights=False)
     tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
     if isinstance(recipe.method, PeftMethod):
         recipe = recipe.model_copy(update={"method": resolved(recipe.method)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +12,19 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from typer.testing import CliRunner
 
-from tunesmith.errors import ModelError
+from tiny_run import chats, tiny_recipe
+from tunesmith.cli.app import app
+from tunesmith.errors import DoesNotFitError, ModelError
 from tunesmith.models import load
+from tunesmith.models import locate as locating
+from tunesmith.models.folder import read_tensors
 from tunesmith.models.locate import locate
+from tunesmith.models.size import size
+from tunesmith.planning import devices
+from tunesmith.preparing import prepare
+from tunesmith.recipe.knobs import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -89,7 +99,19 @@ class Hub:
             if local_files_only:
                 return real(repo_id, revision=revision, local_files_only=True)
             self.asked += allow_patterns
-            return str(put(self.cache, self.folder, without=tuple(set(self.names) - set(allow_patterns))))
+            had_name = (self.cache / "models--acme--tiny" / "refs" / "main").exists()
+            snapshot = put(self.cache, self.folder, without=tuple(set(self.names) - set(allow_patterns)))
+            if revision == COMMIT and not had_name:  # the cache learns a name only by being asked for it
+                (self.cache / "models--acme--tiny" / "refs" / "main").unlink()
+            return str(snapshot)
+
+        def headers(api, repo_id, name, revision=None):
+            self.asked.append(f"headers of {name}")
+            text = (self.folder / name).read_bytes()
+            told = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
+            metadata = told.pop("__metadata__", {})
+            tensors = {key: SimpleNamespace(**one) for key, one in told.items()}
+            return SimpleNamespace(metadata=metadata, tensors=tensors)
 
         def model_info(api, repo_id, revision=None):
             if self.error:
@@ -98,6 +120,7 @@ class Hub:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+        monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", headers)
 
 
 @pytest.fixture
@@ -113,6 +136,78 @@ def test_download_brings_safetensors_and_never_pickles(hub):
     assert located.revision == COMMIT
     assert "model.safetensors" in hub.asked
     assert not {"pytorch_model.bin", "consolidated.safetensors", "original.pth", "README.md"} & set(hub.asked)
+
+
+def test_what_was_downloaded_is_found_again_without_the_hub(hub, no_sockets):
+    first = locate("acme/tiny")
+    assert locate("acme/tiny", offline=True) == first
+
+
+def test_without_weights_their_headers_alone_are_fetched(hub):
+    located = locate("acme/tiny", weights=False)
+    assert not located.has_weights
+    assert "headers of model.safetensors" in hub.asked
+    assert "model.safetensors" not in hub.asked
+    whole = locate(str(hub.folder))
+    assert size(located) == size(whole)
+    assert read_tensors(located.path, "acme/tiny") == read_tensors(whole.path, "tiny")
+    # Headers may be written with other spaces.
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (located.path, hub.folder)]
+    assert sizes[0] == pytest.approx(sizes[1], abs=1000)
+    load.load_tokenizer(located, None)
+
+
+def test_the_folder_of_headers_goes_with_what_names_it(hub):
+    located = locate("acme/tiny", weights=False)
+    path = located.path
+    assert path.is_dir()
+    del located
+    gc.collect()
+    assert not path.exists()
+
+
+def test_what_is_cached_is_whole_whoever_asks(cache, made_folder, no_sockets):
+    put(cache, made_folder)
+    assert locate("acme/tiny", weights=False).has_weights
+
+
+def recipe_on_hub(folder: Path, **more: object) -> Recipe:
+    return tiny_recipe(folder, **more).model_copy(update={"model": "acme/tiny"})
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_downloaded(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    with pytest.raises(DoesNotFitError, match="memory: this run needs"):
+        prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
+    assert "model.safetensors" not in hub.asked
+
+
+def test_planted_a_run_that_looks_for_its_model_with_weights_would_be_seen(hub, tmp_path, monkeypatch):
+    real = locating.locate
+    monkeypatch.setattr(locating, "locate", lambda model, **how: real(model, **how | {"weights": True}))
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    with pytest.raises(DoesNotFitError):
+        prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
+    assert "model.safetensors" in hub.asked
+
+
+def test_a_run_that_fits_has_its_weights_downloaded_and_is_that_of_the_folder(hub, tmp_path):
+    told: list[str] = []
+    recipe = recipe_on_hub(tmp_path)
+    setup = prepare(recipe, root=tmp_path / "runs", on_progress=lambda what, done, total: told.append(what))
+    assert setup.located.has_weights
+    assert setup.located.path.parent.name == "snapshots"
+    assert told.index("plan") < told.index("download") < told.index("load")
+
+
+def test_a_plan_downloads_no_weights_and_says_why_it_is_not_tried(hub, tmp_path):
+    data = chats(tmp_path / "rows.jsonl", 20)
+    words = ["plan", "acme/tiny", str(data), "--runs", str(tmp_path / "runs"), "--method", "lora"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "memory: " in result.stdout
+    assert "not probed: its weights (" in result.stdout
+    assert "model.safetensors" not in hub.asked
 
 
 def test_code_is_refused_before_the_weights_are_downloaded(hub):

@@ -76,7 +76,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     from tunesmith.models.size import size
     from tunesmith.planning.before_rows import decide_before_rows, find_head
 
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline, weights=False)
     tokenizer, kind = load_tokenizer(located, recipe.data.template), model_kind(located)
     try:
         decided, _ = decide_before_rows(recipe, located, size(located), kind)

@@ -88,11 +88,25 @@ def _foresee(
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
         values, fits = foreseen_values(seen), seen.forecast is None or seen.forecast.fits
         values["probe"] = None
-        if probe and (why := f"{device} is not here" if card else "" if fits else "it does not fit"):
+        if probe and (why := f"{device} is not here" if card else _why_not(seen, fits=fits)):
             values["warnings"].append(f"not probed: {why}")
         elif probe:
             values["probe"] = _probe(seen, values, root, offline=offline, tick=tick)
     return values, fits
+
+
+def _why_not(seen: Any, *, fits: bool) -> str:
+    """Why a plan for this machine is not tried; empty: it is."""
+    from tunesmith.cli.text import size
+    from tunesmith.models.folder import weight_files
+
+    if not fits:
+        return "it does not fit"
+    located = seen.start.located
+    if located.has_weights:
+        return ""
+    num_bytes = sum(path.stat().st_size for path in weight_files(located.path, located.name))
+    return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
 
 
 def _probe(seen: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:

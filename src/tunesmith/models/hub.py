@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
+from tunesmith.files import storing
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, shards
 
 _SMALL = (".json", ".jinja", ".model", ".txt")
@@ -12,8 +18,18 @@ _SMALL = (".json", ".jinja", ".model", ".txt")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def from_hub(model: str, *, revision: str | None, offline: bool) -> tuple[Path, str]:
-    """The folder of a hub id in the local cache, and its commit; complete, downloaded where it was not.
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model of the hub, here."""
+
+    folder: Path
+    commit: str
+    headers: tempfile.TemporaryDirectory[str] | None = None
+    """The folder, for as long as this lives, where of the weights only the headers were fetched; None: it is whole."""
+
+
+def from_hub(model: str, *, revision: str | None, offline: bool, weights: bool = True) -> Snapshot:
+    """A hub id in the local cache, complete, downloaded where it was not; without `weights` of these the headers alone.
 
     Raises ModelError: unknown, gated, out of reach, or without safetensors.
     """
@@ -28,14 +44,13 @@ def from_hub(model: str, *, revision: str | None, offline: bool) -> tuple[Path, 
         ) from error
     cached = _cached(model, revision)
     if cached is not None:
-        return cached, cached.name
+        return Snapshot(cached, cached.name)
     if offline:
         raise ModelError(
             f"{model}: neither a folder nor a model in the local cache, and --offline forbids to fetch it. "
             "Run once without --offline, or give a folder."
         )
-    folder = _download(model, revision)
-    return folder, folder.name
+    return _download(model, revision, weights=weights)
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
@@ -54,7 +69,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
     return folder if whole and tokenizer and (folder / "config.json").is_file() else None
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, *, weights: bool) -> Snapshot:
     """Small files first: a model that cannot be used is refused before its weights are fetched."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -68,8 +83,12 @@ def _download(model: str, revision: str | None) -> Path:
         small = [name for name in names if name.endswith(_SMALL)]
         folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=small))
         check_code(folder)
-        weights = [SINGLE] if SINGLE in names else shards(folder / INDEX)
-        return Path(snapshot_download(model, revision=info.sha, allow_patterns=small + weights))
+        files = [SINGLE] if SINGLE in names else shards(folder / INDEX)
+        if not weights:
+            return _with_headers(model, info.sha, folder, files)
+        # By the name that was asked for, which the cache then knows: by a commit alone it would not be found again.
+        whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
+        return Snapshot(whole, whole.name)
     except GatedRepoError as error:
         raise ModelError(
             f"{model}: its owner asks you to accept terms first: https://huggingface.co/{model}. Then `hf auth login`."
@@ -86,6 +105,28 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model}: not a folder, not in the local cache, and the hub cannot be reached ({error}). "
             "Check the network, or give a folder or a .gguf file."
         ) from error
+
+
+def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) -> Snapshot:
+    """A folder that says of every weight what it is, as the whole one would: files of full size that take no room."""
+    from huggingface_hub import HfApi
+
+    headers = tempfile.TemporaryDirectory(prefix="tunesmith-headers-")
+    folder = Path(headers.name)
+    for file in small.iterdir():
+        if file.is_file() and file.name not in files:
+            shutil.copyfile(file, folder / file.name)
+    for name in files:
+        told = HfApi().parse_safetensors_file_metadata(model, name, revision=commit)
+        tensors = {
+            key: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": list(one.data_offsets)}
+            for key, one in told.tensors.items()
+        }
+        text = json.dumps({"__metadata__": told.metadata or {}, **tensors}).encode()
+        with storing(folder / name), open(folder / name, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(out.tell() + max((one.data_offsets[1] for one in told.tensors.values()), default=0))
+    return Snapshot(folder, commit, headers)
 
 
 def _check_names(model: str, names: list[str]) -> None:

@@ -7,9 +7,10 @@ GGUF file. Weights are read from safetensors and GGUF alone; code that comes wit
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from tunesmith.errors import ModelError
@@ -32,16 +33,24 @@ class Located:
     """What the person wrote, or the hub id."""
     revision: str | None = None
     """Commit of a hub id."""
+    headers: TemporaryDirectory[str] | None = field(default=None, compare=False, repr=False)
+    """Of a hub id whose weights are not here: keeps the folder, in which they are headers and holes."""
+
+    @property
+    def has_weights(self) -> bool:
+        return self.headers is None
 
     @property
     def is_gguf(self) -> bool:
         return self.kind == "gguf"
 
 
-def locate(model: str, *, revision: str | None = None, offline: bool = False) -> Located:
+def locate(model: str, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> Located:
     """The model that `model` names: a folder, a .gguf file, or a hub id, downloaded unless cached.
 
-    `revision` is for hub ids. `offline` opens no socket. Raises ModelError if there is none, or if it cannot be used.
+    `revision` is for hub ids; without `weights` only the headers of theirs are fetched, which is all that a plan reads;
+    `locate` again fetches the rest. `offline` opens no socket. Raises ModelError if there is none, or if it cannot be
+    used.
     """
     if not model.strip():
         raise ModelError("model: no model was named. Give a folder, a .gguf file or a hub id.")
@@ -54,11 +63,11 @@ def locate(model: str, *, revision: str | None = None, offline: bool = False) ->
         raise ModelError(f"{model}: no such folder or file.{_near(path) or _WHAT}")
     else:
         try:
-            folder, commit = from_hub(model, revision=revision, offline=offline)
+            found = from_hub(model, revision=revision, offline=offline, weights=weights)
         except ModelError as error:
             raise ModelError(f"{error}{_near(path)}") from error
-        check_folder(folder, model)
-        return Located("hub", folder, model, commit)
+        check_folder(found.folder, model)
+        return Located("hub", found.folder, model, found.commit, found.headers)
     if revision is not None:
         raise ModelError(f"{model}: revision {revision} was asked for, but a {located.kind} has none. Leave it out.")
     return located
