@@ -16,7 +16,7 @@ from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
-from tunesmith.forecasting import OnProgress, feeds, foresee, plan_of
+from tunesmith.forecasting import Foreseen, OnProgress, feeds, foresee, plan_of
 from tunesmith.loading import has_token_types
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment
@@ -98,12 +98,7 @@ def prepare(
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is.
     """
-    seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
-    if not seen.start.located.has_weights:  # it fits, so they are worth fetching
-        on_progress("download", 0, 1)
-        locate.locate(seen.start.located.name, revision=recipe.revision)
-        on_progress("download", 1, 1)
-        seen = foresee(recipe, root=root, on_progress=on_progress, run=run)
+    seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
@@ -145,6 +140,17 @@ def prepare(
         forecast=seen.forecast,
         identity=_identity(recipe, rows, start.renderer, start.located),
     )
+
+
+def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> Foreseen:
+    """The run before its model is loaded, with the weights of the model here."""
+    seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    if seen.start.located.has_weights:
+        return seen
+    on_progress("download", 0, 1)  # it fits, so they are worth fetching
+    locate.locate(seen.start.located.name, revision=recipe.revision)
+    on_progress("download", 1, 1)
+    return foresee(recipe, root=root, on_progress=on_progress, run=run)
 
 
 def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
