@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +142,17 @@ sys.exit("nothing was raised")
 def test_what_torch_says_under_a_real_limit_is_known():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_row_longer_than_a_pass_may_be_does_not_make_the_others_longer(tmp_path):
+    """Half of what the long row has would be more than the passes had: the step would be tried for ever."""
+    recipe = tiny_recipe(tmp_path, train={"rows_per_step": 64, "tokens_per_pass": 60})
+    file = Path(recipe.data.train[0].path)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for row in rows:  # on whichever side it is held out, some long one is trained
+        row["messages"][-1]["content"] += " word" * (40 if len(row["messages"][-1]["content"]) % 2 else 0)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    setup = bounded(prepare(recipe, root=tmp_path), 61, MemoryError())
+    assert max(setup.plan.lengths_I) > 125
+    with pytest.raises(OutOfMemoryError):
+        next(iter(training_steps(setup)))

@@ -52,7 +52,9 @@ def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
         lengths = [[int(setup.rows.store.lengths[i]) for i in rows] for rows in passes]
         if all(len(rows) == 1 for rows in passes):
             raise _exhausted(setup, step, lengths[len(losses)])
-        plan, halved = replace(plan, tokens_per_pass=max(1, max(map(sum, lengths)) // 2)), True
+        largest = max(plan.computed(rows, some) for rows, some in zip(passes, lengths, strict=True))
+        # Never more than before: a long row goes alone, whatever is said of passes.
+        plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
 
 
 def _pass(setup: Setup, rows: Pass, step: int, num_targets: float) -> tuple[Tensor, int]:

@@ -31,7 +31,7 @@ from tunesmith.models.output import find_output
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
-from tunesmith.planning.sharing import disagreement
+from tunesmith.planning.sharing import disagreement, filled_by
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.starting import Start
@@ -114,6 +114,7 @@ def prepare(
     on_progress("load", 1, 1)
     plan = plan_of(recipe, rows, layout)
     feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, ask=disagreement)
+    plan = filled_by(plan, rows.store) if feed.shares else plan
     samples, sample_notes = _samples(recipe, start, rows)
     notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(

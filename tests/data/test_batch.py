@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import PASS_PLACES, Plan, build_batch, fill_passes
+from tunesmith.data.batch import MOST_READ, PASS_PLACES, Plan, build_batch, fill_passes, fill_sharing
+from tunesmith.data.sharing import num_computed
 from tunesmith.types import Row, Source
 
 LENGTHS = np.array([(7 * i) % 23 + 3 for i in range(64)], np.int32)
@@ -249,3 +250,46 @@ def test_end_token_test_catches_masking_by_id():  # trap: T2 planted
     labels = torch.tensor([[1, 4, 5, eos], [1, 4, eos, pad]])[:, 1:].flatten()
     with pytest.raises(AssertionError):
         end_tokens_are_targets(labels[labels != pad])
+
+
+def beginnings(rng, num: int):
+    """Rows of a few families and some of their own."""
+    starts = [rng.integers(0, 50, size) for size in (0, 5, 40, 90)]
+    rests = [rng.integers(50, 99, rng.integers(1, 30)) for _ in range(num)]
+    return [np.concatenate([starts[rng.integers(4)], rest]).astype(np.int32) for rest in rests]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num=st.integers(1, 40), budget=st.integers(1, 400))
+def test_sharing_passes_hold_every_row_once_and_compute_no_more_than_the_budget(seed, num, budget):
+    rng = np.random.default_rng(seed)
+    ids = beginnings(rng, num)
+    passes = fill_sharing(range(num), ids, tokens_per_pass=budget)
+    assert sorted(i for members in passes for i in members) == list(range(num))
+    for members in passes:
+        assert num_computed([ids[i] for i in members]) <= budget or len(members) == 1
+        assert sum(len(ids[i]) for i in members) <= MOST_READ * budget or len(members) == 1
+    order = rng.permutation(num)
+    again = fill_sharing(order.tolist(), [ids[i] for i in order], tokens_per_pass=budget)
+    assert again == passes  # a function of the rows, in whatever order they come
+
+
+def test_passes_are_filled_by_what_they_compute():
+    """60 rows of 100 and 10 tokens: filled by whole tokens, each pass of 700 would compute 100 + 6 * 10."""
+    common = np.arange(100, dtype=np.int32)
+    ids = [np.concatenate([common, np.full(10, 1000 + i)]).astype(np.int32) for i in range(60)]
+    whole = fill_passes(range(60), [110] * 60, tokens_per_pass=700, layout="ragged")
+    shared = fill_sharing(range(60), ids, tokens_per_pass=700)
+    assert (len(whole), len(shared)) == (10, 3)
+    assert sum(num_computed([ids[i] for i in members]) for members in whole) == 10 * 100 + 600
+    assert sum(num_computed([ids[i] for i in members]) for members in shared) == 3 * 100 + 600
+    assert max(map(len, shared)) == 25  # MOST_READ: 25 * 110 tokens of rows
+
+
+def test_rows_without_a_common_beginning_are_packed_as_ever():
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 10_000, size).astype(np.int32) for size in rng.integers(1, 60, 50)]
+    lengths = [len(row) for row in ids]
+    assert fill_sharing(range(50), ids, tokens_per_pass=200) == fill_passes(
+        range(50), lengths, tokens_per_pass=200, layout="ragged"
+    )

@@ -43,8 +43,9 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = f"{count(trained)} weights are trained ({percent(trained / total)})" if trained else "adapted"
     held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
     skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
-    padding = plan.get("padding", 0.0)
-    padded = f", {percent(padding)} of what is computed is padding" if padding else ""
+    padded = ""
+    if "padding" in plan:
+        padded = f", {percent(plan['padding'])} of what is computed is padding" if plan["padding"] else ", no padding"
     facts = [
         ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
         ("task", f"{plan['task']}, by {plan['method']}: {share}"),

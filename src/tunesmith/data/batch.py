@@ -9,7 +9,7 @@ without replaying those before it.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunesmith.data.sharing import families, num_computed
 from tunesmith.types import Batch, Layout, Row
 
 Pass = tuple[int, ...]
 """Row indices that go through the model together."""
 PASS_PLACES = 64
 """What a pass costs beside its tokens, in tokens: a small model on a processor computes so many in that time."""
+MOST_READ = 4
+"""Times its tokens that the rows of a pass may have where they share: each keeps the keys of what it begins with."""
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
 
@@ -42,6 +45,9 @@ class Plan:
     tokens_per_pass: int
     layout: Layout
     seed: int
+    ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
+    """The tokens of a row of the store, where what rows of a pass begin with alike is computed once: passes are then
+    filled by what is computed. None: rows are computed whole."""
     _last_order: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -58,8 +64,16 @@ class Plan:
         order = self._order(epoch)
         chosen = order[offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
         rows = [int(self.rows_I[i]) for i in chosen]
+        if self.ids_of is not None:
+            return fill_sharing(rows, [self.ids_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass)
         lengths = [int(self.lengths_I[i]) for i in chosen]
         return fill_passes(rows, lengths, tokens_per_pass=self.tokens_per_pass, layout=self.layout)
+
+    def computed(self, rows: Pass, lengths: Sequence[int]) -> int:
+        """Places that a pass over these rows computes, padding among them; of an encoder–decoder about."""
+        if self.ids_of is not None:
+            return num_computed([self.ids_of(row) for row in rows])
+        return sum(lengths) if self.layout == "ragged" else max(lengths) * len(lengths)
 
     def padding(self, most_steps: int = 64) -> float:
         """Share of the places computed in the first steps of a run that hold no token; of an encoder–decoder about."""
@@ -67,7 +81,7 @@ class Plan:
             return 0.0
         length_of = dict(zip(self.rows_I.tolist(), self.lengths_I.tolist(), strict=True))
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
-        places = sum(len(rows) * max(length_of[row] for row in rows) for rows in passes)
+        places = sum(self.computed(rows, [length_of[row] for row in rows]) for rows in passes)
         return 1.0 - float(sum(length_of[row] for rows in passes for row in rows) / places)
 
     def _copies(self, epoch: int) -> NDArray[np.int64]:
@@ -117,6 +131,35 @@ def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass:
     ordered = [lengths[i] for i in by_length]
     fill = _fill_ragged if layout == "ragged" else _fill_padded
     return [tuple(rows[by_length[at]] for at in members) for members in fill(ordered, tokens_per_pass)]
+
+
+def fill_sharing(rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, tokens_per_pass: int) -> list[Pass]:
+    """Rows grouped into ragged passes that compute at most `tokens_per_pass` tokens where what rows of a pass begin
+    with alike is computed once; a longer row goes alone. A function of the rows, whatever their order.
+
+    Rows that begin alike stay together as far as they fit; the groups are packed as `fill_passes` packs rows.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-len(ids[i]), rows[i], i))
+    lengths = [len(ids[i]) for i in order]
+    units: list[tuple[int, list[int]]] = []
+    """(tokens, places in `order`)."""
+    for family in families([ids[i] for i in order]):
+        computed, read, unit = family.prefix, 0, list[int]()
+        for member in family.members:
+            more = computed + lengths[member] - family.prefix, read + lengths[member]
+            if unit and _size(*more) > tokens_per_pass:
+                units.append((_size(computed, read), unit))
+                unit, more = [], (lengths[member], lengths[member])
+            unit.append(member)
+            computed, read = more
+        units.append((_size(computed, read), unit))
+    units.sort(key=lambda unit: (-unit[0], unit[1]))
+    passes = _fill_ragged([size for size, _ in units], tokens_per_pass)
+    return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in passes]
+
+
+def _size(computed: int, read: int) -> int:
+    return max(computed, -(-read // MOST_READ))
 
 
 def _fill_ragged(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:

@@ -87,6 +87,11 @@ def families(rows: Sequence[NDArray[np.int32]]) -> list[Family]:
     return sorted(found, key=lambda family: family.members)
 
 
+def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
+    """Tokens that a pass over these rows computes."""
+    return sum(family.prefix + sum(len(rows[i]) - family.prefix for i in family.members) for family in families(rows))
+
+
 def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Family]:
     """Of all ways to cut the sorted rows into neighbours, the one that saves the most tokens."""
     common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]

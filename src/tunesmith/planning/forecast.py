@@ -19,6 +19,7 @@ from tunesmith.planning.devices import Device
 from tunesmith.planning.duration import Duration, pass_seconds, update_seconds, word_seconds
 from tunesmith.planning.heaviest import Heavy, heaviest, heaviest_looked
 from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline, with_heap
+from tunesmith.planning.sharing import filled_by
 from tunesmith.planning.sketch import DTYPES, Sketch
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName, Layout, ModelKind
@@ -91,7 +92,7 @@ class Forecaster:
         """Raises ModelError where the model cannot be run in shapes alone."""
         sketch = self.sketch(recipe)
         layout = self.layout(recipe, sketch)
-        plan = self.plan_of(recipe, layout)
+        plan = self._plan(recipe, sketch, layout)
         steps = total_steps(recipe, plan.steps_per_epoch)
         recomputed = recipe.train.checkpointed_layers
         recomputed = 0 if recomputed == "auto" else recomputed
@@ -146,6 +147,12 @@ class Forecaster:
         feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, "ragged"))
         some = [int(i) for i in self.rows.train_rows[:2]]
         return "ragged" if sketch.can_pack(feed.batch(some, draw=1)) else "padded"
+
+    def _plan(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Plan:
+        """Steps and passes as they will be if the model answers alike where rows share what they begin with."""
+        plan = self.plan_of(recipe, layout)
+        feed, _ = self.feeds(recipe, sketch.model, plan)
+        return filled_by(plan, self.rows.store) if feed.shares else plan
 
     def _heaviest(self, recipe: Recipe, plan: Plan, steps: int) -> list[Heavy]:
         return heaviest(plan, steps, self.rows.store.denominators)

@@ -16,6 +16,8 @@ from tunesmith.types import Layout
 
 MOST_STEPS = 1000
 """Steps that are looked through: of longer runs that many, evenly spread, and the passes of the longest rows."""
+MOST_SHARING_STEPS = 64
+"""The same where rows share what they begin with, which takes longer to find and fills all passes alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,13 @@ class Heavy:
 
 
 def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> list[Heavy]:
-    """The pass of the most tokens, and that of the most targets where it is another one: layers keep by the token,
-    the head by the target. `targets_I`: of each row of the store."""
+    """The pass that computes most, and that of the most targets where it is another one: layers keep by the token, the
+    head by the target. Where rows share what they begin with also that whose rows have most tokens, by which they keep
+    keys. `targets_I`: of each row of the store."""
     lengths = dict(zip(plan.rows_I.tolist(), plan.lengths_I.tolist(), strict=True))
     found = [
         Heavy(step, rows, len(passes) > 1)
-        for step in _some_steps(total_steps)
+        for step in _some_steps(total_steps, MOST_STEPS if plan.ids_of is None else MOST_SHARING_STEPS)
         for passes in [plan.step(step)]
         for rows in passes
     ]
@@ -42,13 +45,17 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     def tokens(heavy: Heavy) -> tuple[int, int]:
         sizes = [lengths[i] for i in heavy.rows]
         squares = sum(size * size for size in sizes)
-        return (sum(sizes) if plan.layout == "ragged" else max(sizes) * len(sizes)), squares
+        return plan.computed(heavy.rows, sizes), squares
 
     def targets(heavy: Heavy) -> float:
         return float(sum(targets_I[i] for i in heavy.rows))
 
-    most = [max(found, key=tokens), max(found, key=targets)]
-    return most[:1] if targets(most[0]) > 0.9 * targets(most[1]) else most
+    most = [max(found, key=tokens)]
+    if plan.ids_of is not None:
+        longest = max(found, key=lambda heavy: sum(lengths[i] for i in heavy.rows))
+        most += [longest] if longest != most[0] else []
+    richest = max(found, key=targets)
+    return most if any(targets(heavy) > 0.9 * targets(richest) for heavy in most) else [*most, richest]
 
 
 def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> Pass:
@@ -58,7 +65,7 @@ def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: in
     return max(passes, key=lambda members: float(sum(store.denominators[i] for i in members)))
 
 
-def _some_steps(total: int) -> list[int]:
-    if total <= MOST_STEPS:
+def _some_steps(total: int, most: int) -> list[int]:
+    if total <= most:
         return list(range(1, total + 1))
-    return sorted({int(step) for step in np.linspace(1, total, MOST_STEPS)})
+    return sorted({int(step) for step in np.linspace(1, total, most)})

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: Ro
 
 def look(plan: Plan, store: RowStore) -> Sharing:
     """What the first steps share: a function of the plan alone."""
+    plan = filled_by(plan, store)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, plan.steps_per_epoch) + 1):
@@ -71,6 +72,11 @@ def look(plan: Plan, store: RowStore) -> Sharing:
                 if family.prefix and not probe:
                     probe = tuple(rows[i] for i in family.members[:PROBE_ROWS])
     return Sharing(1 - computed / tokens, probe)
+
+
+def filled_by(plan: Plan, store: RowStore) -> Plan:
+    """The same steps, in passes filled by what is computed where beginnings are shared."""
+    return replace(plan, ids_of=lambda index: store.row(index).ids)
 
 
 def _draws(model: PreTrainedModel, recipe: Recipe) -> str | None:

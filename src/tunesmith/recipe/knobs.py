@@ -131,8 +131,8 @@ class Train(Section):
     rows_per_step: Positive | Auto = "auto"
     """Rows in one update. The loss is divided by the targets of the whole step, however it is cut into passes."""
     tokens_per_pass: Positive | Auto = "auto"
-    """Most tokens in one forward and backward. Smaller needs less memory and gives the same update. auto: what fills
-    the machine's products, or less where memory forces it."""
+    """Most tokens in one forward and backward: with padding, and what rows begin with alike once. Smaller needs less
+    memory and gives the same update. auto: what fills the machine's products, or less where memory forces it."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory forces."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
