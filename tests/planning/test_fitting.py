@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.errors import DoesNotFitError, InputError, RecipeError
+from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
 from tunesmith.forecasting import foresee
 from tunesmith.planning import devices, fitting
+from tunesmith.planning.advise import with_choice
 from tunesmith.planning.devices import Device, named
 from tunesmith.planning.forecast import Disk, Forecast
 from tunesmith.planning.heaviest import Heavy, heaviest
@@ -17,12 +18,14 @@ from tunesmith.planning.memory import Memory
 from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.read import validate
+from tunesmith.types import Choice
 
 LAYERS = 10
 
 
 def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
-    """A run that holds 100, keeps 10 a layer for 2,048 tokens and 1 where the layer is recomputed; LoRA holds 20."""
+    """A run that holds 100, keeps 10 a layer for 2,048 tokens and 1 where the layer is recomputed; LoRA holds 20, QLoRA
+    5."""
 
     def predict(recipe: Recipe) -> Forecast:
         if asked is not None:
@@ -31,7 +34,7 @@ def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
         recomputed = 0 if layers == "auto" else layers
         share = known(recipe.train.tokens_per_pass) / 2048
         kept = int(share * (10 * (LAYERS - recomputed) + recomputed)) + (int(10 * share) if recomputed else 0)
-        held = 20 if recipe.method.name == "lora" else 100
+        held = {"lora": 20, "qlora": 5}.get(recipe.method.name, 100)
         memory = Memory("step", weights=held, activations=kept)
         device = Device("cpu", "cpu", room)
         return Forecast(
@@ -96,8 +99,45 @@ def test_a_refusal_names_the_nearest_plans_that_fit_and_their_predictions():
     assert "--set memory=warn" in str(error)
 
 
+def lora_with(**method) -> Recipe:
+    recipe = recipe_with(checkpointed_layers=LAYERS, tokens_per_pass=128)
+    return with_choice(recipe, Choice("method", {"name": "lora", **method}, ""))
+
+
+def test_a_packed_base_is_offered_where_lora_is_not_small_enough_and_keeps_what_was_set():
+    predict, asked = predictor(12), []
+    recipe = lora_with(rank=8)
+    (found,) = fitting.nearest(recipe, predictor(12, asked), longest=100)
+    assert found.settings == ("method.name=qlora",)
+    assert found.total == predict(asked[-1]).memory.total <= 12
+    assert {one.method.rank for one in asked if one.method.name == "qlora"} == {8}
+
+
+def test_full_tuning_is_offered_a_packed_base_last():
+    recipe = recipe_with(checkpointed_layers=LAYERS, tokens_per_pass=128)
+    assert [one.settings for one in fitting.nearest(recipe, predictor(30), longest=100)] == [
+        ("method=lora",),
+        ("method=qlora",),
+    ]
+
+
+def test_what_a_packed_base_needs_is_said_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(fitting, "find_spec", lambda name: None)
+    (found,) = fitting.nearest(lora_with(), predictor(12), longest=100)
+    assert found.words().endswith('after: pip install "tunesmith[bitsandbytes]")')
+
+
+def test_what_a_model_cannot_take_is_not_offered():
+    def predict(recipe: Recipe) -> Forecast:
+        if recipe.method.name == "qlora":
+            raise ModelError("it has no linear layer that can be quantised")
+        return predictor(12)(recipe)
+
+    assert fitting.nearest(lora_with(), predict, longest=100) == []
+
+
 def test_nothing_is_offered_that_does_not_fit():
-    predict = predictor(15)
+    predict = predictor(4)
     recipe = recipe_with(checkpointed_layers=0)
     assert fitting.nearest(recipe, predict, longest=100) == []
     assert "take a smaller model" in str(fitting.refuse(recipe, predict(recipe), predict, longest=100))

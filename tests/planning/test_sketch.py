@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from tiny_run import model_folder
 from tiny_tasks import encoder_folder
 from tunesmith.data.batch import build_batch
 from tunesmith.models.locate import Located, locate
+from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.planning.memory import Pass, highest, step_peak, timeline
 from tunesmith.planning.sketch import Kept, Sketch, Stack
 from tunesmith.planning.tracing import Segment, Tracer
 from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.recipe.read import validate
 from tunesmith.types import Batch, Row
 
@@ -75,6 +78,21 @@ def test_what_is_held_is_what_a_prepared_run_holds(llama, tmp_path, method, prec
 
 def _tensors(model) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_packed_base_holds_what_packing_leaves_and_one_layer_unpacked(llama, tmp_path, quant):
+    """Within 1 %: bits of a weight are those of large layers; a table of 1 KiB in each says nothing there, here much."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the quick brown fox {i}"}) for i in range(30)))
+    recipe = recipe_for("qlora", data={"train": [str(tmp_path / "a.jsonl")], "max_tokens": 32})
+    recipe = recipe.model_copy(update={"method": QloraMethod(rank=4, quant=quant)})
+    setup = prepare(recipe.model_copy(update={"model": str(llama.path)}), root=tmp_path)
+    assert setup.forecast is not None
+    packed = [module for module in setup.model.modules() if isinstance(module, QuantizedLinear)]
+    model = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(setup.model)}
+    largest = max(2 * prod(module.weight_shape) for module in packed)
+    tables = sum(module.nested_code.nbytes for module in packed if module.is_double)
+    assert setup.forecast.memory.weights == pytest.approx(sum(model.values()) + largest - tables, rel=0.01)
 
 
 def bytes_saved(method: str, batch: Batch, *, precision: str) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 from tunesmith.errors import DoesNotFitError, TunesmithError
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.knobs import LoraMethod, Recipe, known
-from tunesmith.recipe.method_knobs import LowRankMethod
+from tunesmith.recipe.method_knobs import LowRankMethod, QloraMethod
 from tunesmith.types import Choice
 
 MARGIN = 0.08
@@ -30,10 +32,13 @@ class Alternative:
     """As `--set` takes them."""
     total: int
     """Predicted peak, bytes."""
+    needs: str = ""
+    """What has to be installed first; empty: nothing."""
 
     def words(self) -> str:
         """For the command line, with the prediction."""
-        return f"{' '.join(f'--set {setting}' for setting in self.settings)}  ({gib(self.total)})"
+        needs = f", after: {self.needs}" if self.needs else ""
+        return f"{' '.join(f'--set {setting}' for setting in self.settings)}  ({gib(self.total)}{needs})"
 
 
 def gib(num_bytes: float) -> str:
@@ -118,50 +123,67 @@ def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int
 def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternative]:
     """At most three plans that fit, those that change least first."""
     found: list[Alternative] = []
-    for settings, other in _others(recipe, predict, longest):
-        try:
-            forecast = predict(other)
-        except TunesmithError:  # a setting that this model or machine does not take
-            continue
+    for settings, other, forecast in _others(recipe, predict, longest):
         if forecast.fits and not any(set(one.settings) <= set(settings) for one in found):
-            found.append(Alternative(settings, forecast.memory.total))
+            found.append(Alternative(settings, forecast.memory.total, _needs(other)))
         if len(found) == MOST_ALTERNATIVES:
             break
     return found
 
 
-def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe]]:
-    num_layers = predict(recipe).num_layers
-    least = max(longest, SMALLEST_PASS)
-    changes: list[dict[str, object]] = []
-    tokens = known(recipe.train.tokens_per_pass)
-    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
-        if fewer < tokens:
-            changes.append({"train.tokens_per_pass": fewer})
-    for layers in (num_layers // 2, num_layers):
-        if layers > known(recipe.train.checkpointed_layers):
-            changes.append({"train.checkpointed_layers": layers})
-    changes.append({"train.tokens_per_pass": min(least, tokens), "train.checkpointed_layers": num_layers})
-    smallest = dict(changes[-1])
-    if recipe.precision == "float32":
-        changes += [{"precision": "bfloat16"}, {"precision": "bfloat16", **smallest}]
-    if not isinstance(recipe.method, LowRankMethod):
-        changes += [
-            {"method": "lora"},
-            {"method": "lora", **smallest},
-            {"method": "lora", "precision": "bfloat16", **smallest},
-        ]
+def _needs(recipe: Recipe) -> str:
+    if isinstance(recipe.method, QloraMethod) and find_spec("bitsandbytes") is None:
+        return 'pip install "tunesmith[bitsandbytes]"'
+    return ""
+
+
+def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe, Forecast]]:
+    """Other plans, those that change least first, of each kind up to the first that fits."""
     kinds: set[str] = set()
-    for change in changes:
-        kind = " ".join(sorted(change))
+    for change in _changes(recipe, predict(recipe).num_layers, longest):
+        kind = " ".join(f"{key}={value}" if key.startswith("method") else key for key, value in sorted(change.items()))
         if kind in kinds:
             continue
         other = recipe
-        for key, value in change.items():
-            other = _with(other, key, LoraMethod() if value == "lora" else value)
-        if predict(other).fits:  # the nearest of each kind is enough
+        try:
+            for key, value in change.items():
+                other = _with(other, key, _METHODS[value] if key == "method" else value)
+            forecast = predict(other)
+        except TunesmithError:  # a setting that this model or machine does not take
+            continue
+        if forecast.fits:  # the nearest of each kind is enough
             kinds.add(kind)
-        yield tuple(f"{key}={value}" for key, value in change.items()), other
+        yield tuple(f"{key}={value}" for key, value in change.items()), other, forecast
+
+
+def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
+    least = max(longest, SMALLEST_PASS)
+    tokens = known(recipe.train.tokens_per_pass)
+    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
+        if fewer < tokens:
+            yield {"train.tokens_per_pass": fewer}
+    for layers in (num_layers // 2, num_layers):
+        if layers > known(recipe.train.checkpointed_layers):
+            yield {"train.checkpointed_layers": layers}
+    smallest = {"train.tokens_per_pass": min(least, tokens), "train.checkpointed_layers": num_layers}
+    yield smallest
+    if recipe.precision == "float32":
+        yield {"precision": "bfloat16"}
+        yield {"precision": "bfloat16", **smallest}
+    if isinstance(recipe.method, QloraMethod):
+        return
+    if isinstance(recipe.method, LowRankMethod):  # which keeps its rank and targets
+        methods = [{"method.name": "qlora"}]
+    else:
+        methods = [{"method": "lora"}, {"method": "qlora"}]
+    for method in methods:
+        yield method
+        yield {**method, **smallest}
+        yield {**method, "precision": "bfloat16", **smallest}
+
+
+_METHODS: dict[str, LoraMethod | QloraMethod] = {"lora": LoraMethod(), "qlora": QloraMethod()}
+"""By the word that stands for all of one in a setting."""
 
 
 def _with(recipe: Recipe, key: str, value: object) -> Recipe:
