@@ -82,7 +82,7 @@ def _tensors(model) -> list[Tensor]:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_packed_base_holds_what_packing_leaves_and_one_layer_unpacked(llama, tmp_path, quant):
-    """Within 1 %: bits of a weight are those of large layers; a table of 1 KiB in each says nothing there, here much."""
+    """Within 2 %: bits of a weight are those of large layers, where the table of 1 KiB in each says nothing."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the quick brown fox {i}"}) for i in range(30)))
     recipe = recipe_for("qlora", data={"train": [str(tmp_path / "a.jsonl")], "max_tokens": 32})
     recipe = recipe.model_copy(update={"method": QloraMethod(rank=4, quant=quant)})
@@ -92,7 +92,7 @@ def test_a_packed_base_holds_what_packing_leaves_and_one_layer_unpacked(llama, t
     model = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(setup.model)}
     largest = max(2 * prod(module.weight_shape) for module in packed)
     tables = sum(module.nested_code.nbytes for module in packed if module.is_double)
-    assert setup.forecast.memory.weights == pytest.approx(sum(model.values()) + largest - tables, rel=0.01)
+    assert setup.forecast.memory.weights == pytest.approx(sum(model.values()) + largest - tables, rel=0.02)
 
 
 def bytes_saved(method: str, batch: Batch, *, precision: str) -> int:
