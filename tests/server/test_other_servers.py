@@ -148,6 +148,17 @@ def test_refused_with_the_reason(words: list[str], said: str, monkeypatch: pytes
     assert said in " ".join(result.output.split())
 
 
+def test_a_server_without_what_it_needs_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"llama_cpp", "starlette_context"}
+    monkeypatch.setattr(other_servers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(other_servers.importlib.util, "find_spec", lambda name: name in there or None)
+    with pytest.raises(InputError, match=r"without sse_starlette, pydantic_settings, .* 'llama-cpp-python\[server\]'"):
+        other_servers._program("llama.cpp", must_be_there=True)
+    assert other_servers._program("llama.cpp", must_be_there=False) == "llama_cpp.server"
+    there |= {"sse_starlette", "pydantic_settings"}
+    assert other_servers._program("llama.cpp", must_be_there=True) == "llama_cpp.server"
+
+
 def test_heads_are_served_here() -> None:
     run = finished("classify-encoder")
     result = CliRunner().invoke(app, ["serve", str(run.path), "--engine", "vllm", "--print", "--port", "0"])

@@ -29,6 +29,13 @@ _INSTALL = {
     "pip install 'llama-cpp-python[server]'",
 }
 
+_SERVER_NEEDS = ("sse_starlette", "starlette_context", "pydantic_settings")
+"""What llama-cpp-python brings with its extra `server` alone."""
+PENALTY = (
+    "llama_cpp.server makes tokens that stand already less likely (repeat_penalty 1.1), which no other server does: "
+    "answers are those of the run where a request says repeat_penalty 1"
+)
+
 OWN_ONLY = {
     "streams": "streams", "queue": "queue", "max_prompt_tokens": "max-prompt-tokens", "max_new_tokens": "max-tokens",
     "memory_gib": "memory-gib", "threads": "threads", "grace": "grace", "allow_host": "allow-host",
@@ -75,6 +82,8 @@ def _become(start: Start, program: Program, keys: Sequence[str], *, offline: boo
     _export(start, offline=offline)
     screen = console(stderr=True)
     screen.print(visible(f"served by {program} as {', '.join(start.names)}: {shlex.join(start.words)}"))
+    if program == "llama_cpp.server":
+        screen.print(PENALTY, style="bright_black")
     path = shutil.which(start.words[0]) or _beside_python(start.words[0])
     assert path is not None, "it was there a moment ago"
     environment = {**os.environ, **({KEY_VARIABLES[program]: keys[0]} if keys else {})}
@@ -90,6 +99,12 @@ def _program(engine: str, *, must_be_there: bool) -> Program:
         found = "llama-server" if shutil.which("llama-server") else None
         if found is None and importlib.util.find_spec("llama_cpp") is not None:
             found = "llama_cpp.server"
+            missing = [name for name in _SERVER_NEEDS if importlib.util.find_spec(name) is None]
+            if missing and must_be_there:
+                raise InputError(
+                    f"--engine llama.cpp: llama-cpp-python is here without {', '.join(missing)}, its server's needs. "
+                    "Install llama.cpp, or run pip install 'llama-cpp-python[server]'."
+                )
     if found is None and must_be_there:
         raise InputError(f"--engine {engine}: {_INSTALL[engine]}. --print shows the command for another machine.")
     return found or ("vllm" if engine == "vllm" else "llama-server")

@@ -17,6 +17,8 @@ from tunesmith.types import Labels
 
 KL, COSINE, RELATIVE = "KL divergence", "1 − cosine", "relative error"
 """What is between two models: of next tokens and classes in nats, of vectors of texts, of numbers."""
+CHANCE = 2.0
+"""Standard errors by which a held-out loss may be past its bound."""
 Floats = NDArray[np.float64]
 
 
@@ -39,6 +41,8 @@ class Comparison:
     text is nearest to."""
     loss_tuned: float | None
     loss_exported: float | None
+    loss_error: float | None
+    """Standard error of their difference over the rows that were compared; None for fewer than two."""
     carried: float | None
     """How much of what tuning changed is in the export: the slope of (exported − base) on (tuned − base), over all
     logits. 1: all of it, 0: none. None where there is no base to compare with, or tuning changed nothing."""
@@ -61,10 +65,11 @@ class Comparison:
             found.append(f"its {self.measure} from the tuned model is {self.kl:.2g}{unit}, at most {most:g} allowed")
         if self.loss_tuned is not None and self.loss_exported is not None:
             moved = self.loss_exported - self.loss_tuned
-            if not (abs(moved) <= bounds.loss or (bounds.loss_may_fall and moved <= 0)):
-                found.append(
-                    f"its held-out loss is {moved:+.4f} from the tuned model's, at most {bounds.loss:g} allowed"
-                )
+            # On few rows rounding moves the loss this way or that by chance alone; the KL divergence has a bound too.
+            chance = CHANCE * (self.loss_error or 0.0)
+            if not (abs(moved) <= bounds.loss + chance or (bounds.loss_may_fall and moved <= 0)):
+                limit = f"{bounds.loss:g} allowed" + (f", and {chance:.4f} by chance on few rows" if chance else "")
+                found.append(f"its held-out loss is {moved:+.4f} from the tuned model's, at most {limit}")
         if self.carried is not None and not abs(self.carried - 1) <= bounds.carried:
             found.append(
                 f"it carries {round(self.carried, 3) + 0.0:.1%} of what tuning changed, "
@@ -109,6 +114,7 @@ def compare(tuned: Seen, exported: Seen, *, base: Seen | None, labels: Labels | 
         top1=float(top_N.mean()) if len(top_N) else 1.0,
         loss_tuned=tuned.loss,
         loss_exported=exported.loss,
+        loss_error=_loss_error(tuned, exported),
         carried=carried,
         error_to_effect=share,
         answers=len(tuned.answers),
@@ -133,6 +139,18 @@ def _first_difference(tuned: Seen, exported: Seen) -> str:
                 place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
                 return f"{what} {i + 1} at token {place + 1}: {a[place : place + 4]} became {b[place : place + 4]}"
     return ""
+
+
+def _loss_error(tuned: Seen, exported: Seen) -> float | None:
+    """Standard error of the difference of two losses a target on the same rows, which are of different lengths: that of
+    a ratio, rows being what was drawn (Cochran, "Sampling Techniques", 1977, section 6.4)."""
+    num = len(tuned.losses)
+    if num < 2 or len(exported.losses) != num:
+        return None
+    moved, counts = np.asarray(exported.losses) - np.asarray(tuned.losses), np.asarray(tuned.counts, np.float64)
+    total = max(float(counts.sum()), 1.0)
+    rest = moved - moved.sum() / total * counts
+    return float(np.sqrt((rest**2).sum() * num / (num - 1)) / total)
 
 
 def _divergence(tuned_NV: Floats, exported_NV: NDArray[np.float32], labels: Labels | None) -> Floats:
