@@ -36,6 +36,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace, words: Sequence[str]) -> int:
+    # libgomp's own default for all: what Tunesmith's launcher sets beside a busy program would be set for it alone.
+    os.environ.setdefault("GOMP_SPINCOUNT", "300000")
     if options.model.endswith(".gguf") and not options.ours_only:
         raise UnusableError(f"{options.model}: the Trainer trains no GGUF files. Add --ours-only, or give a folder.")
     with tempfile.TemporaryDirectory() as temporary:
