@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from tiny_tasks import piece_tokenizer, rows_of, write
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export import gguf_encoders, gguf_file, llama_cpp_read, verify
-from tunesmith.export.comparing import COSINE, KL, compare
+from tunesmith.export.comparing import COSINE, KL, RELATIVE, compare
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_word_pieces import read_word_pieces
 from tunesmith.export.options import Options
@@ -149,12 +149,31 @@ def test_its_tokens_are_read_back(lowercase: bool, tmp_path: Path, monkeypatch: 
     assert done.in_llama_cpp is None or done.in_llama_cpp.same_ids
 
 
-def classifier(folder: Path, tokenizer: Any, *, rows: Any = None, **settings: Any) -> Run:
+@pytest.mark.parametrize(
+    ("labels", "answers"),
+    [
+        ({"label_kind": "number"}, [0.5, 1.0]),
+        ({**LABELS["classify"], "label_kind": "many"}, [["fruit"], ["fruit", "place"]]),
+    ],
+)
+def test_numbers_and_several_classes(
+    labels: Any, answers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    rows = [{"text": row["text"], "label": answers[i % 2]} for i, row in enumerate(rows_of("classify", 6))]
+    done = exported(classifier(tmp_path, piece_tokenizer(), rows=rows, labels=labels), tmp_path)
+    for found in filter(None, (done.found, done.in_llama_cpp)):
+        assert found.kl < 1e-3  # F16 and GELU by tanh; of numbers it is the mean relative error
+        assert found.measure == (RELATIVE if labels["label_kind"] == "number" else KL)
+    assert (done.in_llama_cpp is not None) == LLAMA_CPP
+
+
+def classifier(folder: Path, tokenizer: Any, *, rows: Any = None, labels: Any = None, **settings: Any) -> Run:
     model = folder / "m" / "model"
     tiny_model("bert", vocab_size=len(tokenizer), head="masked_token", **settings).save_pretrained(model)
     tokenizer.save_pretrained(model)
     data = {"train": [str(write(folder / "m" / "rows.jsonl", rows or rows_of("classify", 6)))], **RESOLVED["data"],
-            **LABELS["classify"]}  # fmt: skip
+            **(labels or LABELS["classify"])}  # fmt: skip
     whole = {"model": str(model), "task": "classify", "method": LORA, "data": data, "train": {}, "threads": 1}
     return as_if_tuned(validate({**whole, "precision": "float32", "device": "cpu"}), folder / "m" / "run")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertModel
 
 from inference.batches import Heard, hear, sharp
 from inference.engines import OPTIONS, says, two_runs
@@ -27,6 +28,7 @@ from tunesmith.inference.batch import Batch
 from tunesmith.inference.decoder import Apart, Together
 from tunesmith.inference.serving import Serving, open_serving
 from tunesmith.inference.voices import Voice
+from tunesmith.models.quiet import quiet
 from tunesmith.predicting.predictor import Predictor
 from tunesmith.run import Run
 from tunesmith.types import Example, Part, Source
@@ -289,6 +291,16 @@ def test_vectors_are_means_of_tokens(tmp_path: Path) -> None:
     for text, said in ((" ", "empty"), ("red " * 600, "at most")):
         with pytest.raises(Refused, match=said):
             embedder.embed(["red", text])
+
+
+def test_a_head_that_is_not_asked_is_not_spoken_of(tmp_path: Path) -> None:
+    """Encoders that were made for vectors have none for masked words."""
+    folder = encoder_folder(tmp_path / "encoder")
+    with quiet():
+        BertModel.from_pretrained(folder).save_pretrained(folder)
+    notes: list[str] = []
+    assert list(opened(folder, notes=notes).embedders) == ["encoder"]
+    assert notes == []
 
 
 def test_files_of_sentence_transformers_say_how_tokens_are_pooled(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def check_encoder(source: Source) -> list[str]:
             "Export merged or onnx."
         )
     if source.head == "sequence":
-        return ["classes come as llama.cpp's pooling type rank: raw scores, in the order of labels.json"]
+        return ["answers come as llama.cpp's pooling type rank: raw scores, in the order of the classes in the header"]
     kind = find_pooling(source.weights.path).kind
     if kind not in _POOLINGS:
         raise ModelError(f"{name}: gguf: llama.cpp does not pool by {kind}, as the model's files ask. Export merged.")

@@ -187,7 +187,8 @@ def _add_alone(serving: Serving, run: Run, why: str, options: EngineOptions, not
 def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> None:
     """A model with nothing beside it."""
     name = _name_of(speaker.located) if run is None else run.path.resolve().name
-    if speaker.note:
+    # Of a model that gives vectors, what is told is about a head for masked words, which is not asked.
+    if speaker.note and (run is not None or speaker.head != "masked_token"):
         note(f"{name}: {speaker.note}")
     if speaker.head == "next_token":
         voice = make_voice(speaker, name, choose_decoder(speaker, Adapters(speaker.model), note), run=run)
