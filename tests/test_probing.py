@@ -42,7 +42,7 @@ def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
     seen, found, heard, root = probed
     assert found.ended == ""
     assert found.steps[0].step == seen.forecast.heavy.step
-    assert len({one.step for one in found.steps}) == 2, "the heaviest step, then a usual one"
+    assert len({one.step for one in found.steps}) == len(found.steps) == 5, "the heaviest step, then usual ones"
     assert all(one.seconds > 0 and one.tokens > 0 for one in found.steps)
     for piece in (found.starting, found.evaluation, found.word, found.save):
         assert piece is not None
@@ -143,10 +143,10 @@ def forecast_with(monkeypatch, tmp_path: Path):
 
 
 def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
-    """The last step took twice its share, the look half; words, saves and the start are as measured."""
+    """The usual steps took twice their share, the look half; words, saves and the start are as measured."""
     found = Found(
         starting=Timed(3.0),
-        steps=[Timed(9.0, tokens=300, step=4), Timed(1.0, tokens=50, step=2)],
+        steps=[Timed(9.0, tokens=300, step=4), Timed(1.0, tokens=40, step=2), Timed(1.0, tokens=60, step=3)],
         evaluation=Timed(1.0, tokens=10),
         word=Timed(0.1),
         save=Timed(0.5),

@@ -89,7 +89,11 @@ def test_what_is_not_probed_is_said(tmp_path, monkeypatch, more, why):
 PROBE = {
     "memory": 2**31 + 2**28,
     "peak": 2**31,
-    "steps": [{"step": 7, "tokens": 400, "seconds": 2.0}],
+    "steps": [
+        {"step": 7, "tokens": 400, "seconds": 2.0},
+        {"step": 2, "tokens": 150, "seconds": 1.0},
+        {"step": 5, "tokens": 250, "seconds": 2.0},
+    ],
     "evaluation": {"tokens": 90, "seconds": 2.5},
     "word": None,
     "save": {"num_bytes": 2**20, "seconds": 0.5},
@@ -103,7 +107,8 @@ PROBE = {
 def test_words_of_a_probe():
     assert probe_facts(PROBE, FORECAST, 200.0) == [
         ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run), predicted 3.0 GiB (+33%)"),
-        ("step", "2 s (step 7, 400 tokens), predicted 3 s (+50%)"),
+        ("step", "2 s (the heaviest: step 7; 400 tokens), predicted 3 s (+50%)"),
+        ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), predicted 1.5 s (+0%)"),
         ("looking", "2.5 s (a batch of held-out rows, 90 tokens), predicted 2 s (-20%)"),
         ("checkpoint", "1.0 MiB in 0.5 s"),
         ("loading", "3 s"),
@@ -114,7 +119,7 @@ def test_words_of_a_probe():
 def test_words_of_a_probe_of_what_cannot_be_predicted():
     assert probe_facts(PROBE, None, 200.0)[:2] == [
         ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run)"),
-        ("step", "2 s (step 7, 400 tokens)"),
+        ("step", "2 s (the heaviest: step 7; 400 tokens)"),
     ]
 
 

@@ -46,10 +46,13 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
         later = probe["memory"] - probe["peak"]
         more = f"{size(probe['peak'])} now, and {size(later)} in the course of the run" if later else ""
         facts.append(("memory", _beside(size(probe["memory"]), more, size(total), probe["memory"], total)))
-    for one in probe["steps"]:
-        expected = seconds["step"] * one["tokens"] / tokens_per_step if seconds else 0.0
-        where = f"step {one['step']}, {one['tokens']:,} tokens"
-        facts.append(("step", _beside(f"{one['seconds']:.3g} s", where, f"{expected:.3g} s", one["seconds"], expected)))
+    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (probe["steps"][1:], "usual ones: step {}")):
+        if some:
+            tokens, taken = sum(one["tokens"] for one in some), sum(one["seconds"] for one in some)
+            expected = seconds["step"] * tokens / tokens_per_step / len(some) if seconds else 0.0
+            where = f"{what.format(', '.join(str(one['step']) for one in some))}; {tokens / len(some):,.0f} tokens"
+            mean = taken / len(some)
+            facts.append(("step", _beside(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
     if one := probe["evaluation"]:
         expected = seconds["look"] if seconds else 0.0
         where = f"a batch of held-out rows, {one['tokens']:,} tokens"

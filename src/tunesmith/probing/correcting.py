@@ -37,8 +37,8 @@ def corrected(forecast: Forecast | None, found: Found, *, mean_tokens: float) ->
         return Corrected(found, 0, None)
     if forecast is None or forecast.duration is None:
         return Corrected(found, found.peak + (forecast.later if forecast else 0), None)
-    by_formula, last = forecast.duration, found.steps[-1]
-    step = last.seconds * mean_tokens / last.tokens
+    by_formula, usual = forecast.duration, found.steps[1:] or found.steps
+    step = mean_tokens * sum(one.seconds for one in usual) / sum(one.tokens for one in usual)
     look = found.evaluation.seconds / by_formula.look if found.evaluation and by_formula.look else 1.0
     duration = replace(
         by_formula,

@@ -24,7 +24,7 @@ class Found:
     starting: Timed | None = None
     """Loading the model and asking it what it can do."""
     steps: list[Timed] = field(default_factory=list)
-    """The heaviest one, then one that is usual."""
+    """The heaviest one, then some of usual size."""
     evaluation: Timed | None = None
     """One pass over held-out rows."""
     word: Timed | None = None

@@ -25,6 +25,8 @@ from tunesmith.probing.found import Timed
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
+USUAL, USUAL_S = 4, 10.0
+"""Most steps of usual size, and seconds after which none is added: one alone says little of short ones."""
 LOOKED_AT = 64
 """Steps among which a usual one is looked for."""
 FEW_WORDS, MORE_WORDS = 2, 10
@@ -37,20 +39,30 @@ def measure(setup: Setup, folder: Path, *, tell: Tell, on_progress: OnProgress) 
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
+    _take_steps(setup, tell, on_progress)
     stages: list[Callable[[], dict[str, Any] | None]] = [
-        *(lambda step=step: _step(setup, step, tell) for step in _steps(setup)),
         lambda: _evaluation(setup),
         lambda: _word(setup),
         lambda: _save(setup, folder),
     ]
-    begun = time.perf_counter()
     for number, stage in enumerate(stages):
-        on_progress("probe", number, len(stages))
-        if number == 1 and time.perf_counter() - begun > LONG_S:
-            continue
-        told = stage() or {}
-        tell({**told, "peak": peak(setup.device)})
-    on_progress("probe", len(stages), len(stages))
+        on_progress("probe", 1 + number, 1 + len(stages))
+        tell({**(stage() or {}), "peak": peak(setup.device)})
+    on_progress("probe", 1 + len(stages), 1 + len(stages))
+
+
+def _take_steps(setup: Setup, tell: Tell, on_progress: OnProgress) -> None:
+    heavy, *usual = _steps(setup)
+    on_progress("probe", 0, 4)
+    begun = time.perf_counter()
+    tell({**_step(setup, heavy, tell), "peak": peak(setup.device)})
+    if time.perf_counter() - begun > LONG_S:
+        return
+    begun = time.perf_counter()
+    for step in usual:
+        tell({**_step(setup, step, tell), "peak": peak(setup.device)})
+        if time.perf_counter() - begun > USUAL_S:
+            return
 
 
 def peak(device: str) -> int:
@@ -67,7 +79,7 @@ def peak(device: str) -> int:
 
 
 def _steps(setup: Setup) -> list[int]:
-    """The heaviest step, and the one nearest to the mean in tokens, if that is another."""
+    """The heaviest step, and others that are nearest to the mean in tokens."""
     plan, steps = setup.plan, setup.total_steps
     heavy = heaviest(plan, steps, setup.rows.store.denominators)[0] if setup.forecast is None else setup.forecast.heavy
     lengths = setup.rows.store.lengths
@@ -77,7 +89,7 @@ def _steps(setup: Setup) -> list[int]:
         if step != heavy.step
     }
     mean = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
-    return [heavy.step, *sorted(tokens, key=lambda step: abs(tokens[step] - mean))[:1]]
+    return [heavy.step, *sorted(tokens, key=lambda step: abs(tokens[step] - mean))[:USUAL]]
 
 
 def _step(setup: Setup, step: int, tell: Tell) -> dict[str, Any]:
