@@ -28,7 +28,7 @@ def write_rows(path: Path, num: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def encode(model: str, path: str, folder: str, num_proc: str) -> None:
+def encode(model: str, path: str, folder: str, num_proc: str = "1") -> None:
     """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
     import numpy as np
 
@@ -64,7 +64,7 @@ def encode(model: str, path: str, folder: str, num_proc: str) -> None:
     begun = time.perf_counter()
     plan.step(5 * plan.steps_per_epoch // 2)  # in another epoch: its order is made anew
     told = {
-        "peak": watch.peak_bytes,
+        "peak": watch.peak_bytes(),
         "rows": len(store),
         "tokens": int(store.lengths.sum()),
         "seconds": seconds,
@@ -78,19 +78,29 @@ class _Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak_bytes = 0
+        self._peak = 0
+        self._is_over = threading.Event()
         self.start()
 
     def run(self) -> None:
+        self._look()
+        while not self._is_over.wait(0.2):
+            self._look()
+
+    def peak_bytes(self) -> int:
+        """Until now, and for the last time."""
+        self._is_over.set()
+        self.join()
+        return self._peak
+
+    def _look(self) -> None:
         me = os.getpid()
-        while True:
-            try:
-                children = Path(f"/proc/{me}/task/{me}/children").read_text("ascii").split()
-                pages = [int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) for pid in (str(me), *children)]
-                self.peak_bytes = max(self.peak_bytes, sum(pages) * os.sysconf("SC_PAGE_SIZE"))
-            except (OSError, IndexError):  # one that has just ended
-                pass
-            time.sleep(0.2)
+        try:
+            children = Path(f"/proc/{me}/task/{me}/children").read_text("ascii").split()
+            pages = [int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) for pid in (str(me), *children)]
+        except (OSError, IndexError):  # one that has just ended
+            return
+        self._peak = max(self._peak, sum(pages) * os.sysconf("SC_PAGE_SIZE"))
 
 
 def main(words: Sequence[str] | None = None) -> None:
