@@ -54,6 +54,27 @@ def step_by_step(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     return written
 
 
+def assert_the_head_reads_matrices() -> None:
+    """A slice of all tokens would make torch copy the layer's weights once for each prompt."""
+    model = sharp("llama")
+    head, seen = model.get_output_embeddings(), []
+    real = head.forward
+    head.forward = lambda hidden: seen.append(hidden.is_contiguous()) or real(hidden)
+    answer(model, renderer(), PROMPTS, HOW)
+    assert seen
+    assert all(seen)
+
+
+def test_the_output_layer_is_not_copied_for_each_prompt() -> None:
+    assert_the_head_reads_matrices()
+
+
+def test_the_test_of_the_output_layer_sees_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_head_reads_rows", nullcontext)
+    with pytest.raises(AssertionError):
+        assert_the_head_reads_matrices()
+
+
 # trap: A11
 def assert_answers_together_are_those_alone(arch: str, ask: Any) -> None:
     model = sharp(arch)
@@ -124,6 +145,7 @@ class Writes:
 def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learnt comes back: the tokens that a row trains, written by a model, are its completion."""
     monkeypatch.setattr(generation, "evaluating", lambda model: nullcontext())
+    monkeypatch.setattr(generation, "_head_reads_rows", nullcontext)
     tokenizer = tiny_tokenizer(None, eos="</s>", metaspace=metaspace, adds_bos=metaspace)
     made = Renderer(tokenizer, "generate", max_tokens=None, too_long="error", control_tokens="error")
     example = pair("Is it you?", completion)

@@ -75,11 +75,29 @@ def _generate(model: PreTrainedModel, renderer: Renderer, how: Sampling, ids_BT:
     # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
     config = how.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
     config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
-    with evaluating(model), _without_own_config(model):
+    with evaluating(model), _without_own_config(model), _head_reads_rows(model):
         out_BT: Tensor = model.generate(
             ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
         )
     return out_BT
+
+
+@contextmanager
+def _head_reads_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the output layer is given the last tokens of prompts as a matrix of their own.
+
+    They are a slice of all tokens, and for a slice torch's matmul copies the layer's weights once for each prompt:
+    54 MiB each for SmolLM2, a GiB for 128,256 tokens of size 4,096.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -63,6 +63,58 @@ def test_it_is_attention_row_by_row(lengths, *, groups, shared, size, causal, sc
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+def spelled_out_with(masks: Tensor, qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, p: float) -> Tensor:
+    """Attention row by row, of whose weights [S, G, R, L, K] those are left that `masks` has as ones."""
+    out = []
+    for mask_GRLK, *row in zip(masks, *(tensor.split(lengths, dim=2) for tensor in qkv_1HTD), strict=True):
+        query, key, value = row
+        num = query.shape[2]
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(~torch.ones(num, num, dtype=torch.bool).tril(), -torch.inf)
+        left = mask_GRLK.flatten(0, 1)[None, :, :num, :num]
+        out.append(scores.softmax(-1) * left / (1 - p) @ value)
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("p", [0.1, 0.7])
+def test_with_dropout_it_is_attention_with_the_weights_that_are_left(causal, p):
+    """float64, one block with rows that are filled up; what is drawn follows from torch's generator."""
+    lengths, groups, shared = [7, 5, 4], 2, 3
+    qkv = inputs(lengths, heads=groups * shared, groups=groups, size=4)
+    layout = layout_of(lengths, qkv, causal=causal)
+    [block] = layout.blocks
+
+    def ours(tensors: list[Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        return grouped.attend(*tensors, layout, scaling=None, dropout=p)
+
+    torch.manual_seed(5)
+    masks = torch.empty(block.num, block.queries, block.keys, dtype=torch.float64).bernoulli_(1 - p)
+    masks = masks.view(len(lengths), groups, shared, 7, 7)
+    assert 0 < masks.mean() < 1
+    expected = answers(lambda t: spelled_out_with(masks, t, lengths, causal=causal, p=p), qkv)
+    for one, other in zip(answers(ours, qkv), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_where_it_is_the_faster_way():
+    """float32 without dropout is left to torch's kernel, which has none of the operations that dropout asks for."""
+    query = torch.zeros(1, 2, 3, 4)
+    for dtype, dropout, cap, expected in (
+        (torch.float32, 0.0, None, False),
+        (torch.float32, 0.1, None, True),
+        (torch.bfloat16, 0.0, None, True),
+        (torch.bfloat16, 0.1, None, True),
+        (torch.bfloat16, 0.0, 30.0, False),
+        (torch.float64, 0.1, None, False),
+    ):
+        given = query.to(dtype)
+        assert grouped.can(given, given, dropout=dropout, softcap=cap) == expected
+
+
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
     """Relative distance to float64, result and gradients: rounding in bfloat16 is 2^-9 = 0.002 a number."""
     lengths = [60, 60, 41, 40]

@@ -171,7 +171,7 @@ def _by_pieces(query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segment
     for some, query, key, value in zip(stretches, queries, keys, values, strict=True):
         if some[0][1] <= longest:
             layout = _layout(segments, some, query, key, causal=how.causal)
-            out.append(grouped.attend(query, key, value, layout, scaling=how.scaling))
+            out.append(grouped.attend(query, key, value, layout, scaling=how.scaling, dropout=how.dropout))
             continue
         q_SHQD, k_SHKD, v_SHKD = (
             torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)

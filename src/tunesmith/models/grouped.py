@@ -4,6 +4,8 @@ about half the time of torch's own kernel up to some 256 tokens (`python -m benc
     P = softmax(Q Kᵀ · scale),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),  dQ = dS K · scale,  dK = dSᵀ Q · scale
 
+With dropout P V becomes (M ∘ P) V / (1 - p), M drawn anew for each weight, and dO Vᵀ likewise.
+
 Query heads that share a key head stand below each other, so that a product reads the keys once. Rows of like length
 are multiplied together: what is missing is filled with the row's last token, whose answers are thrown away and whose
 gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention; the softmax
@@ -11,7 +13,7 @@ computes in float32 inside. Sources: Vaswani et al. 2017, section 3.2.1; Dao et 
 backward.
 
 Kept for backward, numbers of the inputs' precision a token: D for each query head, 2 D for each key head, and one for
-each query head and key; filled ones among them.
+each query head and key, with dropout two; filled ones among them.
 """
 
 # H heads, T tokens, D head size, S rows of a block, G groups of heads that share keys, R query heads a group,
@@ -40,22 +42,29 @@ Row = tuple[int, int]
 
 
 def can(query_1HTD: Tensor, value_1HTD: Tensor, *, dropout: float, softcap: float | None) -> bool:
-    """Whether this is the faster way: bfloat16 on CPU, equal head sizes, no dropout or cap."""
+    """Whether this is the faster way: on CPU, in bfloat16, or with dropout, which torch's kernel leaves to some twenty
+    operations a row; equal head sizes, no cap."""
     return (
         query_1HTD.device.type == "cpu"
-        and query_1HTD.dtype == torch.bfloat16
+        and (query_1HTD.dtype == torch.bfloat16 or (query_1HTD.dtype == torch.float32 and dropout > 0))
         and query_1HTD.shape[-1] == value_1HTD.shape[-1]
-        and not dropout
         and softcap is None
     )
 
 
 def attend(
-    query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, layout: Layout, *, scaling: float | None
+    query_1HTD: Tensor,
+    key_1GKD: Tensor,
+    value_1GKD: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """[1, T, H, D]: each row attended to alone; `layout` says where the rows stand, end to end, T and K in all."""
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Grouped.apply(query_1HTD, key_1GKD, value_1GKD, layout, scale)  # type: ignore[no-untyped-call]
+    settings = layout, scale, dropout
+    out: Tensor = _Grouped.apply(query_1HTD, key_1GKD, value_1GKD, *settings)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -153,38 +162,53 @@ def _first_places(index: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps Q, K, V as they were multiplied, and P of each block."""
+    """Keeps Q, K, V as they were multiplied, of each block P, and M where there is dropout."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float
     ) -> Tensor:
         num_heads, num_tokens, size = query.shape[1:]
         q = _lines(query).index_select(0, layout.query_index)
         k, v = (_lines(tensor).index_select(0, layout.key_index) for tensor in (key, value))
         out = torch.empty_like(q)
-        weights = []
+        weights, kept = [], []
         for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
             scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
-            weights.append(torch.softmax(scores_NQK, -1))
-            torch.bmm(weights[-1], v_NKD, out=out_NQD)
-        ctx.save_for_backward(q, k, v, *weights)
+            p_NQK = torch.softmax(scores_NQK, -1)
+            weights.append(p_NQK)
+            if dropout:
+                kept.append(torch.empty_like(p_NQK).bernoulli_(1 - dropout))
+                p_NQK = p_NQK * kept[-1]
+            torch.bmm(p_NQK, v_NKD, out=out_NQD)
+        if dropout:
+            out.mul_(1 / (1 - dropout))
+        ctx.save_for_backward(q, k, v, *weights, *kept)
+        ctx.num_blocks, ctx.dropout = len(weights), dropout
         ctx.layout, ctx.scale, ctx.num_heads, ctx.num_groups = layout, scale, num_heads, key.shape[1]
         return out.index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_1THD: Tensor) -> Any:
         layout: Layout = ctx.layout
-        q, k, v, *weights = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
+        weights = saved[: ctx.num_blocks]
+        kept = saved[ctx.num_blocks :] or [None] * ctx.num_blocks
         g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index)
         if len(layout.filled):
             g.index_fill_(0, layout.filled, 0)
+        if ctx.dropout:
+            g.mul_(1 / (1 - ctx.dropout))
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         parts = layout.parts((q, g, gq), (k, v, gk, gv))
-        for (_, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD), p_NQK in zip(parts, weights, strict=True):
-            torch.bmm(p_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
+        for part, p_NQK, m_NQK in zip(parts, weights, kept, strict=True):
+            _, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD = part
+            used_NQK = p_NQK if m_NQK is None else p_NQK * m_NQK
+            torch.bmm(used_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
             gp_NQK = torch.bmm(g_NQD, v_NKD.transpose(1, 2))
+            if m_NQK is not None:
+                gp_NQK.mul_(m_NQK)
             gs_NQK = torch.ops.aten._softmax_backward_data(gp_NQK, p_NQK, -1, p_NQK.dtype)
             torch.bmm(gs_NQK, k_NKD, out=gq_NQD)
             torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
@@ -192,7 +216,7 @@ class _Grouped(torch.autograd.Function):
         gq, gk, gv = (grad.index_select(0, place) for grad, place in zip((gq, gk, gv), places, strict=True))
         gq, gk = gq.mul_(ctx.scale), gk.mul_(ctx.scale)
         heads = ctx.num_heads, ctx.num_groups, ctx.num_groups
-        return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None  # type: ignore[return-value]
+        return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None, None
 
 
 def _lines(tensor_1HTD: Tensor) -> Tensor:
