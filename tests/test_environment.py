@@ -31,7 +31,7 @@ weight = torch.randn(32, 64).bfloat16()
 marks = []
 for tokens in range(20, 1420):  # each pass has another number of tokens
     torch.nn.functional.linear(torch.ones(tokens, 64).bfloat16(), weight)
-    if tokens % 700 == 19:  # after 700 shapes, when a cache of 256 is full, and after twice as many
+    if tokens % 700 == 19:  # after 700 shapes, when a cache of 192 is full, and after twice as many
         marks.append(used())
 print(marks[1] - marks[0])
 """

@@ -122,11 +122,15 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
     def interrupt() -> None:
         while not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever handler another test has left
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
     assert nothing_left(tmp_path / "runs")

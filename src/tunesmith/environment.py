@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-SHAPES = "256"
+SHAPES = "192"
 BUSY = 1
 """Other threads that run or want to, at every look, from which on the machine has other work."""
 LOOKS = 5

@@ -66,10 +66,10 @@ def test_a_missing_quantiser_is_said_before_training(tmp_path: Path, monkeypatch
         notes(asking(tmp_path, "gguf:q4_k_m"), tmp_path)
 
 
-def test_a_head_is_known_before_training_too(tmp_path: Path) -> None:
+def test_what_a_head_cannot_go_to_is_known_before_training_too(tmp_path: Path) -> None:
     recipe = task_recipe(tmp_path, "classify", "encoder", rows=8)
     recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"to": ("gguf",)})})
-    with pytest.raises(ModelError, match="only models that go on with a text"):
+    with pytest.raises(ModelError, match="a tokenizer of the kind WordLevel cannot be written here"):
         notes(recipe, tmp_path)
 
 

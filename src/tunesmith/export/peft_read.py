@@ -48,4 +48,4 @@ class PromptLoaded(Loaded):
     wrapped: Any = None
 
     def asked(self, renderer: Renderer) -> Asked:
-        return PromptAsked(self.model, renderer, self.head, self.wrapped)
+        return PromptAsked(self.model, renderer, self.head, wrapped=self.wrapped)
