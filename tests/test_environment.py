@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunesmith.environment import BUSY, SHAPES, in_force, others_running, prepare_environment
+from tunesmith.environment import BUSY, SHAPES, for_child, in_force, others_running, prepare_environment
 
 SHAPED = """
 import ctypes, torch
@@ -90,3 +90,15 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
         "LRU_CACHE_CAPACITY": "7",
     }
     assert in_force({})["GOMP_SPINCOUNT"] == "the library's"
+
+
+def test_a_child_finds_this_package_first_and_keeps_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("KEPT", "1")
+    child = for_child(MORE="2")
+    package, *others = child["PYTHONPATH"].split(os.pathsep)
+    assert (Path(package) / "tunesmith" / "__init__.py").is_file()
+    assert others == ["/elsewhere"]
+    assert (child["KEPT"], child["MORE"]) == ("1", "2")
+    monkeypatch.delenv("PYTHONPATH")
+    assert for_child()["PYTHONPATH"] == package  # an empty entry would be the working folder

@@ -31,6 +31,12 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
         environ.setdefault("GOMP_SPINCOUNT", "20000" if answers else "2000")
 
 
+def for_child(**more: str) -> dict[str, str]:
+    """What a process is started with that imports this package, wherever it lies, by `python -m`; and `more`."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
 def in_force(environ: Mapping[str, str]) -> dict[str, str]:
     """What is set of these, by whomever; a library's own default where nothing is."""
     return {name: environ.get(name, "the library's") for name in NAMES}

@@ -41,7 +41,7 @@ def test_peft_loads_it_and_it_is_what_was_tuned(name: str, tmp_path: Path, monke
     assert done.found.kl < 1e-9
     assert done.found.carried == pytest.approx(1.0, abs=1e-4)
     head = card_head(done.path)
-    assert (head.library_name, head.license) == ("peft", "unknown")
+    assert (head["library_name"], head.license) == ("peft", "unknown")
 
 
 def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:  # trap: A8

@@ -177,7 +177,7 @@ def test_template_tokens_and_ends_are_in_the_file(tmp_path: Path) -> None:
     assert header["general.license"] == "mit"
     assert path.name == "llama-f16.gguf"
     head = card_head(done.path)
-    assert head.library_name == "gguf"
+    assert head["library_name"] == "gguf"
     text = (done.path / "README.md").read_text()
     assert "llama-server -m llama-f16.gguf --jinja" in text
 

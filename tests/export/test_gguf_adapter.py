@@ -131,7 +131,7 @@ def test_what_stands_beside_it(tmp_path: Path) -> None:
     assert "--lora llama-lora-f16.gguf --jinja --chat-template-file chat_template.jinja" in text
     assert "convert_hf_to_gguf.py BASE --outfile base.gguf" in text
     assert str(base.parent) not in text  # a card is published: no folders of this machine
-    assert card_head(done.path).library_name == "gguf"
+    assert card_head(done.path)["library_name"] == "gguf"
     assert any("it needs a GGUF of the base beside it" in note for note in done.notes)
 
 

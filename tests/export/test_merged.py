@@ -96,7 +96,7 @@ def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.M
     head = card_head(done.path)
     report = json.loads(finished("chat").report_path.read_text())
     assert head.license == "apache-2.0"
-    assert head.library_name == "transformers"
+    assert head["library_name"] == "transformers"
     assert head.pipeline_tag == "text-generation"
     loss = next(result for result in head.eval_results if result.metric_type == "loss")
     assert loss.metric_value == pytest.approx(report["metrics"]["after"]["loss"], abs=1e-6)

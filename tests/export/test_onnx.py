@@ -80,7 +80,7 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     done = exported(of_encoder("bert"), tmp_path)
     text = (done.path / "README.md").read_text()
     assert 'padding_side="right"' in text
-    assert card_head(done.path).library_name == "onnx"
+    assert card_head(done.path)["library_name"] == "onnx"
     names = {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json", "labels.json"}
     assert names | {"README.md", "verify.json"} == {path.name for path in done.path.iterdir()}
     tokens = AutoTokenizer.from_pretrained(done.path)(["Ada eats the plum", "red"], return_tensors="np", padding=True)

@@ -11,16 +11,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import orjson
 
-import tunesmith
 from tunesmith.data.chunks import Chunk, Encoded, chunk_bytes, encode, encoded_of
 from tunesmith.data.encoder_process import identity, read_frame, write_frame
 from tunesmith.data.render import Renderer
-from tunesmith.environment import cores
+from tunesmith.environment import cores, for_child
 
 WORTH_BYTES = 16 * 1024**2
 """Of files from which on processes are worth their start: about ten seconds of one."""
@@ -143,7 +141,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=_environment(),
+            env=for_child(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1"),
             start_new_session=True,  # Ctrl-C is for the one that asks
         )
 
@@ -180,9 +178,3 @@ class _Process:
         assert self._process.stdout is not None
         write_frame(self._process.stdin, content)  # type: ignore[arg-type]
         return read_frame(self._process.stdout)  # type: ignore[arg-type]
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **alone, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

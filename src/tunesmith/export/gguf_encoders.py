@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.export.gguf_models import Architecture, Facts, tensor_names
+from tunesmith.export.gguf_models import Architecture, Facts, sizes, tensor_names
 from tunesmith.export.gguf_unpack import tensors
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source
@@ -28,11 +28,8 @@ _HEAD = {"bert.pooler.dense": "cls", "classifier": "cls.output"}
 
 def _bert(config: Any) -> Facts:
     return {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
+        **sizes(config),
         "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
         "attention.layer_norm_epsilon": float(config.layer_norm_eps),
         "attention.causal": False,
     }

@@ -109,13 +109,20 @@ def _theta(config: Any) -> float:
     return float(_rope(config)["rope_theta"])
 
 
-def _decoder(config: Any) -> Facts:
+def sizes(config: Any) -> Facts:
+    """What every architecture has; transformers knows a config's numbers by these names, whatever it calls them."""
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
+    }
+
+
+def _decoder(config: Any) -> Facts:
+    return {
+        **sizes(config),
+        "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": _head_dim(config),
@@ -144,11 +151,8 @@ def _phi3(config: Any) -> Facts:
 
 def _gpt2(config: Any) -> Facts:
     return {
-        "block_count": config.n_layer,
-        "context_length": config.n_positions,
-        "embedding_length": config.n_embd,
+        **sizes(config),
         "feed_forward_length": config.n_inner or 4 * config.n_embd,
-        "attention.head_count": config.n_head,
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
     }
 

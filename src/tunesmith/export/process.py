@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-import tunesmith
+from tunesmith.environment import for_child
 from tunesmith.errors import ExportError
 
 TIMEOUT_S = 3600.0
@@ -18,8 +16,7 @@ def in_new_process(module: str, *words: str, what: str) -> None:
 
     Raises ExportError with its last words.
     """
-    paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    environment = for_child(HF_HUB_OFFLINE="1")
     command = [sys.executable, "-m", module, *words]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)

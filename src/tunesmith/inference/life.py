@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import tunesmith
 from tunesmith.asking import Served
+from tunesmith.environment import for_child
 from tunesmith.errors import TunesmithError
 from tunesmith.inference import wire
 
@@ -49,7 +47,7 @@ class Life:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
+            env=for_child(TOKENIZERS_PARALLELISM="false"),
             limit=wire.MOST_LINE_BYTES,
             start_new_session=True,  # Ctrl-C is for the server, which drains
         )
@@ -138,8 +136,3 @@ class Life:
         assert self._process.stderr is not None, "it has a pipe"
         while chunk := await self._process.stderr.read(1 << 16):
             self._printed.extend(line for line in chunk.decode("utf-8", "replace").splitlines() if line.strip())
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}

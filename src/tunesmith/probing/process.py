@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import tunesmith
+from tunesmith.environment import for_child
 from tunesmith.files import remove, temporary_folder
 from tunesmith.forecasting import OnProgress
 from tunesmith.probing.found import Found
@@ -42,13 +41,12 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
 
 class _Child:
     def __init__(self, recipe: Recipe, *, root: Path, folder: Path, offline: bool, printed: Any) -> None:
-        paths = [str(Path(tunesmith.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tunesmith.probing.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=for_child(),
             text=True,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for us, who end it
