@@ -24,6 +24,7 @@ from tunesmith.data.chunks import chunk_bytes, chunk_of, encode, encoded_bytes, 
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.data.store_files import arrow_path
+from tunesmith.environment import for_child
 from tunesmith.errors import DataError, ModelError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Part, Problem
@@ -194,7 +195,7 @@ def test_a_process_ends_with_the_one_that_began_it() -> None:
         [sys.executable, "-m", "tunesmith.data.encoder_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=encoders._environment(),
+        env=for_child(),
     )
     assert process.stdin is not None
     process.stdin.close()
@@ -204,7 +205,7 @@ def test_a_process_ends_with_the_one_that_began_it() -> None:
 def test_a_process_never_imports_torch() -> None:
     """Two hundred megabytes and seconds for nothing."""
     code = "import sys, tunesmith.data.encoder_process as p; p.PreTrainedTokenizerFast; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], env=encoders._environment(), capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=for_child(), capture_output=True, check=True)
     assert done.stdout.strip() == b"False"
 
 
