@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from tunesmith import values
 from tunesmith.cli import text
 
 
@@ -35,7 +36,7 @@ def test_one_line_is_cut_with_an_ellipsis() -> None:
     [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7800, "2:10:00 h"), (-3, "0 s")],
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert text.duration(seconds) == shown
+    assert values.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_sparkline_spans_lowest_to_highest() -> None:
     [
         (5e-4, "0.0005"),
         ({"name": "lora", "rank": 16}, "lora (rank 16)"),
+        ({"name": "lora", "rank": 16, "layers": (), "rank_pattern": {}, "dropout": 0.0}, "lora (rank 16, dropout 0)"),
         ({"name": "full"}, "full"),
         (["all-linear"], "all-linear"),
         (None, "null"),

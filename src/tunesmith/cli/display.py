@@ -12,8 +12,9 @@ from rich.console import Console
 
 from tunesmith.cli.scores import score_line, score_lines
 from tunesmith.cli.story import Story
-from tunesmith.cli.text import duration, knob, loss, size, visible
+from tunesmith.cli.text import knob, loss, size, visible
 from tunesmith.types import Event
+from tunesmith.values import duration
 
 PHASES = {
     "read": "reading rows",

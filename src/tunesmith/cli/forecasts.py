@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.cli.text import duration, plural, size
+from tunesmith.cli.text import plural, size
+from tunesmith.values import duration
 
 Facts = list[tuple[str, str]]
 

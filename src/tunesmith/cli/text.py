@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from tunesmith import values
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -46,17 +48,6 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def duration(seconds: float) -> str:
-    """A time span: 42 s, 3:05 min, 2:10:00 h."""
-    whole = round(max(seconds, 0))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
-
-
 def age(seconds: float) -> str:
     """How long ago, in one unit."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
@@ -79,16 +70,8 @@ def percent(share: float) -> str:
 
 
 def knob(value: Any) -> str:
-    """The value of a knob as it would be written: 0.0005, lora (rank 16, alpha 32)."""
-    if isinstance(value, Mapping):
-        rest = ", ".join(f"{key} {knob(item)}" for key, item in value.items() if key != "name")
-        name = str(value.get("name", ""))
-        return f"{name} ({rest})" if name and rest else name or rest
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(knob, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else visible(str(value))
+    """As `values.knob`, made harmless."""
+    return visible(values.knob(value))
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:

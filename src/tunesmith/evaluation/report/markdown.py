@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import label_text, target_of
 from tunesmith.evaluation.report.marking import one_line, visible
+from tunesmith.values import knob
 
 _MEANT = re.compile(r"([\\`*_\[\]<>|&~$#])")
 _IN_A_CELL = 160
@@ -143,7 +144,7 @@ def _general(general: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    rows = [[inline(c["key"]), inline(wording.knob(c["value"])), inline(c["reason"], width=400)] for c in choices]
+    rows = [[inline(c["key"]), inline(knob(c["value"])), inline(c["reason"], width=400)] for c in choices]
     yield from _table(["knob", "value", "why"], rows)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tunesmith.evaluation.report.log import Interval
 from tunesmith.measures import MEASURES, OF_ANSWERS, MeasureInfo
+from tunesmith.values import duration
 
 Verdict = Literal["better", "worse", "within", ""]
 
@@ -245,28 +246,6 @@ def with_bounds(value: str, bounds: str) -> str:
 
 def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """A time span: 42 s, 3:05 min, 2:10:00 h."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
-
-
-def knob(value: Any) -> str:
-    """The value of a knob as it would be written: 0.0005, lora (rank 16, alpha 32)."""
-    if isinstance(value, Mapping):
-        rest = ", ".join(f"{key} {knob(item)}" for key, item in value.items() if key != "name")
-        name = str(value.get("name", ""))
-        return f"{name} ({rest})" if name and rest else name or rest
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(knob, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:
