@@ -81,6 +81,8 @@ CASES = (
     Case("smollm2", "lora", "bfloat16", 256, 1024),
     Case("smollm2", "full", "bfloat16", 512, 1024, "all"),
     Case("smollm2", "dora", "bfloat16", 64, 512),
+    Case("smollm2", "qlora", "bfloat16", 128, 1024),
+    Case("mistral 350M", "qlora", "bfloat16", 512, 1024, "half"),
     Case("minilm", "full", "float32", 64, 1024, task="classify"),
     Case("minilm", "lora", "float32", 128, 1024, task="classify"),
 )
