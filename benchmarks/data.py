@@ -1,12 +1,13 @@
 """`python -m benchmarks.data`: a file of many short chats encoded, opened again, planned, and gone on with at any step.
 
-Each part runs in a process of its own, so that its memory is its own. Rows are made of numbers, each another.
+Each part runs in a process of its own, so that its memory is its own. Rows are made of numbers, or of a file's turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -15,17 +16,44 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.classify import UnusableError
 from benchmarks.measured import machine, run_child
+from benchmarks.rows import read_lines
 
 
 def write_rows(path: Path, num: int) -> None:
     """`num` different chats of about 30 tokens."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(num):
-            asked = f"What is {i} plus {i % 97}?"
-            said = f"{i} plus {i % 97} is {i + i % 97}."
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(_line(f"What is {i} plus {i % 97}?", f"{i} plus {i % 97} is {i + i % 97}."))
+
+
+def mix_rows(path: Path, num: int, *, chats: str) -> None:
+    """`num` different chats, each a question of a file of chats and an answer that another of its questions has.
+
+    Raises UnusableError where the file has too few.
+    """
+    asked: dict[str, None] = {}
+    told: dict[str, None] = {}
+    for line in read_lines(chats):
+        *_, question, answer = (message["content"] for message in json.loads(line)["messages"])
+        asked.setdefault(question)
+        told.setdefault(answer)
+    questions, answers = list(asked), list(told)
+    # Neighbours differ in both, and each pair is met once, where the numbers have no common divisor.
+    while len(answers) > 1 and math.gcd(len(questions) + 1, len(answers)) > 1:
+        answers.pop()
+    if len(questions) * len(answers) < num:
+        raise UnusableError(f"{chats}: its turns make {len(questions) * len(answers):,} different rows. Lower --rows.")
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(num):
+            laps, at = divmod(i, len(questions))
+            file.write(_line(questions[at], answers[(i + laps) % len(answers)]))
+
+
+def _line(asked: str, told: str) -> str:
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
 def encode(model: str, path: str, folder: str, num_proc: str = "1") -> None:
@@ -107,6 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--model", required=True, help="a folder of a chat model")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--chats", help="a JSONL file whose questions and answers make the rows, instead of numbers")
     parser.add_argument(
         "--num-proc", type=int, nargs="+", default=[1, 2], help="processes that encode, one after another"
     )
@@ -116,7 +145,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
-        write_rows(rows, options.rows)
+        try:
+            mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
+        except UnusableError as error:
+            sys.exit(str(error))
         made = [(f"encoded, num_proc {num}", num) for num in options.num_proc]
         for name, num in [*made, ("opened again", options.num_proc[-1])]:
             code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"

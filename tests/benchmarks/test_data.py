@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-from benchmarks.data import encode, write_rows
+from benchmarks.classify import UnusableError
+from benchmarks.data import encode, mix_rows, write_rows
 
 from tiny_run import model_folder
 
@@ -23,3 +25,19 @@ def test_rows_are_encoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert first["tokens"] == again["tokens"]
     assert first["peak"] > 50 * 2**20  # more than an interpreter
     assert len(list((tmp_path / "encoded").glob("*.arrow"))) == 1
+
+
+def test_turns_of_a_file_make_many_different_rows(tmp_path: Path) -> None:
+    """Each question meets each answer once, and neighbours differ in both: what recurs more often is encoded faster."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i % 6}"}]}
+        for i in range(11)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), "utf-8")
+    mix_rows(tmp_path / "rows.jsonl", 55, chats=str(tmp_path / "chats.jsonl"))
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    turns = [tuple(message["content"] for message in row) for row in rows]
+    assert len(set(turns)) == 55
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in itertools.pairwise(turns))
+    with pytest.raises(UnusableError, match="55 different rows"):
+        mix_rows(tmp_path / "rows.jsonl", 56, chats=str(tmp_path / "chats.jsonl"))

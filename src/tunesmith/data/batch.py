@@ -48,11 +48,13 @@ class Plan:
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
     """The tokens of a row of the store, where what rows of a pass begin with alike is computed once: passes are then
     filled by what is computed. None: rows are computed whole."""
-    _last_order: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows_per_epoch(self) -> int:
-        return int(self._copies(0).sum())
+        if "rows_per_epoch" not in self._kept:  # asked for at each step
+            self._kept["rows_per_epoch"] = int(self._copies(0).sum())
+        return int(self._kept["rows_per_epoch"])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,10 +81,17 @@ class Plan:
         """Share of the places computed in the first steps of a run that hold no token; of an encoder–decoder about."""
         if self.layout == "ragged":
             return 0.0
-        length_of = dict(zip(self.rows_I.tolist(), self.lengths_I.tolist(), strict=True))
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
-        places = sum(self.computed(rows, [length_of[row] for row in rows]) for rows in passes)
-        return 1.0 - float(sum(length_of[row] for rows in passes for row in rows) / places)
+        places = sum(self.computed(rows, self.lengths_of(rows)) for rows in passes)
+        return 1.0 - float(sum(sum(self.lengths_of(rows)) for rows in passes) / places)
+
+    def lengths_of(self, rows: Pass) -> list[int]:
+        """The tokens of rows of the store that are trained on."""
+        if "lengths" not in self._kept:
+            self._kept["lengths"] = np.zeros(int(self.rows_I.max()) + 1, np.int32)
+            self._kept["lengths"][self.rows_I] = self.lengths_I
+        found: list[int] = self._kept["lengths"][list(rows)].tolist()
+        return found
 
     def _copies(self, epoch: int) -> NDArray[np.int64]:
         """How often each row stands in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
@@ -96,11 +105,11 @@ class Plan:
         return whole
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self._last_order.get("epoch") != epoch:  # one epoch serves many steps in a row: the last is kept
+        if self._kept.get("epoch") != epoch:  # one epoch serves many steps in a row: the last is kept
             copies = np.repeat(np.arange(len(self.rows_I)), self._copies(epoch))
             keys = sort_keys(np.arange(len(copies)), self.seed, epoch, salt=0)
-            self._last_order.update(epoch=epoch, order=copies[np.argsort(keys, kind="stable")])
-        order: NDArray[np.int64] = self._last_order["order"]
+            self._kept.update(epoch=epoch, order=copies[np.argsort(keys, kind="stable")])
+        order: NDArray[np.int64] = self._kept["order"]
         return order
 
 

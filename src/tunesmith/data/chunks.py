@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import content_hash, input_hash
+from tunesmith.data.examples import both_hashes
 from tunesmith.data.render import Renderer
 from tunesmith.types import Example, Part, Problem, Row, Source
 
@@ -65,7 +65,7 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
     many: bool | None = None
     encoded = renderer.encode(examples, on_warning=problems.append, vocabulary=vocabulary)
     for (file, example), result in zip(chunk, encoded, strict=True):
-        content = content_hash(example), input_hash(example)
+        content = both_hashes(example)
         for item in result:
             if isinstance(item, Problem):
                 problems.append(item)

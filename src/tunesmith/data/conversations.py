@@ -1,10 +1,10 @@
 """Conversations to ids and trained flags: the tokenizer's own template, tokenized as one text, each turn verified."""
 
-# T tokens, P places
+# T tokens
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,25 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft, Drafted, Room
+from tunesmith.data.places import Place, RowTokens, marked, placed
 from tunesmith.data.spans import Ambiguous, Turn, find_turn, not_shown
 from tunesmith.data.stops import QUESTION, find_stops
 from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
-from tunesmith.data.tokens import ControlTokens, Encoder, Tokens
+from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
 
 CACHED_PROMPTS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens(Tokens):
-    """Of a row, and where the control tokens among them stand."""
-
-    num_reserved: int
-    closing: list[int]
-    """Places of tokens that can close a turn, rising."""
-    cuts: list[int]
-    """Places of tokens that a text is cut at, rising."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +54,13 @@ class Conversations:
         """Aligned with `examples`."""
         texts = self._template.bounded(lambda: [self._render(example) for example in examples])
         rendered = [text for text in texts if isinstance(text, _Text)]
-        tokens = self._marked(self._encoder.encode([text.whole for text in rendered]))
-        self._learn_openings(rendered, tokens)
-        following = iter(tokens)
+        found = self._encoder.tokenized([text.whole for text in rendered])
+        tokens = marked(found, self.control)
+        places = placed([(text.whole, text.turns) for text in rendered], found, tokens)
+        self._learn_openings({place.opening for of_text in places for place in of_text if place.opening is not None})
+        following = zip(tokens, places, strict=True)
         return [
-            self._draft(example.source, text, next(following)) if isinstance(text, _Text) else text
+            self._draft(example.source, text, *next(following)) if isinstance(text, _Text) else text
             for example, text in zip(examples, texts, strict=True)
         ]
 
@@ -114,22 +106,7 @@ class Conversations:
         useless = [problem for problem in missing if problem.severity == "error"]
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
-    def _marked(self, tokens: Sequence[Tokens]) -> list[_Tokens]:
-        """All looked up at once."""
-        if not tokens:
-            return []
-        ids_T = np.concatenate([of_row.ids_T for of_row in tokens])
-        ends = np.cumsum([len(of_row.ids_T) for of_row in tokens])
-        reserved, closing, cuts = (
-            _split(np.flatnonzero(are(ids_T)), ends)
-            for are in (self.control.are_reserved, self.control.are_closing, self.control.are_cuts)
-        )
-        return [
-            _Tokens(row.ids_T, row.starts_T, row.ends_T, len(its_reserved), its_closing, its_cuts)
-            for row, its_reserved, its_closing, its_cuts in zip(tokens, reserved, closing, cuts, strict=True)
-        ]
-
-    def _draft(self, source: Source, text: _Text, tokens: _Tokens) -> Drafted:
+    def _draft(self, source: Source, text: _Text, tokens: RowTokens, places: Sequence[Place]) -> Drafted:
         if self._starts_with_two_bos(tokens.ids_T):
             return Problem(
                 source,
@@ -143,8 +120,9 @@ class Conversations:
             num_unspelled=tokens.num_reserved - self.control.count(text.whole),
             warnings=list(text.warnings),
         )
-        for turn in text.turns:
-            first = self._first_token(source, text.whole, turn, tokens, draft.warnings)
+        for place in places:
+            turn = place.turn
+            first = self._first_token(source, text.whole, place, tokens.ids_T, draft.warnings)
             if isinstance(first, Problem):
                 return first
             last = self._last_token(text.whole, turn, tokens)
@@ -160,12 +138,12 @@ class Conversations:
         return self._room.fit(source, draft)
 
     def _first_token(
-        self, source: Source, whole: str, turn: Turn, tokens: _Tokens, warnings: list[Problem]
+        self, source: Source, whole: str, place: Place, ids_T: NDArray[np.int32], warnings: list[Problem]
     ) -> int | Problem:
         """The first trained token of a turn; a Problem when it is not one that serving lets the model write."""
-        first = int(tokens.ends_T.searchsorted(turn.start, side="right"))
-        straddles = first < len(tokens.starts_T) and bool(whole[tokens.starts_T[first] : turn.start].strip())
-        served = None if turn.prompt is None else self._served_tokens(whole[: turn.prompt], tokens)
+        turn, first = place.turn, place.first
+        straddles = place.first_start < turn.start and bool(whole[place.first_start : turn.start].strip())
+        served = None if place.opening is None else self._served_tokens(place.opening, place.opening_at, ids_T)
         if served is not None:
             first = max(first, served)
         elif turn.prompt is not None and turn.start == turn.prompt:
@@ -191,49 +169,30 @@ class Conversations:
             )
         return first
 
-    def _last_token(self, whole: str, turn: Turn, tokens: _Tokens) -> int | None:
+    def _last_token(self, whole: str, turn: Turn, tokens: RowTokens) -> int | None:
         """The token that closes a turn, which may have white space before and after it."""
-        ends = [int(tokens.ends_T[at]) for at in tokens.closing]
-        nth = bisect_right(ends, turn.limit) - 1 if turn.close is None else bisect_right(ends, turn.close)
-        if not 0 <= nth < len(ends):
+        marks = tokens.closing
+        nth = bisect_right(marks.ends, turn.limit) - 1 if turn.close is None else bisect_right(marks.ends, turn.close)
+        if not 0 <= nth < len(marks.at):
             return None
-        last = tokens.closing[nth]
+        last = marks.at[nth]
         if turn.close is not None:
-            between = whole[turn.close : tokens.starts_T[last]]
+            between = whole[turn.close : marks.starts[nth]]
         else:
-            between = whole[tokens.ends_T[last] : turn.limit] if tokens.ends_T[last] > turn.start else "before"
+            between = whole[marks.ends[nth] : turn.limit] if marks.ends[nth] > turn.start else "before"
         if tokens.ids_T[last : last + len(self._run)].tolist() == self._run:
             last += len(self._run) - 1
         return last if not between.strip() and int(tokens.ids_T[last]) in self.stop_ids else None
 
-    def _served_tokens(self, prompt: str, tokens: _Tokens) -> int | None:
+    def _served_tokens(self, opening: str, at: int, ids_T: NDArray[np.int32]) -> int | None:
         """How many tokens the prompt has, if they are the first ones of the whole text; None if they are not."""
-        first, opening = self._opening(prompt, tokens)
         expected = self._opening_ids[opening]
-        end = first + len(expected) // tokens.ids_T.itemsize
-        return end if tokens.ids_T[first:end].tobytes() == expected else None
+        end = at + len(expected) // ids_T.itemsize
+        return end if ids_T[at:end].tobytes() == expected else None
 
-    def _opening(self, prompt: str, tokens: _Tokens) -> tuple[int, str]:
-        """The part of a prompt that decides its last tokens: from its last control token on.
-
-        A control token cuts the text before anything else looks at it, so what comes before has the same ids in the
-        prompt and in the whole. A prompt a turn would otherwise be tokenized whole: quadratic in the turns.
-        """
-        within = int(tokens.ends_T.searchsorted(len(prompt), side="right"))
-        num = bisect_left(tokens.cuts, within)
-        if not num:
-            return 0, prompt
-        return tokens.cuts[num - 1], prompt[tokens.starts_T[tokens.cuts[num - 1]] :]
-
-    def _learn_openings(self, texts: Sequence[_Text], tokens: Sequence[_Tokens]) -> None:
+    def _learn_openings(self, openings: set[str]) -> None:
         if len(self._opening_ids) > CACHED_PROMPTS:
             self._opening_ids.clear()
-        openings = {
-            self._opening(text.whole[: turn.prompt], of_text)[1]
-            for text, of_text in zip(texts, tokens, strict=True)
-            for turn in text.turns
-            if turn.prompt is not None
-        }
         unknown = sorted(openings - self._opening_ids.keys())
         ids = (ids_T.tobytes() for ids_T in self._encoder.ids(unknown, plain=False))
         self._opening_ids.update(zip(unknown, ids, strict=True))
@@ -250,14 +209,6 @@ class Conversations:
 
     def _starts_with_two_bos(self, ids_T: NDArray[np.int32]) -> bool:
         return len(ids_T) > 1 and ids_T[0] == ids_T[1] == self._encoder.bos_id
-
-
-def _split(places_P: NDArray[np.int64], ends: NDArray[np.int64]) -> list[list[int]]:
-    """Places in rows that stand end to end, row by row, counted from the start of each."""
-    cuts = places_P.searchsorted(ends).tolist()
-    starts = [0, *ends[:-1].tolist()]
-    places = places_P.tolist()
-    return [[place - start for place in places[a:b]] for start, a, b in zip(starts, [0, *cuts[:-1]], cuts, strict=True)]
 
 
 def as_message(part: Part) -> Message:

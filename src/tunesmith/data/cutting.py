@@ -1,24 +1,24 @@
-"""Texts tokenized in the stretches that control tokens cut them into, those that recur once."""
-
-# T tokens
+"""Texts tokenized in pieces that have the same tokens wherever they stand, each of which a tokenizer sees once."""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-Arrays = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
-"""Ids of a text, and the characters [start, end) of each."""
-MOST_KEPT = 4_096
+from tunesmith.data.pieces import Numbers, Pieces, Tokenized, tokenized
+from tunesmith.data.word_rules import find_rule
+
+MOST_KEPT = 65_536
+"""Pieces remembered, and four times as many tokens of them."""
 LONGEST_KEPT = 10_000
-"""Characters of a stretch that is kept."""
+"""Characters of a piece that is remembered."""
 
 
 class Cutter:
@@ -26,29 +26,99 @@ class Cutter:
 
     A token that is matched in the text as it stands, whatever its neighbours, ends all that a tokenizer knows of what
     came before. So a text is cut in front of each such token, and a stretch that stands twice in a batch, such as a
-    system prompt, is tokenized once and remembered. `added`: of the tokenizer, by id.
+    system prompt, is tokenized once and remembered. Other stretches are cut into words where it is certain how the
+    tokenizer does that, and words are remembered. `added`: of the tokenizer, by id.
     """
 
     def __init__(self, backend: Tokenizer, added: Mapping[int, Any]) -> None:
         self._backend = backend
-        self._kept: dict[str, Arrays] = {}
+        self._lock = threading.Lock()
+        self._numbers, self._pieces = Numbers(), Pieces()
         first = [token for token in added.values() if not token.normalized]
         # Whether a token of whole words is matched depends on its neighbours: no place is known to be a cut.
         are_sure = not any(token.single_word for token in first)
         self._first_re = alternatives(token.content for token in first if are_sure)
         self._cuts = frozenset(cuts(added).values()) if are_sure else frozenset()
+        others = {token.content for token in added.values()} - self._cuts
+        self._others_re = alternatives(others) if others else None
+        # Tokens that are looked for in what a normalizer leaves are not looked for here.
+        self._rule = find_rule(backend) if len(first) == len(added) else None
+        self._before_word = min(self._cuts, default="")
+        """The first token of a text may have other places than it has within."""
 
-    def encode(self, texts: Sequence[str]) -> list[Arrays]:
+    @property
+    def knows_words(self) -> bool:
+        """Whether it is certain how the tokenizer splits text into words."""
+        return self._rule is not None
+
+    def encode(self, texts: Sequence[str]) -> Tokenized:
         """Of each text, as the tokenizer gives them for the whole."""
+        return self._joined(texts, has_places=True)
+
+    def ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Of each text the ids, as `encode` gives them, which cost less."""
+        return [ids_T for ids_T, _, _ in self._joined(texts, has_places=False).each()]
+
+    def _joined(self, texts: Sequence[str], *, has_places: bool) -> Tokenized:
         cut = [self._stretches(text) for text in texts]
         num_of = Counter(stretch for stretches in cut for stretch in stretches)
-        new = [stretch for stretch in num_of if stretch not in self._kept]
-        found = dict(zip(new, self._tokenized(new), strict=True))
-        pieces = [found[s] if s in found else self._kept[s] for stretches in cut for s in stretches]
-        if len(self._kept) > MOST_KEPT:
-            self._kept.clear()
-        self._kept.update((s, _copied(found[s])) for s in new if num_of[s] > 1 and len(s) <= LONGEST_KEPT)
-        return _joined(cut, pieces)
+        numbers: list[int] = []
+        nums: list[int] = []
+        others: list[str] = []
+        with self._lock:
+            try:
+                for stretches in cut:
+                    before = len(numbers)
+                    for stretch in stretches:
+                        found = self._known(stretch, recurs=num_of[stretch] > 1, has_places=has_places)
+                        if found is None:
+                            others.append(stretch)
+                            numbers.append(-len(others))
+                        else:
+                            numbers.extend(found)
+                    nums.append(len(numbers) - before)
+                return self._looked_up(numbers, nums, others, has_places=has_places)
+            except BaseException:  # there may be numbers without tokens
+                self._numbers, self._pieces = Numbers(), Pieces()
+                raise
+
+    def _known(self, stretch: str, *, recurs: bool, has_places: bool) -> Iterable[int] | None:
+        """The numbers of pieces that make up a stretch; None: it is to be tokenized as a whole, and forgotten."""
+        lead = self._lead(stretch)
+        if lead and (stretch in self._numbers or (recurs and len(stretch) <= LONGEST_KEPT)):
+            return (self._numbers[stretch],)
+        if self._rule is None or (has_places and (self._rule.leaves_out or not lead)):
+            return None
+        rest = stretch[len(lead) :]
+        if self._others_re is not None and self._others_re.search(rest):
+            return None
+        words = self._rule.split(rest)
+        if words is None or max(map(len, words), default=0) > LONGEST_KEPT:
+            return None
+        return map(self._numbers.__getitem__, [lead, *words] if lead else words)
+
+    def _lead(self, stretch: str) -> str:
+        """The token that it was cut in front of, if any."""
+        found = self._first_re.match(stretch)
+        return found.group() if found and found.group() in self._cuts else ""
+
+    def _looked_up(
+        self, numbers: Sequence[int], nums: Sequence[int], others: Sequence[str], *, has_places: bool
+    ) -> Tokenized:
+        """Texts of so many numbers each; a number below 0 is one of `others`, from -1 down."""
+        new, self._numbers.new = self._numbers.new, []
+        leads = ["" if self._lead(piece) else self._before_word for piece in new]
+        found = tokenized(
+            self._backend, [lead + piece for lead, piece in zip(leads, new, strict=True)], has_places=True
+        )
+        self._pieces.add(found.behind([len(lead) for lead in leads]), [len(piece) for piece in new])
+        num = self._pieces.num
+        self._pieces.add(tokenized(self._backend, others, has_places=has_places), [len(stretch) for stretch in others])
+        joined = self._pieces.joined([number if number >= 0 else num - 1 - number for number in numbers], nums)
+        self._pieces.keep_first(num)
+        if num > MOST_KEPT or self._pieces.num_tokens > 4 * MOST_KEPT:
+            self._numbers, self._pieces = Numbers(), Pieces()
+        return joined
 
     def _stretches(self, text: str) -> list[str]:
         if not self._cuts:
@@ -59,19 +129,6 @@ class Cutter:
         if starts[0]:
             starts.insert(0, 0)
         return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
-
-    def _tokenized(self, stretches: Sequence[str]) -> list[Arrays]:
-        encodings = self._backend.encode_batch(list(stretches), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        ends = np.cumsum([0, *map(len, ids)])
-        flat_T = np.fromiter(chain.from_iterable(ids), np.int32, int(ends[-1]))
-        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-        places_T2 = np.fromiter(offsets, np.int64, 2 * int(ends[-1])).reshape(-1, 2)
-        starts_T, ends_T = np.ascontiguousarray(places_T2.T)
-        return [
-            (flat_T[a:b], starts_T[a:b], ends_T[a:b])
-            for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-        ]
 
 
 def cuts(added: Mapping[int, Any]) -> dict[int, str]:
@@ -101,30 +158,3 @@ def _branches(texts: Sequence[str]) -> str:
     if texts[0] == "":  # one of them ends here
         return f"(?:{branches})?"
     return f"(?:{branches})" if len(by_first) > 1 else branches
-
-
-def _joined(cut: Sequence[Sequence[str]], pieces: Sequence[Arrays]) -> list[Arrays]:
-    """The stretches of each text put together, places counted from its start."""
-    if not pieces:
-        return []
-    shifts, nums = [], []
-    at = 0
-    for stretches in cut:
-        place = num = 0
-        for stretch in stretches:
-            shifts.append(place)
-            place += len(stretch)
-            num += len(pieces[at][0])
-            at += 1
-        nums.append(num)
-    shifts_T = np.repeat(shifts, [len(piece[0]) for piece in pieces])
-    ids_T = np.concatenate([piece[0] for piece in pieces])
-    starts_T = np.concatenate([piece[1] for piece in pieces]) + shifts_T
-    ends_T = np.concatenate([piece[2] for piece in pieces]) + shifts_T
-    ends = np.cumsum(nums).tolist()
-    return [(ids_T[a:b], starts_T[a:b], ends_T[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _copied(arrays: Arrays) -> Arrays:
-    ids_T, starts_T, ends_T = arrays
-    return ids_T.copy(), starts_T.copy(), ends_T.copy()  # not the whole batch with it

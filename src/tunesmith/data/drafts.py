@@ -60,7 +60,8 @@ class Room:
         Its first token is not trained: nothing predicts it.
         """
         num_tokens = len(draft.ids_T)
-        starts_at = int(draft.trained_T.argmax()) + 1 if draft.trained_T.any() else None
+        first = int(draft.trained_T.argmax()) if num_tokens else 0
+        starts_at = first + 1 if num_tokens and draft.trained_T[first] else None
         draft.trained_T[:1] = False
         if starts_at is not None and starts_at > 1 and not self.excess(num_tokens):
             return [draft]  # nearly every row

@@ -219,9 +219,18 @@ def input_hash(example: Example) -> int:
     Of conversations and plain text, which have no such side, the `content_hash`. The same on every machine and in every
     release: the held-out rows of a data set follow from it.
     """
-    has_side = example.plain or example.shape in ("text_label", "tokens_tags")
     read = [[part.role, part.text, part.fields] for part in example.parts if not part.trained]
-    return _hash([read, example.tools]) if has_side and read else content_hash(example)
+    return _hash([read, example.tools]) if _has_side(example) and read else content_hash(example)
+
+
+def both_hashes(example: Example) -> tuple[int, int]:
+    """`content_hash` and `input_hash`."""
+    content = content_hash(example)
+    return content, input_hash(example) if _has_side(example) else content
+
+
+def _has_side(example: Example) -> bool:
+    return example.plain or example.shape in ("text_label", "tokens_tags")
 
 
 def _hash(content: list[Any]) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tunesmith.data.cutting import Cutter, alternatives, cuts
+from tunesmith.data.pieces import Tokenized
 from tunesmith.errors import ModelError
 
 PROBE = (
@@ -82,14 +83,21 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text as it stands: the template has already written BOS, if any."""
+        return [Tokens(*arrays) for arrays in self.tokenized(texts).each()]
+
+    def tokenized(self, texts: Sequence[str]) -> Tokenized:
+        """The same, end to end."""
         self._reset()
-        return [Tokens(*arrays) for arrays in self._cutter.encode(texts)]
+        return self._cutter.encode(texts)
 
     def ids(self, texts: Sequence[str], *, plain: bool) -> list[NDArray[np.int32]]:
         """Ids of each text; `plain` text gets the BOS that the tokenizer puts in front of what is not a chat."""
         self._reset()
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        if not self._cutter.knows_words:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        bare = self._cutter.ids(texts)
+        return [frame.around(ids_T) for frame in [self.frame(1)] for ids_T in bare] if plain else bare
 
     def frame(self, num_texts: Literal[1, 2]) -> Frame:
         """What the tokenizer puts around one text or two."""

@@ -54,14 +54,13 @@ def in_bfloat16(
     """
     matrices, attention = _counts(segments)
     attention_a_length = attention / len(np.unique(lengths_R))
-    lengths = dict(zip(plan.rows_I.tolist(), plan.lengths_I.tolist(), strict=True))
     passes = [plan.step(number) for number in range(1, min(steps, MANY_STEPS) + 1)]
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     most = max(int(os.environ.get(name, MOST_KEPT)) for name in names)
     looks = _counts(looking)[0] * PASSES_BEFORE
 
     def of_attention(first: int) -> float:
-        seen = {lengths[row] for rows in passes[:first] for one in rows for row in one}
+        seen = {length for rows in passes[:first] for one in rows for length in plan.lengths_of(one)}
         return attention_a_length * len(seen)
 
     def kept(first: int) -> int:

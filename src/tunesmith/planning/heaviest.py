@@ -34,7 +34,6 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     """The pass that computes most, and that of the most targets where it is another one: layers keep by the token, the
     head by the target. Where rows share what they begin with also that whose rows have most tokens, by which they keep
     keys. `targets_I`: of each row of the store."""
-    lengths = dict(zip(plan.rows_I.tolist(), plan.lengths_I.tolist(), strict=True))
     found = [
         Heavy(step, rows, len(passes) > 1)
         for step in _some_steps(total_steps, MOST_STEPS if plan.ids_of is None else MOST_SHARING_STEPS)
@@ -43,7 +42,7 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     ]
 
     def tokens(heavy: Heavy) -> tuple[int, int]:
-        sizes = [lengths[i] for i in heavy.rows]
+        sizes = plan.lengths_of(heavy.rows)
         squares = sum(size * size for size in sizes)
         return plan.computed(heavy.rows, sizes), squares
 
@@ -52,7 +51,7 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
 
     most = [max(found, key=tokens)]
     if plan.ids_of is not None:
-        longest = max(found, key=lambda heavy: sum(lengths[i] for i in heavy.rows))
+        longest = max(found, key=lambda heavy: sum(plan.lengths_of(heavy.rows)))
         most += [longest] if longest != most[0] else []
     richest = max(found, key=targets)
     return most if any(targets(heavy) > 0.9 * targets(richest) for heavy in most) else [*most, richest]
