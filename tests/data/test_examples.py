@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
-from tunesmith.data.examples import content_hash
+from tunesmith.data.examples import both_hashes, content_hash, input_hash
 from tunesmith.data.split import held_out_mask, is_held_out, split_note
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, Part, Source, TaskName
@@ -370,3 +370,19 @@ def test_json_key_order_changes_nothing(tmp_path: Path):
     path = put(tmp_path, "rows.jsonl", (json.dumps(chat) + "\n" + json.dumps(turned)).encode())
     (one, other), _ = examples_in(path)
     assert content_hash(one) == content_hash(other)
+
+
+def test_both_hashes_are_those_that_each_function_gives():
+    text = (Part("text", "Hi", False),)
+    shapes = [
+        an_example(*BASE),
+        Example(
+            (Part("user", "a", False), Part("assistant", "b", True)), Source("x", 1), "prompt_completion", plain=True
+        ),
+        Example((Part("text", "all", True),), Source("x", 1), "text", plain=True),
+        Example(text, Source("x", 1), "text_label", labels=("a",)),
+        Example((Part("word", "Hi", False),), Source("x", 1), "tokens_tags", labels=("O",)),
+    ]
+    for example in shapes:
+        assert both_hashes(example) == (content_hash(example), input_hash(example))
+    assert len({both_hashes(example) for example in shapes}) == len(shapes)

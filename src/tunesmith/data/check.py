@@ -24,8 +24,9 @@ from tunesmith.data.check_report import (
     spans_of,
     token_stats,
 )
-from tunesmith.data.check_sides import Judged, SideRows, judge, spans_of_example
-from tunesmith.data.examples import content_hash, examples, input_hash
+from tunesmith.data.check_sides import Judged, SideRows, chunks_of, judge, spans_of_example
+from tunesmith.data.collecting import collected_between
+from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.repeats import conflicts, duplicates, input_overlap, overlap
@@ -33,9 +34,6 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
 
-CHUNK_EXAMPLES = 512
-CHUNK_CHARS = 4_000_000
-"""Examples rendered at once: whichever bound is met first."""
 FIRST_ROWS = 3
 PAIRS_LISTED = 20
 """Repeated rows named one by one; all are counted."""
@@ -160,10 +158,13 @@ class _Check:
         usable, shape, is_readable = 0, None, True
         source = examples([file], self._data, self._hear, facts=facts, task=self._task)
         try:
-            for chunk in _chunks(example for _, example in source):
-                shape = chunk[-1].shape
-                usable += self._chunk(chunk, index)
-                self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
+            with collected_between() as collect:
+                for chunk in chunks_of(example for _, example in source):
+                    shape = chunk[-1].shape
+                    usable += self._chunk(chunk, index)
+                    collect()
+                    done = min(self._done_bytes + facts[0].done_bytes, self._total_bytes)
+                    self._progress(done, self._total_bytes)
         except DataError as error:
             is_readable = False
             for problem in error.problems:
@@ -190,8 +191,9 @@ class _Check:
             rows.labels.add(example)
             if example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
                 self._first_rows.append(spans_of_example(example))
-            rows.hashes.append(content_hash(example))
-            rows.inputs.append(input_hash(example))
+            content, read = both_hashes(example)
+            rows.hashes.append(content)
+            rows.inputs.append(read)
             rows.files.append(index)
             rows.lines.append(example.source.line)
             for row in result:
@@ -269,24 +271,6 @@ class _Check:
         for side in ("train", "eval"):
             if not any(file.usable for file in files if file.side == side) and (side == "train" or self._data.eval):
                 yield f"data.{side}: no row can be used"
-
-
-def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
-    chunk: list[Example] = []
-    num_chars = 0
-    try:
-        for example in source:
-            chunk.append(example)
-            num_chars += sum(len(part.text) for part in example.parts)
-            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
-                yield chunk
-                chunk, num_chars = [], 0
-    except DataError:
-        if chunk:
-            yield chunk
-        raise
-    if chunk:
-        yield chunk
 
 
 def _repeats(there: Source, row: int, other: int) -> str:

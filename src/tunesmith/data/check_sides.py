@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,9 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import Example, LabelKind, Problem, Source, TaskName
 
+CHUNK_EXAMPLES = 512
+CHUNK_CHARS = 4_000_000
+"""Examples rendered at once: whichever bound is met first."""
 MOST_LABELS = 100_000
 """Different labels remembered: numbers can be as many as rows."""
 
@@ -139,3 +142,22 @@ def spans_of_example(example: Example) -> tuple[Span, ...]:
         return tuple(span for part, tag in pairs for span in ((f"{part.text} ", False), (f"{tag} ", True)))
     text = "\n".join(part.text for part in example.parts)
     return (f"{text}\n", False), (", ".join(example.labels) or "none", True)
+
+
+def chunks_of(source: Iterator[Example]) -> Iterator[list[Example]]:
+    """Examples that are looked at together. Raises as `source`, after those before."""
+    chunk: list[Example] = []
+    num_chars = 0
+    try:
+        for example in source:
+            chunk.append(example)
+            num_chars += sum(len(part.text) for part in example.parts)
+            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+                yield chunk
+                chunk, num_chars = [], 0
+    except DataError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk

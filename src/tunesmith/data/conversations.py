@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft, Drafted, Room
-from tunesmith.data.places import Place, RowTokens, marked, placed
+from tunesmith.data.places import Place, Placed, placed
 from tunesmith.data.spans import Ambiguous, Turn, find_turn, not_shown
 from tunesmith.data.stops import QUESTION, find_stops
 from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
@@ -55,12 +54,13 @@ class Conversations:
         texts = self._template.bounded(lambda: [self._render(example) for example in examples])
         rendered = [text for text in texts if isinstance(text, _Text)]
         found = self._encoder.tokenized([text.whole for text in rendered])
-        tokens = marked(found, self.control)
-        places = placed([(text.whole, text.turns) for text in rendered], found, tokens)
-        self._learn_openings({place.opening for of_text in places for place in of_text if place.opening is not None})
-        following = zip(tokens, places, strict=True)
+        rows = placed([(text.whole, text.turns) for text in rendered], found, self.control)
+        self._learn_openings(
+            {place.opening for of_text in rows.turns for place in of_text if place.opening is not None}
+        )
+        following = enumerate(rows.row_ids())
         return [
-            self._draft(example.source, text, *next(following)) if isinstance(text, _Text) else text
+            self._draft(example.source, text, rows, *next(following)) if isinstance(text, _Text) else text
             for example, text in zip(examples, texts, strict=True)
         ]
 
@@ -106,31 +106,26 @@ class Conversations:
         useless = [problem for problem in missing if problem.severity == "error"]
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
-    def _draft(self, source: Source, text: _Text, tokens: RowTokens, places: Sequence[Place]) -> Drafted:
-        if self._starts_with_two_bos(tokens.ids_T):
+    def _draft(self, source: Source, text: _Text, rows: Placed, row: int, ids_T: NDArray[np.int32]) -> Drafted:
+        if self._starts_with_two_bos(ids_T):
             return Problem(
                 source,
                 "double_bos",
                 "its text begins with two BOS tokens.",
                 "Remove the BOS from the first message: the chat template writes one.",
             )
-        draft = Draft(
-            tokens.ids_T,
-            np.zeros(len(tokens.ids_T), np.bool_),
-            num_unspelled=tokens.num_reserved - self.control.count(text.whole),
-            warnings=list(text.warnings),
-        )
-        for place in places:
-            turn = place.turn
-            first = self._first_token(source, text.whole, place, tokens.ids_T, draft.warnings)
+        num_unspelled = rows.reserved[row] - self.control.count(text.whole)
+        draft = Draft(ids_T, np.zeros(len(ids_T), np.bool_), num_unspelled=num_unspelled, warnings=list(text.warnings))
+        for place in rows.turns[row]:
+            first = self._first_token(source, text.whole, place, ids_T, draft.warnings)
             if isinstance(first, Problem):
                 return first
-            last = self._last_token(text.whole, turn, tokens)
+            last = self._last_token(text.whole, place.turn, rows, row, ids_T)
             if last is None:
                 return Problem(
                     source,
                     "no_end_token",
-                    f"the chat template does not close messages[{turn.index}] with "
+                    f"the chat template does not close messages[{place.turn.index}] with "
                     f"{' or '.join(self._ends)}, so the model would not learn to stop there.",
                     "Split the row so that it ends with that answer, or give another template by data.template.",
                 )
@@ -169,20 +164,20 @@ class Conversations:
             )
         return first
 
-    def _last_token(self, whole: str, turn: Turn, tokens: RowTokens) -> int | None:
+    def _last_token(self, whole: str, turn: Turn, rows: Placed, row: int, ids_T: NDArray[np.int32]) -> int | None:
         """The token that closes a turn, which may have white space before and after it."""
-        marks = tokens.closing
-        nth = bisect_right(marks.ends, turn.limit) - 1 if turn.close is None else bisect_right(marks.ends, turn.close)
-        if not 0 <= nth < len(marks.at):
+        marks = rows.closing
+        at = rows.closing_behind(row, turn.limit) - 1 if turn.close is None else rows.closing_behind(row, turn.close)
+        if not marks.bounds[row] <= at < marks.bounds[row + 1]:
             return None
-        last = marks.at[nth]
+        last = marks.at[at]
         if turn.close is not None:
-            between = whole[turn.close : marks.starts[nth]]
+            between = whole[turn.close : marks.starts[at]]
         else:
-            between = whole[marks.ends[nth] : turn.limit] if marks.ends[nth] > turn.start else "before"
-        if tokens.ids_T[last : last + len(self._run)].tolist() == self._run:
+            between = whole[marks.ends[at] : turn.limit] if marks.ends[at] > turn.start else "before"
+        if ids_T[last : last + len(self._run)].tolist() == self._run:
             last += len(self._run) - 1
-        return last if not between.strip() and int(tokens.ids_T[last]) in self.stop_ids else None
+        return last if not between.strip() and int(ids_T[last]) in self.stop_ids else None
 
     def _served_tokens(self, opening: str, at: int, ids_T: NDArray[np.int32]) -> int | None:
         """How many tokens the prompt has, if they are the first ones of the whole text; None if they are not."""

@@ -1,11 +1,14 @@
 """Texts tokenized in pieces that have the same tokens wherever they stand, each of which a tokenizer sees once."""
 
+# P pieces
+
 from __future__ import annotations
 
 import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from tokenizers import Tokenizer
 from tunesmith.data.pieces import Numbers, Pieces, Tokenized, tokenized
 from tunesmith.data.word_rules import find_rule
 
+Stretch = tuple[str, str]
+"""A token that a text is cut in front of, or "" where it begins with none, and what follows up to the next one."""
 MOST_KEPT = 65_536
 """Pieces remembered, and four times as many tokens of them."""
 LONGEST_KEPT = 10_000
@@ -41,6 +46,7 @@ class Cutter:
         self._cuts = frozenset(cuts(added).values()) if are_sure else frozenset()
         others = {token.content for token in added.values()} - self._cuts
         self._others_re = alternatives(others) if others else None
+        self._split_re = None if others else re.compile(f"({self._first_re.pattern})")
         # Tokens that are looked for in what a normalizer leaves are not looked for here.
         self._rule = find_rule(backend) if len(first) == len(added) else None
         self._before_word = min(self._cuts, default="")
@@ -61,7 +67,7 @@ class Cutter:
 
     def _joined(self, texts: Sequence[str], *, has_places: bool) -> Tokenized:
         cut = [self._stretches(text) for text in texts]
-        num_of = Counter(stretch for stretches in cut for stretch in stretches)
+        num_of = Counter(chain.from_iterable(cut))
         numbers: list[int] = []
         nums: list[int] = []
         others: list[str] = []
@@ -72,7 +78,7 @@ class Cutter:
                     for stretch in stretches:
                         found = self._known(stretch, recurs=num_of[stretch] > 1, has_places=has_places)
                         if found is None:
-                            others.append(stretch)
+                            others.append("".join(stretch))
                             numbers.append(-len(others))
                         else:
                             numbers.extend(found)
@@ -82,24 +88,25 @@ class Cutter:
                 self._numbers, self._pieces = Numbers(), Pieces()
                 raise
 
-    def _known(self, stretch: str, *, recurs: bool, has_places: bool) -> Iterable[int] | None:
+    def _known(self, stretch: Stretch, *, recurs: bool, has_places: bool) -> Iterable[int] | None:
         """The numbers of pieces that make up a stretch; None: it is to be tokenized as a whole, and forgotten."""
-        lead = self._lead(stretch)
-        if lead and (stretch in self._numbers or (recurs and len(stretch) <= LONGEST_KEPT)):
-            return (self._numbers[stretch],)
+        lead, rest = stretch
+        if lead:
+            whole = lead + rest
+            if whole in self._numbers or (recurs and len(rest) <= LONGEST_KEPT):
+                return (self._numbers[whole],)
         if self._rule is None or (has_places and (self._rule.leaves_out or not lead)):
             return None
-        rest = stretch[len(lead) :]
         if self._others_re is not None and self._others_re.search(rest):
             return None
         words = self._rule.split(rest)
-        if words is None or max(map(len, words), default=0) > LONGEST_KEPT:
+        if words is None or (len(rest) > LONGEST_KEPT and max(map(len, words), default=0) > LONGEST_KEPT):
             return None
         return map(self._numbers.__getitem__, [lead, *words] if lead else words)
 
-    def _lead(self, stretch: str) -> str:
-        """The token that it was cut in front of, if any."""
-        found = self._first_re.match(stretch)
+    def _lead(self, piece: str) -> str:
+        """The token that a piece begins with, if a text is cut in front of it."""
+        found = self._first_re.match(piece)
         return found.group() if found and found.group() in self._cuts else ""
 
     def _looked_up(
@@ -114,21 +121,23 @@ class Cutter:
         self._pieces.add(found.behind([len(lead) for lead in leads]), [len(piece) for piece in new])
         num = self._pieces.num
         self._pieces.add(tokenized(self._backend, others, has_places=has_places), [len(stretch) for stretch in others])
-        joined = self._pieces.joined([number if number >= 0 else num - 1 - number for number in numbers], nums)
+        number_P = np.array(numbers, np.int64)
+        joined = self._pieces.joined(np.where(number_P < 0, num - 1 - number_P, number_P), nums)
         self._pieces.keep_first(num)
         if num > MOST_KEPT or self._pieces.num_tokens > 4 * MOST_KEPT:
             self._numbers, self._pieces = Numbers(), Pieces()
         return joined
 
-    def _stretches(self, text: str) -> list[str]:
-        if not self._cuts:
-            return [text]
-        starts = [found.start() for found in self._first_re.finditer(text) if found.group() in self._cuts]
-        if not starts or starts == [0]:
-            return [text]
-        if starts[0]:
-            starts.insert(0, 0)
-        return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+    def _stretches(self, text: str) -> list[Stretch]:
+        if self._split_re is not None:  # nothing but cuts is looked for
+            first, *pairs = self._split_re.split(text)
+            led = list(zip(pairs[::2], pairs[1::2], strict=True))
+            return [("", first), *led] if first or not led else led
+        starts = [found for found in self._first_re.finditer(text) if found.group() in self._cuts]
+        ends = [*(found.start() for found in starts[1:]), len(text)]
+        led = [(found.group(), text[found.end() : end]) for found, end in zip(starts, ends, strict=False)]
+        first = text[: starts[0].start()] if starts else text
+        return [("", first), *led] if first or not led else led
 
 
 def cuts(added: Mapping[int, Any]) -> dict[int, str]:

@@ -21,6 +21,7 @@ import orjson
 from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.chunks import chunk_of, encode, encoded_bytes
+from tunesmith.data.collecting import collected_between
 from tunesmith.data.render import Renderer
 
 _LENGTH = struct.Struct("<Q")
@@ -64,8 +65,10 @@ def _serve(source: BinaryIO, out: BinaryIO) -> None:
     write_frame(out, identity(renderer).encode())
     gc.collect()
     gc.freeze()  # what is there now stays: not to be looked through again and again
-    while True:
-        write_frame(out, encoded_bytes(encode(renderer, chunk_of(read_frame(source)))))
+    with collected_between() as collect:
+        while True:
+            write_frame(out, encoded_bytes(encode(renderer, chunk_of(read_frame(source)))))
+            collect()
 
 
 if __name__ == "__main__":

@@ -110,9 +110,8 @@ class Pieces:
         """Forget all but those."""
         self.num = num
 
-    def joined(self, numbers: Sequence[int], nums: Sequence[int]) -> Tokenized:
+    def joined(self, number_P: NDArray[np.int64], nums: Sequence[int]) -> Tokenized:
         """Texts of so many pieces each."""
-        number_P = np.fromiter(numbers, np.int64, len(numbers))
         first_P, chars_P = self._bounds[number_P], self._chars[number_P]
         size_P = self._bounds[number_P + 1] - first_P
         begin, place = np.concatenate([[0], size_P.cumsum()]), np.concatenate([[0], chars_P.cumsum()])

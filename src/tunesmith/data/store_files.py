@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from tunesmith import files as disk
 from tunesmith.data.chunks import SCHEMA
+from tunesmith.data.collecting import collected_between
 from tunesmith.data.encoding import Encoding
 from tunesmith.types import Problem, Source
 
@@ -51,9 +52,11 @@ def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check:
     with disk.writing(path) as file:
         hashing = _Hashing(file)
         batches = encoding.batches()
-        with closing(batches), pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as sink:
+        sink = pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA)
+        with closing(batches), sink, collected_between() as collect:
             for batch in batches:
                 sink.write_batch(batch)
+                collect()
         check()
     return Summary(
         version=VERSION,

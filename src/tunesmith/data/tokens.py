@@ -162,7 +162,7 @@ class ControlTokens:
 
     def count(self, text: str) -> int:
         """Control tokens that a text spells out."""
-        return sum(1 for _ in self._known_re.finditer(text))
+        return len(self._known_re.findall(text))
 
     def num_unspelled(self, ids_T: NDArray[np.int32], *texts: str) -> int:
         """Control tokens among the ids of texts that these do not spell out."""
