@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.classify import UnusableError
 from benchmarks.measured import machine, run_child
 from benchmarks.rows import read_lines
 
@@ -31,7 +30,7 @@ def write_rows(path: Path, num: int) -> None:
 def mix_rows(path: Path, num: int, *, chats: str) -> None:
     """`num` different chats, each a question of a file of chats and an answer that another of its questions has.
 
-    Raises UnusableError where the file has too few.
+    Each pair stands there once, and where they are too few, once more with a number behind the question, and so on.
     """
     asked: dict[str, None] = {}
     told: dict[str, None] = {}
@@ -43,12 +42,12 @@ def mix_rows(path: Path, num: int, *, chats: str) -> None:
     # Neighbours differ in both, and each pair is met once, where the numbers have no common divisor.
     while len(answers) > 1 and math.gcd(len(questions) + 1, len(answers)) > 1:
         answers.pop()
-    if len(questions) * len(answers) < num:
-        raise UnusableError(f"{chats}: its turns make {len(questions) * len(answers):,} different rows. Lower --rows.")
     with open(path, "w", encoding="utf-8") as file:
         for i in range(num):
             laps, at = divmod(i, len(questions))
-            file.write(_line(questions[at], answers[(i + laps) % len(answers)]))
+            again = laps // len(answers)
+            question = f"{questions[at]} ({again + 1})" if again else questions[at]
+            file.write(_line(question, answers[(i + laps) % len(answers)]))
 
 
 def _line(asked: str, told: str) -> str:
@@ -145,10 +144,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
-        try:
-            mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
-        except UnusableError as error:
-            sys.exit(str(error))
+        mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
         made = [(f"encoded, num_proc {num}", num) for num in options.num_proc]
         for name, num in [*made, ("opened again", options.num_proc[-1])]:
             code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"
