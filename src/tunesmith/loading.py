@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import checkpoint
+from tunesmith.attaching import attach
 from tunesmith.data.render import Renderer
+from tunesmith.data.store import kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS, is_beside, restore, without
@@ -139,7 +141,7 @@ def tune(base: Speaker, run: Run) -> Speaker:
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     if newest is None:
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
-    attachment = method.attach(base.model, recipe.method, seed=recipe.seed)
+    attachment = attach(recipe, base.model, head=base.head, store=kept(run.rows_path / "train"))
     restore(attachment, newest.weights)
     note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)

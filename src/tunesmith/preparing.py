@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tunesmith.attaching import attach
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
@@ -103,7 +104,7 @@ def prepare(
     on_progress("load", 0, 1)
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
-    attachment = METHODS[recipe.method.name].attach(model, recipe.method, seed=recipe.seed)
+    attachment = attach(recipe, model, head=start.head, store=rows.store)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
     output = None

@@ -120,6 +120,11 @@ class RowStore:
         return self.labels.at(*self._place(index))
 
     @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """All that occur in any row, ascending, each once."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *map(np.unique, self._ids)]))
+
+    @cached_property
     def first_labels(self) -> NDArray[np.int64]:
         """[I], the first of each row's `label_ids`; -1: it has none."""
         return self.labels.firsts()

@@ -3,7 +3,7 @@ bfloat16 alone with updates rounded at random."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.chosen import choose, notes
 from tunesmith.methods.masters import Masters
+from tunesmith.methods.token_rows import ROWS, TokenRows, sole_embedding
 from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
 from tunesmith.recipe.knobs import FullMethod
@@ -35,18 +36,24 @@ class FullAttachment:
         *,
         has_masters: bool = True,
         spread: int | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> None:
         """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32.
 
-        `spread`: the seed of where masters begin, as Masters has it."""
+        `spread`: the seed of where masters begin, as Masters has it. `tokens`: in ascending order all that a pass can
+        hold; of an embedding that nothing else reads only their rows are trained, under the name of the whole."""
         self.model = model
         model.requires_grad_(False)
+        self._rows, remark = _rows_of(model, chosen, tokens)
+        if self._rows is not None:
+            rows = {f"{key.removesuffix(ROWS)}.weight": tensor for key, tensor in self._rows.parameters.items()}
+            chosen = {name: rows.get(name, parameter) for name, parameter in chosen.items()}
         self._masters = Masters(chosen if has_masters else {}, free_early=True, spread=spread)
         self.trained: Mapping[str, Tensor] = self._masters.trained if has_masters else dict(chosen)
         if not has_masters:
             for parameter in chosen.values():
                 parameter.requires_grad_(True).grad_dtype = torch.float32
-        self.notes: tuple[str, ...] = notes(model, chosen)
+        self.notes: tuple[str, ...] = (*notes(model, chosen), *remark)
         self.rate_factors: Mapping[str, float] = {}
 
     def collect_gradients(self) -> None:
@@ -54,14 +61,39 @@ class FullAttachment:
 
     def publish(self) -> None:
         self._masters.publish()
+        if self._rows is not None:
+            self._rows.publish()
 
     def take_off(self) -> None:
         """Leave the model as it is and stop taking its gradients."""
         self._masters.release()
+        if self._rows is not None:
+            self._rows.take_off()
 
 
-def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAttachment:
+def _rows_of(
+    model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], tokens: Sequence[int] | None
+) -> tuple[TokenRows | None, tuple[str, ...]]:
+    """The rows of the embedding that can learn, where that can be said, and what to say of it."""
+    name = None if tokens is None else sole_embedding(model)
+    if tokens is None or name is None or f"{name}.weight" not in chosen:
+        return None, ()
+    weight = model.get_parameter(f"{name}.weight")
+    if len(tokens) == len(weight):
+        return None, ()
+    remark = (
+        f"{name}: {len(tokens):,} of {len(weight):,} rows are trained, those of the tokens in the data: the others get "
+        "no gradient, and stay as they are"
+    )
+    return TokenRows(model, tokens, among={name: weight}), (remark,)
+
+
+def attach(
+    model: PreTrainedModel, settings: FullMethod, *, seed: int, tokens: Sequence[int] | None = None
+) -> FullAttachment:
     """Train what `settings` name of `model`; `seed` draws where in their cells of bfloat16 the masters begin.
+
+    `tokens`: all that a pass can hold, in ascending order; None: that is not known.
 
     Raises RecipeError for words that mean nothing, or stochastic rounding where nothing is rounded.
     """
@@ -72,7 +104,7 @@ def attach(model: PreTrainedModel, settings: FullMethod, *, seed: int) -> FullAt
             "Set precision: bfloat16, or leave it out."
         )
     chosen = choose(model, train=settings.train, freeze=settings.freeze)
-    return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed)
+    return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)
 
 
 def save_result(

@@ -1,4 +1,5 @@
-"""Some rows of the embedding, and of a head beside it, trained beside adapters: those of new tokens.
+"""Some rows of the embedding, and of a head beside it: of new tokens, trained beside adapters, and in full tuning of
+the tokens that occur at all.
 
 The rows lie in the model's own weights, where the update puts them, so that every forward is the model's own and a
 merged model is the live one. What is different is the backward: gradients of those rows alone are computed.
@@ -9,6 +10,7 @@ merged model is the live one. What is different is the backward: gradients of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models.shapes import is_fake
 
 ROWS = ".token_adapter.trainable_tokens_delta"
 """Behind the name of a module: the rows as peft calls them."""
@@ -27,19 +30,23 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 class TokenRows:
     """Rows of each weight that has one for every token; a tied one once."""
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
-        """Raises RecipeError for an embedding that computes in a way that is not known here."""
+    def __init__(
+        self, model: PreTrainedModel, ids: Sequence[int], *, among: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`among`: these weights alone, by the names of their modules, in whose passes no other token may learn.
+
+        Raises RecipeError for an embedding that computes in a way that is not known here."""
         self.ids = tuple(ids)
         self.parameters: dict[str, nn.Parameter] = {}
         """What computes gradients, [K, D] in the model's precision, by the name of the module and ROWS."""
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[nn.Module] = []
-        for table, weight in tables(model).items():
+        for table, weight in (tables(model) if among is None else among).items():
             ids_K = torch.tensor(self.ids, device=weight.device)
             rows = nn.Parameter(weight.detach()[ids_K].clone())
             for name, module in model.named_modules():
                 if module._parameters.get("weight") is weight:
-                    module.forward = _forward(name, module, rows, ids_K)
+                    module.forward = _forward(name, module, rows, self.ids, alone=among is not None)
                     self._modules.append(module)
             self.parameters[table + ROWS] = rows
             self._weights[table + ROWS] = (weight, ids_K)
@@ -72,6 +79,17 @@ def tables(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def sole_embedding(model: PreTrainedModel) -> str | None:
+    """The name of the embedding of tokens, if it computes as torch's does, no other module has its weight, and what it
+    reads are rows as they are encoded, to which decoders of their own add a first token."""
+    embedding = model.get_input_embeddings()
+    owners = [name for name, module in model.named_modules() if module._parameters.get("weight") is embedding.weight]
+    if model.config.is_encoder_decoder or len(owners) > 1 or type(embedding).forward is not nn.Embedding.forward:
+        return None
+    is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    return owners[0] if is_plain else None
+
+
 def misfits(model: PreTrainedModel, indices: Mapping[str, Sequence[int]], saved: Mapping[str, Tensor]) -> list[str]:
     """Why the rows of an adapter's file do not fit a model, in words. `indices`: the tokens by module."""
     rows = {name: tensor for name, tensor in saved.items() if name.endswith(ROWS)}
@@ -92,7 +110,8 @@ def misfits(model: PreTrainedModel, indices: Mapping[str, Sequence[int]], saved:
     return problems
 
 
-def _forward(name: str, module: nn.Module, rows: Tensor, ids_K: Tensor) -> Any:
+def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], *, alone: bool) -> Any:
+    ids_K = torch.tensor(ids, device=rows.device)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return partial(_head, module, rows, ids_K)
     scale = 1.0 if type(module).forward is nn.Embedding.forward else _scale(module)
@@ -101,9 +120,10 @@ def _forward(name: str, module: nn.Module, rows: Tensor, ids_K: Tensor) -> Any:
             f"data.new_tokens: {name} computes in its own way, of which rows cannot be trained alone. Train it whole: "
             f"method.also_train: {name.rpartition('.')[2]}"
         )
-    places_V = torch.full((module.num_embeddings,), -1, device=ids_K.device)
-    places_V[ids_K] = torch.arange(len(ids_K), device=ids_K.device)
-    return partial(_embed, module, rows, places_V, scale)
+    places_V = torch.full((module.num_embeddings,), len(ids), device=ids_K.device)
+    places_V[ids_K] = torch.arange(len(ids), device=ids_K.device)
+    padding = ids.index(module.padding_idx) if module.padding_idx in ids else -1
+    return partial(_embed, module, rows, places_V, _Table(scale, padding, alone=alone))
 
 
 def _scale(module: nn.Module) -> float | None:
@@ -112,10 +132,21 @@ def _scale(module: nn.Module) -> float | None:
     return None if scale is None else float(scale)
 
 
-def _embed(module: nn.Module, rows: Tensor, places_V: Tensor, scale: float, ids: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """How an embedding computes."""
+
+    scale: float
+    padding: int
+    """The place of the row that never learns; -1: there is none."""
+    alone: bool
+    """A gradient of any other row would be lost, and is an error."""
+
+
+def _embed(module: nn.Module, rows: Tensor, places_V: Tensor, table: _Table, ids: Tensor) -> Tensor:
     with torch.no_grad():
         embedded = type(module).forward(module, ids)
-    out: Tensor = _Embedded.apply(rows, embedded, places_V[ids], scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedded.apply(rows, embedded, places_V[ids], table)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -126,19 +157,21 @@ def _head(module: nn.Module, rows: Tensor, ids_K: Tensor, x: Tensor) -> Tensor:
 
 class _Embedded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_KD: Tensor, embedded: Tensor, places: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, rows_KD: Tensor, embedded: Tensor, places: Tensor, table: _Table) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.like, ctx.scale = rows_KD.detach(), scale
+        ctx.like, ctx.table = rows_KD.detach(), table
         return embedded.view_as(embedded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        places_T, g_TD = ctx.saved_tensors[0].flatten(), g.reshape(-1, g.shape[-1])
-        is_new_T = places_T >= 0
-        grad_KD = torch.zeros(ctx.like.shape, dtype=torch.float32, device=g.device)
-        grad_KD.index_add_(0, places_T[is_new_T], g_TD[is_new_T].float() * ctx.scale)
-        return grad_KD.to(ctx.like.dtype), None, None, None
+        (places,), table, num_rows = ctx.saved_tensors, ctx.table, len(ctx.like)
+        # What torch's own embedding does, so that each row's sum is taken in the same order; the last is of no row.
+        grads = torch.ops.aten.embedding_dense_backward(g.float(), places, num_rows + 1, table.padding, False)
+        grad_KD, lost_D = grads[:num_rows], grads[num_rows]
+        if table.alone and not is_fake(lost_D) and bool(lost_D.any()):
+            raise ModelError("a token learns whose row of the embedding is not trained: this is an error of Tunesmith")
+        return grad_KD.mul_(table.scale).to(ctx.like.dtype), None, None, None
 
 
 class _Headed(torch.autograd.Function):

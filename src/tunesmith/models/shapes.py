@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -23,7 +23,7 @@ from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.source import blaming, load_config
 from tunesmith.types import HeadName, Labels
 
-__all__ = ["FakeTensorMode", "model_of_shapes", "unset_fake_temporarily"]
+__all__ = ["FakeTensorMode", "is_fake", "model_of_shapes", "unset_fake_temporarily"]
 
 
 def model_of_shapes(

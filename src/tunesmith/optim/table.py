@@ -58,6 +58,8 @@ class Optimizer:
     """The package it comes from, where that is optional."""
     constants: Callable[[Any, Tensor], Mapping[str, Any]] = lambda optimizer, tensor: {}
     """What its state of a tensor holds beside `state`, the same in every run and not saved."""
+    spares_zeros: bool = True
+    """Whether a row without gradients stays as it is, and the others do as if it were not there."""
     counters: tuple[str, ...] = ()
     """Numbers that it keeps in every parameter group."""
 
@@ -193,6 +195,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         build=_adafactor,
         state=_adafactor_state,
         rate=(1.0, "Adafactor's updates have AdamW's size (arXiv 1804.04235, section 6)"),
+        spares_zeros=False,
     ),
     "muon": Optimizer(
         name="muon",

@@ -131,7 +131,12 @@ class Forecaster:
         key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.loss!r}"
         if key not in self._sketches:
             self._sketches[key] = Sketch(
-                recipe, self.located, head=self.head, labels=self.rows.labels, on=self.device.kind
+                recipe,
+                self.located,
+                head=self.head,
+                labels=self.rows.labels,
+                store=self.rows.store,
+                on=self.device.kind,
             )
         return self._sketches[key]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunesmith.attaching import attach
+from tunesmith.data.store import RowStore
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.methods import METHODS
 from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import Activation, compute_together
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
@@ -62,9 +63,17 @@ class Sketch:
     """Model and method of a recipe whose every "auto" but those of passes is decided."""
 
     def __init__(
-        self, recipe: Recipe, located: Located, *, head: HeadName, labels: Labels | None, on: str = "cpu"
+        self,
+        recipe: Recipe,
+        located: Located,
+        *,
+        head: HeadName,
+        labels: Labels | None,
+        store: RowStore | None = None,
+        on: str = "cpu",
     ) -> None:
-        """`on`: the kind of device; attention on others than processors keeps what torch's own kernel does.
+        """`store`: the rows that are trained on, as `attach` has it. `on`: the kind of device; attention on others than
+        processors keeps what torch's own kernel does.
 
         Raises ModelError where no model can be made from the config alone, and what attaching raises.
         """
@@ -76,9 +85,7 @@ class Sketch:
                 located, dtype=dtype, head=head, labels=labels, kernels=recipe.kernels
             )
             saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
-            self.attachment: Attachment = METHODS[recipe.method.name].attach(
-                self.model, recipe.method, seed=recipe.seed
-            )
+            self.attachment: Attachment = attach(recipe, self.model, head=head, store=store)
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=_acts_alike)
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
