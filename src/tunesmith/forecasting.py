@@ -23,6 +23,7 @@ from tunesmith.planning.fitting import fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.sharing import Ask, decide_sharing
 from tunesmith.planning.sketch import DTYPES
+from tunesmith.planning.trying import Tried
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.starting import Start, begin
@@ -78,14 +79,16 @@ def foresee(
         return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
 
     on_progress("plan", 0, 1)
+    is_here = device is None
     device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
     seen = Foreseen(recipe, choices, [], start, rows, None)
-    _predict(seen, device, free_tokens=free_tokens)
+    tried = Tried(recipe.device, threads=known(recipe.threads)) if is_here else None
+    _predict(seen, device, tried, free_tokens=free_tokens)
     on_progress("plan", 1, 1)
     return seen
 
 
-def _predict(seen: Foreseen, device: Device, *, free_tokens: bool) -> None:
+def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens: bool) -> None:
     """Decide what memory decides, and what the run will need then. Raises DoesNotFitError."""
     start, rows = seen.start, seen.rows
     forecaster = Forecaster(
@@ -99,6 +102,7 @@ def _predict(seen: Foreseen, device: Device, *, free_tokens: bool) -> None:
         plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
         device=device,
         base=devices.resident(),
+        tried=tried,
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
     try:

@@ -59,12 +59,12 @@ def layers_of(located: Located, path: Path, layers: int) -> Located:
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_held_is_what_a_prepared_run_holds(llama, tmp_path, method, precision):
-    sketch = sketch_of(llama, recipe_for(method, precision=precision))
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": f"the quick brown fox number {i}"}) for i in range(30))
     )
     recipe = recipe_for(method, precision=precision, data={"train": [str(tmp_path / "a.jsonl")], "max_tokens": 32})
     setup = prepare(recipe.model_copy(update={"model": str(llama.path)}), root=tmp_path)
+    sketch = Sketch(recipe, llama, head="next_token", labels=None, store=setup.rows.store)
     trained = setup.attachment.trained.values()
     model = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(setup.model)}
     assert sketch.kept == Kept(

@@ -19,8 +19,8 @@ from tunesmith.planning.tracing import Segment
 
 COMPILED = 650 * 1024
 """Bytes that are kept of each product."""
-COMPILE_SECONDS = 2e-3
-"""To compile one, on a core of its own."""
+COMPILE_SECONDS = 3e-3
+"""To compile one, and to fetch its code for the first time."""
 MOST_KEPT = 1024
 """Products that are kept where the environment does not say."""
 MOST_COPIED = 64 * 2**20
@@ -82,5 +82,5 @@ def in_float32(segments: Iterable[Segment]) -> Compiling:
 
 def _counts(segments: Iterable[Segment]) -> tuple[int, int]:
     """What one pass has compiled: products of matrices, and those of attention to rows of a new length."""
-    found = {one.shape: one.kernels for segment in segments for one in segment.products if one.dtype == torch.bfloat16}
+    found = {one.call: one.kernels for segment in segments for one in segment.products if one.dtype == torch.bfloat16}
     return sum(num == 1 for num in found.values()), sum(num for num in found.values() if num > 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from tunesmith.errors import InputError
+from tunesmith.planning.trying import stopwatch
 
 GB = 10**9
 EFFICIENCY = 0.4
@@ -25,6 +25,11 @@ CUDA_FRAGMENTS = 0.05
 """Share of the tensors' memory that torch's allocator cannot use."""
 CUDA_LAUNCH = 5e-6
 """Seconds to start one operation."""
+CPU_LAUNCH = 35e-6
+"""The same, with the code of the model and of torch around it; it is waited for."""
+MOVING = 0.4
+"""Of the bytes a second of a large copy what the small operations of a step reach. Both are fitted to the grid of
+docs/planning.md."""
 LIBRARIES = 48 * 2**20
 """What torch's own code, its threads and the model's classes take when they are used for the first time."""
 HEAP_FRAGMENTS = 0.1
@@ -44,7 +49,9 @@ class Device:
     products: float = 0.0
     """Floating-point operations a second in matrix products, as reached; 0: not known."""
     bandwidth: float = 0.0
-    """Bytes a second to and from memory."""
+    """Bytes a second that operations read and write."""
+    fresh: float = 0.0
+    """The same of those that make a large block, where the system has to give its pages first."""
     launch: float = CUDA_LAUNCH
     """Seconds that one operation takes beside its work."""
 
@@ -72,15 +79,17 @@ def named(name: str) -> Device:
         return Device(f"a card of {match[1]} GB", "cuda", int(match[1]) * GB)
     for card, (memory, peak, bandwidth) in _CARDS.items():
         if wanted in (card, card.partition("-")[0]):
-            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth)
+            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth, bandwidth)
     raise InputError(f"--device: {name}: not known. One of {', '.join(_CARDS)}, or its memory alone: 24G.")
 
 
 def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     """This machine, its speed measured for a fifth of a second."""
     kind = torch.device(device).type
-    products, bandwidth = _measured(device, threads=threads, dtype=dtype)
-    return Device(device, kind, room(device), products, bandwidth, CUDA_LAUNCH)
+    products, copied, cloned = _measured(device, threads=threads, dtype=dtype)
+    if kind != "cpu":  # whose allocator keeps what was given
+        return Device(device, kind, room(device), products, copied, copied, CUDA_LAUNCH)
+    return Device(device, kind, room(device), products, MOVING * copied, cloned, CPU_LAUNCH)
 
 
 def room(device: str) -> int:
@@ -129,33 +138,26 @@ def _group_free() -> int:
 
 
 @cache
-def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, float]:
-    """(operations a second in products of the size that layers have, bytes a second of a large copy), the better of
-    several."""
+def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """(operations a second in products of the size that layers have, bytes a second of a large copy into a block that
+    is there, and into a new one), the best of several."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2048)))
         large = torch.ones(16 * 2**20, dtype=torch.float32, device=device)
         flops = 2 * 1024 * 1024 * 2048 / _fastest(lambda: a @ b, device)
-        return flops, 2 * large.nbytes / _fastest(large.clone, device)
+        other = torch.zeros_like(large)
+        copied, cloned = (_fastest(do, device) for do in (lambda: other.copy_(large), large.clone))
+        return flops, 2 * large.nbytes / copied, 2 * large.nbytes / cloned
     finally:
         torch.set_num_threads(before)
 
 
 def _fastest(do: Callable[[], Any], device: str, *, seconds: float = 0.1) -> float:
-    is_cpu = torch.device(device).type == "cpu"
-
-    def clock() -> float:
-        # Of a processor its own time is counted, over all threads: what else runs there now is not its speed.
-        return time.process_time() / torch.get_num_threads() if is_cpu else time.perf_counter()
-
     do()
-    best, end = float("inf"), clock() + seconds
-    while clock() < end or best == float("inf"):
-        begun = clock()
-        do()
-        if not is_cpu:
-            torch.accelerator.synchronize()
-        best = min(best, clock() - begun)
+    best, spent = float("inf"), 0.0
+    while spent < seconds:
+        took = stopwatch(do, device)
+        best, spent = min(best, took), spent + took
     return best

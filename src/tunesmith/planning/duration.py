@@ -1,9 +1,10 @@
 """Predicted time: what a pass computes and moves, over what the machine reached a moment ago.
 
-    seconds of a pass = Σ products of max(operations / reached, bytes / bandwidth) + other bytes / bandwidth
+    seconds of a pass = Σ products, each as it was tried + bytes moved / bandwidth + bytes made anew / fresh
                         + number of operations · launch
 
-the roofline of Williams, Waterman & Patterson 2009, operation by operation, as `tracing` found them.
+A product that was not tried counts max(operations / reached, bytes / bandwidth), the roofline of Williams, Waterman &
+Patterson 2009.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from tunesmith.planning.devices import Device
 from tunesmith.planning.sketch import Kept
-from tunesmith.planning.tracing import Segment
+from tunesmith.planning.tracing import Product, Segment
+from tunesmith.planning.trying import Tried
 
 DECODE_LAUNCH = 20e-6
 """Seconds of one small operation while an answer is written."""
@@ -53,15 +55,22 @@ class Duration:
         return self.training + self.looking + self.answering + self.saving + self.starting
 
 
-def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype) -> float:
-    """What one pass takes on a device whose products were measured in `dtype`; others take by the width."""
-    seconds = 0.0
+def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype, tried: Tried | None) -> float:
+    """What one pass takes on a device whose products were measured in `dtype`; others take by the width. `tried`:
+    products that were tried there."""
+
+    def of(product: Product) -> float:
+        if tried is not None and (seconds := tried.seconds(product)) is not None:
+            return seconds
+        reached = device.products * dtype.itemsize / product.dtype.itemsize
+        return max(product.flops / reached, product.num_bytes / device.bandwidth)
+
+    total = 0.0
     for segment in segments:
-        for product, times in segment.products.items():
-            reached = device.products * dtype.itemsize / product.dtype.itemsize
-            seconds += times * max(product.flops / reached, product.num_bytes / device.bandwidth)
-        seconds += segment.moved / device.bandwidth + segment.num_ops * device.launch
-    return seconds
+        total += sum(times * of(product) for product, times in segment.products.items())
+        total += (segment.moved - segment.fresh) / device.bandwidth + segment.fresh / device.fresh
+        total += segment.num_ops * device.launch
+    return total
 
 
 def word_seconds(segments: Iterable[Segment], kept: Kept, device: Device) -> float:

@@ -21,6 +21,7 @@ from tunesmith.planning.heaviest import Heavy, heaviest, heaviest_looked
 from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline, with_heap
 from tunesmith.planning.sharing import filled_by
 from tunesmith.planning.sketch import DTYPES, Sketch
+from tunesmith.planning.trying import Tried
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName, Layout, ModelKind
 
@@ -84,6 +85,8 @@ class Forecaster:
     device: Device
     base: int
     """Bytes that the process holds with its libraries and without a model."""
+    tried: Tried | None = None
+    """Products on that device, where it is this machine's."""
     _sketches: dict[str, Sketch] = field(default_factory=dict)
     _layouts: dict[int, Layout] = field(default_factory=dict)
     _passes: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)
@@ -223,7 +226,9 @@ class Forecaster:
     ) -> Duration:
         dtype = DTYPES[known(recipe.precision)]
         segments, tokens = run
-        per_token = pass_seconds(segments, self.device, dtype) / tokens
+        if self.tried is not None:
+            self.tried.look(segments)
+        per_token = pass_seconds(segments, self.device, dtype, self.tried) / tokens
         per_step = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
         step = per_token * per_step + update_seconds(sketch.kept, self.device) + compiling
         saves = 2 + (steps - 1) // known(recipe.checkpoint.every)
@@ -232,7 +237,7 @@ class Forecaster:
             return training
         segments, looked_tokens = looked
         whole = list(timeline(Pass(segments, ()), sketch.stacks, 0))
-        look, words = pass_seconds(whole, self.device, dtype), self._words(recipe)
+        look, words = pass_seconds(whole, self.device, dtype, self.tried), self._words(recipe)
         return replace(
             training,
             looking=look / looked_tokens * self._looked_tokens(recipe, plan, steps),

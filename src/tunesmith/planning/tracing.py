@@ -27,6 +27,36 @@ Place = tuple[Literal["start", "forward", "between", "head", "backward", "end"],
 
 
 @dataclass(frozen=True, slots=True)
+class Operand:
+    """How a tensor lies."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An operation and what it was given, tensors as operands and lists as tuples: what a library compiles for, once
+    each."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    """Pairs of a name and what was given for it."""
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Any) -> Call:
+        return cls(func, _spec(args), _spec(list(kwargs.items())))
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Operand(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(map(_spec, value)) if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """A matrix product or attention."""
 
@@ -34,8 +64,7 @@ class Product:
     num_bytes: int
     """Read and written."""
     dtype: torch.dtype
-    shape: str
-    """Which product it is and how its operands lie: what a library compiles for, once each."""
+    call: Call
     kernels: int = 1
     """Of the compiled products that this takes."""
 
@@ -60,6 +89,8 @@ class Segment:
     products: Counter[Product] = field(default_factory=Counter)
     moved: int = 0
     """Bytes read and written by everything else."""
+    fresh: int = 0
+    """Of these, by what makes blocks that are mapped one by one, whose pages the system has to give first."""
     num_ops: int = 0
 
 
@@ -127,10 +158,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))
         flops = _flops(func, args, kwargs, result)
         if flops:
-            shape = " ".join([func.name(), *(f"{tuple(t.shape)}{t.stride()}" for t in read)])
-            segment.products[Product(flops, num_bytes, read[0].dtype, shape, _kernels(func, read[0]))] += 1
+            call = Call.of(func, args, kwargs)
+            segment.products[Product(flops, num_bytes, read[0].dtype, call, _kernels(func, read[0]))] += 1
         else:
+            is_fresh = any(tensor.numel() * tensor.element_size() >= MAPPED for tensor in made)
             segment.moved += num_bytes
+            segment.fresh += num_bytes if is_fresh else 0
 
 
 def _writes(func: Any) -> bool:

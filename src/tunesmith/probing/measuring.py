@@ -25,8 +25,9 @@ from tunesmith.probing.found import Timed
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
-USUAL, USUAL_S = 4, 10.0
-"""Most steps of usual size, and seconds after which none is added: one alone says little of short ones."""
+USUAL, USUAL_S = 4, 30.0
+"""Most steps of usual size, and seconds after which none is added: one alone says little of short ones, and the heap
+grows with the shapes of the first few."""
 LOOKED_AT = 64
 """Steps among which a usual one is looked for."""
 FEW_WORDS, MORE_WORDS = 2, 10
