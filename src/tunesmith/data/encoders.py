@@ -21,7 +21,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.environment import cores, for_child
 
 WORTH_BYTES = 16 * 1024**2
-"""Of files from which on processes are worth their start: about ten seconds of one."""
+"""Of files from which on processes are worth their start: about five seconds of one."""
 MOST = 8
 """Processes by themselves: this one reads for them and writes, and feeds no more."""
 END_S = 5.0

@@ -1,8 +1,8 @@
 """How a tokenizer splits text into words, said as an expression of Python's: for rules and characters that are certain.
 
 A word is tokenized by itself, whatever stands beside it, so that a tokenizer need see each word once. Only characters
-count whose class every release of Unicode since 5.0 agrees on, and no white space but blanks, tabs and ends of lines:
-the libraries' ways of matching differ elsewhere.
+count that releases of Unicode since 5.1 do not class otherwise, and that no neighbour changes in normal form C: the
+libraries know different releases. Scripts without blanks between words, whose words hardly recur, are left out.
 """
 
 from __future__ import annotations
@@ -10,18 +10,33 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-_KNOWN = "".join(
-    chr(code)
-    for first, last in [(0x20, 0x7E), (0xA1, 0x24F), (0x2010, 0x2027), (0x20AC, 0x20AC)]
-    for code in range(first, last + 1)
-    if code not in (0xAD, 0x17F)  # a soft hyphen, which some remove, and ſ, which is an s to those that ignore case
-)
+_BLOCKS = (
+    (0x20, 0x7E), (0xA0, 0x24F),  # Latin
+    (0x388, 0x3CE), (0x400, 0x481), (0x48A, 0x4FF),  # Greek, Cyrillic
+    (0x200D, 0x200D), (0x2009, 0x2009), (0x2010, 0x2027), (0x202F, 0x202F), (0x20AC, 0x20AC),  # marks, thin blanks
+    (0x2190, 0x22FF), (0x2500, 0x2767), (0x2794, 0x27BF), (0xFE0F, 0xFE0F), (0x1F300, 0x1FAFF),  # symbols
+)  # fmt: skip
+_LEFT_OUT = "\u00ad\u017f"
+"""A soft hyphen, which some remove, and ſ, which is an s to those that ignore case."""
+_SYMBOLS = 0x2000
+"""What is assigned in symbol blocks later is a symbol too; elsewhere it may become a letter."""
+
+
+def _are_known() -> Iterator[str]:
+    for first, last in _BLOCKS:
+        for char in map(chr, range(first, last + 1)):
+            is_assigned = unicodedata.category(char) != "Cn" or ord(char) > _SYMBOLS
+            if is_assigned and unicodedata.is_normalized("NFC", char) and char not in _LEFT_OUT:
+                yield char
+
+
+_KNOWN = "".join(_are_known())
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Of the pre-tokenizer ByteLevel. Source: openai/gpt-2, src/encoder.py."""
 _GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -29,7 +44,7 @@ _GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]
 _BERT = r"[\p{P}!-/:-@\[-`{-~]|[^\s\p{P}!-/:-@\[-`{-~]+"
 """Words of BERT: punctuation, and what stands between it and white space."""
 _PARTS = re.compile(
-    r"(?:\\p\{(?:L|N|P|S|M|Lu|Ll|Lt|Lm|Lo)\}|\\[sSrn]|\(\?[i:!]:?|\[\^?|[\])|?*+ '/]|[a-z]|\{[0-9],[0-9]\})+"
+    r"(?:\\p\{(?:L|N|M|Lu|Ll|Lt|Lm|Lo)\}|\\[sSrn]|\(\?[i:!]:?|\[\^?|[\])|?*+ '/]|[a-z]|\{[0-9],[0-9]\})+"
 )
 """What patterns are made of that mean the same to both libraries."""
 _REPEATED_TWICE = re.compile(r"(?:[?*+]|[0-9]\})[?*+]")
@@ -129,4 +144,4 @@ def _ranges(characters: Iterable[str]) -> str:
             ranges[-1][1] = code
         else:
             ranges.append([code, code])
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in ranges)
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
