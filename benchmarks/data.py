@@ -55,7 +55,7 @@ def _line(asked: str, told: str) -> str:
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
-def encode(model: str, path: str, folder: str, num_proc: str = "1") -> None:
+def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = "chat") -> None:
     """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
     import numpy as np
 
@@ -63,13 +63,14 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1") -> None:
     from tunesmith.data.store import build
     from tunesmith.loading import make_renderer
     from tunesmith.models import load, locate
+    from tunesmith.models.kind import model_kind
     from tunesmith.recipe import read
 
-    given = {"model": model, "task": "chat", "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
+    given = {"model": model, "task": task, "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
     given |= {"data.num_proc": int(num_proc)}
     recipe = read.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
     located = locate.locate(model, revision=None, offline=True)
-    renderer = make_renderer(recipe, load.load_tokenizer(located, None), "causal")
+    renderer = make_renderer(recipe, load.load_tokenizer(located, None), model_kind(located))
     watch = _Watch()
     begun = time.perf_counter()
     store = build(
@@ -132,19 +133,23 @@ class _Watch(threading.Thread):
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
-    parser.add_argument("--model", required=True, help="a folder of a chat model")
+    parser.add_argument("--model", required=True, help="a folder, or a GGUF file")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--chats", help="a JSONL file whose questions and answers make the rows, instead of numbers")
+    parser.add_argument("--file", help="rows as they are, instead of any that are made")
+    parser.add_argument("--task", default="chat", help="of the rows in --file")
     parser.add_argument(
         "--num-proc", type=int, nargs="+", default=[1, 2], help="processes that encode, one after another"
     )
     options = parser.parse_args(words)
-    print(f"{machine()['processor']}, {machine()['cores']} cores; {options.rows:,} rows\n")
+    made_of = options.file or f"{options.rows:,} rows"
+    print(f"{machine()['processor']}, {machine()['cores']} cores; {made_of}\n")
     columns = ("", "seconds", "rows/s", "peak RSS of all processes, GiB", "first step planned, s", "another epoch's, s")
     print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "rows.jsonl")
-        mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
+        rows = Path(options.file or Path(folder, "rows.jsonl"))
+        if options.file is None:
+            mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
         made = [(f"encoded, num_proc {num}", num) for num in options.num_proc]
         for name, num in [*made, ("opened again", options.num_proc[-1])]:
             code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"
@@ -156,6 +161,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 str(rows),
                 str(Path(folder, f"encoded-{num}")),
                 str(num),
+                options.task,
             ]
             child = run_child(words, log=Path(folder, "log"))
             if child.code:
