@@ -43,7 +43,7 @@ class Cutter:
         # Whether a token of whole words is matched depends on its neighbours: no place is known to be a cut.
         are_sure = not any(token.single_word for token in first)
         self._first_re = alternatives(token.content for token in first if are_sure)
-        self._cuts = frozenset(cuts(added).values()) if are_sure else frozenset()
+        self._cuts = frozenset(filter(None, cuts(added).values())) if are_sure else frozenset()
         others = {token.content for token in added.values()} - self._cuts
         self._others_re = alternatives(others) if others else None
         self._split_re = None if others else re.compile(f"({self._first_re.pattern})")

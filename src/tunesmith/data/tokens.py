@@ -97,7 +97,8 @@ class Encoder:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
             return [np.array(encoding.ids, np.int32) for encoding in encodings]
         bare = self._cutter.ids(texts)
-        return [frame.around(ids_T) for frame in [self.frame(1)] for ids_T in bare] if plain else bare
+        frame = self.frame(1) if plain else None
+        return [frame.around(ids_T) for ids_T in bare] if frame is not None and frame.num_added() else bare
 
     def frame(self, num_texts: Literal[1, 2]) -> Frame:
         """What the tokenizer puts around one text or two."""
