@@ -22,6 +22,7 @@ from benchmarks.methods_command import add_methods
 from benchmarks.results import Result
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
 from benchmarks.train_command import add_train
+from benchmarks.whole import add_whole
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(verbs)
     add_methods(verbs)
     planning.add_parser(verbs)
+    add_whole(verbs)
     return parser
 
 
