@@ -179,6 +179,22 @@ def test_what_stands_between_matches_is_a_word_too_and_left_to_the_tokenizer() -
     assert rule.split("abc 1") is None
 
 
+def test_words_that_do_not_recur_are_not_learnt() -> None:
+    """Keys and the like: the tokenizer takes a stretch of them whole, and those that are met again are learnt."""
+    made = tiny_tokenizer()
+    counting = _Counting(made.backend_tokenizer)
+    cutter = Cutter(counting, made.added_tokens_decoder)  # type: ignore[arg-type]
+    lead = "<|im_start|>"
+    keys = " ".join(f"{chr(97 + i % 26)}q{'x' * i}z" for i in range(30))
+    cutter.encode([f"{lead}{keys}"])
+    assert counting.num_chars == len(lead + keys)
+    assert len(cutter._numbers) == 0
+    expected = made.backend_tokenizer.encode(f"{lead}{keys}", add_special_tokens=False).ids
+    for _ in range(2):
+        assert cutter.encode([f"{lead}{keys}"]).ids_T.tolist() == expected
+    assert len(cutter._numbers) == 1 + 30
+
+
 def test_memory_does_not_grow_with_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.data.cutting.MOST_KEPT", 50)
     made = tiny_tokenizer()
@@ -246,11 +262,13 @@ def test_words_are_tokenized_once() -> None:
     made = tiny_tokenizer()
     counting = _Counting(made.backend_tokenizer)
     cutter = Cutter(counting, made.added_tokens_decoder)  # type: ignore[arg-type]
-    cutter.encode(["<|im_start|>user\nHello there, you<|im_end|>"])
+    for _ in range(2):  # words that were never met are taken whole at first
+        cutter.encode(["<|im_start|>user\nHello there, you<|im_end|>"])
     before = counting.num_chars
-    cutter.encode(["<|im_start|>you<|im_end|>", "<|im_start|>there, you<|im_end|>"])
-    lead = min(cutter._cuts)
-    assert counting.num_chars - before == len(lead + "you") + len(lead + "there")  # without the blanks in front
+    cutter.encode(["<|im_start|>Hello, you<|im_end|>", "<|im_start|> there,\nuser<|im_end|>"])
+    assert counting.num_chars == before
+    cutter.encode(["<|im_start|>Hello there, user<|im_end|>"])
+    assert counting.num_chars - before == len(min(cutter._cuts) + " user")
 
 
 @settings(max_examples=200)

@@ -39,6 +39,8 @@ class Cutter:
         self._backend = backend
         self._lock = threading.Lock()
         self._numbers, self._pieces = Numbers(), Pieces()
+        self._met = set[int]()
+        """Hashes of words that were met and not learnt."""
         first = [token for token in added.values() if not token.normalized]
         # Whether a token of whole words is matched depends on its neighbours: no place is known to be a cut.
         are_sure = not any(token.single_word for token in first)
@@ -102,7 +104,26 @@ class Cutter:
         words = self._rule.split(rest)
         if words is None or (len(rest) > LONGEST_KEPT and max(map(len, words), default=0) > LONGEST_KEPT):
             return None
-        return map(self._numbers.__getitem__, [lead, *words] if lead else words)
+        before = len(self._numbers.new)
+        numbers = list(map(self._numbers.__getitem__, [lead, *words] if lead else words))
+        return None if self._are_strange(before, len(words)) else numbers
+
+    def _are_strange(self, before: int, num_words: int) -> bool:
+        """Whether most words of a stretch, those learnt last, were never met: keys and the like, which do not recur.
+
+        They are not learnt, which takes longer than to tokenize the stretch; those met again are.
+        """
+        new = self._numbers.new[before:]
+        if 2 * len(new) <= num_words:
+            return False
+        hashes = {hash(word) for word in new} - self._met
+        if 2 * len(hashes) <= num_words:
+            return False
+        if len(self._met) > MOST_KEPT:
+            self._met.clear()
+        self._met |= hashes
+        self._numbers.forget(before)
+        return True
 
     def _lead(self, piece: str) -> str:
         """The token that a piece begins with, if a text is cut in front of it."""

@@ -79,6 +79,12 @@ class Numbers(dict[str, int]):
         number = self[piece] = len(self)
         return number
 
+    def forget(self, first: int) -> None:
+        """The pieces of `new` from there on."""
+        for piece in self.new[first:]:
+            del self[piece]
+        del self.new[first:]
+
 
 class Pieces:
     """Tokens of pieces by number, in arrays that have room for more."""
