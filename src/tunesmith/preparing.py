@@ -25,6 +25,7 @@ from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
@@ -174,6 +175,7 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     checkpoint_layers(model, known(recipe.train.checkpointed_layers))
     if recipe.kernels == "fast":
         use_fast_norms(model)
+        use_fast_dropout(model)
     return model, num_parameters
 
 

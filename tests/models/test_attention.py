@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from packed import CAN, CANNOT, LENGTHS, VOCAB, alone, batch_of, rows_of, sharp
 from tiny_model import tiny_model
-from tunesmith.models import attention, forward
+from tunesmith.models import attention, forward, grouped
 from tunesmith.models.attention import UnsupportedAttentionError, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.segments import Segments
 from tunesmith.types import Batch
 
 
@@ -161,6 +162,24 @@ def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):
     monkeypatch.setattr(forward, "ragged_pass", watched)
     with pytest.raises((AssertionError, CheckpointError)):  # torch itself may notice that other tensors are saved
         recomputed_layers_give_the_same_gradients("llama")
+
+
+@pytest.mark.parametrize(("dropout", "together"), [(0.1, [300, 300, 40]), (0.0, [40])])
+def test_long_rows_are_multiplied_together_where_weights_are_dropped(monkeypatch, dropout, together):
+    """torch's kernel has no dropout: a row goes through some twenty operations for it."""
+    seen: list[int] = []
+    attend = grouped.attend
+
+    def watched(query, key, value, layout, **settings):
+        for block in layout.blocks:
+            seen.extend([block.queries] * (block.num // key.shape[1]))
+        return attend(query, key, value, layout, **settings)
+
+    monkeypatch.setattr(grouped, "attend", watched)
+    q, k, v = (torch.randn(1, 2, 640, 8, dtype=torch.bfloat16) for _ in range(3))
+    segments = Segments.of([300, 300, 40], device=torch.device("cpu"))
+    attention.ragged_attention(torch.nn.Module(), q, k, v, None, segments=segments, dropout=dropout, is_causal=False)
+    assert seen == together
 
 
 def test_attention_dropout_drops():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.models import grouped
+from tunesmith.models import dropping, grouped
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets
 
@@ -63,7 +63,9 @@ def test_it_is_attention_row_by_row(lengths, *, groups, shared, size, causal, sc
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def spelled_out_with(masks: Tensor, qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, p: float) -> Tensor:
+def spelled_out_with(
+    masks: Tensor, qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, share: float
+) -> Tensor:
     """Attention row by row, of whose weights [S, G, R, L, K] those are left that `masks` has as ones."""
     out = []
     for mask_GRLK, *row in zip(masks, *(tensor.split(lengths, dim=2) for tensor in qkv_1HTD), strict=True):
@@ -74,7 +76,7 @@ def spelled_out_with(masks: Tensor, qkv_1HTD: list[Tensor], lengths: list[int], 
         if causal:
             scores = scores.masked_fill(~torch.ones(num, num, dtype=torch.bool).tril(), -torch.inf)
         left = mask_GRLK.flatten(0, 1)[None, :, :num, :num]
-        out.append(scores.softmax(-1) * left / (1 - p) @ value)
+        out.append(scores.softmax(-1) * left / share @ value)
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -92,10 +94,10 @@ def test_with_dropout_it_is_attention_with_the_weights_that_are_left(causal, p):
         return grouped.attend(*tensors, layout, scaling=None, dropout=p)
 
     torch.manual_seed(5)
-    masks = torch.empty(block.num, block.queries, block.keys, dtype=torch.float64).bernoulli_(1 - p)
+    masks, share = dropping.kept(torch.empty(block.num, block.queries, block.keys, dtype=torch.float64), p)
     masks = masks.view(len(lengths), groups, shared, 7, 7)
     assert 0 < masks.mean() < 1
-    expected = answers(lambda t: spelled_out_with(masks, t, lengths, causal=causal, p=p), qkv)
+    expected = answers(lambda t: spelled_out_with(masks, t, lengths, causal=causal, share=share), qkv)
     for one, other in zip(answers(ours, qkv), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 

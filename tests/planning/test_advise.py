@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tunesmith.models import machine
 from tunesmith.planning.advise import Facts, decide
 from tunesmith.recipe.read import validate
 
@@ -33,3 +34,22 @@ def test_each_choice_has_a_reason():
     _, choices = decided(500)
     assert all(choice.reason for choice in choices)
     assert "evaluation.surprising" in [choice.key for choice in choices]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "length", "recipe", "precision"),
+    [
+        (22_700_000, 11, {}, "float32"),  # 16 phrases a step: what a small encoder usually learns
+        (22_700_000, 400, {}, "bfloat16"),
+        (22_700_000, 400, {"train": {"tokens_per_pass": 128}}, "float32"),
+        (22_700_000, 11, {"method": {"name": "lora"}}, "bfloat16"),
+        (22_700_000, 11, {"method": {"name": "full", "rounding": "stochastic"}}, "bfloat16"),
+        (135_000_000, 50, {}, "bfloat16"),
+        (22_700_000, 11, {"precision": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, parameters, length, recipe, precision):
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: {"amx_bf16"})
+    facts = Facts(parameters, "cpu", "encoder", np.full(500, length, np.int32))
+    given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu", **recipe}
+    assert decide(validate(given), facts)[0].precision == precision

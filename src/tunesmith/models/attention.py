@@ -160,7 +160,8 @@ class How:
 def _by_pieces(query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segments: Segments, how: How) -> Tensor:
     """[1, T, H, D]: stretches of short pieces by grouped products, others by one kernel call for each run of equals."""
     products = how.products and grouped.can(query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap)
-    longest = min(grouped.LONGEST, how.window or grouped.LONGEST) if products else 0
+    most = grouped.LONGEST_DROPPED if how.dropout else grouped.LONGEST
+    longest = min(most, how.window or most) if products else 0
     sizes = [(piece.tokens, piece.keys) for piece in segments.pieces]
     stretches = [tuple(some) for _, some in groupby(sizes, key=lambda size: size[1] <= longest or size)]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.

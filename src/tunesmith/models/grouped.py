@@ -4,7 +4,7 @@ about half the time of torch's own kernel up to some 256 tokens (`python -m benc
     P = softmax(Q Kᵀ · scale),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),  dQ = dS K · scale,  dK = dSᵀ Q · scale
 
-With dropout P V becomes (M ∘ P) V / (1 - p), M drawn anew for each weight, and dO Vᵀ likewise.
+With dropout P V becomes (M ∘ P) V / (1 - p), M drawn anew for each weight by `dropping`, and dO Vᵀ likewise.
 
 Query heads that share a key head stand below each other, so that a product reads the keys once. Rows of like length
 are multiplied together: what is missing is filled with the row's last token, whose answers are thrown away and whose
@@ -32,8 +32,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunesmith.models import dropping
+
 LONGEST = 256
 """Keys of a row up to which this beats torch's kernel on CPU, in bfloat16."""
+LONGEST_DROPPED = 1024
+"""The same with dropout, which that kernel has not, so that torch takes some twenty operations for it."""
 ALIKE, FEW = 0.75, 16
 """Rows share a block if the shortest has this share of the longest's queries, or lacks no more than so many."""
 
@@ -172,19 +176,20 @@ class _Grouped(torch.autograd.Function):
         q = _lines(query).index_select(0, layout.query_index)
         k, v = (_lines(tensor).index_select(0, layout.key_index) for tensor in (key, value))
         out = torch.empty_like(q)
-        weights, kept = [], []
+        weights, kept, share = [], [], 1.0
         for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
             scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
             p_NQK = torch.softmax(scores_NQK, -1)
             weights.append(p_NQK)
             if dropout:
-                kept.append(torch.empty_like(p_NQK).bernoulli_(1 - dropout))
-                p_NQK = p_NQK * kept[-1]
+                mask_NQK, share = dropping.kept(p_NQK, dropout)
+                kept.append(mask_NQK)
+                p_NQK = p_NQK * mask_NQK
             torch.bmm(p_NQK, v_NKD, out=out_NQD)
         if dropout:
-            out.mul_(1 / (1 - dropout))
+            out.mul_(1 / share)
         ctx.save_for_backward(q, k, v, *weights, *kept)
-        ctx.num_blocks, ctx.dropout = len(weights), dropout
+        ctx.num_blocks, ctx.share = len(weights), share
         ctx.layout, ctx.scale, ctx.num_heads, ctx.num_groups = layout, scale, num_heads, key.shape[1]
         return out.index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
@@ -198,8 +203,8 @@ class _Grouped(torch.autograd.Function):
         g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index)
         if len(layout.filled):
             g.index_fill_(0, layout.filled, 0)
-        if ctx.dropout:
-            g.mul_(1 / (1 - ctx.dropout))
+        if len(saved) > ctx.num_blocks:
+            g.mul_(1 / ctx.share)
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         parts = layout.parts((q, g, gq), (k, v, gk, gv))
         for part, p_NQK, m_NQK in zip(parts, weights, kept, strict=True):

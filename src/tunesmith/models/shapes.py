@@ -16,6 +16,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from tunesmith.errors import ModelError
 from tunesmith.models import heads
+from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.headers import read_gguf
 from tunesmith.models.load import auto_class
 from tunesmith.models.locate import Located
@@ -41,6 +42,7 @@ def model_of_shapes(
     if kernels == "fast":
         with unset_fake_temporarily():
             use_fast_norms(model, with_numbers=_with_numbers)
+        use_fast_dropout(model)
     return model
 
 

@@ -15,7 +15,7 @@ from tunesmith.environment import cores
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section
+from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, known
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
@@ -43,8 +43,8 @@ _TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
 }
 FAR = 10.0
 """Mean or deviation of numbers beyond which a head has far to go."""
-FEW_WEIGHTS = 50_000_000
-"""Weights up to which full tuning on a processor is as fast in float32."""
+FEW_PRODUCTS = 5e9
+"""Weights times tokens of a pass, up to which full tuning on a processor is as fast in float32."""
 TEXT_TOKENS = 1024
 """Longest window of a document: attention to more costs more than it teaches, on most machines."""
 TEXT_STEP_TOKENS = 4096
@@ -65,16 +65,6 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
     return Choice(
         "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
     )
-
-
-def choose_precision(recipe: Recipe, num_parameters: int) -> Choice:
-    """What weights and activations are computed in, once method and device are known."""
-    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
-        return Choice("precision", "bfloat16", "stochastic rounding is for weights in bfloat16")
-    if recipe.method.name == "full" and num_parameters <= FEW_WEIGHTS and recipe.device == "cpu":
-        reason = "of so few weights a second copy, rounded at every update, costs more than narrow products save"
-        return Choice("precision", "float32", reason)
-    return machine.choose_precision("auto", recipe.device)
 
 
 def choose_longest(task: TaskName, kind: ModelKind, limit: int, *, unbounded: int) -> Choice:
@@ -203,6 +193,20 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     return usual, f"fills the matrix products of {facts.device}; the longest row has {longest:,} tokens"
 
 
+def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
+        return "bfloat16", "stochastic rounding is for weights in bfloat16"
+    step = float(facts.lengths_I.mean()) * known(recipe.train.rows_per_step)
+    tokens = min(step, known(recipe.train.tokens_per_pass))
+    if recipe.method.name == "full" and facts.device == "cpu" and facts.num_parameters * tokens <= FEW_PRODUCTS:
+        return "float32", (
+            f"a pass has few products ({facts.num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to "
+            "compile them and to round weights at every update costs more than narrow ones save"
+        )
+    choice = machine.choose_precision("auto", facts.device)
+    return choice.value, choice.reason
+
+
 def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     if recipe.evaluation.every is None:
         return "last", "nothing is measured on the way"
@@ -236,6 +240,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "train.epochs": _epochs,
     "train.rows_per_step": _rows_per_step,
     "train.tokens_per_pass": _tokens_per_pass,
+    "precision": _precision,
     "threads": _threads,
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,

@@ -19,7 +19,7 @@ from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 def decide_before_rows(
     recipe: Recipe, located: Located, model_size: ModelSize, kind: ModelKind
 ) -> tuple[Recipe, list[Choice]]:
-    """What has to be known before rows can be encoded: task, method, device, precision, longest row."""
+    """What has to be known before rows can be encoded: task, method, device, longest row."""
     limit = model_size.max_tokens
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
@@ -39,7 +39,6 @@ def decide_before_rows(
     choose("task", lambda: advise.choose_task(first_example(recipe.data), kind))
     choose("method", lambda: advise.choose_method(model_size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
-    choose("precision", lambda: advise.choose_precision(recipe, model_size.num_params))
     task: TaskName = known(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
