@@ -23,10 +23,14 @@ from tunesmith.models import heads, load, locate, new_tokens
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.size import size
+from tunesmith.planning.advise import choose_precision, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run, is_run
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
+
+TOKENS_TO_ANSWER = 100
+"""Of a pass that answers or measures a few rows."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,10 @@ def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe,
         raise ModelError(
             f"{name}: it has no head for the task {chosen}. Tune one: tunesmith train {name} DATA --task {chosen}"
         )
-    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, size(located), kind)
-    return recipe, tokenizer
+    found = size(located)
+    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)
+    choice = choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
+    return with_choice(recipe, choice), tokenizer
 
 
 def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:

@@ -67,6 +67,19 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
     )
 
 
+def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
+    """What weights and activations are computed in where a pass has so many tokens."""
+    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
+        return Choice("precision", "bfloat16", "stochastic rounding is for weights in bfloat16")
+    if recipe.method.name == "full" and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
+        reason = (
+            f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
+            "them and to round weights at every update costs more than narrow ones save"
+        )
+        return Choice("precision", "float32", reason)
+    return machine.choose_precision("auto", device)
+
+
 def choose_longest(task: TaskName, kind: ModelKind, limit: int, *, unbounded: int) -> Choice:
     """The longest row, in tokens."""
     if task == "text" and kind == "causal" and limit > TEXT_TOKENS:
@@ -194,16 +207,9 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
-    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
-        return "bfloat16", "stochastic rounding is for weights in bfloat16"
     step = float(facts.lengths_I.mean()) * known(recipe.train.rows_per_step)
     tokens = min(step, known(recipe.train.tokens_per_pass))
-    if recipe.method.name == "full" and facts.device == "cpu" and facts.num_parameters * tokens <= FEW_PRODUCTS:
-        return "float32", (
-            f"a pass has few products ({facts.num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to "
-            "compile them and to round weights at every update costs more than narrow ones save"
-        )
-    choice = machine.choose_precision("auto", facts.device)
+    choice = choose_precision(recipe, facts.num_parameters, facts.device, tokens=tokens)
     return choice.value, choice.reason
 
 
