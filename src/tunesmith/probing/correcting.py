@@ -12,6 +12,9 @@ from tunesmith.probing.found import Found
 SPREAD = 0.15
 """Of a total after a probe, either way."""
 
+SETTLED = 8
+"""Steps of usual size that count, the last ones: of many short ones the first are slower."""
+
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
@@ -37,7 +40,7 @@ def corrected(forecast: Forecast | None, found: Found, *, mean_tokens: float) ->
         return Corrected(found, 0, None)
     if forecast is None or forecast.duration is None:
         return Corrected(found, found.peak + (forecast.later if forecast else 0), None)
-    by_formula, usual = forecast.duration, found.steps[1:] or found.steps
+    by_formula, usual = forecast.duration, found.steps[1:][-SETTLED:] or found.steps
     step = mean_tokens * sum(one.seconds for one in usual) / sum(one.tokens for one in usual)
     look = found.evaluation.seconds / by_formula.look if found.evaluation and by_formula.look else 1.0
     duration = replace(

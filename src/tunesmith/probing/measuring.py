@@ -26,8 +26,10 @@ from tunesmith.probing.found import Timed
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
 USUAL, USUAL_S = 4, 30.0
-"""Most steps of usual size, and seconds after which none is added: one alone says little of short ones, and the heap
-grows with the shapes of the first few."""
+"""Steps of usual size, and seconds after which none is added: one alone says little, and the heap grows with the shapes
+of the first few."""
+MORE, MORE_S = 16, 4.0
+"""Most steps of usual size where they are short, until so many seconds have gone by: the first are slower than most."""
 LOOKED_AT = 64
 """Steps among which a usual one is looked for."""
 FEW_WORDS, MORE_WORDS = 2, 10
@@ -60,9 +62,10 @@ def _take_steps(setup: Setup, tell: Tell, on_progress: OnProgress) -> None:
     if time.perf_counter() - begun > LONG_S:
         return
     begun = time.perf_counter()
-    for step in usual:
+    for number, step in enumerate(usual, start=1):
         tell({**_step(setup, step, tell), "peak": peak(setup.device)})
-        if time.perf_counter() - begun > USUAL_S:
+        spent = time.perf_counter() - begun
+        if spent > USUAL_S or (number >= USUAL and spent > MORE_S):
             return
 
 
@@ -90,7 +93,7 @@ def _steps(setup: Setup) -> list[int]:
         if step != heavy.step
     }
     mean = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
-    return [heavy.step, *sorted(tokens, key=lambda step: abs(tokens[step] - mean))[:USUAL]]
+    return [heavy.step, *sorted(tokens, key=lambda step: abs(tokens[step] - mean))[:MORE]]
 
 
 def _step(setup: Setup, step: int, tell: Tell) -> dict[str, Any]:
