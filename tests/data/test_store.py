@@ -307,3 +307,9 @@ def _die_after(batches: int) -> None:
         return made(self, rows)
 
     encoding_module.Encoding._batch = batch  # type: ignore[method-assign]
+
+
+def test_a_store_tells_its_tokens_once_each(tmp_path: Path, files: list[DataFile]) -> None:
+    store, _ = make(tmp_path, *files)
+    expected = sorted({int(token) for index in range(len(store)) for token in store.row(index).ids})
+    assert store.tokens.tolist() == expected
