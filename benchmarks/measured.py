@@ -34,9 +34,14 @@ class Child:
     """The last lines of what it printed."""
 
 
+def environment() -> dict[str, str]:
+    """What a command is run with: the package of this checkout."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def run_child(words: Sequence[str], *, log: Path) -> Child:
     """Run a command to its end, with the package of this checkout; what it prints goes to `log`."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     load = os.getloadavg()[0]
     with open(log, "wb") as file:
         begun = time.perf_counter()
@@ -45,7 +50,7 @@ def run_child(words: Sequence[str], *, log: Path) -> Child:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )
         try:
             # wait4 and not wait: it alone tells the memory of this child, whatever ran before it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.measured import environment, machine, run_child, versions
 from benchmarks.table import place
 
 PARTS = ("training", "looking", "answering", "saving", "starting")
@@ -56,10 +55,9 @@ def measure(asked: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tunesmith = [sys.executable, "-m", "tunesmith"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         plan = subprocess.run(
             [*tunesmith, "plan", *asked, "--runs", str(folder), "--json"],
-            capture_output=True, text=True, env=environment, check=False,
+            capture_output=True, text=True, env=environment(), check=False,
         )  # fmt: skip
         if plan.returncode:
             return {"command": command, "error": plan.stderr[-2000:]}

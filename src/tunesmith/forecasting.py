@@ -79,10 +79,9 @@ def foresee(
         return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
 
     on_progress("plan", 0, 1)
-    is_here = device is None
+    tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
     device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
     seen = Foreseen(recipe, choices, [], start, rows, None)
-    tried = Tried(recipe.device, threads=known(recipe.threads)) if is_here else None
     _predict(seen, device, tried, free_tokens=free_tokens)
     on_progress("plan", 1, 1)
     return seen

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.cli.text import plural, size
+from tunesmith.probing.found import usual
 from tunesmith.values import duration
 
 Facts = list[tuple[str, str]]
@@ -47,7 +48,7 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
         later = probe["memory"] - probe["peak"]
         more = f"{size(probe['peak'])} now, and {size(later)} in the course of the run" if later else ""
         facts.append(("memory", _beside(size(probe["memory"]), more, size(total), probe["memory"], total)))
-    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (probe["steps"][1:], "usual ones: step {}")):
+    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual(probe["steps"]), "usual ones: step {}")):
         if some:
             tokens, taken = sum(one["tokens"] for one in some), sum(one["seconds"] for one in some)
             expected = seconds["step"] * tokens / tokens_per_step / len(some) if seconds else 0.0

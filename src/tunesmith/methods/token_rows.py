@@ -46,7 +46,7 @@ class TokenRows:
             rows = nn.Parameter(weight.detach()[ids_K].clone())
             for name, module in model.named_modules():
                 if module._parameters.get("weight") is weight:
-                    module.forward = _forward(name, module, rows, self.ids, alone=among is not None)
+                    module.forward = _forward(name, module, rows, self.ids, ids_K, alone=among is not None)
                     self._modules.append(module)
             self.parameters[table + ROWS] = rows
             self._weights[table + ROWS] = (weight, ids_K)
@@ -110,8 +110,7 @@ def misfits(model: PreTrainedModel, indices: Mapping[str, Sequence[int]], saved:
     return problems
 
 
-def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], *, alone: bool) -> Any:
-    ids_K = torch.tensor(ids, device=rows.device)
+def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], ids_K: Tensor, *, alone: bool) -> Any:
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return partial(_head, module, rows, ids_K)
     scale = 1.0 if type(module).forward is nn.Embedding.forward else _scale(module)

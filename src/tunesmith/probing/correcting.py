@@ -7,13 +7,10 @@ from typing import Any
 
 from tunesmith.planning.duration import Duration
 from tunesmith.planning.forecast import Forecast
-from tunesmith.probing.found import Found
+from tunesmith.probing.found import Found, usual
 
 SPREAD = 0.15
 """Of a total after a probe, either way."""
-
-SETTLED = 8
-"""Steps of usual size that count, the last ones: of many short ones the first are slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +37,8 @@ def corrected(forecast: Forecast | None, found: Found, *, mean_tokens: float) ->
         return Corrected(found, 0, None)
     if forecast is None or forecast.duration is None:
         return Corrected(found, found.peak + (forecast.later if forecast else 0), None)
-    by_formula, usual = forecast.duration, found.steps[1:][-SETTLED:] or found.steps
-    step = mean_tokens * sum(one.seconds for one in usual) / sum(one.tokens for one in usual)
+    by_formula, counted = forecast.duration, usual(found.steps) or found.steps
+    step = mean_tokens * sum(one.seconds for one in counted) / sum(one.tokens for one in counted)
     look = found.evaluation.seconds / by_formula.look if found.evaluation and by_formula.look else 1.0
     duration = replace(
         by_formula,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+SETTLED = 8
+"""Steps of usual size that count, the last ones: of many short ones the first are slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +55,8 @@ class Found:
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def usual(steps: Sequence[T]) -> Sequence[T]:
+    """Of a probe's steps those of usual size that count."""
+    return steps[1:][-SETTLED:]
