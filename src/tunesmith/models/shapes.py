@@ -47,7 +47,7 @@ def model_of_shapes(
 
 
 def _config_of_gguf(located: Located) -> PreTrainedConfig:
-    """Sizes alone, from the header: transformers' own reader takes seconds, since it reads the vocabulary too."""
+    """Sizes alone, from the header: transformers' own reader takes a second, since it reads the vocabulary too."""
     header = read_gguf(located.path)
     names = GGUF_CONFIG_MAPPING.get(header.architecture)
     if names is None:

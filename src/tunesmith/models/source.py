@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from tunesmith.errors import ModelError
+from tunesmith.models.gguf_once import read_once
 from tunesmith.models.locate import Located
 from tunesmith.models.quiet import quiet
 
@@ -41,10 +42,15 @@ def source(located: Located) -> dict[str, Any]:
 def blaming(located: Located, what: str) -> Iterator[None]:
     """Foreign errors become a ModelError that names the model; foreign output is kept off the terminal."""
     try:
-        # The bar of the GGUF loader knows no switch; it writes to stderr.
-        gguf_bar = contextlib.redirect_stderr(io.StringIO()) if located.is_gguf else contextlib.nullcontext()
-        with quiet(), gguf_bar:
+        with quiet(), _gguf() if located.is_gguf else contextlib.nullcontext():
             yield
     except _FOREIGN as error:
         text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise ModelError(f"{located.path}: {what}: {text[:500]}") from error
+
+
+@contextlib.contextmanager
+def _gguf() -> Iterator[None]:
+    # The bar of the GGUF loader knows no switch; it writes to stderr.
+    with contextlib.redirect_stderr(io.StringIO()), read_once():
+        yield
