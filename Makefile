@@ -36,7 +36,7 @@ format: $(STAMP)-dev ## put the code into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)-test ## training beside TRL: MODEL=folder ROWS="chat train.jsonl test.jsonl" ARGS="--rounds 5"
+bench: $(STAMP)-test ## training beside other tools: MODEL=folder ROWS="chat train.jsonl test.jsonl" ARGS="--rounds 5"
 	@$(BIN)/python -m benchmarks.environments .peers
 	@$(BIN)/python -m benchmarks train --model '$(MODEL)' --rows $(ROWS) --work .peers/raced $(ARGS)
 

@@ -13,7 +13,11 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-ENVIRONMENTS = {"trl": ("torch>=2.13", "transformers==5.24.*", "trl==1.16.*", "peft==0.21.*")}
+ENVIRONMENTS = {
+    "trl": ("torch>=2.13", "transformers==5.24.*", "trl==1.16.*", "peft==0.21.*"),
+    "llamafactory": ("torch>=2.13", "llamafactory==0.9.5"),
+    "litgpt": ("torch>=2.13", "litgpt==0.5.13", "requests"),
+}
 """What is installed for each peer: releases that the tables of docs/performance.md were measured with."""
 
 

@@ -80,7 +80,8 @@ def draw(groups: dict[str, dict[str, list[float]]], floors: dict[str, float], pa
     """Bars of medians with every round as a dot, a line at the floor's rate: one panel for each set of settings."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(groups), 3.4), layout="constrained")
+    width = max(4.2, 1.0 * max(map(len, groups.values())))  # a name below each bar
+    figure = Figure(figsize=(width * len(groups), 3.4), layout="constrained")
     for axes, (title, found) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for place, (name, values) in enumerate(found.items()):
             color = "#2f6f9f" if name == OURS else "#b9bec4"

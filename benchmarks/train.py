@@ -43,6 +43,21 @@ PEERS: Mapping[str, Peer] = {
             "train_sampling_strategy": "group_by_length",
         },
     ),
+    "LLaMA-Factory, as shipped": Peer(
+        "llamafactory", "llamafactory_train.py", {"per_device_train_batch_size": 1, "bf16": True}
+    ),
+    "LLaMA-Factory, tuned": Peer(
+        "llamafactory",
+        "llamafactory_train.py",
+        {
+            "per_device_train_batch_size": 8,
+            "bf16": True,
+            "disable_gradient_checkpointing": True,
+            "train_sampling_strategy": "group_by_length",
+        },
+    ),
+    "LitGPT, as shipped": Peer("litgpt", "litgpt_train.py", {}),
+    "LitGPT, tuned": Peer("litgpt", "litgpt_train.py", {"precision": "bf16-true", "train.micro_batch_size": 4}),
 }
 """Arguments of each are those of its configuration, by the names of its own documentation."""
 

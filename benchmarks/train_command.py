@@ -26,7 +26,7 @@ RATES = {"lora": 5e-4, "full": 5e-5}
 def add_train(verbs: Any) -> None:
     train = verbs.add_parser(
         "train",
-        help="tokens a second of training, memory and held-out loss, beside TRL",
+        help="tokens a second of training, memory and held-out loss, beside other tools",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = train.add_argument

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.classify import UnusableError
 from benchmarks.measured import Child
-from benchmarks.peers import held_out
+from benchmarks.peers import given_rows, held_out
 from benchmarks.peers.render_rows import render
 from benchmarks.rows import make_rows, read_lines
 from benchmarks.train import OURS, Log, Peer, Race, Settings, Turn, told, write
@@ -136,6 +138,34 @@ def test_rendered_rows_are_those_that_are_trained_on(tmp_path: Path) -> None:
     rows = render(str(model), tmp_path)
     assert [len(rows[side]) for side in ("train", "eval")] == [5, 3]
     assert all(len(row["ids"]) == len(row["trained"]) and any(row["trained"]) for row in rows["train"])
+
+
+def test_peers_get_the_same_tokens_and_targets(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"train": [{"ids": [5, 6, 7], "trained": [1, 0, 1]}], "eval": []}), "utf-8")
+    assert given_rows.labelled(str(path), "train") == [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}]
+
+
+def test_clock_of_a_trainer_counts_what_each_step_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(train.SCRIPTS)  # a peer's environment runs its script by its path
+    clock = importlib.import_module("trainer_log").Clock()
+    loader = SimpleNamespace(collate_fn=len)
+    clock.on_train_begin(None, None, None, train_dataloader=SimpleNamespace(base_dataloader=loader))
+    row = {"input_ids": [5, 6, 7], "labels": [5, -100, 7]}  # the first token is no target: nothing is before it
+    assert [loader.collate_fn(batch) for batch in ([row, row], [row], [row], [row])] == [2, 1, 1, 1]
+    for loss in (2.0, 1.5):
+        clock.on_log(None, None, None, logs={"loss": loss})
+        clock.on_step_end()
+    clock.on_log(None, None, None, logs={"train_runtime": 3.0})
+    log = Log(**clock.told(batches=2), result="", versions={})
+    assert (log.tokens, log.targets, log.losses) == ([9, 6], [3, 2], [2.0, 1.5])
+    assert len(log.step_ends) == 2
+
+
+@pytest.mark.parametrize("name", train.PEERS)
+def test_each_peer_has_a_script_and_an_environment(name: str) -> None:
+    assert (train.SCRIPTS / train.PEERS[name].script).exists()
+    assert train.PEERS[name].environment in environments.ENVIRONMENTS
 
 
 def test_texts_with_labels_become_questions(tmp_path: Path) -> None:
