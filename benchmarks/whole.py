@@ -1,8 +1,8 @@
 """`python -m benchmarks whole`: the time that a plan foresees for a whole run, beside the run.
 
 Two commands as a person types them, one after the other: `tunesmith plan ... --json`, which also encodes the rows, and
-`tunesmith train ...` of the same words, from its start to its end, report included. With --results many commands make
-one table.
+`tunesmith train ...` of the same words, from its start to its end, report included. What the run took part by part is
+told by its log. With --results many commands make one table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from typing import Any
 from benchmarks.measured import environment, machine, run_child, versions
 from benchmarks.table import place
 
-PARTS = ("training", "looking", "answering", "saving", "starting")
+PARTS = {
+    "starting": (("starting",), ("start", "resume")),
+    "training": (("training",), ("step",)),
+    "held-out rows": (("held_out",), ("evaluation",)),
+    "answers and general text": (("answering", "general"), ("sample", "answers", "general")),
+    "checkpoints": (("saving",), ("plan", "checkpoint")),
+    "surprising rows and the end": (("surprising", "finishing"), ("end",)),
+}
+"""Part of a run → kinds of work of its forecast, and events that end it."""
 
 
 def add_whole(verbs: Any) -> None:
@@ -62,21 +71,39 @@ def measure(asked: Sequence[str]) -> dict[str, Any]:
         if plan.returncode:
             return {"command": command, "error": plan.stderr[-2000:]}
         values = json.loads(plan.stdout.splitlines()[-1])
+        begun = time.time()
         child = run_child([*tunesmith, "train", *asked, "--runs", str(folder), "--quiet"], log=folder / "log")
         if child.code:
             return {"command": command, "error": child.tail}
+        log = next(folder.glob("*/events.jsonl")).read_text("utf-8").splitlines()
+        taken = taken_by_part([json.loads(line) for line in log], begun, begun + child.wall_seconds)
+    by_formula, after_probe = values["forecast"]["seconds"], values["probe"]["seconds"]
     return {
         "command": command,
-        "by_formula": total(values["forecast"]["seconds"]),
-        "after_probe": total(values["probe"]["seconds"]),
+        "by_formula": by_formula["total"],
+        "after_probe": after_probe["total"],
         "measured": child.wall_seconds,
+        "parts": {part: [taken[part], foreseen(by_formula, part), foreseen(after_probe, part)] for part in PARTS},
         "load_before": child.load_before,
     }
 
 
-def total(seconds: dict[str, float]) -> float:
-    """What a plan's screen adds up."""
-    return sum(seconds[name] for name in PARTS)
+def foreseen(seconds: dict[str, Any], part: str) -> float:
+    """Of a forecast, for one part of the run."""
+    return sum(seconds["work"][kind]["seconds"] for kind in PARTS[part][0])
+
+
+def taken_by_part(events: Sequence[dict[str, Any]], begun: float, ended: float) -> dict[str, float]:
+    """What a run took, by its log: what comes before an event is the event's. All of it is some part's."""
+    part_of = {kind: part for part, (_, kinds) in PARTS.items() for kind in kinds}
+    taken = dict.fromkeys(PARTS, 0.0)
+    last, part = begun, "starting"
+    for event in events:
+        part = part_of.get(event["kind"], part)
+        taken[part] += event["time"] - last
+        last = event["time"]
+    taken["surprising rows and the end"] += ended - last
+    return taken
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
@@ -97,6 +124,18 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         for way in ("by_formula", "after_probe"):
             cells += [f"{one[way]:.0f}", f"{one[way] / one['measured'] - 1:+.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Of these, part by part:",
+        "",
+        "| run | part | measured | by formula | after a probe |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{one['command']}` | {part} | {' | '.join(f'{seconds:.1f}' for seconds in three)} |"
+        for one in found
+        for part, three in one.get("parts", {}).items()
+    ]
     lines.append("")
     whole = [one for one in found if "error" not in one]
     for way, name in (("by_formula", "By formula"), ("after_probe", "After a probe")):

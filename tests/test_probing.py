@@ -13,7 +13,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.forecasting import Foreseen, foresee
-from tunesmith.planning.duration import Duration
+from tunesmith.planning.work import KINDS, Duration, Work
 from tunesmith.probing import process
 from tunesmith.probing.correcting import SPREAD, corrected
 from tunesmith.probing.found import Found, Timed
@@ -45,10 +45,10 @@ def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
     assert found.steps[0].step == seen.forecast.heavy.step
     assert len({one.step for one in found.steps}) == len(found.steps), "the heaviest step, then usual ones"
     assert 1 + USUAL < len(found.steps) <= 1 + MORE, "more than four where they are short"
-    assert all(one.seconds > 0 and one.tokens > 0 for one in found.steps)
-    for piece in (found.starting, found.evaluation, found.word, found.save):
-        assert piece is not None
-    assert found.save.num_bytes > 0
+    assert all(one.seconds > 0 and one.count > 0 for one in found.steps)
+    assert {*found.work, "training", "general"} == set(KINDS), "the general text is not asked for"
+    assert found.work["saving"].num_bytes > 0
+    assert found.work["starting"].seconds > found.work["finishing"].seconds > 0
     assert heard[-1] == "probe"
     assert nothing_left(root), "no run, and no folder of the probe"
 
@@ -86,13 +86,13 @@ def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):
     seen = foreseen(tmp_path)
     child_that(
         "import os, signal\n"
-        'print(\'{"steps": {"seconds": 2.0, "tokens": 5, "step": 1}, "peak": 7}\', flush=True)\n'
+        'print(\'{"steps": {"seconds": 2.0, "count": 5, "step": 1}, "peak": 7}\', flush=True)\n'
         "os.kill(os.getpid(), signal.SIGKILL)",
         monkeypatch,
         tmp_path,
     )
     found = probe(seen.recipe, root=tmp_path / "runs", offline=True, on_progress=lambda what, done, total: None)
-    assert (found.ended, found.peak, found.steps) == (KILLED, 7, [Timed(2.0, tokens=5, step=1)])
+    assert (found.ended, found.peak, found.steps) == (KILLED, 7, [Timed(2.0, 5, step=1)])
     assert nothing_left(tmp_path / "runs")
 
 
@@ -138,7 +138,8 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
     assert nothing_left(tmp_path / "runs")
 
 
-FORMULA = Duration(step=1.0, training=100.0, looking=20.0, answering=8.0, look=2.0, words=40, saves=5)
+COUNTS = dict(zip(KINDS, (1, 100, 1000, 500, 200, 40, 5, 1), strict=True))
+FORMULA = Duration({kind: Work(count, 1.0) for kind, count in COUNTS.items()})
 
 
 def forecast_with(monkeypatch, tmp_path: Path):
@@ -149,28 +150,32 @@ def forecast_with(monkeypatch, tmp_path: Path):
 
 
 def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
-    """The usual steps took twice their share, the look half; words, saves and the start are as measured."""
+    """Every kind of work at the price that was found, as often as it was foreseen; one that was not tried keeps its."""
     found = Found(
-        starting=Timed(3.0),
-        steps=[Timed(9.0, tokens=300, step=4), Timed(1.0, tokens=40, step=2), Timed(1.0, tokens=60, step=3)],
-        evaluation=Timed(1.0, tokens=10),
-        word=Timed(0.1),
-        save=Timed(0.5),
+        steps=[Timed(9.0, 300, step=4), Timed(1.0, 40, step=2), Timed(1.0, 60, step=3)],
+        work={
+            "starting": Timed(3.0),
+            "held_out": Timed(1.0, 100),
+            "surprising": Timed(1.0, 50),
+            "answering": Timed(0.8, 8),
+            "saving": Timed(0.5),
+            "finishing": Timed(7.0),
+        },
         peak=5000,
     )
     made = corrected(forecast_with(monkeypatch, tmp_path), found, mean_tokens=100.0)
     assert made.memory == 6000
     duration = made.duration
     assert duration is not None
-    assert (duration.step, duration.training, duration.looking) == (2.0, 200.0, 10.0)
-    assert (duration.answering, duration.saving, duration.starting) == (4.0, 2.5, 3.0)
+    seconds = {kind: work.seconds for kind, work in duration.work.items()}
+    assert seconds == pytest.approx(dict(zip(KINDS, (3.0, 200.0, 10.0, 10.0, 200.0, 4.0, 2.5, 7.0), strict=True)))
     assert duration.spread == SPREAD < FORMULA.spread
-    assert duration.total == pytest.approx(219.5)
+    assert duration.total == pytest.approx(436.5)
 
 
 def test_of_many_short_steps_the_first_do_not_count(tmp_path, monkeypatch):
-    first = [Timed(5.0, tokens=50, step=number) for number in range(1, 6)]
-    later = [Timed(1.0, tokens=50, step=number) for number in range(6, 14)]
+    first = [Timed(5.0, 50, step=number) for number in range(1, 6)]
+    later = [Timed(1.0, 50, step=number) for number in range(6, 14)]
     made = corrected(forecast_with(monkeypatch, tmp_path), Found(steps=[*first, *later]), mean_tokens=100.0)
     assert made.duration is not None
     assert made.duration.step == 2.0

@@ -111,7 +111,7 @@ def forecast_values(forecast: Forecast) -> dict[str, Any]:
             "targets": forecast.targets,
         },
         "layers": {"all": forecast.num_layers, "recomputed": forecast.recomputed},
-        "seconds": None if time is None else asdict(time),
+        "seconds": None if time is None else time.values(),
         "disk": {**asdict(disk), "total": disk.total},
     }
 

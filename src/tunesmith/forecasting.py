@@ -14,6 +14,7 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.evaluation import general
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.planning import devices
@@ -102,6 +103,7 @@ def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens
         device=device,
         base=devices.resident(),
         tried=tried,
+        general_tokens=_general_tokens(seen.recipe, start),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
     try:
@@ -118,6 +120,14 @@ def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens
     replaced = {choice.key for choice in fitted}
     seen.choices = [*(choice for choice in seen.choices if choice.key not in replaced), *fitted]
     seen.recipe, seen.forecast = recipe, forecast
+
+
+def _general_tokens(recipe: Recipe, start: Start) -> int:
+    """Of the general text, where it is measured."""
+    speaks = start.head == "next_token" and start.kind == "causal" and start.size.max_tokens >= general.ROOM_TO_SPEAK
+    if not (recipe.evaluation.general and speaks):
+        return 0
+    return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))
 
 
 def _without_layers(recipe: Recipe) -> Recipe:

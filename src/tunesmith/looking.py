@@ -22,7 +22,7 @@ from tunesmith.evaluation.answers import answer_measures, answer_scores
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.evaluation.measure import baseline, evaluate
 from tunesmith.evaluation.outcomes import Outcomes
-from tunesmith.evaluation.row_lines import most_surprising, row_lines
+from tunesmith.evaluation.row_lines import looked_through, most_surprising, row_lines
 from tunesmith.evaluation.samples import answer_samples
 from tunesmith.evaluation.scores import score
 from tunesmith.files import storing, to_json, write_atomic
@@ -177,8 +177,7 @@ def find_surprising(session: Session) -> None:
     if most == 0:
         return
     begun = time.perf_counter()
-    rows_I = setup.rows.train_rows
-    rows_I = rows_I[np.argsort(setup.rows.store.hashes[rows_I], kind="stable")][:most]
+    rows_I = looked_through(setup.rows.store, setup.rows.train_rows, most)
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
     lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
     _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))

@@ -16,6 +16,7 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
+from tunesmith.evaluation.general import ROOM_TO_SPEAK
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
 from tunesmith.forecasting import Foreseen, OnProgress, feeds, foresee, plan_of
 from tunesmith.loading import has_token_types
@@ -40,8 +41,6 @@ from tunesmith.starting import Start
 from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, Task
 
-ROOM_TO_SPEAK = 384
-"""Positions that a passage of the general text, or an instruction and its answer, may need."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,6 +83,11 @@ class Setup:
     def speaks(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
         return self.head == "next_token" and self.plan.layout != "encoder_decoder" and self.room >= ROOM_TO_SPEAK
+
+    def save_result(self, folder: Path) -> None:
+        """What was tuned, as it is used later."""
+        method = METHODS[self.recipe.method.name]
+        method.save_result(self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located)
 
 
 def prepare(

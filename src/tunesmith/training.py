@@ -23,7 +23,7 @@ from tunesmith.files import fsync_file, remove, temporary_folder, write_atomic
 from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
-from tunesmith.methods import METHODS, restore
+from tunesmith.methods import restore
 from tunesmith.models.checkpointing import count_layers
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe import read
@@ -281,15 +281,10 @@ def _rehearse_result(setup: Setup, run: Run) -> None:
     """Save the result once and remove it, so that it cannot fail for the first time after the last step."""
     folder = temporary_folder(run.path, "rehearsal")
     try:
-        _write_result(setup, folder)
+        setup.save_result(folder)
     finally:
         remove(folder)
 
 
 def _save_result(setup: Setup, run: Run) -> None:
-    _write_result(setup, run.model_path if setup.recipe.method.name == "full" else run.adapter_path)
-
-
-def _write_result(setup: Setup, folder: Path) -> None:
-    method = METHODS[setup.recipe.method.name]
-    method.save_result(setup.attachment, folder, model=setup.model, renderer=setup.renderer, located=setup.located)
+    setup.save_result(run.model_path if setup.recipe.method.name == "full" else run.adapter_path)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
+from tunesmith.planning.work import KINDS
 
 FORECAST = {
     "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
@@ -19,16 +20,14 @@ FORECAST = {
     "pass": {"step": 7, "rows": 4, "tokens": 1987, "targets": 612},
     "layers": {"all": 30, "recomputed": 0},
     "seconds": {
-        "step": 1.5,
-        "training": 100.0,
-        "looking": 20.0,
-        "answering": 0.0,
-        "saving": 0.0,
-        "starting": 0.0,
-        "look": 2.0,
-        "words": 0,
-        "saves": 3,
+        "total": 120.0,
         "spread": 0.3,
+        "work": {
+            **{kind: {"count": 0, "price": 0.0, "seconds": 0.0} for kind in KINDS},
+            "training": {"count": 66, "price": 1.5, "seconds": 99.0},
+            "held_out": {"count": 1000, "price": 0.02, "seconds": 20.0},
+            "surprising": {"count": 100, "price": 0.01, "seconds": 1.0},
+        },
     },
     "disk": {"rows": 0, "checkpoints": 2**20, "result": 2**19, "total": 2**20 + 2**19},
 }
@@ -65,7 +64,7 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
 
 def test_a_probe_is_told_beside_what_was_predicted_and_leaves_no_run(tmp_path):
     text = plan(tmp_path, "--probe")
-    for word in ("measured memory: ", "measured step: ", "measured looking: ", "measured checkpoint: "):
+    for word in ("measured memory: ", "measured step: ", "measured held out: ", "measured saving: "):
         assert word in text
     assert "predicted" in text
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"]
@@ -76,6 +75,8 @@ def test_for_machines_a_probe_is_plain_values(tmp_path):
     assert told["probe"]["ended"] == ""
     assert told["probe"]["memory"] >= told["probe"]["peak"] > 0
     assert told["probe"]["seconds"]["spread"] < told["forecast"]["seconds"]["spread"]
+    for seconds in (told["forecast"]["seconds"], told["probe"]["seconds"]):
+        assert seconds["total"] == pytest.approx(sum(work["seconds"] for work in seconds["work"].values()))
 
 
 @pytest.mark.parametrize(("more", "why"), [(["--device", "24G"], "24G is not here"), ([], "it does not fit")])
@@ -90,14 +91,15 @@ PROBE = {
     "memory": 2**31 + 2**28,
     "peak": 2**31,
     "steps": [
-        {"step": 7, "tokens": 400, "seconds": 2.0},
-        {"step": 2, "tokens": 150, "seconds": 1.0},
-        {"step": 5, "tokens": 250, "seconds": 2.0},
+        {"step": 7, "count": 400, "seconds": 2.0},
+        {"step": 2, "count": 150, "seconds": 1.0},
+        {"step": 5, "count": 250, "seconds": 2.0},
     ],
-    "evaluation": {"tokens": 90, "seconds": 2.5},
-    "word": None,
-    "save": {"num_bytes": 2**20, "seconds": 0.5},
-    "starting": {"seconds": 3.0},
+    "work": {
+        "held_out": {"count": 100, "seconds": 2.5, "num_bytes": 0},
+        "saving": {"count": 1, "seconds": 0.5, "num_bytes": 2**20},
+        "starting": {"count": 1, "seconds": 3.0, "num_bytes": 0},
+    },
     "notes": [],
     "ended": "the system killed it, as it does where memory ends",
     "seconds": None,
@@ -109,9 +111,9 @@ def test_words_of_a_probe():
         ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run), predicted 3.0 GiB (+33%)"),
         ("step", "2 s (the heaviest: step 7; 400 tokens), predicted 3 s (+50%)"),
         ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), predicted 1.5 s (+0%)"),
-        ("looking", "2.5 s (a batch of held-out rows, 90 tokens), predicted 2 s (-20%)"),
-        ("checkpoint", "1.0 MiB in 0.5 s"),
-        ("loading", "3 s"),
+        ("starting", "3 s (until the first event)"),
+        ("held out", "0.025 s (a token of held-out rows), predicted 0.02 s (-20%)"),
+        ("saving", "0.5 s (a checkpoint, 1.0 MiB)"),
         ("ended", "early: the system killed it, as it does where memory ends"),
     ]
 
@@ -127,6 +129,6 @@ def test_words_of_a_forecast():
     assert dict(forecast_facts(FORECAST)) == {
         "memory": "3.0 GiB at most, of 16.0 GiB, in the heaviest pass of step 7 (4 rows, 1,987 tokens, 612 targets): "
         "weights 1.0 GiB, logits 2.0 GiB",
-        "time": "1:24 min to 2:36 min: 1:40 min of training, 1.5 s a step; 20 s of measuring rows",
+        "time": "1:24 min to 2:36 min: 1:39 min of training, 1.5 s a step; 21 s of measuring rows",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }

@@ -11,7 +11,18 @@ from torch.nn import functional as F
 from tunesmith.models.shapes import FakeTensorMode
 from tunesmith.planning import trying
 from tunesmith.planning.devices import CPU_LAUNCH, Device, here, named
-from tunesmith.planning.duration import pass_seconds
+from tunesmith.planning.duration import (
+    FINISHING_S,
+    LOADED,
+    STARTING_S,
+    WRITTEN,
+    Looking,
+    finishing_seconds,
+    looking,
+    pass_seconds,
+    starting_seconds,
+)
+from tunesmith.planning.sketch import Kept
 from tunesmith.planning.tracing import MAPPED, Product, Segment, Tracer
 from tunesmith.planning.trying import Tried
 
@@ -120,3 +131,18 @@ def test_this_machine_tells_three_speeds_and_a_card_that_is_not_here_two():
     assert found.launch == CPU_LAUNCH
     card = named("H100-80G")
     assert card.fresh == card.bandwidth
+
+
+def test_layers_go_by_the_token_and_the_head_by_the_target():
+    """Two layers that move 10⁸ bytes each over 4 tokens, a head that moves 3 · 10⁸ for 2 targets; a second for 10⁸."""
+    layer, head = (Segment((place, 0, 0), moved=moved) for place, moved in (("forward", 10**8), ("between", 3 * 10**8)))
+    found = looking([layer, layer, head], MACHINE, torch.float32, None, tokens=4, targets=2)
+    assert found == Looking(token=0.5, target=1.5)
+    assert found.price(targets=10, tokens=100) == pytest.approx(0.65), "of rows of which a tenth is trained"
+    assert found.price(targets=0, tokens=0) == 0.0
+
+
+def test_start_and_end_go_by_bytes_on_top_of_what_libraries_take():
+    kept = Kept(weights=int(2 * LOADED), masters=0, gradients=0, optimizer=0, trained_parameters=0)
+    assert starting_seconds(kept) == pytest.approx(STARTING_S + 2)
+    assert finishing_seconds(int(WRITTEN)) == pytest.approx(FINISHING_S + 2), "the result is rehearsed, and written"

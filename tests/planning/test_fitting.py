@@ -15,6 +15,7 @@ from tunesmith.planning.devices import Device, named
 from tunesmith.planning.forecast import Disk, Forecast
 from tunesmith.planning.heaviest import Heavy, heaviest
 from tunesmith.planning.memory import Memory
+from tunesmith.planning.work import Work
 from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.read import validate
@@ -205,7 +206,7 @@ def test_a_forecast_rests_on_the_recipe_and_says_of_which_pass_it_speaks(tmp_pat
     assert {phase.phase for phase in forecast.phases} >= {"step", "evaluation"}
     assert forecast.tokens <= 96
     assert forecast.duration is not None
-    assert forecast.duration.training == pytest.approx(12 * forecast.duration.step)
+    assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
     assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
 
 

@@ -20,10 +20,20 @@ _PHASES = {
 
 
 _BESIDE_TRAINING = {
-    "looking": "measuring rows",
-    "answering": "answers at most",
-    "saving": "checkpoints",
-    "starting": "loading",
+    "starting": ("starting",),
+    "measuring rows": ("held_out", "surprising", "general"),
+    "answers at most": ("answering",),
+    "checkpoints": ("saving",),
+    "the end": ("finishing",),
+}
+_ONCE = {
+    "starting": "until the first event",
+    "held_out": "a token of held-out rows",
+    "surprising": "a token of training rows looked through",
+    "general": "a token of the general text",
+    "answering": "the next token of up to 8 answers",
+    "saving": "a checkpoint",
+    "finishing": "the result and the report",
 }
 
 
@@ -50,23 +60,17 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
         facts.append(("memory", _beside(size(probe["memory"]), more, size(total), probe["memory"], total)))
     for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual(probe["steps"]), "usual ones: step {}")):
         if some:
-            tokens, taken = sum(one["tokens"] for one in some), sum(one["seconds"] for one in some)
-            expected = seconds["step"] * tokens / tokens_per_step / len(some) if seconds else 0.0
+            tokens, taken = sum(one["count"] for one in some), sum(one["seconds"] for one in some)
+            expected = _price(seconds, "training") * tokens / tokens_per_step / len(some)
             where = f"{what.format(', '.join(str(one['step']) for one in some))}; {tokens / len(some):,.0f} tokens"
             mean = taken / len(some)
             facts.append(("step", _beside(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
-    if one := probe["evaluation"]:
-        expected = seconds["look"] if seconds else 0.0
-        where = f"a batch of held-out rows, {one['tokens']:,} tokens"
-        facts.append(
-            ("looking", _beside(f"{one['seconds']:.3g} s", where, f"{expected:.3g} s", one["seconds"], expected))
-        )
-    if one := probe["word"]:
-        facts.append(("answers", f"{one['seconds']:.3g} s the next token of up to 8 answers"))
-    if one := probe["save"]:
-        facts.append(("checkpoint", f"{size(one['num_bytes'])} in {one['seconds']:.3g} s"))
-    if one := probe["starting"]:
-        facts.append(("loading", duration(one["seconds"])))
+    for kind, what in _ONCE.items():
+        if one := probe["work"].get(kind):
+            found, expected = one["seconds"] / one["count"], _price(seconds, kind)
+            where = f"{what}, {size(one['num_bytes'])}" if one["num_bytes"] else what
+            text = _beside(f"{found:.2g} s", where, f"{expected:.2g} s", found, expected)
+            facts.append((kind.replace("_", " "), text))
     facts += [("note", text) for text in probe["notes"]]
     if probe["ended"]:
         facts.append(("ended", f"early: {probe['ended']}"))
@@ -87,13 +91,16 @@ def _memory(forecast: Mapping[str, Any]) -> str:
     return f"{size(memory['total'])} at most, of {size(forecast['room'])}, {where}{heavy}: {parts}"
 
 
-def _time(seconds: Mapping[str, float]) -> str:
-    total = sum(seconds[name] for name in ("training", *_BESIDE_TRAINING))
-    low, high = total * (1 - seconds["spread"]), total * (1 + seconds["spread"])
-    others = "".join(
-        f"; {duration(seconds[name])} of {what}" for name, what in _BESIDE_TRAINING.items() if seconds[name]
-    )
+def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:
+    """0: not known."""
+    return float(seconds["work"][kind]["price"]) if seconds else 0.0
+
+
+def _time(seconds: Mapping[str, Any]) -> str:
+    work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
+    parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _BESIDE_TRAINING.items()}
+    others = "".join(f"; {duration(part)} of {name}" for name, part in parts.items() if part)
     return (
-        f"{duration(low)} to {duration(high)}: {duration(seconds['training'])} of training, "
-        f"{seconds['step']:.2g} s a step{others}"
+        f"{duration(low * seconds['total'])} to {duration(high * seconds['total'])}: "
+        f"{duration(work['training']['seconds'])} of training, {work['training']['price']:.2g} s a step{others}"
     )

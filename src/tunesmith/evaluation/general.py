@@ -9,7 +9,7 @@ machine, so that two runs can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -26,7 +26,7 @@ from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Interval, intervals
 from tunesmith.generation import Sampling, answer
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Layout, Part, Row, Source, Task, TaskName
+from tunesmith.types import Batch, Layout, Part, Row, Source, Task, TaskName
 
 MAX_TOKENS = 256
 """Of a row of general text."""
@@ -34,6 +34,8 @@ TOKENS_PER_PASS = 512
 """Small, since every token is a target and the logits of all are held at once."""
 ANSWER_TOKENS = 48
 """Most new tokens in the answer to a general instruction."""
+ROOM_TO_SPEAK = 384
+"""Positions that a passage of the general text, or an instruction and its answer, may need."""
 BOUND = 0.1
 """Rise of the general loss, in nats, beyond which a run is warned of. By the fit of Hoffmann et al. 2022 (equation 10:
 406.4 / N^0.34) a model of a billion parameters that was halved would lose as much."""
@@ -86,16 +88,23 @@ def text_losses(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Of each passage its loss in nats, summed, and its number of targets, by a task that predicts next tokens: [P]."""
     rows = general_rows(tokenizer)
-    lengths = [len(row.ids) for row in rows]
     passage_I = np.array([row.source.line - 1 for row in rows])
     losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
     with evaluating(model):
-        for members in fill_passes(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
-            batch = build_batch([rows[i] for i in members], members, layout=layout, device=device)
+        for members, batch in text_batches(rows, layout=layout, device=device):
             passage_N = passage_I[np.asarray(members)][batch.row_of_N.cpu().numpy()]
             np.add.at(losses_P, passage_N, task.measure(model, batch).losses_N.double().cpu().numpy())
             np.add.at(counts_P, passage_N, 1)
     return losses_P, counts_P
+
+
+def text_batches(
+    rows: Sequence[Row], *, layout: Layout, device: torch.device | str
+) -> Iterator[tuple[Sequence[int], Batch]]:
+    """The passes over the rows of the general text: which rows, and the pass."""
+    lengths = [len(row.ids) for row in rows]
+    for members in fill_passes(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
+        yield members, build_batch([rows[i] for i in members], members, layout=layout, device=device)
 
 
 def change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:

@@ -40,6 +40,11 @@ def row_lines(
         }
 
 
+def looked_through(store: RowStore, rows_I: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """The training rows among which surprising ones are looked for: `most` of them, the same whatever their order."""
+    return rows_I[np.argsort(store.hashes[rows_I], kind="stable")][:most]
+
+
 def most_surprising(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of highest loss per target, the highest first."""
     return sorted(lines, key=lambda line: -line["loss"] / line["count"])[:MOST_SURPRISING]

@@ -9,7 +9,7 @@ Patterson 2009.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,38 +21,38 @@ from tunesmith.planning.trying import Tried
 
 DECODE_LAUNCH = 20e-6
 """Seconds of one small operation while an answer is written."""
-SPREAD = 0.3
-"""Of a total by formula alone, either way."""
+STARTING_S = 12.0
+"""By formula, on a processor of two cores: the libraries and the tokenizer imported, rows found, the plan made."""
+LOADED = 100e6
+"""Bytes of weights a second that are read, unpacked and hashed, by formula."""
+WRITTEN = 300e6
+"""Bytes a second that are written for good, by formula."""
+FINISHING_S = 4.0
+"""By formula, on a processor of two cores: the libraries that draw imported, the report drawn, the process ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Duration:
-    """Seconds."""
+class Looking:
+    """Seconds of a pass that measures rows: those of its layers go by the token, those of its head by the target."""
 
-    step: float
-    """Of a mean step."""
-    training: float
-    """All steps."""
-    looking: float
-    """Measuring held-out rows before and after, and on the way; looking for surprising rows; the general text."""
-    answering: float = 0.0
-    """Prompts before and after, where every answer is as long as it may be."""
-    saving: float = 0.0
-    """Checkpoints. By formula: nothing."""
-    starting: float = 0.0
-    """Loading the model, and asking it what it can do. By formula: nothing."""
-    look: float = 0.0
-    """Of the pass over held-out rows that has most targets."""
-    words: int = 0
-    """Tokens that are written one after the other in `answering`."""
-    saves: int = 0
-    """Checkpoints."""
-    spread: float = SPREAD
-    """Share by which the truth may be off either way."""
+    token: float
+    target: float
 
-    @property
-    def total(self) -> float:
-        return self.training + self.looking + self.answering + self.saving + self.starting
+    def price(self, targets: float, tokens: float) -> float:
+        """Of a token of rows that have so many targets in so many tokens."""
+        return self.token + self.target * targets / tokens if tokens else 0.0
+
+
+def looking(
+    segments: Sequence[Segment], device: Device, dtype: torch.dtype, tried: Tried | None, *, tokens: int, targets: int
+) -> Looking:
+    """Of the whole model's pass over so many tokens with so many targets."""
+    last = max((i for i, segment in enumerate(segments) if segment.place[0] == "forward"), default=len(segments) - 1)
+    body, head = segments[: last + 1], segments[last + 1 :]
+    return Looking(
+        token=pass_seconds(body, device, dtype, tried) / tokens,
+        target=pass_seconds(head, device, dtype, tried) / max(1, targets),
+    )
 
 
 def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype, tried: Tried | None) -> float:
@@ -82,3 +82,13 @@ def update_seconds(kept: Kept, device: Device) -> float:
     """Gradient, weight and state read, weight and state written, and the copy that computes."""
     trained = 4 * kept.trained_parameters
     return (3 * trained + 2 * kept.optimizer + 1.5 * kept.masters) / device.bandwidth
+
+
+def starting_seconds(kept: Kept) -> float:
+    """Of the libraries, the plan and the weights."""
+    return STARTING_S + kept.weights / LOADED
+
+
+def finishing_seconds(result_bytes: int) -> float:
+    """Of the result, which is written twice, and the report."""
+    return FINISHING_S + 2 * result_bytes / WRITTEN

@@ -9,19 +9,30 @@ from typing import Any
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.rows import Rows
-from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.evaluation.row_lines import looked_through
 from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
+from tunesmith.planning.counting import amount, counts
 from tunesmith.planning.devices import Device
-from tunesmith.planning.duration import Duration, pass_seconds, update_seconds, word_seconds
+from tunesmith.planning.duration import (
+    WRITTEN,
+    Looking,
+    finishing_seconds,
+    looking,
+    pass_seconds,
+    starting_seconds,
+    update_seconds,
+    word_seconds,
+)
 from tunesmith.planning.heaviest import Heavy, heaviest, heaviest_looked
 from tunesmith.planning.memory import Memory, Pass, evaluation_peak, step_peak, timeline, with_heap
 from tunesmith.planning.sharing import filled_by
-from tunesmith.planning.sketch import DTYPES, Sketch
+from tunesmith.planning.sketch import DTYPES, Kept, Sketch
+from tunesmith.planning.tracing import Segment
 from tunesmith.planning.trying import Tried
+from tunesmith.planning.work import Duration, Kind, Work
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName, Layout, ModelKind
 
@@ -42,6 +53,15 @@ class Disk:
     @property
     def total(self) -> int:
         return self.rows + self.checkpoints + self.result
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The heaviest pass that measures rows."""
+
+    segments: list[Segment]
+    tokens: int
+    targets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +107,8 @@ class Forecaster:
     """Bytes that the process holds with its libraries and without a model."""
     tried: Tried | None = None
     """Products on that device, where it is this machine's."""
+    general_tokens: int = 0
+    """Of the general text; 0 where it is not measured."""
     _sketches: dict[str, Sketch] = field(default_factory=dict)
     _layouts: dict[int, Layout] = field(default_factory=dict)
     _passes: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)
@@ -104,7 +126,7 @@ class Forecaster:
         looked = self._look(recipe, sketch, layout)
         phases = [step]
         if looked is not None:
-            phases.append(evaluation_peak(sketch.kept, sketch.stacks, looked[0]))
+            phases.append(evaluation_peak(sketch.kept, sketch.stacks, looked.segments))
         is_cpu = self.device.kind == "cpu"
         compiling = self._compiling(recipe, plan, steps, (heavy, one), looked) if is_cpu else Compiling(0)
         phases = self._with_runtime(phases, compiling.kept, pinned=recipe.precision == "bfloat16")
@@ -184,20 +206,23 @@ class Forecaster:
         memory = step_peak(sketch.kept, sketch.stacks, one, recomputed=recomputed, accumulating=heavy.accumulating)
         return heavy, one, memory, tokens, targets
 
-    def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> tuple[list[Any], int] | None:
-        """The heaviest pass over held-out rows and its tokens; None where nothing is held out."""
-        rows = [int(i) for i in self.rows.held_rows]
+    def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Looked | None:
+        """The heaviest pass over held-out rows, or where nothing is held out over those that are looked through at the
+        end; None where nothing is looked at."""
+        held = len(self.rows.held_rows) > 0
+        store = self.rows.held_store if held else self.rows.store
+        most = known(recipe.evaluation.surprising)
+        rows = [int(i) for i in (self.rows.held_rows if held else looked_through(store, self.rows.train_rows, most))]
         if not rows:
             return None
         tokens = known(recipe.train.tokens_per_pass)
-        members = heaviest_looked(self.rows.held_store, rows, tokens_per_pass=tokens, layout=layout)
-        key = (id(sketch), layout, members)
+        members = heaviest_looked(store, rows, tokens_per_pass=tokens, layout=layout)
+        key = (id(sketch), layout, members, held)
         if key not in self._passes:
-            _, held_feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))
-            batch = held_feed.batch(members, draw=0)
-            self._passes[key] = (sketch.measure_pass(batch), batch.num_tokens)
-        segments, tokens = self._passes[key]
-        return segments, tokens
+            feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))[held]
+            batch = feed.batch(members, draw=0)
+            self._passes[key] = (sketch.measure_pass(batch), batch.num_tokens, batch.num_targets)
+        return Looked(*self._passes[key])
 
     def _with_runtime(self, phases: list[Memory], caches: int, *, pinned: bool) -> list[Memory]:
         if self.device.kind != "cpu":
@@ -206,12 +231,14 @@ class Forecaster:
         runtime = self.base + devices.LIBRARIES + caches
         return [replace(one, runtime=runtime) for one in with_heap(phases, devices.HEAP_FRAGMENTS, pinned=pinned)]
 
-    def _compiling(self, recipe: Recipe, plan: Plan, steps: int, found: tuple[Heavy, Pass], looked: Any) -> Compiling:
+    def _compiling(
+        self, recipe: Recipe, plan: Plan, steps: int, found: tuple[Heavy, Pass], looked: Looked | None
+    ) -> Compiling:
         heavy, one = found
         if recipe.precision == "float32":
             return in_float32(one.plain)
-        looking, lengths_R = looked[0] if looked else (), self.rows.store.lengths[list(heavy.rows)]
-        return in_bfloat16(plan, steps, one.plain, looking, lengths_R=lengths_R)
+        segments, lengths_R = looked.segments if looked else (), self.rows.store.lengths[list(heavy.rows)]
+        return in_bfloat16(plan, steps, one.plain, segments, lengths_R=lengths_R)
 
     def _duration(
         self,
@@ -221,52 +248,48 @@ class Forecaster:
         *,
         steps: int,
         run: tuple[list[Any], int],
-        looked: Any,
+        looked: Looked | None,
         compiling: float,
     ) -> Duration:
-        dtype = DTYPES[known(recipe.precision)]
-        segments, tokens = run
+        dtype, segments = DTYPES[known(recipe.precision)], run[0]
         if self.tried is not None:
             self.tried.look(segments)
-        per_token = pass_seconds(segments, self.device, dtype, self.tried) / tokens
+        per_token = pass_seconds(segments, self.device, dtype, self.tried) / run[1]
         per_step = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
-        step = per_token * per_step + update_seconds(sketch.kept, self.device) + compiling
-        saves = 2 + (steps - 1) // known(recipe.checkpoint.every)
-        training = Duration(step=step, training=step * steps, looking=0.0, saves=saves)
-        if looked is None:
-            return training
-        segments, looked_tokens = looked
-        whole = list(timeline(Pass(segments, ()), sketch.stacks, 0))
-        look, words = pass_seconds(whole, self.device, dtype, self.tried), self._words(recipe)
-        return replace(
-            training,
-            looking=look / looked_tokens * self._looked_tokens(recipe, plan, steps),
-            answering=words * word_seconds(whole, sketch.kept, self.device),
-            look=look,
-            words=words,
+        counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
+        prices: dict[Kind, float] = {
+            "starting": starting_seconds(sketch.kept),
+            "training": per_token * per_step + update_seconds(sketch.kept, self.device) + compiling,
+            "saving": _checkpoint_bytes(sketch.kept) / WRITTEN,
+            "finishing": finishing_seconds(self._disk(recipe, sketch).result),
+        }
+        if looked is not None:
+            whole = list(timeline(Pass(looked.segments, ()), sketch.stacks, 0))
+            look = looking(whole, self.device, dtype, self.tried, tokens=looked.tokens, targets=looked.targets)
+            prices |= self._looks(recipe, look) | {"answering": word_seconds(whole, sketch.kept, self.device)}
+        return Duration({kind: Work(count, prices.get(kind, 0.0)) for kind, count in counted.items()})
+
+    def _looks(self, recipe: Recipe, look: Looking) -> dict[Kind, float]:
+        """Seconds of a token of all that is looked at; of the general text nearly every token is a target."""
+        held = amount(self.rows.held_store, self.rows.held_rows)
+        seen = amount(
+            self.rows.store, looked_through(self.rows.store, self.rows.train_rows, known(recipe.evaluation.surprising))
         )
-
-    def _looked_tokens(self, recipe: Recipe, plan: Plan, steps: int) -> float:
-        """Of held-out rows, as often as they are measured, and of the rows that are looked through for surprises."""
-        every = recipe.evaluation.every
-        times = 2 + (steps // every if every else 0)
-        held = float(self.rows.held_store.lengths[self.rows.held_rows].sum())
-        return times * held + known(recipe.evaluation.surprising) * float(plan.lengths_I.mean())
-
-    def _words(self, recipe: Recipe) -> int:
-        """Tokens written one after the other before and after, if no answer ends early."""
-        if self.head != "next_token":
-            return 0
-        asked = min(recipe.evaluation.samples, len(self.rows.held_rows))
-        general = ANSWER_TOKENS if recipe.evaluation.general and self.kind == "causal" else 0
-        return 2 * (-(-asked // ANSWERED_TOGETHER) * recipe.evaluation.sample_tokens + general)
+        return {
+            "held_out": look.price(held.targets, held.tokens),
+            "surprising": look.price(seen.targets, seen.tokens),
+            "general": look.price(1, 1),
+        }
 
     def _disk(self, recipe: Recipe, sketch: Sketch) -> Disk:
         kept, is_full = sketch.kept, recipe.method.name == "full"
-        one = 4 * kept.trained_parameters + kept.optimizer
         held = recipe.checkpoint.keep + (recipe.evaluation.every is not None) + 1
         return Disk(
             rows=self.rows.store.summary.arrow_bytes,
-            checkpoints=held * one,
+            checkpoints=held * _checkpoint_bytes(kept),
             result=kept.weights if is_full else 4 * kept.trained_parameters,
         )
+
+
+def _checkpoint_bytes(kept: Kept) -> int:
+    return 4 * kept.trained_parameters + kept.optimizer

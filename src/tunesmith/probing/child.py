@@ -41,10 +41,9 @@ def main() -> int:
         tell({"progress": [what, done, total]})
 
     try:
-        begun = time.perf_counter()
         recipe = validate(told["recipe"])
         setup = prepare(recipe, root=Path(told["root"]), offline=told["offline"], on_progress=on_progress)
-        tell({"starting": asdict(Timed(time.perf_counter() - begun)), "peak": peak(recipe.device)})
+        tell({"starting": asdict(Timed(time.time() - told["born"])), "peak": peak(recipe.device)})
         measure(setup, Path(told["folder"]), tell=tell, on_progress=on_progress)
     except OutOfMemoryError as error:
         tell({"ended": f"memory ended: {error}"})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.planning.duration import Duration
 from tunesmith.planning.forecast import Forecast
-from tunesmith.probing.found import Found, usual
+from tunesmith.planning.work import Duration
+from tunesmith.probing.found import Found
 
 SPREAD = 0.15
 """Of a total after a probe, either way."""
@@ -27,7 +27,7 @@ class Corrected:
         return {
             **self.found.plain(),
             "memory": self.memory,
-            "seconds": None if self.duration is None else asdict(self.duration),
+            "seconds": None if self.duration is None else self.duration.values(),
         }
 
 
@@ -37,18 +37,5 @@ def corrected(forecast: Forecast | None, found: Found, *, mean_tokens: float) ->
         return Corrected(found, 0, None)
     if forecast is None or forecast.duration is None:
         return Corrected(found, found.peak + (forecast.later if forecast else 0), None)
-    by_formula, counted = forecast.duration, usual(found.steps) or found.steps
-    step = mean_tokens * sum(one.seconds for one in counted) / sum(one.tokens for one in counted)
-    look = found.evaluation.seconds / by_formula.look if found.evaluation and by_formula.look else 1.0
-    duration = replace(
-        by_formula,
-        step=step,
-        training=by_formula.training * step / by_formula.step,
-        looking=by_formula.looking * look,
-        look=by_formula.look * look,
-        answering=by_formula.words * found.word.seconds if found.word else by_formula.answering,
-        saving=by_formula.saves * found.save.seconds if found.save else by_formula.saving,
-        starting=found.starting.seconds if found.starting else by_formula.starting,
-        spread=SPREAD if not found.ended else by_formula.spread,
-    )
-    return Corrected(found, found.peak + forecast.later, duration)
+    spread = SPREAD if not found.ended else forecast.duration.spread
+    return Corrected(found, found.peak + forecast.later, forecast.duration.at(found.prices(mean_tokens), spread))

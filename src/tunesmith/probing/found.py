@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from tunesmith.planning.work import KINDS, Kind
+
 T = TypeVar("T")
 SETTLED = 8
 """Steps of usual size that count, the last ones: of many short ones the first are slower."""
@@ -13,10 +15,11 @@ SETTLED = 8
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Something that was done once."""
+    """Something that was done."""
 
     seconds: float
-    tokens: int = 0
+    count: float = 1
+    """How often; of a step its tokens."""
     step: int = 0
     """Which of the run; 0: none."""
     num_bytes: int = 0
@@ -26,16 +29,10 @@ class Timed:
 class Found:
     """Of a probe, as far as it came."""
 
-    starting: Timed | None = None
-    """Loading the model and asking it what it can do."""
     steps: list[Timed] = field(default_factory=list)
     """The heaviest one, then some of usual size."""
-    evaluation: Timed | None = None
-    """One pass over held-out rows."""
-    word: Timed | None = None
-    """The next token of some answers."""
-    save: Timed | None = None
-    """A checkpoint."""
+    work: dict[Kind, Timed] = field(default_factory=dict)
+    """Of each other kind of work a part, as usual as can be."""
     peak: int = 0
     """Most bytes held until now."""
     notes: list[str] = field(default_factory=list)
@@ -43,14 +40,20 @@ class Found:
     """Why it came no further; empty: it came to its end."""
 
     def hear(self, message: dict[str, Any]) -> None:
-        """Take what the probe tells: the name of a field and its value."""
+        """Take what the probe tells: the name of a field, or a kind of work, and its value."""
         for name, value in message.items():
             if name in ("steps", "notes"):
                 getattr(self, name).append(Timed(**value) if name == "steps" else value)
             elif name in ("peak", "ended"):
                 setattr(self, name, value)
-            elif name in ("starting", "evaluation", "word", "save"):
-                setattr(self, name, Timed(**value))
+            elif name in KINDS:
+                self.work[name] = Timed(**value)
+
+    def prices(self, mean_tokens: float) -> dict[Kind, float]:
+        """Seconds of each kind of work that was tried, once. `mean_tokens`: of a step."""
+        counted = usual(self.steps) or self.steps
+        token = sum(one.seconds for one in counted) / sum(one.count for one in counted)
+        return {**{kind: one.seconds / one.count for kind, one in self.work.items()}, "training": mean_tokens * token}
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""

@@ -1,27 +1,39 @@
-"""The heaviest step of a run, a usual one, one evaluation batch, a few words of an answer and one save, measured."""
+"""The heaviest step of a run and usual ones, and of every other kind of its work a part, measured."""
+
+# I rows, P passes
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tunesmith import checkpoint
-from tunesmith.describing import peak_memory_bytes
+from tunesmith.data.batch import Pass, fill_passes
+from tunesmith.data.feed import Feed
+from tunesmith.describing import length_histogram, peak_memory_bytes
+from tunesmith.evaluation.general import general_rows, text_batches
 from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.report import rehearse
+from tunesmith.evaluation.row_lines import looked_through
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.forecasting import OnProgress
 from tunesmith.generation import Sampling, answer
 from tunesmith.loop import training_steps
+from tunesmith.models.modes import evaluating
+from tunesmith.planning.counting import Amount, amount
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.heaviest import heaviest, heaviest_looked
 from tunesmith.preparing import Setup
 from tunesmith.probing.found import Timed
+from tunesmith.recipe.knobs import known
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
@@ -32,8 +44,11 @@ MORE, MORE_S = 16, 4.0
 """Most steps of usual size where they are short, until so many seconds have gone by: the first are slower than most."""
 LOOKED_AT = 64
 """Steps among which a usual one is looked for."""
+LOOKS, LOOKS_S = 6, 4.0
+"""Passes over rows of one kind, and seconds after which none is added."""
 FEW_WORDS, MORE_WORDS = 2, 10
 
+T = TypeVar("T")
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -42,21 +57,24 @@ def measure(setup: Setup, folder: Path, *, tell: Tell, on_progress: OnProgress) 
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
-    _take_steps(setup, tell, on_progress)
-    stages: list[Callable[[], dict[str, Any] | None]] = [
-        lambda: _evaluation(setup),
+    stages: list[Callable[[], dict[str, Any]]] = [
+        lambda: _held_out(setup),
+        lambda: _surprising(setup),
+        lambda: _general(setup),
         lambda: _word(setup),
         lambda: _save(setup, folder),
+        lambda: _finish(setup, folder),
     ]
-    for number, stage in enumerate(stages):
-        on_progress("probe", 1 + number, 1 + len(stages))
-        tell({**(stage() or {}), "peak": peak(setup.device)})
+    on_progress("probe", 0, 1 + len(stages))
+    _take_steps(setup, tell)
+    for number, stage in enumerate(stages, start=1):
+        on_progress("probe", number, 1 + len(stages))
+        tell({**stage(), "peak": peak(setup.device)})
     on_progress("probe", 1 + len(stages), 1 + len(stages))
 
 
-def _take_steps(setup: Setup, tell: Tell, on_progress: OnProgress) -> None:
+def _take_steps(setup: Setup, tell: Tell) -> None:
     heavy, *usual = _steps(setup)
-    on_progress("probe", 0, 4)
     begun = time.perf_counter()
     tell({**_step(setup, heavy, tell), "peak": peak(setup.device)})
     if time.perf_counter() - begun > LONG_S:
@@ -100,36 +118,91 @@ def _step(setup: Setup, step: int, tell: Tell) -> dict[str, Any]:
     event = next(training_steps(setup, start=step - 1))
     if (halved := event.values.get("tokens_per_pass")) is not None:
         tell({"notes": f"memory ended in step {step}: its passes had to be of {halved:,} tokens"})
-    return {"steps": asdict(Timed(event.timing["seconds"], tokens=event.values["tokens"], step=step))}
+    return {"steps": asdict(Timed(event.timing["seconds"], event.values["tokens"], step=step))}
 
 
-def _evaluation(setup: Setup) -> dict[str, Any] | None:
-    rows = [int(i) for i in setup.rows.held_rows]
-    if not rows:
-        return None
-    store, tokens = setup.rows.held_store, setup.plan.tokens_per_pass
-    members = heaviest_looked(store, rows, tokens_per_pass=tokens, layout=setup.plan.layout)
-    begun = time.perf_counter()
-    evaluate(setup.model, setup.task, setup.held_feed, members, tokens_per_pass=tokens)
-    seconds = time.perf_counter() - begun
-    return {"evaluation": asdict(Timed(seconds, tokens=int(np.sum(store.lengths[list(members)]))))}
+def _held_out(setup: Setup) -> dict[str, Any]:
+    """The heaviest pass, in which memory is most, and then usual ones."""
+    rows, store = setup.rows.held_rows, setup.rows.held_store
+    if not len(rows):
+        return {}
+    heavy = heaviest_looked(
+        store, [int(i) for i in rows], tokens_per_pass=setup.plan.tokens_per_pass, layout=setup.plan.layout
+    )
+    _look(setup, setup.held_feed, heavy)
+    return {"held_out": asdict(_looks(setup, setup.held_feed, rows))}
 
 
-def _word(setup: Setup) -> dict[str, Any] | None:
+def _surprising(setup: Setup) -> dict[str, Any]:
+    rows = looked_through(setup.rows.store, setup.rows.train_rows, known(setup.recipe.evaluation.surprising))
+    return {"surprising": asdict(_looks(setup, setup.feed, rows))} if len(rows) else {}
+
+
+def _looks(setup: Setup, feed: Feed, rows_I: NDArray[np.int64]) -> Timed:
+    """Passes over these rows of a feed."""
+    passes = fill_passes(
+        [int(i) for i in rows_I],
+        [int(n) for n in feed.store.lengths[rows_I]],
+        tokens_per_pass=setup.plan.tokens_per_pass,
+        layout=setup.plan.layout,
+    )
+    amounts = [amount(feed.store, np.asarray(members)) for members in passes]
+    return _usual(lambda members: _look(setup, feed, members), passes, amounts)
+
+
+def _look(setup: Setup, feed: Feed, members: Pass) -> None:
+    evaluate(setup.model, setup.task, feed, members, tokens_per_pass=setup.plan.tokens_per_pass)
+
+
+def _general(setup: Setup) -> dict[str, Any]:
+    if not (setup.recipe.evaluation.general and setup.speaks):
+        return {}
+    rows = general_rows(setup.renderer.tokenizer)
+    batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]
+    amounts = [Amount(batch.num_tokens, batch.num_targets) for batch in batches]
+    with evaluating(setup.model):
+        found = _usual(lambda batch: setup.task.measure(setup.model, batch).losses_N.cpu(), batches, amounts)
+    return {"general": asdict(found)}
+
+
+def _usual(do: Callable[[T], object], passes: Sequence[T], amounts: Sequence[Amount]) -> Timed:
+    """Some passes, those first that are nearest to the mean in tokens and in targets; the count is their tokens."""
+    amounts_P2 = np.asarray([(one.tokens, one.targets) for one in amounts], np.float64)
+    means_2 = np.maximum(1.0, amounts_P2.mean(axis=0))
+    seconds = tokens = 0.0
+    for p in np.argsort(np.abs(amounts_P2 / means_2 - 1).sum(axis=1), kind="stable")[:LOOKS]:
+        begun = time.perf_counter()
+        do(passes[p])
+        seconds, tokens = seconds + time.perf_counter() - begun, tokens + amounts[p].tokens
+        if seconds > LOOKS_S:
+            break
+    return Timed(seconds, tokens)
+
+
+def _word(setup: Setup) -> dict[str, Any]:
     """What an answer of more words takes longer than one of few."""
     if not setup.samples:
-        return None
-    prompts = [sample.ids for sample in setup.samples[:8]]
+        return {}
+    prompts = [sample.ids for sample in setup.samples[:ANSWERED_TOGETHER]]
     taken = []
-    for words in (FEW_WORDS, MORE_WORDS):
+    for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the first answer of all is slower
         begun = time.perf_counter()
         answer(setup.model, setup.renderer, prompts, Sampling(max_new_tokens=words))
         taken.append(time.perf_counter() - begun)
-    return {"word": asdict(Timed(max(0.0, taken[1] - taken[0]) / (MORE_WORDS - FEW_WORDS)))}
+    return {"answering": asdict(Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS))}
 
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     made = checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.update.state(), state={})
     seconds = time.perf_counter() - begun
-    return {"save": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
+    return {"saving": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
+
+
+def _finish(setup: Setup, folder: Path) -> dict[str, Any]:
+    """The result, which is rehearsed and written, and a report without its numbers."""
+    begun = time.perf_counter()
+    setup.save_result(folder / "result")
+    written = time.perf_counter() - begun
+    rehearse(length_histogram(setup))
+    return {"finishing": asdict(Timed(written + time.perf_counter() - begun))}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
 
 class _Child:
     def __init__(self, recipe: Recipe, *, root: Path, folder: Path, offline: bool, printed: Any) -> None:
+        born = time.time()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tunesmith.probing.child"],
             stdin=subprocess.PIPE,
@@ -53,7 +55,7 @@ class _Child:
         )
         # It is a part of a plan, which tells what does not fit; whether it fits has been asked.
         plain = {**recipe.model_dump(mode="json"), "memory": "warn"}
-        self._told = {"recipe": plain, "root": str(root), "folder": str(folder), "offline": offline}
+        self._told = {"recipe": plain, "root": str(root), "folder": str(folder), "offline": offline, "born": born}
         self._is_late = threading.Event()
 
     def __enter__(self) -> _Child:

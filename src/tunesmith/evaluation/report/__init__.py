@@ -27,6 +27,16 @@ def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]
     return report
 
 
+def rehearse(lengths: Mapping[str, Any]) -> None:
+    """Everything imported that a report needs, and one of its plots drawn: most of the time that it takes. `lengths`:
+    what `describing.length_histogram` says."""
+    from tunesmith.evaluation.report.build import build  # noqa: F401
+    from tunesmith.evaluation.report.html import as_html  # noqa: F401
+    from tunesmith.evaluation.report.plots import length_plot
+
+    length_plot(lengths)
+
+
 def redraw(run: Run) -> None:
     """report.md and report.html once more, from report.json and the events.
 

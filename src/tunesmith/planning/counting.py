@@ -1,0 +1,67 @@
+"""How often a run does each kind of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.rows import Rows
+from tunesmith.data.store import RowStore
+from tunesmith.evaluation.general import ANSWER_TOKENS
+from tunesmith.evaluation.row_lines import looked_through
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.planning.work import Kind
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.types import HeadName
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Of some rows."""
+
+    tokens: int
+    targets: int
+
+
+def amount(store: RowStore, rows_I: NDArray[np.int64]) -> Amount:
+    """Of these rows of a store."""
+    return Amount(int(store.lengths[rows_I].sum()), int(store.denominators[rows_I].sum()))
+
+
+def evaluations(recipe: Recipe, steps: int) -> int:
+    """Of held-out rows: before, after, and on the way."""
+    every = recipe.evaluation.every
+    if every is None:
+        return 2
+    return 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
+
+
+def saves(recipe: Recipe, steps: int) -> int:
+    """Checkpoints, the one before the first step among them; those of a best evaluation cannot be foreseen."""
+    return 2 + (steps - 1) // known(recipe.checkpoint.every)
+
+
+def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> int:
+    """Tokens written one after the other before and after, if no answer ends early."""
+    if head != "next_token":
+        return 0
+    asked = min(recipe.evaluation.samples, len(rows.held_rows))
+    general = ANSWER_TOKENS if is_general else 0
+    return 2 * (-(-asked // ANSWERED_TOGETHER) * recipe.evaluation.sample_tokens + general)
+
+
+def counts(recipe: Recipe, rows: Rows, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
+    """Of a run of so many steps. `general_tokens`: of the general text; 0 where it is not measured."""
+    seen = looked_through(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
+    return {
+        "starting": 1,
+        "training": steps,
+        "held_out": evaluations(recipe, steps) * amount(rows.held_store, rows.held_rows).tokens,
+        "surprising": amount(rows.store, seen).tokens,
+        "general": 2 * general_tokens,
+        "answering": words(recipe, rows, head, is_general=general_tokens > 0),
+        "saving": saves(recipe, steps),
+        "finishing": 1,
+    }

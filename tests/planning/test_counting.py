@@ -1,0 +1,64 @@
+"""What a plan counts is what a run does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_run import tiny_recipe
+from tunesmith import looking, training
+from tunesmith.evaluation import general
+from tunesmith.forecasting import foresee
+from tunesmith.planning.work import KINDS
+from tunesmith.training import train
+
+WAYS: dict[str, dict[str, Any]] = {
+    "an epoch": {"train": {"epochs": 1}},
+    "measured on the way, the best kept": {"evaluation": {"every": 3, "keep": "best"}, "checkpoint": {"every": 100}},
+    "some rows looked through, and no answer asked": {"evaluation": {"surprising": 4, "samples": 0}},
+    "nothing held out": {"data": {"held_out": 0.0}, "train": {"max_steps": 3}},
+    "general text": {"evaluation": {"general": True}, "train": {"max_steps": 2}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monkeypatch, way):
+    recipe = tiny_recipe(tmp_path, **WAYS[way])
+    duration = foresee(recipe, root=tmp_path / "runs").forecast.duration
+    done = work_of_a_run(recipe, tmp_path, monkeypatch)
+    foreseen = {kind: work.count for kind, work in duration.work.items()}
+    if recipe.evaluation.keep == "best":  # each best is saved, and which ones are cannot be foreseen
+        assert done.pop("saving") >= foreseen.pop("saving")
+    assert foreseen == {kind: done[kind] for kind in foreseen}
+    assert set(duration.work) == set(KINDS)
+    if len(recipe.data.eval) or recipe.data.held_out:
+        assert all(work.price > 0 for kind, work in duration.work.items() if work.count)
+
+
+def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
+    """Counted where it is done. Answers are counted as long as they may be."""
+    done: Counter[str] = Counter(starting=1, finishing=1)
+    measured, texts, answers = looking._outcomes, general.text_batches, looking.answer_samples
+
+    def outcomes(session, feed, rows_I, what):
+        done["held_out" if what == "evaluate" else "surprising"] += int(feed.store.lengths[rows_I].sum())
+        return measured(session, feed, rows_I, what)
+
+    def text_batches(rows, **how):
+        done["general"] += sum(len(row.ids) for row in rows)
+        done["answering"] += general.ANSWER_TOKENS
+        return texts(rows, **how)
+
+    def answered(model, renderer, prompts, how, tick):
+        done["answering"] += how.max_new_tokens * -(-len(prompts) // 8)
+        return answers(model, renderer, prompts, how, tick)
+
+    monkeypatch.setattr(looking, "_outcomes", outcomes)
+    monkeypatch.setattr(general, "text_batches", text_batches)
+    monkeypatch.setattr(looking, "answer_samples", answered)
+    run = train(recipe, root=folder / "runs", listener=training.Listener())
+    kinds = Counter(event.kind for event in run.events())
+    return done + Counter(training=kinds["step"], saving=kinds["checkpoint"])
