@@ -27,7 +27,11 @@ from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.run import Run, runs
 from tunesmith.training import resume, train
 
-KINDS = {"IA3": {}, "PROMPT_TUNING": {"num_virtual_tokens": 4}}
+KINDS = {
+    "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj", "down_proj"]},
+    "IA3": {},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+}
 
 
 def recipe_of(folder: Path, kind: str, arch: str = "llama", **sections: object) -> Recipe:
@@ -60,9 +64,9 @@ def test_stopped_and_resumed_is_the_same_run(straight: Run, tmp_path: Path) -> N
 def test_what_the_plan_says(straight: Run) -> None:
     plan = plan_of(straight)
     notes = "; ".join(plan["warnings"])
-    if kind_of(straight) == "IA3":
+    if kind_of(straight) != "PROMPT_TUNING":
         assert plan["layout"] == "ragged"
-        assert "peft puts IA3 on" in notes
+        assert f"peft puts {kind_of(straight)} on" in notes
     else:
         assert plan["layout"] == "padded"
         assert "virtual tokens stand before each row" in notes
@@ -116,7 +120,7 @@ def test_exported_as_an_adapter_it_is_what_was_tuned(
 
 def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    if kind_of(straight) == "IA3":
+    if kind_of(straight) != "PROMPT_TUNING":
         done = export_run(straight, "merged", out=tmp_path / "out", offline=True)
         assert done.found is not None
         assert done.found.carried == pytest.approx(1.0, abs=1e-2)
@@ -148,7 +152,7 @@ def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
 
 def test_another_run_starts_from_it_where_it_can_be_merged(straight: Run, tmp_path: Path) -> None:
     recipe = straight.recipe().model_copy(update={"model": str(straight.path)})
-    if kind_of(straight) == "IA3":
+    if kind_of(straight) != "PROMPT_TUNING":
         assert train(recipe, root=tmp_path).state() == "done"
     else:
         with pytest.raises(InputError, match="cannot be merged"):

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, complete or absent.
 
     checkpoints/step-200/
-      weights.safetensors     what is trained
+      weights.safetensors     what is trained, and what a method remembers of its steps
       optimizer.safetensors   state of the update, one or more tensors a trained tensor
       state.json              position, counters, best so far
       manifest.json           format, step, and of each file above its size and SHA-256; written last

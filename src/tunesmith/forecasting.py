@@ -17,8 +17,10 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
+from tunesmith.methods import adalora
+from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
-from tunesmith.planning.advise import Facts, decide, with_choice
+from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fitting import fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
@@ -26,6 +28,7 @@ from tunesmith.planning.sharing import Ask, decide_sharing
 from tunesmith.planning.sketch import DTYPES
 from tunesmith.planning.trying import Tried
 from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.run import Run
 from tunesmith.starting import Start, begin
 from tunesmith.types import Choice, HeadName, Layout
@@ -73,7 +76,8 @@ def foresee(
     kind = device.kind if device else recipe.device
     free_tokens = recipe.train.tokens_per_pass == "auto"
     recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I))
-    choices = [*start.choices, *rows.choices, *choices]
+    recipe, counted = _count_steps(recipe, rows)
+    choices = [*start.choices, *rows.choices, *choices, *counted]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None:
@@ -86,6 +90,26 @@ def foresee(
     _predict(seen, device, tried, free_tokens=free_tokens)
     on_progress("plan", 1, 1)
     return seen
+
+
+def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
+    """Tell a method that is made for a number of steps how many there are.
+
+    Raises RecipeError where that leaves it none, or the optimizer would undo what it does.
+    """
+    method = recipe.method
+    if not isinstance(method, PeftMethod) or method.kind != adalora.KIND:
+        return recipe, []
+    if OPTIMIZERS[recipe.optim.name].counters:
+        raise RecipeError(
+            f"optim.name: {recipe.optim.name}: keeps means of the weights, which bring back the ranks that "
+            f"{method.kind} takes. Use another optimizer."
+        )
+    # Passes have no say in the number of steps, so any layout will do.
+    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
+    told = adalora.for_steps(method, steps)
+    choices = [Choice("method.settings.total_step", steps, "the run's own steps")] if told != method else []
+    return recipe.model_copy(update={"method": told}), choices
 
 
 def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens: bool) -> None:

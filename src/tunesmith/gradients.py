@@ -23,6 +23,8 @@ class Gradients:
     passes: list[Pass]
     losses: list[Tensor]
     """Of each pass its loss sum."""
+    penalty: float | None
+    """What the method adds to the loss of the step; None: nothing."""
     num_targets: float
     computed: int
     halved: bool
@@ -43,7 +45,7 @@ def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
                 loss_sum, tokens = _pass(setup, rows, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
-            return Gradients(plan, passes, losses, num_targets, computed, halved)
+            return Gradients(plan, passes, losses, _penalise(setup), num_targets, computed, halved)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -65,6 +67,15 @@ def _pass(setup: Setup, rows: Pass, step: int, num_targets: float) -> tuple[Tens
     (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
     setup.attachment.collect_gradients()
     return loss_sum.detach(), batch.num_computed
+
+
+def _penalise(setup: Setup) -> float | None:
+    """Add the gradient of what the method adds to the loss: after the passes, so once however many they are."""
+    if setup.attachment.steering is None:
+        return None
+    penalty = setup.attachment.steering.penalty()
+    penalty.backward()  # type: ignore[no-untyped-call]
+    return float(penalty.detach())
 
 
 def _drop_gradients(setup: Setup) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -27,7 +28,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
     Between two events the model is at rest: it may be looked at, measured or saved, and `break` leaves it whole.
     The loss of a step is the sum over its targets divided once by their number, over all passes; random numbers
     (dropout) are a function of seed and step alone, for which torch's own generator is seeded anew at every step, so
-    nothing done between steps can change the next one.
+    nothing done between steps can change the next one. What a method adds to the loss is told beside it.
 
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
@@ -45,7 +46,8 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
-        update.step(lr, number=step)
+        with attachment.steering.around_update(step) if attachment.steering else nullcontext():
+            update.step(lr, number=step)
         attachment.publish()
 
         seconds = time.perf_counter() - begun
@@ -64,6 +66,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
                 "targets": done.num_targets,
                 "passes": len(passes),
                 "rows": row_ids,
+                **({"penalty": done.penalty} if done.penalty is not None else {}),
                 **({"tokens_per_pass": plan.tokens_per_pass} if done.halved else {}),
             },
             timing={

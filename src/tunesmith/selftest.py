@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith import checkpoint
 from tunesmith.loop import training_steps
-from tunesmith.methods import restore
+from tunesmith.methods import carried, restore
 from tunesmith.models.agreement import TOLERANCES, ragged_agrees
 from tunesmith.optim import Update
 from tunesmith.preparing import Setup, prepare
@@ -125,14 +125,14 @@ def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tenso
 
 def _resume(setup: Setup, folder: Path) -> Proof:
     """Four steps in one go, and two steps, a checkpoint read back, and two more: equal bit for bit."""
-    fresh = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+    fresh = {name: tensor.detach().clone() for name, tensor in carried(setup.attachment).items()}
     straight_losses = _run(setup, start=0, stop=STEPS)
     straight = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
 
     _restart(setup, fresh, {})
     losses = _run(setup, start=0, stop=STEPS // 2)
     state = setup.update.state()
-    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=setup.attachment.trained, optimizer=state, state={})
+    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=carried(setup.attachment), optimizer=state, state={})
     _restart(setup, fresh, {})
     saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
     assert saved is not None

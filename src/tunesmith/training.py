@@ -23,7 +23,7 @@ from tunesmith.files import fsync_file, remove, temporary_folder, write_atomic
 from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
-from tunesmith.methods import restore
+from tunesmith.methods import carried, restore
 from tunesmith.models.checkpointing import count_layers
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe import read
@@ -269,7 +269,7 @@ def _save(session: Session) -> None:
     folder = checkpoint.save(
         run.checkpoints_path,
         step,
-        weights=setup.attachment.trained,
+        weights=carried(setup.attachment),
         optimizer=setup.update.state(),
         state={"progress": asdict(session.progress), "identity": setup.identity},
     )

@@ -8,6 +8,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -212,6 +213,26 @@ class Task:
     """The same losses one by one, without gradient, and what the model answered."""
 
 
+class Steering(Protocol):
+    """What a method does at every step beside learning from its rows, and what it remembers of it."""
+
+    def penalty(self) -> Tensor:
+        """What is added to the loss of a step, once, however its rows are cut into passes; with gradient."""
+        ...
+
+    def around_update(self, step: int) -> AbstractContextManager[None]:
+        """A block in which the update of a step is made: its gradients are whole before, the weights new after it."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, not copied, by the same names and in the same shapes at every step."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, bit for bit."""
+        ...
+
+
 class Attachment(Protocol):
     """What a method put on a model: the tensors it trains and how they become a result."""
 
@@ -222,6 +243,8 @@ class Attachment(Protocol):
     """What a person should know about what is trained, such as layers that could not be adapted."""
     rate_factors: Mapping[str, float]
     """Of the tensors whose rate is not that of the schedule: what it is multiplied by, by name."""
+    steering: Steering | None
+    """None: all that is trained follows from gradients of the rows alone."""
 
     def collect_gradients(self) -> None:
         """Add this pass's gradients to those of `trained` in float32. Call after every backward."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import METHODS, Method, merge, restore
+from tunesmith.methods import METHODS, Method, carried, merge, restore
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_bridge import short_name
@@ -46,6 +47,7 @@ SETTINGS: dict[str, Settings] = {
     "peft": PeftMethod(kind="IA3"),
 }
 PEFT: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 64},
     "BOFT": {"boft_block_size": 8},
     "FOURIERFT": {"n_frequency": 50, "init_weights": True},
     "LN_TUNING": {},
@@ -58,7 +60,7 @@ PEFT: dict[str, dict[str, Any]] = {
     "VERA": {"r": 16},
 }
 """Kinds of peft and settings that suit a model of width 64; tests/methods/test_peft_kinds.py goes through all."""
-for kind in PEFT.keys() & {"BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
+for kind in PEFT.keys() & {"ADALORA", "BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
     PEFT[kind]["target_modules"] = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, Settings] = {
     **SETTINGS,
@@ -167,7 +169,10 @@ def train(
         ids[:, 0] = torch.arange(8) + 64 * step + 1
         loss_of(model, ids).backward()
         attachment.collect_gradients()
-        update.step(1e-2)
+        if attachment.steering:
+            attachment.steering.penalty().backward()
+        with attachment.steering.around_update(step + 1) if attachment.steering else nullcontext():
+            update.step(1e-2)
         attachment.publish()
     return update
 
@@ -301,16 +306,17 @@ def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtyp
     """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
     straight = attached(ready(made(arch, dtype=dtype), case), case)
     update = train(straight.model, straight, steps=2)
-    weights = {name: tensor.detach().clone() for name, tensor in straight.trained.items()}
+    weights = {name: tensor.detach().clone() for name, tensor in carried(straight).items()}
     state = {name: tensor.clone() for name, tensor in update.state().items()}
     train(straight.model, straight, steps=2, start=2, update=update)
     again = attached(ready(made(arch, dtype=dtype), case), case)
     restore(again, weights)
-    assert all(torch.equal(again.trained[name], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in carried(again).items())
     loaded = update_of(again)
     loaded.load(state)
     train(again.model, again, steps=2, start=2, update=loaded)
-    assert all(torch.equal(again.trained[name], tensor) for name, tensor in straight.trained.items())
+    found = carried(again)
+    assert all(torch.equal(found[name], tensor) for name, tensor in carried(straight).items())
     assert torch.equal(logits(again.model), logits(straight.model))
 
 
@@ -340,7 +346,11 @@ def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.d
     train(model, attachment)
     save(attachment, untouched, tmp_path)
     METHODS[attachment.method].load_result(ready(untouched, case), tmp_path / "result")
-    assert torch.equal(logits(untouched), logits(model))
+    if case == "peft, ADALORA":  # ranks that were taken are not saved, so that sums over ranks have fewer terms
+        close = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        assert torch.allclose(logits(untouched), logits(model), **close)
+    else:
+        assert torch.equal(logits(untouched), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template
 
 

@@ -42,6 +42,7 @@ from tunesmith.types import Batch
 VOCAB = 512
 KINDS = [str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
 SUITED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 3},
     "BOFT": {"boft_block_size": 8},
     "C3A": {"block_size": 16},
     "CARTRIDGE": {"num_virtual_tokens": 4},

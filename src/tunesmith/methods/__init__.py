@@ -109,20 +109,28 @@ def is_beside(attachment: Any) -> bool:
     return isinstance(attachment, (lora.LoraAttachment, peft_bridge.PeftAttachment)) and attachment.is_beside
 
 
+def carried(attachment: Attachment) -> dict[str, Tensor]:
+    """What a checkpoint holds of a method, not copied: what is trained, and what steers it."""
+    steering = attachment.steering
+    return {**attachment.trained, **(steering.state() if steering is not None else {})}
+
+
 @torch.no_grad()
 def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
-    """Put back the values of `attachment.trained` from a checkpoint, bit for bit, and publish them.
+    """Put back what `carried` gave from a checkpoint, bit for bit, and publish it.
 
     Raises:
         CheckpointError: a name or shape that does not fit; nothing was changed.
     """
-    trained = attachment.trained
-    if trained.keys() != tensors.keys():
-        odd = sorted(trained.keys() ^ tensors.keys())
+    expected = carried(attachment)
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())
         raise CheckpointError(f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}")
-    for name, tensor in trained.items():
+    for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise CheckpointError(f"weights: {name}: {tensors[name].dtype} {tuple(tensors[name].shape)} does not fit")
-    for name, tensor in trained.items():
+    for name, tensor in attachment.trained.items():
         tensor.copy_(tensors[name])
+    if attachment.steering is not None:
+        attachment.steering.load(tensors)
     attachment.publish()

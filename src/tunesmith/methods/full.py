@@ -18,6 +18,7 @@ from tunesmith.methods.token_rows import ROWS, TokenRows, sole_embedding
 from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
 from tunesmith.recipe.knobs import FullMethod
+from tunesmith.types import Steering
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
@@ -28,6 +29,7 @@ class FullAttachment:
     """Parameters of a model by their own names, tied ones once; the others are frozen."""
 
     method: str = "full"
+    steering: Steering | None = None
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from tunesmith.models.heads import drawn_names, new_head_names
 from tunesmith.models.new_tokens import ids_of
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
+from tunesmith.types import Steering
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -53,6 +54,8 @@ class LoraAttachment:
     """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and `<layer>.lora_B.weight`
     [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; behind them stands what is trained whole, by its own names.
     """
+
+    steering: Steering | None = None
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError, RecipeError
+from tunesmith.methods.adalora import KIND, RankSteering
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.peft_kinds import MERGES, import_peft, is_prompt, make_config, resolved
 from tunesmith.methods.peft_trial import base_sums, difference_by_mates, plain_name, probe, try_out
@@ -23,9 +24,12 @@ from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.types import Steering
 
 ADAPTER = "default"
 """What peft calls the only adapter there is."""
+INSIDE = "base_model.model."
+"""What peft puts before the names of the model's own modules."""
 PROMPT = "prompt_encoder"
 """Where a prompt lies in the model."""
 MATES = 1e-3
@@ -47,6 +51,7 @@ class PeftAttachment:
         self.kind = kind
         self.notes: tuple[str, ...] = ()
         self.rate_factors: Mapping[str, float] = {}
+        self.steering: Steering | None = None
         self._full_names = {
             short_name(name): name for name, weight in wrapped.named_parameters() if weight.requires_grad
         }
@@ -111,13 +116,15 @@ class PeftAttachment:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that peft's file holds, masters instead of what computes, each with a storage of its own."""
-        from peft import get_peft_model_state_dict
-
         masters = {full: self.trained[name] for name, full in self._full_names.items()}
-        state = None if self._prompt is not None else {**self.wrapped.state_dict(), **masters}
-        with silent(), torch.no_grad():
-            found = get_peft_model_state_dict(self.wrapped, state_dict=state, save_embedding_layers=False)
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
+        return tensors_of(self.wrapped, None if self._prompt is not None else {**self.wrapped.state_dict(), **masters})
+
+    def steer(self) -> None:
+        """Begin what the method does at every step beside learning from its rows."""
+        if self.kind == KIND:
+            inside = {name: full.removeprefix(INSIDE) for name, full in self._full_names.items()}
+            self.steering = RankSteering(self.wrapped, inside)
+            self.notes = (*self.notes, self.steering.note())
 
     def merge(self) -> None:
         """Put what it does into the model's own weights, in float32 and rounded once, and take it off: what is left is
@@ -189,13 +196,23 @@ def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAt
     if shared := _shared(model, method.kind):
         raise RecipeError(f"method.settings.target_modules: {shared[0]}")
     attachment.notes = _notes(attachment, before)
+    attachment.steer()
     return attachment
 
 
 def short_name(name: str) -> str:
     """The name of a weight as peft's file has it: without its wrappers and the adapter's own name."""
-    name = name.removeprefix("base_model.model.") if name.startswith("base_model.model.") else name
-    return ".".join(part for part in name.split(".") if part != ADAPTER)
+    return ".".join(part for part in name.removeprefix(INSIDE).split(".") if part != ADAPTER)
+
+
+def tensors_of(wrapped: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Everything that peft's file of a model holds, each with a storage of its own. `state`: its tensors by their own
+    names; None: those that it computes with."""
+    from peft import get_peft_model_state_dict
+
+    with silent(), torch.no_grad():
+        found = get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
 
 def _layer_class() -> Any:

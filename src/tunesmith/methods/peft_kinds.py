@@ -25,8 +25,6 @@ NUM_VIRTUAL = 20
 
 REFUSED: Mapping[str, str] = types.MappingProxyType(
     {
-        "ADALORA": "it moves rank between layers by gradients summed over all steps so far, and adds a term to the "
-        "loss: neither is in our loop or its checkpoints. Use method: lora with rank_pattern, or kind VERA.",
         "ADAPTION_PROMPT": "it replaces attention by code for older models. Use kind PREFIX_TUNING.",
         "CPT": "it has a loss of its own over the tokens of its prompt. Use kind PROMPT_TUNING.",
         "MULTITASK_PROMPT_TUNING": "it needs the number of a task with every row. Use kind PROMPT_TUNING.",
@@ -37,6 +35,19 @@ REFUSED: Mapping[str, str] = types.MappingProxyType(
 )
 """Kinds that cannot be trained here, by name, and why."""
 
+
+READ: Mapping[str, frozenset[str]] = types.MappingProxyType(
+    {
+        "ADALORA": frozenset(
+            {
+                "bias", "beta1", "beta2", "deltaT", "exclude_modules", "fan_in_fan_out", "init_r", "layers_pattern",
+                "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "orth_reg_weight",
+                "target_modules", "target_r", "tfinal", "tinit", "total_step",
+            }
+        ),
+    }
+)  # fmt: skip
+"""Of kinds whose dataclass has the settings of another kind too: those that they read."""
 
 RATES: Mapping[str, tuple[float, str]] = types.MappingProxyType(
     {
@@ -52,9 +63,9 @@ RATES: Mapping[str, tuple[float, str]] = types.MappingProxyType(
 
 MERGES = frozenset(
     {
-        "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
-        "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD",
-        "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+        "ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+        "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA",
+        "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
     }
 )  # fmt: skip
 """Kinds that are a change of weights, which `merge_and_unload` puts into the model's own."""
@@ -102,7 +113,8 @@ def resolved(method: PeftMethod) -> PeftMethod:
             not know, or of another type.
     """
     config = _config_class(method.kind)
-    known = {field.name for field in dataclasses.fields(config)} - set(OWN_KEYS)
+    fields = {field.name for field in dataclasses.fields(config)} - set(OWN_KEYS)
+    known = fields & READ.get(method.kind, fields)
     problems = [_unknown(key, method.kind, known) for key in method.settings if key not in known]
     hints = typing.get_type_hints(config)
     for key in known & method.settings.keys():

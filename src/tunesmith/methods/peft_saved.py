@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
-from tunesmith.methods.peft_bridge import PeftAttachment, silent
+from tunesmith.methods.peft_bridge import PeftAttachment, silent, tensors_of
 from tunesmith.methods.peft_config import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.peft_kinds import import_peft, is_prompt
@@ -76,11 +76,10 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
             kind = str(config.peft_type.value)
             config.inference_mode = is_prompt(kind)
             wrapped = peft.get_peft_model(model, config)
-            attachment = PeftAttachment(model, wrapped, kind)
-            expected = attachment.tensors()
-            if problems := _misfits(tensors, expected):
+            if problems := _misfits(tensors, tensors_of(wrapped)):
                 raise ModelError(f"{folder}: does not fit: {'; '.join(problems[:5])}")
             set_peft_model_state_dict(wrapped, tensors)
+            attachment = PeftAttachment(model, wrapped, kind)  # after it: some kinds make their tensors anew then
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be read as an adapter of peft: {error}") from error
     model.train(training)

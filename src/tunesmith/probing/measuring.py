@@ -27,6 +27,7 @@ from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.forecasting import OnProgress
 from tunesmith.generation import Sampling, answer
 from tunesmith.loop import training_steps
+from tunesmith.methods import carried
 from tunesmith.models.modes import evaluating
 from tunesmith.planning.counting import Amount, amount
 from tunesmith.planning.devices import CUDA_CONTEXT
@@ -194,7 +195,7 @@ def _word(setup: Setup) -> dict[str, Any]:
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
-    made = checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.update.state(), state={})
+    made = checkpoint.save(folder, 1, weights=carried(setup.attachment), optimizer=setup.update.state(), state={})
     seconds = time.perf_counter() - begun
     return {"saving": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
 
