@@ -280,6 +280,17 @@ def test_a_layer_without_a_gradient_counts_for_nothing(tmp_path: Path) -> None:
     assert all(not part.any() for name, part in attachment.steering.state().items() if not name.endswith("mask"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_that_a_layer_divides_by_is_not_trained(dtype: torch.dtype) -> None:
+    """It is not saved either: in bfloat16 peft alone would train it, so that the result were not what was trained."""
+    model = base_model(dtype=dtype)
+    attachment = attach(model, PeftMethod(kind="ADALORA", settings={**RANKS, "total_step": 4}), seed=0)
+    assert {name.rpartition(".")[2] for name in attachment.trained} == {"lora_A", "lora_B", "lora_E"}
+    scales = {name: weight for name, weight in model.named_parameters() if ".ranknum." in name}
+    assert len(scales) == 4
+    assert all(float(weight) == 6 and not weight.requires_grad for weight in scales.values())
+
+
 def test_the_number_of_steps_is_the_runs_own(tmp_path: Path) -> None:
     setup = setup_of(tmp_path)
     assert setup.recipe.method.settings["total_step"] == setup.total_steps == STEPS

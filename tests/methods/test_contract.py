@@ -346,11 +346,7 @@ def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.d
     train(model, attachment)
     save(attachment, untouched, tmp_path)
     METHODS[attachment.method].load_result(ready(untouched, case), tmp_path / "result")
-    if case == "peft, ADALORA":  # ranks that were taken are not saved, so that sums over ranks have fewer terms
-        close = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
-        assert torch.allclose(logits(untouched), logits(model), **close)
-    else:
-        assert torch.equal(logits(untouched), logits(model))
+    assert torch.equal(logits(untouched), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template
 
 

@@ -62,6 +62,15 @@ def _problems(given: Mapping[str, Any], num_steps: int) -> list[str]:
     return found
 
 
+def freeze_scales(wrapped: Any) -> None:
+    """Keep each layer's number of ranks, by which it divides, as it is and in float32: peft does not save it, yet where
+    it casts it to bfloat16 a parameter comes of it that would be trained."""
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
 class RankSteering:
     """What AdaLoRA does at every step beside learning from the rows."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.methods.adalora import KIND, RankSteering
+from tunesmith.methods.adalora import KIND, RankSteering, freeze_scales
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.peft_kinds import MERGES, import_peft, is_prompt, make_config, resolved
 from tunesmith.methods.peft_trial import base_sums, difference_by_mates, plain_name, probe, try_out
@@ -46,6 +46,8 @@ class PeftAttachment:
         """`wrapped`: peft's own model around `model`."""
         if is_prompt(kind):  # peft leaves the weights that stand outside the model's submodules as they are
             model.requires_grad_(False)
+        if kind == KIND:
+            freeze_scales(wrapped)
         self.model = model
         self.wrapped = wrapped
         self.kind = kind

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
-from tunesmith.methods.peft_bridge import PeftAttachment, silent, tensors_of
+from tunesmith.methods.adalora import KIND
+from tunesmith.methods.peft_bridge import INSIDE, PeftAttachment, short_name, silent, tensors_of
 from tunesmith.methods.peft_config import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.peft_kinds import import_peft, is_prompt
@@ -79,11 +80,21 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
             if problems := _misfits(tensors, tensors_of(wrapped)):
                 raise ModelError(f"{folder}: does not fit: {'; '.join(problems[:5])}")
             set_peft_model_state_dict(wrapped, tensors)
+            if kind == KIND:
+                _widen(wrapped, tensors)
             attachment = PeftAttachment(model, wrapped, kind)  # after it: some kinds make their tensors anew then
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be read as an adapter of peft: {error}") from error
     model.train(training)
     return attachment
+
+
+def _widen(wrapped: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give matrices the values and the type they were saved with: peft makes them anew at the ranks of the file, and
+    casts them to the type of the base."""
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = tensors[f"{INSIDE}{short_name(name)}"].to(parameter.device)
 
 
 def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
