@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunesmith.environment import BUSY, SHAPES, for_child, in_force, others_running, prepare_environment
+from tunesmith.environment import BUSY, KEPT_FREE, SHAPES, for_child, in_force, others_running, prepare_environment
 
 SHAPED = """
 import ctypes, torch
@@ -82,12 +82,14 @@ def test_a_program_that_never_waits_is_other_work() -> None:
 
 
 def test_what_a_person_has_set_counts_more_and_is_told() -> None:
-    environment = {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "7"}
+    environment = {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "7", "MALLOC_MMAP_MAX_": "9"}
     prepare_environment(environment, lambda: 9)
     assert in_force(environment) == {
         "GOMP_SPINCOUNT": "5",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES,
         "LRU_CACHE_CAPACITY": "7",
+        "MALLOC_MMAP_MAX_": "9",
+        "MALLOC_TRIM_THRESHOLD_": KEPT_FREE,
     }
     assert in_force({})["GOMP_SPINCOUNT"] == "the library's"
 

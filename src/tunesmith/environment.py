@@ -11,7 +11,14 @@ SHAPES = "192"
 BUSY = 1
 """Other threads that run or want to, at every look, from which on the machine has other work."""
 LOOKS = 5
-NAMES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KEPT_FREE = str(2**30)
+NAMES = (
+    "GOMP_SPINCOUNT",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], int], *, answers: bool = False) -> None:
@@ -25,6 +32,10 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
     # where it has many long rows of different lengths.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
+    # Every step allocates the same gradients and temporaries. glibc maps large ones one by one and gives them back when
+    # they are freed, so that the kernel clears the same pages again in every step: it keeps up to a GiB instead.
+    environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    environ.setdefault("MALLOC_TRIM_THRESHOLD_", KEPT_FREE)
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
     # default, made training several times slower. On a machine of one's own it is sleeping that costs.
     if others() >= BUSY:
