@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiny_model import SETTINGS, tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.optim import SCHEDULES, Update, clip_, decays, rate, warmup_steps
+from tunesmith.optim import SCHEDULES, Update, decays, excess, gradient_norm, rate, warmup_steps
 from tunesmith.recipe.knobs import Optim
 
 Rate = Callable[[int, int, Optim], float]
@@ -151,35 +151,51 @@ def test_the_kernel_is_fused_where_it_may_be_and_said_where_not(monkeypatch: pyt
     assert elsewhere.describe().reason.startswith("cpu: the fused kernel is not used there, updates are slower")
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_clipping_scales_to_the_largest_norm_allowed(scale: float) -> None:
-    tensors = some_tensors()
-    give_gradients(tensors, 1, scale=scale)
-    before = torch.cat([tensor.grad.flatten() for tensor in tensors.values()]).double()
-    norm = clip_(tensors.values(), 1.0)
-    after = torch.cat([tensor.grad.flatten() for tensor in tensors.values()]).double()
-    assert norm == pytest.approx(before.norm().item(), rel=1e-6)
-    assert after.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-6)
-    torch.testing.assert_close(after * before.norm(), before * after.norm(), rtol=1e-5, atol=0)
-
-
-def test_without_a_limit_the_norm_is_only_measured() -> None:
+def test_the_norm_is_that_of_all_gradients_together() -> None:
     tensors = some_tensors()
     give_gradients(tensors, 1, scale=100.0)
-    before = {name: tensor.grad.clone() for name, tensor in tensors.items()}
-    assert clip_(tensors.values(), None) > 100
-    assert all(torch.equal(tensor.grad, before[name]) for name, tensor in tensors.items())
-    assert clip_([torch.zeros(3)], 1.0) == 0.0
+    together = torch.cat([tensor.grad.flatten() for tensor in tensors.values()]).double()
+    assert gradient_norm(tensors.values()) == pytest.approx(together.norm().item(), rel=1e-6)
+    assert gradient_norm([torch.zeros(3)]) == 0.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_norm_that_is_not_finite_is_told_and_changes_nothing(value: float) -> None:
+def test_a_norm_that_is_not_finite_is_told(value: float) -> None:
     tensors = some_tensors()
     give_gradients(tensors, 1)
     tensors["a.bias"].grad[2] = value
-    before = tensors["a.weight"].grad.clone()
-    assert not math.isfinite(clip_(tensors.values(), 1.0))
-    assert torch.equal(tensors["a.weight"].grad, before)
+    assert not math.isfinite(gradient_norm(tensors.values()))
+
+
+def test_gradients_are_divided_where_their_norm_is_too_large() -> None:
+    assert excess(5.0, 2.0) == 2.5
+    assert (excess(1.9, 2.0), excess(2.0, 2.0), excess(1e9, None)) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("divisor", [1.0, 0.125, 8.0])
+def test_dividing_within_the_kernel_is_dividing_before(name: str, divisor: float) -> None:
+    """Powers of two, so that no bit differs; three steps, so that one division would be seen in the next."""
+    folded, before = some_tensors(), some_tensors()
+    one, other = Update(folded, Optim(name=name, lr=1e-3)), Update(before, Optim(name=name, lr=1e-3))
+    for step in range(1, 4):
+        shrink = divisor if step == 2 else 1.0
+        give_gradients(folded, step)
+        give_gradients(before, step, scale=1 / shrink)
+        one.step(1e-2, divisor=shrink)
+        other.step(1e-2)
+    for key in folded:
+        assert torch.equal(folded[key], before[key])
+
+
+def test_the_test_catches_a_divisor_that_is_left_out() -> None:
+    tensors, before = some_tensors(), some_tensors()
+    for some, scale in ((tensors, 1.0), (before, 0.125)):
+        update = Update(some, Optim(lr=1e-3))
+        for step in (1, 2):  # a first update of AdamW is the same whatever the size of its gradient
+            give_gradients(some, step, scale=scale if step == 2 else 1.0)
+            update.step(1e-2)
+    assert not torch.equal(tensors["a.weight"], before["a.weight"])
 
 
 def run(update: Update, steps: range) -> None:

@@ -17,7 +17,7 @@ from tunesmith.data.batch import Pass
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import NonFiniteError
 from tunesmith.gradients import gradients
-from tunesmith.optim import clip_, rate
+from tunesmith.optim import excess, gradient_norm, rate
 from tunesmith.preparing import Setup
 from tunesmith.types import Event
 
@@ -44,10 +44,10 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         plan, passes = done.plan, done.passes
         pass_losses = torch.stack(done.losses).cpu().double().tolist()
         lr = rate(step, setup.total_steps, recipe.optim)
-        grad_norm = clip_(attachment.trained.values(), recipe.optim.clip)
+        grad_norm = gradient_norm(attachment.trained.values())
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
         with attachment.steering.around_update(step) if attachment.steering else nullcontext():
-            update.step(lr, number=step)
+            update.step(lr, number=step, divisor=excess(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - begun

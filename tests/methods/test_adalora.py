@@ -24,7 +24,7 @@ from tunesmith.methods import carried, restore
 from tunesmith.methods.adalora import RankSteering, for_steps
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
 from tunesmith.methods.peft_saved import load_result
-from tunesmith.optim import OPTIMIZERS, Update, clip_, rate
+from tunesmith.optim import OPTIMIZERS, Update, rate
 from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Optim, Recipe
 from tunesmith.recipe.method_knobs import PeftMethod
@@ -83,7 +83,7 @@ def pefts_own_loop(setup: Setup) -> list[float]:
         loss = setup.task.loss_sum(setup.model, setup.feed.batch(rows, draw=step)) / num_targets
         losses.append(float(loss.detach()))
         with_pefts_term(attachment, loss).backward()
-        clip_(attachment.trained.values(), recipe.optim.clip)
+        torch.nn.utils.clip_grad_norm_(list(attachment.trained.values()), recipe.optim.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, setup.total_steps, recipe.optim)
         optimizer.step()
@@ -174,9 +174,9 @@ def assert_sensitivities_are_of_the_whole_gradient(setup: Setup) -> None:
     attachment, seen = attachment_of(setup), {}
     step = setup.update.step
 
-    def watched(lr: float, *, number: int) -> None:
-        seen.update({name: tensor.grad.clone() for name, tensor in attachment.trained.items()})
-        step(lr, number=number)
+    def watched(lr: float, *, number: int, divisor: float) -> None:
+        seen.update({name: tensor.grad / torch.tensor(divisor) for name, tensor in attachment.trained.items()})
+        step(lr, number=number, divisor=divisor)
 
     setup.update.step = watched  # type: ignore[method-assign]
     event = next(training_steps(setup))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunesmith.optim.schedules import SCHEDULES, rate, warmup_steps
 from tunesmith.optim.table import OPTIMIZERS, Optimizer, check_installed
-from tunesmith.optim.update import Update, clip_, decays, parameter_groups
+from tunesmith.optim.update import Update, decays, excess, gradient_norm, parameter_groups
 
 __all__ = [
     "OPTIMIZERS",
@@ -12,8 +12,9 @@ __all__ = [
     "Optimizer",
     "Update",
     "check_installed",
-    "clip_",
     "decays",
+    "excess",
+    "gradient_norm",
     "parameter_groups",
     "rate",
     "warmup_steps",

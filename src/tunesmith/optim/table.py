@@ -62,6 +62,8 @@ class Optimizer:
     """Whether a row without gradients stays as it is, and the others do as if it were not there."""
     counters: tuple[str, ...] = ()
     """Numbers that it keeps in every parameter group."""
+    divides: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: False
+    """Whether its kernel divides gradients by `grad_scale`, where a scaler of narrow gradients leaves that."""
 
 
 def is_embedding(name: str) -> bool:
@@ -167,6 +169,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         build=_adamw,
         state=_adamw_state,
         rate=(1.0, ""),
+        divides=lambda optimizer: bool(optimizer.defaults["fused"]),
     ),
     "adamw_8bit": Optimizer(
         name="adamw_8bit",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,19 +24,16 @@ def decays(name: str, tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def clip_(tensors: Iterable[Tensor], max_norm: float | None) -> float:
-    """Scale gradients so that their global 2-norm is at most `max_norm`; the norm before, float32.
-
-    Gradients are left as they are when `max_norm` is None or the norm is not finite, which the caller must look at.
-    """
+def gradient_norm(tensors: Iterable[Tensor]) -> float:
+    """The global 2-norm of the gradients, float32; 0 where there are none."""
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    if not grads:
-        return 0.0
-    norm = float(torch.nn.utils.get_total_norm(grads))
-    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
-        for grad in grads:
-            grad.mul_(max_norm / norm)
-    return norm
+    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+
+
+def excess(norm: float, most: float | None) -> float:
+    """What gradients of this norm have to be divided by so that it is at most `most`; 1 where it is, or nothing is
+    clipped. Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", algorithm 1."""
+    return 1.0 if most is None or norm <= most else norm / most
 
 
 def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mapping[str, float] = NO_FACTORS) -> Groups:
@@ -94,11 +90,13 @@ class Update:
         """Go where the gradient of the next step is taken; whether the tensors changed, so that they are published."""
         return self._switch("train")
 
-    def step(self, lr: float, *, number: int = 0) -> None:
-        """Update everything that has a gradient, and drop the gradients. `number`: of the step, for what is drawn."""
-        for _, names, optimizer in self.parts:
+    def step(self, lr: float, *, number: int = 0, divisor: float = 1.0) -> None:
+        """Update everything that has a gradient, and drop the gradients. `number`: of the step, for what is drawn.
+        `divisor`: of all gradients before, see `excess`."""
+        for row, names, optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate_factor"]
+            self._divide(row, names, optimizer, divisor)
             if any(name not in self._narrow.leaves for name in names):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -107,6 +105,18 @@ class Update:
                     with self._narrow.lent(name, number):
                         optimizer.step()
         self._switch("eval")
+
+    @torch.no_grad()
+    def _divide(self, row: Optimizer, names: Sequence[str], optimizer: torch.optim.Optimizer, divisor: float) -> None:
+        """By the kernel of the update where it can, which spares reading and writing every gradient once more."""
+        tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
+        if row.divides(optimizer) and not self._narrow.leaves:
+            scale = torch.tensor(divisor, device=tensors[0].device) if divisor != 1 and tensors else None
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        elif divisor != 1:
+            for tensor in tensors:
+                assert tensor.grad is not None, "only those that have one"
+                tensor.grad.div_(divisor)
 
     def rest(self) -> None:
         """Go back to the weights that are evaluated and saved, without an update."""
