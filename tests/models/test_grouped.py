@@ -132,6 +132,21 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
         assert away < max(0.006, 1.5 * torchs_away)
 
 
+def test_blocks_of_short_rows_compute_in_float32_whatever_the_inputs():
+    """So that only what goes in and comes out is rounded: 2^-9 a number, half the distance of products in bfloat16."""
+    lengths = [20, 18, 9]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs(lengths, heads=6, groups=2, size=32)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
+    layout = layout_of(lengths, rounded, causal=False)
+    assert {block.bias.dtype for block in layout.blocks} == {torch.float32}
+    ours = answers(lambda t: grouped.attend(*t, layout, scaling=None), rounded)
+    truth = answers(lambda t: row_by_row(t, lengths, causal=False, scaling=None), exact)
+    for one, true in zip(ours, truth, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - true).norm() / true.norm() < 0.003
+    assert {b.bias.dtype for b in layout_of([40, 20], rounded, causal=False).blocks} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
 def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
     """mistral: rows longer than its window of 8 go to torch's kernel; gemma2's cap is spelled out."""

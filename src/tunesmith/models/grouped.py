@@ -8,9 +8,9 @@ With dropout P V becomes (M ∘ P) V / (1 - p), M drawn anew for each weight by 
 
 Query heads that share a key head stand below each other, so that a product reads the keys once. Rows of like length
 are multiplied together: what is missing is filled with the row's last token, whose answers are thrown away and whose
-gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention; the softmax
-computes in float32 inside. Sources: Vaswani et al. 2017, section 3.2.1; Dao et al. 2022, appendix B.2, for the
-backward.
+gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention, but for blocks of
+short rows, which are float32; the softmax computes in float32 inside. Sources: Vaswani et al. 2017, section 3.2.1; Dao
+et al. 2022, appendix B.2, for the backward.
 
 Kept for backward, numbers of the inputs' precision a token: D for each query head, 2 D for each key head, and one for
 each query head and key, with dropout two; filled ones among them.
@@ -36,6 +36,9 @@ from tunesmith.models import dropping
 
 LONGEST = 256
 """Keys of a row up to which this beats torch's kernel on CPU, in bfloat16."""
+WIDE = 32
+"""Keys of rows up to which it computes in float32, which is as fast there and compiles nothing: blocks of short rows
+have new shapes in every pass."""
 LONGEST_DROPPED = 1024
 """The same with dropout, which that kernel has not, so that torch takes some twenty operations for it."""
 ALIKE, FEW = 0.75, 16
@@ -101,8 +104,10 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Sequence[Row], *, num_heads: int, num_groups: int, causal: bool, like: Tensor) -> Layout:
-        """`like` has the precision and device of the scores. All rows that are not causal have as many keys as
-        queries."""
+        """`like` has the device of the scores, and their precision, but for short rows. All rows that are not causal
+        have as many keys as queries."""
+        if max(keys for _, keys in rows) <= WIDE:
+            like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         starts_2S = np.cumsum([(0, 0), *rows[:-1]], axis=0).T
         blocks, queries, keys, filled = [], [], [], []
         for members in _alike(rows):
@@ -173,8 +178,9 @@ class _Grouped(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float
     ) -> Tensor:
         num_heads, num_tokens, size = query.shape[1:]
-        q = _lines(query).index_select(0, layout.query_index)
-        k, v = (_lines(tensor).index_select(0, layout.key_index) for tensor in (key, value))
+        wide = layout.blocks[0].bias.dtype
+        q = _lines(query).index_select(0, layout.query_index).to(wide)
+        k, v = (_lines(tensor).index_select(0, layout.key_index).to(wide) for tensor in (key, value))
         out = torch.empty_like(q)
         weights, kept, share = [], [], 1.0
         for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
@@ -191,7 +197,7 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *weights, *kept)
         ctx.num_blocks, ctx.share = len(weights), share
         ctx.layout, ctx.scale, ctx.num_heads, ctx.num_groups = layout, scale, num_heads, key.shape[1]
-        return out.index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
+        return out.to(query.dtype).index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
     @staticmethod
     @once_differentiable
@@ -200,7 +206,7 @@ class _Grouped(torch.autograd.Function):
         q, k, v, *saved = ctx.saved_tensors
         weights = saved[: ctx.num_blocks]
         kept = saved[ctx.num_blocks :] or [None] * ctx.num_blocks
-        g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index)
+        g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index).to(q.dtype)
         if len(layout.filled):
             g.index_fill_(0, layout.filled, 0)
         if len(saved) > ctx.num_blocks:
@@ -219,7 +225,7 @@ class _Grouped(torch.autograd.Function):
             torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
         places = layout.query_place, layout.key_place, layout.key_place
         gq, gk, gv = (grad.index_select(0, place) for grad, place in zip((gq, gk, gv), places, strict=True))
-        gq, gk = gq.mul_(ctx.scale), gk.mul_(ctx.scale)
+        gq, gk, gv = (grad.to(grad_1THD.dtype) for grad in (gq.mul_(ctx.scale), gk.mul_(ctx.scale), gv))
         heads = ctx.num_heads, ctx.num_groups, ctx.num_groups
         return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None, None
 
