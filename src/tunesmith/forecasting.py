@@ -12,6 +12,7 @@ import numpy as np
 
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.filling import fills
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.evaluation import general
@@ -221,6 +222,7 @@ def feeds(
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
             has_types=has_types,
             shares=shares,
+            fills=fills(plan.layout, device=recipe.device, precision=known(recipe.precision)),
         )
 
     shares = any(choice.value for choice in choices)

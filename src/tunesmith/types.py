@@ -171,6 +171,8 @@ class Batch:
     """Of a ragged pass whose rows share what they begin with, in the order they stand; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
+    filling: int = 0
+    """Of a ragged pass tokens behind its rows, which belong to none: see `data.filling`."""
 
     @property
     def num_tokens(self) -> int:
@@ -179,7 +181,7 @@ class Batch:
 
     @property
     def num_computed(self) -> int:
-        """Places that the model computes, padding among them; a shared beginning counts once."""
+        """Places that the model computes, padding and filling among them; a shared beginning counts once."""
         return self.ids_BT.numel()
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tunesmith.data.batch import Plan
+from tunesmith.data.filling import filled
 from tunesmith.planning import compiling
 from tunesmith.planning.compiling import COMPILED, in_bfloat16, in_float32
 from tunesmith.planning.memory import Memory, with_heap
@@ -38,11 +39,20 @@ def roomy(monkeypatch):
         monkeypatch.setenv(name, "512")
 
 
-def test_matrices_are_compiled_every_pass_and_attention_once_a_length():
-    """Three steps of a pass each; five lengths, two of them in the pass that was looked at, which has 12 for them."""
-    found = in_bfloat16(plan_with(), 3, [segment(1, 1, 6, 6, 0)], [segment(1)], lengths_R=np.array([100, 90]))
-    assert found.kept == COMPILED * (2 * 3 + 12 * 5 / 2 + compiling.PASSES_BEFORE)
-    assert found.seconds == pytest.approx((2 + 30 / 3) * compiling.COMPILE_SECONDS)
+def test_matrices_are_compiled_once_a_size_and_attention_once_a_length():
+    """Three steps of a pass each, of two sizes; five lengths, two of them in the pass that was looked at, which has 12
+    for them."""
+    plan = plan_with()
+    assert len({filled(sum(plan.lengths_of(rows))) for step in (1, 2, 3) for rows in plan.step(step)}) == 2
+    found = in_bfloat16(plan, 3, [segment(1, 1, 6, 6, 0)], [segment(1)], lengths_R=np.array([100, 90]))
+    assert found.kept == COMPILED * (2 * 2 + 12 * 5 / 2 + compiling.PASSES_BEFORE)
+    assert found.seconds == pytest.approx((2 * 2 / 3 + 30 / 3) * compiling.COMPILE_SECONDS)
+
+
+def test_sizes_that_come_again_are_compiled_again_where_there_is_no_room():
+    assert compiling._compiled([32, 64, 32, 64, 32], 2) == (2, 0)
+    assert compiling._compiled([32, 64, 32, 64, 32], 1) == (2, 3)
+    assert compiling._compiled([32, 32, 64, 64], 0) == (2, 0)
 
 
 def test_no_more_is_kept_than_both_caches_hold(monkeypatch):
@@ -50,8 +60,8 @@ def test_no_more_is_kept_than_both_caches_hold(monkeypatch):
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
     found = in_bfloat16(plan_with(), 3, [segment(1, 1, 6, 6)], [], lengths_R=np.array([100, 90]))
     assert found.kept == COMPILED * 16
-    # What is thrown away is compiled again for every pass.
-    assert found.seconds == pytest.approx((2 + 12) * compiling.COMPILE_SECONDS)
+    # What attention to a length is thrown away is compiled again for every pass.
+    assert found.seconds == pytest.approx((2 * 2 / 3 + 12) * compiling.COMPILE_SECONDS)
 
 
 def test_float32_keeps_copies_of_its_largest_product_and_compiles_nothing():

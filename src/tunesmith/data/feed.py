@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import build_batch, sort_keys
+from tunesmith.data.filling import fill
 from tunesmith.data.sharing import share
 from tunesmith.data.store import RowStore
 from tunesmith.types import Batch, Layout, Row
@@ -78,6 +79,8 @@ class Feed:
     has_types: bool = False
     shares: bool = False
     """Whether what rows of a pass begin with alike is computed once."""
+    fills: bool = False
+    """Whether passes are filled up to whole sizes."""
 
     def __post_init__(self) -> None:
         if self.masking is not None:
@@ -98,7 +101,8 @@ class Feed:
             decoder_start=self.decoder_start,
             has_types=self.has_types,
         )
-        return share(batch, [row.ids for row in rows]) if self.shares else batch
+        batch = share(batch, [row.ids for row in rows]) if self.shares else batch
+        return fill(batch) if self.fills else batch
 
     def _row(self, index: int, draw: int) -> Row:
         row = self.store.row(index)

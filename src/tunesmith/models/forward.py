@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.heads import pools_last
 from tunesmith.models.segments import Segments
-from tunesmith.types import Batch
+from tunesmith.types import Batch, Piece
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
@@ -55,10 +55,11 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if has_cache(type(model).forward):
         inputs["use_cache"] = False
     if batch.layout == "ragged":
+        filling = [batch.filling] if batch.filling else []
         segments = (
-            Segments.sharing(batch.pieces, device=batch.ids_BT.device)
+            Segments.sharing([*batch.pieces, *map(Piece, filling)], device=batch.ids_BT.device)
             if batch.pieces
-            else Segments.of(batch.lengths, device=batch.ids_BT.device)
+            else Segments.of([*batch.lengths, *filling], device=batch.ids_BT.device)
         )
         inputs |= {"position_ids": batch.positions_BT + _first_position(model), "segments": segments}
     if batch.types_BT is not None:

@@ -52,14 +52,14 @@ class EmbeddingNoise:
             )
 
     def drawn(self, batch: Batch, step: int, *, width: int) -> Tensor:
-        """[B, T, D] float32, of each row uniform in ±alpha / √(L · D); 0 on padding."""
+        """[B, T, D] float32, of each row uniform in ±alpha / √(L · D); 0 on padding and filling."""
         device = batch.ids_BT.device
         rows = [
             self._of_row(index, step, length, width, device)
             for index, length in zip(batch.row_indices, batch.lengths, strict=True)
         ]
         if batch.layout == "ragged":
-            return torch.cat(rows)[None]
+            return torch.nn.functional.pad(torch.cat(rows), (0, 0, 0, batch.filling))[None]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _of_row(self, index: int, step: int, length: int, width: int, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ _TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
 }
 FAR = 10.0
 """Mean or deviation of numbers beyond which a head has far to go."""
-FEW_PRODUCTS = 5e9
+FEW_PRODUCTS = 2e9
 """Weights times tokens of a pass, up to which full tuning on a processor is as fast in float32."""
 TEXT_TOKENS = 1024
 """Longest window of a document: attention to more costs more than it teaches, on most machines."""

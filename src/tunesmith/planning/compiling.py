@@ -7,14 +7,15 @@ but operands are copied into buffers that stay. Measured in docs/EXPERIMENTS.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Plan
+from tunesmith.data.batch import Pass, Plan
+from tunesmith.data.filling import filled
 from tunesmith.planning.tracing import Segment
 
 COMPILED = 650 * 1024
@@ -49,8 +50,8 @@ def in_bfloat16(
 ) -> Compiling:
     """For a run of which one pass of training rows and one of held-out rows is known. `lengths_R`: of the former.
 
-    A pass has a number of tokens that hardly comes again, so its products of matrices are compiled anew; lengths of
-    rows do come again, and attention to them is compiled once if all that is needed between is kept so long.
+    Products of matrices are compiled once for each number of tokens that a pass has, and attention for each length of
+    rows, if all that is needed between is kept so long. Numbers of tokens come again where passes are filled up.
     """
     matrices, attention = _counts(segments)
     attention_a_length = attention / len(np.unique(lengths_R))
@@ -63,15 +64,39 @@ def in_bfloat16(
         seen = {length for rows in passes[:first] for one in rows for length in plan.lengths_of(one)}
         return attention_a_length * len(seen)
 
+    sizes = [[_size(plan, rows) for rows in some] for some in passes]
+
     def kept(first: int) -> int:
-        count = matrices * sum(len(some) for some in passes[:first]) + of_attention(first) + looks
-        return int(COMPILED * min(most, count))
+        different = len({size for some in sizes[:first] for size in some})
+        return int(COMPILED * min(most, matrices * different + of_attention(first) + looks))
 
     a_step = sum(map(len, passes)) / len(passes)
     every_length = of_attention(MANY_STEPS)
     anew = attention if every_length > most / 2 else min(attention, every_length / (a_step * steps))
-    seconds = (matrices + anew) * a_step * COMPILE_SECONDS
-    return Compiling(kept(MANY_STEPS), seconds, later=kept(MANY_STEPS) - kept(FEW_STEPS))
+    new, again = _compiled([size for some in sizes for size in some], int(most / max(1, matrices + anew)))
+    products = matrices * (new / steps + again / len(passes)) + anew * a_step
+    return Compiling(kept(MANY_STEPS), products * COMPILE_SECONDS, later=kept(MANY_STEPS) - kept(FEW_STEPS))
+
+
+def _size(plan: Plan, rows: Pass) -> int:
+    num_tokens = plan.computed(rows, plan.lengths_of(rows))
+    return filled(num_tokens) if plan.layout == "ragged" else num_tokens
+
+
+def _compiled(sizes: Sequence[int], room: int) -> tuple[int, int]:
+    """(how many sizes there are, how often one comes again whose products are no longer kept), where those of `room`
+    sizes are kept, the ones that were used last."""
+    kept: list[int] = []
+    seen: set[int] = set()
+    again = 0
+    for size in sizes:
+        if size in kept:
+            kept.remove(size)
+        elif size in seen:
+            again += 1
+        seen.add(size)
+        kept = [*kept, size][-max(1, room) :]
+    return len(seen), again
 
 
 def in_float32(segments: Iterable[Segment]) -> Compiling:

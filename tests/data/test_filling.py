@@ -1,0 +1,97 @@
+"""Filling a pass up to a whole size changes what it costs, and nothing of what it answers or teaches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from packed import batch_of, rows_of, sharp
+from tunesmith.data.filling import WHOLE, fill, filled, fills
+from tunesmith.data.sharing import share
+from tunesmith.models.attention import use_ragged
+from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.noise import EmbeddingNoise
+from tunesmith.types import Batch, Row, Source
+
+
+def answers(model, batch: Batch) -> list[torch.Tensor]:
+    """Logits, and the gradient of every weight."""
+    model.zero_grad()
+    logits_NV = logits_at_targets(model, batch)
+    F.cross_entropy(logits_NV.float(), batch.targets_N).backward()
+    return [logits_NV.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+
+def assert_alike(model, batch: Batch, other: Batch) -> None:
+    for one, expected in zip(answers(model, batch), answers(model, other), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
+
+
+def sizes(batch: Batch) -> tuple[int, int, int]:
+    return batch.ids_BT.shape[1], batch.positions_BT.shape[1], batch.num_computed
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
+def test_a_model_answers_and_learns_the_same(arch):
+    model, batch = sharp(arch).double(), batch_of(rows_of())
+    use_ragged(model)
+    whole = fill(batch)
+    assert whole.filling > 0
+    assert sizes(whole) == (filled(batch.num_tokens),) * 3
+    assert (whole.num_tokens, whole.num_targets) == (batch.num_tokens, batch.num_targets)
+    assert_alike(model, whole, batch)
+
+
+def test_rows_that_share_what_they_begin_with_are_filled_too():
+    first = np.arange(3, 23, dtype=np.int32)
+    texts = [np.concatenate([first, np.array([i, i + 1], np.int32)]) for i in (4, 9)]
+    batch = batch_of([Row(ids, np.ones(len(ids), bool), Source("x", 1)) for ids in texts])
+    shared = share(batch, texts)
+    assert shared.pieces
+    model = sharp("llama").double()
+    use_ragged(model)
+    assert fill(shared).filling > 0
+    assert_alike(model, fill(shared), shared)
+
+
+def test_the_test_catches_filling_that_a_row_reads():
+    """As if what stands behind belonged to the first rows: every row would be one place off."""
+    model, batch = sharp("llama").double(), batch_of(rows_of())
+    use_ragged(model)
+    whole = fill(batch)
+    joined = replace(whole, filling=0, lengths=(whole.filling, *batch.lengths))
+    with pytest.raises(AssertionError):
+        assert_alike(model, joined, batch)
+
+
+def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
+    batch = replace(batch_of(rows_of((7, 5))), types_BT=torch.ones(1, 12, dtype=torch.int64))
+    whole = fill(batch)
+    assert whole.ids_BT[0, 12:].tolist() == [batch.ids_BT[0, -1].item()] * (WHOLE - 12)
+    assert whole.positions_BT[0, 12:].tolist() == list(range(WHOLE - 12))
+    assert whole.types_BT is not None
+    assert whole.types_BT[0].tolist() == [1] * 12 + [0] * (WHOLE - 12)
+
+
+def test_a_pass_of_a_whole_size_stays_as_it_is():
+    batch = batch_of(rows_of((WHOLE - 5, 5)))
+    assert fill(batch) is batch
+
+
+def test_noise_is_on_rows_and_not_on_what_is_filled_up():
+    batch, noise = fill(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
+    drawn_BTD = noise.drawn(batch, 1, width=4)
+    assert drawn_BTD.shape == (1, WHOLE, 4)
+    assert drawn_BTD[0, :12].ne(0).all()
+    assert drawn_BTD[0, 12:].eq(0).all()
+
+
+def test_only_ragged_passes_whose_products_are_compiled_are_filled():
+    assert fills("ragged", device="cpu", precision="bfloat16")
+    assert not fills("padded", device="cpu", precision="bfloat16")
+    assert not fills("ragged", device="cuda", precision="bfloat16")
+    assert not fills("ragged", device="cpu", precision="float32")
