@@ -233,7 +233,7 @@ def test_a_result_that_cannot_be_saved_is_known_before_the_first_step(tmp_path, 
     def refuses(*args):
         raise ModelError("cannot be saved")
 
-    monkeypatch.setattr("tunesmith.training._write_result", refuses)
+    monkeypatch.setattr("tunesmith.preparing.Setup.save_result", refuses)
     with pytest.raises(ModelError):
         train(recipe_of(tmp_path), root=tmp_path / "runs")
     assert max(event.step for event in runs(tmp_path / "runs")[0].events()) == 0
