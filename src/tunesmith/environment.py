@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -32,14 +34,25 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
     # where it has many long rows of different lengths.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
-    # Every step allocates the same gradients and temporaries. glibc maps large ones one by one and gives them back when
-    # they are freed, so that the kernel clears the same pages again in every step: it keeps up to a GiB instead.
-    environ.setdefault("MALLOC_MMAP_MAX_", "0")
-    environ.setdefault("MALLOC_TRIM_THRESHOLD_", KEPT_FREE)
+    _keep_freed_memory(environ)
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
     # default, made training several times slower. On a machine of one's own it is sleeping that costs.
     if others() >= BUSY:
         environ.setdefault("GOMP_SPINCOUNT", "20000" if answers else "2000")
+
+
+def _keep_freed_memory(environ: MutableMapping[str, str]) -> None:
+    """Every step allocates the same gradients and temporaries. glibc maps large ones one by one and gives them back
+    when they are freed, so that the kernel clears the same pages again in every step: it keeps up to a GiB instead.
+
+    It reads the environment before a program begins: children heed it, this process is told by mallopt (malloc.h).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for name, parameter, value in (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE)):
+        if name not in environ:
+            environ[name] = value
+            if mallopt is not None:  # another C library than glibc has none
+                mallopt(parameter, int(value))
 
 
 def for_child(**more: str) -> dict[str, str]:
