@@ -54,3 +54,21 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
     facts = Facts(parameters, "cpu", "encoder", np.full(500, length, np.int32))
     given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu", **recipe}
     assert decide(validate(given), facts)[0].precision == precision
+
+
+@pytest.mark.parametrize(
+    ("parameters", "length", "rows", "every", "reason"),
+    [
+        (135_000_000, 57, 1825, 11, "a tenth of 115 steps is the most that a crash costs"),
+        (135_000_000, 57, 320, 10, "short run"),
+        (22_700_000, 11, 1600, 126, "steps are short: less than a minute is the most that a crash costs"),
+        (22_700_000, 11, 320_000, 500, "a tenth of 20,000 steps is the most that a crash costs"),
+        (100_000, 11, 1600, 500, "steps are short: less than a minute is the most that a crash costs"),
+    ],
+)
+def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, rows, every, reason):
+    facts = Facts(parameters, "cpu", "encoder", np.full(rows, length, np.int32))
+    given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu"}
+    recipe, choices = decide(validate({**given, "train": {"epochs": 1, "rows_per_step": 16}}), facts)
+    assert recipe.checkpoint.every == every
+    assert next(choice.reason for choice in choices if choice.key == "checkpoint.every") == reason

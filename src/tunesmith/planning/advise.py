@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,12 @@ TEXT_TOKENS = 1024
 """Longest window of a document: attention to more costs more than it teaches, on most machines."""
 TEXT_STEP_TOKENS = 4096
 """Learnt tokens of an update for task text."""
+OPERATIONS = 6
+"""Of a step for each weight and token, forward and backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+OPERATIONS_PER_SECOND = {"cpu": 1e11}
+"""About what is reached where there are few, so that a guess of a step's time is rather too long."""
+SAFE_SECONDS = 30.0
+"""Of training that a crash may cost: to save more often costs a small model more than its steps."""
 FEW_LOOKS = 200
 """Training rows that are looked at afterwards even if that is more than a third of those trained on."""
 UNBOUNDED_TOKENS = 512
@@ -228,7 +235,12 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows_per_step = recipe.train.rows_per_step
     assert rows_per_step != "auto"
     steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
-    every = min(500, max(10, steps // 10))
+    tokens = float(facts.lengths_I.mean()) * rows_per_step
+    seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
+    share, short = max(10, steps // 10), math.ceil(SAFE_SECONDS / seconds)
+    if min(short, 500) > share:
+        return min(short, 500), "steps are short: less than a minute is the most that a crash costs"
+    every = min(500, share)
     return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"
 
 

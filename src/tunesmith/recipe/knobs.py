@@ -179,7 +179,7 @@ class Checkpoint(Section):
     """What is kept so that a run can go on."""
 
     every: Positive | Auto = "auto"
-    """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500."""
+    """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500; more where they are short."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept beside them."""
 
