@@ -19,6 +19,7 @@ from tunesmith.evaluation import general
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import adalora
+from tunesmith.models.exhausted import give_back
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
 from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
@@ -116,6 +117,7 @@ def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
 def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens: bool) -> None:
     """Decide what memory decides, and what the run will need then. Raises DoesNotFitError."""
     start, rows = seen.start, seen.rows
+    give_back()  # what the machine's speed was tried with is no part of what the process holds
     forecaster = Forecaster(
         located=start.located,
         kind=start.kind,
