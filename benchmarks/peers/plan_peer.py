@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.row_lines import looked_through
 from tunesmith.forecasting import foresee, plan_of
 from tunesmith.loop import training_steps
 from tunesmith.preparing import prepare
@@ -97,13 +98,10 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     assert setup.forecast.duration is not None
     plan = setup.plan
     events = list(training_steps(setup))
-    evaluate(
-        setup.model,
-        setup.task,
-        setup.held_feed,
-        [int(i) for i in setup.rows.held_rows],
-        tokens_per_pass=known(setup.recipe.train.tokens_per_pass),
-    )
+    seen = looked_through(setup.rows.store, setup.rows.train_rows, known(setup.recipe.evaluation.surprising))
+    for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen)):
+        tokens = known(setup.recipe.train.tokens_per_pass)
+        evaluate(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
     later = events[1:]
     per_token = sum(event.timing["seconds"] for event in later) / sum(event.values["tokens"] for event in later)
     return {

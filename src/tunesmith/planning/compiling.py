@@ -26,7 +26,7 @@ MOST_KEPT = 1024
 """Products that are kept where the environment does not say."""
 MOST_COPIED = 64 * 2**20
 """Bytes of the buffers for operands in float32, at most."""
-FEW_STEPS = 2
+FEW_STEPS = 5
 MANY_STEPS = 64
 """After which every cache is full."""
 PASSES_BEFORE = 5
@@ -42,7 +42,7 @@ class Compiling:
     seconds: float = 0.0
     """Of a mean step."""
     later: int = 0
-    """Of `kept`, what comes after the first FEW_STEPS steps."""
+    """Of `kept`, what comes after the first FEW_STEPS steps, which a probe takes too."""
 
 
 def in_bfloat16(

@@ -27,7 +27,7 @@ CUDA_LAUNCH = 5e-6
 """Seconds to start one operation."""
 CPU_LAUNCH = 35e-6
 """The same, with the code of the model and of torch around it; it is waited for."""
-MOVING = 0.4
+MOVING = 0.65
 """Of the bytes a second of a large copy what the small operations of a step reach. Both are fitted to the grid of
 docs/planning.md."""
 LIBRARIES = 48 * 2**20

@@ -207,19 +207,22 @@ class Forecaster:
         return heavy, one, memory, tokens, targets
 
     def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Looked | None:
-        """The heaviest pass over held-out rows, or where nothing is held out over those that are looked through at the
-        end; None where nothing is looked at."""
-        held = len(self.rows.held_rows) > 0
-        store = self.rows.held_store if held else self.rows.store
-        most = known(recipe.evaluation.surprising)
-        rows = [int(i) for i in (self.rows.held_rows if held else looked_through(store, self.rows.train_rows, most))]
-        if not rows:
-            return None
+        """The pass of the most targets over held-out rows and those that are looked through at the end; None where
+        nothing is looked at."""
+        rows, most = self.rows, known(recipe.evaluation.surprising)
         tokens = known(recipe.train.tokens_per_pass)
-        members = heaviest_looked(store, rows, tokens_per_pass=tokens, layout=layout)
-        key = (id(sketch), layout, members, held)
+        seen = looked_through(rows.store, rows.train_rows, most)
+        found = [
+            (store, heaviest_looked(store, [int(i) for i in rows_I], tokens_per_pass=tokens, layout=layout), is_held)
+            for store, rows_I, is_held in ((rows.held_store, rows.held_rows, True), (rows.store, seen, False))
+            if len(rows_I)
+        ]
+        if not found:
+            return None
+        _, members, is_held = max(found, key=lambda one: float(one[0].denominators[list(one[1])].sum()))
+        key = (id(sketch), layout, members, is_held)
         if key not in self._passes:
-            feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))[held]
+            feed = self.feeds(recipe, sketch.model, self.plan_of(recipe, layout))[is_held]
             batch = feed.batch(members, draw=0)
             self._passes[key] = (sketch.measure_pass(batch), batch.num_tokens, batch.num_targets)
         return Looked(*self._passes[key])

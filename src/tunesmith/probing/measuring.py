@@ -123,15 +123,8 @@ def _step(setup: Setup, step: int, tell: Tell) -> dict[str, Any]:
 
 
 def _held_out(setup: Setup) -> dict[str, Any]:
-    """The heaviest pass, in which memory is most, and then usual ones."""
-    rows, store = setup.rows.held_rows, setup.rows.held_store
-    if not len(rows):
-        return {}
-    heavy = heaviest_looked(
-        store, [int(i) for i in rows], tokens_per_pass=setup.plan.tokens_per_pass, layout=setup.plan.layout
-    )
-    _look(setup, setup.held_feed, heavy)
-    return {"held_out": asdict(_looks(setup, setup.held_feed, rows))}
+    rows = setup.rows.held_rows
+    return {"held_out": asdict(_looks(setup, setup.held_feed, rows))} if len(rows) else {}
 
 
 def _surprising(setup: Setup) -> dict[str, Any]:
@@ -140,13 +133,11 @@ def _surprising(setup: Setup) -> dict[str, Any]:
 
 
 def _looks(setup: Setup, feed: Feed, rows_I: NDArray[np.int64]) -> Timed:
-    """Passes over these rows of a feed."""
-    passes = fill_passes(
-        [int(i) for i in rows_I],
-        [int(n) for n in feed.store.lengths[rows_I]],
-        tokens_per_pass=setup.plan.tokens_per_pass,
-        layout=setup.plan.layout,
-    )
+    """Passes over these rows of a feed: the heaviest one, in which memory is most, and then usual ones."""
+    rows, lengths = [int(i) for i in rows_I], [int(n) for n in feed.store.lengths[rows_I]]
+    tokens, layout = setup.plan.tokens_per_pass, setup.plan.layout
+    _look(setup, feed, heaviest_looked(feed.store, rows, tokens_per_pass=tokens, layout=layout))
+    passes = fill_passes(rows, lengths, tokens_per_pass=tokens, layout=layout)
     amounts = [amount(feed.store, np.asarray(members)) for members in passes]
     return _usual(lambda members: _look(setup, feed, members), passes, amounts)
 
