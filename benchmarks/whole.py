@@ -38,6 +38,7 @@ def add_whole(verbs: Any) -> None:
     parser = verbs.add_parser("whole", help="the time that a plan foresees for a whole run, beside the run")
     parser.add_argument("--results", type=Path, help="JSON lines, one a run: put this one there, and show all")
     parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the run there")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="words of tunesmith train, behind --")
     parser.set_defaults(run=run)
 
@@ -45,7 +46,7 @@ def add_whole(verbs: Any) -> None:
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """0: it ran to its end; 1: it did not."""
     asked = [word for word in options.train if word != "--"]
-    found = measure(asked) if asked else None
+    found = measure(asked, options.keep) if asked else None
     if found and options.results:
         with open(options.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
@@ -58,11 +59,12 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     return int(found is not None and "error" in found)
 
 
-def measure(asked: Sequence[str]) -> dict[str, Any]:
-    """Seconds foreseen by formula and after the probe, and taken; or why there are none."""
+def measure(asked: Sequence[str], keep: Path | None = None) -> dict[str, Any]:
+    """Seconds foreseen by formula and after the probe, and taken; or why there are none. `keep`: where the run stays."""
     command = shlex.join(["tunesmith", "train", *map(place, asked)])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
         tunesmith = [sys.executable, "-m", "tunesmith"]
         plan = subprocess.run(
             [*tunesmith, "plan", *asked, "--runs", str(folder), "--json"],
@@ -75,7 +77,8 @@ def measure(asked: Sequence[str]) -> dict[str, Any]:
         child = run_child([*tunesmith, "train", *asked, "--runs", str(folder), "--quiet"], log=folder / "log")
         if child.code:
             return {"command": command, "error": child.tail}
-        log = next(folder.glob("*/events.jsonl")).read_text("utf-8").splitlines()
+        newest = max(folder.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
+        log = newest.read_text("utf-8").splitlines()
         taken = taken_by_part([json.loads(line) for line in log], begun, begun + child.wall_seconds)
     by_formula, after_probe = values["forecast"]["seconds"], values["probe"]["seconds"]
     return {
