@@ -8,12 +8,12 @@ With dropout P V becomes (M ∘ P) V / (1 - p), M drawn anew for each weight by 
 
 Query heads that share a key head stand below each other, so that a product reads the keys once. Rows of like length
 are multiplied together: what is missing is filled with the row's last token, whose answers are thrown away and whose
-gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention, but for blocks of
-short rows, which are float32; the softmax computes in float32 inside. Sources: Vaswani et al. 2017, section 3.2.1; Dao
-et al. 2022, appendix B.2, for the backward.
+gradients are zero. Scores are rounded to the inputs' precision, as in transformers' eager attention, but in a pass of
+short rows alone, which is computed in float32; the softmax computes in float32 inside. Sources: Vaswani et al. 2017,
+section 3.2.1; Dao et al. 2022, appendix B.2, for the backward.
 
-Kept for backward, numbers of the inputs' precision a token: D for each query head, 2 D for each key head, and one for
-each query head and key, with dropout two; filled ones among them.
+Kept for backward, numbers of the precision of the scores a token: D for each query head, 2 D for each key head, and one
+for each query head and key, with dropout two; filled ones among them.
 """
 
 # H heads, T tokens, D head size, S rows of a block, G groups of heads that share keys, R query heads a group,
@@ -104,8 +104,8 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Sequence[Row], *, num_heads: int, num_groups: int, causal: bool, like: Tensor) -> Layout:
-        """`like` has the device of the scores, and their precision, but for short rows. All rows that are not causal
-        have as many keys as queries."""
+        """`like` has the device of the scores, and their precision, but where all rows are short. All rows that are not
+        causal have as many keys as queries."""
         if max(keys for _, keys in rows) <= WIDE:
             like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         starts_2S = np.cumsum([(0, 0), *rows[:-1]], axis=0).T
