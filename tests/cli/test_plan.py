@@ -132,3 +132,8 @@ def test_words_of_a_forecast():
         "time": "1:24 min to 2:36 min: 1:39 min of training, 1.5 s a step; 21 s of measuring rows",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }
+
+
+def test_a_run_of_an_earlier_version_is_still_shown():
+    earlier = FORECAST | {"seconds": {"step": 1.0, "training": 60.0, "looking": 2.0, "spread": 0.3}}
+    assert dict(forecast_facts(earlier))["time"] == "foreseen by an earlier version, in other parts"

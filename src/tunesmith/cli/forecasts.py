@@ -97,6 +97,8 @@ def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
+    if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
+        return "foreseen by an earlier version, in other parts"
     work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
     parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _BESIDE_TRAINING.items()}
     others = "".join(f"; {duration(part)} of {name}" for name, part in parts.items() if part)
