@@ -60,7 +60,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def measure(asked: Sequence[str], keep: Path | None = None) -> dict[str, Any]:
-    """Seconds foreseen by formula and after the probe, and taken; or why there are none. `keep`: where the run stays."""
+    """Seconds foreseen by formula and after the probe, and taken; or why there are none.
+
+    `keep`: where the run stays.
+    """
     command = shlex.join(["tunesmith", "train", *map(place, asked)])
     with tempfile.TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)

@@ -49,6 +49,18 @@ def test_matrices_are_compiled_once_a_size_and_attention_once_a_length():
     assert found.seconds == pytest.approx((2 * 2 / 3 + 30 / 3) * compiling.COMPILE_SECONDS)
 
 
+def test_sizes_that_are_not_kept_are_compiled_throughout_a_long_run(monkeypatch):
+    """A few sizes; where all are kept, a thousand steps compile them once each."""
+    seconds = {}
+    for most in ("100", "2"):
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            monkeypatch.setenv(name, most)
+        found = in_bfloat16(plan_with(), 1000, [segment(1, 1)], [], lengths_R=np.array([100, 90]))
+        seconds[most] = found.seconds / (2 * compiling.COMPILE_SECONDS)
+    assert seconds["100"] <= 6 / 1000
+    assert seconds["2"] > 0.2
+
+
 def test_sizes_that_come_again_are_compiled_again_where_there_is_no_room():
     assert compiling._compiled([32, 64, 32, 64, 32], 2) == (2, 0)
     assert compiling._compiled([32, 64, 32, 64, 32], 1) == (2, 3)

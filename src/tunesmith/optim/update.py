@@ -111,7 +111,11 @@ class Update:
         """By the kernel of the update where it can, which spares reading and writing every gradient once more."""
         tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
         if row.divides(optimizer) and not self._narrow.leaves:
-            scale = torch.tensor(divisor, device=tensors[0].device) if divisor != 1 and tensors else None
+            scale = (
+                torch.tensor(divisor, dtype=torch.float32, device=tensors[0].device)
+                if divisor != 1 and tensors
+                else None
+            )
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
         elif divisor != 1:
             for tensor in tensors:

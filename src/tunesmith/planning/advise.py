@@ -52,7 +52,7 @@ TEXT_STEP_TOKENS = 4096
 """Learnt tokens of an update for task text."""
 OPERATIONS = 6
 """Of a step for each weight and token, forward and backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-OPERATIONS_PER_SECOND = {"cpu": 1e11}
+OPERATIONS_PER_SECOND = {"cpu": 1e11, "mps": 2e12}
 """About what is reached where there are few, so that a guess of a step's time is rather too long."""
 SAFE_SECONDS = 30.0
 """Of training that a crash may cost: to save more often costs a small model more than its steps."""

@@ -73,8 +73,10 @@ def in_bfloat16(
     a_step = sum(map(len, passes)) / len(passes)
     every_length = of_attention(MANY_STEPS)
     anew = attention if every_length > most / 2 else min(attention, every_length / (a_step * steps))
-    new, again = _compiled([size for some in sizes for size in some], int(most / max(1, matrices + anew)))
-    products = matrices * (new / steps + again / len(passes)) + anew * a_step
+    room = int(most / max(1, matrices + anew))
+    new, again = _compiled([size for some in sizes for size in some], room)
+    # Sizes that are not kept are met for the first time again and again, also behind the steps that were looked at.
+    products = matrices * (new / (steps if new <= room else len(passes)) + again / len(passes)) + anew * a_step
     return Compiling(kept(MANY_STEPS), products * COMPILE_SECONDS, later=kept(MANY_STEPS) - kept(FEW_STEPS))
 
 
