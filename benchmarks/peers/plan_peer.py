@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.measure import evaluate
-from tunesmith.evaluation.row_lines import looked_through
 from tunesmith.forecasting import foresee, plan_of
 from tunesmith.loop import training_steps
+from tunesmith.planning.counting import seen_rows
 from tunesmith.preparing import prepare
 from tunesmith.probing.correcting import corrected
 from tunesmith.probing.process import probe
@@ -98,8 +98,7 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     assert setup.forecast.duration is not None
     plan = setup.plan
     events = list(training_steps(setup))
-    seen = looked_through(setup.rows.store, setup.rows.train_rows, known(setup.recipe.evaluation.surprising))
-    for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen)):
+    for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen_rows(setup.recipe, setup.rows))):
         tokens = known(setup.recipe.train.tokens_per_pass)
         evaluate(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
     later = events[1:]

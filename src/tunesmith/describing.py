@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tunesmith import __version__
+from tunesmith.data.filling import filling_share
 from tunesmith.data.labels import count_classes
 from tunesmith.forecasting import Foreseen, plan_of
 from tunesmith.optim import OPTIMIZERS
@@ -51,7 +52,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "rows_per_step": plan.rows_per_step,
         "tokens_per_pass": plan.tokens_per_pass,
         "layout": plan.layout,
-        "padding": round(plan.padding(), 4),
+        "padding": round(filling_share(plan) if setup.feed.fills else plan.padding(), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),

@@ -14,6 +14,7 @@ BUSY = 1
 """Other threads that run or want to, at every look, from which on the machine has other work."""
 LOOKS = 5
 KEPT_FREE = str(2**30)
+"""Bytes of freed memory at the end of the heap."""
 NAMES = (
     "GOMP_SPINCOUNT",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",

@@ -151,7 +151,7 @@ def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens
 
 def _general_tokens(recipe: Recipe, start: Start) -> int:
     """Of the general text, where it is measured."""
-    speaks = start.head == "next_token" and start.kind == "causal" and start.size.max_tokens >= general.ROOM_TO_SPEAK
+    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
     if not (recipe.evaluation.general and speaks):
         return 0
     return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))

@@ -16,7 +16,7 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
-from tunesmith.evaluation.general import ROOM_TO_SPEAK
+from tunesmith.evaluation.general import speaks
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
 from tunesmith.forecasting import Foreseen, OnProgress, feeds, foresee, plan_of
 from tunesmith.loading import has_token_types
@@ -82,7 +82,7 @@ class Setup:
     @property
     def speaks(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
-        return self.head == "next_token" and self.plan.layout != "encoder_decoder" and self.room >= ROOM_TO_SPEAK
+        return speaks(self.head, is_causal=self.plan.layout != "encoder_decoder", room=self.room)
 
     def save_result(self, folder: Path) -> None:
         """What was tuned, as it is used later."""

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.data.filling import WHOLE, fill, filled, fills
+from tunesmith.data.batch import Plan
+from tunesmith.data.filling import WHOLE, fill, filled, filling_share, fills
 from tunesmith.data.sharing import share
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets
@@ -88,6 +89,13 @@ def test_noise_is_on_rows_and_not_on_what_is_filled_up():
     assert drawn_BTD.shape == (1, WHOLE, 4)
     assert drawn_BTD[0, :12].ne(0).all()
     assert drawn_BTD[0, 12:].eq(0).all()
+
+
+def test_a_plan_tells_how_much_fills_up():
+    lengths = np.full(8, 20, np.int32)
+    some = {"rows_per_step": 2, "tokens_per_pass": 64, "layout": "ragged", "seed": 0}
+    plan = Plan(rows_I=np.arange(8), weights_I=np.ones(8), lengths_I=lengths, **some)
+    assert filling_share(plan) == pytest.approx(1 - 40 / 64)
 
 
 def test_only_ragged_passes_whose_products_are_compiled_are_filled():

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
+from tunesmith.data.batch import Plan
 from tunesmith.types import Batch, Layout
 
 WHOLE = 32
@@ -25,6 +26,13 @@ def fills(layout: Layout, *, device: str, precision: str) -> bool:
 def filled(num_tokens: int) -> int:
     """Tokens of a pass once it is filled."""
     return -(-num_tokens // WHOLE) * WHOLE
+
+
+def filling_share(plan: Plan, most_steps: int = 64) -> float:
+    """Of the places computed in the first steps of a run, where passes are filled."""
+    steps = range(1, min(most_steps, plan.steps_per_epoch) + 1)
+    sizes = [plan.computed(rows, plan.lengths_of(rows)) for step in steps for rows in plan.step(step)]
+    return 1.0 - sum(sizes) / sum(map(filled, sizes))
 
 
 def fill(batch: Batch) -> Batch:

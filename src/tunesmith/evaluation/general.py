@@ -26,7 +26,7 @@ from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Interval, intervals
 from tunesmith.generation import Sampling, answer
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Batch, Layout, Part, Row, Source, Task, TaskName
+from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task, TaskName
 
 MAX_TOKENS = 256
 """Of a row of general text."""
@@ -55,6 +55,11 @@ GENERAL_INSTRUCTIONS: tuple[str, ...] = (
     "Write a polite one-sentence reply to an invitation that you cannot accept.",
 )
 """Facts, arithmetic, rewriting, lists, an explanation, a trick question, code and manners."""
+
+
+def speaks(head: HeadName, *, is_causal: bool, room: int) -> bool:
+    """Whether a model goes on with text in so many positions, so that its general ability can be asked for."""
+    return head == "next_token" and is_causal and room >= ROOM_TO_SPEAK
 
 
 def passages() -> list[str]:

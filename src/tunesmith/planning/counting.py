@@ -30,6 +30,11 @@ def amount(store: RowStore, rows_I: NDArray[np.int64]) -> Amount:
     return Amount(int(store.lengths[rows_I].sum()), int(store.denominators[rows_I].sum()))
 
 
+def seen_rows(recipe: Recipe, rows: Rows) -> NDArray[np.int64]:
+    """The training rows that are looked through at the end."""
+    return looked_through(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
+
+
 def evaluations(recipe: Recipe, steps: int) -> int:
     """Of held-out rows: before, after, and on the way."""
     every = recipe.evaluation.every
@@ -54,12 +59,11 @@ def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> in
 
 def counts(recipe: Recipe, rows: Rows, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
     """Of a run of so many steps. `general_tokens`: of the general text; 0 where it is not measured."""
-    seen = looked_through(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
     return {
         "starting": 1,
         "training": steps,
         "held_out": evaluations(recipe, steps) * amount(rows.held_store, rows.held_rows).tokens,
-        "surprising": amount(rows.store, seen).tokens,
+        "surprising": amount(rows.store, seen_rows(recipe, rows)).tokens,
         "general": 2 * general_tokens,
         "answering": words(recipe, rows, head, is_general=general_tokens > 0),
         "saving": saves(recipe, steps),

@@ -9,12 +9,11 @@ from typing import Any
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.rows import Rows
-from tunesmith.evaluation.row_lines import looked_through
 from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
-from tunesmith.planning.counting import amount, counts
+from tunesmith.planning.counting import amount, counts, seen_rows
 from tunesmith.planning.devices import Device
 from tunesmith.planning.duration import (
     WRITTEN,
@@ -209,12 +208,11 @@ class Forecaster:
     def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Looked | None:
         """The pass of the most targets over held-out rows and those that are looked through at the end; None where
         nothing is looked at."""
-        rows, most = self.rows, known(recipe.evaluation.surprising)
-        tokens = known(recipe.train.tokens_per_pass)
-        seen = looked_through(rows.store, rows.train_rows, most)
+        rows, tokens = self.rows, known(recipe.train.tokens_per_pass)
+        looks = (rows.held_store, rows.held_rows, True), (rows.store, seen_rows(recipe, rows), False)
         found = [
             (store, heaviest_looked(store, [int(i) for i in rows_I], tokens_per_pass=tokens, layout=layout), is_held)
-            for store, rows_I, is_held in ((rows.held_store, rows.held_rows, True), (rows.store, seen, False))
+            for store, rows_I, is_held in looks
             if len(rows_I)
         ]
         if not found:
@@ -275,9 +273,7 @@ class Forecaster:
     def _looks(self, recipe: Recipe, look: Looking) -> dict[Kind, float]:
         """Seconds of a token of all that is looked at; of the general text nearly every token is a target."""
         held = amount(self.rows.held_store, self.rows.held_rows)
-        seen = amount(
-            self.rows.store, looked_through(self.rows.store, self.rows.train_rows, known(recipe.evaluation.surprising))
-        )
+        seen = amount(self.rows.store, seen_rows(recipe, self.rows))
         return {
             "held_out": look.price(held.targets, held.tokens),
             "surprising": look.price(seen.targets, seen.tokens),

@@ -22,19 +22,17 @@ from tunesmith.describing import length_histogram, peak_memory_bytes
 from tunesmith.evaluation.general import general_rows, text_batches
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.report import rehearse
-from tunesmith.evaluation.row_lines import looked_through
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.forecasting import OnProgress
 from tunesmith.generation import Sampling, answer
 from tunesmith.loop import training_steps
 from tunesmith.methods import carried
 from tunesmith.models.modes import evaluating
-from tunesmith.planning.counting import Amount, amount
+from tunesmith.planning.counting import Amount, amount, seen_rows
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.heaviest import heaviest, heaviest_looked
 from tunesmith.preparing import Setup
 from tunesmith.probing.found import Timed
-from tunesmith.recipe.knobs import known
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
@@ -128,7 +126,7 @@ def _held_out(setup: Setup) -> dict[str, Any]:
 
 
 def _surprising(setup: Setup) -> dict[str, Any]:
-    rows = looked_through(setup.rows.store, setup.rows.train_rows, known(setup.recipe.evaluation.surprising))
+    rows = seen_rows(setup.recipe, setup.rows)
     return {"surprising": asdict(_looks(setup, setup.feed, rows))} if len(rows) else {}
 
 
