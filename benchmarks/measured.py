@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +41,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def run_child(words: Sequence[str], *, log: Path) -> Child:
-    """Run a command to its end, with the package of this checkout; what it prints goes to `log`."""
+def median_seconds(way: Callable[[], object], rounds: int = 9) -> float:
+    """Of one call, after a first that may compile."""
+    way()
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        way()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def run_child(words: Sequence[str], *, log: Path, settings: Mapping[str, str] | None = None) -> Child:
+    """Run a command to its end, with the package of this checkout and `settings` in its environment; what it prints
+    goes to `log`."""
     load = os.getloadavg()[0]
     with open(log, "wb") as file:
         begun = time.perf_counter()
@@ -50,7 +63,7 @@ def run_child(words: Sequence[str], *, log: Path) -> Child:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env={**environment(), **(settings or {})},
         )
         try:
             # wait4 and not wait: it alone tells the memory of this child, whatever ran before it.

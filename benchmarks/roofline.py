@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.measured import machine
+from benchmarks.measured import machine, median_seconds
 from benchmarks.train import OURS, Turn
 from benchmarks.train_page import read_turns
 
@@ -57,17 +56,7 @@ def _product(size: int, out: int, tokens: int, *, weights: bool) -> float:
     ways: list[Callable[[], Tensor]] = [lambda: x @ weight.t(), lambda: dy @ weight]
     if weights:
         ways.append(lambda: dy.t() @ x)
-    return sum(_median_seconds(way) for way in ways)
-
-
-def _median_seconds(way: Callable[[], Any], rounds: int = 9) -> float:
-    way()
-    seconds = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        way()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+    return sum(median_seconds(way) for way in ways)
 
 
 def rates(turns: Sequence[Turn]) -> dict[str, list[float]]:

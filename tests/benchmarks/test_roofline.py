@@ -24,7 +24,7 @@ def test_every_layer_but_the_head_is_counted() -> None:
 def test_floor_is_forward_inputs_and_what_is_trained(
     method: str, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roofline, "_median_seconds", lambda way: 1.0)
+    monkeypatch.setattr(roofline, "median_seconds", lambda way: 1.0)
     shapes = Counter({(8, 4): 2})  # full: two layers and the head, each with three products
     # LoRA: two products of each and of the head, and three of A and of B beside the two layers.
     assert roofline.floor_seconds(shapes, (8, 9), tokens=5, targets=2, method=method, rank=3) == products
