@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,15 +263,16 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     num_bytes = 8 + len(head) + end
-    with writing(path, num_bytes=num_bytes) as file:
+    with writing(path, num_bytes=num_bytes) as file, ThreadPoolExecutor(1) as beside:
         for block in (len(head).to_bytes(8, "little"), head):
             digest.update(block)
             file.write(block)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             content = flat.view(torch.uint8).numpy().data
-            digest.update(content)
+            hashing = beside.submit(digest.update, content)  # both take as long, and neither holds Python's lock
             file.write(content)
+            hashing.result()
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 

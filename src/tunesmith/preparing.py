@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.attaching import attach
+from tunesmith.beside import Beside
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
@@ -107,6 +109,7 @@ def prepare(
     seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
+    hashes = Beside(partial(load.fingerprint, start.located))
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
     attachment = attach(recipe, model, head=start.head, store=rows.store)
@@ -145,7 +148,7 @@ def prepare(
         device=recipe.device,
         samples=samples,
         forecast=seen.forecast,
-        identity=_identity(recipe, rows, start.renderer, start.located),
+        identity=_identity(recipe, rows, start.renderer, hashes.result()),
     )
 
 
@@ -212,9 +215,9 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
     return "padded", [note]
 
 
-def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, located: locate.Located) -> dict[str, str]:
+def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
     settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
-    model = {f"model {name}": digest for name, digest in load.fingerprint(located).items()}
+    model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
     data = {f"data {path}": digest for path, digest in hashes.items()}
     return {**settings, **model, **data, "tokenizer and template": renderer.fingerprint, "rows": rows.store.key}

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tunesmith import checkpoint
+from tunesmith.beside import Beside
 from tunesmith.describing import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
@@ -148,8 +150,11 @@ def _drive(session: Session, *, fresh: bool) -> None:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", plan_values(setup), plan_timing(setup))
             look(session, "before")
-            _save(session)
-            _rehearse_result(setup, run)
+            rehearsal = Beside(partial(_rehearse_result, setup, run))  # which reads what is saved, and writes elsewhere
+            try:
+                _save(session)
+            finally:
+                rehearsal.result()
         _take_steps(session)
         _keep_best(session)
         look(session, "after")

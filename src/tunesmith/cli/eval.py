@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
 
 if TYPE_CHECKING:
@@ -74,8 +75,10 @@ def measured(
     from tunesmith.cli.output import console
     from tunesmith.cli.progress import phases
     from tunesmith.cli.text import visible
-    from tunesmith.loading import load_target
-    from tunesmith.predicting.measuring import evaluate_file
+
+    with importing():
+        from tunesmith.loading import load_target
+        from tunesmith.predicting.measuring import evaluate_file
 
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:

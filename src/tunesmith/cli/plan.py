@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
     Data,
     Eval,
@@ -80,9 +81,10 @@ def _foresee(
     from tunesmith.cli.progress import phases
 
     with phases(console(stderr=True), PHASES) as tick:
-        from tunesmith.describing import foreseen_values
-        from tunesmith.forecasting import foresee
-        from tunesmith.planning.devices import named
+        with importing():
+            from tunesmith.describing import foreseen_values
+            from tunesmith.forecasting import foresee
+            from tunesmith.planning.devices import named
 
         card = named(device) if device else None
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
 from tunesmith.errors import InputError, Stopped
 
@@ -78,8 +79,9 @@ def predict(
 def _predictor(
     target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
 ) -> Predictor:
-    from tunesmith.loading import load_target
-    from tunesmith.predicting.predictor import Predictor
+    with importing():
+        from tunesmith.loading import load_target
+        from tunesmith.predicting.predictor import Predictor
 
     speaker = load_target(target, **asked)
     if speaker.note:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, Settings, remember_json
 
 
@@ -30,6 +31,6 @@ def resume(
 
     found = Run.open(run, root)
     with watched(as_json=as_json, quiet=quiet, earlier=found.events()) as watch:
-        from tunesmith import training
-
+        with importing():
+            from tunesmith import training
         watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
     Data,
     Eval,
@@ -66,9 +67,11 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     from tunesmith.cli.running import watched
 
     with watched(as_json=as_json, quiet=quiet) as watch:
-        from tunesmith import training
-        from tunesmith.export.planned import check_planned
+        with importing():
+            from tunesmith import training
+        if recipe.export.to:
+            from tunesmith.export.planned import check_planned
 
-        for note in check_planned(recipe, root=root, offline=offline):
-            watch.note(note)
+            for note in check_planned(recipe, root=root, offline=offline):
+                watch.note(note)
         watch.done(training.train(recipe, root=root, out=out, offline=offline, listener=watch.listener()))

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tunesmith.models.shapes import is_fake
+
 
 class Masters:
     """The float32 side of named parameters, in the order given."""
@@ -37,7 +39,7 @@ class Masters:
                 self.trained[name] = parameter
                 continue
             master = parameter.detach().float()
-            if spread is not None:
+            if spread is not None and not is_fake(master):
                 device = master.device
                 spread_in_cells(master, draws.setdefault(device, torch.Generator(device).manual_seed(spread)))
             master.requires_grad_(True)

@@ -90,7 +90,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located:
     A chat template that was given by file is written beside them, and takes the place of any other.
     """
     source = None if located.is_gguf else load_tokenizer(located, None)
-    if source is None or _contents(source) != _contents(tokenizer):
+    if source is None or not _same(source, tokenizer):
         with quiet():
             tokenizer.save_pretrained(folder)
         return
@@ -103,11 +103,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located:
         _write_template(tokenizer.chat_template, folder)
 
 
-def _contents(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """What makes the tokens of a text, but not how a caller had batches cut or padded."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["truncation"], backend["padding"]
-    return backend, tokenizer.special_tokens_map, tokenizer.model_max_length
+def _same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether what makes the tokens of a text is alike, but not how a caller had batches cut or padded."""
+    if (one.special_tokens_map, one.model_max_length) != (other.special_tokens_map, other.model_max_length):
+        return False
+    texts = [tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other)]
+    return texts[0] == texts[1] or _contents(texts[0]) == _contents(texts[1])  # megabytes are rarely to be read
+
+
+def _contents(backend: str) -> dict[str, Any]:
+    contents: dict[str, Any] = json.loads(backend)
+    del contents["truncation"], contents["padding"]
+    return contents
 
 
 def _write_template(template: Any, folder: Path) -> None:
