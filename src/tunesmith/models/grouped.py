@@ -37,8 +37,8 @@ from tunesmith.models import dropping
 LONGEST = 256
 """Keys of a row up to which this beats torch's kernel on CPU, in bfloat16."""
 WIDE = 32
-"""Keys of rows up to which it computes in float32, which is as fast there and compiles nothing: blocks of short rows
-have new shapes in every pass."""
+"""Keys of the longest row of a pass up to which it computes in float32, which is as fast there and compiles nothing:
+blocks of short rows have new shapes in every pass. One longer row, and the whole pass computes in its own precision."""
 LONGEST_DROPPED = 1024
 """The same with dropout, which that kernel has not, so that torch takes some twenty operations for it."""
 ALIKE, FEW = 0.75, 16
@@ -104,8 +104,8 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Sequence[Row], *, num_heads: int, num_groups: int, causal: bool, like: Tensor) -> Layout:
-        """`like` has the device of the scores, and their precision, but where all rows are short. All rows that are not
-        causal have as many keys as queries."""
+        """`like` has the device of the scores, and their precision, but where all rows of the pass are short. All rows
+        that are not causal have as many keys as queries."""
         if max(keys for _, keys in rows) <= WIDE:
             like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         starts_2S = np.cumsum([(0, 0), *rows[:-1]], axis=0).T
