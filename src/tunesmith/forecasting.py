@@ -124,7 +124,7 @@ def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens
         head=start.head,
         rows=rows,
         feeds=lambda recipe, model, plan: feeds(
-            recipe, start, rows, model, plan, device="cpu", ask=lambda model, rows: None
+            recipe, start, rows, model, plan, device="cpu", on=device.kind, ask=lambda model, rows: None
         )[:2],
         plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
         device=device,
@@ -200,13 +200,14 @@ def _places(root: Path, run: Run | None) -> Places:
 
 
 def feeds(
-    recipe: Recipe, start: Start, rows: Rows, model: Any, plan: Plan, *, device: str, ask: Ask
+    recipe: Recipe, start: Start, rows: Rows, model: Any, plan: Plan, *, device: str, on: str, ask: Ask
 ) -> tuple[Feed, Feed, list[Choice]]:
     """The passes of training rows and of held-out rows, and what was decided of them.
 
     Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
-    whole, as whoever measures the result again will. `ask`: whether the model answers otherwise where rows share what
-    they begin with.
+    whole, as whoever measures the result again will. `device`: where their tensors are; `on`: the kind of device that
+    is to compute them, of which a plan for another machine has none here. `ask`: whether the model answers otherwise
+    where rows share what they begin with.
     """
     tokenizer = start.renderer.tokenizer
     masks = start.head == "masked_token"
@@ -224,7 +225,7 @@ def feeds(
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
             has_types=has_types,
             shares=shares,
-            fills=fills(plan.layout, device=recipe.device, precision=known(recipe.precision)),
+            fills=fills(plan.layout, device=on, precision=known(recipe.precision)),
         )
 
     shares = any(choice.value for choice in choices)

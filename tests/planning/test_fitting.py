@@ -15,6 +15,7 @@ from tunesmith.planning.devices import Device, named
 from tunesmith.planning.forecast import Disk, Forecast
 from tunesmith.planning.heaviest import Heavy, heaviest
 from tunesmith.planning.memory import Memory
+from tunesmith.planning.sketch import Sketch
 from tunesmith.planning.work import Work
 from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe, known
@@ -168,6 +169,21 @@ def test_a_plan_for_another_machine_takes_its_room(tmp_path):
     assert (seen.forecast.device.name, seen.forecast.device.room) == ("H100-80G", 80 * 10**9)
     assert seen.recipe.precision == "bfloat16"
     assert seen.forecast.memory.runtime >= devices.CUDA_CONTEXT
+
+
+@pytest.mark.parametrize(("device", "are_filled"), [(None, True), (named("H100"), False)])
+def test_a_plan_fills_passes_up_where_the_device_that_is_asked_about_does(tmp_path, monkeypatch, device, are_filled):
+    fillings = []
+
+    def step_pass(sketch, batch, **how):
+        fillings.append(batch.filling)
+        return own(sketch, batch, **how)
+
+    own = Sketch.step_pass
+    monkeypatch.setattr(Sketch, "step_pass", step_pass)
+    foresee(tiny_recipe(tmp_path, device="cpu", precision="bfloat16"), root=tmp_path, device=device)
+    assert fillings
+    assert any(fillings) is are_filled
 
 
 def test_cards_are_named_or_known_by_their_memory_alone():
