@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -74,6 +75,26 @@ def test_the_package_is_as_it_was_behind_the_block():
     own = [getattr(gguf, name) for name in NAMES]
     with read_once(), read_once():
         assert [getattr(gguf, name) for name in NAMES] != own
+    assert [getattr(gguf, name) for name in NAMES] == own
+
+
+def test_a_second_thread_waits_until_the_first_has_put_the_package_right():
+    own = [getattr(gguf, name) for name in NAMES]
+    found = []
+
+    def second() -> None:
+        with read_once():
+            found.append([getattr(gguf, name) for name in NAMES])
+
+    thread = threading.Thread(target=second)
+    with read_once():
+        inside = [getattr(gguf, name) for name in NAMES]
+        thread.start()
+        thread.join(0.2)
+        assert not found
+        assert [getattr(gguf, name) for name in NAMES] == inside
+    thread.join(10)
+    assert len(found) == 1
     assert [getattr(gguf, name) for name in NAMES] == own
 
 
