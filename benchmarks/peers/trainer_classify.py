@@ -105,10 +105,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     trainer.save_model()
-    logits_IC = trainer.predict(test_rows).predictions
+    arguments.train_sampling_strategy = "random"  # by length it would answer test rows in an order of their lengths
+    answered = trainer.predict(test_rows)
+    if answered.label_ids.tolist() != [row["labels"] for row in test_rows.rows]:
+        raise ValueError("the Trainer answered the test rows in another order than the file's")
     epoch = [min(job["rows_per_step"], len(train_rows) - i) for i in range(0, len(train_rows), job["rows_per_step"])]
     return {
-        "predicted": [labels[i] for i in logits_IC.argmax(-1).tolist()],
+        "predicted": [labels[i] for i in answered.predictions.argmax(-1).tolist()],  # [I, C]
         "begun": clock.begun,
         "step_ends": clock.step_ends,
         "facts": {"precision": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_both_sides_train_and_are_scored_on_the_same_rows(
     assert out.read_text("utf-8") in capsys.readouterr().out
     assert "Trainer, as shipped: `precision=float32`" in out.read_text("utf-8")
     assert str(tmp_path) not in out.read_text("utf-8")
+
+
+def test_trainer_answers_in_the_order_of_the_file_though_it_trains_by_length(tmp_path: Path) -> None:
+    from benchmarks.peers.trainer_classify import train
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = written(tmp_path / "a.csv", [(f"{FRUIT[i % 3]} {x}", FRUIT[i % 3]) for i, x in enumerate(texts(60))])
+    settings = Settings(str(encoder_folder(tmp_path / "m")), rows, rows, 12, 8, 3e-3, 0.05, 0.0, 64)
+    folder = str(tmp_path / "job")
+    arguments = {**PEERS["Trainer, tuned"], "bf16": False}  # so that nothing is rounded to another class
+    answer = train({**asdict(settings), "seed": 0, "folder": folder, "arguments": arguments})
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    each_alone = [
+        model.config.id2label[int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())]
+        for row in read_rows(rows)
+    ]
+    assert answer["predicted"] == each_alone
+    assert len(set(each_alone)) > 1, "any order of these is right"
 
 
 @pytest.mark.slow
