@@ -29,6 +29,7 @@ from tunesmith.models import attention, load, locate
 from tunesmith.models.agreement import encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
+from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
@@ -118,6 +119,8 @@ def prepare(
     output = None
     if recipe.kernels == "fast":
         compute_together(model)
+        if layout == "ragged":
+            use_fast_layers(model)
         output = None if isinstance(attachment, PeftAttachment) else find_output(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)

@@ -17,7 +17,6 @@ matrix, adapters that are switched off. This is asked at every call, so layers m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.models.activations import ACTIVATIONS, Activation
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input, in the order in which models call them."""
@@ -163,27 +163,7 @@ def _of_b(low_TR: Tensor, g_TO: Tensor, scale: float) -> Tensor:
     return (low_TR.t() @ g_TO).mul_(scale).t()
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """Of the gate: its value, and the gradient before it from that behind it."""
-
-    value: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu(approximate: str) -> Activation:
-    return Activation(
-        partial(F.gelu, approximate=approximate),
-        lambda grad, g: torch.ops.aten.gelu_backward(grad, g, approximate=approximate),
-    )
-
-
 Agrees = Callable[[nn.Module, Activation], bool]
-ACTIVATIONS = (
-    Activation(F.silu, torch.ops.aten.silu_backward),
-    _gelu("tanh"),
-    _gelu("none"),
-)
 
 
 def _whole(layers: Sequence[Any]) -> list[LoraLinear] | None:

@@ -35,11 +35,20 @@ def kept(like: Tensor, p: float) -> tuple[Tensor, float]:
 
     Drawn from torch's generator of the processor.
     """
-    dropped = min(max(round(p * LEVELS), 1), LEVELS - 1)
+    dropped = _dropped_levels(p)
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     bits = draws.view(torch.int16)[: like.numel()].view(like.shape)
     mask = torch.ge(bits, dropped - LEVELS // 2, out=torch.empty(like.shape, dtype=like.dtype))
-    return mask, 1 - dropped / LEVELS
+    return mask, share(p)
+
+
+def share(p: float) -> float:
+    """What `kept` keeps."""
+    return 1 - _dropped_levels(p) / LEVELS
+
+
+def _dropped_levels(p: float) -> int:
+    return min(max(round(p * LEVELS), 1), LEVELS - 1)
 
 
 def _forward(layer: nn.Dropout, x: Tensor) -> Tensor:

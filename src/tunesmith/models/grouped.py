@@ -133,6 +133,11 @@ class Layout:
         arrays = (index_q, _first_places(index_q), index_k, _first_places(index_k), np.flatnonzero(spare))
         return cls(tuple(blocks), *(torch.from_numpy(array).to(like.device) for array in arrays))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the scores, and of what is multiplied."""
+        return self.blocks[0].bias.dtype
+
     def parts(self, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
         """Of each block the block, and its part of every tensor: [N, Q, D] of queries, [N, K, D] of keys."""
         query, key = 0, 0
@@ -178,56 +183,89 @@ class _Grouped(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float
     ) -> Tensor:
         num_heads, num_tokens, size = query.shape[1:]
-        wide = layout.blocks[0].bias.dtype
-        q = _lines(query).index_select(0, layout.query_index).to(wide)
-        k, v = (_lines(tensor).index_select(0, layout.key_index).to(wide) for tensor in (key, value))
-        out = torch.empty_like(q)
-        weights, kept, share = [], [], 1.0
-        for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
-            scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
-            p_NQK = torch.softmax(scores_NQK, -1)
-            weights.append(p_NQK)
-            if dropout:
-                mask_NQK, share = dropping.kept(p_NQK, dropout)
-                kept.append(mask_NQK)
-                p_NQK = p_NQK * mask_NQK
-            torch.bmm(p_NQK, v_NKD, out=out_NQD)
-        if dropout:
-            out.mul_(1 / share)
-        ctx.save_for_backward(q, k, v, *weights, *kept)
-        ctx.num_blocks, ctx.share = len(weights), share
-        ctx.layout, ctx.scale, ctx.num_heads, ctx.num_groups = layout, scale, num_heads, key.shape[1]
+        q = _lines(query).index_select(0, layout.query_index).to(layout.dtype)
+        k, v = (_lines(tensor).index_select(0, layout.key_index).to(layout.dtype) for tensor in (key, value))
+        out, kept = multiply((q, k, v), layout, scale=scale, dropout=dropout)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
+        ctx.num_heads, ctx.num_groups = num_heads, key.shape[1]
         return out.to(query.dtype).index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_1THD: Tensor) -> Any:
         layout: Layout = ctx.layout
-        q, k, v, *saved = ctx.saved_tensors
-        weights = saved[: ctx.num_blocks]
-        kept = saved[ctx.num_blocks :] or [None] * ctx.num_blocks
-        g = grad_1THD.reshape(-1, grad_1THD.shape[-1]).index_select(0, layout.query_index).to(q.dtype)
-        if len(layout.filled):
-            g.index_fill_(0, layout.filled, 0)
-        if len(saved) > ctx.num_blocks:
-            g.mul_(1 / ctx.share)
-        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        parts = layout.parts((q, g, gq), (k, v, gk, gv))
-        for part, p_NQK, m_NQK in zip(parts, weights, kept, strict=True):
-            _, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD = part
-            used_NQK = p_NQK if m_NQK is None else p_NQK * m_NQK
-            torch.bmm(used_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
-            gp_NQK = torch.bmm(g_NQD, v_NKD.transpose(1, 2))
-            if m_NQK is not None:
-                gp_NQK.mul_(m_NQK)
-            gs_NQK = torch.ops.aten._softmax_backward_data(gp_NQK, p_NQK, -1, p_NQK.dtype)
-            torch.bmm(gs_NQK, k_NKD, out=gq_NQD)
-            torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
+        q, k, v, *kept = ctx.saved_tensors
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        lines = grad_1THD.reshape(-1, grad_1THD.shape[-1])
+        multiply_backward(lines, (q, k, v), grads, kept, layout, scale=ctx.scale, dropout=ctx.dropout)
         places = layout.query_place, layout.key_place, layout.key_place
-        gq, gk, gv = (grad.index_select(0, place) for grad, place in zip((gq, gk, gv), places, strict=True))
-        gq, gk, gv = (grad.to(grad_1THD.dtype) for grad in (gq.mul_(ctx.scale), gk.mul_(ctx.scale), gv))
+        gq, gk, gv = (
+            grad.index_select(0, place).to(grad_1THD.dtype) for grad, place in zip(grads, places, strict=True)
+        )
         heads = ctx.num_heads, ctx.num_groups, ctx.num_groups
         return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None, None
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+"""Lines of queries, keys and values, or their gradients, as they stand in the blocks."""
+
+
+def multiply(lines: Three, layout: Layout, *, scale: float, dropout: float) -> tuple[Tensor, list[Tensor]]:
+    """O in the lines of the queries, and what its backward needs: of each block P, and with dropout of each M."""
+    q, k, v = lines
+    out = torch.empty_like(q)
+    weights, masks = [], []
+    for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
+        scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
+        p_NQK = torch.softmax(scores_NQK, -1)
+        weights.append(p_NQK)
+        if dropout:
+            mask_NQK, _ = dropping.kept(p_NQK, dropout)
+            masks.append(mask_NQK)
+            p_NQK = p_NQK * mask_NQK
+        torch.bmm(p_NQK, v_NKD, out=out_NQD)
+    if dropout:
+        out.mul_(1 / dropping.share(dropout))
+    return out, [*weights, *masks]
+
+
+def multiply_backward(
+    grad: Tensor, lines: Three, grads: Three, kept: Sequence[Tensor], layout: Layout, *, scale: float, dropout: float
+) -> None:
+    """Fills `grads` with those of `lines`; `grad` [T × H, D] is that of each query's answer, head by head."""
+    q, k, v = lines
+    gq, gk, gv = grads
+    num = len(layout.blocks)
+    weights = kept[:num]
+    masks: Sequence[Tensor | None] = kept[num:] or [None] * num
+    g = grad.index_select(0, layout.query_index).to(q.dtype)
+    if len(layout.filled):
+        g.index_fill_(0, layout.filled, 0)
+    if dropout:
+        g.mul_(1 / dropping.share(dropout))
+    for part, p_NQK, m_NQK in zip(layout.parts((q, g, gq), (k, v, gk, gv)), weights, masks, strict=True):
+        _, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD = part
+        used_NQK = p_NQK if m_NQK is None else p_NQK * m_NQK
+        torch.bmm(used_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
+        gp_NQK = torch.bmm(g_NQD, v_NKD.transpose(1, 2))
+        if m_NQK is not None:
+            gp_NQK.mul_(m_NQK)
+        gs_NQK = _softmax_backward(gp_NQK, p_NQK)
+        torch.bmm(gs_NQK, k_NKD, out=gq_NQD)
+        torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
+    gq.mul_(scale)
+    gk.mul_(scale)
+
+
+def _softmax_backward(grad_NQK: Tensor, p_NQK: Tensor) -> Tensor:
+    """In float32 at least where lines are shorter than a vector of bfloat16, whose numbers torch then takes singly."""
+    dtype = p_NQK.dtype
+    if p_NQK.shape[-1] < WIDE:
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_NQK, p_NQK = grad_NQK.to(wide), p_NQK.to(wide)
+    found: Tensor = torch.ops.aten._softmax_backward_data(grad_NQK, p_NQK, -1, p_NQK.dtype)
+    return found.to(dtype)
 
 
 def _lines(tensor_1HTD: Tensor) -> Tensor:

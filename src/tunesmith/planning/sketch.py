@@ -20,9 +20,11 @@ from tunesmith.attaching import attach
 from tunesmith.data.store import RowStore
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods.targets import inner_linears
-from tunesmith.methods.together import Activation, compute_together
+from tunesmith.methods.together import compute_together
+from tunesmith.models.activations import Activation
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.locate import Located
 from tunesmith.models.output import named_output
 from tunesmith.models.quiet import quiet
@@ -87,7 +89,11 @@ class Sketch:
             saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
             self.attachment: Attachment = attach(recipe, self.model, head=head, store=store)
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
-                compute_together(self.model, agrees=_acts_alike)
+                compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
+            if not self._plain:
+                use_fast_layers(
+                    self.model, agrees=lambda layer, names, activation: _alike(names.act(layer), activation)
+                )
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = named_output(self.model) if knows_output else None
             self._loss = bind(known(recipe.task), labels, recipe.loss, output)
@@ -176,11 +182,11 @@ class Sketch:
                 hook.remove()
 
 
-def _acts_alike(mlp: nn.Module, activation: Activation) -> bool:
-    """Whether an MLP without numbers has this activation; the rest of it is known by its names."""
+def _alike(function: Any, activation: Activation) -> bool:
+    """Whether a layer without numbers has this activation; the rest of it is known by its names."""
     with unset_fake_temporarily():
         points = torch.linspace(-4.0, 4.0, 33)
-        return torch.allclose(mlp.act_fn(points), activation.value(points))  # type: ignore[operator]
+        return torch.allclose(function(points), activation.value(points))
 
 
 @contextmanager

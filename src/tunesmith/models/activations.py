@@ -1,0 +1,34 @@
+"""Activations as functions with their gradients, for nodes of the graph that are written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Of the gate: its value, and the gradient before it from that behind it."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        partial(F.gelu, approximate=approximate),
+        lambda grad, g: torch.ops.aten.gelu_backward(grad, g, approximate=approximate),
+    )
+
+
+ACTIVATIONS = (
+    Activation(F.silu, torch.ops.aten.silu_backward),
+    _gelu("tanh"),
+    _gelu("none"),
+    Activation(F.relu, lambda grad, g: torch.ops.aten.threshold_backward(grad, g, 0)),
+)
