@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,10 @@ from tunesmith.recipe.knobs import Optim, known
 from tunesmith.types import Choice
 
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})
+LARGE = 1 << 16
+"""A gradient from which on a call of its own costs nothing: below, torch's norm of many tensors is the faster."""
+PIECE = 1 << 20
+"""Squares that are added up in float32; those sums in float64."""
 
 
 def decays(name: str, tensor: Tensor) -> bool:
@@ -25,9 +30,17 @@ def decays(name: str, tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def gradient_norm(tensors: Iterable[Tensor]) -> float:
-    """The global 2-norm of the gradients, float32; 0 where there are none."""
-    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    """The global 2-norm of the gradients, float32; 0 where there are none.
+
+    Large ones on a processor are multiplied with themselves: torch's own norm reads them half as fast, and of
+    28 million numbers it is off by 1e-3.
+    """
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    large = [gradient for gradient in gradients if gradient.device.type == "cpu" and gradient.numel() >= LARGE]
+    others = [gradient for gradient in gradients if gradient.device.type != "cpu" or gradient.numel() < LARGE]
+    squares = [piece.dot(piece) for gradient in large for piece in torch.split(gradient.reshape(-1), PIECE)]
+    of_large = float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
+    return math.hypot(of_large, float(torch.nn.utils.get_total_norm(others)) if others else 0.0)
 
 
 def excess(norm: float, most: float | None) -> float:
