@@ -119,8 +119,6 @@ def prepare(
     output = None
     if recipe.kernels == "fast":
         compute_together(model)
-        if layout == "ragged":
-            use_fast_layers(model)
         output = None if isinstance(attachment, PeftAttachment) else find_output(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
@@ -215,6 +213,8 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         agreement = ragged_agrees(model, probe, plain=plain)
     if agreement.ok:
         attention.use_ragged(model, plain=plain)
+        if not plain:
+            use_fast_layers(model)
         return "ragged", []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return "padded", [note]
