@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.measure import evaluate
-from tunesmith.forecasting import foresee, plan_of
+from tunesmith.forecasting import foresee
 from tunesmith.loop import training_steps
 from tunesmith.planning.counting import seen_rows
 from tunesmith.preparing import prepare
@@ -119,7 +119,7 @@ def probed(recipe: Any, root: Path) -> dict[str, Any]:
     seen = foresee(recipe, root=root)
     found = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
     assert seen.forecast is not None, seen.notes
-    plan = plan_of(seen.recipe, seen.rows, seen.forecast.layout)
+    plan = seen.forecast.plan
     made = corrected(seen.forecast, found, mean_tokens=float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
     assert made.duration is not None, found.ended
     return {"probe_bytes": made.memory, "probe_peak": found.peak, "probe_seconds": made.duration.step}

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from tunesmith import __version__
-from tunesmith.data.filling import filling_share
+from tunesmith.data.filling import fills, padding_share
 from tunesmith.data.labels import count_classes
 from tunesmith.forecasting import Foreseen, plan_of
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.planning.advise import total_steps
+from tunesmith.planning.advise import group, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.preparing import Setup
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.types import Choice
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -52,7 +53,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "rows_per_step": plan.rows_per_step,
         "tokens_per_pass": plan.tokens_per_pass,
         "layout": plan.layout,
-        "padding": round(filling_share(plan) if setup.feed.fills else plan.padding(), 4),
+        "padding": round(padding_share(plan, fills=setup.feed.fills), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
@@ -74,12 +75,19 @@ def plan_timing(setup: Setup) -> dict[str, Any]:
 def foreseen_values(seen: Foreseen) -> dict[str, Any]:
     """What `tunesmith plan` tells: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = seen.recipe, seen.forecast
-    plan = plan_of(recipe, seen.rows, "padded" if forecast is None else forecast.layout)
+    plan = plan_of(recipe, seen.rows, "padded")
+    grouping: list[Choice] = []
+    padding: dict[str, float] = {}
+    if forecast is not None:
+        plan = forecast.plan
+        recipe, grouping = group(recipe, plan.layout)
+        is_filled = fills(plan.layout, device=forecast.device.kind, precision=known(recipe.precision))
+        padding = {"padding": round(padding_share(plan, fills=is_filled), 4)}
     return {
         "model": seen.start.located.name,
         "task": recipe.task,
         "method": recipe.method.name,
-        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in (*seen.choices, *grouping)],
         "rows": {
             "train": len(seen.rows.train_rows),
             "held_out": len(seen.rows.held_rows),
@@ -87,6 +95,7 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
         },
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
+        **padding,
         "steps": total_steps(recipe, plan.steps_per_epoch),
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": seen.start.size.num_params,

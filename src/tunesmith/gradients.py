@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tunesmith.data.batch import Pass, Plan
+from tunesmith.data.batch import Plan
+from tunesmith.data.passes import Pass
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.models.exhausted import give_back, is_out_of_memory
@@ -51,10 +52,9 @@ def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
                 raise
         # Outside of the handler, whose traceback holds the tensors of the pass.
         _drop_gradients(setup)
-        lengths = [[int(setup.rows.store.lengths[i]) for i in rows] for rows in passes]
         if all(len(rows) == 1 for rows in passes):
-            raise _exhausted(setup, step, lengths[len(losses)])
-        largest = max(plan.computed(rows, some) for rows, some in zip(passes, lengths, strict=True))
+            raise _exhausted(setup, step, plan.lengths_of(passes[len(losses)]))
+        largest = max(map(plan.computed, passes))
         # Never more than before: a long row goes alone, whatever is said of passes.
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 
-from tunesmith.data.batch import Pass
+from tunesmith.data.passes import Pass
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import NonFiniteError
 from tunesmith.gradients import gradients

@@ -37,6 +37,8 @@ from tunesmith.types import Event
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
 """Knobs that change what a step needs, and nothing of what it learns but rounding."""
+NAMED_LATER = {"setting train.group_by_length": "False"}
+"""Of what a run rests on, what those of earlier versions do not name, and how they did it."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -88,14 +90,16 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         recipe = _with_settings(run, settings)
         setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         then = newest.state["identity"] if newest else _identity_at_start(run)
+        unnamed: list[str] = []
         if then is not None:
+            unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
             changed = {f"setting {key}" for key in SAME_UPDATE} if settings else set()
             _refuse_changes(run, _without(setup.identity, changed), _without(then, changed))
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
         session = Session(setup, run, progress, listener)
-        for text in damaged:
+        for text in [*damaged, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
         if newest:
             restore(setup.attachment, newest.weights)

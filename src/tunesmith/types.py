@@ -182,7 +182,7 @@ class Batch:
     @property
     def num_computed(self) -> int:
         """Places that the model computes, padding and filling among them; a shared beginning counts once."""
-        return self.ids_BT.numel()
+        return self.ids_BT.numel() + (0 if self.decoder_ids_BU is None else self.decoder_ids_BU.numel())
 
     @property
     def num_targets(self) -> int:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import MOST_READ, PASS_PLACES, Plan, build_batch, fill_passes, fill_sharing
+from tunesmith.data.batch import Plan, build_batch
+from tunesmith.data.passes import MOST_READ, PASS_PLACES, fill_passes, fill_sharing
 from tunesmith.data.sharing import num_computed
 from tunesmith.types import Row, Source
 

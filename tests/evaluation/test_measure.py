@@ -65,7 +65,8 @@ def test_loss_does_not_depend_on_batching(layout):  # trap: L5
 
 
 def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
-    from tunesmith.data.batch import build_batch, fill_passes
+    from tunesmith.data.batch import build_batch
+    from tunesmith.data.passes import fill_passes
 
     model = model_of("gpt2").eval()
 

@@ -40,7 +40,7 @@ def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
         memory = Memory("step", weights=held, activations=kept)
         device = Device("cpu", "cpu", room)
         return Forecast(
-            memory, (memory,), None, Disk(0, 0, 0), device, Heavy(1, (0,), False), 0, 0, "ragged", LAYERS, recomputed, 1
+            memory, (memory,), None, Disk(0, 0, 0), device, Heavy(1, (0,), False), 0, 0, None, LAYERS, recomputed, 1
         )
 
     return predict

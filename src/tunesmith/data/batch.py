@@ -1,14 +1,13 @@
-"""Which rows make which step, and the tensors of one pass.
+"""The steps of a run, and the tensors of one pass.
 
-Everything about order is a pure function of (lengths, seed, epoch), so any step can be named, repeated and resumed to
-without replaying those before it.
+Which rows make which step is a pure function of (lengths, seed, epoch), so any step can be named, repeated and resumed
+to without replaying those before it.
 """
 
-# B rows, T tokens, N targets, U tokens of the decoder
+# B rows, T tokens, N targets, U tokens of the decoder, S sides of a row
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.sharing import families, num_computed
+from tunesmith.data.order import POOL_STEPS, copies, grouped, pool_of, shuffled
+from tunesmith.data.passes import Pass, fill_passes, fill_sharing, places
+from tunesmith.data.sharing import num_computed
 from tunesmith.types import Batch, Layout, Row
 
-Pass = tuple[int, ...]
-"""Row indices that go through the model together."""
-PASS_PLACES = 64
-"""What a pass costs beside its tokens, in tokens: a small model on a processor computes so many in that time."""
-MOST_READ = 4
-"""Times its tokens that the rows of a pass may have where they share: each keeps the keys of what it begins with."""
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
 
@@ -45,6 +40,10 @@ class Plan:
     tokens_per_pass: int
     layout: Layout
     seed: int
+    targets_I: NDArray[np.int32] | None = None
+    """Of an encoder–decoder how many of a row's tokens its decoder reads, which are padded apart from the others."""
+    groups_by_length: bool = False
+    """Whether rows of like length make a step: see `order.grouped`. False: a step is a random sample."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
     """The tokens of a row of the store, where what rows of a pass begin with alike is computed once: passes are then
     filled by what is computed. None: rows are computed whole."""
@@ -53,7 +52,7 @@ class Plan:
     @property
     def rows_per_epoch(self) -> int:
         if "rows_per_epoch" not in self._kept:  # asked for at each step
-            self._kept["rows_per_epoch"] = int(self._copies(0).sum())
+            self._kept["rows_per_epoch"] = int(copies(self.weights_I, seed=self.seed, epoch=0).sum())
         return int(self._kept["rows_per_epoch"])
 
     @property
@@ -63,151 +62,68 @@ class Plan:
     def step(self, step: int) -> list[Pass]:
         """The passes of the 1-based optimizer step, as rows of the store."""
         epoch, offset = divmod(step - 1, self.steps_per_epoch)
-        order = self._order(epoch)
-        chosen = order[offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
-        rows = [int(self.rows_I[i]) for i in chosen]
+        rows: list[int] = self.rows_I[self._chosen(epoch, offset)].tolist()
         if self.ids_of is not None:
             return fill_sharing(rows, [self.ids_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass)
-        lengths = [int(self.lengths_I[i]) for i in chosen]
-        return fill_passes(rows, lengths, tokens_per_pass=self.tokens_per_pass, layout=self.layout)
+        return fill_passes(
+            rows,
+            self.lengths_of(rows),
+            tokens_per_pass=self.tokens_per_pass,
+            layout=self.layout,
+            targets=() if self.targets_I is None else self._sides_of(rows)[:, 1].tolist(),
+        )
 
-    def computed(self, rows: Pass, lengths: Sequence[int]) -> int:
-        """Places that a pass over these rows computes, padding among them; of an encoder–decoder about."""
+    def computed(self, rows: Pass) -> int:
+        """Places that a pass over these rows computes, padding among them."""
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
-        return sum(lengths) if self.layout == "ragged" else max(lengths) * len(lengths)
+        return sum(self.lengths_of(rows)) if self.layout == "ragged" else places(self._sides_of(rows))
 
-    def padding(self, most_steps: int = 64) -> float:
-        """Share of the places computed in the first steps of a run that hold no token; of an encoder–decoder about."""
+    def padding(self, most_steps: int = POOL_STEPS) -> float:
+        """Share of the places computed in the first steps of a run that hold no token."""
         if self.layout == "ragged":
             return 0.0
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
-        places = sum(self.computed(rows, self.lengths_of(rows)) for rows in passes)
-        return 1.0 - float(sum(sum(self.lengths_of(rows)) for rows in passes) / places)
+        tokens = sum(sum(self.lengths_of(rows)) for rows in passes)
+        return 1.0 - tokens / sum(map(self.computed, passes))
 
-    def lengths_of(self, rows: Pass) -> list[int]:
+    def lengths_of(self, rows: Sequence[int]) -> list[int]:
         """The tokens of rows of the store that are trained on."""
-        if "lengths" not in self._kept:
-            self._kept["lengths"] = np.zeros(int(self.rows_I.max()) + 1, np.int32)
-            self._kept["lengths"][self.rows_I] = self.lengths_I
-        found: list[int] = self._kept["lengths"][list(rows)].tolist()
+        lengths: list[int] = self._sides_of(rows).sum(1).tolist()
+        return lengths
+
+    def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
+        """Tokens of rows of the store, [B, S]: those of source and target where these are padded apart."""
+        if "sides" not in self._kept:
+            self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, self._sides.shape[1]), np.int32)
+            self._kept["sides"][self.rows_I] = self._sides
+        found: NDArray[np.int32] = self._kept["sides"][list(rows)]
         return found
 
-    def _copies(self, epoch: int) -> NDArray[np.int64]:
-        """How often each row stands in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
-        whole = np.floor(self.weights_I).astype(np.int64)
-        part = self.weights_I - whole
-        for weight in np.unique(part[part > 0]):
-            members = np.flatnonzero(part == weight)
-            keys = sort_keys(members, self.seed, epoch, salt=1)
-            extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
-            whole[extra] += 1
-        return whole
+    @property
+    def _sides(self) -> NDArray[np.int32]:
+        """The same of the rows that are trained on, in their order."""
+        if self.targets_I is None:
+            return self.lengths_I[:, None]
+        return np.stack([self.lengths_I - self.targets_I, self.targets_I], axis=1)
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
+    def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
+        """The rows of a step of an epoch, counted from 0, as places in `rows_I`."""
         if self._kept.get("epoch") != epoch:  # one epoch serves many steps in a row: the last is kept
-            copies = np.repeat(np.arange(len(self.rows_I)), self._copies(epoch))
-            keys = sort_keys(np.arange(len(copies)), self.seed, epoch, salt=0)
-            self._kept.update(epoch=epoch, order=copies[np.argsort(keys, kind="stable")])
-        order: NDArray[np.int64] = self._kept["order"]
-        return order
-
-
-def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:
-    """One 64-bit sort key an item: splitmix64 of (seed, epoch, item), the same on every platform and numpy release.
-
-    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
-    """
-    start = np.uint64((seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + salt * 0x8CB92BA72F3D8DD7) % 2**64)
-    with np.errstate(over="ignore"):
-        z = items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-        for _ in range(2):  # twice: neighbouring seeds start from neighbouring states
-            z = z + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return z
-
-
-def fill_passes(rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
-    """Rows grouped into passes of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
-
-    Every row is in exactly one pass. Ragged, a row joins the pass that it fills best (best-fit decreasing: Johnson et
-    al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded, rows of like
-    length stand together, and passes count the padding, of an encoder–decoder as if both sides were one line.
-    """
-    by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
-    ordered = [lengths[i] for i in by_length]
-    fill = _fill_ragged if layout == "ragged" else _fill_padded
-    return [tuple(rows[by_length[at]] for at in members) for members in fill(ordered, tokens_per_pass)]
-
-
-def fill_sharing(rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, tokens_per_pass: int) -> list[Pass]:
-    """Rows grouped into ragged passes that compute at most `tokens_per_pass` tokens where what rows of a pass begin
-    with alike is computed once; a longer row goes alone. A function of the rows, whatever their order.
-
-    Rows that begin alike stay together as far as they fit; the groups are packed as `fill_passes` packs rows.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (-len(ids[i]), rows[i], i))
-    lengths = [len(ids[i]) for i in order]
-    units: list[tuple[int, list[int]]] = []
-    """(tokens, places in `order`)."""
-    for family in families([ids[i] for i in order]):
-        computed, read, unit = family.prefix, 0, list[int]()
-        for member in family.members:
-            more = computed + lengths[member] - family.prefix, read + lengths[member]
-            if unit and _size(*more) > tokens_per_pass:
-                units.append((_size(computed, read), unit))
-                unit, more = [], (lengths[member], lengths[member])
-            unit.append(member)
-            computed, read = more
-        units.append((_size(computed, read), unit))
-    units.sort(key=lambda unit: (-unit[0], unit[1]))
-    passes = _fill_ragged([size for size, _ in units], tokens_per_pass)
-    return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in passes]
-
-
-def _size(computed: int, read: int) -> int:
-    return max(computed, -(-read // MOST_READ))
-
-
-def _fill_ragged(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
-    """Places of `lengths`, which fall, pass by pass."""
-    passes: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []
-    """(tokens left, pass), by tokens left."""
-    for i, length in enumerate(lengths):
-        at = bisect_left(rooms, (length, 0))
-        if at < len(rooms):
-            left, place = rooms.pop(at)
-            passes[place].append(i)
-        else:
-            left, place = tokens_per_pass, len(passes)
-            passes.append([i])
-        insort(rooms, (left - length, place))
-    return passes
-
-
-def _fill_padded(lengths: Sequence[int], tokens_per_pass: int) -> list[range]:
-    """Places of `lengths`, which fall, cut into the passes that compute the fewest places, those of a pass included.
-
-    All rows of a pass cost as much as its first and longest. By dynamic programming from the shortest row on.
-    """
-    num = len(lengths)
-    costs = np.zeros(num + 1)
-    """Least places of the rows from each on."""
-    ends = [num] * num
-    for i in range(num - 1, -1, -1):
-        most = max(1, tokens_per_pass // max(1, lengths[i]))
-        sizes = np.arange(1, min(most, num - i) + 1)
-        found = PASS_PLACES + lengths[i] * sizes + costs[i + 1 : i + 1 + len(sizes)]
-        best = int(found.argmin())
-        costs[i], ends[i] = found[best], i + 1 + best
-    passes, start = [], 0
-    while start < num:
-        passes.append(range(start, ends[start]))
-        start = ends[start]
-    return passes
+            self._kept.update(epoch=epoch, pool=range(0))
+            self._kept["order"] = shuffled(self.weights_I, seed=self.seed, epoch=epoch)
+        order, size = self._kept["order"], self.rows_per_step
+        if not self.groups_by_length:
+            found: NDArray[np.int64] = order[offset * size : (offset + 1) * size]
+            return found
+        if offset not in self._kept["pool"]:
+            pool = pool_of(offset, self.steps_per_epoch)
+            rows_R = order[pool.start * size : pool.stop * size]
+            sides_RS = self._sides_of(self.rows_I[rows_R])
+            steps = grouped(sides_RS, pool, rows_per_step=size, seed=self.seed, epoch=epoch)
+            self._kept.update(pool=pool, steps=[rows_R[at] for at in steps])
+        found = self._kept["steps"][offset - self._kept["pool"].start]
+        return found
 
 
 def build_batch(

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import build_batch, sort_keys
+from tunesmith.data.batch import build_batch
 from tunesmith.data.filling import fill
+from tunesmith.data.order import sort_keys
+from tunesmith.data.passes import Pass, fill_passes
 from tunesmith.data.sharing import share
 from tunesmith.data.store import RowStore
 from tunesmith.types import Batch, Layout, Row
@@ -114,3 +116,11 @@ class Feed:
     def _content(self, index: int) -> int:
         """A number for what a row says: its example's content hash, and which window of it the row is."""
         return int(self.store.hashes[index]) + int(self.store.windows[index])
+
+
+def passes_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
+    """Rows of a store grouped into passes, where nobody asks in which order: to measure."""
+    rows_I = np.asarray(rows, np.int64)
+    targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
+    lengths = store.lengths[rows_I].tolist()
+    return fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout, targets=targets)

@@ -28,10 +28,15 @@ def filled(num_tokens: int) -> int:
     return -(-num_tokens // WHOLE) * WHOLE
 
 
+def padding_share(plan: Plan, *, fills: bool) -> float:
+    """Of the places computed in the first steps of a run, those that hold no token of a row."""
+    return filling_share(plan) if fills else plan.padding()
+
+
 def filling_share(plan: Plan, most_steps: int = 64) -> float:
     """Of the places computed in the first steps of a run, where passes are filled."""
     steps = range(1, min(most_steps, plan.steps_per_epoch) + 1)
-    sizes = [plan.computed(rows, plan.lengths_of(rows)) for step in steps for rows in plan.step(step)]
+    sizes = [plan.computed(rows) for step in steps for rows in plan.step(step)]
     return 1.0 - sum(sizes) / sum(map(filled, sizes))
 
 

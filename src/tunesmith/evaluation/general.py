@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from tunesmith.data.batch import build_batch, fill_passes
+from tunesmith.data.batch import build_batch
+from tunesmith.data.passes import fill_passes
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from tunesmith.data.batch import fill_passes
-from tunesmith.data.feed import Feed
+from tunesmith.data.feed import Feed, passes_of
 from tunesmith.data.labels import count_classes, see
 from tunesmith.data.store import RowStore
 from tunesmith.evaluation.outcomes import Outcomes
@@ -35,14 +34,13 @@ def evaluate(
     from the row alone.
     """
     store = feed.store
-    lengths = [int(n) for n in store.lengths[np.asarray(rows, np.int64)]]
     place = {row: i for i, row in enumerate(rows)}
     losses_I = np.zeros(len(rows))
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     done = 0
     with evaluating(model):
-        for members in fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=feed.layout):
+        for members in passes_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
             losses_N = measured.losses_N.double().cpu().numpy()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.asking import Refused, Served
-from tunesmith.data.batch import fill_passes
+from tunesmith.data.passes import fill_passes
 from tunesmith.loading import Speaker
 from tunesmith.models.modes import evaluating
 from tunesmith.models.pooling import Pooling, pool

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Pass, Plan
+from tunesmith.data.batch import Plan
 from tunesmith.data.filling import filled
+from tunesmith.data.passes import Pass
 from tunesmith.planning.tracing import Segment
 
 COMPILED = 650 * 1024
@@ -81,7 +82,7 @@ def in_bfloat16(
 
 
 def _size(plan: Plan, rows: Pass) -> int:
-    num_tokens = plan.computed(rows, plan.lengths_of(rows))
+    num_tokens = plan.computed(rows)
     return filled(num_tokens) if plan.layout == "ragged" else num_tokens
 
 

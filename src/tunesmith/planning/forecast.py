@@ -79,7 +79,7 @@ class Forecast:
     tokens: int
     """Of that pass."""
     targets: int
-    layout: Layout
+    plan: Plan
     num_layers: int
     recomputed: int
     trained_parameters: int
@@ -144,7 +144,7 @@ class Forecaster:
             heavy=heavy,
             tokens=tokens,
             targets=targets,
-            layout=layout,
+            plan=plan,
             num_layers=sketch.num_layers,
             recomputed=recomputed,
             trained_parameters=sketch.kept.trained_parameters,

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Pass, Plan, fill_passes
+from tunesmith.data.batch import Plan
+from tunesmith.data.feed import passes_of
+from tunesmith.data.passes import Pass
 from tunesmith.data.store import RowStore
 from tunesmith.types import Layout
 
@@ -42,9 +44,8 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     ]
 
     def tokens(heavy: Heavy) -> tuple[int, int]:
-        sizes = plan.lengths_of(heavy.rows)
-        squares = sum(size * size for size in sizes)
-        return plan.computed(heavy.rows, sizes), squares
+        squares = sum(size * size for size in plan.lengths_of(heavy.rows))
+        return plan.computed(heavy.rows), squares
 
     def targets(heavy: Heavy) -> float:
         return float(sum(targets_I[i] for i in heavy.rows))
@@ -59,8 +60,7 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
 
 def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> Pass:
     """Of the passes over held-out rows that of the most targets."""
-    lengths = [int(store.lengths[i]) for i in rows]
-    passes = fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout)
+    passes = passes_of(store, rows, tokens_per_pass=tokens_per_pass, layout=layout)
     return max(passes, key=lambda members: float(sum(store.denominators[i] for i in members)))
 
 

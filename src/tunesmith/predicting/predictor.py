@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import build_batch, fill_passes
+from tunesmith.data.batch import build_batch
+from tunesmith.data.passes import fill_passes
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.outcomes import sigmoid, softmax
 from tunesmith.evaluation.samples import PromptRoom

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith import checkpoint
-from tunesmith.data.batch import Pass, fill_passes
-from tunesmith.data.feed import Feed
+from tunesmith.data.feed import Feed, passes_of
+from tunesmith.data.passes import Pass
 from tunesmith.describing import length_histogram, peak_memory_bytes
 from tunesmith.evaluation.general import general_rows, text_batches
 from tunesmith.evaluation.measure import evaluate
@@ -132,10 +132,10 @@ def _surprising(setup: Setup) -> dict[str, Any]:
 
 def _looks(setup: Setup, feed: Feed, rows_I: NDArray[np.int64]) -> Timed:
     """Passes over these rows of a feed: the heaviest one, in which memory is most, and then usual ones."""
-    rows, lengths = [int(i) for i in rows_I], [int(n) for n in feed.store.lengths[rows_I]]
+    rows = [int(i) for i in rows_I]
     tokens, layout = setup.plan.tokens_per_pass, setup.plan.layout
     _look(setup, feed, heaviest_looked(feed.store, rows, tokens_per_pass=tokens, layout=layout))
-    passes = fill_passes(rows, lengths, tokens_per_pass=tokens, layout=layout)
+    passes = passes_of(feed.store, rows, tokens_per_pass=tokens, layout=layout)
     amounts = [amount(feed.store, np.asarray(members)) for members in passes]
     return _usual(lambda members: _look(setup, feed, members), passes, amounts)
 

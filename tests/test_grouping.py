@@ -1,0 +1,142 @@
+"""`train.group_by_length` in a run: told, the same targets and losses in an epoch, and resumed in the same order."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tiny_run import model_folder, tiny_recipe, values_of
+from tiny_tasks import task_recipe
+from tunesmith.cli.panels import plan_facts
+from tunesmith.describing import foreseen_values, plan_values
+from tunesmith.errors import RunError, Stopped
+from tunesmith.forecasting import foresee
+from tunesmith.loop import training_steps
+from tunesmith.planning.advise import GROUPING
+from tunesmith.preparing import Setup, prepare
+from tunesmith.run import Run, runs
+from tunesmith.training import Listener, resume, train
+
+
+def recipe_of(folder, **settings):
+    train_knobs = {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64, **settings}
+    return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_knobs)
+
+
+def choice_of(values) -> dict:
+    return next(choice for choice in values["choices"] if choice["key"] == GROUPING)
+
+
+@pytest.mark.parametrize(("arch", "is_padded"), [("llama", False), ("bloom", True)])
+def test_left_to_itself_it_groups_where_rows_are_padded(tmp_path, arch, is_padded):
+    setup = prepare(tiny_recipe(tmp_path, arch=arch), root=tmp_path)
+    assert setup.plan.groups_by_length is is_padded
+    assert setup.recipe.train.group_by_length is is_padded
+    assert choice_of(plan_values(setup))["value"] is is_padded
+    assert "padded" in choice_of(plan_values(setup))["reason"] or not is_padded
+
+
+def test_what_a_person_says_holds(tmp_path):
+    setup = prepare(recipe_of(tmp_path, group_by_length=False), root=tmp_path)
+    assert not setup.plan.groups_by_length
+    assert not any(choice["key"] == GROUPING for choice in plan_values(setup)["choices"])
+
+
+def test_padding_is_told_before_and_is_what_the_steps_compute(tmp_path):
+    recipe = recipe_of(tmp_path, epochs=1)
+    foreseen = foreseen_values(foresee(recipe, root=tmp_path))
+    setup = prepare(recipe, root=tmp_path)
+    told = plan_values(setup)
+    steps = list(training_steps(setup))
+    tokens, computed = (sum(event.values[key] for event in steps) for key in ("tokens", "computed"))
+    assert foreseen["padding"] == told["padding"] == pytest.approx(1 - tokens / computed, abs=1e-4)
+    assert choice_of(foreseen) == choice_of(told)
+    assert foreseen["recipe"]["train"]["group_by_length"] is True
+    assert "of what is computed is padding" in dict(plan_facts(foreseen))["work"]
+    random = prepare(recipe_of(tmp_path, group_by_length=False), root=tmp_path)
+    assert told["padding"] < plan_values(random)["padding"]
+
+
+def epoch_losses(setup: Setup) -> tuple[float, float]:
+    """(loss, targets) of an epoch of the untouched model."""
+    passes = [rows for step in range(1, setup.plan.steps_per_epoch + 1) for rows in setup.plan.step(step)]
+    with torch.no_grad():
+        losses = [setup.task.loss_sum(setup.model, setup.feed.batch(rows, draw=1)) for rows in passes]
+    return float(sum(losses)), float(sum(setup.rows.store.denominators[i] for rows in passes for i in rows))
+
+
+def test_an_epoch_has_the_same_targets_and_the_same_loss(tmp_path):
+    grouped, random = (
+        epoch_losses(prepare(recipe_of(tmp_path, group_by_length=way), root=tmp_path)) for way in (True, False)
+    )
+    assert grouped[1] == random[1]
+    assert grouped[0] == pytest.approx(random[0], rel=1e-5)  # float32, other passes
+
+
+def stopped(recipe, root, step: int) -> Run:
+    seen = {"step": 0}
+
+    def on_event(event) -> None:
+        seen["step"] = max(seen["step"], event.step)
+
+    with pytest.raises(Stopped):
+        train(recipe, root=root, listener=Listener(on_event=on_event, should_stop=lambda: seen["step"] >= step))
+    return runs(root)[0]
+
+
+def test_stopped_and_resumed_is_the_same_run(tmp_path):  # trap: R1
+    straight = train(recipe_of(tmp_path), root=tmp_path / "straight")
+    for step in (5, 17):  # 16 steps are an epoch
+        run = resume(stopped(recipe_of(tmp_path), tmp_path / f"stopped-{step}", step))
+        assert values_of(run.events()) == values_of(straight.events())
+
+
+@pytest.fixture
+def of_before(tmp_path, monkeypatch) -> Run:
+    """A run of a version that had no such knob, stopped."""
+    from tunesmith import preparing
+
+    right = preparing._identity
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            preparing,
+            "_identity",
+            lambda *args: {key: value for key, value in right(*args).items() if key != f"setting {GROUPING}"},
+        )
+        run = stopped(recipe_of(tmp_path, group_by_length=False), tmp_path / "runs", 5)
+    lines = run.recipe_path.read_text("utf-8").splitlines(keepends=True)
+    run.recipe_path.write_text("".join(line for line in lines if "group_by_length" not in line), "utf-8")
+    return run
+
+
+def test_a_run_of_before_goes_on_in_its_order_and_says_so(of_before, tmp_path):
+    straight = train(recipe_of(tmp_path, group_by_length=False), root=tmp_path / "straight")
+    rows = [
+        [event.values["rows"] for event in run.events() if event.kind == "step"]
+        for run in (resume(of_before), straight)
+    ]
+    assert rows[0] == rows[1]
+    notes = [event.values["text"] for event in of_before.events() if event.kind == "note"]
+    assert notes == [f"setting {GROUPING}: False, as when this run began"]
+
+
+def test_a_run_of_before_does_not_go_on_in_another_order(of_before):
+    recipe = of_before.recipe_path.read_text("utf-8")
+    of_before.recipe_path.write_text(recipe.replace("\ntrain:\n", "\ntrain:\n  group_by_length: true\n"), "utf-8")
+    with pytest.raises(RunError, match=f"{GROUPING} was False, is True"):
+        resume(of_before)
+
+
+def test_a_machine_reads_the_padding_of_a_plan(tmp_path):
+    from typer.testing import CliRunner
+
+    from tiny_run import chats
+    from tunesmith.cli.app import app
+
+    words = ["plan", str(model_folder(tmp_path / "model")), str(chats(tmp_path / "rows.jsonl", 20))]
+    words += ["--runs", str(tmp_path / "runs"), "--offline", "--no-probe", "--json", "--set", "precision=float32"]
+    told = json.loads(CliRunner().invoke(app, words).stdout)
+    assert told["padding"] == 0.0
+    assert told["recipe"]["train"]["group_by_length"] is False
