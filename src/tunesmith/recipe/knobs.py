@@ -135,8 +135,8 @@ class Train(Section):
     memory and gives the same update. auto: what fills the machine's products, or less where memory forces it."""
     group_by_length: bool | Auto = "auto"
     """Rows of like length make a step, so that little is padded: see docs/performance.md, "Padding". Each step is then
-    one of short rows or of long ones, and no random sample. Of an encoder–decoder both sides count. auto: where the
-    model needs rows padded."""
+    one of short rows or of long ones, no random sample, and targets of short rows weigh more. Of an encoder–decoder
+    both sides count. auto: where the model needs rows padded."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory forces."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
