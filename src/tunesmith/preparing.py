@@ -123,10 +123,8 @@ def prepare(
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     recipe, grouping = group(recipe, layout)
-    plan = plan_of(recipe, rows, layout)
-    feed, held_feed, sharing = feeds(
-        recipe, start, rows, model, plan, device=recipe.device, on=torch.device(recipe.device).type, ask=disagreement
-    )
+    plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
+    feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
     plan = filled_by(plan, rows.store) if feed.shares else plan
     samples, sample_notes = _samples(recipe, start, rows)
     notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
