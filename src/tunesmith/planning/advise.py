@@ -116,7 +116,9 @@ def choose_grouping(layout: Layout) -> Choice:
     """Whether rows of like length make a step."""
     if layout == "ragged":
         return Choice(GROUPING, False, "rows are packed end to end: there is no padding to save")
-    return Choice(GROUPING, True, "rows are padded: a step of short rows or of long ones has little of it")
+    return Choice(
+        GROUPING, False, "steps of random rows learn a little more; true pads less and is faster: docs/performance.md"
+    )
 
 
 def group(recipe: Recipe, layout: Layout) -> tuple[Recipe, list[Choice]]:
