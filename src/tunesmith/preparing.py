@@ -34,6 +34,7 @@ from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.output import find_output
+from tunesmith.models.products import use_fast_linears
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, group, total_steps
 from tunesmith.planning.forecast import Forecast
@@ -214,6 +215,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         attention.use_ragged(model, plain=plain)
         if not plain:
             use_fast_layers(model)
+            use_fast_linears(model)
         return "ragged", []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return "padded", [note]

@@ -50,7 +50,7 @@ def test_each_choice_has_a_reason():
     ],
 )
 def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, parameters, length, recipe, precision):
-    monkeypatch.setattr(machine, "_cpu_flags", lambda: {"amx_bf16"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16"})
     facts = Facts(parameters, "cpu", "encoder", np.full(500, length, np.int32))
     given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu", **recipe}
     assert decide(validate(given), facts)[0].precision == precision

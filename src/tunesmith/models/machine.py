@@ -62,7 +62,7 @@ def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
         )
     if device.type == "mps":
         return False, "bfloat16 has not been tried on Apple graphics processors"
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if flag := next((flag for flag in FAST_BFLOAT16 if flag in flags), None):
         return True, f"this processor multiplies bfloat16 in hardware ({flag})"
     if not flags:
@@ -70,7 +70,8 @@ def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
     return False, "this processor does not multiply bfloat16 in hardware"
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What this processor can do, in the words of /proc/cpuinfo; nothing where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:

@@ -27,6 +27,7 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.locate import Located
 from tunesmith.models.output import named_output
+from tunesmith.models.products import use_fast_linears
 from tunesmith.models.quiet import quiet
 from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_temporarily
 from tunesmith.optim import Update
@@ -91,9 +92,8 @@ class Sketch:
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             if not self._plain:
-                use_fast_layers(
-                    self.model, agrees=lambda layer, names, activation: _alike(names.act(layer), activation)
-                )
+                use_fast_layers(self.model, agrees=lambda layer, names, act: _alike(names.act(layer), act))
+                use_fast_linears(self.model)
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = named_output(self.model) if knows_output else None
             self._loss = bind(known(recipe.task), labels, recipe.loss, output)
