@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tiny_model import tiny_model
 from tunesmith.models import products
+from tunesmith.models.output import find_output
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +107,14 @@ def test_layers_within_one_node_and_other_kinds_stay_as_they_are(monkeypatch):
     assert products.use_fast_linears(nn.Sequential(node, own)) == 0
     monkeypatch.setattr(products, "_is_two_with_amx", lambda: False)
     assert products.use_fast_linears(nn.Sequential(nn.Linear(4, 4))) == 0
+
+
+def test_the_output_layer_stays_as_it_is():
+    """Else it would not be known any more, and give all logits at once."""
+    model = tiny_model("llama", vocab_size=96)
+    assert products.use_fast_linears(model) == 14
+    assert "forward" not in vars(model.get_output_embeddings())
+    assert find_output(model) is not None
 
 
 @pytest.mark.parametrize(("limit", "has_amx"), [("AVX512_CORE_BF16", False), ("avx512_core_amx", True), ("ALL", True)])

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from tunesmith.models.machine import cpu_flags
 
@@ -69,10 +70,12 @@ def add_times_(into_TI: Tensor, g_TO: Tensor, weight_OI: Tensor) -> Tensor:
 
 def use_fast_linears(model: nn.Module) -> int:
     """Let every plain linear layer compute so, and its gradient, but those within a layer that is one node of the
-    graph; how many there are. None where no product is cut."""
+    graph, and the output layer, which `output` computes; how many there are. None where no product is cut."""
     if not _is_two_with_amx():
         return 0
     taken = {part for module in model.modules() if "forward" in vars(module) for part in module.modules()}
+    if isinstance(model, PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
+        taken.add(head)
     layers = [module for module in model.modules() if type(module) is nn.Linear and module not in taken]
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
