@@ -14,10 +14,11 @@ from tunesmith.describing import foreseen_values, plan_values
 from tunesmith.errors import RunError, Stopped
 from tunesmith.forecasting import foresee
 from tunesmith.loop import training_steps
-from tunesmith.planning.advise import GROUPING
 from tunesmith.preparing import Setup, prepare
 from tunesmith.run import Run, runs
 from tunesmith.training import Listener, resume, train
+
+GROUPING = "train.group_by_length"
 
 
 def recipe_of(folder, **settings):
@@ -25,22 +26,15 @@ def recipe_of(folder, **settings):
     return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_knobs)
 
 
-def choice_of(values) -> dict:
-    return next(choice for choice in values["choices"] if choice["key"] == GROUPING)
-
-
-@pytest.mark.parametrize(("arch", "reason"), [("llama", "no padding to save"), ("bloom", "true pads less")])
-def test_left_to_itself_steps_are_random_and_it_says_why(tmp_path, arch, reason):
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_by_itself_a_step_is_a_random_sample_also_where_rows_are_padded(tmp_path, arch):
     setup = prepare(tiny_recipe(tmp_path, arch=arch), root=tmp_path)
     assert not setup.plan.groups_by_length
     assert setup.recipe.train.group_by_length is False
-    assert reason in choice_of(plan_values(setup))["reason"]
 
 
 def test_what_a_person_says_holds(tmp_path):
-    setup = prepare(recipe_of(tmp_path), root=tmp_path)
-    assert setup.plan.groups_by_length
-    assert not any(choice["key"] == GROUPING for choice in plan_values(setup)["choices"])
+    assert prepare(recipe_of(tmp_path), root=tmp_path).plan.groups_by_length
 
 
 def test_padding_is_told_before_and_is_what_the_steps_compute(tmp_path):

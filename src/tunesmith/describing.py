@@ -19,12 +19,11 @@ from tunesmith.data.filling import fills, padding_share
 from tunesmith.data.labels import count_classes
 from tunesmith.forecasting import Foreseen, plan_of
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.planning.advise import group, total_steps
+from tunesmith.planning.advise import total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.preparing import Setup
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
-from tunesmith.types import Choice
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -76,18 +75,16 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
     """What `tunesmith plan` tells: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = seen.recipe, seen.forecast
     plan = plan_of(recipe, seen.rows, "padded")
-    grouping: list[Choice] = []
     padding: dict[str, float] = {}
     if forecast is not None:
         plan = forecast.plan
-        recipe, grouping = group(recipe, plan.layout)
         is_filled = fills(plan.layout, device=forecast.device.kind, precision=known(recipe.precision))
         padding = {"padding": round(padding_share(plan, fills=is_filled), 4)}
     return {
         "model": seen.start.located.name,
         "task": recipe.task,
         "method": recipe.method.name,
-        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in (*seen.choices, *grouping)],
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
         "rows": {
             "train": len(seen.rows.train_rows),
             "held_out": len(seen.rows.held_rows),

@@ -22,7 +22,7 @@ from tunesmith.methods import adalora
 from tunesmith.models.exhausted import give_back
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
-from tunesmith.planning.advise import GROUPING, Facts, decide, group, total_steps, with_choice
+from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fitting import fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
@@ -43,7 +43,7 @@ class Foreseen:
     """A run before its model is loaded."""
 
     recipe: Recipe
-    """Resolved, but for `train.group_by_length`, which waits for what the model does with rows."""
+    """Resolved: no "auto" is left."""
     choices: list[Choice]
     notes: list[str]
     """Of the prediction; those of the model and the rows are theirs."""
@@ -83,8 +83,7 @@ def foresee(
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None:
-        recipe, unnamed = _as_begun(recipe)
-        return Foreseen(recipe, [*choices, *unnamed], [], start, rows, None)
+        return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
 
     on_progress("plan", 0, 1)
     tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
@@ -156,15 +155,6 @@ def _general_tokens(recipe: Recipe, start: Start) -> int:
     if not (recipe.evaluation.general and speaks):
         return 0
     return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))
-
-
-def _as_begun(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
-    """The recipe of a run that goes on, with what it does not name as runs did it that could not name it."""
-    recipe = _without_layers(recipe)
-    if recipe.train.group_by_length != "auto":
-        return recipe, []
-    choice = Choice(GROUPING, False, "as when this run began")
-    return with_choice(recipe, choice), [choice]
 
 
 def _without_layers(recipe: Recipe) -> Recipe:
@@ -244,7 +234,6 @@ def feeds(
 
 def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
     """Which rows make which step."""
-    recipe, _ = group(recipe, layout)
     weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
     return Plan(
         rows_I=rows.train_rows,
@@ -255,5 +244,5 @@ def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
         layout=layout,
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
-        groups_by_length=known(recipe.train.group_by_length),
+        groups_by_length=recipe.train.group_by_length,
     )

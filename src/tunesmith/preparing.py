@@ -36,7 +36,7 @@ from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.output import find_output
 from tunesmith.models.products import use_fast_linears
 from tunesmith.optim import Update
-from tunesmith.planning.advise import far_numbers, group, total_steps
+from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.sharing import disagreement, filled_by
 from tunesmith.recipe.knobs import Recipe, known
@@ -123,7 +123,6 @@ def prepare(
         output = None if isinstance(attachment, PeftAttachment) else find_output(model)
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    recipe, grouping = group(recipe, layout)
     plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
     feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
     plan = filled_by(plan, rows.store) if feed.shares else plan
@@ -131,7 +130,7 @@ def prepare(
     notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
-        choices=[*seen.choices, *grouping, *sharing, update.describe()],
+        choices=[*seen.choices, *sharing, update.describe()],
         notes=[*notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,

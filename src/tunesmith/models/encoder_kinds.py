@@ -200,7 +200,7 @@ def _agrees(module: nn.Module, names: Names, activation: Activation) -> bool:
 
     try:
         found, expected = (_answer(way, weights) for way in (ours, partial(twin, segments=segments)))
-    except (RuntimeError, TypeError):  # another signature, or other shapes
+    except (RuntimeError, TypeError, AttributeError):  # another signature, other shapes, or names
         return False
     # The gradient of the keys' bias is zero but for rounding, which is measured by the largest of all.
     largest = max(float(tensor.norm()) for tensor in expected)

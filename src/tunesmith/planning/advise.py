@@ -19,9 +19,8 @@ from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, known
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
-from tunesmith.types import Choice, Example, Layout, ModelKind, Shape, TaskName
+from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
 
-GROUPING = "train.group_by_length"
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
 
@@ -110,23 +109,6 @@ def choose_too_long(task: TaskName) -> Choice:
     if task == "summarize":
         return Choice("data.too_long", "cut", "the end of a document is cut, never its summary; cut rows are counted")
     return Choice("data.too_long", "error", "a cut answer would teach the model to break off")
-
-
-def choose_grouping(layout: Layout) -> Choice:
-    """Whether rows of like length make a step."""
-    if layout == "ragged":
-        return Choice(GROUPING, False, "rows are packed end to end: there is no padding to save")
-    return Choice(
-        GROUPING, False, "steps of random rows learn a little more; true pads less and is faster: docs/performance.md"
-    )
-
-
-def group(recipe: Recipe, layout: Layout) -> tuple[Recipe, list[Choice]]:
-    """The recipe with `train.group_by_length` decided, which follows from what the model does with rows."""
-    if recipe.train.group_by_length != "auto":
-        return recipe, []
-    choice = choose_grouping(layout)
-    return with_choice(recipe, choice), [choice]
 
 
 def choose_method(num_parameters: int) -> Choice:

@@ -133,10 +133,10 @@ class Train(Section):
     tokens_per_pass: Positive | Auto = "auto"
     """Most tokens in one forward and backward: with padding, and what rows begin with alike once. Smaller needs less
     memory and gives the same update. auto: what fills the machine's products, or less where memory forces it."""
-    group_by_length: bool | Auto = "auto"
+    group_by_length: bool = False
     """Where the model needs rows padded, true makes steps of rows of like length, so that little is padded and a step
     is faster. Each is then one of short rows or of long ones, no random sample, from which a little less is learnt:
-    see docs/performance.md, "Padding". Of an encoder–decoder both sides count. auto: false."""
+    see docs/performance.md, "Padding". Of an encoder–decoder both sides count."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory forces."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
