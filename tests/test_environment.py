@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
         "LRU_CACHE_CAPACITY": "7",
         "MALLOC_MMAP_MAX_": "9",
         "MALLOC_TRIM_THRESHOLD_": KEPT_FREE,
+        "MALLOC_ARENA_MAX": "1",
     }
     assert in_force({})["GOMP_SPINCOUNT"] == "the library's"
 
@@ -124,6 +126,40 @@ def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
 
     assert faults("set") < 100
     assert faults("plain") > 10 * 100
+
+
+FREED_ELSEWHERE = """
+import os, threading
+from tunesmith.environment import prepare_environment
+prepare_environment(os.environ, lambda: 0)
+
+def held():  # MiB
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+def take():
+    return [bytearray(b"1" * 2**16) for _ in range(800)]
+
+before = held()
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+taken = take()
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not mallinfo2_is_here(), reason="needs glibc")
+def test_memory_that_a_thread_frees_is_there_for_the_others() -> None:
+    """50 MiB taken and freed by a thread, then by another: with a heap for each both stay."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def growth(environment: Mapping[str, str]) -> float:
+        words = [sys.executable, "-c", FREED_ELSEWHERE]
+        return float(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert growth(plain) < 70
+    assert growth({**plain, "MALLOC_ARENA_MAX": "8"}) > 90
 
 
 def test_a_child_finds_this_package_first_and_keeps_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:

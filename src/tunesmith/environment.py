@@ -21,7 +21,10 @@ NAMES = (
     "LRU_CACHE_CAPACITY",
     "MALLOC_MMAP_MAX_",
     "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
 )
+MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
+"""Names, numbers in glibc's malloc.h, values."""
 
 
 def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], int], *, answers: bool = False) -> None:
@@ -45,11 +48,12 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
 def _keep_freed_memory(environ: MutableMapping[str, str]) -> None:
     """Every step allocates the same gradients and temporaries. glibc maps large ones one by one and gives them back
     when they are freed, so that the kernel clears the same pages again in every step: it keeps up to a GiB instead.
+    In one heap for all threads: of what a thread that is done has freed in a heap of its own nobody gets anything.
 
     It reads the environment before a program begins: children heed it, this process is told by mallopt (malloc.h).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for name, parameter, value in (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE)):
+    for name, parameter, value in MALLOC:
         if name not in environ:
             environ[name] = value
             if mallopt is not None:  # another C library than glibc has none
