@@ -49,6 +49,9 @@ COLUMNS = (
     "GFLOP/s",
 )
 
+NAMES = ("model", "train", "rows_per_step", "task", "set", "steps", "operations")
+"""Options that a case is given."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -85,6 +88,14 @@ def line(case: Case, found: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def operations(case: Case, found: dict[str, Any]) -> str:
+    """A table of the longest, as torch's profiler has them, which makes small ones longer; "" where none are told."""
+    told = found.get("operations", [])
+    lines = [f"| {name} | {seconds * 1e3:,.1f} | {calls:,.0f} |" for name, seconds, calls in told]
+    head = ["", f"{case.method}, {case.instructions}:", "", "| operation | ms a step | calls |", "|---|---:|---:|"]
+    return "\n".join([*head, *lines, ""]) if told else ""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__)
     add = parser.add_argument
@@ -95,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", help="of the rows, where they do not say")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other knob of a recipe")
     add("--steps", type=int, default=6, help="timed before the products are, and as many after them")
+    add("--operations", type=int, default=0, help="so many of each case, the longest first, by torch's profiler")
     add(
         "--isa",
         nargs="+",
@@ -116,13 +128,15 @@ def main(words: Sequence[str] | None = None) -> int:
     rows = f"{options.rows_per_step} rows a step"
     print(", ".join([place(options.model), place(options.train), rows, *options.set]) + "\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|{'---:|' * (len(COLUMNS) - 3)}", flush=True)
-    settings = {name: getattr(options, name) for name in ("model", "train", "rows_per_step", "task", "set", "steps")}
-    has_failed = False
+    settings = {name: getattr(options, name) for name in NAMES}
+    has_failed, tables = False, ""
     with tempfile.TemporaryDirectory() as folder:
         for case in (Case(method, isa) for method in options.method for isa in options.isa):
             found = measure(case, settings, Path(folder))
             has_failed |= "error" in found
             print(line(case, found), flush=True)
+            tables += operations(case, found)
+    print(tables, end="")
     return int(has_failed)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from benchmarks.measured import median_seconds
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tunesmith.cli.options import chosen
 from tunesmith.loop import training_steps
@@ -24,6 +25,7 @@ from tunesmith.recipe.knobs import Recipe
 
 WARM = 6
 """Steps before the first that counts: products are compiled, the heap is as large as it gets."""
+PROFILED = 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
@@ -41,12 +43,15 @@ class Share:
     products_seconds: float
     flops: int
     """Of all products; a multiply-add is two."""
+    operations: list[tuple[str, float, float]]
+    """Of a step that torch's profiler looks into, the longest first: name, seconds without what it calls, calls."""
 
 
-def measure(recipe: Recipe, root: Path, *, num_steps: int) -> Share:
+def measure(recipe: Recipe, root: Path, *, num_steps: int, num_operations: int = 0) -> Share:
     """The first step of a run, made again and again. Its seconds are taken `num_steps` times before its products are
     timed and as often after them, so that a machine that slows down hits both alike."""
-    setup = repeated(prepare(recipe, root=root), WARM + 2 * num_steps + 2)
+    profiled = PROFILED if num_operations else 0
+    setup = repeated(prepare(recipe, root=root), WARM + 2 * num_steps + 2 + profiled)
     steps = training_steps(setup)
     for _ in islice(steps, WARM):
         pass
@@ -57,7 +62,8 @@ def measure(recipe: Recipe, root: Path, *, num_steps: int) -> Share:
     found = products_of(tracer.close())
     alone = sum(num * median_seconds(_ready(product.call)) for product, num in found.items())
     next(steps)  # brings the step's own numbers back into the caches
-    timed += steps
+    timed += islice(steps, num_steps)
+    operations = operations_of(steps)[:num_operations] if profiled else []
     return Share(
         precision=str(setup.recipe.precision),
         threads=torch.get_num_threads(),
@@ -66,7 +72,16 @@ def measure(recipe: Recipe, root: Path, *, num_steps: int) -> Share:
         num_products=found.total(),
         products_seconds=alone,
         flops=sum(num * product.flops for product, num in found.items()),
+        operations=operations,
     )
+
+
+def operations_of(steps: Iterable[Any]) -> list[tuple[str, float, float]]:
+    """As `Share.operations`, of these steps."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        num = sum(1 for _ in steps)
+    found = [(event.key, event.self_cpu_time_total / 1e6 / num, event.count / num) for event in profiler.key_averages()]
+    return sorted(found, key=lambda one: -one[1])
 
 
 def repeated(setup: Setup, total_steps: int) -> Setup:
@@ -117,7 +132,7 @@ def main(spec_path: str, out_path: str) -> None:
     # Nothing else of a run is looked at, and it may be larger than its plan allows.
     settings = ["device=cpu", "memory=warn", "evaluation.samples=0", "evaluation.general=false", *spec["set"]]
     recipe = chosen("train", spec["model"], [spec["train"]], held_out=None, recipe=None, words=words, settings=settings)
-    found = measure(recipe, Path(spec["folder"]), num_steps=spec["steps"])
+    found = measure(recipe, Path(spec["folder"]), num_steps=spec["steps"], num_operations=spec["operations"])
     Path(out_path).write_text(json.dumps({name: getattr(found, name) for name in Share.__slots__}), "utf-8")
 
 

@@ -101,6 +101,11 @@ def test_the_command_tells_of_a_run_and_of_one_that_failed(
     assert int(tokens) > 4
     # q, k, v, o, gate, up, down of two layers and the head: forward, gradients of inputs and of weights; attention more
     assert int(num) >= 3 * (7 * 2 + 1)
+    assert products.main([*words, "--operations", "40"]) == 0
+    _, told = capsys.readouterr().out.split("full, AVX2:\n")
+    named = {line.split("|")[1].strip() for line in told.splitlines() if line.startswith("| ")}
+    assert {"operation", "aten::mm", "aten::_fused_adamw_"} <= named
+    assert len(named) == 1 + 40
     assert products.main([*words, "--train", str(tmp_path / "none.jsonl")]) == 1
     assert "| failed: " in capsys.readouterr().out
 
