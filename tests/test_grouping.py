@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny_run import model_folder, tiny_recipe, values_of
-from tiny_tasks import task_recipe
+from tiny_tasks import padded_folder, task_recipe
 from tunesmith.cli.panels import plan_facts
 from tunesmith.describing import foreseen_values, plan_values
 from tunesmith.errors import RunError, Stopped
@@ -23,7 +23,8 @@ GROUPING = "train.group_by_length"
 
 def recipe_of(folder, **settings):
     train_knobs = {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64, "group_by_length": True, **settings}
-    return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_knobs)
+    model = str(padded_folder(folder / "bart"))
+    return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_knobs, model=model)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bloom"])

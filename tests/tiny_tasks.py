@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     PreTrainedTokenizerFast,
@@ -96,19 +98,9 @@ def encoder_folder(path: Path, *, hidden: int = 32, dropout: float = 0.1) -> Pat
     return path
 
 
-def encoder_decoder_folder(path: Path, *, hidden: int = 48) -> Path:
+def encoder_decoder_folder(path: Path, *, hidden: int = 48, dropout: float = 0.0) -> Path:
     """A T5 of two layers on each side, whose tokenizer closes every text with </s>."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, "summarize", ":", "."])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
+    tokenizer = closing_tokenizer()
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -120,11 +112,52 @@ def encoder_decoder_folder(path: Path, *, hidden: int = 48) -> Path:
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,
-        dropout_rate=0.0,
+        dropout_rate=dropout,
     )
     T5ForConditionalGeneration(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def padded_folder(path: Path) -> Path:
+    """A BART with the same tokenizer, which cannot run rows end to end."""
+    tokenizer = closing_tokenizer()
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        forced_eos_token_id=1,
+    )
+    BartForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def closing_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, and </s> behind every text."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, "summarize", ":", "."])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 def folder_of(kind: str, path: Path, *, dropout: float) -> Path:

@@ -26,10 +26,11 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, load, locate
-from tunesmith.models.agreement import encoder_agrees, ragged_agrees
+from tunesmith.models.agreement import encoder_agrees, pairs_agree, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.encoder_kinds import use_fast_layers
+from tunesmith.models.kind import layouts_of
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
@@ -43,7 +44,7 @@ from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.starting import Start
 from tunesmith.tasks import bind
-from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, Task
+from tunesmith.types import PAIRS, Attachment, Choice, HeadName, Labels, Layout, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -86,7 +87,7 @@ class Setup:
     @property
     def speaks(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
-        return speaks(self.head, is_causal=self.plan.layout != "encoder_decoder", room=self.room)
+        return speaks(self.head, is_causal=self.plan.layout not in PAIRS, room=self.room)
 
     def save_result(self, folder: Path) -> None:
         """What was tuned, as it is used later."""
@@ -200,14 +201,17 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
 
 
 def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
-    """Ragged if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
-    if start.kind == "encoder_decoder":
-        return "encoder_decoder", []
+    """Packed if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
+    layout, *others = layouts_of(start.kind, torch.device(recipe.device).type)
+    if not others:
+        return layout, []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
     plain = recipe.kernels == "plain"
     if start.kind == "encoder":
         has_types = has_token_types(model, start.renderer.tokenizer)
         agreement = encoder_agrees(model, probe, has_types=has_types, plain=plain)
+    elif start.kind == "encoder_decoder":
+        agreement = pairs_agree(model, probe, plain=plain)
     else:
         agreement = ragged_agrees(model, probe, plain=plain)
     if agreement.ok:
@@ -215,9 +219,9 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         if not plain:
             use_fast_layers(model)
             use_fast_linears(model)
-        return "ragged", []
+        return layout, []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
-    return "padded", [note]
+    return others[0], [note]
 
 
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:

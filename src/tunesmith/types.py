@@ -25,8 +25,12 @@ IGNORE = -100
 Shape = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
 ]
-Layout = Literal["ragged", "padded", "encoder_decoder"]
-"""How the rows of a pass lie: end to end, one a line, or one a line on each side of an encoder–decoder."""
+Layout = Literal["ragged", "padded", "ragged_pairs", "encoder_decoder"]
+"""How the rows of a pass lie: end to end, or one a line; and the same on each side of an encoder–decoder."""
+PACKED: frozenset[Layout] = frozenset({"ragged", "ragged_pairs"})
+"""Without padding."""
+PAIRS: frozenset[Layout] = frozenset({"ragged_pairs", "encoder_decoder"})
+"""A source, and a target apart from it."""
 TaskName = Literal["chat", "generate", "text", "summarize", "classify", "tag"]
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
@@ -150,7 +154,7 @@ class Batch:
 
     layout: Layout
     ids_BT: Tensor
-    """int64; ragged: [1, T], padded: [B, T]."""
+    """int64; ragged: [1, T], padded: [B, T]; of an encoder–decoder the sources."""
     positions_BT: Tensor
     """int64, restarting at 0 with every example."""
     mask_BT: Tensor | None
@@ -173,6 +177,10 @@ class Batch:
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
     filling: int = 0
     """Of a ragged pass tokens behind its rows, which belong to none: see `data.filling`."""
+    targets_B: tuple[int, ...] = ()
+    """Of an encoder–decoder how many of each example's tokens its decoder reads."""
+    decoder_filling: int = 0
+    """The same as `filling`, behind what the decoder reads."""
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.models import dropping, grouped
+from tunesmith.models import blocks, dropping, grouped
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets
 
@@ -31,10 +31,10 @@ def row_by_row(qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, scal
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def layout_of(lengths: list[int], qkv_1HTD: list[Tensor], *, causal: bool) -> grouped.Layout:
+def layout_of(lengths: list[int], qkv_1HTD: list[Tensor], *, causal: bool) -> blocks.Layout:
     query, key, _ = qkv_1HTD
     heads = {"num_heads": query.shape[1], "num_groups": key.shape[1]}
-    return grouped.Layout.of([(n, n) for n in lengths], **heads, causal=causal, like=query.detach())
+    return blocks.Layout.of([(n, n) for n in lengths], **heads, causal=causal, like=query.detach())
 
 
 def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
@@ -184,12 +184,12 @@ def test_rows_of_like_length_are_multiplied_together():
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_test_catches_gradients_of_what_is_filled_up(monkeypatch, causal):
     """Planted: answers of the filled places are learnt from."""
-    real = grouped.Layout.of
+    real = blocks.Layout.of
 
     def forgetful(*args, **how):
         return replace(real(*args, **how), filled=torch.empty(0, dtype=torch.int64))
 
-    monkeypatch.setattr(grouped.Layout, "of", forgetful)
+    monkeypatch.setattr(blocks.Layout, "of", forgetful)
     with pytest.raises(AssertionError):
         test_it_is_attention_row_by_row.hypothesis.inner_test(
             [5, 3], groups=2, shared=2, size=4, causal=causal, scaling=None
@@ -198,14 +198,14 @@ def test_the_test_catches_gradients_of_what_is_filled_up(monkeypatch, causal):
 
 def test_the_test_catches_rows_that_read_what_is_filled_up(monkeypatch):
     """Planted: an encoder's row without its bars."""
-    real = grouped.Layout.of
+    real = blocks.Layout.of
 
     def forgetful(*args, **how):
         layout = real(*args, **how)
         blocks = tuple(replace(block, bias=torch.zeros_like(block.bias)) for block in layout.blocks)
         return replace(layout, blocks=blocks)
 
-    monkeypatch.setattr(grouped.Layout, "of", forgetful)
+    monkeypatch.setattr(blocks.Layout, "of", forgetful)
     with pytest.raises(AssertionError):
         test_it_is_attention_row_by_row.hypothesis.inner_test(
             [5, 3], groups=2, shared=2, size=4, causal=False, scaling=None

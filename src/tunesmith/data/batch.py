@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tunesmith.data.order import POOL_STEPS, copies, grouped, pool_of, shuffled
 from tunesmith.data.passes import Pass, fill_passes, fill_sharing, places
 from tunesmith.data.sharing import num_computed
-from tunesmith.types import Batch, Layout, Row
+from tunesmith.types import PACKED, PAIRS, Batch, Layout, Row
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
@@ -41,7 +41,7 @@ class Plan:
     layout: Layout
     seed: int
     targets_I: NDArray[np.int32] | None = None
-    """Of an encoder–decoder how many of a row's tokens its decoder reads, which are padded apart from the others."""
+    """Of an encoder–decoder how many of a row's tokens its decoder reads, which stand apart from the others."""
     groups_by_length: bool = False
     """Whether rows of like length make a step: see `order.grouped`. False: a step is a random sample."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
@@ -77,11 +77,19 @@ class Plan:
         """Places that a pass over these rows computes, padding among them."""
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
-        return sum(self.lengths_of(rows)) if self.layout == "ragged" else places(self._sides_of(rows))
+        return sum(self.lengths_of(rows)) if self.layout in PACKED else places(self._sides_of(rows))
+
+    def computed_sides(self, rows: Pass) -> tuple[int, ...]:
+        """The same of each side: of an encoder–decoder what either of them computes."""
+        if self.targets_I is None:
+            return (self.computed(rows),)
+        sides_BS = self._sides_of(rows)
+        found: list[int] = (sides_BS.sum(0) if self.layout in PACKED else len(rows) * sides_BS.max(0)).tolist()
+        return tuple(found)
 
     def padding(self, most_steps: int = POOL_STEPS) -> float:
         """Share of the places computed in the first steps of a run that hold no token."""
-        if self.layout == "ragged":
+        if self.layout in PACKED:
             return 0.0
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
         tokens = sum(sum(self.lengths_of(rows)) for rows in passes)
@@ -93,7 +101,7 @@ class Plan:
         return lengths
 
     def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
-        """Tokens of rows of the store, [B, S]: those of source and target where these are padded apart."""
+        """Tokens of rows of the store, [B, S]: those of source and target where these stand apart."""
         if "sides" not in self._kept:
             self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, self._sides.shape[1]), np.int32)
             self._kept["sides"][self.rows_I] = self._sides
@@ -141,25 +149,24 @@ def build_batch(
     and its decoder `decoder_start` and the target but for its last token. `has_types`: the model tells the two texts
     of a pair apart by token types.
     """
-    is_pair = layout == "encoder_decoder"
+    is_pair, is_packed = layout in PAIRS, layout in PACKED
     read = [_source(row) if is_pair else row.ids for row in rows]
     lengths = [len(ids) for ids in read]
     longest = max(lengths)
-    if layout == "ragged":
-        starts = np.cumsum([0, *lengths[:-1]])
-        ids_BT: NDArray[np.generic] = np.concatenate(read)[None]
+    starts, ids_BT = _laid_out(read, is_packed=is_packed)
+    if is_packed:
         positions_BT = np.concatenate([np.arange(n) for n in lengths])[None]
         mask_BT = None
     else:
-        starts = np.arange(len(rows)) * longest
-        ids_BT = _padded(read, longest)
         positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
         # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
-    decoder_ids_BU, learnt = None, [_learnt(row, int(start)) for row, start in zip(rows, starts, strict=True)]
+    decoder_ids_BU, targets = None, list[NDArray[np.int32]]()
+    learnt = [_learnt(row, int(start)) for row, start in zip(rows, starts, strict=True)]
     if is_pair:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
-        decoder_ids_BU, learnt = _decoder([row.ids[n:] for row, n in zip(rows, lengths, strict=True)], decoder_start)
+        targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
+        decoder_ids_BU, learnt = _decoder(targets, decoder_start, is_packed=is_packed)
     counts = [len(places) for places, _ in learnt]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
@@ -178,6 +185,7 @@ def build_batch(
         row_indices=tuple(row_indices),
         types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
         decoder_ids_BU=None if decoder_ids_BU is None else tensor(decoder_ids_BU),
+        targets_B=tuple(map(len, targets)),
     )
 
 
@@ -192,12 +200,13 @@ def _source(row: Row) -> NDArray[np.int32]:
     return row.ids[: int(np.argmax(row.trained))]
 
 
-def _decoder(targets: Sequence[NDArray[np.int32]], start_id: int) -> tuple[NDArray[np.int64], list[Learnt]]:
+def _decoder(
+    targets: Sequence[NDArray[np.int32]], start_id: int, *, is_packed: bool
+) -> tuple[NDArray[np.generic], list[Learnt]]:
     """What a decoder reads, [B, U], and what it learns: each token of the target from those before it."""
-    longest = max(map(len, targets))
-    shifted = [np.concatenate([[start_id], target[:-1]]) for target in targets]
-    learnt: list[Learnt] = [(b * longest + np.arange(len(target)), target) for b, target in enumerate(targets)]
-    return _padded(shifted, longest), learnt
+    starts, ids_BU = _laid_out([np.concatenate([[start_id], ids[:-1]]) for ids in targets], is_packed=is_packed)
+    learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
+    return ids_BU, learnt
 
 
 def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -208,8 +217,14 @@ def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.ge
     return flat.reshape(ids_BT.shape)
 
 
-def _padded(lines: Sequence[NDArray[np.generic]], longest: int) -> NDArray[np.int64]:
-    padded = np.zeros((len(lines), longest), np.int64)
+def _laid_out(
+    lines: Sequence[NDArray[np.generic]], *, is_packed: bool
+) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.generic]]:
+    """Where each line begins once they are flat, and they themselves: end to end, or one below the other."""
+    lengths = [len(line) for line in lines]
+    if is_packed:
+        return np.cumsum([0, *lengths[:-1]]), np.concatenate(lines)[None]
+    padded = np.zeros((len(lines), max(lengths)), np.int64)
     for b, line in enumerate(lines):
         padded[b, : len(line)] = line
-    return padded
+    return np.arange(len(lines)) * max(lengths), padded

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.sharing import families
-from tunesmith.types import Layout
+from tunesmith.types import PACKED, Layout
 
 Pass = tuple[int, ...]
 """Row indices that go through the model together."""
@@ -27,12 +27,12 @@ def fill_passes(
 ) -> list[Pass]:
     """Rows grouped into passes of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
 
-    Every row is in exactly one pass. Ragged, a row joins the pass that it fills best (best-fit decreasing: Johnson et
+    Every row is in exactly one pass. Packed, a row joins the pass that it fills best (best-fit decreasing: Johnson et
     al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded, rows of like
     length stand together, and passes count the padding. `targets`: of an encoder–decoder how many of a row's tokens its
     decoder reads, which are padded apart from the others.
     """
-    if layout == "ragged":
+    if layout in PACKED:
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
         passes = _fill_ragged([lengths[i] for i in by_length], tokens_per_pass)
         return [tuple(rows[by_length[at]] for at in members) for members in passes]

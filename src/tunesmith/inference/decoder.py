@@ -105,7 +105,7 @@ class Together:
             positions += range(lane.length, lane.length + len(prompt))
             adapters += [lane.adapter] * len(prompt)
             last.append(len(ids) - 1)
-        segments = Segments(pieces=(), device=device)
+        segments = Segments(sizes=(), device=device)
         with ragged_pass(), self._adapters.serving(adapters):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),

@@ -5,11 +5,11 @@ keyword `segments`, which transformers hands down to the attention function and 
 checkpointed layer. Without `segments` (generation, padded batches) it is transformers' own sdpa attention.
 
 Not every model can: whether the answer is the same as one example at a time is asked of the model itself, by
-`agreement.ragged_agrees`.
+`agreement.ragged_agrees` and `pairs_agree`.
 """
 
 # B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys,
-# G groups of heads that share keys, R queries of all heads of a group
+# G groups of heads that share keys, R queries of all heads of a group, M tokens of the longest piece
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tunesmith.models import grouped, varlen
-from tunesmith.models.segments import Segments
+from tunesmith.models import distances, grouped, varlen
+from tunesmith.models.blocks import Layout, Row
+from tunesmith.models.segments import PairSegments, Segments
 
 NAME, PLAIN = "tunesmith_ragged", "tunesmith_ragged_plain"
 
@@ -85,7 +86,15 @@ def register() -> None:
 
 def use_ragged(model: PreTrainedModel, *, plain: bool = False) -> None:
     """Let the model run ragged batches. Generation and padded batches go on as before. `plain`: by torch's own kernels,
-    to which the faster way is held equal."""
+    to which the faster way is held equal.
+
+    Raises UnsupportedAttentionError for an encoder–decoder without biases for distances, since others count positions,
+    and for one whose experts turn tokens away: which ones depends on how many stand in a line.
+    """
+    if distances.use_short_biases(model) == 0 and model.config.is_encoder_decoder:
+        raise UnsupportedAttentionError("it counts its positions from the beginning of a pass, not of a row")
+    if model.config.is_encoder_decoder and getattr(model.config, "expert_capacity", None) is not None:
+        raise UnsupportedAttentionError("its experts take a limited number of a line's tokens")
     register()
     model.set_attn_implementation(PLAIN if plain else NAME)
 
@@ -107,7 +116,8 @@ def ragged_attention(
     value_BHTD: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Segments | None = None,
+    segments: Segments | PairSegments | None = None,
+    position_bias: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -117,13 +127,13 @@ def ragged_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[B, T, H, D]: each example of `segments` attended to alone; plain sdpa attention without `segments`. `products`:
-    short rows may go through `grouped`.
+    short rows may go through `grouped`. `position_bias`: [1, H, M, M], of the longest example; see `distances`.
 
-    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks
-    and position biases.
+    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks,
+    and for position biases of another shape.
     """
-    if others.get("s_aux") is not None or others.get("position_bias") is not None:
-        raise UnsupportedAttentionError("its attention has sinks or position biases")
+    if others.get("s_aux") is not None:
+        raise UnsupportedAttentionError("its attention has sinks")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     trace = trace_call(sliding_window)
     if segments is not None and sliding_window is not None and not causal:
@@ -135,14 +145,27 @@ def ragged_attention(
         if softcap is not None:
             return _plain_capped(query_BHTD, key_BHTD, value_BHTD, attention_mask, how), None
         return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, **others
+            module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, position_bias, **others
         )
+    if isinstance(segments, PairSegments):
+        segments = segments.within(module)
+    bias_HMM = None if position_bias is None else _checked(position_bias, segments, how)
     if segments.shared is not None and not causal:
         raise UnsupportedAttentionError("pieces of rows that read both ways cannot share what they begin with")
     key_BHTD, value_BHTD = segments.keys(key_BHTD), segments.keys(value_BHTD)
-    if varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
+    if bias_HMM is None and varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
         return varlen.attend(query_BHTD, key_BHTD, value_BHTD, segments, scaling=scaling, window=sliding_window), None
-    return _by_pieces(query_BHTD, key_BHTD, value_BHTD, segments, how), None
+    return _by_pieces((query_BHTD, key_BHTD, value_BHTD), segments, how, bias_HMM), None
+
+
+def _checked(position_bias: Tensor, segments: Segments, how: How) -> Tensor:
+    """[H, M, M]."""
+    most = segments.longest
+    if position_bias.shape[0] != 1 or position_bias.shape[2:] != (most, most):
+        raise UnsupportedAttentionError("its position biases are not those of the longest row")
+    if segments.shared is not None or how.softcap is not None or how.window is not None:
+        raise UnsupportedAttentionError("its attention has position biases, and looks a limited way")
+    return position_bias[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,46 +180,59 @@ class How:
     products: bool = True
 
 
-def _by_pieces(query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segments: Segments, how: How) -> Tensor:
+Three = tuple[Tensor, Tensor, Tensor]
+"""Queries [1, H, T, D], keys and values [1, G, K, D]."""
+
+
+def _by_pieces(three: Three, segments: Segments, how: How, bias_HMM: Tensor | None) -> Tensor:
     """[1, T, H, D]: stretches of short pieces by grouped products, others by one kernel call for each run of equals."""
-    products = how.products and grouped.can(query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap)
-    most = grouped.LONGEST_DROPPED if how.dropout else grouped.LONGEST
+    query_1HTD, key_1GKD, value_1GKD = three
+    has_bias = bias_HMM is not None
+    products = how.products and grouped.can(
+        query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap, has_bias=has_bias
+    )
+    most = grouped.LONGEST_DROPPED if how.dropout or has_bias else grouped.LONGEST
     longest = min(most, how.window or most) if products else 0
-    sizes = [(piece.tokens, piece.keys) for piece in segments.pieces]
-    stretches = [tuple(some) for _, some in groupby(sizes, key=lambda size: size[1] <= longest or size)]
+    stretches = [tuple(some) for _, some in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
     queries = torch.split(query_1HTD, [sum(tokens for tokens, _ in some) for some in stretches], dim=2)
     num_keys = [sum(keys for _, keys in some) for some in stretches]
     keys, values = (torch.split(tensor, num_keys, dim=2) for tensor in (key_1GKD, value_1GKD))
     out = []
     for some, query, key, value in zip(stretches, queries, keys, values, strict=True):
-        if some[0][1] <= longest:
+        if max(some[0]) <= longest:
             layout = _layout(segments, some, query, key, causal=how.causal)
-            out.append(grouped.attend(query, key, value, layout, scaling=how.scaling, dropout=how.dropout))
+            scaling, dropout = how.scaling, how.dropout
+            out.append(grouped.attend(query, key, value, layout, scaling=scaling, dropout=dropout, bias_HMM=bias_HMM))
             continue
         q_SHQD, k_SHKD, v_SHKD = (
             torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)
         )
-        out.append(_attend(q_SHQD, k_SHKD, v_SHKD, segments, how).transpose(1, 2).flatten(0, 1)[None])
+        attended = (
+            _attend(q_SHQD, k_SHKD, v_SHKD, segments, how)
+            if bias_HMM is None
+            else distances.attend(
+                (q_SHQD, k_SHKD, v_SHKD), bias_HMM, causal=how.causal, dropout=how.dropout, scaling=how.scaling
+            )
+        )
+        out.append(attended.transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
-def _layout(
-    segments: Segments, rows: tuple[grouped.Row, ...], query_1HTD: Tensor, key_1GKD: Tensor, *, causal: bool
-) -> grouped.Layout:
+def _layout(segments: Segments, rows: tuple[Row, ...], query_1HTD: Tensor, key_1GKD: Tensor, *, causal: bool) -> Layout:
     """Made by the first layer that asks for it."""
     heads = query_1HTD.shape[1], key_1GKD.shape[1]
     name = (rows, heads, causal, query_1HTD.dtype)
     if name not in segments.layouts:
-        segments.layouts[name] = grouped.Layout.of(
+        segments.layouts[name] = Layout.of(
             rows, num_heads=heads[0], num_groups=heads[1], causal=causal, like=query_1HTD
         )
-    layout: grouped.Layout = segments.layouts[name]
+    layout: Layout = segments.layouts[name]
     return layout
 
 
 def _attend(q_SHQD: Tensor, k_SHKD: Tensor, v_SHKD: Tensor, segments: Segments, how: How) -> Tensor:
-    """The queries are the last of the keys."""
+    """Where it is causal the queries are the last of the keys."""
     num_queries, num_keys = q_SHQD.shape[2], k_SHKD.shape[2]
     first = num_keys - num_queries
     window = how.window if how.causal and how.window is not None and how.window < num_keys else None
@@ -205,7 +241,7 @@ def _attend(q_SHQD: Tensor, k_SHKD: Tensor, v_SHKD: Tensor, segments: Segments, 
         return spelled_out(q_SHQD, k_SHKD, v_SHKD, mask_QK, how)
     gqa = q_SHQD.shape[1] != k_SHKD.shape[1]
     if window is None:
-        mask_QK = segments.band(num_queries, num_keys, num_keys) if first else None
+        mask_QK = segments.band(num_queries, num_keys, num_keys) if how.causal and first else None
         return F.scaled_dot_product_attention(
             q_SHQD,
             k_SHKD,

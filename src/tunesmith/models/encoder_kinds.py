@@ -180,7 +180,7 @@ def _can(parts: Parts, x: Tensor, segments: Segments) -> bool:
         and len(x) == 1
         and segments.shared is None
         and grouped.can(x, x, dropout=dropout, softcap=None)
-        and max(piece.keys for piece in segments.pieces) <= (grouped.LONGEST_DROPPED if dropout else grouped.LONGEST)
+        and segments.longest <= (grouped.LONGEST_DROPPED if dropout else grouped.LONGEST)
     )
 
 

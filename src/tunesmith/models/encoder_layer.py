@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.models import dropping, grouped
 from tunesmith.models.activations import Activation
+from tunesmith.models.blocks import Layout
 from tunesmith.models.products import linear, times
 from tunesmith.models.segments import Segments
 
@@ -31,7 +32,7 @@ from tunesmith.models.segments import Segments
 class Packed:
     """Where queries, keys and values that stand beside each other, token by token, go in the blocks of `grouped`."""
 
-    layout: grouped.Layout
+    layout: Layout
     index_L: Tensor
     """Of each line of the blocks, queries before keys before values, which line of [T × 3 × heads, D] it is."""
     place: Tensor
@@ -42,8 +43,7 @@ class Packed:
         """Made by the first layer that asks for it."""
         name = ("packed", heads, like.dtype)
         if name not in segments.layouts:
-            rows = [(piece.tokens, piece.keys) for piece in segments.pieces]
-            layout = grouped.Layout.of(rows, num_heads=heads, num_groups=heads, causal=False, like=like)
+            layout = Layout.of(segments.sizes, num_heads=heads, num_groups=heads, causal=False, like=like)
             of_query, of_key = layout.query_index, layout.key_index
             lines = (
                 of_query + of_query // heads * 2 * heads,
@@ -148,7 +148,7 @@ def _attend_backward(grad_TH: Tensor, kept: list[Tensor], how: How) -> Tensor:
     return found.to(grad_TH.dtype).index_select(0, packed.place).view(len(grad_TH), -1)
 
 
-def _three(lines: Tensor, layout: grouped.Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _three(lines: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     num_queries, num_keys = len(layout.query_index), len(layout.key_index)
     q, k, v = torch.split(lines, [num_queries, num_keys, num_keys])
     return q, k, v

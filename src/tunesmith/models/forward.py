@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.heads import pools_last
-from tunesmith.models.segments import Segments
-from tunesmith.types import Batch, Piece
+from tunesmith.models.segments import PairSegments, Segments
+from tunesmith.types import PACKED, Batch, Piece
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
     """[N, V] in the model's dtype: row n predicts batch.targets_N[n]. No other position meets the output layer.
 
-    A ragged batch needs a model that was given to `attention.use_ragged`.
+    A packed batch needs a model that was given to `attention.use_ragged`.
     """
     with _only(model, batch.predict_N) as done, _passing(batch):
         logits: Tensor = model(**_inputs(model, batch)).logits
@@ -54,21 +54,26 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
     if has_cache(type(model).forward):
         inputs["use_cache"] = False
-    if batch.layout == "ragged":
-        filling = [batch.filling] if batch.filling else []
-        segments = (
-            Segments.sharing([*batch.pieces, *map(Piece, filling)], device=batch.ids_BT.device)
-            if batch.pieces
-            else Segments.of([*batch.lengths, *filling], device=batch.ids_BT.device)
-        )
-        inputs |= {"position_ids": batch.positions_BT + _first_position(model), "segments": segments}
     if batch.types_BT is not None:
         inputs["token_type_ids"] = batch.types_BT
-    if batch.layout == "ragged":
-        return inputs
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
-    return {**inputs, "attention_mask": batch.mask_BT}
+    if batch.layout not in PACKED:
+        return {**inputs, "attention_mask": batch.mask_BT}
+    if batch.layout == "ragged":  # no encoder–decoder takes the positions of both its sides
+        inputs["position_ids"] = batch.positions_BT + _first_position(model)
+    return {**inputs, "segments": _segments(batch)}
+
+
+def _segments(batch: Batch) -> Segments | PairSegments:
+    device, filling = batch.ids_BT.device, [batch.filling] if batch.filling else []
+    if batch.layout == "ragged_pairs":
+        sources = [num - num_targets for num, num_targets in zip(batch.lengths, batch.targets_B, strict=True)]
+        decoded = [batch.decoder_filling] if batch.decoder_filling else []
+        return PairSegments.of([*sources, *filling], [*batch.targets_B, *decoded], device=device)
+    if batch.pieces:
+        return Segments.sharing([*batch.pieces, *map(Piece, filling)], device=device)
+    return Segments.of([*batch.lengths, *filling], device=device)
 
 
 @cache
@@ -77,7 +82,7 @@ def has_cache(forward: Callable[..., Any]) -> bool:
 
 
 def _passing(batch: Batch) -> Any:
-    return ragged_pass() if batch.layout == "ragged" else nullcontext()
+    return ragged_pass() if batch.layout in PACKED else nullcontext()
 
 
 @contextmanager

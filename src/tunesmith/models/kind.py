@@ -15,7 +15,17 @@ from transformers.models.auto.modeling_auto import (
 from tunesmith.errors import ModelError
 from tunesmith.models.locate import Located
 from tunesmith.models.source import load_config
-from tunesmith.types import ModelKind
+from tunesmith.types import Layout, ModelKind
+
+
+def layouts_of(kind: ModelKind, device: str) -> tuple[Layout, ...]:
+    """How rows of such a model may lie on a kind of device, the first that it can is taken; the last it can always.
+
+    Off processors pairs stay padded: torch's kernels there take rows of different lengths together only without biases.
+    """
+    if kind != "encoder_decoder":
+        return "ragged", "padded"
+    return ("ragged_pairs", "encoder_decoder") if device == "cpu" else ("encoder_decoder",)
 
 
 def model_kind(located: Located) -> ModelKind:

@@ -47,7 +47,9 @@ def use_fast_norms(model: nn.Module, *, with_numbers: Callable[[nn.Module], nn.M
 
 def _looks_known(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
+    # T5 calls its own a layer norm, which it is but for the mean.
+    is_named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    return is_named and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def _weight(module: nn.Module) -> Tensor:

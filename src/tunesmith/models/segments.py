@@ -1,7 +1,8 @@
 """Where the pieces of a ragged pass stand, and which keys each of them reads; made once a pass, used by every layer.
 
 A piece is a row, or where rows begin with the same tokens, their beginning or what is left of one of them: see
-`data.sharing`. A piece reads its prefix, which another piece computes, and itself.
+`data.sharing`. A piece reads its prefix, which another piece computes, and itself. Of an encoder–decoder sources read
+themselves, targets themselves, and each target its source.
 """
 
 # T tokens, K keys of all pieces one after the other, C pieces that share a prefix, P its tokens, Q queries, G groups of
@@ -15,7 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.types import Piece
@@ -25,7 +26,8 @@ from tunesmith.types import Piece
 class Segments:
     """The pieces of one ragged batch, in the order they stand."""
 
-    pieces: tuple[Piece, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """(queries, keys) of each."""
     device: torch.device
     query_starts: Tensor | None = None
     """int32 [pieces + 1], where each begins and the last ends; on CUDA only, for the varlen kernel."""
@@ -45,19 +47,28 @@ class Segments:
     @classmethod
     def sharing(cls, pieces: Sequence[Piece], *, device: torch.device) -> Segments:
         """Pieces, some of which read a prefix."""
+        shared = Shared.of(pieces, device) if any(piece.prefix for piece in pieces) else None
+        return cls._of([(piece.tokens, piece.keys) for piece in pieces], device, shared)
 
+    @classmethod
+    def across(cls, queries: Sequence[int], keys: Sequence[int], *, device: torch.device) -> Segments:
+        """Pieces that read others: so many tokens of one side, so many of the other."""
+        return cls._of(list(zip(queries, keys, strict=True)), device, None)
+
+    @classmethod
+    def _of(cls, sizes: Sequence[tuple[int, int]], device: torch.device, shared: Shared | None) -> Segments:
         def starts(sizes: Sequence[int]) -> Tensor | None:
             if device.type != "cuda":
                 return None
             return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
 
-        return cls(
-            pieces=tuple(pieces),
-            device=device,
-            query_starts=starts([piece.tokens for piece in pieces]),
-            key_starts=starts([piece.keys for piece in pieces]),
-            shared=Shared.of(pieces, device) if any(piece.prefix for piece in pieces) else None,
-        )
+        queries, keys = zip(*sizes, strict=True)
+        return cls(tuple(sizes), device, starts(queries), starts(keys), shared)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest piece, of queries or keys."""
+        return max(map(max, self.sizes))
 
     def keys(self, tensor_1GTD: Tensor) -> Tensor:
         """[1, G, K, D]: keys or values as the pieces read them, those of a prefix once for each of its readers."""
@@ -75,6 +86,33 @@ class Segments:
             keys_K = torch.arange(num_keys, device=self.device)
             self.bands[key] = (keys_K <= queries_Q1) & (keys_K > queries_Q1 - window)
         return self.bands[key]
+
+
+@dataclass(frozen=True, slots=True)
+class PairSegments:
+    """The pieces of one ragged batch of an encoder–decoder."""
+
+    sources: Segments
+    targets: Segments
+    across: Segments
+    """Targets that read their sources."""
+
+    @classmethod
+    def of(cls, sources: Sequence[int], targets: Sequence[int], *, device: torch.device) -> PairSegments:
+        """Whole rows, by the tokens of each side."""
+        return cls(
+            Segments.of(sources, device=device),
+            Segments.of(targets, device=device),
+            Segments.across(targets, sources, device=device),
+        )
+
+    def within(self, attention: nn.Module) -> Segments:
+        """What a module attends to, by the names that transformers' models have for it: a causal one stands in the
+        decoder and reads targets, one that is not and stands there reads sources from it. A model that means something
+        else by these names is found out by `agreement.pairs_agree`."""
+        if getattr(attention, "is_causal", False):
+            return self.targets
+        return self.across if getattr(attention, "is_decoder", False) else self.sources
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import Plan
-from tunesmith.data.filling import filled
+from tunesmith.data.filling import filled_sides
 from tunesmith.data.passes import Pass
 from tunesmith.planning.tracing import Segment
+from tunesmith.types import PACKED
 
 COMPILED = 650 * 1024
 """Bytes that are kept of each product."""
@@ -82,8 +83,8 @@ def in_bfloat16(
 
 
 def _size(plan: Plan, rows: Pass) -> int:
-    num_tokens = plan.computed(rows)
-    return filled(num_tokens) if plan.layout == "ragged" else num_tokens
+    sides = plan.computed_sides(rows)
+    return sum(filled_sides(sides) if plan.layout in PACKED else sides)
 
 
 def _compiled(sizes: Sequence[int], room: int) -> tuple[int, int]:

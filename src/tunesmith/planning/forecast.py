@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.rows import Rows
+from tunesmith.models.kind import layouts_of
 from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
@@ -166,16 +167,17 @@ class Forecaster:
 
     def layout(self, recipe: Recipe, sketch: Sketch) -> Layout:
         """As far as the code of the model tells; whether packed rows answer the same is asked when it is loaded."""
-        if self.kind == "encoder_decoder":
-            return "encoder_decoder"
         if id(sketch) not in self._layouts:
             self._layouts[id(sketch)] = self._layout(recipe, sketch)
         return self._layouts[id(sketch)]
 
     def _layout(self, recipe: Recipe, sketch: Sketch) -> Layout:
-        feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, "ragged"))
+        packed, *others = layouts_of(self.kind, self.device.kind)
+        if not others:
+            return packed
+        feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, packed))
         some = [int(i) for i in self.rows.train_rows[:2]]
-        return "ragged" if sketch.can_pack(feed.batch(some, draw=1)) else "padded"
+        return packed if sketch.can_pack(feed.batch(some, draw=1)) else others[0]
 
     def _plan(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Plan:
         """Steps and passes as they will be if the model answers alike where rows share what they begin with."""

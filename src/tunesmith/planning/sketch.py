@@ -35,7 +35,7 @@ from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
 from tunesmith.tasks import bind
-from tunesmith.types import Attachment, Batch, HeadName, Labels, Layout
+from tunesmith.types import PACKED, Attachment, Batch, HeadName, Labels, Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,7 +110,7 @@ class Sketch:
     def can_pack(self, batch: Batch) -> bool:
         """Whether the model's attention takes rows packed end to end, as far as its code tells."""
         try:
-            with _blaming(), self.mode, torch.no_grad(), self._laid_out("ragged"), ragged_pass() as trace:
+            with _blaming(), self.mode, torch.no_grad(), self._laid_out(batch.layout), ragged_pass() as trace:
                 self._loss.measure(self.model, self._of_shapes(batch))
         except UnsupportedAttentionError:
             return False
@@ -158,7 +158,7 @@ class Sketch:
     @contextmanager
     def _laid_out(self, layout: Layout) -> Iterator[None]:
         with quiet():
-            if layout == "ragged":
+            if layout in PACKED:
                 use_ragged(self.model, plain=self._plain)
             else:
                 self.model.set_attn_implementation(self._own_attention)
