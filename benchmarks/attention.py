@@ -16,7 +16,7 @@ from benchmarks.measured import machine, versions
 from tunesmith.models import attention, grouped
 from tunesmith.models.segments import Segments
 
-LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512)
+LENGTHS = (16, 32, 64, 128, 256, 320, 384, 448, 512, 768, 1024)
 
 
 def main() -> None:

@@ -164,7 +164,7 @@ def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):
         recomputed_layers_give_the_same_gradients("llama")
 
 
-@pytest.mark.parametrize(("dropout", "together"), [(0.1, [300, 300, 40]), (0.0, [40])])
+@pytest.mark.parametrize(("dropout", "together"), [(0.1, [600, 600, 40]), (0.0, [40])])
 def test_long_rows_are_multiplied_together_where_weights_are_dropped(monkeypatch, dropout, together):
     """torch's kernel has no dropout: a row goes through some twenty operations for it."""
     seen: list[int] = []
@@ -176,8 +176,8 @@ def test_long_rows_are_multiplied_together_where_weights_are_dropped(monkeypatch
         return attend(query, key, value, layout, **settings)
 
     monkeypatch.setattr(grouped, "attend", watched)
-    q, k, v = (torch.randn(1, 2, 640, 8, dtype=torch.bfloat16) for _ in range(3))
-    segments = Segments.of([300, 300, 40], device=torch.device("cpu"))
+    q, k, v = (torch.randn(1, 2, 1240, 8, dtype=torch.bfloat16) for _ in range(3))
+    segments = Segments.of([600, 600, 40], device=torch.device("cpu"))
     attention.ragged_attention(torch.nn.Module(), q, k, v, None, segments=segments, dropout=dropout, is_causal=False)
     assert seen == together
 
