@@ -108,6 +108,21 @@ def test_after_it_padded_batches_and_writing_are_what_they_were(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_alone_reads_packed_rows_too(kind):
+    """A model that is no encoder–decoder, but has its attention: it gets whole rows, and no pairs."""
+    encoder = model_of(kind).double().eval().get_encoder()
+    rows = [torch.tensor(row.ids[None], dtype=torch.int64) for row in rows_of()]
+    alone = torch.cat([encoder(input_ids=ids_1T).last_hidden_state for ids_1T in rows], dim=1)
+    segments = Segments.of([ids_1T.shape[1] for ids_1T in rows], device=torch.device("cpu"))
+    for plain in (False, True):
+        use_ragged(encoder, plain=plain)
+        with attention.ragged_pass() as trace:
+            packed = encoder(input_ids=torch.cat(rows, dim=1), segments=segments).last_hidden_state
+        assert trace.calls == 2
+        torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_layers_have_the_same_gradients(kind):
     model, batch = model_of(kind).train(), batch_of("ragged_pairs")
     use_ragged(model)

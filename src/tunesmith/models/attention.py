@@ -147,8 +147,7 @@ def ragged_attention(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, position_bias, **others
         )
-    if isinstance(segments, PairSegments):
-        segments = segments.within(module)
+    segments = segments.within(module)
     bias_HMM = None if position_bias is None else _checked(position_bias, segments, how)
     if segments.shared is not None and not causal:
         raise UnsupportedAttentionError("pieces of rows that read both ways cannot share what they begin with")

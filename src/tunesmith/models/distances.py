@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunesmith.models.segments import PairSegments
+from tunesmith.models.segments import PairSegments, Segments
 
 NAMES = ("q", "k", "v", "o", "n_heads", "key_value_proj_dim", "scaling", "has_relative_attention_bias", "compute_bias")
 """What transformers' attention of this kind has."""
@@ -44,7 +44,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _forward(
-    module: Any, own: Any, hidden_1TF: Tensor, *args: Any, segments: PairSegments | None = None, **given: Any
+    module: Any, own: Any, hidden_1TF: Tensor, *args: Any, segments: Segments | PairSegments | None = None, **given: Any
 ) -> Any:
     """What the module answers: its output, the biases for the layers behind it if it hands them on, no weights."""
     if segments is None:

@@ -65,6 +65,10 @@ class Segments:
         queries, keys = zip(*sizes, strict=True)
         return cls(tuple(sizes), device, starts(queries), starts(keys), shared)
 
+    def within(self, attention: nn.Module) -> Segments:
+        """What a module attends to: see `PairSegments.within`."""
+        return self
+
     @property
     def longest(self) -> int:
         """Tokens of the longest piece, of queries or keys."""
