@@ -171,8 +171,8 @@ def test_the_norm_of_large_gradients_is_exact_and_the_same_again() -> None:
     tensors.append(transposed)
     exact = torch.cat([tensor.grad.double().flatten() for tensor in tensors]).norm().item()
     norm = gradient_norm(tensors)
-    # Float32 adds up a million squares in some dozens of sums: 4e-7 was seen; torch's own norm is off by 8e-6.
-    assert norm == pytest.approx(exact, rel=2e-6)
+    # Float32 adds up a million squares in some dozens of sums: 4e-7 was seen on a Xeon, 4e-6 on an EPYC.
+    assert norm == pytest.approx(exact, rel=6e-6)
     for tensor in tensors:
         tensor.grad = tensor.grad.clone()
     assert gradient_norm(tensors) == norm

@@ -346,7 +346,8 @@ def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.d
     train(model, attachment)
     save(attachment, untouched, tmp_path)
     METHODS[attachment.method].load_result(ready(untouched, case), tmp_path / "result")
-    assert torch.equal(logits(untouched), logits(model))
+    # The same products, but MKL adds up in another order where a tensor lies at another address: 2e-7 was seen.
+    torch.testing.assert_close(logits(untouched), logits(model), rtol=1e-6, atol=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "result").chat_template == tiny_tokenizer().chat_template
 
 
