@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 other; in float32 0 and 1.7."""
 
 
+Found = TypeVar("Found")
+
 _REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
 """Whatever a foreign model says when it is called this way, the answer is the padded layout."""
 
@@ -55,37 +57,22 @@ def ragged_agrees(model: PreTrainedModel, rows: Sequence[Row], *, plain: bool = 
 
     The model is left as it was.
     """
-    own = model.config._attn_implementation
     pieces = _pieces(rows, model.device)
     with evaluating(model):
         alone = [_logits(model, ids_L[None], _positions(len(ids_L))) for ids_L in pieces]
-        try:
-            with quiet():  # transformers warns of attention that cannot be replaced; here that is an answer
-                packed, trace = _packed_logits(model, pieces, plain=plain)
-        except _REFUSALS as refusal:
-            return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
-        finally:
-            with quiet():
-                model.set_attn_implementation(own)
-    return _judge(alone, packed, trace, model.dtype)
+        packed = _packed(model, lambda: _packed_logits(model, pieces), plain=plain)
+    return packed if isinstance(packed, Agreement) else _judge(alone, *packed, model.dtype)
 
 
 def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bool, plain: bool = False) -> Agreement:
     """The same for an encoder, by what its own head answers: of each row, or of each of its tokens."""
-    own = model.config._attn_implementation
     rows = [*rows, rows[0]]  # two of equal length
     with evaluating(model):
         alone = torch.cat([_answers(model, [row], "padded", has_types=has_types) for row in rows])
-        try:
-            with quiet():
-                use_ragged(model, plain=plain)
-            with ragged_pass() as trace:
-                packed = _answers(model, rows, "ragged", has_types=has_types)
-        except _REFUSALS as refusal:
-            return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
-        finally:
-            with quiet():
-                model.set_attn_implementation(own)
+        found = _packed(model, lambda: _answers(model, rows, "ragged", has_types=has_types), plain=plain)
+    if isinstance(found, Agreement):
+        return found
+    packed, trace = found
     if packed.shape != alone.shape:
         return Agreement(False, float("nan"), float("nan"), "its head does not read the first token of each row")
     difference = packed - alone
@@ -101,21 +88,34 @@ def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bo
 
 def pairs_agree(model: PreTrainedModel, rows: Sequence[Row], *, plain: bool = False) -> Agreement:
     """The same for an encoder–decoder, by the logits of targets."""
-    own = model.config._attn_implementation
     pairs = _pairs(rows)
+
+    def logits(pairs: Sequence[Pair], layout: Layout) -> Tensor:
+        return logits_at_targets(model, _pair_batch(model, pairs, layout)).float()
+
     with evaluating(model):
-        alone = [logits_at_targets(model, _pair_batch(model, [pair], "encoder_decoder")).float() for pair in pairs]
-        try:
-            with quiet():
-                use_ragged(model, plain=plain)
+        alone = [logits([pair], "encoder_decoder") for pair in pairs]
+        packed = _packed(model, lambda: logits(pairs, "ragged_pairs"), plain=plain)
+    if isinstance(packed, Agreement):
+        return packed
+    logits_NV, trace = packed
+    return _judge(alone, torch.split(logits_NV, [len(logits_KV) for logits_KV in alone]), trace, model.dtype)
+
+
+def _packed(model: PreTrainedModel, answer: Callable[[], Found], *, plain: bool) -> tuple[Found, Trace] | Agreement:
+    """What packed rows are answered, and what was asked for meanwhile; or why the model does not take them."""
+    own = model.config._attn_implementation
+    try:
+        # transformers warns of attention that cannot be replaced; here that is an answer.
+        with quiet():
+            use_ragged(model, plain=plain)
             with ragged_pass() as trace:
-                packed_NV = logits_at_targets(model, _pair_batch(model, pairs, "ragged_pairs")).float()
-        except _REFUSALS as refusal:
-            return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
-        finally:
-            with quiet():
-                model.set_attn_implementation(own)
-    return _judge(alone, torch.split(packed_NV, [len(logits_KV) for logits_KV in alone]), trace, model.dtype)
+                return answer(), trace
+    except _REFUSALS as refusal:
+        return Agreement(False, float("nan"), float("nan"), str(refusal) or type(refusal).__name__)
+    finally:
+        with quiet():
+            model.set_attn_implementation(own)
 
 
 Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
@@ -212,22 +212,18 @@ def _logits(model: PreTrainedModel, ids_1T: Tensor, positions_K: Tensor, **how: 
     return (logits_KV if len(logits_KV) == len(positions_K) else logits_KV[positions_K]).float()
 
 
-def _packed_logits(
-    model: PreTrainedModel, pieces: Sequence[Tensor], *, plain: bool
-) -> tuple[tuple[Tensor, ...], Trace]:
+def _packed_logits(model: PreTrainedModel, pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
     lengths = [len(ids_L) for ids_L in pieces]
     starts = [0, *accumulate(lengths)]
     positions = [start + _positions(length) for start, length in zip(starts, lengths, strict=False)]
-    use_ragged(model, plain=plain)
-    with ragged_pass() as trace:
-        logits_KV = _logits(
-            model,
-            torch.cat(list(pieces))[None],
-            torch.cat(positions),
-            position_ids=torch.cat([torch.arange(length, device=model.device) for length in lengths])[None],
-            segments=Segments.of(lengths, device=model.device),
-        )
-    return torch.split(logits_KV, [len(positions_K) for positions_K in positions]), trace
+    logits_KV = _logits(
+        model,
+        torch.cat(list(pieces))[None],
+        torch.cat(positions),
+        position_ids=torch.cat([torch.arange(length, device=model.device) for length in lengths])[None],
+        segments=Segments.of(lengths, device=model.device),
+    )
+    return torch.split(logits_KV, [len(positions_K) for positions_K in positions])
 
 
 def spread_error(found_KV: Tensor, expected_KV: Tensor) -> float:
