@@ -9,11 +9,12 @@ import pytest
 
 from shape.tree import name_of, parsed, source_files
 
-MAX_LINES = 300
+MAX_LINES = 500
+"""A concept is a file."""
 MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
-MAX_PACKAGE = 42_500
+MAX_PACKAGE = 46_000
 """Why not less: docs/decisions/004-size-of-the-package.md"""
 
 
