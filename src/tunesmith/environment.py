@@ -22,6 +22,7 @@ NAMES = (
     "MALLOC_MMAP_MAX_",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_ARENA_MAX",
+    "PYTORCH_ALLOC_CONF",
 )
 MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
 """Names, numbers in glibc's malloc.h, values."""
@@ -39,6 +40,10 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
     _keep_freed_memory(environ)
+    # Passes of all sizes leave holes between blocks of a card's memory. PyTorch's CUDA notes recommend this for such
+    # programs; it was never run here, since no card was there.
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
     # default, made training several times slower. On a machine of one's own it is sleeping that costs.
     if others() >= BUSY:

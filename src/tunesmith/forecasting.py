@@ -14,7 +14,7 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.filling import fills
 from tunesmith.data.rows import Places, Rows, encode_rows
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
@@ -50,7 +50,7 @@ class Foreseen:
     start: Start
     rows: Rows
     forecast: Forecast | None
-    """None for a model that cannot be run in shapes alone, and for a resumed run, whose choices are made."""
+    """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
 
 
 def foresee(
@@ -86,10 +86,14 @@ def foresee(
         return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
 
     on_progress("plan", 0, 1)
-    tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
-    device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
     seen = Foreseen(recipe, choices, [], start, rows, None)
-    _predict(seen, device, tried, free_tokens=free_tokens)
+    try:
+        _predict(seen, device, free_tokens=free_tokens)
+    except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
+        raise
+    except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
+        seen.recipe = _without_layers(recipe)
+        seen.notes.append(f"memory and time could not be forecast: {_reason(error)}")
     on_progress("plan", 1, 1)
     return seen
 
@@ -114,9 +118,13 @@ def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
     return recipe.model_copy(update={"method": told}), choices
 
 
-def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens: bool) -> None:
-    """Decide what memory decides, and what the run will need then. Raises DoesNotFitError."""
-    start, rows = seen.start, seen.rows
+def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> None:
+    """Decide what memory decides, and what the run will need then. Raises DoesNotFitError; whatever else it raises
+    leaves `seen` as it was."""
+    start, rows, recipe = seen.start, seen.rows, seen.recipe
+    tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
+    device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
+    on = device.kind
     give_back()  # what the machine's speed was tried with is no part of what the process holds
     forecaster = Forecaster(
         located=start.located,
@@ -124,29 +132,34 @@ def _predict(seen: Foreseen, device: Device, tried: Tried | None, *, free_tokens
         head=start.head,
         rows=rows,
         feeds=lambda recipe, model, plan: feeds(
-            recipe, start, rows, model, plan, device="cpu", on=device.kind, ask=lambda model, rows: None
+            recipe, start, rows, model, plan, device="cpu", on=on, ask=lambda model, rows: None
         )[:2],
         plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
         device=device,
         base=devices.resident(),
         tried=tried,
-        general_tokens=_general_tokens(seen.recipe, start),
+        general_tokens=_general_tokens(recipe, start),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
-    try:
-        recipe, fitted, forecast = fit(seen.recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
-    except ModelError as error:
-        seen.recipe = _without_layers(seen.recipe)
-        seen.notes.append(f"memory and time cannot be predicted: {error}")
-        return
+    recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
+    notes = []
     if not forecast.fits:
         refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        seen.notes.append(str(refusal))
+        notes.append(str(refusal))
+    if tried is not None and tried.refused:
+        names = ", ".join(sorted(tried.refused))
+        notes.append(f"the time is partly an estimate: {names} could not be tried on {recipe.device}")
     replaced = {choice.key for choice in fitted}
     seen.choices = [*(choice for choice in seen.choices if choice.key not in replaced), *fitted]
+    seen.notes.extend(notes)
     seen.recipe, seen.forecast = recipe, forecast
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
 
 
 def _general_tokens(recipe: Recipe, start: Start) -> int:

@@ -236,4 +236,4 @@ def test_a_model_that_cannot_be_run_in_shapes_is_trained_all_the_same(tmp_path: 
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path)
     assert setup.forecast is None
     assert setup.recipe.train.checkpointed_layers == 0
-    assert any("cannot be predicted: no config" in note for note in setup.notes)
+    assert any("could not be forecast: no config" in note for note in setup.notes)

@@ -96,7 +96,7 @@ def room(device: str) -> int:
     """Bytes that this process may hold: what is free now, and what it holds already."""
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + int(torch.cuda.memory_reserved(device))
+        return int(free) + int(torch.cuda.memory_reserved(device)) + CUDA_CONTEXT  # which is held already, too
     return min(_memory_free(), _group_free()) + resident()
 
 

@@ -30,6 +30,9 @@ class Tried:
         self._device, self._threads = device, threads
         self._left = BUDGET
         self._seconds: dict[Product, float] = {}
+        self._untried: set[Product] = set()
+        self.refused: set[str] = set()
+        """Names of the operations that the device cannot run: their time is an estimate."""
 
     def look(self, segments: Iterable[Segment]) -> None:
         """Try what a pass consists of, as far as there is time."""
@@ -38,10 +41,15 @@ class Tried:
         torch.set_num_threads(self._threads)
         try:
             for product in sorted(times, key=lambda one: -one.flops * times[one]):
-                if product in self._seconds or product.num_bytes > LARGEST or self._left <= 0:
+                is_done = product in self._seconds or product in self._untried
+                if is_done or product.num_bytes > LARGEST or self._left <= 0:
                     continue
                 begun = time.perf_counter()
-                self._seconds[product] = self._try(product.call)
+                try:
+                    self._seconds[product] = self._try(product.call)
+                except RuntimeError:  # NotImplementedError is one: no kernel for this device, or no memory for it
+                    self._untried.add(product)
+                    self.refused.add(_name(product.call))
                 self._left -= time.perf_counter() - begun
         finally:
             torch.set_num_threads(before)
@@ -61,6 +69,12 @@ class Tried:
             if spent > TURNS_S:
                 break
         return best
+
+
+def _name(call: Call) -> str:
+    """Without the word for the device that the operation was traced on."""
+    packet = getattr(call.func, "overloadpacket", call.func)
+    return str(getattr(packet, "__name__", packet)).strip("_").replace("_for_cpu", "")
 
 
 def stopwatch(do: Callable[[], Any], device: str) -> float:
