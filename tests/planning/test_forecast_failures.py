@@ -12,17 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tunesmith.forecasting as forecasting
-import tunesmith.planning.devices as devices
-import tunesmith.planning.fitting as fitting
-import tunesmith.planning.forecast as forecast
-import tunesmith.planning.sketch as sketch
-import tunesmith.planning.trying as trying
 from tiny_run import chats, model_folder, tiny_recipe
-from tunesmith import training
+from tunesmith import forecasting, training
 from tunesmith.cli.app import app
 from tunesmith.errors import RecipeError
 from tunesmith.forecasting import foresee
+from tunesmith.planning import devices, fitting, forecast, sketch, trying
 from tunesmith.planning.tracing import Call, Operand, Product, Segment
 
 ERRORS = (NotImplementedError, RuntimeError, KeyError, MemoryError, OSError, AttributeError)
