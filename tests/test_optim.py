@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tiny_model import SETTINGS, tiny_model
+from tiny_run import tiny_recipe
 from tunesmith.errors import CheckpointError
 from tunesmith.optim import SCHEDULES, Update, decays, excess, gradient_norm, rate, warmup_steps
 from tunesmith.optim.update import LARGE, PIECE
+from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Optim
 
 Rate = Callable[[int, int, Optim], float]
@@ -122,10 +125,42 @@ def test_embeddings_norms_and_biases_do_not_decay_in_any_family(arch: str) -> No
         ("embeddings.token_type_embeddings.weight", False),
         ("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", False),
         ("shared.weight", False),
+        ("lm_head.modules_to_save.default.weight", True),
+        ("base_model.model.model.embed_tokens.modules_to_save.default.weight", False),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", False),
+        ("lm_head.token_adapter.trainable_tokens_delta", False),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default", False),
+        ("base_model.model.model.embed_tokens.trainable_tokens_delta.default", False),
     ],
 )
 def test_decay_by_name(name: str, decay: bool) -> None:
     assert decays(name, torch.zeros(2, 2)) is decay
+
+
+# trap: L16
+def assert_rows_of_new_tokens_do_not_decay(tmp_path: Path) -> None:
+    """In a run of LoRA with a new token: an update without a gradient leaves its rows as they are."""
+    recipe = tiny_recipe(tmp_path, data={"new_tokens": ["quick brown"]}, optim={"weight_decay": 0.5})
+    setup = prepare(recipe, root=tmp_path)
+    rows = {name: tensor for name, tensor in setup.attachment.trained.items() if "token_adapter" in name}
+    before = {name: tensor.detach().clone() for name, tensor in rows.items()}
+    for tensor in setup.attachment.trained.values():
+        tensor.grad = torch.zeros_like(tensor)
+    setup.update.step(0.1)
+    assert len(rows) == 2
+    assert all(torch.equal(rows[name], before[name]) for name in rows)
+
+
+def test_rows_of_new_tokens_do_not_decay(tmp_path: Path) -> None:
+    assert_rows_of_new_tokens_do_not_decay(tmp_path)
+
+
+def test_decay_by_the_name_of_whole_embeddings_alone_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # trap: L16 planted
+    monkeypatch.setattr("tunesmith.optim.update.is_embedding", lambda name: name.endswith("embed_tokens.weight"))
+    with pytest.raises(AssertionError):
+        assert_rows_of_new_tokens_do_not_decay(tmp_path)
 
 
 def some_tensors() -> dict[str, Tensor]:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from test_resume import same_run
 from tiny_run import tiny_recipe
 from tunesmith import checkpoint
-from tunesmith.errors import OutOfMemoryError, RecipeError, RunError
+from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped
 from tunesmith.loop import training_steps
 from tunesmith.models.exhausted import is_out_of_memory
 from tunesmith.preparing import Setup, prepare
 from tunesmith.run import runs
+from tunesmith.session import Listener, Progress
 from tunesmith.training import resume, train
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -156,3 +158,70 @@ def test_a_row_longer_than_a_pass_may_be_does_not_make_the_others_longer(tmp_pat
     assert max(setup.plan.lengths_I) > 125
     with pytest.raises(OutOfMemoryError):
         next(iter(training_steps(setup)))
+
+
+class EndsOnce:
+    """Memory ends once, in the step after `step`."""
+
+    def __init__(self, monkeypatch, step: int) -> None:
+        self.at, self.steps, self.spent = step, list[int](), False
+        monkeypatch.setattr("tunesmith.training.prepare", self.prepare)
+
+    def prepare(self, *args, **how) -> Setup:
+        setup = prepare(*args, **how)
+        right = setup.task.loss_sum
+
+        def loss_sum(model, batch):
+            if self.steps[-1:] == [self.at] and not self.spent:
+                self.spent = True
+                raise MemoryError
+            return right(model, batch)
+
+        setup.task = replace(setup.task, loss_sum=loss_sum)
+        return setup
+
+    def listener(self, *, stop: int = 0) -> Listener:
+        return Listener(
+            on_event=lambda event: self.steps.append(event.step) if event.kind == "step" else None,
+            should_stop=lambda: self.steps[-1:] == [stop],
+        )
+
+
+def with_dropout(folder):
+    return tiny_recipe(folder, dropout=0.1, train={"rows_per_step": 6, "tokens_per_pass": 400, "max_steps": 6})
+
+
+def stopped_after_memory_ended(recipe, folder, monkeypatch):
+    ends = EndsOnce(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        train(recipe, root=folder / "stopped", listener=ends.listener(stop=4))
+    assert ends.spent
+    return runs(folder / "stopped")[0]
+
+
+# trap: R8
+def assert_resumed_as_if_never_stopped(folder, monkeypatch) -> None:
+    recipe = with_dropout(folder)
+    ends = EndsOnce(monkeypatch, 2)
+    straight = train(recipe, root=folder / "straight", listener=ends.listener())
+    assert ends.spent
+    run = stopped_after_memory_ended(recipe, folder, monkeypatch)
+    resume(run)
+    same_run(run, straight)
+
+
+def test_a_run_whose_passes_were_halved_resumes_bit_for_bit(tmp_path, monkeypatch):
+    assert_resumed_as_if_never_stopped(tmp_path, monkeypatch)
+
+
+def test_passes_that_are_whole_again_after_a_resume_would_be_seen(tmp_path, monkeypatch):  # trap: R8 planted
+    monkeypatch.setattr(Progress, "tokens_per_pass", property(lambda self: None, lambda self, value: None))
+    with pytest.raises(AssertionError):
+        assert_resumed_as_if_never_stopped(tmp_path, monkeypatch)
+
+
+def test_a_resume_that_names_the_size_of_passes_gets_it(tmp_path, monkeypatch):
+    run = stopped_after_memory_ended(with_dropout(tmp_path), tmp_path, monkeypatch)
+    resume(run, settings=["train.tokens_per_pass=400"])
+    passes = [event.values["passes"] for event in run.events() if event.kind == "step"]
+    assert [num > 1 for num in passes] == [False, False, True, True, False, False]

@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_run import chats, tiny_recipe, values_of
-from tunesmith import checkpoint
+from tunesmith import checkpoint, preparing
 from tunesmith.errors import RunError, Stopped
+from tunesmith.predicting.trained import find_trained
+from tunesmith.recipe.knobs import DataFile
 from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run, runs
 from tunesmith.training import Listener, resume, train
@@ -172,6 +174,46 @@ def test_change_test_catches_a_resume_that_does_not_look(tmp_path, monkeypatch):
     monkeypatch.setattr("tunesmith.training._refuse_changes", lambda *args: None)
     with pytest.raises(pytest.fail.Exception), pytest.raises(RunError):
         resume(run)
+
+
+def test_a_run_of_an_earlier_order_is_refused_in_words(tmp_path, monkeypatch):
+    """Its rows stand in another order: to go on would repeat some of an epoch and leave others out."""
+    right, key = preparing._identity, "setting order of rows"
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_identity", lambda *a: {k: v for k, v in right(*a).items() if k != key})
+        run = stopped_run(tmp_path)
+    with pytest.raises(RunError, match=r"order of rows was version 1 \(an earlier Tunesmith\), is version 2"):
+        resume(run)
+
+
+def test_a_refused_resume_leaves_the_rows_of_the_run_alone(tmp_path):
+    run = stopped_run(tmp_path)
+    file = tmp_path / "chats.jsonl"
+    before, rows = file.read_bytes(), sorted(path.name for path in (run.rows_path / "train").iterdir())
+    for seed in range(7, 13):
+        chats(file, 19, seed=seed)
+        with pytest.raises(RunError, match="since this changed"):
+            resume(run)
+        assert sorted(path.name for path in (run.rows_path / "train").iterdir()) == rows
+    file.write_bytes(before)
+    resume(run)
+    found = find_trained(run)
+    assert found is not None
+    assert len(found.store) == 18
+
+
+def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
+    """Whatever a resume that was killed has left beside them."""
+    run = stopped_run(tmp_path)
+    for seed in range(7, 13):
+        file = chats(tmp_path / "chats.jsonl", 19, seed=seed)
+        recipe = run.recipe()
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (DataFile(path=str(file)),)})})
+        preparing.prepare(recipe, root=tmp_path, run=run)
+    assert len(list((run.rows_path / "train").glob("*.json"))) == 7
+    found = find_trained(run)
+    assert found is not None
+    assert len(found.store) == 18
 
 
 def test_a_finished_run_has_nothing_to_resume(tmp_path):

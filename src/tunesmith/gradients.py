@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tunesmith.data.batch import Plan
-from tunesmith.data.passes import Pass
+from tunesmith.data.passes import Pass, copies_in
 from tunesmith.describing import peak_memory_bytes
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.models.exhausted import give_back, is_out_of_memory
@@ -42,8 +43,8 @@ def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
         losses: list[Tensor] = []
         computed = 0
         try:
-            for rows in passes:
-                loss_sum, tokens = _pass(setup, rows, step, num_targets)
+            for rows, copies in zip(passes, copies_in(passes), strict=True):
+                loss_sum, tokens = _pass(setup, rows, copies, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
             return Gradients(plan, passes, losses, _penalise(setup), num_targets, computed, halved)
@@ -59,9 +60,9 @@ def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
 
 
-def _pass(setup: Setup, rows: Pass, step: int, num_targets: float) -> tuple[Tensor, int]:
+def _pass(setup: Setup, rows: Pass, copies: Sequence[int], step: int, num_targets: float) -> tuple[Tensor, int]:
     """Forward and backward; the loss sum, and the places that were computed."""
-    batch = setup.feed.batch(rows, draw=step)
+    batch = setup.feed.batch(rows, draw=step, copies=copies)
     with setup.noise.on(setup.model, batch, step):
         loss_sum = setup.task.loss_sum(setup.model, batch)
     (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.attaching import attach
 from tunesmith.beside import Beside
+from tunesmith.data import order
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
@@ -229,7 +230,8 @@ def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapp
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
     data = {f"data {path}": digest for path, digest in hashes.items()}
-    return {**settings, **model, **data, "tokenizer and template": renderer.fingerprint, "rows": rows.store.key}
+    own = {"tokenizer and template": renderer.fingerprint, "rows": rows.store.key, "held-out rows": rows.held_store.key, "setting order of rows": f"version {order.VERSION}"}
+    return {**settings, **model, **data, **own}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

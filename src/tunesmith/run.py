@@ -202,6 +202,10 @@ class Run:
         """Every event so far, oldest first; see events.read."""
         return events.read(self.events_path)
 
+    def identity(self) -> dict[str, str]:
+        """What the run said it rests on when it began; empty if it had not come so far."""
+        return next((dict(event.values["identity"]) for event in self.events() if event.kind == "start"), {})
+
     def follow(self, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
         """Every event, also those to come, until `stop()` holds; see events.follow."""
         return events.follow(self.events_path, stop, poll_s=poll_s)

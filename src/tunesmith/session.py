@@ -29,6 +29,8 @@ class Progress:
     """{"step", "value"} of the best evaluation after the first step, by evaluation.metric."""
     without_best: int = 0
     """Evaluations since then."""
+    tokens_per_pass: int | None = None
+    """What memory left of train.tokens_per_pass; None: all of it."""
     kept: dict[str, Any] = field(default_factory=dict)
     """{"step", "reason"}: whose weights are the result."""
 

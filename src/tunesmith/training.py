@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from tunesmith.session import Listener, OnEvent, Progress, Session
 from tunesmith.types import Event
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
-"""Knobs that change what a step needs, and nothing of what it learns but rounding."""
-NAMED_LATER = {"setting train.group_by_length": "False"}
-"""Of what a run rests on, what those of earlier versions do not name, and how they did it."""
+"""Knobs that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
+NAMED_LATER = {"setting train.group_by_length": "False", "setting order of rows": "version 1 (an earlier Tunesmith)"}
+"""What the identities of runs of earlier versions do not name, and the values that these runs began with."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -72,7 +72,8 @@ def train(
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
     """Go on with a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
-    `settings`: key=value of SAME_UPDATE, which change what a step needs and not what it learns, but for rounding.
+    `settings`: key=value of SAME_UPDATE, which change what a step needs and not what it learns, but for rounding and
+    what dropout draws.
 
     Raises:
         RecipeError: a setting that would make it another run.
@@ -89,15 +90,23 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         recipe = _with_settings(run, settings)
         setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
-        then = newest.state["identity"] if newest else _identity_at_start(run)
+        then = newest.state["identity"] if newest else run.identity()
         unnamed: list[str] = []
-        if then is not None:
+        if then:
             unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
             changed = {f"setting {key}" for key in SAME_UPDATE} if settings else set()
-            _refuse_changes(run, _without(setup.identity, changed), _without(then, changed))
+            try:
+                _refuse_changes(run, _without(setup.identity, changed), _without(then, changed))
+            except RunError:
+                setup.rows.discard()
+                raise
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
+        if any(setting.startswith("train.tokens_per_pass") for setting in settings):
+            progress.tokens_per_pass = None
+        elif progress.tokens_per_pass is not None:
+            setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
         session = Session(setup, run, progress, listener)
         for text in [*damaged, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
@@ -126,11 +135,6 @@ def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in identity.items() if key not in keys}
-
-
-def _identity_at_start(run: Run) -> Mapping[str, str] | None:
-    """What a run that was killed before its first checkpoint said it rests on; None if it had not come so far."""
-    return next((event.values["identity"] for event in run.events() if event.kind == "start"), None)
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
@@ -194,6 +198,7 @@ def _take_steps(session: Session) -> None:
         progress.train_seconds += event.timing["seconds"]
         session.pass_on(event)
         if "tokens_per_pass" in event.values:
+            progress.tokens_per_pass = event.values["tokens_per_pass"]
             session.emit("note", {"text": _halved(event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
@@ -229,7 +234,7 @@ def _halved(event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
     return (
         f"memory ended in step {event.step} ({peak / 2**30:.2f} GiB at most): its passes were made anew, and are from "
-        f"here on, of at most {tokens:,} tokens; the update is the same"
+        f"here on, of at most {tokens:,} tokens; the update is the same, but for what dropout draws"
     )
 
 

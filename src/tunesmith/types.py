@@ -169,6 +169,8 @@ class Batch:
     """int64, which row of the pass each target belongs to."""
     row_indices: tuple[int, ...]
     """Rows of the store that this pass holds, in order."""
+    copies_B: tuple[int, ...] = ()
+    """Of each row how many copies of it stand before it in its step; empty: each is there once."""
     types_BT: Tensor | None = None
     """int64, 1 in the second text of a pair; None for models without token types."""
     pieces: tuple[Piece, ...] = ()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data.families import bert_like
 from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.passes import copies_in
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.recipe.knobs import Data, DataFile
@@ -181,6 +182,26 @@ def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(t
         places = [made.batch([i], draw=draw).predict_N.tolist() for i in full]
         assert len(places) > 2
         assert len({str(row) for row in places}) > 1
+
+
+# trap: L15
+def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path) -> None:
+    store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task_name="text")
+    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    together = made.batch([0, 0, 0, 0], draw=5, copies=copies)
+    assert len({str(line) for line in together.ids_BT.tolist()}) > 1
+    alone = [made.batch([0], draw=5, copies=[copy]).targets_N for copy in copies]  # whichever pass they are in
+    assert torch.cat(alone).tolist() == together.targets_N.tolist()
+
+
+def test_copies_of_a_row_in_one_step_have_masks_of_their_own(tmp_path: Path) -> None:
+    assert copies_in([(3, 3), (5, 3), (5,)]) == [(0, 1), (0, 2), (1,)]
+    assert_copies_teach_different_words((0, 1, 2, 3), tmp_path)
+
+
+def test_copies_that_are_not_counted_would_be_seen(tmp_path: Path) -> None:  # trap: L15 planted
+    with pytest.raises(AssertionError):
+        assert_copies_teach_different_words((0, 0, 0, 0), tmp_path)
 
 
 def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:

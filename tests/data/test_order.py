@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.batch import Plan
-from tunesmith.data.order import POOL_STEPS, in_line, pool_of
+from tunesmith.data.order import POOL_STEPS, in_line, pool_of, sort_keys
 
 PAIRS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=90)
 
@@ -101,6 +101,29 @@ def test_epochs_and_seeds_differ_in_order():
     first, second = (list(map(min, epoch_of(plan(LENGTHS), epoch))) for epoch in (0, 1))
     assert first != second
     assert first != list(map(min, epoch_of(plan(LENGTHS, seed=1))))
+
+
+# trap: L14
+def assert_neighbours_are_unrelated(keys_of) -> None:
+    """Of the orders of two seeds, epochs or salts that differ by one, neither is the other shifted."""
+    rows = np.arange(2000)
+    first = np.argsort(keys_of(rows, 7, 3, salt=1))
+    for seed, epoch, salt in ((8, 3, 1), (6, 3, 1), (7, 4, 1), (7, 3, 2), (8, 2, 1)):
+        other = np.argsort(keys_of(rows, seed, epoch, salt=salt))
+        steps, counts = np.unique(other - first, return_counts=True)
+        assert counts.max() < 20, f"{counts.max()} of 2000 rows moved by {steps[counts.argmax()]}"  # by chance 1 or 2
+
+
+def test_neighbouring_seeds_give_unrelated_orders():
+    assert_neighbours_are_unrelated(sort_keys)
+
+
+def test_seeds_that_are_added_to_rows_before_they_are_mixed_would_be_seen():  # trap: L14 planted
+    def one_stream(items, seed, epoch, *, salt):
+        return sort_keys(items + seed, 0, epoch, salt=salt)
+
+    with pytest.raises(AssertionError, match="rows moved by -1"):
+        assert_neighbours_are_unrelated(one_stream)
 
 
 def test_the_short_step_stands_last_and_is_of_any_length():

@@ -123,6 +123,15 @@ def test_another_base_is_refused(made: Path, tmp_path: Path) -> None:
         opened(run.path)
 
 
+def test_a_base_whose_generation_settings_were_edited_is_the_same_base(tmp_path: Path) -> None:
+    """No weight depends on them, and how answers end is the run's own."""
+    recipe = tiny_recipe(tmp_path)
+    run = training.train(recipe, root=tmp_path / "runs", offline=True)
+    settings = Path(recipe.model) / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "temperature": 0.3}), "utf-8")
+    opened(run.path)
+
+
 def test_data_that_is_gone_is_said_and_not_refused(run: Run, made: Path) -> None:
     notes: list[str] = []
     data, aside = made / "chats.jsonl", made / "aside"

@@ -27,7 +27,7 @@ from tunesmith.run import runs
 from tunesmith.tasks import bind
 from tunesmith.tasks._losses import target_losses
 from tunesmith.training import resume, train
-from tunesmith.types import Labels, Row, Source
+from tunesmith.types import Batch, Labels, Row, Source
 
 VOCAB = 96
 LOSSES = {
@@ -244,3 +244,25 @@ def test_noise_on_a_model_of_two_texts_is_refused(tmp_path: Path) -> None:
     recipe = task_recipe(tmp_path, "summarize", "encoder_decoder", loss={"neftune_alpha": 5.0})
     with pytest.raises(RecipeError, match=r"loss.neftune_alpha: is for models that read one text"):
         prepare(recipe, root=tmp_path)
+
+
+def test_copies_of_a_row_in_one_step_have_noise_of_their_own(tmp_path: Path) -> None:  # trap: L15
+    """In a run, where a row of weight 3 stands in a step three times: what the model looked up differs."""
+    recipe = tiny_recipe(tmp_path, rows=2, loss={"neftune_alpha": 5.0}, train={"rows_per_step": 6, "max_steps": 1})
+    file = recipe.data.train[0].model_copy(update={"weight": 3.0})
+    data = recipe.data.model_copy(update={"train": (file,), "held_out": 0.0})
+    setup = prepare(recipe.model_copy(update={"data": data}), root=tmp_path)
+    drawn: list[Tensor] = []
+    right = EmbeddingNoise.drawn
+
+    def keep(noise: EmbeddingNoise, batch: Batch, step: int, *, width: int) -> Tensor:
+        found = right(noise, batch, step, width=width)
+        ends = np.cumsum(batch.lengths)
+        drawn.extend(found[0, end - length : end] for end, length in zip(ends, batch.lengths, strict=True))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingNoise, "drawn", keep)
+        [event] = training_steps(setup)
+    assert sorted(event.values["rows"]) == [0, 0, 0, 1, 1, 1]
+    assert len({str(noise.flatten()[:8].tolist()) for noise in drawn}) == 6

@@ -44,15 +44,15 @@ class Masking:
         ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
         return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)
 
-    def apply(self, row: Row, *, num: int, draw: int, index: int) -> Row:
-        """`row` with `num` of its trained tokens to be learnt: a pure function of (seed, draw, index).
+    def apply(self, row: Row, *, num: int, draw: int, index: int, copy: int = 0) -> Row:
+        """`row` with `num` of its trained tokens to be learnt: a pure function of (seed, draw, index, copy).
 
-        `index` is any whole number that names the row.
+        `index` is any whole number that names the row, `copy` numbers its copies in one draw.
         """
         places = np.flatnonzero(row.trained)
 
         def keys(purpose: int) -> NDArray[np.uint64]:
-            return sort_keys(places, self.seed, draw, salt=4 * index + purpose)
+            return sort_keys(places, self.seed, draw, salt=4 * index + purpose, copy=copy)
 
         order = np.argsort(keys(1), kind="stable")[:num]
         order.sort()
@@ -88,13 +88,15 @@ class Feed:
         if self.masking is not None:
             self.store.use_masks(self.masking.share)
 
-    def batch(self, members: Sequence[int], *, draw: int) -> Batch:
-        """One pass over rows of the store. `draw` numbers the maskings of a row: the step, or 0 to measure.
+    def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = ()) -> Batch:
+        """One pass over rows of the store. `draw` numbers the maskings of a row: the step, or 0 to measure. `copies`:
+        see `passes.copies_in`; empty: each row is there once.
 
         In a step, masks follow from a row's place in the store; to measure, from what its example says, so that they
         are the same in another file, order or run.
         """
-        rows = [self._row(index, draw) for index in members]
+        copies = tuple(copies) or (0,) * len(members)
+        rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
         batch = build_batch(
             rows,
             members,
@@ -103,15 +105,16 @@ class Feed:
             decoder_start=self.decoder_start,
             has_types=self.has_types,
         )
+        batch = replace(batch, copies_B=copies)
         batch = share(batch, [row.ids for row in rows]) if self.shares else batch
         return fill(batch) if self.fills else batch
 
-    def _row(self, index: int, draw: int) -> Row:
+    def _row(self, index: int, draw: int, copy: int) -> Row:
         row = self.store.row(index)
         if self.masking is None:
             return row
         name = index if draw else self._content(index)
-        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=name)
+        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=name, copy=copy)
 
     def _content(self, index: int) -> int:
         """A number for what a row says: its example's content hash, and which window of it the row is."""

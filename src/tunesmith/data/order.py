@@ -17,20 +17,29 @@ POOL_STEPS = 256
 eight short texts would still compute 2.5 % of padding: benchmarks/padding.py."""
 
 
-def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int) -> NDArray[np.uint64]:
-    """One 64-bit sort key an item: splitmix64 of (seed, epoch, item), the same on every platform and numpy release.
+VERSION = "2"
+"""Of what `sort_keys` draws: the order of rows, fractional weights and masks. A run goes on with its own or not at all.
+In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int, copy: int = 0) -> NDArray[np.uint64]:
+    """One 64-bit sort key an item: splitmix64 of (seed, epoch, salt, copy, item), the same on every platform and numpy
+    release.
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """
-    start = np.uint64((seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + salt * 0x8CB92BA72F3D8DD7) % 2**64)
-    with np.errstate(over="ignore"):
-        z = items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-        for _ in range(2):  # twice: neighbouring seeds start from neighbouring states
-            z = z + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return z
+    start = np.zeros(1, np.uint64)
+    for part in (seed, epoch, salt, copy):  # each is mixed before the next is added: sums of them would meet
+        start = _mixed(start + np.uint64(part % 2**64))
+    return _mixed(start + items.astype(np.uint64) * _GAMMA)
+
+
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = z + _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def copies(weights_I: NDArray[np.float64], *, seed: int, epoch: int) -> NDArray[np.int64]:

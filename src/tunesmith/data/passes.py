@@ -44,6 +44,18 @@ def fill_passes(
     return [tuple(rows[i] for i in order_R[members]) for members in members_of_passes]
 
 
+def copies_in(passes: Sequence[Pass]) -> list[tuple[int, ...]]:
+    """Of each row of a step's passes how many copies of it stand before: 0, and 1, 2, ... where its weight is above 1.
+    """
+    seen: dict[int, int] = {}
+
+    def number(row: int) -> int:
+        seen[row] = seen.get(row, -1) + 1
+        return seen[row]
+
+    return [tuple(map(number, rows)) for rows in passes]
+
+
 def places(sides_RS: NDArray[np.signedinteger[Any]]) -> int:
     """What one padded pass over rows computes: each side as long as its longest."""
     return len(sides_RS) * int(sides_RS.max(0).sum())

@@ -63,6 +63,11 @@ class Rows:
             listed = [orjson.dumps({**asdict(problem), "source": str(problem.source)}) for problem in self.problems]
             write_atomic(folder / "problems.jsonl", b"\n".join(listed) + b"\n")
 
+    def discard(self) -> None:
+        """Remove what was encoded for this call; rows found there before stay."""
+        for store in (self.store, self.held_store):
+            store.discard()
+
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
         wanted: dict[str, int] = {}

@@ -234,11 +234,15 @@ def build(
     return RowStore(folder, summary, paths, reused=reused, notes=notes)
 
 
-def kept(folder: Path) -> RowStore | None:
-    """The rows that `RowStore.keep` put into a folder, each file named by its hash; None where none can be read."""
+def kept(folder: Path, key: str | None) -> RowStore | None:
+    """The rows that `RowStore.keep` put into a folder, each file named by its hash; None where they cannot be read.
+
+    `key`: of the rows that are meant, as the run's identity names them; None: the run is older than that name.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError):
-        for path in sorted(folder.glob("*.json")):
-            summary = find(folder, orjson.loads(path.read_bytes())["key"])
+        keys = [orjson.loads(path.read_bytes())["key"] for path in sorted(folder.glob("*.json"))]
+        for one in keys if key is None else [key]:
+            summary = find(folder, one)
             if summary is not None:
                 return RowStore(folder, summary, summary.data_sha256, reused=True)
     return None

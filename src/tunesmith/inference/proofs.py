@@ -116,7 +116,7 @@ def _ask(voice: Voice, example: Example) -> Ask:
 def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row]]:
     """The first training rows of a run, as they were read and as they were trained on. Of a row whose earlier turns the
     template rewrites, what was trained on is not what is served, which was said then: it is left out."""
-    store = kept(run.rows_path / "train")
+    store = kept(run.rows_path / "train", run.identity().get("rows"))
     if store is None:
         note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
         return

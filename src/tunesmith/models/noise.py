@@ -21,7 +21,7 @@ _SALT = 0x4E4546  # the loop seeds torch's own generator without it: dropout dra
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingNoise:
-    """Noise that follows from seed, step and row alone: how a step is cut into passes cannot change it."""
+    """Noise that follows from seed, step, row and copy alone: how a step is cut into passes cannot change it."""
 
     alpha: float
     """0: no noise."""
@@ -55,15 +55,20 @@ class EmbeddingNoise:
         """[B, T, D] float32, of each row uniform in ±alpha / √(L · D); 0 on padding and filling."""
         device = batch.ids_BT.device
         rows = [
-            self._of_row(index, step, length, width, device)
-            for index, length in zip(batch.row_indices, batch.lengths, strict=True)
+            self._of_row(index, copy, step, length, width, device)
+            for index, copy, length in zip(
+                batch.row_indices, batch.copies_B or (0,) * len(batch.lengths), batch.lengths, strict=True
+            )
         ]
         if batch.layout == "ragged":
             return torch.nn.functional.pad(torch.cat(rows), (0, 0, 0, batch.filling))[None]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def _of_row(self, index: int, step: int, length: int, width: int, device: torch.device) -> Tensor:
+    def _of_row(
+        self, index: int, copy: int, step: int, length: int, width: int, device: torch.device
+    ) -> Tensor:
         seed = self.seed * 1_000_003 + step * 0x9E3779B97F4A7C15 + (index + 1) * 0xBF58476D1CE4E5B9 + _SALT
+        seed += copy * 0x94D049BB133111EB
         generator = torch.Generator(device).manual_seed(seed % 2**63)
         bound = self.alpha / (length * width) ** 0.5
         return torch.empty(length, width, device=device).uniform_(-bound, bound, generator=generator)

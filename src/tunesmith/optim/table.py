@@ -24,7 +24,9 @@ SMALL = 4096
 """Tensors below this are not worth 8-bit state, as bitsandbytes has it."""
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(wte|wpe|shared|relative_attention_bias|(?!embed_out|\w*(proj|mapping))\w*embed\w*)\.weight$"
+    r"(^|\.)(wte|wpe|shared|relative_attention_bias|(?!embed_out|\w*(proj|mapping))\w*embed\w*)"
+    r"(\.modules_to_save(\.\w+)?)?\.weight$"
+    r"|\.trainable_tokens_delta(\.\w+)?$"  # rows of new tokens, also of a head, as peft and we name them
 )
 _INSIDE_A_LAYER = re.compile(r"(^|\.)\d+\.")
 

@@ -132,7 +132,8 @@ class Train(Section):
     """Rows in one update. The loss is divided by the targets of the whole step, however it is cut into passes."""
     tokens_per_pass: Positive | Auto = "auto"
     """Most tokens in one forward and backward: with padding, and what rows begin with alike once. Smaller needs less
-    memory and gives the same update. auto: what fills the machine's products, or less where memory forces it."""
+    memory and gives the same update, but for what dropout draws. auto: what fills the machine's products, or less where
+    memory forces it."""
     group_by_length: bool = False
     """Where the model needs rows padded, true makes steps of rows of like length, so that little is padded and a step
     is faster. Each is then one of short rows or of long ones, no random sample, from which a little less is learnt:
