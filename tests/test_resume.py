@@ -208,7 +208,9 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
     for seed in range(7, 13):
         file = chats(tmp_path / "chats.jsonl", 19, seed=seed)
         recipe = run.recipe()
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (DataFile(path=str(file)),)})})
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"train": (DataFile(path=str(file)),)})}
+        )
         preparing.prepare(recipe, root=tmp_path, run=run)
     assert len(list((run.rows_path / "train").glob("*.json"))) == 7
     found = find_trained(run)

@@ -145,7 +145,9 @@ def tune(base: Speaker, run: Run) -> Speaker:
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     if newest is None:
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
-    attachment = attach(recipe, base.model, head=base.head, store=kept(run.rows_path / "train", run.identity().get("rows")))
+    attachment = attach(
+        recipe, base.model, head=base.head, store=kept(run.rows_path / "train", run.identity().get("rows"))
+    )
     restore(attachment, newest.weights)
     note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
@@ -171,9 +173,7 @@ def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> Non
     """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
     load on others without an error, and answer something else."""
     then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
-    weights = {
-        name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))
-    }
+    weights = {name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))}
     changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
     if changed:
         raise RunError(

@@ -230,7 +230,12 @@ def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapp
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
     data = {f"data {path}": digest for path, digest in hashes.items()}
-    own = {"tokenizer and template": renderer.fingerprint, "rows": rows.store.key, "held-out rows": rows.held_store.key, "setting order of rows": f"version {order.VERSION}"}
+    own = {
+        "tokenizer and template": renderer.fingerprint,
+        "rows": rows.store.key,
+        "held-out rows": rows.held_store.key,
+        "setting order of rows": f"version {order.VERSION}",
+    }
     return {**settings, **model, **data, **own}
 
 

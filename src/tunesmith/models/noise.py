@@ -55,7 +55,7 @@ class EmbeddingNoise:
         """[B, T, D] float32, of each row uniform in ±alpha / √(L · D); 0 on padding and filling."""
         device = batch.ids_BT.device
         rows = [
-            self._of_row(index, copy, step, length, width, device)
+            self._of_row(self._seed(step, index, copy), length, width, device)
             for index, copy, length in zip(
                 batch.row_indices, batch.copies_B or (0,) * len(batch.lengths), batch.lengths, strict=True
             )
@@ -64,11 +64,11 @@ class EmbeddingNoise:
             return torch.nn.functional.pad(torch.cat(rows), (0, 0, 0, batch.filling))[None]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def _of_row(
-        self, index: int, copy: int, step: int, length: int, width: int, device: torch.device
-    ) -> Tensor:
-        seed = self.seed * 1_000_003 + step * 0x9E3779B97F4A7C15 + (index + 1) * 0xBF58476D1CE4E5B9 + _SALT
-        seed += copy * 0x94D049BB133111EB
-        generator = torch.Generator(device).manual_seed(seed % 2**63)
+    def _seed(self, step: int, index: int, copy: int) -> int:
+        parts = (self.seed * 1_000_003, step * 0x9E3779B97F4A7C15, (index + 1) * 0xBF58476D1CE4E5B9, _SALT)
+        return (sum(parts) + copy * 0x94D049BB133111EB) % 2**63
+
+    def _of_row(self, seed: int, length: int, width: int, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
         bound = self.alpha / (length * width) ** 0.5
         return torch.empty(length, width, device=device).uniform_(-bound, bound, generator=generator)

@@ -39,9 +39,7 @@ def find_trained(run: Run) -> Trained | None:
     """None where the run's rows are gone, or were written by another release."""
     store = kept(run.rows_path / "train", run.identity().get("rows"))
     recipe = run.recipe()
-    held_store = (
-        kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
-    )
+    held_store = kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
     if store is None or held_store is None:
         return None
     try:
