@@ -45,7 +45,7 @@ def fill_passes(
 
 
 def copies_in(passes: Sequence[Pass]) -> list[tuple[int, ...]]:
-    """Of each row of a step's passes the number of its copies before it: 0, and 1, 2, ... where its weight is above 1."""
+    """The number of copies before each row of a step's passes: 0, and 1, 2, ... where its weight is above 1."""
     seen: dict[int, int] = {}
 
     def number(row: int) -> int:
