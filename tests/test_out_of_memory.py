@@ -14,9 +14,8 @@ import torch
 from test_resume import same_run
 from tiny_run import tiny_recipe
 from tunesmith import checkpoint
-from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped
+from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped, is_out_of_memory
 from tunesmith.loop import training_steps
-from tunesmith.models.exhausted import is_out_of_memory
 from tunesmith.preparing import Setup, prepare
 from tunesmith.run import runs
 from tunesmith.session import Listener, Progress
@@ -127,7 +126,7 @@ def test_a_run_that_goes_on_takes_no_setting_that_would_make_it_another(tmp_path
 
 LIMITED = """
 import resource, sys, torch
-from tunesmith.models.exhausted import is_out_of_memory
+from tunesmith.errors import is_out_of_memory
 torch.ones(8)
 resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[0], -1))
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

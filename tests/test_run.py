@@ -73,7 +73,7 @@ def test_create_in_a_folder_of_choice(tmp_path):
     assert Run.create(tmp_path, "x", "", out=tmp_path / "a" / "b").path == tmp_path / "a" / "b"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(RunError, match="full: is there already"):
+    with pytest.raises(RunError, match="full: already exists"):
         Run.create(tmp_path, "x", "", out=tmp_path / "full")
     assert sorted(os.listdir(tmp_path)) == ["a", "empty", "full"]
     assert os.listdir(tmp_path / "full") == ["mine"]
@@ -126,7 +126,7 @@ def test_open_says_what_is_wrong(root, tmp_path):
         Run.open(tmp_path, root)
     for _ in range(7):
         Run.create(root, "x", "")
-    with pytest.raises(RunError, match=r"7 runs in .* begin so: .* and 2 more"):
+    with pytest.raises(RunError, match=r"the names of 7 runs in .* begin with it: .* and 2 more"):
         Run.open("x", root)
     with pytest.raises(RunError, match="no such run"):
         Run.open("", root)

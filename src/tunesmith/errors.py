@@ -19,11 +19,25 @@ A message names the place, the value, the rule and the way out, in this order.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tunesmith.types import Problem
+
+
+_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc")
+"""What torch's allocators write in a RuntimeError: DefaultCPUAllocator, oneDNN and others have no class for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is at its end: of Python, of the system, or of torch on any device."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
 class TunesmithError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,37 @@ def truncate_after(path: Path, step: int) -> int:
                 file.write(line)
             checkpoint_passed |= event.kind == "checkpoint" and event.step == step
     return num_dropped
+
+
+def put_right(path: Path, saved: Path) -> str:
+    """Make a log that lost or changed lines what it was when the copy `saved` was made; what was wrong, or "".
+
+    Lines after those of the copy have to be events: if one is not, all of them go, as they will be written again.
+    A half last line is no damage.
+    """
+    number = _first_damage(path, saved)
+    if number is None:
+        return ""
+    with writing(path) as file, open(saved, "rb") as whole:
+        shutil.copyfileobj(whole, file)
+    return f"{path}: line {number} was lost or changed after it was written"
+
+
+def _first_damage(path: Path, saved: Path) -> int | None:
+    number = 0
+    lines = _whole_lines(path)
+    with open(saved, "rb") as whole:
+        for line in whole:
+            number += 1
+            if next(lines, None) != line:
+                return number
+    for line in lines:
+        number += 1
+        try:
+            _event(line, "")
+        except RunError:
+            return number
+    return None
 
 
 def standing(path: Path) -> Standing:

@@ -11,8 +11,8 @@ from torch import Tensor
 from tunesmith.data.batch import Plan
 from tunesmith.data.passes import Pass, copies_in
 from tunesmith.describing import peak_memory_bytes
-from tunesmith.errors import OutOfMemoryError
-from tunesmith.models.exhausted import give_back, is_out_of_memory
+from tunesmith.errors import OutOfMemoryError, is_out_of_memory
+from tunesmith.models.exhausted import give_back
 from tunesmith.preparing import Setup
 
 

@@ -28,6 +28,7 @@ from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run, is_run
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
+from tunesmith.values import command
 
 TOKENS_TO_ANSWER = 100
 """Of a pass that answers or measures a few rows."""
@@ -144,7 +145,8 @@ def tune(base: Speaker, run: Run) -> Speaker:
     with run.lock():
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     if newest is None:
-        raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on: `tunesmith resume`.")
+        way = command("resume", run.path)
+        raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on with: {way}")
     attachment = attach(
         recipe, base.model, head=base.head, store=kept(run.rows_path / "train", run.identity().get("rows"))
     )
@@ -212,7 +214,8 @@ def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe,
     chosen = task or made_for
     if chosen in ("classify", "tag") and chosen != made_for:
         raise ModelError(
-            f"{name}: it has no head for the task {chosen}. Tune one: tunesmith train {name} DATA --task {chosen}"
+            f"{name}: it has no head for the task {chosen}. Tune one: "
+            f"{command('train', name, 'DATA', '--task', chosen)}"
         )
     found = size(located)
     recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)

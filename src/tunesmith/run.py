@@ -74,8 +74,8 @@ class Run:
             remove(temporary)
             raise
         remove(temporary)
-        taken = f"{out}: is there already" if out else f"{root}: 100 names such as {places[0].name} are taken"
-        raise RunError(f"{taken}, and a run never overwrites. Choose another folder, or resume the run in it.")
+        taken = f"{out}: already exists" if out else f"{root}: 100 names such as {places[0].name} are taken"
+        raise RunError(f"{taken}, and a run never overwrites anything. Choose another folder, or resume the run in it.")
 
     @classmethod
     def open(cls, path_or_name: str | Path, root: Path) -> Run:
@@ -93,7 +93,8 @@ class Run:
         if len(begins) == 1:
             return _known_format(present[begins[0]])
         if begins:
-            raise RunError(f"{text}: {len(begins)} runs in {root} begin so: {_listed(begins)}. Write more of the name.")
+            several = f"the names of {len(begins)} runs in {root} begin with it: {_listed(begins)}"
+            raise RunError(f"{text}: {several}. Give more of the name.")
         raise RunError(_not_found(text, root, list(present)))
 
     @property

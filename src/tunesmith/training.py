@@ -6,7 +6,6 @@ What happens becomes an event; `train` and `resume` differ only in where they st
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith import checkpoint
+from tunesmith import checkpoint, events
 from tunesmith.beside import Beside
 from tunesmith.describing import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
-from tunesmith.files import fsync_file, remove, temporary_folder, write_atomic
+from tunesmith.files import fsync_file, remove, storing, temporary_folder, write_atomic
 from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
@@ -34,11 +33,15 @@ from tunesmith.recipe.show import as_yaml
 from tunesmith.run import Run
 from tunesmith.session import Listener, OnEvent, Progress, Session
 from tunesmith.types import Event
+from tunesmith.values import command
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
 """Knobs that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
 NAMED_LATER = {"setting train.group_by_length": "False", "setting order of rows": "version 1 (an earlier Tunesmith)"}
 """What the identities of runs of earlier versions do not name, and the values that these runs began with."""
+
+RETOLD = {"plan", "evaluation", "sample", "answers", "general"}
+"""Kinds of events that what is told at the end of a run rests on."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -88,27 +91,30 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
+        _mend_log(run, newest, listener)
         recipe = _with_settings(run, settings)
         setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         then = newest.state["identity"] if newest else run.identity()
         unnamed: list[str] = []
+        set_before: list[str] = []
         if then:
             unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
-            changed = {f"setting {key}" for key in SAME_UPDATE} if settings else set()
+            same_update = {f"setting {key}" for key in SAME_UPDATE}
             try:
-                _refuse_changes(run, _without(setup.identity, changed), _without(then, changed))
+                _refuse_changes(run, _without(setup.identity, same_update), _without(then, same_update))
             except RunError:
                 setup.rows.discard()
                 raise
+            set_before = [] if settings else _set_before(setup.identity, then)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
-        if any(setting.startswith("train.tokens_per_pass") for setting in settings):
+        if any(setting.startswith("train.tokens_per_pass") for setting in [*settings, *set_before]):
             progress.tokens_per_pass = None
         elif progress.tokens_per_pass is not None:
             setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
         session = Session(setup, run, progress, listener)
-        for text in [*damaged, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
+        for text in [*damaged, *set_before, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
         if newest:
             restore(setup.attachment, newest.weights)
@@ -123,6 +129,30 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
     return run
 
 
+def _mend_log(run: Run, newest: checkpoint.Loaded | None, listener: Listener) -> None:
+    """Put a damaged log of events right from the newest checkpoint, and say so in it and to the listener."""
+    said = ""
+    if newest is not None and newest.log is not None:
+        if wrong := events.put_right(run.events_path, newest.log):
+            said = f"{wrong}; the log is as the checkpoint of step {newest.step} has it"
+    elif newest is None:
+        try:
+            for _ in run.events():
+                pass
+        except RunError as error:
+            aside = run.path / "damaged-events.jsonl"
+            with storing(aside):
+                run.events_path.replace(aside)
+            said = f"{error} There is no checkpoint yet, so the run starts over; the old log is kept as {aside.name}"
+    if said:
+        for event in run.events():
+            if event.kind in RETOLD:
+                listener.on_event(event)  # whoever read the damaged log may not know it
+        note = Event("note", newest.step if newest else 0, time.time(), {"text": said}, {})
+        run.append(note)
+        listener.on_event(note)
+
+
 def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
     keys = [setting.partition("=")[0].strip() for setting in settings]
     if other := [key for key in keys if key not in SAME_UPDATE]:
@@ -135,6 +165,12 @@ def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in identity.items() if key not in keys}
+
+
+def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """A note for each of SAME_UPDATE that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
+    pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
+    return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
@@ -225,7 +261,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         _save(session)
         num_layers = count_layers(session.setup.model)
         settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
-        way = f"tunesmith resume {shlex.quote(str(session.run.path))} --set train.tokens_per_pass=1{settings}"
+        way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
         told = f"{error} Saved: step {session.progress.step}. Go on where there is more memory, or with: {way}"
         raise OutOfMemoryError(told, step=error.step, lengths=error.lengths, peak=error.peak) from error
 
@@ -274,7 +310,7 @@ def _stop_if_asked(session: Session, *, saved: bool) -> None:
         if not saved:
             _save(session)
         done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
-        raise Stopped(f"{done}; go on with: tunesmith resume {shlex.quote(str(session.run.path))}")
+        raise Stopped(f"{done}; go on with: {command('resume', session.run.path)}")
 
 
 def _save(session: Session) -> None:
@@ -286,6 +322,7 @@ def _save(session: Session) -> None:
         weights=carried(setup.attachment),
         optimizer=setup.update.state(),
         state={"progress": asdict(session.progress), "identity": setup.identity},
+        log=run.events_path,
     )
     session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))

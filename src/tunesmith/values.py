@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -13,6 +19,50 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def span(low: float, high: float) -> str:
+    """From one time span to another, the unit once where both have it: 14:12 to 19:12 min."""
+    (first, unit), (last, other) = (duration(seconds).split() for seconds in (low, high))
+    if (first, unit) == (last, other):
+        return f"about {last} {other}"
+    return f"{first} to {last} {other}" if unit == other else f"{first} {unit} to {last} {other}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A counted noun: 1 row, 2 rows, 3 classes, 4 entries."""
+    if number == 1:
+        return f"{number:,} {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{number:,} {noun}es"
+    ends_in_y = noun.endswith("y") and noun[-2:-1] not in "aeiou"
+    return f"{number:,} {noun[:-1]}ies" if ends_in_y else f"{number:,} {noun}s"
+
+
+def command(*words: object) -> str:
+    """A command to paste into a shell: this program as it can be started from here, and `words` quoted."""
+    return " ".join([*_program(), *(shlex.quote(str(word)) for word in words)])
+
+
+def _program() -> list[str]:
+    """`tunesmith` where the shell finds it; else the script or the interpreter that this process was started with."""
+    script = Path(sys.argv[0])
+    found = shutil.which("tunesmith")
+    beside = found is not None and Path(found).parent == Path(sys.executable).parent
+    if script.name == "__main__.py" and script.parent.name == "tunesmith":
+        return ["tunesmith"] if beside else [shlex.quote(_short(Path(sys.executable))), "-m", "tunesmith"]
+    if script.stem != "tunesmith" or (found is not None and Path(found).resolve() == script.resolve()):
+        return ["tunesmith"]
+    return [shlex.quote(_short(script))]
+
+
+def _short(path: Path) -> str:
+    """The path, from the current folder where it is inside of it. A link stays: an environment's Python is one."""
+    absolute = Path(os.path.abspath(path))
+    with suppress(ValueError, OSError):
+        inside = str(absolute.relative_to(Path.cwd()))
+        return inside if os.sep in inside else f".{os.sep}{inside}"
+    return str(absolute)
 
 
 def knob(value: Any) -> str:

@@ -149,6 +149,7 @@ def test_runs_lists_what_was_tried(place: Place, done: tuple[Run, Result]) -> No
     row = next(row for row in rows if row["name"] == run.path.name)
     assert (row["state"], row["task"], row["method"], row["step"], row["steps"]) == ("done", "chat", "lora", 6, 6)
     assert row["after"] < row["before"]
+    assert tunesmith("runs", "--runs", place.root).stdout.startswith("run\tstate\tmodel\ttask\tmethod\tsteps\t")
     assert "first\tdone\tmodel\tchat\tlora\t6/6\t" in tunesmith("runs", "--runs", place.root).stdout
 
 

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from cli import fake_events
+from tunesmith.cli import runs as cli_runs
 from tunesmith.cli.display import Plain, Silent, display_for
 from tunesmith.cli.live import Live
 from tunesmith.cli.scores import BETTER, MUTED, WORSE, change, gist, with_bounds
@@ -237,3 +238,47 @@ def test_a_plan_of_classes_counts_them_and_shows_no_tokens() -> None:
     drawn = without_colours(told(terminal(), fake_events.whole_run(changes=changes)))
     assert "33 classes" in drawn
     assert "what is learnt" not in drawn
+
+
+FORECAST = {
+    "memory": {"total": 3 * 2**30, "phase": "rest", "parts": {"weights": 2**30}},
+    "pass": {"step": 1, "rows": 1, "tokens": 9, "targets": 9},
+    "room": 2**34,
+    "seconds": None,
+    "disk": {"total": 2**20, "checkpoints": 2**20},
+}
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_plan_on_a_terminal_says_what_the_run_will_need(width: int) -> None:
+    events = [
+        Event(event.kind, event.step, event.time, event.values, {"forecast": FORECAST})
+        if event.kind == "plan"
+        else event
+        for event in fake_events.whole_run()
+    ]
+    shown = without_colours(told(terminal(width), events))
+    assert "memory" in shown
+    assert "3.0 GiB at most" in shown
+    assert "disk" in shown
+
+
+def listed(**changes: object) -> dict[str, object]:
+    measures = {name: {"rougeL": alone(0.5)} for name in ("before", "after")}
+    known = {"name": "drug-train-7f16", "state": "done", "model": "models/SmolLM2-135M-Instruct", "task": "classify"}
+    numbers = {"step": 120, "steps": 120, "before": 3.2, "after": 2.1, "measures": measures, "created": 0.0}
+    return {**known, "method": "lora", **numbers, **changes}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 110, 150])
+def test_runs_keep_name_and_state_on_any_terminal(width: int) -> None:
+    screen = terminal(width)
+    cli_runs._draw(screen, [listed(), listed(name="bbc-2", state="interrupted")])
+    assert isinstance(screen.file, io.StringIO)
+    lines = without_colours(screen.file.getvalue()).splitlines()
+    assert all(len(line) <= width for line in lines)
+    words = [line.split() for line in lines]
+    assert any(line[:2] == ["drug-train-7f16", "done"] for line in words)
+    assert any(line[:2] == ["bbc-2", "interrupted"] for line in words)
+    assert len([line for line in words if line]) == 4  # the header, its rule, a line for each run
+    assert ("made" in lines[1]) == (width == 150)

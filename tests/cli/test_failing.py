@@ -107,6 +107,25 @@ def test_out_of_memory_names_the_way_out(text: str, capsys: pytest.CaptureFixtur
     assert "train.tokens_per_pass" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_failed_allocations_of_others_are_told_as_the_end_of_memory(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing.report(error)
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ")
+    assert "fault in tunesmith" not in said
+
+
 def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing.report(KeyError("weights")) == 1
     said = capsys.readouterr().err

@@ -129,11 +129,14 @@ def test_words_of_a_forecast():
     assert dict(forecast_facts(FORECAST)) == {
         "memory": "3.0 GiB at most, of 16.0 GiB, in the heaviest pass of step 7 (4 rows, 1,987 tokens, 612 targets): "
         "weights 1.0 GiB, logits 2.0 GiB",
-        "time": "1:24 min to 2:36 min: 1:39 min of training, 1.5 s a step; 21 s of measuring rows",
+        "time": "1:24 to 2:36 min: 1:39 min to train (1.5 s a step); 21 s to measure rows",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }
 
 
 def test_a_run_of_an_earlier_version_is_still_shown():
     earlier = FORECAST | {"seconds": {"step": 1.0, "training": 60.0, "looking": 2.0, "spread": 0.3}}
-    assert dict(forecast_facts(earlier))["time"] == "foreseen by an earlier version, in other parts"
+    assert (
+        dict(forecast_facts(earlier))["time"]
+        == "predicted by an earlier version of tunesmith, in parts that this one cannot show"
+    )

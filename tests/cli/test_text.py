@@ -92,3 +92,30 @@ def test_sparkline_spans_lowest_to_highest() -> None:
 )
 def test_knobs_as_they_would_be_written(value: object, shown: str) -> None:
     assert text.knob(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (852, 1152, "14:12 to 19:12 min"),
+        (40, 80, "40 s to 1:20 min"),
+        (0, 0.2, "about 0 s"),
+        (3500, 3700, "58:20 min to 1:01:40 h"),
+    ],
+)
+def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
+    assert values.span(low, high) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "shown"),
+    [
+        (1, "row", "1 row"),
+        (2000, "row", "2,000 rows"),
+        (0, "class", "0 classes"),
+        (2, "entry", "2 entries"),
+        (2, "day", "2 days"),
+    ],
+)
+def test_counted_nouns(number: int, noun: str, shown: str) -> None:
+    assert values.plural(number, noun) == shown

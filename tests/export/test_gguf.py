@@ -196,7 +196,7 @@ def test_a_gguf_that_was_tuned_goes_back_to_one(tmp_path: Path, monkeypatch: pyt
     done = written(as_if_tuned(recipe, folder / "run"), tmp_path, quant="f32")
     assert done.found is not None
     assert done.found.kl < 1e-9
-    assert "text is split by llama.cpp's rule smollm: that of the GGUF which was tuned" in done.notes
+    assert "llama.cpp splits text by its rule smollm: the GGUF that was tuned names it" in done.notes
 
 
 def smollm_like() -> Any:
@@ -218,7 +218,7 @@ def assert_rule_is_found(find: Any) -> None:
     assert find(tokenizer, given=None, of_gguf=None).name == "smollm"
     tokenizer.add_tokens([AddedToken("<new>", special=True)])  # which changes the hash, and not the rule
     found = find(tokenizer, given=None, of_gguf=None)
-    assert (found.name, found.how) == ("smollm", "by the steps in its file")
+    assert (found.name, found.how) == ("smollm", "found by the steps in its file")
 
 
 def test_a_rule_that_contradicts_the_tokenizer_is_refused() -> None:
@@ -237,7 +237,7 @@ def test_an_unknown_rule_has_to_be_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ModelError, match="is none that is known here"):
         find_rule(tokenizer, given=None, of_gguf=None)
     assert rule_of_steps(tokenizer) is None
-    assert find_rule(tokenizer, given="gpt-2", of_gguf=None).how == "as given by --pre: nothing here could find it out"
+    assert find_rule(tokenizer, given="gpt-2", of_gguf=None).how == "given by --pre"
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m" / "model")
     tokenizer.save_pretrained(tmp_path / "m" / "model")
     run = as_if_tuned(chat_recipe(tmp_path / "m"), tmp_path / "m" / "run")
@@ -249,7 +249,7 @@ def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPa
     tokenizer = tiny_tokenizer()
     monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
     found = find_rule(tokenizer, given=None, of_gguf=None)
-    assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")
+    assert (found.name, found.how) == ("llama-bpe", "found by a hash of its tokens")
 
 
 @pytest.mark.parametrize("arch", UNKNOWN_TO_TRANSFORMERS)

@@ -76,7 +76,7 @@ def test_what_a_head_cannot_go_to_is_known_before_training_too(tmp_path: Path) -
 def test_what_will_be_said_is_said_before(tmp_path: Path) -> None:
     assert notes(asking(tmp_path), tmp_path) == []
     said = notes(asking(tmp_path, "gguf", "gguf-adapter", "merged:bfloat16"), tmp_path)
-    assert any(note.startswith("gguf: text is split by llama.cpp's rule gpt-2") for note in said)
+    assert any(note.startswith("gguf: llama.cpp splits text by its rule gpt-2") for note in said)
     assert any(note.startswith("gguf-adapter: it needs a GGUF of the base") for note in said)
     assert any(note.startswith("merged: weights are rounded from float32 to bfloat16") for note in said)
 

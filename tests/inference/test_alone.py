@@ -104,7 +104,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(
     typed(talk, monkeypatch, "hello", "what is tallest", "yes please")
     said = [message["content"] for message in talk.messages if message["role"] == "user"]
     assert said == ["hello", "yes please"], "what was not answered is not part of the conversation"
-    assert "(left unsaid)" in capsys.readouterr().out
+    assert "(answer stopped)" in capsys.readouterr().out
 
 
 def test_a_full_window_is_said_with_the_way_out(

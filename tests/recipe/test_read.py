@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,3 +239,39 @@ def test_a_dumped_recipe_validates_to_itself():
         {"method": "lora", "data": {"train": ["a", {"path": "b", "weight": 0.3}]}, "train": {"epochs": 3}}
     )
     assert read.validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.json", '{"seed": ' + "9" * 5000 + "}", "a number of 5,000 digits"),
+        ("r.yaml", '{"seed": ' + "9" * 5000 + "}", "a number of 5,000 digits"),
+        ("r.json", '{"a": ' * 900 + "1" + "}" * 900, "nested deeper than 32"),
+    ],
+)
+def test_a_recipe_that_no_hand_wrote_is_refused_with_words(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        read.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [('seed={"a": ' + "9" * 5000 + "}", "5,000 digits"), (".".join("a" * 5000) + "=1", "nested deeper than 32")],
+)
+def test_a_setting_that_no_hand_wrote_is_refused_with_words(setting, message):
+    with pytest.raises(RecipeError, match=message):
+        read.load(None, [setting])
+
+
+@pytest.mark.parametrize("template", ["k%d: 1", '"k%d": 1'])
+def test_a_flood_of_unknown_keys_is_counted_in_seconds(tmp_path, template):
+    keys = [template % number for number in range(20_000)]
+    (tmp_path / "r.yaml").write_text("{" + ", ".join(keys) + "}")
+    begun = time.monotonic()
+    with pytest.raises(RecipeError) as refusal:
+        read.load(str(tmp_path / "r.yaml"))
+    assert time.monotonic() - begun < 15  # 39 s before; a slow machine reads YAML in some 6
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "and 19,980 more like these"

@@ -9,10 +9,23 @@ def main() -> None:
     import sys
     import warnings
 
+    from tunesmith.cli.stopping import leave_at_once
+    from tunesmith.cli.streams import closing_words, prepare_streams
+
+    leave_at_once()
+    prepare_streams()
     from tunesmith.cli.app import app
     from tunesmith.environment import others_running, prepare_environment
 
     prepare_environment(os.environ, others_running, answers=sys.argv[1:2] in (["serve"], ["chat"]))
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
-    app(prog_name="tunesmith")
+    code: int | str | None = 0
+    try:
+        app(prog_name="tunesmith")
+    except SystemExit as end:
+        code = end.code
+    if not code and (words := closing_words()):
+        print(f"error: {words}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import __version__
 from tunesmith.cli import failing
@@ -25,7 +25,19 @@ from tunesmith.cli.runs import runs
 from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
+from tunesmith.cli.stopping import interruptible
 from tunesmith.cli.train import train
+
+
+class Verb(TyperCommand):
+    """One verb, whose help has no type beside a flag: it takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
 
 
 class Verbs(TyperGroup):
@@ -33,6 +45,7 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            interruptible()
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError, typer.BadParameter):
             raise
@@ -88,4 +101,4 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
 for group, verbs in GROUPS.items():
     for verb in verbs:
-        app.command(NAMES.get(verb), rich_help_panel=group)(verb)
+        app.command(NAMES.get(verb), cls=Verb, rich_help_panel=group)(verb)

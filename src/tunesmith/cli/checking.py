@@ -11,7 +11,8 @@ from tunesmith.cli.failing import print_problems
 from tunesmith.cli.output import console
 from tunesmith.cli.panels import ACCENT, sample_row
 from tunesmith.cli.scores import MUTED
-from tunesmith.cli.text import percent, plural, visible
+from tunesmith.cli.text import percent, visible
+from tunesmith.values import plural
 
 if TYPE_CHECKING:
     from tunesmith.data.check_report import CheckReport, TokenStats

@@ -124,7 +124,8 @@ def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
 
 def _draw(found: Comparison, a: str, b: str, num_answers: int, of_answers: Mapping[str, Difference]) -> None:
     from tunesmith.cli.output import console
-    from tunesmith.cli.text import plural, visible
+    from tunesmith.cli.text import visible
+    from tunesmith.values import plural
 
     screen = console()
     unit = "document" if found.are_documents else "row"

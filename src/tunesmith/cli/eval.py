@@ -93,7 +93,7 @@ def measured(
 def _draw(found: Evaluation, out: Path | None) -> None:
     from tunesmith.cli.output import console
     from tunesmith.cli.scores import info_of, measures_table, with_bounds
-    from tunesmith.cli.text import plural
+    from tunesmith.values import plural
 
     screen = console()
     title = f"{found.task}: {plural(found.num_rows, 'row')}; in grey 95 % intervals"

@@ -8,12 +8,13 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import DataError, Stopped, TunesmithError
+from tunesmith.cli.stopping import INTERRUPTED
+from tunesmith.errors import DataError, Stopped, TunesmithError, is_out_of_memory
 
 if TYPE_CHECKING:
     from tunesmith.types import Problem
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
 SHOWN_PROBLEMS = 20
 DEBUG = "TUNESMITH_DEBUG"
 
@@ -45,7 +46,7 @@ def explained(error: BaseException) -> list[str]:
         return [f"error: {error}"]
     kind = type(error).__name__
     text = " ".join(str(error).split()) or "no message"
-    if isinstance(error, MemoryError) or "OutOfMemory" in kind or "not enough memory" in text:
+    if is_out_of_memory(error):
         return [
             f"error: out of memory: {text[:300]}",
             "Lower train.tokens_per_pass (same update), set train.checkpointed_layers, or use method: lora.",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.cli.text import plural, size
+from tunesmith.cli.text import size
 from tunesmith.probing.found import usual
-from tunesmith.values import duration
+from tunesmith.values import duration, plural, span
 
 Facts = list[tuple[str, str]]
 
@@ -20,19 +20,19 @@ _PHASES = {
 
 
 _BESIDE_TRAINING = {
-    "starting": ("starting",),
-    "measuring rows": ("held_out", "surprising", "general"),
-    "answers at most": ("answering",),
-    "checkpoints": ("saving",),
-    "the end": ("finishing",),
+    "{} to start": ("starting",),
+    "{} to measure rows": ("held_out", "surprising", "general"),
+    "up to {} to answer prompts": ("answering",),
+    "{} for checkpoints": ("saving",),
+    "{} to finish": ("finishing",),
 }
 _ONCE = {
     "starting": "until the first event",
-    "held_out": "a token of held-out rows",
-    "surprising": "a token of training rows looked through",
-    "general": "a token of the general text",
-    "answering": "the next token of up to 8 answers",
-    "saving": "a checkpoint",
+    "held_out": "per token of held-out rows",
+    "surprising": "per token of training rows searched for surprising ones",
+    "general": "per token of the general text",
+    "answering": "per next token of up to 8 answers",
+    "saving": "per checkpoint",
     "finishing": "the result and the report",
 }
 
@@ -98,11 +98,11 @@ def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:
 
 def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
-        return "foreseen by an earlier version, in other parts"
+        return "predicted by an earlier version of tunesmith, in parts that this one cannot show"
     work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
     parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _BESIDE_TRAINING.items()}
-    others = "".join(f"; {duration(part)} of {name}" for name, part in parts.items() if part)
+    others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part)
     return (
-        f"{duration(low * seconds['total'])} to {duration(high * seconds['total'])}: "
-        f"{duration(work['training']['seconds'])} of training, {work['training']['price']:.2g} s a step{others}"
+        f"{span(low * seconds['total'], high * seconds['total'])}: "
+        f"{duration(work['training']['seconds'])} to train ({work['training']['price']:.2g} s a step){others}"
     )

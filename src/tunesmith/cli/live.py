@@ -55,7 +55,7 @@ class Live(Silent):
         self.phase = None
         values, console = event.values, self.console
         if event.kind == "plan":
-            console.print(plan_panel(values))
+            console.print(plan_panel(self.story.plan))
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 console.print(sample_row([tuple(span) for span in values["sample"]]), "")
             for text in values.get("warnings", ()):

@@ -39,7 +39,7 @@ Settings = Annotated[
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")]
 Data = Annotated[
     list[str] | None,
-    typer.Argument(metavar="DATA...", help="Files of rows. [bold]a.jsonl:2[/]: each row twice an epoch."),
+    typer.Argument(metavar="DATA", help="Files of rows. [bold]a.jsonl:2[/]: each row twice an epoch."),
 ]
 Eval = Annotated[
     list[str] | None,

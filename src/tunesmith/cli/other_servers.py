@@ -124,9 +124,9 @@ def _print(start: Start, program: str, *, has_key: bool, as_json: bool) -> None:
         return
     screen = console()
     for words in missing:
-        screen.print(shlex.join(words))
+        screen.print(shlex.join(words), soft_wrap=True)
     key = f'{KEY_VARIABLES[program]}="$TUNESMITH_API_KEY" ' if has_key else ""
-    screen.print(key + shlex.join(start.words))
+    screen.print(key + shlex.join(start.words), soft_wrap=True)
 
 
 def _export(start: Start, *, offline: bool) -> None:

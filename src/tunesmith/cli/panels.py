@@ -14,7 +14,8 @@ from rich.text import Text
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
 from tunesmith.cli.story import Story
-from tunesmith.cli.text import count, knob, one_line, percent, plural, visible
+from tunesmith.cli.text import count, knob, one_line, percent, visible
+from tunesmith.values import plural
 
 ACCENT = "cyan"
 TRAINED = "bold green"
@@ -71,7 +72,7 @@ def label_counts(rows_of: Mapping[str, int]) -> str:
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{one_line(name, 40)} {rows:,}" for name, rows in by_size[:MOST_LABELS])
     more = f", … and {len(by_size) - MOST_LABELS} more" if len(by_size) > MOST_LABELS else ""
-    return f"{len(rows_of)} classes: {shown}{more}"
+    return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 
 
 def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
@@ -99,7 +100,7 @@ def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
 
 def scores(story: Story) -> Table:
     """What was measured of the untouched and the tuned model."""
-    title = f"held out: {rows_and_targets(story.after)}; in grey 95 % intervals" if story.after else "nothing held out"
+    title = f"held out: {rows_and_targets(story.after)}; with 95 % intervals" if story.after else "nothing held out"
     return score_table(story.measures["before"], story.measures["after"], title=title, names=("before", "after"))
 
 

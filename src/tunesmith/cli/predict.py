@@ -131,7 +131,7 @@ def _file(
 def _tell(tally: Tally, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
     """Counts, and what a person should know; exit code 2 if no row could be answered."""
     from tunesmith.cli.output import json_line
-    from tunesmith.cli.text import plural
+    from tunesmith.values import plural
 
     for note in tally.notes():
         say(f"note: {note}")

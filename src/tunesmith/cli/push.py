@@ -36,10 +36,11 @@ def push(
     from tunesmith.cli.export import PHASES
     from tunesmith.cli.output import console, json_line
     from tunesmith.cli.progress import phases
-    from tunesmith.cli.text import plural, size
+    from tunesmith.cli.text import size
     from tunesmith.export.exporting import default_folder, export_run
     from tunesmith.export.pushing import push as upload
     from tunesmith.run import Run
+    from tunesmith.values import plural
 
     found = Run.open(run, root)
     if folder is None:

@@ -8,6 +8,7 @@ import typer
 
 from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, Settings, remember_json
+from tunesmith.errors import RunError
 
 
 def resume(
@@ -30,7 +31,11 @@ def resume(
     from tunesmith.run import Run
 
     found = Run.open(run, root)
-    with watched(as_json=as_json, quiet=quiet, earlier=found.events()) as watch:
+    try:
+        earlier = list(found.events())
+    except RunError:  # a damaged log, which training.resume puts right or refuses
+        earlier = []
+    with watched(as_json=as_json, quiet=quiet, earlier=earlier) as watch:
         with importing():
             from tunesmith import training
         watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import visible
 from tunesmith.types import Event
+from tunesmith.values import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,18 +59,17 @@ class Watch:
         elif self.quiet:
             self.console.print(str(run.path))
         else:
-            name = shlex.quote(str(run.path))
             self.console.print(f"\nThe result is in {run.path}, its report in report.html. Go on with:\n")
-            for verb in next_verbs(str(self.story.plan.get("task", ""))):
-                self.console.print(f"  tunesmith {verb.format(name)}")
+            for verb, *more in next_verbs(str(self.story.plan.get("task", ""))):
+                self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
         make_planned(run, as_json=self.as_json)
 
 
-def next_verbs(task: str) -> list[str]:
-    """What to do with the result of a task, a run's name for {}."""
+def next_verbs(task: str) -> list[tuple[str, ...]]:
+    """What to do with the result of a task: verbs, and what follows a run's name."""
     if task in ("classify", "tag"):
-        return ["predict {} FILE", "show {}"]
-    return ["chat {} --compare", "show {}"] if task in ("chat", "generate") else ["eval {} FILE", "show {}"]
+        return [("predict", "FILE"), ("show",)]
+    return [("chat", "--compare"), ("show",)] if task in ("chat", "generate") else [("eval", "FILE"), ("show",)]
 
 
 @contextmanager

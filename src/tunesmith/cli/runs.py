@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,14 @@ import typer
 from tunesmith.cli.options import Json, Root, remember_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from tunesmith.run import Run
 
+COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
+DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
+"""Columns that a narrow terminal has no room for, the first to go first."""
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
 
 
@@ -32,8 +39,9 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
     elif not rows:
         screen.print(f"{root}: no runs yet. Start one: tunesmith train MODEL DATA")
     elif screen.is_terminal:
-        screen.print(_table(rows))
+        _draw(screen, rows)
     else:
+        typer.echo("\t".join(COLUMNS))
         for row in rows:
             typer.echo("\t".join(_cells(row)))
 
@@ -81,18 +89,35 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:
+    """As many columns as there is room for; what makes a run unreadable stands below."""
+    from rich.measure import Measurement
+
+    from tunesmith.cli.text import visible
+
+    shown = list(COLUMNS)
+    anything = screen.options.update(width=100_000)
+    for name in DROPPED:
+        if Measurement.get(screen, anything, _table(rows, shown)).maximum <= screen.width:
+            break
+        shown.remove(name)
+    screen.print(_table(rows, shown))
+    for row in rows:
+        if "problem" in row:
+            screen.print(visible(f"{row['name']}: {row['problem']}"), soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]], shown: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for name in ("run", "state", "model", "task", "method"):
-        table.add_column(name, overflow="fold")
-    for name in ("steps", "held-out loss", "measure", "made"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in shown:
+        table.add_column(name, justify="left" if name in COLUMNS[:5] else "right", no_wrap=True, overflow="ellipsis")
     for row in rows:
-        cells = [Text(cell) for cell in _cells(row)]
-        cells[1].stylize(COLOURS.get(row["state"], ""))
-        table.add_row(*cells)
+        texts = [row["name"], row["state"], *[""] * 7] if "problem" in row else _cells(row)
+        cells = {name: Text(text) for name, text in zip(COLUMNS, texts, strict=True)}
+        cells["state"].stylize(COLOURS.get(row["state"], ""))
+        table.add_row(*(cells[name] for name in shown))
     return table

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.story import measures_of
-from tunesmith.cli.text import plural
 from tunesmith.measures import MEASURES, MeasureInfo
 from tunesmith.types import Event
+from tunesmith.values import plural
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.intervals import Interval

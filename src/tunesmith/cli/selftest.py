@@ -32,6 +32,7 @@ def selftest(
     chosen = recipe_of(target, settings or [], root=root)
     screen = console(stderr=as_json)
     from tunesmith import selftest as proofs
+    from tunesmith.values import plural
 
     failed = 0
     for proof in proofs.selftest(chosen, offline=offline):
@@ -40,7 +41,7 @@ def selftest(
             json_line(asdict(proof))
         screen.print(f"{'✓' if proof.passed else '✗'} {proof.name}: {proof.found}", style="" if proof.passed else "red")
     if failed:
-        screen.print(f"{failed} proofs failed: do not trust a training of this model here.", style="red")
+        screen.print(f"{plural(failed, 'proof')} failed: do not trust a training of this model here.", style="red")
         raise typer.Exit(1)
 
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from tunesmith.asking import EngineOptions, Served
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
-from tunesmith.cli.text import one_line, plural, visible
+from tunesmith.cli.text import one_line, visible
 from tunesmith.errors import InputError
+from tunesmith.values import plural
 
 if TYPE_CHECKING:
     from tunesmith.server.gate import Answered, Rules
@@ -71,7 +72,7 @@ class Voice:
         who = "only this machine" if bound.is_loopback else "every machine that reaches it"
         key = "with a key" if has_key else "without a key"
         self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
-        self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n")
+        self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n", soft_wrap=True)
 
     def answered(self, one: Answered) -> None:
         """A line a request; nothing of what was asked or answered."""

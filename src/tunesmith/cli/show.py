@@ -79,6 +79,7 @@ def _measures(screen: Console, story: Story) -> None:
 def _tail(screen: Console, run: Run) -> None:
     """What went wrong, if anything did, and what can be done next."""
     from tunesmith.cli.text import visible
+    from tunesmith.values import command
 
     last = None
     for event in run.events():
@@ -87,7 +88,7 @@ def _tail(screen: Console, run: Run) -> None:
         screen.print(f"failed after step {last.step}: {visible(str(last.values.get('message', '')))}")
     state = run.state()
     if state in ("stopped", "interrupted", "failed"):
-        screen.print(f"go on with: tunesmith resume {run.path}")
+        screen.print(f"go on with: {command('resume', run.path)}", soft_wrap=True)
     elif state == "done":
         kind = "adapter" if run.adapter_path.exists() else "model"
         screen.print(f"{kind} in {run.path / kind}, report in {run.path / 'report.html'}")

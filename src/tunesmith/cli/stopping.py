@@ -10,6 +10,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
+
+
+def leave_at_once() -> None:
+    """Until `interruptible`, Ctrl-C ends the process without a word: there is nothing to keep while it is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def interruptible() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt, as in any program."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

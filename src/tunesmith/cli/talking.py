@@ -10,12 +10,13 @@ from pathlib import Path
 
 from tunesmith import loading
 from tunesmith.asking import Ask, Ended, EngineOptions, Piece, Refused
-from tunesmith.cli.output import console, json_line
+from tunesmith.cli.output import console, json_line, refuse_lost
 from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
 from tunesmith.inference.alone import Alone
 from tunesmith.loading import Speaker
 from tunesmith.run import Run, is_run
+from tunesmith.values import command, plural
 
 STYLES = {"before": "default", "after": "green", "": "default"}
 
@@ -38,7 +39,8 @@ def open_voices(
     if speaker.head != "next_token":
         verb = "eval" if speaker.head == "masked_token" else "predict"
         task = speaker.renderer.task_name
-        raise InputError(f"{target}: of task {task}, it does not answer in words. Use: tunesmith {verb} {target}")
+        way = command(verb, target, "FILE")
+        raise InputError(f"{target}: a model for the task {task} does not answer in words. Use: {way}")
     if compare and speaker.can_untune:  # one model, with its adapter and past it
         alone = Alone(speaker, note)
         return [Voice("before", alone, speaker.untuned), Voice("after", alone)]
@@ -104,6 +106,7 @@ class Talk:
         self.messages = [*asked, {"role": "assistant", "content": list(answers.values())[-1]}]
         if self.as_json:
             json_line({"prompt": text, **answers})
+        refuse_lost()
         return answers
 
     def _speak(self, voice: Voice, messages: Sequence[Mapping[str, str]]) -> str:
@@ -134,9 +137,9 @@ class Talk:
 
     def _say_cut(self, num_tokens: int) -> None:
         if num_tokens >= self.manner.max_new_tokens:
-            why = f"cut after {num_tokens:,} tokens: --max-tokens for more"
+            why = f"cut after {plural(num_tokens, 'token')}: --max-tokens for more"
         else:
-            why = f"cut after {num_tokens:,} tokens: the model's window is full; /reset forgets what was said"
+            why = f"cut after {plural(num_tokens, 'token')}: the model's window is full; /reset forgets what was said"
         self.screen.print(f"({why})", style="bright_black")
 
     def hold(self) -> None:
@@ -153,7 +156,7 @@ class Talk:
                 try:
                     self.ask(text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
-                    self.screen.print("\n(left unsaid)", style="bright_black")
+                    self.screen.print("\n(answer stopped)", style="bright_black")
                 except Refused as refused:
                     if not typed:
                         raise InputError(str(refused)) from refused

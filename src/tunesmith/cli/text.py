@@ -57,10 +57,6 @@ def age(seconds: float) -> str:
     return "just now"
 
 
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if math.isfinite(value) else str(value)
 

@@ -238,7 +238,7 @@ def _refuse_to_overwrite(out: Path) -> None:
         return
     if out.exists():
         raise InputError(
-            f"{out}: is there already, and is no earlier export ({PROOF}). Name another folder with --out."
+            f"{out}: already exists, and is no earlier export: it has no {PROOF}. Name another folder with --out."
         )
 
 

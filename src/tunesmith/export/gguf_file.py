@@ -57,7 +57,7 @@ def check(source: Source, options: Options) -> list[str]:
         notes = []
     check_quantiser(options.quant)
     rule = find_vocabulary(source, options.pre).rule
-    notes.append(f"text is split by llama.cpp's rule {rule.name}: {rule.how}")
+    notes.append(f"llama.cpp splits text by its rule {rule.name}: {rule.how}")
     if isinstance(source.tokenizer.chat_template, dict):
         raise ModelError(
             "gguf: the tokenizer has several chat templates. Give the one it was tuned with by data.template."

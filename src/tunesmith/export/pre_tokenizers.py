@@ -71,9 +71,9 @@ def find_rule(tokenizer: PreTrainedTokenizerBase, *, given: str | None, of_gguf:
                 f"--pre: {given}: by its {'tokens' if by_hash else 'file'} this tokenizer splits text by the rule "
                 f"{found}: under another name the model would read other tokens. Leave --pre out."
             )
-        return Rule(given, "as given by --pre: nothing here could find it out")
+        return Rule(given, "given by --pre")
     if of_gguf is not None and found in (None, of_gguf):
-        return Rule(of_gguf, "that of the GGUF which was tuned")
+        return Rule(of_gguf, "the GGUF that was tuned names it")
     if of_gguf is not None:
         raise ModelError(
             f"gguf: the file that was tuned names the rule {of_gguf} of splitting text, its tokenizer follows "
@@ -84,7 +84,7 @@ def find_rule(tokenizer: PreTrainedTokenizerBase, *, given: str | None, of_gguf:
             f"gguf: the rule by which {tokenizer.name_or_path} splits text is none that is known here (hash "
             f"{probe_hash(tokenizer)[:16]}). Name it with --pre if llama.cpp has it; its tokens will be compared."
         )
-    return Rule(found, "by the hash of its tokens" if by_hash else "by the steps in its file")
+    return Rule(found, "found by a hash of its tokens" if by_hash else "found by the steps in its file")
 
 
 def rule_of_steps(tokenizer: PreTrainedTokenizerBase) -> str | None:

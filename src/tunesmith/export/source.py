@@ -33,6 +33,7 @@ from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.run import Run
 from tunesmith.types import HeadName, Labels, ModelKind
+from tunesmith.values import command
 
 _A = ".lora_A.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -144,7 +145,7 @@ def open_source(run: Run, *, offline: bool) -> Source:
     """
     result = next((path for path in (run.adapter_path, run.model_path) if path.exists()), None)
     if result is None:
-        raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with `tunesmith resume {run.path}`.")
+        raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with: {command('resume', run.path)}")
     recipe = run.recipe()
     if result == run.adapter_path:
         base = locate.locate(recipe.model, revision=recipe.revision, offline=offline)

@@ -1,4 +1,4 @@
-"""Whether an error says that memory is at its end, whoever says so."""
+"""Memory given back to the system where it is at its end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import gc
 from contextlib import suppress
 
 import torch
-
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "failed to allocate")
-"""What torch's allocators write in a RuntimeError: DefaultCPUAllocator, oneDNN and others have no class for it."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of torch on any device, or of Python."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
 def give_back() -> None:

@@ -20,6 +20,7 @@ from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, know
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
+from tunesmith.values import plural
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
@@ -192,9 +193,11 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
     if recipe.task in ("classify", "tag"):
         epochs = 5.0 if rows < 1000 else 3.0
-        return epochs, f"{rows:,} rows, and a new head has to be learnt"
+        return epochs, f"{plural(rows, 'row')}, and a new head has to be learnt"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
-    return epochs, f"{rows:,} rows: {'few rows are seen more often' if epochs > 1 else 'enough to see each once'}"
+
+    why = "few rows are seen more often" if epochs > 1 else "enough to see each once"
+    return epochs, f"{plural(rows, 'row')}: {why}"
 
 
 def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -209,8 +212,8 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     longest = int(facts.lengths_I.max())
     usual = 8192 if facts.device.startswith("cuda") else 2048
     if longest > usual:
-        return longest, f"the longest row has {longest:,} tokens"
-    return usual, f"fills the matrix products of {facts.device}; the longest row has {longest:,} tokens"
+        return longest, f"the longest row has {plural(longest, 'token')}"
+    return usual, f"fills the matrix products of {facts.device}; the longest row has {plural(longest, 'token')}"
 
 
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:

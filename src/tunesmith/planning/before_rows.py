@@ -51,14 +51,21 @@ def decide_before_rows(
     return recipe, choices
 
 
+_KINDS: dict[ModelKind, str] = {
+    "causal": "a causal model",
+    "encoder": "an encoder",
+    "encoder_decoder": "an encoder–decoder",
+}
+
+
 def find_head(recipe: Recipe, located: Located, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
     heads = TASKS[known(recipe.task)].heads
     if kind not in heads:
-        others = " or ".join(f"a {name.replace('_', '–')} model" for name in heads)
+        others = " or ".join(_KINDS[name] for name in heads)
         can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
         raise ModelError(
-            f"{located.name}: a model that is {'an ' if kind[0] in 'aeiou' else ''}{kind.replace('_', '–')} cannot "
-            f"learn the task {recipe.task}. Use {others}, or one of the tasks it can learn: {can}."
+            f"{located.name}: {_KINDS[kind]} cannot learn the task {recipe.task}. "
+            f"Use {others}, or one of the tasks that it can learn: {can}."
         )
     return heads[kind]

@@ -18,8 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import OutOfMemoryError, TunesmithError
-from tunesmith.models.exhausted import is_out_of_memory
+from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.preparing import prepare
 from tunesmith.probing.found import Timed
 from tunesmith.probing.measuring import measure, peak

@@ -135,6 +135,8 @@ def _apply(data: dict[str, Any], override: str) -> str:
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
+    if key.count(".") >= text.MAX_DEPTH:
+        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {text.MAX_DEPTH}: no knob is.")
     try:
         value = text.parse(value_text, SETTING)
     except RecipeError as error:
@@ -166,9 +168,12 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
         details = error.errors(include_url=False)
     placed = [(*_place(detail["loc"]), detail) for detail in details]
     problems = []
-    for (shown, known), group in groupby(placed, key=lambda item: item[:2]):
+    groups = [(place, list(group)) for place, group in groupby(placed, key=lambda item: item[:2])]
+    for (shown, known), group in groups[: text.MOST_PROBLEMS]:
         key, problem = _problem(shown, known, [detail for _, _, detail in group])
         problems.append(f"{where(key)}: {key}: {problem}" if key else f"{where(key)}: {problem}")
+    if more := len(groups) - len(problems):
+        problems.append(f"and {more:,} more like these")
     return None, problems
 
 

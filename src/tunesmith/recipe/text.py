@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -18,6 +20,8 @@ from tunesmith.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_DIGITS = 40
+MOST_PROBLEMS = 20
 
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -35,6 +39,12 @@ def parse(text: str, where: str) -> Any:
         with suppress(json.JSONDecodeError):  # not JSON: then it may be YAML's flow style
             return _json(text, where)
     return _yaml(text, where)
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """The first twenty problems, and a line that counts the others."""
+    more = len(problems) - MOST_PROBLEMS
+    return [*problems[:MOST_PROBLEMS], f"and {more:,} more like these"] if more > 0 else list(problems)
 
 
 def dump(value: Any) -> str:
@@ -62,7 +72,7 @@ def _yaml(text: str, where: str) -> Any:
     finally:
         loader.dispose()
     if loader.problems:
-        raise RecipeError("\n".join(f"{where}:{line}: {problem}" for line, problem in loader.problems))
+        raise RecipeError("\n".join(first_of([f"{where}:{line}: {problem}" for line, problem in loader.problems])))
     return value
 
 
@@ -70,21 +80,32 @@ def _json(text: str, where: str) -> Any:
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         return dict(pairs)
 
+    def whole_number(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise RecipeError(f"{where}: a number of {len(digits):,} digits: the most is {MAX_DIGITS}")
+        return int(digits)
+
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique, parse_int=whole_number)
     except json.JSONDecodeError as error:
         if not where.lower().endswith(".json"):
             raise
         raise RecipeError(f"{where}:{error.lineno}: {error.msg}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: nested deeper than {MAX_DEPTH}") from error
+    if _is_deeper(value, MAX_DEPTH):
+        raise RecipeError(f"{where}: nested deeper than {MAX_DEPTH}")
     if twice:
-        raise RecipeError("\n".join(f"{where}: {key}: stands twice: keep one" for key in twice))
+        raise RecipeError("\n".join(first_of([f"{where}: {key}: stands twice: keep one" for key in twice])))
     return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_is_deeper(one, depth - 1) for one in inner)
 
 
 def _line(error: yaml.MarkedYAMLError) -> int:

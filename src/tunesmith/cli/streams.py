@@ -1,0 +1,91 @@
+"""Standard streams that cannot end a run: of another encoding, on a full disk, closed, or without a reader."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from typing import IO
+
+ERRORS = "tunesmith.symbols"
+"""Name of the way in which characters are written that a stream's encoding lacks."""
+_SYMBOLS = {
+    **dict.fromkeys("–—─━═╌╴╶╸╺", "-"),
+    **dict.fromkeys("│┃║╎", "|"),
+    **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪┏┓┗┛┡┩╇╈", "+"),
+    **dict.fromkeys("‘’", "'"),
+    **dict.fromkeys("“”", '"'),
+    **dict(zip("▁▂▃▄▅▆▇█", "_..--==#", strict=True)),
+    **{"→": "->", "…": "...", "✓": "+", "✗": "x", "▸": ">", "·": ".", "×": "x", "±": "+/-", "≥": ">=", "≤": "<="},
+}
+"""What the program's own symbols become; anything else is spelled out, as \\u4f60."""
+
+
+class _Lasting(io.FileIO):
+    """A descriptor whose faults are remembered instead of raised: what it cannot take is dropped."""
+
+    lost: OSError | None = None
+
+    def write(self, data: object, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # type: ignore[arg-type]
+                select.select([], [self], [])  # a terminal or pipe that somebody set to answer at once
+            return written
+        except OSError as error:
+            self.lost = self.lost or error
+            return memoryview(data).nbytes  # type: ignore[arg-type]
+
+
+def prepare_streams() -> None:
+    """Put streams that cannot fail in place of Python's, and the null device where one was closed."""
+    codecs.register_error(ERRORS, _written_otherwise)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would take what is printed
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
+    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+
+
+def lost_output(stream: IO[str]) -> OSError | None:
+    """Why not all that was printed is there; None: it is."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw.lost if isinstance(raw, _Lasting) else None
+
+
+def closing_words() -> str:
+    """What to say at the end of output that was lost; empty where all is written, or where nobody reads on."""
+    sys.stdout.flush()
+    lost = lost_output(sys.stdout)
+    if lost is None or lost.errno == errno.EPIPE:
+        return ""
+    return f"stdout: {lost.strerror}: not all of the output could be written. Everything else was done."
+
+
+def _lasting(stream: IO[str] | None, descriptor: int) -> IO[str]:
+    encoding = getattr(stream, "encoding", "utf-8")
+    is_drawn = stream is not None and stream.isatty()
+    if stream is not None:
+        stream.flush()
+    if (
+        stream is not None and is_drawn and sys.platform == "win32"
+    ):  # Windows' console takes UTF-16 by a call of its own
+        return stream
+    raw = _Lasting(descriptor, "w", closefd=False)
+    by_line = is_drawn or descriptor == 2
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=ERRORS, line_buffering=by_line)
+
+
+def _written_otherwise(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_SYMBOLS.get(character) or _spelled(character) for character in text), error.end
+
+
+def _spelled(character: str) -> str:
+    if "\u2800" <= character <= "\u28ff":  # a spinner's
+        return "*"
+    return character.encode("ascii", "backslashreplace").decode("ascii")
