@@ -144,3 +144,15 @@ def test_other_settings_still_make_it_another_run(run: Run) -> None:
     run.recipe_path.write_text(run.recipe_path.read_text().replace("lr: 0.01", "lr: 0.02"))
     with pytest.raises(RunError, match=r"optim\.lr was 0\.01, is 0\.02"):
         resume(run)
+
+
+def test_a_damaged_copy_of_the_log_is_a_damaged_checkpoint(run: Run, straight: Run) -> None:
+    copy = run.checkpoints_path / "step-5" / "events.jsonl"
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    resume(run)
+    same_run(run, straight)
+    texts = [event.values.get("text", "") for event in run.events()]
+    assert any("events.jsonl is not what was written" in text for text in texts)
+    assert not any("was lost or changed" in text for text in texts)  # the log itself is whole
