@@ -112,8 +112,8 @@ def test_words_of_a_probe():
         ("step", "2 s (the heaviest: step 7; 400 tokens), predicted 3 s (+50%)"),
         ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), predicted 1.5 s (+0%)"),
         ("starting", "3 s (until the first event)"),
-        ("held out", "0.025 s (a token of held-out rows), predicted 0.02 s (-20%)"),
-        ("saving", "0.5 s (a checkpoint, 1.0 MiB)"),
+        ("held out", "0.025 s (per token of held-out rows), predicted 0.02 s (-20%)"),
+        ("saving", "0.5 s (per checkpoint, 1.0 MiB)"),
         ("ended", "early: the system killed it, as it does where memory ends"),
     ]
 
