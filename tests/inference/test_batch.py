@@ -5,18 +5,23 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
-from inference.batches import RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
-from tunesmith.inference import cache
-from tunesmith.inference.adapters import Adapters, SharedLinear
+from inference.batches import RENDERER, RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
+from tunesmith.generation import Sampling, answer
+from tunesmith.inference import cache, proofs
+from tunesmith.inference.adapters import Adapters, OtherRowsError, Path, SharedLinear
 from tunesmith.inference.batch import Batch
 from tunesmith.inference.choosing import How
 from tunesmith.inference.decoder import Apart, Together
+from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
+from tunesmith.models.heads import generator
+from tunesmith.recipe.knobs import LoraMethod
 
 WHO = (None, *RUNS)
 TOGETHER = (
@@ -76,8 +81,8 @@ def with_one_adapter_for_all(arch: str) -> Together:
     """The planted bug: the first adapter answers for everyone."""
 
     class First(Adapters):
-        def serving(self, names: Any) -> Any:
-            return super().serving(["first"] * len(names))
+        def serving(self, names: Any, **how: Any) -> Any:
+            return super().serving(["first"] * len(names), **how)
 
     model = sharp(arch)
     adapters = First(model)
@@ -122,8 +127,12 @@ def test_the_test_sees_a_row_that_reads_too_far(arch: str, monkeypatch: pytest.M
 
     own = cache.Rows.mask
     monkeypatch.setattr(cache.Rows, "mask", everything)
-    with pytest.raises(AssertionError):
-        assert_ragged_answers_are_those_alone(arch, decoder, 0)
+    found = []
+    for seed in range(3):  # what lies behind them are zeros, which not every answer shows
+        with suppress(AssertionError):
+            assert_ragged_answers_are_those_alone(arch, decoder, seed)
+            found.append(seed)
+    assert len(found) < 3
 
 
 def test_a_row_moved_into_a_hole_keeps_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +208,115 @@ def test_a_shared_layer_is_each_tokens_own_adapter() -> None:
                 base: Any = layer.base
                 expected_O = lora_forward_reference(x_I, base.weight, base.bias, path.a_RI, path.b_OR, scale=path.scale)
             torch.testing.assert_close(y_O, expected_O, rtol=1e-5, atol=1e-5)  # float32, sums in another order
+
+
+def head_runs() -> tuple[Any, dict[str, Any]]:
+    """A base with two runs, of which one adapts its head alone, and the model of each run by itself."""
+
+    def one(name: str) -> tuple[Any, Any]:
+        model = sharp("llama", tie_word_embeddings=False)
+        targets = ("lm_head",) if name == "head" else ("attention",)
+        attachment = lora.attach(model, LoraMethod(rank=3, alpha=24, targets=targets), seed=3)
+        for key, tensor in attachment.trained.items():
+            if "lora_B" in key:
+                tensor.data.normal_(0.0, 0.3, generator=generator(4, key))
+        attachment.publish()
+        return model, attachment
+
+    made = {name: one(name) for name in ("head", "inner")}
+    base = sharp("llama", tie_word_embeddings=False)
+    adapters = Adapters(base)
+    for name, (_, attachment) in made.items():
+        adapters._held[name] = {
+            layer: Path(module.lora_A.detach(), module.lora_B.detach(), module.scale)
+            for layer, module in attachment.layers.items()
+        }
+    adapters.install()
+    return Together(base, adapters), {name: model for name, (model, _) in made.items()}
+
+
+# trap: A16
+def assert_an_adapted_head_answers_its_own_run() -> None:
+    together, models = head_runs()
+    asked = [(name, prompt) for prompt in prompts(6, seed=5) for name in models]
+    jobs = [job(key, prompt, adapter=name, max_new_tokens=6) for key, (name, prompt) in enumerate(asked)]
+    found = run(Batch(together, streams=5), *jobs)
+    for key, (name, prompt) in enumerate(asked):
+        [expected] = answer(models[name], RENDERER, [prompt], Sampling(max_new_tokens=6))
+        assert found[key].answer() == expected, name
+    assert len({one.texts[0] for one in found.values()}) > 8
+
+
+def test_a_run_that_adapts_the_head_is_answered_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_an_adapted_head_answers_its_own_run()
+    # The planted bug: the head sees the last token of each text alone, and its rows are taken for the pass's tokens.
+    monkeypatch.setattr(Adapters, "adapts", lambda adapters, module: False)
+    with pytest.raises(OtherRowsError, match=r"rows of a pass of \d+ tokens"):
+        assert_an_adapted_head_answers_its_own_run()
+    served = Adapters.serving
+    monkeypatch.setattr(Adapters, "serving", lambda adapters, names, mixed=False: served(adapters, names))
+    with pytest.raises((AssertionError, IndexError)):
+        assert_an_adapted_head_answers_its_own_run()
+
+
+def test_a_model_whose_adapted_layers_see_other_rows_is_run_apart() -> None:
+    """As experts in a list do, each of which sees the tokens that are sent to it."""
+
+    class Half(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            half = x.shape[1] // 2
+            return torch.cat((self.inner(x[:, :half]), self.inner(x[:, half:])), 1)
+
+    made: Any = decoder("llama")
+    mlp = made.model.model.layers[0].mlp
+    assert isinstance(mlp.up_proj, SharedLinear)
+    assert proofs.why_apart(made.model, made._adapters) == ""
+    mlp.up_proj = Half(mlp.up_proj)
+    assert "an adapted layer sees" in proofs.why_apart(made.model, made._adapters)
+
+
+def test_a_text_that_was_not_finite_leaves_nothing_to_the_next() -> None:
+    """The third text takes the row of the first, and is longer than what was copied into it."""
+    made = decoder("llama")
+    batch = Batch(made, streams=3)
+    heard: dict[int, Heard] = defaultdict(Heard)
+    fine = [301, 302, 303]
+    batch.add(job(0, fine, max_new_tokens=30))
+    batch.add(job(1, [301] * 44, max_new_tokens=2))
+    while batch.running < 2 or not all(lane.pool for lane in batch._answers):
+        hear(batch.step(), heard)
+    for lane, one in batch._answers.items():
+        if one.job.key == 1:
+            assert lane.pool is not None
+            for tensors in lane.pool.block.layers.values():
+                for tensor in tensors:
+                    tensor[lane.row] = float("nan")  # what an overflow of this text leaves
+    batch.add(job(2, fine[:2], max_new_tokens=30))
+    while batch.is_busy:
+        hear(batch.step(), heard)
+    assert heard[1].refused is not None
+    assert heard[1].refused.code == "non_finite"
+    assert heard[0].answer() == alone("llama", None, tuple(fine), 30)
+    assert heard[2].answer() == alone("llama", None, tuple(fine[:2]), 30)
+
+
+def test_an_answer_whose_grammar_bars_every_token_is_refused() -> None:
+    class Nothing:
+        def bar(self, logits_V: torch.Tensor) -> None:
+            logits_V.fill_(float("-inf"))
+
+        def accept(self, token_id: int) -> None:
+            raise AssertionError("nothing may be written")
+
+        def is_complete(self) -> bool:
+            return False
+
+    [first, second] = prompts(2)
+    found = run(Batch(decoder("llama"), streams=2), job(0, first, grammar=Nothing), job(1, second, max_new_tokens=5))
+    assert found[0].refused is not None
+    assert (found[0].refused.status, found[0].refused.code) == (400, "invalid_schema")
+    assert found[1].answer() == alone("llama", None, tuple(second), 5)

@@ -19,6 +19,7 @@ from tunesmith import generation, loading
 from tunesmith.asking import Ask, Refused
 from tunesmith.errors import InputError
 from tunesmith.generation import Answer, Sampling
+from tunesmith.inference import engine
 from tunesmith.run import Run
 from tunesmith.types import Part
 
@@ -34,8 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(root: Path) -> Iterator[Asked]:
-    with engine_over(["first", "second"], root) as engine:
-        yield engine
+    with engine_over(["first", "second"], root) as made:
+        yield made
 
 
 def offline(root: Path, model: str, text: str, tokens: int) -> Answer:
@@ -265,6 +266,44 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
     asked.run(until(lambda: asked.engine.state().alive))
     assert asked.answer(says("second", "hello")).texts == expected
     assert asked.engine.state().restarts == 1
+
+
+def test_a_child_that_hangs_is_seen_and_started_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "UNHEARD_S", 1.0)
+    monkeypatch.setattr(engine, "HANGS_S", 3.0)
+    monkeypatch.setattr(engine, "WATCH_S", 0.2)
+    with engine_over(["first"], root) as asked:
+        expected = asked.answer(says("first", "hello")).texts
+        pid = asked.engine._life._process.pid  # type: ignore[union-attr]
+
+        async def scene() -> None:
+            work = asyncio.ensure_future(heard(asked.engine.ask(long())))
+            await until(lambda: asked.engine.state().running > 0)
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: not asked.engine.state().alive, seconds=20)
+            with pytest.raises(Refused, match="it said nothing for 3 s"):
+                await work
+            await until(lambda: asked.engine.state().alive)
+
+        asked.run(scene())
+        assert asked.answer(says("first", "hello")).texts == expected
+        assert asked.engine.state().restarts == 1
+
+
+def test_an_answer_that_nobody_reads_is_given_up(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MOST_UNREAD", 20)
+
+    async def scene() -> None:
+        told = asked.engine.ask(long())
+        await told.__anext__()
+        await until(lambda: next(iter(asked.engine._calls.values())).is_given_up)
+        with pytest.raises(Refused, match="was not read") as refusal:
+            async for _ in told:
+                pass
+        assert refusal.value.code == "unread"
+        await heard(asked.engine.ask(says("second", "hello", max_tokens=2)))
+
+    asked.run(scene())
 
 
 def test_closing_finishes_what_is_under_way_and_ends_the_child(root: Path) -> None:

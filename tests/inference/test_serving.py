@@ -327,3 +327,11 @@ def test_files_of_sentence_transformers_say_how_tokens_are_pooled(tmp_path: Path
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": ""}]), "utf-8")
     with pytest.raises(ModelError, match="Dense"):
         opened(folder)
+
+
+def test_tools_are_refused_where_the_template_does_not_show_them(made: Path) -> None:
+    voice = opened(made / "runs" / "first").voices["first"]
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(Refused, match="the chat template of first does not show tools"):
+        voice.job(0, says("first", "hello", tools=(tool,)), OPTIONS)
+    voice.job(0, says("first", "hello"), OPTIONS)

@@ -123,3 +123,11 @@ def test_bytes_of_tokens_spell_the_text(tokenizer: Any) -> None:
         -0.5,
         [tokens.bytes_of(ids[0]), tokens.bytes_of(ids[-1])],
     )
+
+
+def test_an_id_beyond_the_tokenizer_has_no_bytes() -> None:
+    """Rows that pad a model's table, as Qwen's and Phi's do."""
+    tokenizer = tiny_tokenizer()
+    tokens = Tokens(tokenizer)
+    told = tokens.chance(Chosen(5, -0.1, ((5, -0.1), (len(tokenizer) + 3, -9.0))))
+    assert (told.top[1].text, told.top[1].bytes) == ("", b"")

@@ -172,6 +172,30 @@ def test_a_page_that_is_allowed_may_ask() -> None:
         assert server.ask("OPTIONS", "/v1/models", headers={"Origin": page})[0] == 401
 
 
+# trap: S10
+
+
+def no_request_is_smuggled(server: Running) -> None:
+    """What a proxy that believes the other length sends next would be a request of its own."""
+    body = b"0\r\n\r\n"
+    smuggled = b"GET /v1/models/SMUGGLED HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for chunked in (b"chunked", b"Chunked"):
+        both = b"Content-Length: %d\r\nTransfer-Encoding: %s\r\n\r\n" % (len(body + smuggled), chunked)
+        answer = server.raw(head + both + body + smuggled, timeout_s=2)
+        assert answer.split()[1] == b"400"
+        assert answer.count(b"HTTP/1.1") == 1, "the second was answered"
+        assert b"connection: close" in answer.lower()
+
+
+def test_no_request_is_smuggled(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_request_is_smuggled(server)
+    right = gate._headers
+    monkeypatch.setattr(gate, "_headers", lambda scope, name: right(scope, name) if name != b"content-length" else [])
+    with pytest.raises(AssertionError):
+        no_request_is_smuggled(server)
+
+
 # trap: S4
 
 NAMES = (

@@ -94,8 +94,17 @@ def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.stdout == "Hello\n", done.stderr
+        process.until("A request without a temperature has 1")
         assert process.end() == 0
     assert process.said.endswith("ended\n")
+
+
+def test_the_line_to_try_can_be_copied_at_any_width() -> None:
+    with serving("support", COLUMNS="60") as (process, _):
+        process.until("choices\\[0\\]")
+        [curl] = [line for line in process.lines if line.startswith("  curl ")]
+        assert shlex.split(curl)[-1].endswith("}")
+        assert json.loads(shlex.split(curl)[-1])["messages"]
 
 
 # trap: S8

@@ -72,7 +72,14 @@ class Voice:
         who = "only this machine" if bound.is_loopback else "every machine that reaches it"
         key = "with a key" if has_key else "without a key"
         self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
+        # Unwrapped, so that a line can be copied at any width.
         self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n", soft_wrap=True)
+        if any(one.answers == "text" for one in served):
+            self.screen.print(
+                f"Or open {bound.url}/ in a browser.\nA request without a temperature has 1, as in OpenAI's API, at "
+                "which small models ramble; tunesmith chat has 0.\n",
+                soft_wrap=True,
+            )
 
     def answered(self, one: Answered) -> None:
         """A line a request; nothing of what was asked or answered."""

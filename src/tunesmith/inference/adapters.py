@@ -35,6 +35,12 @@ class Plan:
 
     groups: list[tuple[str, Tensor | None]] = field(default_factory=list)
     """Name of the adapter and the places of its tokens; None: all of them."""
+    num_tokens: int | None = None
+    """Rows that each layer has to see; None: any number, since all go through one adapter."""
+
+
+class OtherRowsError(RuntimeError):
+    """An adapted layer sees other rows than the tokens of the pass, so that each cannot go through its own adapter."""
 
 
 class SharedLinear(nn.Module):
@@ -53,6 +59,11 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O]."""
+        num_rows = x.numel() // x.shape[-1]
+        if self.plan.num_tokens not in (None, num_rows):
+            raise OtherRowsError(
+                f"an adapted layer sees {num_rows} rows of a pass of {self.plan.num_tokens} tokens, as experts do"
+            )
         out: Tensor = self.base(x)
         groups = [(self.paths[name], rows_K) for name, rows_K in self.plan.groups if name in self.paths]
         if not groups:
@@ -99,9 +110,16 @@ class Adapters:
             replace_module(self.model, target, shared)
         self.names, self._held = list(self._held), {}
 
+    def adapts(self, module: nn.Module | None) -> bool:
+        """Whether an adapter was put beside this layer of the model."""
+        return isinstance(module, SharedLinear)
+
     @contextmanager
-    def serving(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside the block the tokens of a pass go through the adapters of these names, one a token."""
+    def serving(self, names: Sequence[str | None], *, mixed: bool = False) -> Iterator[None]:
+        """Inside the block the tokens of a pass go through the adapters of these names, one a token.
+
+        `mixed`: the names can differ. Raises OtherRowsError where a layer then sees other rows than these tokens.
+        """
         device = next(self.model.parameters()).device
         places: dict[str, list[int]] = {}
         for place, name in enumerate(names):
@@ -111,7 +129,8 @@ class Adapters:
             (name, None if len(some) == len(names) else torch.tensor(some, device=device))
             for name, some in places.items()
         ]
+        self._plan.num_tokens = len(names) if mixed else None
         try:
             yield
         finally:
-            self._plan.groups = []
+            self._plan.groups, self._plan.num_tokens = [], None

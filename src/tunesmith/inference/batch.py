@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunesmith.asking import Begun, Ended, Piece, Refused, TokenChance, Told
 from tunesmith.inference.cache import Lane, room_for
-from tunesmith.inference.choosing import Chooser, Chosen, Grammar, How, choose_all
+from tunesmith.inference.choosing import NO_TOKEN, Chooser, Chosen, Grammar, How, choose_all
 from tunesmith.inference.decoder import Decoder, Fill
 from tunesmith.inference.writing import Tokens, Writer
 
@@ -182,6 +182,10 @@ class Batch:
                 self.cancel(answer.job.key)
                 message = "the model answered with numbers that are not finite: its precision may be too low for it"
                 news.append((answer.job.key, Refused(message, status=500, code="non_finite")))
+            elif choice.token_id == NO_TOKEN:
+                self.cancel(answer.job.key)
+                message = "no token may follow here: the schema cannot be met by what this model writes"
+                news.append((answer.job.key, Refused(message, status=400, code="invalid_schema")))
             else:
                 news += self._write(answer, choice)
         return news

@@ -69,11 +69,13 @@ class Block:
         )
 
     def copy_row(self, row: int, source: Block, source_row: int, num_tokens: int) -> None:
-        """Put the first tokens of a row of another block, or of this one, into a row of this."""
+        """Put the first tokens of a row of another block, or of this one, into a row of this, and zeros behind them."""
         for layer, (key_NGLD, value_NGLD) in source.layers.items():
             own = self.of(layer, key_NGLD[:1], value_NGLD[:1])
             for to_NGLD, from_NGLD in zip(own, (key_NGLD, value_NGLD), strict=True):
                 to_NGLD[row, :, :num_tokens] = from_NGLD[source_row, :, :num_tokens]
+                # What an earlier text left is masked away, but 0 times NaN is NaN.
+                to_NGLD[row, :, num_tokens:] = 0
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,7 +47,8 @@ def main() -> int:
     torch.set_num_threads(options.threads or cores())
     limit = options.memory_limit_bytes or int(0.9 * _machine_bytes())
     _be_the_first_to_go()
-    threading.Thread(target=_watch, args=(send, limit), daemon=True).start()
+    pulse = _Pulse()
+    threading.Thread(target=_watch, args=(send, limit, pulse), daemon=True).start()
     try:
         serving = open_serving(
             told["names"], root=Path(told["root"]), options=options, note=lambda text: send({"note": text})
@@ -61,8 +62,30 @@ def main() -> int:
     threading.Thread(target=_listen, args=(sys.stdin.buffer, Ahead(worker.job, inbox.put), inbox), daemon=True).start()
     while True:
         for message in _messages(inbox, wait=not worker.is_busy):
-            worker.take(message)
-        worker.step()
+            with pulse.beating():
+                worker.take(message)
+        with pulse.beating():
+            worker.step()
+
+
+class _Pulse:
+    """How long what this process does now has taken."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    @property
+    def seconds(self) -> float:
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
 
 class _Worker:
@@ -83,11 +106,11 @@ class _Worker:
     def is_busy(self) -> bool:
         return any(batch.is_busy for batch in self._batches.values())
 
-    def job(self, message: Mapping[str, Any]) -> Ready:
+    def job(self, message: Mapping[str, Any], is_wanted: Callable[[], bool]) -> Ready:
         """The ask of a message as the batch takes it, on any thread. Raises Refused."""
         ask = wire.as_ask(message["ask"])
         voice = _named(self._serving.voices, ask.model, "answers in text")
-        job: Job = voice.job(message["key"], ask, self._options)
+        job: Job = voice.job(message["key"], ask, self._options, is_wanted)
         batch = self._batches[voice.decoder]
         if not batch.could_hold(job):
             raise Refused(
@@ -158,11 +181,14 @@ def _listen(source: BinaryIO, ahead: Ahead, inbox: queue.SimpleQueue[Any]) -> No
     os._exit(0)
 
 
-def _watch(send: Send, limit: int) -> None:
-    """Say how much memory is held; end at the limit. A limit on addresses would count files that are only mapped."""
+def _watch(send: Send, limit: int, pulse: _Pulse) -> None:
+    """Say that this process lives, and how much memory it holds; end at the limit.
+
+    A limit on addresses would count files that are only mapped.
+    """
     while True:
         held = resident_bytes()
-        send({"rss": held})
+        send({"rss": held, "stuck": pulse.seconds})
         if held > limit:
             send({"over_memory": {"held": held, "limit": limit}})
             os._exit(OVER_MEMORY)

@@ -18,6 +18,8 @@ LIKELIEST = 1024
 """Tokens among which a share of the probability is looked for first: sorting the whole vocabulary takes longer than
 many a model."""
 
+NO_TOKEN = -1
+
 
 class Grammar(Protocol):
     """What may be written, token by token."""
@@ -83,11 +85,13 @@ class Chooser:
             self.grammar.accept(token_id)
 
     def choose(self, logits_V: Tensor) -> Chosen:
-        """The next token; float32 logits, which are left alone."""
+        """The next token; float32 logits, which are left alone. `NO_TOKEN` where the grammar bars all."""
         barred_V = self._penalized(logits_V)
         if self.grammar is not None:
             barred_V = barred_V.clone() if barred_V is logits_V else barred_V
             self.grammar.bar(barred_V)
+            if float(barred_V.amax()) == -math.inf:
+                return Chosen(NO_TOKEN)
         token_id = int(barred_V.argmax()) if self.how.temperature == 0 else self._drawn(barred_V)
         if self.how.logprobs is None:
             return Chosen(token_id)

@@ -106,15 +106,18 @@ class Together:
             adapters += [lane.adapter] * len(prompt)
             last.append(len(ids) - 1)
         segments = Segments(sizes=(), device=device)
-        with ragged_pass(), self._adapters.serving(adapters):
+        # An adapted head has to see every token: which row goes through which adapter is counted by tokens.
+        head = self.model.get_output_embeddings()
+        kept = 0 if self._adapters.adapts(head) else torch.tensor(last, device=device)
+        with ragged_pass(), self._adapters.serving(adapters, mixed=True):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device),
+                logits_to_keep=kept,
                 lanes=Pass(rows, spans, segments),
             ).logits[0]
-        if len(logits_NV) != len(last):  # of a model that does not know logits_to_keep
+        if len(logits_NV) != len(last):  # of a model that does not know logits_to_keep, or whose head is adapted
             logits_NV = logits_NV[last]
         for lane in lanes:
             lane.length += 1

@@ -12,12 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.asking import Ask, Begun, Ended, Engine, EngineOptions, EngineState, Refused, Served, Told
+from tunesmith.asking import Ask, Begun, Ended, Engine, EngineOptions, EngineState, Piece, Refused, Served, Told
 from tunesmith.errors import TunesmithError
 from tunesmith.inference import wire
 from tunesmith.inference.life import Life
 
 LONGEST_PAUSE_S = 30.0
+MOST_UNREAD = 32_768
+"""Pieces and tokens with their probability that may wait for a client that does not read: some 10 MiB."""
+UNHEARD_S, HANGS_S = 15.0, 60.0
+"""A child says several times a second that it lives. Silent for so long it is not healthy; it hangs, and is ended."""
+STUCK_S = 900.0
+"""Longest time for one step, or one call of a model that reads; a long prompt on a slow machine takes a minute."""
+WATCH_S = 1.0
 LONG_LIFE_S = 60.0
 """A child that lived so long is started again at once."""
 
@@ -42,6 +49,8 @@ class _Call:
 
     n: int
     news: asyncio.Queue[Told | Refused] = field(default_factory=asyncio.Queue)
+    num_unread: int = 0
+    is_given_up: bool = False
     has_begun: bool = False
     num_ended: int = 0
 
@@ -81,6 +90,7 @@ class ChildEngine:
         try:
             while not is_over:
                 told = await call.news.get()
+                call.num_unread -= _weight(told)
                 if isinstance(told, Refused):
                     is_over = True
                     raise told
@@ -105,7 +115,8 @@ class ChildEngine:
     def state(self) -> EngineState:
         """See asking.Engine."""
         begun = [call for call in self._calls.values() if call.has_begun]
-        is_alive = self._life is not None and self._life.is_alive
+        life = self._life
+        is_alive = life is not None and life.is_alive and life.silent_s < UNHEARD_S and life.stuck_s < STUCK_S
         return EngineState(
             alive=is_alive,
             running=sum(call.n - call.num_ended for call in begun),
@@ -113,7 +124,7 @@ class ChildEngine:
             restarts=self._restarts,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
-            rss_bytes=self._life.rss_bytes if self._life is not None and is_alive else 0,
+            rss_bytes=life.rss_bytes if life is not None and is_alive else 0,
         )
 
     async def close(self, grace_s: float) -> None:
@@ -172,9 +183,24 @@ class ChildEngine:
             call, reply = self._calls.get(key), self._replies.get(key)
             if call is not None:
                 call.has_begun = call.has_begun or isinstance(told, Begun)
-                call.news.put_nowait(told)
+                self._pass_on(key, call, told)
             elif reply is not None and isinstance(told, Refused) and not reply.done():
                 reply.set_exception(told)
+
+    def _pass_on(self, key: int, call: _Call, told: Told | Refused) -> None:
+        """Keep what is told for the one who asked, unless too much waits for a client that does not read."""
+        if call.is_given_up:
+            return
+        call.num_unread += _weight(told)
+        if call.num_unread <= MOST_UNREAD:
+            call.news.put_nowait(told)
+            return
+        call.is_given_up = True
+        while not call.news.empty():
+            call.news.get_nowait()
+        call.news.put_nowait(Refused("the answer was not read, and was given up", status=408, code="unread"))
+        if self._life is not None and self._life.is_alive:
+            self._life.send({"cancel": key})
 
     async def _keep(self) -> None:
         """A child after a child, until the engine is closed."""
@@ -182,7 +208,11 @@ class ChildEngine:
         while True:
             assert self._life is not None, "it has been started"
             begun = time.monotonic()
-            why = await self._life.ended()
+            watching = asyncio.create_task(_watch(self._life))
+            try:
+                why = await self._life.ended()
+            finally:
+                watching.cancel()
             self._note(f"the engine ended ({why}) and is started again")
             what = f"the engine ended while it was at this ({why}); it is started again"
             self._end_all(what, status=500, code="engine_crashed")
@@ -208,3 +238,22 @@ class ChildEngine:
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(Refused(message, status=status, code=code))
+
+
+def _weight(told: Told | Refused) -> int:
+    return 1 + sum(1 + len(token.top) for token in told.tokens) if isinstance(told, Piece) else 1
+
+
+async def _watch(life: Life) -> None:
+    """End a child that hangs."""
+    while True:
+        begun = time.monotonic()
+        await asyncio.sleep(WATCH_S)
+        if time.monotonic() - begun > WATCH_S + UNHEARD_S / 2:
+            life.heard = time.monotonic()  # this process has been stopped itself, and has not read yet
+        elif life.silent_s > HANGS_S:
+            life.kill(f"it said nothing for {HANGS_S:g} s")
+            return
+        elif life.stuck_s > STUCK_S:
+            life.kill(f"one step took more than {STUCK_S:g} s")
+            return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,8 @@ from tunesmith.inference import wire
 
 LAST_LINES = 20
 """Of what it printed, kept for the person who wants to know why it ended."""
+START_S = 300.0
+"""How long it may say nothing while it loads: importing torch from a slow disk is the longest."""
 END_S = 5.0
 """How long it may take to end when it is told to."""
 
@@ -28,6 +31,10 @@ class Life:
         self.served: Sequence[Served] = ()
         self.rss_bytes = 0
         self.is_alive = True
+        self.heard = time.monotonic()
+        self.stuck_s = 0.0
+        """How long the step under way has taken by now."""
+        self._killed_for = ""
         self._process = process
         self._on_message = on_message
         self._over_memory: Mapping[str, int] | None = None
@@ -65,6 +72,17 @@ class Life:
         """Say something to the child; nothing where it has just ended."""
         self._write(wire.line(message))
 
+    @property
+    def silent_s(self) -> float:
+        """Since the child said something."""
+        return time.monotonic() - self.heard
+
+    def kill(self, why: str) -> None:
+        """End a child that does not end by itself; `ended` says why."""
+        self._killed_for = why
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
     async def ended(self) -> str:
         """Why the child ended, once it has."""
         if self._reading is not None:
@@ -75,6 +93,8 @@ class Life:
         if self._over_memory is not None:
             held, limit = (self._over_memory[key] / 1024**2 for key in ("held", "limit"))
             return f"it held {held:,.0f} MiB of memory, more than the {limit:,.0f} it may"
+        if self._killed_for:
+            return self._killed_for
         if code < 0:
             with suppress(ValueError):
                 return f"ended by {signal.Signals(-code).name}"
@@ -103,7 +123,7 @@ class Life:
             self._process.stdin.write(text)
 
     async def _become_ready(self, on_note: Callable[[str], None]) -> None:
-        while (message := await self._message()) is not None:
+        while (message := await self._first_message()) is not None:
             if "ready" in message:
                 self.served = tuple(wire.as_served(plain) for plain in message["ready"])
                 return
@@ -115,6 +135,15 @@ class Life:
         why = await self.ended()
         raise TunesmithError(f"the engine ended before it was ready: {why}.")
 
+    async def _first_message(self) -> dict[str, Any] | None:
+        try:
+            return await asyncio.wait_for(self._message(), START_S)
+        except asyncio.TimeoutError:
+            raise TunesmithError(
+                f"the engine said nothing for {START_S:g} s while it was loading: it hangs, perhaps in the model's "
+                "chat template."
+            ) from None
+
     async def _read(self) -> None:
         while (message := await self._message()) is not None:
             if not self._hear_state(message):
@@ -122,7 +151,9 @@ class Life:
         self.is_alive = False
 
     def _hear_state(self, message: Mapping[str, Any]) -> bool:
+        self.heard = time.monotonic()
         self.rss_bytes = message.get("rss", self.rss_bytes)
+        self.stuck_s = message.get("stuck", self.stuck_s)
         self._over_memory = message.get("over_memory", self._over_memory)
         return "rss" in message or "over_memory" in message
 

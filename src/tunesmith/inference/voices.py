@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,8 @@ class Voice:
     grammars: list[Grammars] = field(default_factory=list)
     """At most one: made when it is first needed."""
 
-    def job(self, key: int, ask: Ask, options: EngineOptions) -> Job:
-        """The ask as the batch takes it. Raises Refused."""
+    def job(self, key: int, ask: Ask, options: EngineOptions, is_wanted: Callable[[], bool] = lambda: True) -> Job:
+        """The ask as the batch takes it; given up where it is not wanted any more. Raises Refused."""
         _check(ask, options)
         prompt = self.prompt_ids(ask)
         most = self._room(ask, len(prompt), options)
@@ -54,7 +54,7 @@ class Voice:
             stops=tuple(filter(None, ask.stop)),
             n=ask.n,
             trims=self.renderer.task_name not in ("generate", "text"),
-            grammar=None if ask.json_schema is None else self._grammars().compile(ask.json_schema),
+            grammar=None if ask.json_schema is None else self._grammars().compile(ask.json_schema, is_wanted),
         )
 
     def prompt_ids(self, ask: Ask) -> list[int]:
@@ -68,6 +68,8 @@ class Voice:
             parts = self._parts(ask)
             cuts: list[int] = []
             ids = self.renderer.prompt_ids(parts, ask.tools, on_cut=cuts.append)
+            if ask.tools and ids == self.renderer.prompt_ids(parts, (), on_cut=cuts.append):
+                raise _refused(f"the chat template of {self.served.name} does not show tools: leave them out", "tools")
         except DataError as error:
             raise _refused(str(error), "messages") from error
         if sum(cuts):

@@ -29,7 +29,9 @@ class Tokens:
 
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to a text, alone."""
-        token = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # a row that pads the model's table
+            return b""
         if token_id in self._special:
             return token.encode()
         if match := _BYTE.fullmatch(token):

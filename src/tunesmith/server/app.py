@@ -14,6 +14,7 @@ from tunesmith import __version__
 from tunesmith.asking import Engine, Refused
 from tunesmith.server.gate import Answered, Gate, Rules
 from tunesmith.server.metrics import Metrics
+from tunesmith.server.page import page
 from tunesmith.server.refusals import Refusal, on_fault, on_http_error, on_invalid, on_refused
 from tunesmith.server.routes import json_response, make_router
 
@@ -31,6 +32,7 @@ def make_app(engine: Engine, rules: Rules, listeners: Sequence[Callable[[Answere
     ):
         api.add_exception_handler(kind, handler)
     api.include_router(make_router(engine))
+    api.add_api_route("/", page, include_in_schema=False)
     metrics = Metrics(engine)
 
     @api.get("/health")

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.server.answers import Counted
 from tunesmith.server.keys import Keys
+from tunesmith.server.page import is_wanted
 from tunesmith.server.refusals import Refusal, as_response
 
 MOST_HEADER_BYTES = 32 * 1024
@@ -106,6 +107,10 @@ class Gate:
         return self._not_from_here(scope) or self._not_known(scope) or self._not_now(scope)
 
     def _not_from_here(self, scope: Scope) -> Refusal | None:
+        if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
+            # A proxy that believes the other of the two would take the rest of the body for a request (RFC 9112, 6.1).
+            message = "A request has a Content-Length or a Transfer-Encoding, not both."
+            return Refusal(400, "bad_request", message, headers={"Connection": "close"})
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             message = f"The headers have more than {MOST_HEADER_BYTES:,} bytes."
             return Refusal(431, "headers_too_large", message)
@@ -114,7 +119,7 @@ class Gate:
             message = "The Host of this request is not one that is served here. Allow it with --allow-host NAME."
             return Refusal(403, "host_not_allowed", message)
         origin = _header(scope, b"origin")
-        if origin is not None and self._allowed_origin(scope) is None:
+        if origin is not None and not self._is_own(origin, hosts[0]) and self._allowed_origin(scope) is None:
             message = "Web pages of this origin may not ask here. Allow it with --allow-origin URL."
             return Refusal(403, "origin_not_allowed", message)
         return None
@@ -122,7 +127,7 @@ class Gate:
     def _not_known(self, scope: Scope) -> Refusal | None:
         # Browsers ask first, and without a key, whether a page of this origin may ask at all.
         is_question = _header(scope, b"origin") is not None and _is_preflight(scope)
-        if self.rules.keys is not None and not is_question:
+        if self.rules.keys is not None and not is_question and not is_wanted(scope):
             given = _headers(scope, b"authorization")
             if len(given) != 1 or not self.rules.keys.let_in(given[0]):
                 message = "This server asks for an API key: Authorization: Bearer KEY."
@@ -147,6 +152,11 @@ class Gate:
             ipaddress.ip_address(name.strip("[]"))
             return True
         return name in self.rules.hosts
+
+    @staticmethod
+    def _is_own(origin: bytes, host: bytes) -> bool:
+        """Whether a page comes from this server. The Host has been looked at: no other's name leads here."""
+        return origin.lower() in (b"http://" + host.lower(), b"https://" + host.lower())
 
     def _allowed_origin(self, scope: Scope) -> str | None:
         origins = [origin.decode("latin-1") for origin in _headers(scope, b"origin")]

@@ -16,6 +16,11 @@ from tunesmith.asking import Refused
 RETRY_AFTER_S = 1
 """What a client is told to wait where there is no room now."""
 SHOWN_PROBLEMS = 10
+NOT_FOUND = "There is nothing here by this path. GET /openapi.json lists what there is."
+NO_RESPONSES = (
+    "The Responses API is not served here: ask by POST /v1/chat/completions (in OpenAI's package "
+    "client.chat.completions.create), which takes the same messages."
+)
 
 _TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 
@@ -72,8 +77,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, Refusal):
         return as_response(error)
+    is_responses = request.url.path.startswith("/v1/responses")
     messages = {
-        404: ("not_found", "There is nothing here by this path. GET /openapi.json lists what there is."),
+        404: ("not_found", NO_RESPONSES if is_responses else NOT_FOUND),
         405: ("method_not_allowed", "This path takes another method. GET /openapi.json lists them."),
     }
     code, message = messages.get(error.status_code, ("error", str(error.detail)))
