@@ -9,10 +9,13 @@ xgrammar leaves aside what it does not know, in silence. What passes `check` was
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any
 
 ANNOTATIONS = frozenset({
@@ -240,8 +243,10 @@ def main() -> None:
 
     _bound_memory()
     compiler: Any = None
-    for line in sys.stdin:
-        told, said = json.loads(line), ""
+    lines: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    while True:
+        told, said = json.loads(lines.get()), ""
         try:
             if "tokenizer" in told:
                 info = xgrammar.TokenizerInfo.deserialize_json(told["tokenizer"])
@@ -251,6 +256,13 @@ def main() -> None:
         except RuntimeError as error:  # what its C++ side raises, whatever is wrong
             said = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
         print(json.dumps(said), flush=True)
+
+
+def _listen(lines: SimpleQueue[str]) -> None:
+    """When nobody is left to say anything this process ends, whatever it compiles."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
 
 
 def _bound_memory() -> None:
