@@ -99,8 +99,14 @@ class _Trial:
         """A process that compiles for this tokenizer."""
         if self._process is None or self._process.poll() is not None:
             words = [sys.executable, "-m", "tunesmith.inference.schemas"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(words, text=True, env=for_child(), **pipes)  # type: ignore[call-overload]
+            self._process = subprocess.Popen(
+                words,
+                text=True,
+                env=for_child(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             self._said, self._tokenizer = SimpleQueue(), ""
             threading.Thread(target=_listen, args=(self._process, self._said), daemon=True).start()
         if tokenizer != self._tokenizer:

@@ -83,7 +83,7 @@ class _Walk:
         elif "type" in schema:
             yield from self._typed(schema, keywords, place)
         else:
-            known = frozenset().union(*KEPT.values())
+            known = frozenset[str]().union(*KEPT.values())
             yield from (
                 f"{here}{name} needs a type" if name in known else f"{here}{name} is not kept" for name in keywords
             )
