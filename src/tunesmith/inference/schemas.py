@@ -255,7 +255,8 @@ def main() -> None:
                 compiler.compile_json_schema(told["schema"], any_whitespace=False)
         except RuntimeError as error:  # what its C++ side raises, whatever is wrong
             said = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-        print(json.dumps(said), flush=True)
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.flush()
 
 
 def _listen(lines: SimpleQueue[str]) -> None:
