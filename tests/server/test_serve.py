@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,11 @@ from urllib.request import Request, urlopen
 
 import openai
 import pytest
+from rich.console import Console
+
+from server.fake import MODELS
+from tunesmith.cli.serving import Voice
+from tunesmith.server.listening import bind
 
 FAKE = Path(__file__).with_name("fake_verb.py")
 PATHS = os.pathsep.join([str(FAKE.parents[1]), str(FAKE.parents[2] / "src")])
@@ -100,11 +106,13 @@ def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
 
 
 def test_the_line_to_try_can_be_copied_at_any_width() -> None:
-    with serving("support", COLUMNS="60") as (process, _):
-        process.until("choices\\[0\\]")
-        [curl] = [line for line in process.lines if line.startswith("  curl ")]
-        assert shlex.split(curl)[-1].endswith("}")
-        assert json.loads(shlex.split(curl)[-1])["messages"]
+    bound = bind("127.0.0.1", 0)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=60, no_color=True)
+    with bound.socket:
+        Voice(screen, quiet=False, as_json=False).serving(bound, MODELS, has_key=True)
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    [curl] = [line for line in said.splitlines() if line.startswith("  curl ")]
+    assert json.loads(shlex.split(curl)[-1])["messages"]
 
 
 # trap: S8

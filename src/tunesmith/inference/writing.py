@@ -29,7 +29,7 @@ class Tokens:
 
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to a text, alone."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None:  # a row that pads the model's table
             return b""
         if token_id in self._special:
