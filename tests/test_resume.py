@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_run import chats, tiny_recipe, values_of
-from tunesmith import checkpoint, preparing
-from tunesmith.errors import RunError, Stopped
+from tunesmith import checkpoint, forecasting, preparing
+from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.predicting.trained import find_trained
 from tunesmith.recipe.knobs import DataFile
 from tunesmith.recipe.show import as_yaml
@@ -324,3 +324,29 @@ def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
         worker.kill()
     print(json.dumps({"kills": killed, "runs finished": finished}))
     assert finished >= 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_what_its_plan_said(tmp_path, monkeypatch):
+    """What was predicted and chosen at the first start is neither made nor found again when it is resumed."""
+
+    def cannot(*arguments, **options):
+        raise ModelError("no shapes")
+
+    class Killed(BaseException):
+        pass
+
+    def on_event(event) -> None:
+        if event.kind == "evaluation":
+            raise Killed
+
+    monkeypatch.setattr(forecasting, "fit", cannot)
+    with pytest.raises(Killed):
+        train(tiny_recipe(tmp_path), root=tmp_path / "runs", listener=Listener(on_event=on_event))
+    [run] = runs(tmp_path / "runs")
+    assert checkpoint.newest(run.checkpoints_path, lambda path, why: None) is None
+    first = next(event for event in run.events() if event.kind == "plan")
+    assert "memory and time cannot be predicted: no shapes" in first.values["warnings"]
+    resume(run)
+    again = next(event for event in run.events() if event.kind == "plan")
+    assert again.values == first.values
+    assert "memory and time cannot be predicted: no shapes" in run.read_json("report.json")["notes"]

@@ -60,6 +60,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "precision": setup.recipe.precision,
         "device": setup.device,
         "labels": label_counts(setup),
+        "new_head": setup.new_head,
         "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
@@ -137,6 +138,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "versions": versions(setup.recipe),
         "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
         "labels": label_counts(setup),
+        "new_head": setup.new_head,
         "lengths": length_histogram(setup),
         "notes": setup.notes,
     }

@@ -75,9 +75,10 @@ def foresee(
     recipe = reduce(with_choice, rows.choices, start.recipe)
     _check_evaluation(recipe, start.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
+    targets_I = rows.held_store.targets[rows.held_rows]
     kind = device.kind if device else recipe.device
     free_tokens = recipe.train.tokens_per_pass == "auto"
-    recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I))
+    recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I, targets_I))
     recipe, counted = _count_steps(recipe, rows)
     choices = [*start.choices, *rows.choices, *choices, *counted]
     if device is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -272,7 +273,16 @@ def _speaker(
     model.to(device)
     note = "; ".join(filter(None, [packed, *notes]))
     renderer = make_renderer(recipe, tokenizer, kind)
-    return Speaker(model, renderer, recipe, head, located, heads.labels_of(model), note=note, packed=packed)
+    answered = _weighed(heads.labels_of(model), recipe)
+    return Speaker(model, renderer, recipe, head, located, answered, note=note, packed=packed)
+
+
+def _weighed(labels: Labels | None, recipe: Recipe) -> Labels | None:
+    """The labels with the weights of their classes, so that a loss counts as it did in training."""
+    weights = recipe.train.class_weights
+    if labels is None or isinstance(weights, str):
+        return labels
+    return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))
 
 
 def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:

@@ -20,7 +20,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.answers import answer_measures, answer_scores
 from tunesmith.evaluation.intervals import Interval
-from tunesmith.evaluation.measure import baseline, evaluate
+from tunesmith.evaluation.measure import constant_of, evaluate
 from tunesmith.evaluation.outcomes import Outcomes
 from tunesmith.evaluation.row_lines import looked_through, most_surprising, row_lines
 from tunesmith.evaluation.samples import answer_samples
@@ -28,6 +28,7 @@ from tunesmith.evaluation.scores import score
 from tunesmith.files import storing, to_json, write_atomic
 from tunesmith.generation import Sampling
 from tunesmith.measures import MEASURES
+from tunesmith.preparing import answer_tokens
 from tunesmith.recipe.knobs import known
 from tunesmith.session import Session
 
@@ -60,7 +61,7 @@ def measure_held_out(session: Session, name: str) -> None:
         outcomes,
         task=setup.task.name,
         hashes_I=hashes_I,
-        **baseline(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
+        constant=constant_of(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
     )
     if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
@@ -99,6 +100,11 @@ def _lines(
     session: Session, store: RowStore, rows_I: NDArray[np.int64], outcomes: Outcomes
 ) -> Iterator[dict[str, Any]]:
     setup = session.setup
+    known = setup.rows.texts(store, rows_I)
+    texts = [known.get(int(row)) for row in rows_I]
+    if (num := texts.count(None)) and setup.task.name != "text":
+        words = "row is shown as its tokens spell it" if num == 1 else "rows are shown as their tokens spell them"
+        session.emit("note", {"text": f"{num:,} {words}: the data files are gone or have changed"})
     return row_lines(
         store,
         rows_I,
@@ -106,6 +112,7 @@ def _lines(
         head=setup.head,
         labels=setup.rows.labels,
         tokenizer=setup.renderer.tokenizer,
+        texts=texts,
     )
 
 
@@ -132,7 +139,7 @@ def _answer(session: Session, name: str) -> None:
     setup = session.setup
     if not setup.samples:
         return
-    how = Sampling(max_new_tokens=setup.recipe.evaluation.sample_tokens)
+    how = Sampling(max_new_tokens=answer_tokens(setup.recipe, setup.rows))
     told = []
     samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
     for index, sample in enumerate(samples):
@@ -163,7 +170,9 @@ def _measure_general(session: Session, name: str) -> None:
     session.emit("general", values)
     if name == "after":
         told = (event.values for event in session.run.events() if event.kind == "general")
-        before = next(values for values in told if values["name"] == "before")
+        before = next((values for values in told if values["name"] == "before"), None)
+        if before is None:  # the log has lost it
+            return
         moved = general.change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
         text, past_bound = general.verdict(before["loss"], loss, moved)
         if past_bound:

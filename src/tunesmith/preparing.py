@@ -20,7 +20,7 @@ from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
 from tunesmith.evaluation.general import speaks
-from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, remarks_on, sample_prompts
+from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, new_tokens_for, remarks_on, sample_prompts
 from tunesmith.forecasting import Foreseen, OnProgress, feeds, foresee, plan_of
 from tunesmith.loading import has_token_types
 from tunesmith.methods import METHODS
@@ -31,6 +31,7 @@ from tunesmith.models.agreement import encoder_agrees, pairs_agree, ragged_agree
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.encoder_kinds import use_fast_layers
+from tunesmith.models.heads import drawn_names, new_head_names
 from tunesmith.models.kind import layouts_of
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
@@ -80,6 +81,8 @@ class Setup:
     total_steps: int
     device: str
     samples: list[SamplePrompt]
+    new_head: bool
+    """Whether the head's weights are new, so that it answers at random before the first step."""
     forecast: Forecast | None
     """What the run was predicted to need, before its model was loaded; None if it could not be, or was resumed."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -116,6 +119,7 @@ def prepare(
     hashes = Beside(partial(load.fingerprint, start.located))
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
+    new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
     attachment = attach(recipe, model, head=start.head, store=rows.store)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
@@ -151,6 +155,7 @@ def prepare(
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,
         samples=samples,
+        new_head=new_head,
         forecast=seen.forecast,
         identity=_identity(recipe, rows, start.renderer, hashes.result()),
     )
@@ -194,11 +199,16 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
     """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
     if start.head != "next_token":
         return [], []
-    examples = rows.sample_examples(recipe.evaluation.samples)
-    new_tokens = recipe.evaluation.sample_tokens
+    examples = rows.sample_examples(known(recipe.evaluation.samples))
+    new_tokens = answer_tokens(recipe, rows)
     room = PromptRoom.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(start.renderer, examples, room=room, new_tokens=new_tokens)
     return prompts, remarks_on(prompts, num_rows=len(examples))
+
+
+def answer_tokens(recipe: Recipe, rows: Rows) -> int:
+    """Tokens of an answer to a held-out prompt at most."""
+    return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
 
 
 def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:

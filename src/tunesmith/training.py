@@ -106,6 +106,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
                 setup.rows.discard()
                 raise
             set_before = [] if settings else _set_before(setup.identity, then)
+        planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
@@ -125,7 +126,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
                 _save(session)  # what the next resume finds goes with the recipe that it finds
-        _drive(session, fresh=newest is None)
+        _drive(session, fresh=newest is None, planned=planned)
     return run
 
 
@@ -186,13 +187,16 @@ def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -
         )
 
 
-def _drive(session: Session, *, fresh: bool) -> None:
-    """Everything a run does once model and rows are ready; whatever ends it is the last event in its log."""
+def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
+    """Everything a run does once model and rows are ready; whatever ends it is the last event in its log.
+
+    `planned`: the plan of a run that begins anew, since it was killed before its first checkpoint.
+    """
     setup, run = session.setup, session.run
     try:
         if fresh:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-            session.emit("plan", plan_values(setup), plan_timing(setup))
+            session.emit("plan", *_plan(setup, planned))
             look(session, "before")
             rehearsal = Beside(partial(_rehearse_result, setup, run))  # which reads what is saved, and writes elsewhere
             try:
@@ -213,6 +217,17 @@ def _drive(session: Session, *, fresh: bool) -> None:
         with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
             session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
+
+
+def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and timing of the "plan" event. What was chosen and predicted at the first start is not found again, since
+    the recipe is resolved by now: it is told again."""
+    values, timing = plan_values(setup), plan_timing(setup)
+    if planned is None:
+        return values, timing
+    warnings = dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]])
+    kept = {"choices": planned.values.get("choices", []), "warnings": list(warnings)}
+    return {**values, **kept}, {**planned.timing, **timing}
 
 
 def _facts(session: Session) -> dict[str, Any]:

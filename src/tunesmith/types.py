@@ -289,3 +289,9 @@ class Choice:
     key: str
     value: Any
     reason: str
+
+
+def has_new_head(plan: Mapping[str, Any]) -> bool:
+    """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
+    say; nearly every classifier and tagger did."""
+    return bool(plan.get("new_head", plan.get("task") in ("classify", "tag")))

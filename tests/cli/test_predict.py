@@ -205,6 +205,28 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_eval_compares_a_classifier_with_the_commonest_class(run: Run) -> None:
+    result = tunesmith("eval", run.path, held_out(run), "--json", "--offline")
+    [found] = told(result)
+    baseline = found["baseline"]
+    assert (baseline["name"], baseline["from"], baseline["rows"]) == ("majority baseline", "the training rows", 8)
+    counts = json.loads(run.report_path.read_text())["labels"]
+    assert baseline["words"] == f"always answering `{max(counts, key=counts.get)}`"
+    assert baseline["measures"]["accuracy"]["value"] == found["measures"]["majority"]["value"]
+    plain = tunesmith("eval", run.path, held_out(run), "--offline").stdout
+    assert found["headline"][0] in plain
+    assert "8 rows are few: on other rows of the same kind this may turn out differently." in plain
+
+
+def test_eval_of_a_model_takes_the_commonest_class_of_the_rows_and_says_so(one: Path, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.jsonl", [{"text": text, "label": ONE.names[i > 6]} for i, text in enumerate(texts(9))]
+    )
+    [found] = told(tunesmith("eval", one, path, "--json", "--offline"))
+    assert found["baseline"]["words"] == f"always answering `{ONE.names[0]}`"
+    assert "(majority baseline of the rows measured): " in found["headline"][0]
+
+
 def test_eval_of_the_untouched_model_is_the_evaluation_before(run: Run) -> None:
     [found] = told(tunesmith("eval", run.path, held_out(run), "--base", "--json", "--offline"))
     before = next(event for event in run.events() if event.kind == "evaluation").values
@@ -253,7 +275,10 @@ def test_rows_that_were_held_out_are_not_among_those_trained_on(writer: Run) -> 
 def test_eval_answers_fifty_rows_unless_told_otherwise(writer: Run, tmp_path: Path) -> None:
     import tunesmith as package
 
-    path = write(tmp_path / "rows.jsonl", rows_of("generate", 60, seed=5))
+    short = write(tmp_path / "short.jsonl", rows_of("generate", 60, seed=5))
+    assert len(told(tunesmith("eval", writer.path, short, "--json", "--offline"))[0]["samples"]) == 60
+    long = [{**row, "completion": 3 * f" {row['prompt']}"} for row in rows_of("generate", 60, seed=5)]
+    path = write(tmp_path / "rows.jsonl", long)
     result = tunesmith("eval", writer.path, path, "--json", "--offline")
     [found] = told(result)
     assert len(found["samples"]) == 50
@@ -312,7 +337,7 @@ def test_compare_of_a_run_with_itself_finds_no_difference(run: Run) -> None:
     assert all(measure["b_minus_a"]["value"] == 0 for measure in found["measures"].values())
     plain = tunesmith("compare", run.path, run.path, "--data", held_out(run), "--offline").stdout
     assert plain.startswith("8 rows in common\n")
-    assert "is better on 0 rows, worse on 0, alike on 8" in plain
+    assert "is better on 0 rows, worse on 0, and as good on 8" in plain
 
 
 def fake_run(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -334,7 +359,7 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     b = fake_run(tmp_path / "b", [judged(n, "none" if n == 1 else "fruit") for n in range(1, 7)])
     lines = tunesmith("compare", a, b).stdout.splitlines()
     assert lines[0] == f"5 rows in common; 1 only in {a}; 1 only in {b}"
-    assert f"{b} is better on 2 rows, worse on 1, alike on 2" in lines
+    assert f"{b} is better on 2 rows, worse on 1, and as good on 2" in lines
     assert lines[-3] == r"worse: a.jsonl:1: fruit → none, right is fruit: row \x1b[2J 1"
     assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
     accuracy = next(line for line in lines if line.startswith("accuracy: "))
@@ -362,9 +387,11 @@ def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
         write(run / "evaluation" / "answers-after.jsonl", lines)
     lines = tunesmith("compare", *runs).stdout.splitlines()
     assert "3 prompts answered by both" in lines
-    assert "ROUGE-L: 0.2500 and 0.7500, B - A +0.5000 (+0.5000 to +0.5000)" in lines
+    assert "ROUGE-L: 0.2500 and 0.7500, B - A +0.5000 (+0.5000 to +0.5000), may be chance" in lines
     [found] = told(tunesmith("compare", *runs, "--json"))
-    assert (found["answers"]["num"], found["answers"]["measures"]["rougeL"]["is_clear"]) == (3, True)
+    told_of = found["answers"]["measures"]["rougeL"]
+    assert (found["answers"]["num"], told_of["b_minus_a"]["low"], told_of["is_clear"]) == (3, 0.5, False)
+    assert "1 row is too few to conclude anything" in "\n".join(lines)
 
 
 def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path) -> None:

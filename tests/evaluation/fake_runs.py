@@ -40,8 +40,12 @@ def fake_run(
     labels: Sequence[str] = CHAPTERS,
     texts: Sequence[str] = (),
     name: str = "made-up",
+    new_head: bool | None = None,
 ) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """A finished run of `kind` in `folder`, and the facts and progress that its report is written from."""
+    """A finished run of `kind` in `folder`, and the facts and progress that its report is written from.
+
+    `new_head`: whether its head was new; None: for all kinds that have one but "two", as if that went on from another.
+    """
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"format": 1, "created": 1764000000.0, "tunesmith": "0.1.0"}')
     (folder / "recipe.yaml").write_text(f"model: models/some-model\ntask: {task_of(kind)}\nseed: 0\n")
@@ -56,7 +60,9 @@ def fake_run(
     (folder / "evaluation" / "surprising.json").write_bytes(to_json({"looked_at": 200, "rows": rows[:5]}))
     for event in _events(kind, num_steps, texts):
         run.append(event)
-    return run, _facts(kind, name), _progress(num_steps)
+    facts = _facts(kind, name)
+    facts["new_head"] = new_head if new_head is not None else facts["task"] in ("classify", "tag") and kind != "two"
+    return run, facts, _progress(num_steps)
 
 
 def task_of(kind: str) -> str:
@@ -93,7 +99,9 @@ def _rows(kind: str, labels: Sequence[str], *, skill: float, texts: Sequence[str
 def _details(kind: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `evaluation.scores` would say; precision, recall and curves are made up."""
     if kind == "number":
-        return {"scatter": [[row["value"], row["predicted"]] for row in rows]}
+        mean = sum(row["value"] for row in rows) / len(rows)
+        constant = {"answer": mean, "from": "the training rows"}
+        return {"scatter": [[row["value"], row["predicted"]] for row in rows], "constant": constant}
     scores = [
         {
             "precision": 0.5 + i / (3 * len(labels)),
@@ -103,11 +111,16 @@ def _details(kind: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
         }
         for i in range(1, len(labels) + 1)
     ]
+    constant = {"answer": [] if kind == "sets" else labels[0], "from": "the training rows"}
     if kind == "tag":
-        return {"labels": list(labels), "per_type": [{"type": t, **s} for t, s in zip(labels, scores, strict=True)]}
+        return {
+            "labels": list(labels),
+            "constant": constant,
+            "per_type": [{"type": t, **s} for t, s in zip(labels, scores, strict=True)],
+        }
     per_class = [{"label": name, **score} for name, score in zip(labels, scores, strict=True)]
     if kind == "sets":
-        return {"labels": list(labels), "per_class": per_class}
+        return {"labels": list(labels), "constant": constant, "per_class": per_class}
     if kind not in ("classes", "two"):
         return {}
     confusion = [[0] * len(labels) for _ in labels]
@@ -117,6 +130,7 @@ def _details(kind: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     bins += [{"confidence": k / 10 - 0.05, "accuracy": k / 11, "count": 10 * k} for k in range(3, 11)]
     details: dict[str, Any] = {
         "labels": list(labels),
+        "constant": constant,
         "confusion": confusion,
         "per_class": per_class,
         "reliability": bins,
@@ -139,7 +153,12 @@ MEASURED = {
         "calibration_error": (0.1, 0.2),
     },
     "two": {"accuracy": (0.5, 0.8), "macro_f1": (0.4, 0.79), "roc_auc": (0.5, 0.9)},
-    "sets": {"micro_f1": (0.2, 0.8), "macro_f1": (0.15, 0.78), "exact_rows": (0.1, 0.7)},
+    "sets": {
+        "micro_f1": (0.2, 0.8),
+        "macro_f1": (0.15, 0.78),
+        "exact_rows": (0.1, 0.7),
+        "label_accuracy": (0.8, 0.9),
+    },
     "number": {"mse": (9.0, 1.2), "baseline_mse": (4.0, 4.0), "spearman": (0.1, 0.9)},
     "tag": {
         "span_f1": (0.1, 0.8),

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation.answers import Words, answer_measures, answer_scores
+from tunesmith.evaluation.answers import Words, answer_measures, answer_scores, are_short, is_short
 
 ANSWERS = ["The cat sat on the mat.", "It rained all day in Rome", "", "No_one came: 3 of 10!"]
 REFERENCES = ["A cat sat on the mat.", "All day it rained", "Nothing", "no one came; 3 of 10"]
@@ -111,3 +111,18 @@ def test_bleu_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(RecipeError, match=r"pip install 'tunesmith\[bleu\]'"):
         answer_measures(["a"], ["a"], bleu=True)
+
+
+def test_pairs_of_words_are_not_counted_where_no_reference_has_one():
+    assert "rouge2" not in values(["positive", "very bad"], ["positive", "negative"])
+    assert "rouge2" in values(["positive"], ["very positive"])
+
+
+def test_short_answers_are_right_or_wrong_as_a_whole():
+    assert is_short("positive")
+    assert is_short("27 November 2026")
+    assert not is_short("It was fine, thank you")
+    assert not is_short("這是一個很長的句子")  # no spaces, and yet many words
+    assert are_short(["yes"] * 9 + ["it depends on a few things"])
+    assert not are_short(["yes"] * 8 + ["it depends on a few things"] * 2)
+    assert not are_short([])

@@ -154,7 +154,7 @@ def test_tags_win_by_words_and_spans_are_counted():
 
 def test_tags_that_mark_no_spans_have_no_span_measures():
     rows = [told("1", tags=["N", "V"], predicted=["N", "N"])]
-    assert set(compare(rows, rows).measures) == {"loss", "tag_accuracy"}
+    assert set(compare(rows, rows).measures) == {"loss", "tag_accuracy", "macro_f1"}
 
 
 def answered(number: int, score: float, *, prompt: str = "p", reference: str = "r"):
@@ -182,12 +182,12 @@ def test_answers_to_other_prompts_or_with_another_reference_do_not_compare():
 
 
 def test_no_common_row_says_the_way_out():
-    with pytest.raises(InputError, match="none in common"):
+    with pytest.raises(InputError, match="no row in common"):
         compare([row("1", "x", "x")], [row("2", "x", "x")])
 
 
 def test_two_tasks_do_not_compare():
-    with pytest.raises(InputError, match="measured on classes, the other on tokens"):
+    with pytest.raises(InputError, match="measured on classes, the second on tokens"):
         compare([row("1", "x", "x")], [told("1", correct=1)])
 
 
@@ -197,7 +197,7 @@ def test_documents_are_resampled_as_the_evaluation_does():
     hashes_I = np.repeat(np.arange(40, dtype=np.uint64), 3)
     sums = {"losses": np.repeat(draw.exponential(9, 40), 3), "counts": [5.0] * 120, "num_bytes": [20] * 120}
     outcomes = tokens([[1, 2]] * 120, [[1, 3]] * 120, **sums)
-    measures, _ = score("next_token", None, outcomes, task="text", majority=None, mean=None, hashes_I=hashes_I)
+    measures, _ = score("next_token", None, outcomes, task="text", hashes_I=hashes_I)
     facts = list(row_facts("next_token", None, outcomes))
     rows = [{"source": "", "hash": str(h), **fact} for h, fact in zip(hashes_I, facts, strict=True)]
     found = compare([{**row, "loss": 0.0} for row in rows], rows).measures
@@ -212,9 +212,36 @@ def test_values_are_those_of_the_evaluation_itself():
     true = draw.integers(0, 3, 60)
     for _ in range(2):
         outcomes = classes(draw.dirichlet(np.ones(3), 60), true)
-        measures.append(score("sequence", labels, outcomes, task="classify", majority=None, mean=None)[0])
+        measures.append(score("sequence", labels, outcomes, task="classify")[0])
         facts = row_facts("sequence", labels, outcomes)
         rows.append([{"source": "", "hash": str(i), **fact} for i, fact in enumerate(facts)])
     for key, difference in compare(*rows).measures.items():
         assert difference.a == pytest.approx(measures[0][key]["value"], rel=1e-12)
         assert difference.b == pytest.approx(measures[1][key]["value"], rel=1e-12)
+
+
+# trap: M3
+def test_losses_of_other_class_weights_are_compared_without_them():
+    """Both models are equally good; B counts a row of y three times."""
+    a = [row("1", "x", "x") | {"loss": 0.2}, row("2", "y", "y") | {"loss": 0.4}]
+    b = [row("1", "x", "x") | {"loss": 0.2}, row("2", "y", "y") | {"loss": 1.2, "count": 3.0}]
+
+    def check(loss):
+        assert (loss.a, loss.b) == pytest.approx((0.3, 0.3))
+        assert not loss.is_clear
+
+    found = compare(a, b)
+    check(found.measures["loss"])
+    with pytest.raises(AssertionError):  # the weighted loss of B is 1.4 / 4
+        check(compare(b, b).measures["loss"])
+    assert found.loss_note == (
+        "the two weigh classes differently (train.class_weights): the loss is compared without weights"
+    )
+    assert found.same_targets, "no token has anything to do with it"
+
+
+def test_losses_of_tags_with_other_weights_are_not_compared():
+    a = [told("1", tags=["N", "V"], predicted=["N", "N"])]
+    found = compare(a, [{**a[0], "count": 4.0}])
+    assert "loss" not in found.measures
+    assert "so the losses do not compare" in found.loss_note

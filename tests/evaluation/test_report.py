@@ -8,6 +8,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,16 @@ import pytest
 from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
 from shape.tree import ROOT
 from tunesmith.errors import RunError
+from tunesmith.evaluation import statistics, verdicts
+from tunesmith.evaluation.intervals import intervals
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.log import Log
 from tunesmith.evaluation.report.markdown import _fenced
 from tunesmith.evaluation.report.marking import differences, one_line, visible
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
-from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, measure_lines, summary
+from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, headline, summary
+from tunesmith.measures import info_of
 from tunesmith.run import Run
 
 pytestmark = pytest.mark.pages
@@ -155,33 +159,55 @@ def test_a_run_that_held_nothing_out_says_so(tmp_path):
     assert "step 120 of 120: the last step." in page.text
 
 
-def test_a_change_counts_only_where_the_intervals_lie_apart():
-    def told(before: dict, after: dict, key: str = "accuracy") -> tuple[str, str]:
-        metrics = {"before": {"measures": {key: before}}, "after": {"measures": {key: after}}}
-        (line,) = measure_lines({"metrics": metrics})
-        return line.change, line.verdict
+# trap: M2
+def test_a_change_is_judged_by_the_paired_interval_of_its_difference():
+    """All 300 rows get better by a little, and rows differ widely: separate intervals meet, and yet it is certain."""
+    losses = np.random.default_rng(0).exponential(5, 300)
+    before, after = ([_token_row(i, loss - gain) for i, loss in enumerate(losses)] for gain in (0.0, 0.05))
+    separate = [resampled_mean([row["loss"] for row in rows]) for rows in (before, after)]
+    assert separate[0]["low"] < separate[1]["high"], "the two intervals meet"
 
-    low, high = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.8, "low": 0.7, "high": 0.9}
-    near = {"value": 0.55, "low": 0.45, "high": 0.65}
-    assert told(low, high) == ("+30.0 points", "better")
-    assert told(high, low) == ("−30.0 points", "worse")
-    assert told(low, near) == ("+5.0 points", "within")
-    assert told(low, {**high, "low": 0.6}) == ("+30.0 points", "within")  # they touch
-    assert told(low, high, "loss") == ("+60%", "worse")
-    assert told(high, low, "calibration_error") == ("−38%", "better")
-    assert told(low, low) == told(low, low, "majority") == ("same", "")
-    assert told({"value": 0.5}, {"value": 0.4}, "loss") == ("−20%", "")
-    nan = float("nan")
-    assert told({"value": nan, "low": nan, "high": nan}, high) == ("", "")
-    assert told({**low, "low": nan, "high": nan}, high) == ("+30.0 points", "")
+    def check(changes):
+        assert info_of("loss").verdict(changes["loss"]) == "better"
+        assert info_of("loss").difference(changes["loss"]) == "−0.0500 (−0.0500 to −0.0500)"
+
+    check(verdicts.changes(before, after, [], []))
+    with pytest.raises(AssertionError):  # as if the rows of both sides had nothing to do with each other
+        check({"loss": unpaired(*separate)})
+
+
+def _token_row(i: int, loss: float) -> dict[str, Any]:
+    return {"source": f"x:{i}", "hash": str(i), "text": "t", "loss": loss, "count": 1.0, "correct": 0}
+
+
+def resampled_mean(values: list[float]) -> dict[str, float]:
+    return intervals(len(values), {"mean": (float(np.mean(values)), statistics.ratio(np.array(values)))})["mean"]
+
+
+def unpaired(one: dict[str, float], other: dict[str, float]) -> dict[str, Any]:
+    """The verdict by two intervals that lie apart or do not."""
+    is_clear = other["high"] < one["low"] or one["high"] < other["low"]
+    return {"value": other["value"] - one["value"], "low": -1.0, "high": 1.0, "is_clear": is_clear}
+
+
+def test_verdicts_follow_the_interval_and_the_better_direction():
+    def told(key: str, value: float, low: float, high: float) -> str:
+        return info_of(key).verdict({"value": value, "low": low, "high": high, "is_clear": low > 0 or high < 0})
+
+    assert told("accuracy", 0.3, 0.2, 0.4) == told("loss", -0.3, -0.4, -0.2) == "better"
+    assert told("accuracy", -0.3, -0.4, -0.2) == told("calibration_error", 0.3, 0.2, 0.4) == "worse"
+    assert told("accuracy", 0.05, -0.05, 0.15) == "unclear"
+    assert told("accuracy", 0.0, 0.0, 0.0) == told("length_ratio", 0.3, 0.2, 0.4) == ""
 
 
 def test_the_summary_is_one_paragraph_in_plain_words(pages):
     report = report_of(Run(pages["two"][1]))
     assert summary(report) == (
         "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min "
-        "on cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8), better: "
-        f"the two 95 % intervals lie apart. {report['flips']['num_gained']} rows went from wrong to right, "
+        "on cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8): "
+        "+51.0 (+45.0 to +56.3) points, better. Accuracy is 80.0% (74.4–84.8), against 53.3% for always answering "
+        "`circulatory` (majority baseline): +29.0 (+22.0 to +35.3) points, better. "
+        f"{report['flips']['num_gained']} rows went from wrong to right, "
         f"{report['flips']['num_lost']} rows from right to wrong. "
         "2 rows could not be used: rows/problems.jsonl lists them."
     )
@@ -191,7 +217,8 @@ def test_the_summary_is_one_paragraph_in_plain_words(pages):
 def test_the_summary_names_what_its_measure_was_counted_on(pages):
     report = report_of(Run(pages["chat"][1]))
     assert "On 300 rows it was not trained on, perplexity went" in summary(report)
-    assert "On 3 answers to prompts it was not trained on, ROUGE-L went" in summary({**report, "task": "summarize"})
+    long = {**report, "task": "summarize", "short_answers": False}
+    assert "On 3 answers to prompts it was not trained on, ROUGE-L went" in " ".join(headline(long))
     assert "On 40 documents it was not trained on, perplexity" in summary(report_of(Run(pages["text"][1])))
     for kind, told in (("chat", "300 rows"), ("text", "40 documents in 300 windows")):
         line = f"Counted on {told}, 3 answers, 9,000 tokens of general text. Nothing was trained on these rows."
@@ -203,9 +230,10 @@ def test_rows_that_were_trained_on_too_are_said(tmp_path):
     run, facts, progress = fake_run(tmp_path / "run", "chat")
     facts["rows"]["overlap"] = 12
     report = write_report(run, facts, progress)
-    overlap = "12 of the 300 rows held out also stand in the training files"
+    overlap = "12 of the 300 rows held out are also in the training files"
     assert f"On 300 rows that were held out ({overlap}), perplexity went" in summary(report)
-    assert f"On 3 answers to prompts that were held out ({overlap})" in summary({**report, "task": "summarize"})
+    long = {**report, "task": "summarize", "short_answers": False}
+    assert f"On 3 answers to prompts that were held out ({overlap}), ROUGE-L went" in " ".join(headline(long))
     for name in ("report.html", "report.md"):
         text = (run.path / name).read_text()
         assert "not trained on" not in text
@@ -292,7 +320,7 @@ def test_a_curve_has_one_point_a_step_each_of_that_steps_weights(pages):
 
 def test_surprising_rows_say_of_how_many(pages):
     page, folder = pages["classes"]
-    line = "The 5 that the tuned model finds least likely of 200 rows looked at."
+    line = "The 5 training rows that the tuned model finds least likely, of 200 that were measured."
     assert line in page.text
     assert line in (folder / "report.md").read_text()
     assert report_of(Run(folder))["surprising"]["looked_at"] == 200

@@ -21,8 +21,8 @@ from tunesmith.types import Labels
 nan = math.nan
 
 
-def measured(head, labels, outcomes, *, task="classify", majority=None, mean=None):
-    measures, details = score(head, labels, outcomes, task=task, majority=majority, mean=mean)
+def measured(head, labels, outcomes, *, task="classify", constant=None):
+    measures, details = score(head, labels, outcomes, task=task, constant=constant)
     assert set(measures) <= set(MEASURES)
     assert from_json(to_json(details)) == details
     return {key: interval["value"] for key, interval in measures.items()}, details
@@ -48,7 +48,7 @@ def windows(num_windows: int, *, hashes_I=None):
     draw = np.random.default_rng(2)
     hard = np.repeat(draw.exponential(4, 60), num_windows)
     outcomes = tokens([[5]] * len(hard), [[5]] * len(hard), losses=hard, num_bytes=[3] * len(hard))
-    return score("next_token", None, outcomes, task="text", majority=None, mean=None, hashes_I=hashes_I)[0]
+    return score("next_token", None, outcomes, task="text", hashes_I=hashes_I)[0]
 
 
 def test_windows_of_one_document_make_no_interval_narrower():
@@ -69,7 +69,7 @@ def test_documents_are_the_sums_of_their_windows():
 
 def test_rows_of_other_tasks_are_drawn_one_by_one():
     outcomes = tokens([[5], [6]], [[5], [6]], losses=[1.0, 3.0])
-    found = score("next_token", None, outcomes, task="chat", majority=None, mean=None, hashes_I=np.zeros(2, np.uint64))
+    found = score("next_token", None, outcomes, task="chat", hashes_I=np.zeros(2, np.uint64))
     assert found[0]["loss"]["low"] < found[0]["loss"]["high"]
 
 
@@ -85,7 +85,7 @@ def test_perplexity_of_a_lost_model_is_a_number_still():
 
 
 def test_loss_that_is_not_a_number_is_said_so():
-    measures, _ = score("next_token", None, tokens([[1]], [[2]], losses=[nan]), task="chat", majority=None, mean=None)
+    measures, _ = score("next_token", None, tokens([[1]], [[2]], losses=[nan]), task="chat")
     assert all(math.isnan(measures["loss"][end]) for end in ("value", "low", "high"))
 
 
@@ -98,7 +98,7 @@ CERTAIN = np.eye(5) * 0.95 + 0.01
 def test_classes_counted_by_hand():
     """a: 1 right, 1 found, 2 true. b: 2 right, 3 found, 2 true. c is never found, d never true, e neither."""
     outcomes = classes(CERTAIN[[0, 1, 1, 1, 3]], [0, 0, 1, 1, 2])
-    values, details = measured("sequence", FIVE, outcomes, majority=1)
+    values, details = measured("sequence", FIVE, outcomes, constant=1)
     f1_a, f1_b = 2 * 1 / (1 + 2), 2 * 2 / (3 + 2)
     assert values["accuracy"] == pytest.approx(3 / 5)
     assert values["macro_f1"] == pytest.approx((f1_a + f1_b + 0 + 0) / 4)  # e is left out, as in scikit-learn
@@ -136,7 +136,7 @@ def test_area_under_the_curve_counted_by_hand():
 
 def test_area_under_the_curve_of_one_class_is_not_defined():
     two = Labels("one", ("no", "yes"))
-    measures, _ = score("sequence", two, classes([[0.1, 0.9]], [1]), task="classify", majority=None, mean=None)
+    measures, _ = score("sequence", two, classes([[0.1, 0.9]], [1]), task="classify")
     assert all(math.isnan(measures["roc_auc"][end]) for end in ("value", "low", "high"))
 
 
@@ -173,7 +173,7 @@ def test_sets_of_one_class_are_that_class_or_nothing(true):
 
 
 def test_numbers_counted_by_hand():
-    values, details = measured("sequence", Labels("number"), numbers([1, 3, 2, 4], [1, 2, 3, 4]), mean=2.0)
+    values, details = measured("sequence", Labels("number"), numbers([1, 3, 2, 4], [1, 2, 3, 4]), constant=2.0)
     assert values["mse"] == pytest.approx((0 + 1 + 1 + 0) / 4)
     assert values["baseline_mse"] == pytest.approx((1 + 0 + 1 + 4) / 4)
     assert values["spearman"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 0) / (4 * (16 - 1)))
@@ -258,29 +258,29 @@ def cases():
     lengths = draw.integers(1, 9, num)
     rows = [draw.integers(0, 5, n) for n in lengths]
     guesses = [np.where(draw.random(len(row)) < 0.6, row, draw.integers(0, 5, len(row))) for row in rows]
-    yield "tokens", ("next_token", None, tokens(guesses, rows, **sums), "text", None, None)
-    yield "spans", ("tokens", TAGS, tokens(guesses, rows, **sums), "tag", None, None)
-    yield "tags", ("tokens", Labels("tags", tuple("NVADX")), tokens(guesses, rows, **sums), "tag", None, None)
+    yield "tokens", ("next_token", None, tokens(guesses, rows, **sums), "text", None)
+    yield "spans", ("tokens", TAGS, tokens(guesses, rows, **sums), "tag", 0)
+    yield "tags", ("tokens", Labels("tags", tuple("NVADX")), tokens(guesses, rows, **sums), "tag", 2)
     for num_classes in (2, 12):  # with 12 many a resample lacks a class
         chances = draw.dirichlet(np.ones(num_classes), num).round(2) + 1e-3  # rounded: some are tied
         true = draw.integers(0, num_classes, num)
         labels = Labels("one", tuple(f"c{i}" for i in range(num_classes)))
-        yield f"{num_classes} classes", ("sequence", labels, classes(chances, true), "classify", 1, None)
+        yield f"{num_classes} classes", ("sequence", labels, classes(chances, true), "classify", 1)
     chances = draw.uniform(0.05, 0.95, (num, 6))
     many = Labels("many", tuple("abcdef"))
-    yield "sets", ("sequence", many, sets(chances, draw.integers(0, 2, (num, 6))), "classify", None, None)
+    yield "sets", ("sequence", many, sets(chances, draw.integers(0, 2, (num, 6))), "classify", np.arange(6) < 2)
     one = sets(chances[:, :1], draw.integers(0, 2, (num, 1)))
-    yield "sets of one class", ("sequence", Labels("many", ("a",)), one, "classify", None, None)
+    yield "sets of one class", ("sequence", Labels("many", ("a",)), one, "classify", None)
     true, predicted = draw.integers(0, 9, num), draw.integers(0, 9, num)
-    yield "numbers", ("sequence", Labels("number"), numbers(predicted, true), "classify", None, 3.5)
+    yield "numbers", ("sequence", Labels("number"), numbers(predicted, true), "classify", 3.5)
 
 
 CASES = dict(cases())
 
 
 def estimates(case, outcomes):
-    head, labels, _, task, majority, mean = case
-    return score(head, labels, outcomes, task=task, majority=majority, mean=mean)[0]
+    head, labels, _, task, constant = case
+    return score(head, labels, outcomes, task=task, constant=constant)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -305,7 +305,7 @@ def test_thousand_rows_of_21_classes_take_less_than_a_second():
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
-        measured("sequence", labels, outcomes, majority=0)
+        measured("sequence", labels, outcomes, constant=0)
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 1
 

@@ -30,6 +30,23 @@ def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, l
     assert decided(rows, **recipe)[0].evaluation.surprising == looked_at
 
 
+@pytest.mark.parametrize(
+    ("task", "targets", "answered"),
+    [
+        ("chat", [3] * 100, 100),  # one word and its end: every row is right or wrong
+        ("chat", [3] * 1000, 256),
+        ("chat", [3] * 90 + [40] * 10, 100),
+        ("chat", [3] * 80 + [40] * 20, 16),
+        ("generate", [], 16),
+        ("classify", [1] * 100, 0),
+    ],
+)
+def test_answers_of_one_word_are_all_asked_for(task, targets, answered):
+    facts = Facts(135_000_000, "cpu", "causal", np.full(500, 50, np.int32), np.array(targets, np.int32))
+    recipe = validate({"model": "m", "method": {"name": "lora"}, "task": task, "threads": 1})
+    assert decide(recipe, facts)[0].evaluation.samples == answered
+
+
 def test_each_choice_has_a_reason():
     _, choices = decided(500)
     assert all(choice.reason for choice in choices)

@@ -67,4 +67,4 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
     assert tally.warnings == {"cut": 1}
     assert "they were cut off" in tally.notes()[0]
     for notes in (setup.notes, evaluated.notes):
-        assert any("1 of 1 sample prompts were cut at their end" in note for note in notes)
+        assert any("1 of 1 sample prompt was cut at the end" in note for note in notes)

@@ -45,6 +45,7 @@ def compare(
     if data is None:
         rows: list[list[dict[str, Any]]] = [_kept(name, root) for name in (a, b)]
         answers = [_kept_answers(name, root) for name in (a, b)]
+        baselines = [_kept_baseline(name, root) for name in (a, b)]
     else:
         from tunesmith.cli.eval import measured
 
@@ -55,8 +56,11 @@ def compare(
             "offline": offline,
         }
         rows = [[], []]
-        for name, lines in zip((a, b), rows, strict=True):
+        both = [
             measured(name, data, samples=0, keep=lines.extend, **asked)
+            for name, lines in zip((a, b), rows, strict=True)
+        ]
+        baselines = [{"measures": one.measures, "baseline": one.baseline} for one in both]
     try:
         found = compared(*rows)
     except InputError as error:
@@ -64,9 +68,10 @@ def compare(
     num_answers, of_answers = compare_answers(*answers)
     if as_json:
         told = {"num": num_answers, "measures": _as_values(of_answers)}
-        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), "answers": told})
+        beside = {side: one["baseline"] for side, one in zip("ab", baselines, strict=True)}
+        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), "baseline": beside, "answers": told})
     else:
-        _draw(found, a, b, num_answers, of_answers)
+        _draw(found, a, b, num_answers, of_answers, baselines)
 
 
 def _kept(name: str, root: Path) -> list[dict[str, Any]]:
@@ -93,6 +98,18 @@ def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
     return [from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
+def _kept_baseline(name: str, root: Path) -> dict[str, Any]:
+    """The measures of a run's held-out rows, and what a constant answer gets there; nothing where it has no report."""
+    from tunesmith.evaluation.report.judging import up_to_date
+    from tunesmith.run import Run
+
+    run = Run.open(name, root)
+    if not run.report_path.exists():
+        return {"measures": {}, "baseline": None}
+    report = up_to_date(run, run.read_json("report.json"))
+    return {"measures": report["metrics"]["after"]["measures"], "baseline": report["baseline"]}
+
+
 def _task_of(name: str, root: Path) -> str | None:
     """What a run was tuned for: a model beside it is asked for the same."""
     from tunesmith.run import Run, is_run
@@ -108,6 +125,7 @@ def as_values(found: Comparison) -> dict[str, Any]:
         "only_a": found.only_a,
         "only_b": found.only_b,
         "same_targets": found.same_targets,
+        "loss_note": found.loss_note,
         "measures": _as_values(found.measures),
         "ties": found.num_ties,
         "won": [{"a": was, "b": now} for was, now in found.won],
@@ -122,9 +140,17 @@ def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
     }
 
 
-def _draw(found: Comparison, a: str, b: str, num_answers: int, of_answers: Mapping[str, Difference]) -> None:
+def _draw(
+    found: Comparison,
+    a: str,
+    b: str,
+    num_answers: int,
+    of_answers: Mapping[str, Difference],
+    baselines: Sequence[Mapping[str, Any]],
+) -> None:
     from tunesmith.cli.output import console
     from tunesmith.cli.text import visible
+    from tunesmith.evaluation.verdicts import baseline_sentence, too_few
     from tunesmith.values import plural
 
     screen = console()
@@ -133,20 +159,28 @@ def _draw(found: Comparison, a: str, b: str, num_answers: int, of_answers: Mappi
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     if not found.same_targets:
         still = "; bits per byte do" if "bits_per_byte" in found.measures else ""
-        screen.print(f"the two count tokens otherwise: loss, perplexity and tokens guessed right do not compare{still}")
+        words = "loss, perplexity and tokens guessed right do not compare"
+        screen.print(f"the two cut the text into different tokens: {words}{still}")
+    if found.loss_note:
+        screen.print(found.loss_note)
     _print_measures(screen, found.measures, a, b)
+    for name, one in zip((a, b), baselines, strict=True):
+        if one["baseline"] is not None:
+            screen.print(visible(f"{name}: {baseline_sentence(one['measures'], one['baseline'])}"))
+    for sentence in too_few(found.num_rows, unit):
+        screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
         _print_measures(screen, of_answers, a, b)
     screen.print(
         f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
-        f"alike on {found.num_ties:,}"
+        f"and as good on {found.num_ties:,}"
     )
     for what, pairs in (("worse", found.lost), ("better", found.won)):
         for was, now in pairs[:SHOWN]:
             screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
         if len(pairs) > SHOWN:
-            screen.print(f"and {len(pairs) - SHOWN:,} more on which it is {what} (--json lists all)")
+            screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
 
 
 def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str, b: str) -> None:
@@ -159,12 +193,12 @@ def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str,
 
 def measure_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
     """Each measure as a line: both values, and the paired interval of what lies between."""
-    from tunesmith.cli.scores import difference, info_of
+    from tunesmith.measures import info_of
 
     for key, differs in measures.items():
         info = info_of(key)
         sure = "" if differs.is_clear else ", may be chance"
-        between = difference(key, differs.b_minus_a)
+        between = info.difference(differs.b_minus_a)
         yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {between}{sure}"
 
 
@@ -173,8 +207,9 @@ def _table(measures: Mapping[str, Difference], a: str, b: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from tunesmith.cli.scores import BETTER, MUTED, WORSE, difference, info_of
+    from tunesmith.cli.scores import BETTER, MUTED, WORSE
     from tunesmith.cli.text import one_line
+    from tunesmith.measures import info_of
 
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("", style=MUTED, overflow="fold")
@@ -182,9 +217,8 @@ def _table(measures: Mapping[str, Difference], a: str, b: str) -> Any:
         table.add_column(name, justify="right", overflow="fold")
     for key, differs in measures.items():
         info = info_of(key)
-        is_better = (differs.b_minus_a["value"] < 0) == (info.better == "lower")
-        colour = MUTED if not differs.is_clear or info.better == "neither" else BETTER if is_better else WORSE
-        between = Text(difference(key, differs.b_minus_a), style=colour)
+        colour = {"better": BETTER, "worse": WORSE}.get(info.verdict(differs.as_change()), MUTED)
+        between = Text(info.difference(differs.b_minus_a), style=colour)
         table.add_row(info.label, info.text(differs.a), info.text(differs.b), between)
     return table
 

@@ -118,7 +118,7 @@ class Plain(Silent):
     def _lines(self, event: Event) -> list[str]:
         words: dict[str, Callable[[], list[str]]] = {
             "plan": self._plan_lines,
-            "evaluation": lambda: [f"held out at step {event.step}: {score_line(event)}"],
+            "evaluation": lambda: [f"held out at step {event.step}: {score_line(event, self.story)}"],
             "answers": lambda: [f"answers at step {event.step}: {score_line(event)}"],
             "general": lambda: [f"general ability at step {event.step}: {score_line(event)}"],
             "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
@@ -149,5 +149,9 @@ class Plain(Silent):
         )
 
     def _end_lines(self) -> list[str]:
-        measures = self.story.measures
-        return list(score_lines(measures["before"], measures["after"])) if "after" in measures else []
+        report = self.story.report
+        if not report.get("headline") or report["metrics"]["after"] is None:
+            return []
+        from tunesmith.evaluation.report.wording import measure_lines, sides
+
+        return [" ".join(report["headline"]), *score_lines(measure_lines(report), sides(report))]

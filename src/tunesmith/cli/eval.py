@@ -53,7 +53,8 @@ def evaluate(
     found = measured(target, data, root=root, base=base, task=task, samples=samples, offline=offline, keep=keep)
     if as_json:
         values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
-        values |= {"measures": found.measures, "details": found.details, "samples": found.samples}
+        values |= {"measures": found.measures, "baseline": found.baseline, "headline": found.headline}
+        values |= {"details": found.details, "samples": found.samples}
         json_line({"kind": "eval", "target": target, "data": data, **values})
     else:
         _draw(found, out)
@@ -92,16 +93,20 @@ def measured(
 
 def _draw(found: Evaluation, out: Path | None) -> None:
     from tunesmith.cli.output import console
-    from tunesmith.cli.scores import info_of, measures_table, with_bounds
+    from tunesmith.cli.scores import measures_table, with_bounds
+    from tunesmith.cli.text import visible
+    from tunesmith.measures import info_of
     from tunesmith.values import plural
 
     screen = console()
-    title = f"{found.task}: {plural(found.num_rows, 'row')}; in grey 95 % intervals"
+    title = f"{found.task}: {plural(found.num_rows, 'row')}; beside each value its 95 % interval"
     if screen.is_terminal:
         screen.print(measures_table(found.measures, title=title))
     else:
         screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
         for key, interval in found.measures.items():
             screen.print(f"{info_of(key).label}: {with_bounds(key, interval)}")
+    for sentence in found.headline:
+        screen.print(visible(sentence))
     if out is not None:
         screen.print(f"rows in {out}")

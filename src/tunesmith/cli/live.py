@@ -61,8 +61,9 @@ class Live(Silent):
             for text in values.get("warnings", ()):
                 self._note(text)
         elif event.kind in MEASURED and values["name"] != "after":
+            told = score_line(event, self.story)
             what = "untouched model" if values["name"] == "before" else f"step {event.step}"
-            console.print(Text.assemble((f"{what}: ", "bold"), (MEASURED[event.kind], MUTED), score_line(event)))
+            console.print(Text.assemble((f"{what}: ", "bold"), (MEASURED[event.kind], MUTED), told))
         elif event.kind == "note":
             self._note(values["text"])
         elif event.kind == "resume":
@@ -76,8 +77,8 @@ class Live(Silent):
     def _end(self) -> None:
         story = self.story
         self.area.stop()
-        if "after" in story.measures:
-            self.console.print(scores(story))
+        if story.report.get("headline") and story.report["metrics"]["after"] is not None:
+            self.console.print(scores(story.report))
         if story.samples:
             samples = [story.samples[index] for index in sorted(story.samples)]
             self.console.print(answers(samples, width=self.console.width, most=MOST_ANSWERS))

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
-from tunesmith.cli.story import Story
 from tunesmith.cli.text import count, knob, one_line, percent, visible
 from tunesmith.values import plural
 
@@ -59,6 +58,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("windows", visible(str(plan["windows"]))))
     if plan.get("device"):
         facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
+    if plan.get("took"):
+        facts.append(("took", plan["took"]))
     if plan.get("forecast"):
         facts += forecast_facts(plan["forecast"], plan.get("probe"))
     if plan.get("probe"):
@@ -98,20 +99,34 @@ def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
     return text
 
 
-def scores(story: Story) -> Table:
-    """What was measured of the untouched and the tuned model."""
-    title = f"held out: {rows_and_targets(story.after)}; with 95 % intervals" if story.after else "nothing held out"
-    return score_table(story.measures["before"], story.measures["after"], title=title, names=("before", "after"))
+def scores(report: Mapping[str, Any]) -> RenderableType:
+    """What came of a run in a sentence or two, and each measure beside what it is compared with."""
+    from tunesmith.evaluation.report.wording import measure_lines, sides
+
+    after = report["metrics"]["after"]
+    title = f"held out: {rows_and_targets(after)}; beside each value its 95 % interval"
+    table = score_table(measure_lines(report), title=title, columns=sides(report))
+    return Group(Text(visible(" ".join(report["headline"]))), Text(), table)
+
+
+MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
 
 
 def answers(samples: Iterable[Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
-    """Held-out prompts and the two answers to each, side by side."""
+    """Held-out prompts, their reference answers and the two answers to each, side by side."""
+    from tunesmith.evaluation.report.wording import mark
+
     table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
-    table.add_column("asked", ratio=2, overflow="fold", style=ACCENT)
+    table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT)
+    table.add_column("reference", ratio=2, overflow="fold")
     table.add_column("before", ratio=3, overflow="fold")
     table.add_column("after", ratio=3, overflow="fold", style=TRAINED)
     room = 44 if width < 100 else 110
     for sample in list(samples)[:most]:
-        cells = (sample.get("prompt", ""), sample.get("before", ""), sample.get("after", ""))
-        table.add_row(*(Text(one_line(cell, room) or "(nothing)") for cell in cells))
+        reference = sample.get("reference", "")
+        cells = [Text(one_line(sample.get(key, ""), room) or "(nothing)") for key in ("prompt", "reference")]
+        for when in ("before", "after"):
+            answer = one_line(sample.get(when, ""), room) or "(nothing)"
+            cells.append(Text.assemble(MARKS[mark(sample.get(when, ""), reference)], answer))
+        table.add_row(*cells)
     return table

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.story import measures_of
-from tunesmith.measures import MEASURES, MeasureInfo
+from tunesmith.cli.story import Story, measures_of
+from tunesmith.measures import VERDICTS, info_of
 from tunesmith.types import Event
 from tunesmith.values import plural
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.intervals import Interval
+    from tunesmith.evaluation.report.wording import Line
 
 MUTED = "bright_black"
 BETTER, WORSE = "green", "red"
@@ -24,14 +24,12 @@ GIST = ("accuracy", "macro_f1", "micro_f1", "span_f1", "spearman", "rougeL", "to
 """Of one of these a list of runs tells, the first that was measured."""
 
 
-def info_of(key: str) -> MeasureInfo:
-    """What is known of a measure; one of a newer version is shown under its key."""
-    return MEASURES.get(key) or MeasureInfo(key, "number", "neither", "")
-
-
-def score_line(event: Event) -> str:
-    """An "evaluation", "answers" or "general" event in one line."""
+def score_line(event: Event, story: Story | None = None) -> str:
+    """An "evaluation", "answers" or "general" event in one line; of a new head before its training the loss alone."""
     values = event.values
+    if story is not None and story.has_new_head and values["name"] == "before":
+        loss = info_of("loss").text(values["loss"])
+        return f"loss {loss} ({_rested_on(event.kind, values)}; the head is new and answers at random)"
     told = [
         f"{info_of(key).label.removeprefix('held-out ')} {info_of(key).text(interval['value'])}"
         for key, interval in measures_of(event).items()
@@ -57,47 +55,9 @@ def rows_and_targets(values: Mapping[str, Any]) -> str:
 
 def with_bounds(key: str, interval: Interval) -> str:
     """A value and its 95 % interval: 71.2% (69.0–73.1)."""
-    value = info_of(key).text(interval["value"])
-    return f"{value} ({bounds(key, interval)})" if bounds(key, interval) else value
-
-
-def bounds(key: str, interval: Interval) -> str:
-    """The ends of an interval, in fewer digits than its value; nothing where there is none."""
-    low, high = interval["low"], interval["high"]
-    if not low < high:  # there is none, or it is a point
-        return ""
-    form = info_of(key).form
-    if form == "percent":
-        return f"{low * 100:.1f}–{high * 100:.1f}"
-    return f"{low:.2f}–{high:.2f}" if form == "ratio" else f"{low:.3f}–{high:.3f}"
-
-
-def change(key: str, before: Interval, after: Interval) -> tuple[str, str]:
-    """The difference as it is printed, and its colour: green or red only where the two intervals lie apart."""
-    info, difference = info_of(key), after["value"] - before["value"]
-    if math.isnan(difference) or (info.better == "neither" and difference == 0):
-        return "", MUTED
-    if info.form == "percent":
-        text = f"{difference * 100:+.1f} points"
-    elif info.better == "lower" and before["value"] > 0:
-        text = f"{difference / before['value']:+.0%}"
-    else:
-        text = f"{difference:+.2f}" if info.form == "ratio" else f"{difference:+.4f}"
-    if info.better == "neither" or not _lie_apart(before, after):
-        return text, MUTED
-    return text, BETTER if (difference < 0) == (info.better == "lower") else WORSE
-
-
-def _lie_apart(one: Interval, other: Interval) -> bool:
-    return one["high"] < other["low"] or other["high"] < one["low"]
-
-
-def difference(key: str, interval: Interval) -> str:
-    """A difference of two values of a measure with its interval: +3.2 (+1.0 to +5.1) points."""
-    form = info_of(key).form
-    scale, digits, unit = (100.0, 1, " points") if form == "percent" else (1.0, 2 if form == "ratio" else 4, "")
-    value, low, high = (f"{end * scale:+.{digits}f}" for end in (interval["value"], interval["low"], interval["high"]))
-    return f"{value} ({low} to {high}){unit}"
+    info = info_of(key)
+    value, ends = info.text(interval["value"]), info.bounds(interval)
+    return f"{value} ({ends})" if ends else value
 
 
 def measures_table(measures: Mapping[str, Interval], *, title: str) -> Table:
@@ -111,39 +71,53 @@ def measures_table(measures: Mapping[str, Interval], *, title: str) -> Table:
     return table
 
 
-def score_table(
-    before: Mapping[str, Interval], after: Mapping[str, Interval], *, title: str, names: tuple[str, str]
-) -> Table:
-    """A row for each measure that both have: two values with their 95 % intervals, and the change."""
+def score_table(lines: Sequence[Line], *, title: str, columns: tuple[str, str]) -> Table:
+    """A row for each measure of a report: what it is compared with, if anything, the result, and the paired change."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.title, table.title_style, table.title_justify = title, MUTED, "left"
     table.add_column("", style=MUTED, overflow="fold")
-    table.add_column(names[0], justify="right", overflow="fold")
-    table.add_column(names[1], justify="right", overflow="fold")
-    table.add_column("change", justify="right")
-    for key in (key for key in before if key in after):
-        text, colour = change(key, before[key], after[key])
-        cells = (_cell(key, before[key], ""), _cell(key, after[key], "bold"))
-        table.add_row(info_of(key).label, *cells, Text(text, style=colour))
+    for name in filter(None, columns):
+        table.add_column(name, justify="right", overflow="fold")
+    if columns[0]:
+        table.add_column("difference", justify="right", overflow="fold")
+    for line in lines:
+        other, after = _ends(line.other, line.other_bounds, ""), _ends(line.after, line.after_bounds, "bold")
+        words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
+        change = Text(words, style={"better": BETTER, "worse": WORSE}.get(line.verdict, MUTED))
+        table.add_row(line.label, *((other, after, change) if columns[0] else (after,)))
     return table
 
 
 def _cell(key: str, interval: Interval, style: str) -> Text:
-    text = Text(info_of(key).text(interval["value"]), style=style)
-    ends = bounds(key, interval)
+    info = info_of(key)
+    return _ends(info.text(interval["value"]), info.bounds(interval), style)
+
+
+def _ends(value: str, ends: str, style: str) -> Text:
+    text = Text(value, style=style)
     return text.append(f" {ends}", style=f"not bold {MUTED}") if ends else text
 
 
-def score_lines(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> Iterator[str]:
+def score_lines(lines: Sequence[Line], columns: tuple[str, str]) -> Iterator[str]:
     """The same as whole lines."""
-    for key in (key for key in before if key in after):
-        yield f"{info_of(key).label} {with_bounds(key, before[key])} before, {with_bounds(key, after[key])} after"
+    for line in lines:
+        after = f"{line.after} ({line.after_bounds})" if line.after_bounds else line.after
+        if not columns[0]:
+            yield f"{line.label}: {after}"
+            continue
+        other = f"{line.other} ({line.other_bounds})" if line.other_bounds else line.other
+        words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
+        yield f"{line.label}: {columns[0]} {other}, {columns[1]} {after}" + (f"; difference {words}" if words else "")
 
 
 def gist(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
-    """The one measure that says most beside the loss, before and after; "" where there is none."""
-    key = next((key for key in GIST if key in before and key in after), None)
+    """The measure that says most, before and after, or beside that of the majority baseline; "" if there is none."""
+    key = next((key for key in GIST if key in after and (key in before or not before)), None)
     if key is None:
         return ""
     info = info_of(key)
-    return f"{info.label} {info.text(before[key]['value'])} → {info.text(after[key]['value'])}"
+    if key in before:
+        return f"{info.label} {info.text(before[key]['value'])} → {info.text(after[key]['value'])}"
+    usual = after.get("majority") if key == "accuracy" else None
+    beside = f" (majority {info.text(usual['value'])})" if usual else ""
+    return f"{info.label} {info.text(after[key]['value'])}{beside}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.types import Event
+from tunesmith.types import Event, has_new_head
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.intervals import Interval
@@ -55,6 +55,8 @@ class Story:
         elif event.kind == "plan":
             # What is predicted does not repeat bit for bit: it rests on what the machine has free at the moment.
             self.plan = {**values, "forecast": event.timing.get("forecast")}
+        elif event.kind == "evaluation" and values["name"] == "before" and self.has_new_head:
+            self.held_out[event.step] = values["loss"]  # what random numbers answer is no "before"
         elif event.kind in ("evaluation", "answers", "general"):
             self.measures.setdefault(values["name"], {}).update(measures_of(event))
             if event.kind == "evaluation":
@@ -82,6 +84,10 @@ class Story:
         self.losses[event.step] = event.values["loss"]
         self._seconds.append(event.timing.get("seconds", 0.0))
         self.peak_bytes = max(self.peak_bytes, event.timing.get("peak_bytes", 0))
+
+    @property
+    def has_new_head(self) -> bool:
+        return has_new_head(self.plan)
 
     @property
     def total_steps(self) -> int:

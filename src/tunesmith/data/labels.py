@@ -122,7 +122,11 @@ def decide(
         only = next((name for name, count in zip(names, counts_C, strict=True) if count), None)
         which = f"every training row has the class {only!r}" if only else "no training row has a class"
         raise DataError(f"data.train: {which}: there is nothing to tell apart. Add rows of other classes.")
-    return Labels(kind, names, _weights(class_weights, kind, names, counts_C)), choices
+    weights_C = weights_of(class_weights, kind, names, counts_C)
+    if class_weights == "balanced" and weights_C is not None:
+        by_name = dict(zip(names, weights_C.tolist(), strict=True))
+        choices.append(Choice("train.class_weights", by_name, "balanced: rows / (classes * rows of the class)"))
+    return Labels(kind, names, weights_C), choices
 
 
 def refuse_unknown(labels: Labels, store: RowStore) -> None:
@@ -217,7 +221,7 @@ def _classes(names: tuple[str, ...], vocabulary: tuple[str, ...]) -> NDArray[np.
     return np.array([ids.get(word, -1) for word in vocabulary], np.int64)
 
 
-def _weights(
+def weights_of(
     class_weights: ClassWeights, kind: LabelKind, names: Sequence[str], counts_C: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
     """[C]; balanced: rows / (classes * rows of the class), as scikit-learn's compute_class_weight."""

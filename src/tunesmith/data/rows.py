@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.examples import OnProblem, examples
 from tunesmith.data.folders import expand
+from tunesmith.data.given import texts_of
 from tunesmith.data.labels import ClassWeights, decide_labels, remark_on
 from tunesmith.data.render import Renderer
 from tunesmith.data.sides import measured_rows, never_trained, overlap_notes, split
@@ -48,6 +49,8 @@ class Rows:
     """What a head learns; None for tasks without one."""
     choices: list[Choice] = field(default_factory=list)
     """What was decided of labels."""
+    _texts: dict[bool, dict[int, str]] = field(default_factory=dict, repr=False)
+    """Texts that were read, of held-out files (True) and of training files."""
 
     @property
     def skipped(self) -> int:
@@ -67,6 +70,15 @@ class Rows:
         """Remove what was encoded for this call; rows found there before stay."""
         for store in (self.store, self.held_store):
             store.discard()
+
+    def texts(self, store: RowStore, rows_I: NDArray[np.int64]) -> dict[int, str]:
+        """What some rows of one of the two stores say, as it was given, by their numbers; see `given.texts_of`."""
+        is_held = store is self.held_store and store is not self.store
+        files = self.data.eval if is_held else (*self.data.train, *self.data.replay)
+        known = self._texts.setdefault(is_held, {})
+        missing_I = np.array([row for row in map(int, rows_I) if row not in known], np.int64)
+        known |= texts_of(files, self.data, self.task, store, missing_I)
+        return known
 
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""

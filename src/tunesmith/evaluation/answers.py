@@ -28,19 +28,38 @@ class Words:
         return _WORD.findall(text.lower())
 
 
+SHORT_WORDS = 3
+"""An answer of at most so many words is right or wrong: a class, a name, a date."""
+MOSTLY = 0.9
+
+
+def is_short(reference: str) -> bool:
+    """Whether an answer is so short that it is right or wrong as a whole."""
+    return len(Words().tokenize(reference)) <= SHORT_WORDS
+
+
+def are_short(references: Sequence[str]) -> bool:
+    """Whether most answers are."""
+    return bool(references) and sum(map(is_short, references)) >= MOSTLY * len(references)
+
+
 def answer_measures(answers: Sequence[str], references: Sequence[str], *, bleu: bool) -> dict[str, Interval]:
     """exact_match, rouge1, rouge2, rougeL, length_ratio, and with `bleu` also bleu and chrf; {} for no answers.
+
+    Without rouge2 where no reference has two words, since it is 0 for any answer then.
 
     Raises RecipeError where `bleu` is asked for and sacrebleu is not installed.
     """
     if not answers:
         return {}
     scores = answer_scores(answers, references)
+    words = Words().tokenize
     measures: dict[str, Estimate] = {}
     for key in SCORES:
+        if key == "rouge2" and all(len(words(reference)) < 2 for reference in references):
+            continue
         values_I = np.array([score[key] for score in scores])
         measures[key] = (float(values_I.mean()), statistics.ratio(values_I))
-    words = Words().tokenize
     lengths_I2 = np.array(
         [[len(words(text)) for text in pair] for pair in zip(answers, references, strict=True)], np.float64
     )

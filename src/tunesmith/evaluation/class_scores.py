@@ -18,13 +18,15 @@ from sklearn.metrics import (
 
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Estimate
-from tunesmith.evaluation.outcomes import Outcomes, sigmoid, softmax
+from tunesmith.evaluation.outcomes import Constant, Outcomes, sigmoid, softmax
 from tunesmith.types import Labels
 
 Floats = NDArray[np.float64]
 
 
-def score_one(labels: Labels, outcomes: Outcomes, majority: float | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
+def score_one(
+    labels: Labels, outcomes: Outcomes, majority: Constant | None
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """One class a row.
 
     macro-F1 is over the classes that are true or predicted in some row; one that is never predicted, or never true,
@@ -57,7 +59,9 @@ def score_one(labels: Labels, outcomes: Outcomes, majority: float | None) -> tup
     return measures, details
 
 
-def score_sets(labels: Labels, outcomes: Outcomes, _: float | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
+def score_sets(
+    labels: Labels, outcomes: Outcomes, usual_C: Constant | None
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Any number of classes a row: those whose probability is above one half."""
     true_IC, predicted_IC = outcomes.true_IC, sigmoid(outcomes.logits_IC) > 0.5
     right_IC = true_IC & predicted_IC
@@ -78,8 +82,15 @@ def score_sets(labels: Labels, outcomes: Outcomes, _: float | None) -> tuple[dic
             accuracy_score(true, predicted),
             statistics.ratio((true_IC == predicted_IC).all(1)),
         ),
+        "label_accuracy": _share((true_IC == predicted_IC).mean(1)),
     }
+    if usual_C is not None:
+        measures["majority"] = _share((true_IC == usual_C).mean(1))
     return measures, {"labels": list(labels.names), "per_class": per_class(labels.names, true, predicted, labels=ids)}
+
+
+def _share(shares_I: NDArray[np.floating[Any]]) -> Estimate:
+    return float(shares_I.mean()), statistics.ratio(shares_I)
 
 
 def per_class(

@@ -19,6 +19,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Interval, Statistic, interval, resamples
+from tunesmith.measures import LEAST_ROWS
 
 Told = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl."""
@@ -30,6 +31,7 @@ SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 """What is kept of each answer in evaluation/answers-<name>.jsonl."""
 TIE_NATS = 0.01
 """Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
+_WEIGHED = "the two weigh classes differently (train.class_weights): {}"
 TIE_SHARE = 0.01
 """Squared errors that differ by less than this share of the larger are a tie."""
 
@@ -41,11 +43,20 @@ class Difference:
     a: float
     b: float
     b_minus_a: Interval
+    num_rows: int
+    """Rows, documents or answers that it rests on."""
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0: other rows of the same kind would hardly turn the difference around."""
-        return self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
+        """Whether the interval excludes 0: other rows of the same kind would hardly turn the difference around. Never
+        of fewer than `LEAST_ROWS`."""
+        excludes_0 = self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
+        is_rounding = math.isclose(self.a, self.b, rel_tol=1e-9)
+        return excludes_0 and not is_rounding and self.num_rows >= LEAST_ROWS
+
+    def as_change(self) -> dict[str, Any]:
+        """The difference as a report keeps it: value, low, high, is_clear."""
+        return {**self.b_minus_a, "is_clear": self.is_clear}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,10 @@ class Comparison:
     are_documents: bool
     """Whether rows are documents, their windows added up."""
     same_targets: bool
-    """False: the models count tokens otherwise, so losses per token, perplexity and tokens right do not compare; bits
-    per byte do."""
+    """False: the models cut the texts into other tokens, so losses per token, perplexity and tokens right do not
+    compare; bits per byte do."""
+    loss_note: str
+    """What to say of the loss where the two weigh classes differently; empty: they do not."""
     measures: dict[str, Difference]
     """By the keys of `MEASURES`."""
     won: list[tuple[Told, Told]]
@@ -74,8 +87,8 @@ class Comparison:
         return self.num_rows - len(self.won) - len(self.lost)
 
 
-def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
-    """What B does better and worse than A.
+def compare(rows_a: Iterable[Told], rows_b: Iterable[Told], *, classes: Sequence[str] = ()) -> Comparison:
+    """What B does better and worse than A. `classes` of the head of both; empty: those that the rows name.
 
     Raises InputError where they share no row, or answer different questions.
     """
@@ -83,17 +96,27 @@ def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
     shared = [key for key in a_by_key if key in b_by_key]
     if not shared:
         raise InputError(
-            f"the {len(a_by_key):,} rows of the one and the {len(b_by_key):,} of the other have none in common: only "
-            "evaluations of the same rows compare. Measure both on one file with tunesmith eval."
+            f"they have no row in common (the first has {len(a_by_key):,}, the second {len(b_by_key):,}), and only "
+            "evaluations of the same rows can be compared. Measure both on one file with tunesmith eval."
         )
     a, b = [a_by_key[key] for key in shared], [b_by_key[key] for key in shared]
     kinds = [{kind_of(row) for row in rows} for rows in (a, b)]
     if len(kinds[0] | kinds[1]) > 1:
         told = [" and ".join(sorted(kind)) for kind in kinds]
         raise InputError(
-            f"the one was measured on {told[0]}, the other on {told[1]}: only evaluations of one task compare."
+            f"the first was measured on {told[0]}, the second on {told[1]}: only one task can be compared."
         )
     kind = kinds[0].pop()
+    same_targets, loss_note = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)), ""
+    measures = _differences(kind, a, b, classes)
+    if kind != "tokens" and not same_targets:
+        same_targets = True
+        if kind == "classes":
+            unweighted = _paired(len(a), *({"loss": _mean_unweighted(rows)} for rows in (a, b)))
+            measures, loss_note = {**measures, **unweighted}, _WEIGHED.format("the loss is compared without weights")
+        else:
+            loss_note = _WEIGHED.format("a row's loss is that of all its words together, so the losses do not compare")
+            del measures["loss"]
     gains_I = _gains(kind, a, b)
     order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]))
     return Comparison(
@@ -102,8 +125,9 @@ def compare(rows_a: Iterable[Told], rows_b: Iterable[Told]) -> Comparison:
         only_a=len(a_by_key) - len(shared),
         only_b=len(b_by_key) - len(shared),
         are_documents=any("bytes" in row for row in a),
-        same_targets=all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)),
-        measures=_differences(kind, a, b),
+        same_targets=same_targets,
+        loss_note=loss_note,
+        measures=measures,
         won=[(a[i], b[i]) for i in order if gains_I[i] > 0],
         lost=[(a[i], b[i]) for i in order if gains_I[i] < 0],
     )
@@ -173,6 +197,16 @@ def compare_answers(answers_a: Iterable[Told], answers_b: Iterable[Told]) -> tup
     return len(shared), _paired(len(shared), _of_answers(a), _of_answers(b)) if shared else {}
 
 
+def answers_against_constant(answers: Sequence[Told], answer: str) -> Difference:
+    """How many more of the answers are exactly right (B) than if `answer` were always given (A); paired."""
+    always, given = (
+        np.array(hits, np.float64)
+        for hits in ([one["reference"].strip() == answer for one in answers], [one["exact_match"] for one in answers])
+    )
+    of_answer, of_model = ({"exact_match": statistics.ratio(hits_I)} for hits_I in (always, given))
+    return _paired(len(answers), of_answer, of_model)["exact_match"]
+
+
 def _asked(answer: Told) -> tuple[str, str, str]:
     return answer["source"], answer["prompt"], answer["reference"]
 
@@ -181,10 +215,55 @@ def _of_answers(answers: Sequence[Told]) -> dict[str, Statistic]:
     return {key: statistics.ratio(np.array([answer[key] for answer in answers], np.float64)) for key in SCORES}
 
 
-def _differences(kind: Kind, a: Sequence[Told], b: Sequence[Told]) -> dict[str, Difference]:
-    names = sorted({name for row in (*a, *b) for name in _names(row)})
+def _differences(kind: Kind, a: Sequence[Told], b: Sequence[Told], classes: Sequence[str]) -> dict[str, Difference]:
+    names = classes or sorted({name for row in (*a, *b) for name in _names(row)})
     of_a, of_b = ({"loss": _mean_loss(rows), **_STATISTICS[kind](rows, names)} for rows in (a, b))
+    if kind == "classes" and len(classes) == 2:
+        of_a["roc_auc"], of_b["roc_auc"] = _roc_auc(a, classes), _roc_auc(b, classes)
+    if kind == "sets" and not classes:  # means over classes that no row here names are not known
+        of_a, of_b = ({key: some[key] for key in some if key not in _OVER_CLASSES} for some in (of_a, of_b))
     return _paired(len(a), of_a, of_b)
+
+
+_OVER_CLASSES = ("label_accuracy", "macro_f1")
+
+
+def _roc_auc(rows: Sequence[Told], classes: Sequence[str]) -> Statistic:
+    """Of two classes; the chance of one is what the other leaves."""
+    is_second_I = np.array([row["label"] == classes[1] for row in rows])
+    chances_I = np.array(
+        [p if said == classes[1] else 1 - p for p, said in ((r["probability"], r["predicted"]) for r in rows)]
+    )
+    return statistics.roc_auc(is_second_I, chances_I)
+
+
+def _mean_unweighted(rows: Sequence[Told]) -> Statistic:
+    """The loss as if every class had the weight 1."""
+    return statistics.ratio(np.array([row["loss"] / row["count"] for row in rows]))
+
+
+CONSTANT: Mapping[Kind, tuple[str, ...]] = {
+    "tokens": (),
+    "classes": ("accuracy", "macro_f1"),
+    "sets": ("label_accuracy", "exact_rows", "micro_f1", "macro_f1"),
+    "numbers": ("mse",),
+    "tags": ("tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
+}
+"""What can be measured of an answer that is always the same; first the measure that the commonest answer is best at."""
+
+
+def against_constant(rows: Iterable[Told], answer: Any, *, classes: Sequence[str] = ()) -> dict[str, Difference]:
+    """What the model of the rows (B) does better than always giving `answer` (A): a class, a list of classes, a number,
+    or the tag of every word. Paired: both on the same rows."""
+    found = list(rows)
+    kind = kind_of(found[0])
+    said = [{**row, "predicted": [answer] * len(row["tags"]) if kind == "tags" else answer} for row in found]
+    names = classes or sorted({name for row in (*found, *said) for name in _names(row)})
+    of_answer, of_model = (
+        {key: value for key, value in _STATISTICS[kind](some, names).items() if key in CONSTANT[kind]}
+        for some in (said, found)
+    )
+    return _paired(len(found), of_answer, of_model)
 
 
 def _paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic]) -> dict[str, Difference]:
@@ -194,7 +273,7 @@ def _paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statisti
     found = {}
     for key in of_a:
         was, now = float(of_a[key](ones_1I)[0]), float(of_b[key](ones_1I)[0])
-        found[key] = Difference(was, now, interval(now - was, np.concatenate([some[key] for some in moved])))
+        found[key] = Difference(was, now, interval(now - was, np.concatenate([some[key] for some in moved])), num)
     return found
 
 
@@ -243,6 +322,8 @@ def _of_sets(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]
     return {
         "micro_f1": statistics.f1(np.stack([right_IC.sum(1), found_IC.sum(1), true_IC.sum(1)], axis=1)),
         "exact_rows": statistics.ratio((true_IC == found_IC).all(1)),
+        "label_accuracy": statistics.ratio((true_IC == found_IC).sum(1) / max(len(names), 1)),
+        "macro_f1": statistics.macro_f1_of_counts(right_IC, true_IC.astype(int) + found_IC, absent_count=True),
     }
 
 
@@ -263,7 +344,20 @@ def _of_tags(rows: Sequence[Told], names: Sequence[str]) -> dict[str, Statistic]
             "span_precision": statistics.precision(counts_I3),
             "span_recall": statistics.recall(counts_I3),
         }
+    else:
+        found["macro_f1"] = _macro_f1_of_tags(rows, names)
     return found
+
+
+def _macro_f1_of_tags(rows: Sequence[Told], names: Sequence[str]) -> Statistic:
+    ids = {name: i for i, name in enumerate(names)}
+    true, found, right = (np.zeros((len(rows), len(names)), np.int64) for _ in range(3))
+    for i, row in enumerate(rows):
+        for tag, said in zip(row["tags"], row["predicted"], strict=True):
+            true[i, ids[tag]] += 1
+            found[i, ids[said]] += 1
+            right[i, ids[tag]] += tag == said
+    return statistics.macro_f1_of_counts(right, true + found, absent_count=False)
 
 
 _STATISTICS: Mapping[Kind, Callable[[Sequence[Told], Sequence[str]], dict[str, Statistic]]] = {

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from torch import nn
 from tunesmith.data.feed import Feed, passes_of
 from tunesmith.data.labels import count_classes, see
 from tunesmith.data.store import RowStore
-from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.evaluation.outcomes import Constant, Outcomes
 from tunesmith.models.modes import evaluating
 from tunesmith.types import Labels, Task
 
@@ -68,15 +67,13 @@ def evaluate(
     )
 
 
-def baseline(labels: Labels | None, store: RowStore, train_rows: NDArray[np.int64]) -> dict[str, Any]:
-    """What can be answered without reading: "majority", the commonest class of the training rows, and "mean", that of
-    their numbers; None where there is none."""
-    if labels is None or labels.kind in ("many", "tags"):
-        return {"majority": None, "mean": None}
+def constant_of(labels: Labels | None, store: RowStore, rows_I: NDArray[np.int64]) -> Constant | None:
+    """What to answer without reading a row, by the labels of some rows: their commonest class (of tags: the commonest
+    tag), of rows with any number of classes each class's commonest answer, or the mean of their numbers."""
+    if labels is None or len(rows_I) == 0:
+        return None
     if labels.kind == "number":
-        seen = see(store, train_rows)
-        return {
-            "majority": None,
-            "mean": float(np.average([float(name) for name in seen.names], weights=seen.counts_V)),
-        }
-    return {"majority": int(count_classes(labels, store, train_rows).argmax()), "mean": None}
+        seen = see(store, rows_I)
+        return float(np.average([float(name) for name in seen.names], weights=seen.counts_V))
+    counts_C = count_classes(labels, store, rows_I)
+    return counts_C * 2 > len(rows_I) if labels.kind == "many" else int(counts_C.argmax())

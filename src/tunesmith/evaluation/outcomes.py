@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tunesmith.types import HeadName, Labels
 
 Floats = NDArray[np.float64]
+Constant = int | float | NDArray[np.bool_]
+"""One answer to every row: a class or tag by its id, a number, or which classes hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,15 @@ def softmax(logits_IC: Floats) -> Floats:
 def sigmoid(logits: Floats) -> Floats:
     """Probability of each class where each holds or not by itself."""
     return np.asarray((1 + np.tanh(logits / 2)) / 2, np.float64)  # exp would overflow for large negative logits
+
+
+def constant_words(labels: Labels, constant: Constant) -> str | float | list[str]:
+    """A constant answer as a line of a row has its own: a class, a list of classes, or a number."""
+    if labels.kind == "number":
+        return float(constant)
+    if labels.kind == "many":
+        return [labels.names[i] for i in np.flatnonzero(constant)]
+    return labels.names[int(constant)]
 
 
 def row_facts(head: HeadName, labels: Labels | None, outcomes: Outcomes) -> Iterator[dict[str, Any]]:

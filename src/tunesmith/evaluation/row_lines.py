@@ -28,10 +28,16 @@ def row_lines(
     head: HeadName,
     labels: Labels | None,
     tokenizer: Any,
+    texts: Iterable[str | None],
 ) -> Iterator[dict[str, Any]]:
-    """{"source", "hash", "text"} of each row and what `row_facts` says of it."""
-    for row, facts in zip(map(int, rows_I), row_facts(head, labels, outcomes), strict=True):
-        text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
+    """{"source", "hash", "text"} of each row and what `row_facts` says of it.
+
+    `texts` are those of the rows as they were given, in the same order; None: as the tokens spell it.
+    """
+    for row, facts, given in zip(map(int, rows_I), row_facts(head, labels, outcomes), texts, strict=True):
+        text = given
+        if text is None:
+            text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
         yield {
             "source": str(store.source(row)),
             "hash": f"{int(store.hashes[row]):016x}",

@@ -6,15 +6,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tunesmith.data.render import Renderer
 from tunesmith.generation import Sampling, answer
 from tunesmith.types import Example
+from tunesmith.values import plural
 
 ANSWERED_TOGETHER = 8
+FEW_ANSWERS = 16
+"""Prompts answered before and after a run so that a person can look."""
+SHORT_TOKENS, SHORT_ROOM, MOST_SHORT = 8, 16, 256
+"""Answers of at most 8 tokens, as a class, a name or a date, are right or wrong as a whole: 256 of those are answered
+and counted, with 16 tokens at most."""
+MOSTLY = 0.9
 BEGINNING_TOKENS = 48
 """Of a document that is given to be gone on with."""
+
+
+def teach_short_answers(targets_I: NDArray[np.integer[Any]]) -> bool:
+    """Whether most rows teach so few tokens that their answers are right or wrong as a whole."""
+    return len(targets_I) > 0 and bool(np.mean(targets_I <= SHORT_TOKENS) >= MOSTLY)
+
+
+def new_tokens_for(targets_I: NDArray[np.integer[Any]], most: int) -> int:
+    """Tokens of an answer at most, to prompts of rows that teach so many tokens."""
+    return min(most, SHORT_ROOM) if teach_short_answers(targets_I) else most
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +96,12 @@ def sample_prompts(
 def remarks_on(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]:
     """What to say of the prompts that could be made of so many rows."""
     num_cut, left_out = sum(prompt.cut > 0 for prompt in prompts), num_rows - len(prompts)
-    cut = f"{num_cut} of {len(prompts)} sample prompts were cut at their end, to be as long as rows in training at most"
+    verb = "has" if left_out == 1 else "have"
+    was = "was" if num_cut == 1 else "were"
+    cut = f"{num_cut} of {plural(len(prompts), 'sample prompt')} {was} cut at the end, to the limit of training rows"
     return [
         *([cut] if num_cut else []),
-        *([f"{left_out} sample prompts are empty or too long to be answered"] if left_out else []),
+        *([f"{plural(left_out, 'held-out row')} {verb} no prompt to answer: empty or too long"] if left_out else []),
     ]
 
 

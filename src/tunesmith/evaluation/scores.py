@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
-from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.evaluation.outcomes import Constant, Outcomes, constant_words
 from tunesmith.types import HeadName, Labels, TaskName
 
 MOST_DOTS = 500
@@ -29,14 +29,15 @@ def score(
     outcomes: Outcomes,
     *,
     task: TaskName,
-    majority: int | None,
-    mean: float | None,
+    constant: Constant | None = None,
+    constant_from: str = "the training rows",
     hashes_I: NDArray[np.uint64] | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Any]]:
     """Measures of at least one row by the keys of `MEASURES`, and JSON-ready details by kind of label.
 
-    `majority` is the id of the training rows' commonest class, `mean` the mean of their numbers; None: no baseline.
-    `hashes_I` tell the windows of one document, which are not independent: of task text, documents are resampled.
+    `constant` is what is answered without reading, see `constant_of`, by the labels of `constant_from`; None: no
+    baseline. `hashes_I` tell the windows of one document, which are not independent: of task text, documents are
+    resampled.
     """
     if task == "text" and hashes_I is not None:
         outcomes = outcomes.by_document(hashes_I)
@@ -50,9 +51,10 @@ def score(
         from tunesmith.evaluation.tag_scores import score_tags
 
         kinds = {"one": score_one, "many": score_sets, "number": _score_numbers, "tags": score_tags}
-        baseline = mean if labels.kind == "number" else majority
-        more, details = kinds[labels.kind](labels, outcomes, baseline)
+        more, details = kinds[labels.kind](labels, outcomes, constant)
         measures |= more
+        if constant is not None:
+            details["constant"] = {"answer": constant_words(labels, constant), "from": constant_from}
     return intervals(len(outcomes), measures), details
 
 
@@ -77,7 +79,7 @@ def _exp(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def _score_numbers(_: Labels, outcomes: Outcomes, mean: float | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
+def _score_numbers(_: Labels, outcomes: Outcomes, mean: Constant | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
     from sklearn.metrics import mean_squared_error
 
     true_I, predicted_I = outcomes.values_I, outcomes.logits_IC[:, 0]
@@ -86,8 +88,11 @@ def _score_numbers(_: Labels, outcomes: Outcomes, mean: float | None) -> tuple[d
         "spearman": (_spearman(true_I, predicted_I), statistics.spearman(true_I, predicted_I)),
     }
     if mean is not None:
-        constant_I = np.full(len(true_I), mean)
-        measures["baseline_mse"] = (mean_squared_error(true_I, constant_I), statistics.ratio((true_I - mean) ** 2))
+        constant_I = np.full(len(true_I), float(mean))
+        measures["baseline_mse"] = (
+            mean_squared_error(true_I, constant_I),
+            statistics.ratio((true_I - constant_I) ** 2),
+        )
     shown = np.unique(np.linspace(0, len(true_I) - 1, MOST_DOTS).astype(np.int64))
     return measures, {"scatter": np.stack([true_I, predicted_I], axis=1)[shown].tolist()}
 

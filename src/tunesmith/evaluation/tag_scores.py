@@ -15,17 +15,22 @@ from sklearn.metrics import f1_score
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.class_scores import per_class
 from tunesmith.evaluation.intervals import Estimate
-from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.evaluation.outcomes import Constant, Outcomes
 from tunesmith.types import Labels
 
 PREFIXES = ("B", "I", "E", "S")
 
 
-def score_tags(labels: Labels, outcomes: Outcomes, _: float | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
+def score_tags(
+    labels: Labels, outcomes: Outcomes, majority: Constant | None
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Span measures where every class is O or a tag of a span (B-PER, I-PER, ...), else macro-F1 of the tags."""
     hits_I, lengths_I = outcomes.hits_I, outcomes.lengths_I
     right = statistics.ratio(hits_I, lengths_I)
     measures: dict[str, Estimate] = {"tag_accuracy": (float(hits_I.sum() / lengths_I.sum()), right)}
+    if majority is not None:
+        usual_I = np.array([np.sum(target == majority) for target in outcomes.targets])
+        measures["majority"] = (float(usual_I.sum() / lengths_I.sum()), statistics.ratio(usual_I, lengths_I))
     more, per_type = (_score_spans if mark_spans(labels.names) else _score_each_tag)(labels, outcomes)
     return measures | more, {"labels": list(labels.names), "per_type": per_type}
 

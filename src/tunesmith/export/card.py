@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tunesmith import __version__
+from tunesmith.evaluation.report.judging import up_to_date
 from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
@@ -150,14 +151,16 @@ def _measures(report: Mapping[str, Any]) -> str:
     keys = [key for key in after if key in MEASURES]
     if not keys:
         return "Nothing was held out, so nothing was measured."
-    lines = ["| On held-out rows | before | after | 95 % interval |", "|---|---|---|---|"]
+    columns = ["On held-out rows", *(["before", "after"] if before else ["tuned"]), "95 % interval"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for key in keys:
         info, then = MEASURES[key], before.get(key)
         # The general text is one text: its loss has no interval.
         ends = [info.text(float(after[key][end])) for end in ("low", "high") if end in after[key]]
-        was = info.text(float(then["value"])) if then else "–"
-        lines.append(f"| {info.label} | {was} | {info.text(float(after[key]['value']))} | {' to '.join(ends) or '–'} |")
-    return "\n".join(lines)
+        was = [info.text(float(then["value"])) if then else "–"] if before else []
+        cells = [info.label, *was, info.text(float(after[key]["value"])), " to ".join(ends) or "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _plain(" ".join(report["headline"]))])
 
 
 def _proof(found: Comparison | None, bounds: Bounds, loaded_by: str, rows: str) -> str:
@@ -222,7 +225,7 @@ def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _report(run: Run) -> Mapping[str, Any]:
-    return read_json(run.report_path) if run.report_path.is_file() else {}
+    return up_to_date(run, read_json(run.report_path)) if run.report_path.is_file() else {}
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
 from tunesmith.environment import cores
+from tunesmith.evaluation.samples import FEW_ANSWERS, MOST_SHORT, teach_short_answers
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
@@ -35,6 +36,8 @@ class Facts:
     kind: ModelKind
     lengths_I: NDArray[np.int32]
     """Tokens of each training row."""
+    held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Trained tokens of each held-out row."""
 
 
 _TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
@@ -256,6 +259,16 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that looking stays short beside training"
 
 
+def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    if recipe.task in ("classify", "tag") or facts.kind == "encoder":
+        return 0, "such a model writes no answers"
+    if not teach_short_answers(facts.held_targets_I):
+        return FEW_ANSWERS, "enough to look at"
+    num = min(len(facts.held_targets_I), MOST_SHORT)
+    which = f"{num:,} of the" if num < len(facts.held_targets_I) else "all"
+    return num, f"answers are short: {which} held-out rows are answered, and counted as right or wrong"
+
+
 _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "optim.lr": _rate,
     "train.epochs": _epochs,
@@ -266,5 +279,6 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
     "evaluation.surprising": _surprising,
+    "evaluation.samples": _samples,
 }
 """In order: a later rule may rest on what an earlier one decided."""

@@ -11,7 +11,7 @@ from tunesmith.data.rows import Rows
 from tunesmith.data.store import RowStore
 from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.row_lines import looked_through
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.evaluation.samples import ANSWERED_TOGETHER, new_tokens_for
 from tunesmith.planning.work import Kind
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName
@@ -52,9 +52,10 @@ def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> in
     """Tokens written one after the other before and after, if no answer ends early."""
     if head != "next_token":
         return 0
-    asked = min(recipe.evaluation.samples, len(rows.held_rows))
+    asked = min(known(recipe.evaluation.samples), len(rows.held_rows))
     general = ANSWER_TOKENS if is_general else 0
-    return 2 * (-(-asked // ANSWERED_TOGETHER) * recipe.evaluation.sample_tokens + general)
+    tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    return 2 * (-(-asked // ANSWERED_TOGETHER) * tokens + general)
 
 
 def counts(recipe: Recipe, rows: Rows, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,47 @@ import numpy as np
 
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.labels import find_kind, refuse_unknown, see
+from tunesmith.data.given import texts_in_order
+from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, see, weights_of
 from tunesmith.data.rows import counted, refuse_bad
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import InputError
-from tunesmith.evaluation.answers import answer_measures
+from tunesmith.evaluation.answers import answer_measures, answer_scores
 from tunesmith.evaluation.intervals import Interval
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.measure import constant_of, evaluate
+from tunesmith.evaluation.outcomes import Outcomes, row_facts
 from tunesmith.evaluation.row_lines import row_lines
-from tunesmith.evaluation.samples import PromptRoom, answer_samples, remarks_on, sample_prompts
+from tunesmith.evaluation.samples import (
+    MOST_SHORT,
+    PromptRoom,
+    answer_samples,
+    new_tokens_for,
+    remarks_on,
+    sample_prompts,
+    teach_short_answers,
+)
 from tunesmith.evaluation.scores import score
+from tunesmith.evaluation.verdicts import (
+    against_baseline,
+    against_usual_answer,
+    baseline_sentence,
+    begun,
+    never_right,
+    too_few,
+)
 from tunesmith.generation import Sampling
 from tunesmith.loading import Speaker
-from tunesmith.predicting.trained import find_trained
+from tunesmith.predicting.trained import Trained, find_trained
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.tasks import bind
 from tunesmith.types import Layout, Problem
+from tunesmith.values import plural
 
 OnProgress = Callable[[str, int, int], None]
 
 
 SAMPLES = 50
-"""Rows of a file that are answered where nothing else is asked for, by tasks whose answers are measured."""
+"""Rows of a file that are answered by default, by tasks whose answers are measured; `MOST_SHORT` of short ones."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,10 @@ class Evaluation:
     task: str
     num_rows: int
     measures: dict[str, Interval]
+    baseline: dict[str, Any] | None
+    """What a constant answer gets on the same rows: see `against_baseline`."""
+    headline: list[str]
+    """What that proves, and on how few rows, in sentences."""
     details: dict[str, Any]
     """Of `score`: confusion matrix, per class, ..."""
     samples: list[dict[str, Any]]
@@ -79,21 +102,10 @@ def evaluate_file(
         )
     data = _data_of(speaker, path)
     trained = None if speaker.run is None else find_trained(speaker.run)
+    speaker, weight_notes = _weighed(speaker, trained)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-        store = build(
-            Path(folder),
-            data=data,
-            files=data.train,
-            renderer=speaker.renderer,
-            on_problem=problems.append,
-            progress=lambda rows, done, total: on_progress("encode", done, total),
-        )
-        refuse_bad(data, [store], problems)
-        if speaker.labels is not None:
-            find_kind(task, data, [see(store)])
-            refuse_unknown(speaker.labels, store)
-            store.use(speaker.labels)
+        store = _encoded(speaker, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
         outcomes = evaluate(
             speaker.model,
@@ -103,23 +115,91 @@ def evaluate_file(
             tokens_per_pass=speaker.tokens_per_pass,
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
-        known = {"majority": None, "mean": None} if trained is None else trained.baseline(speaker.labels)
-        measures, details = score(speaker.head, speaker.labels, outcomes, task=task, hashes_I=store.hashes, **known)
-        tokenizer = speaker.renderer.tokenizer
-        keep(row_lines(store, rows_I, outcomes, head=speaker.head, labels=speaker.labels, tokenizer=tokenizer))
+        measures, details, baseline = _judged(speaker, trained, store, outcomes)
+        texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
+        how: dict[str, Any] = {"labels": speaker.labels, "tokenizer": speaker.renderer.tokenizer}
+        keep(row_lines(store, rows_I, outcomes, head=speaker.head, texts=texts, **how))
         num_trained = None if trained is None or speaker.is_base else trained.count(store.hashes)
-    notes = [*counted([store], problems), *_trained_on(speaker, num_trained, len(rows_I))]
-    if samples is None:
-        samples = SAMPLES if task in ("chat", "generate", "summarize") else 0
-    told, remarks = _answered(speaker, data, samples, on_progress) if samples else ([], [])
+    notes = [*weight_notes, *counted([store], problems), *_trained_on(speaker, num_trained, len(rows_I))]
+    told, remarks = _answered(speaker, data, store, samples, on_progress)
     answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
     measures |= answer_measures(answers, references, bleu=speaker.recipe.evaluation.bleu)
-    return Evaluation(task, len(rows_I), measures, details, told, num_trained, [*notes, *remarks])
+    if baseline is None and told:
+        scored = zip(told, answer_scores(answers, references), strict=True)
+        baseline = against_usual_answer([{**sample, **scores} for sample, scores in scored])
+    headline = _headline(task, measures, baseline, details, store)
+    return Evaluation(task, len(rows_I), measures, baseline, headline, details, told, num_trained, [*notes, *remarks])
+
+
+def _encoded(speaker: Speaker, data: Data, folder: Path, problems: list[Problem], on_progress: OnProgress) -> RowStore:
+    """The rows of the file, with the labels that the model answers with."""
+    store = build(
+        folder,
+        data=data,
+        files=data.train,
+        renderer=speaker.renderer,
+        on_problem=problems.append,
+        progress=lambda rows, done, total: on_progress("encode", done, total),
+    )
+    refuse_bad(data, [store], problems)
+    if speaker.labels is not None:
+        find_kind(speaker.renderer.task_name, data, [see(store)])
+        refuse_unknown(speaker.labels, store)
+        store.use(speaker.labels)
+    return store
+
+
+def _judged(
+    speaker: Speaker, trained: Trained | None, store: RowStore, outcomes: Outcomes
+) -> tuple[dict[str, Interval], dict[str, Any], dict[str, Any] | None]:
+    """Measures, details, and what a constant answer gets: by the training rows' labels, where they are known."""
+    rows_I, labels = np.arange(len(store)), speaker.labels
+    constant = constant_of(labels, store, rows_I) if trained is None else trained.constant(labels)
+    measures, details = score(
+        speaker.head,
+        labels,
+        outcomes,
+        task=speaker.renderer.task_name,
+        constant=constant,
+        constant_from="the rows measured" if trained is None else "the training rows",
+        hashes_I=store.hashes,
+    )
+    facts = list(row_facts(speaker.head, labels, outcomes)) if constant is not None else []
+    return measures, details, against_baseline(facts, details.get("constant"), details.get("labels", ()))
+
+
+def _headline(
+    task: str, measures: dict[str, Interval], baseline: dict[str, Any] | None, details: dict[str, Any], store: RowStore
+) -> list[str]:
+    """What the measures prove, and on how few rows."""
+    sentence = [] if baseline is None else [f"{begun(baseline_sentence(measures, baseline))}."]
+    few = too_few(len(np.unique(store.hashes)), "document") if task == "text" else too_few(len(store), "row")
+    return [*sentence, *never_right(details), *few]
+
+
+def _weighed(speaker: Speaker, trained: Trained | None) -> tuple[Speaker, list[str]]:
+    """The speaker whose loss weighs classes as in training. Runs of earlier versions say "balanced" and no weights:
+    they follow from the training rows, where those are kept."""
+    labels = speaker.labels
+    if labels is None or speaker.recipe.train.class_weights != "balanced":
+        return speaker, []
+    if trained is None:
+        return speaker, [
+            "the loss is not weighted as in training: the rows that train.class_weights follows from are gone"
+        ]
+    counts_C = count_classes(labels, trained.store, trained.rows_I)
+    weights_C = weights_of("balanced", labels.kind, labels.names, counts_C)
+    return replace(speaker, labels=replace(labels, weights_C=weights_C)), []
+
+
+def ignore(problem: Problem) -> None:
+    """Problems of rows that were encoded before were told then."""
 
 
 def _trained_on(speaker: Speaker, num_trained: int | None, num_rows: int) -> Iterator[str]:
     if num_trained:
-        yield f"{num_trained:,} of {num_rows:,} rows were trained on by this run: the measures flatter it"
+        were = "was" if num_trained == 1 else "were"
+        yield f"{num_trained:,} of {plural(num_rows, 'row')} {were} trained on by this run: the measures flatter it"
     elif num_trained is None and speaker.run is not None and not speaker.is_base:
         yield "whether rows were trained on by this run is not known: it keeps no rows that this release reads"
 
@@ -152,15 +232,22 @@ def _feed(speaker: Speaker, store: RowStore) -> Feed:
 
 
 def _answered(
-    speaker: Speaker, data: Data, num: int, on_progress: OnProgress
+    speaker: Speaker, data: Data, store: RowStore, num: int | None, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of smallest content hash, whatever their order in the file, answered; and what to say of that."""
-    task, new_tokens = speaker.renderer.task_name, speaker.recipe.evaluation.sample_tokens
-    rows = (example for _, example in examples(data.train, data, lambda problem: None, task=task))
+    task = speaker.renderer.task_name
+    if num is None:
+        usual = MOST_SHORT if teach_short_answers(store.targets) else SAMPLES
+        num = usual if task in ("chat", "generate", "summarize") else 0
+    if num == 0:
+        return [], []
+    new_tokens = new_tokens_for(store.targets, speaker.recipe.evaluation.sample_tokens)
+    rows = (example for _, example in examples(data.train, data, ignore, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
     room = PromptRoom.of(speaker.renderer, model_tokens=speaker.room, new_tokens=new_tokens)
     prompts = sample_prompts(speaker.renderer, chosen, room=room, new_tokens=new_tokens)
     how = Sampling(max_new_tokens=new_tokens)
     told = list(answer_samples(speaker.model, speaker.renderer, prompts, how, on_progress))
-    said = f"{len(told):,} rows were answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
+    were = "was" if len(told) == 1 else "were"
+    said = f"{plural(len(told), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     return told, [said, *remarks_on(prompts, num_rows=len(chosen))]

@@ -13,7 +13,8 @@ from tunesmith.data.folders import expand
 from tunesmith.data.sides import split
 from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError
-from tunesmith.evaluation.measure import baseline
+from tunesmith.evaluation.measure import constant_of
+from tunesmith.evaluation.outcomes import Constant
 from tunesmith.recipe.knobs import DataFile, known
 from tunesmith.run import Run
 from tunesmith.types import Labels
@@ -30,9 +31,9 @@ class Trained:
         """How many of some rows, by their content hashes, are among them."""
         return int(np.isin(hashes, self.store.hashes[self.rows_I]).sum())
 
-    def baseline(self, labels: Labels | None) -> dict[str, float | None]:
-        """What can be answered without reading; see there."""
-        return baseline(labels, self.store, self.rows_I)
+    def constant(self, labels: Labels | None) -> Constant | None:
+        """What to answer without reading a row; see `constant_of`."""
+        return constant_of(labels, self.store, self.rows_I)
 
 
 def find_trained(run: Run) -> Trained | None:

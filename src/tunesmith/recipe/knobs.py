@@ -160,10 +160,11 @@ class Evaluation(Section):
     """Stop after this many evaluations in a row without a new best; needs `every`. null: go to the end."""
     keep: Literal["last", "best"] | Auto = "auto"
     """Whose weights are the result. auto: the best evaluation's where `every` is set, else the last step's."""
-    samples: Annotated[int, Field(ge=0)] = 16
-    """Held-out prompts answered before and after."""
+    samples: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a class, a
+    name or a date."""
     sample_tokens: Positive = 64
-    """Most new tokens in such an answer."""
+    """Most new tokens in such an answer; 16 at most where answers are short."""
     bleu: bool = False
     """BLEU and chrF of the answers too; needs the extra tunesmith[bleu]."""
     general: bool = True

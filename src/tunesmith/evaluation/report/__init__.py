@@ -38,11 +38,13 @@ def rehearse(lengths: Mapping[str, Any]) -> None:
 
 
 def redraw(run: Run) -> None:
-    """report.md and report.html once more, from report.json and the events.
+    """report.md and report.html once more, from report.json, the events and each row's outcome.
 
     Raises RunError where the run has no report.
     """
-    _write_pages(run, Log.of(run.events()), run.read_json("report.json"))
+    from tunesmith.evaluation.report.judging import up_to_date
+
+    _write_pages(run, Log.of(run.events()), up_to_date(run, run.read_json("report.json")))
 
 
 def _write_pages(run: Run, log: Log, report: Mapping[str, Any]) -> None:
@@ -69,6 +71,7 @@ def _page(run: Run, log: Log, report: Mapping[str, Any]) -> dict[str, Any]:
         "effort": wording.effort(report, log.plan),
         "gist": wording.gist_lines(report),
         "lines": wording.measure_lines(report),
+        "columns": wording.sides(report),
         "pairs": wording.confused_pairs(report["details"]["after"]),
         "notes": notes,
         "choices": log.plan.get("choices", []),

@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.evaluation import general
+from tunesmith.evaluation.answers import are_short
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
+from tunesmith.evaluation.report.judging import judged
 from tunesmith.evaluation.report.log import Log
 from tunesmith.run import Run
+from tunesmith.types import has_new_head
 
 
 def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
     """Values of report.json; see docs/report.md."""
-    before, after = rows_of(run, "before"), rows_of(run, "after")
-    flipped = flips(before, after)
+    new_head = has_new_head({**log.plan, **facts})  # what a head of random numbers answers is no "before"
+    before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
+    flipped = flips(before, after) if before else None
     kept = facts.get("kept") or progress.get("kept") or {}
-    return {
+    report = {
         **facts,
-        "metrics": {name: log.score(name) for name in ("before", "after")},
+        "new_head": new_head,
+        "metrics": {"before": None if new_head else log.score("before"), "after": log.score("after")},
         "tokens": {"processed": progress["tokens"], "trained": progress["targets"]},
         "steps": progress["step"],
         "seconds": {part: round(progress[f"{part}_seconds"], 3) for part in ("prepare", "train", "evaluate")},
@@ -28,12 +33,17 @@ def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, A
         "kept": kept,
         "held_out_curve": [[step, values["loss"]] for step, values in log.course(kept.get("step", progress["step"]))],
         "samples": [log.samples[index] for index in sorted(log.samples)],
-        "details": {name: _optional(run, f"evaluation/{name}.json", {}) for name in ("before", "after")},
+        "short_answers": are_short([sample["reference"] for sample in log.samples.values()]),
+        "details": {
+            "before": {} if new_head else _optional(run, "evaluation/before.json", {}),
+            "after": _optional(run, "evaluation/after.json", {}),
+        },
         "flips": flipped,
         "worse_rows": worse_rows(before, after) if flipped is None else [],
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(log),
     }
+    return judged(run, report)
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation.comparing import Told, by_key
+from tunesmith.evaluation.comparing import SCORES, Told, by_key
 from tunesmith.files import from_json
 from tunesmith.run import Run
 
@@ -28,11 +28,17 @@ def rows_of(run: Run, name: str) -> dict[tuple[str, int], Told]:
     return by_key(_lines(path)) if path.exists() else {}
 
 
-def _lines(path: Path) -> Iterator[Told]:
+def answers_of(run: Run, name: str) -> list[Told]:
+    """The answers to held-out prompts of the evaluation `name`, with their scores; none where it left no file."""
+    path = run.path / "evaluation" / f"answers-{name}.jsonl"
+    return list(_lines(path, ("source", "prompt", "reference", *SCORES))) if path.exists() else []
+
+
+def _lines(path: Path, keys: Sequence[str] = ("source", "hash", "loss", "count")) -> Iterator[Told]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = from_json(line)
-            _ = [row[key] for key in ("source", "hash", "loss", "count")]
+            _ = [row[key] for key in keys]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path}:{number}: not a row ({error!r}): the file was changed by hand or by a fault."

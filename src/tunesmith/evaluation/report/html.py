@@ -15,7 +15,7 @@ from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.figure import Plot
 from tunesmith.evaluation.report.held_out import label_text, target_of
 from tunesmith.evaluation.report.marking import Marked, differences, one_line, visible
-from tunesmith.values import knob
+from tunesmith.values import knob, plural
 
 _SECTION = re.compile(r'<section id="(\w+)"><h2>([^<]+)</h2>')
 FOLDED_FROM = 600
@@ -42,7 +42,7 @@ def as_html(page: Mapping[str, Any], training: list[Plot], answers: list[Plot], 
         "line": one_line,
         "name": _name,
     }
-    environment.globals |= {"w": wording, "svg": _svg, "answers_of": _answers_of, "target": target_of}
+    environment.globals |= {"w": wording, "plural": plural, "svg": _svg, "answers_of": _answers_of, "target": target_of}
     here = files(__package__ or "")
     template = environment.from_string(here.joinpath("report.html.jinja").read_text("utf-8"))
     style = Markup(here.joinpath("report.css").read_text("utf-8"))
@@ -88,7 +88,7 @@ def _folded(text: str, whole: Markup, folded_from: int) -> Markup:
 
 def _answers_of(sample: Mapping[str, Any]) -> tuple[Markup, Markup, bool]:
     """Both answers with their differences marked, and whether they could be."""
-    before, after = sample["before"], sample["after"]
+    before, after = sample.get("before", ""), sample.get("after", "")  # a log may have lost one
     found = differences(before, after)
     if found is None:
         return data(before), data(after), False

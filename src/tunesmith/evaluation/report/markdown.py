@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.evaluation.report import wording
-from tunesmith.evaluation.report.held_out import label_text, target_of
+from tunesmith.evaluation.report.held_out import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.report.marking import one_line, visible
-from tunesmith.values import knob
+from tunesmith.measures import VERDICTS
+from tunesmith.values import knob, plural
 
 _MEANT = re.compile(r"([\\`*_\[\]<>|&~$#])")
 _IN_A_CELL = 160
@@ -24,7 +25,7 @@ def as_markdown(page: Mapping[str, Any]) -> str:
         ("Worth knowing", [f"- {inline(note, width=2000)}" for note in page["notes"]]),
         ("Training", _training(page)),
         ("Classes", _classes(page)),
-        ("Answers", _answers(report["samples"])),
+        ("Answers", _short_answers(report) if report.get("short_answers") else _answers(report["samples"])),
         ("Rows that flipped", _flips(report)),
         ("Rows that got worse", _worse(report["worse_rows"])),
         ("Surprising training rows", _surprising(report)),
@@ -51,22 +52,25 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
 
 
 def _measures(page: Mapping[str, Any]) -> Iterator[str]:
-    rows = [
-        [
-            inline(line.label),
-            wording.with_bounds(line.before, line.before_bounds),
-            wording.with_bounds(line.after, line.after_bounds),
-            line.change,
-            {"within": "within the intervals"}.get(line.verdict, line.verdict),
+    report, lines = page["report"], page["lines"]
+    other, ours = wording.sides(report)
+    if other:
+        rows = [
+            [
+                inline(line.label),
+                wording.with_bounds(line.other, line.other_bounds),
+                wording.with_bounds(line.after, line.after_bounds),
+                line.change,
+                VERDICTS[line.verdict],
+            ]
+            for line in lines
         ]
-        for line in page["lines"]
-    ]
-    yield from _table(["measure", "before", "after", "change", ""], rows, numbers=(1, 2, 3))
+        yield from _table(["measure", other, ours, "difference", ""], rows, numbers=(1, 2, 3))
+    else:
+        rows = [[inline(line.label), wording.with_bounds(line.after, line.after_bounds)] for line in lines]
+        yield from _table(["measure", ours], rows, numbers=(1,))
     if rows:
-        yield from (
-            "",
-            f"{wording.basis(page['report'])} In brackets 95 % intervals; better or worse is what lies apart.",
-        )
+        yield from ("", f"{wording.basis(report)} {wording.reading(report)}")
 
 
 def _training(page: Mapping[str, Any]) -> Iterator[str]:
@@ -97,14 +101,37 @@ def _answers(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for sample in samples:
         for title in ("prompt", "reference", "before", "after"):
             if sample.get(title):
-                yield _fenced(title.capitalize(), sample[title])
+                yield _fenced(f"{title.capitalize()}{_mark(sample, title)}", sample[title])
         yield "---"
+
+
+def _mark(sample: Mapping[str, Any], when: str) -> str:
+    found = (
+        wording.mark(sample[when], sample.get("reference")) if when in ("before", "after") and when in sample else ""
+    )
+    return {"right": " ✓", "wrong": " ✗"}.get(found, "")
+
+
+def _short_answers(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "✓ is equal to the reference, ✗ is not."
+    yield ""
+    samples = report["samples"]
+    cells = [
+        [
+            *(inline(sample[key]) for key in ("source", "prompt", "reference")),
+            *(f"{inline(sample.get(when, ''))}{_mark(sample, when)}" for when in ("before", "after")),
+        ]
+        for sample in samples[:MOST_LISTED]
+    ]
+    yield from _table(["row", "prompt", "reference", "before", "after"], cells)
+    if len(samples) > MOST_LISTED:
+        yield f"\n{len(samples) - MOST_LISTED:,} more are in evaluation/answers-after.jsonl."
 
 
 def _flips(report: Mapping[str, Any]) -> Iterator[str]:
     for key, words in (("lost", "from right to wrong"), ("gained", "from wrong to right")):
         if report["flips"] is not None:
-            yield f"{wording.plural(report['flips'][f'num_{key}'], 'row')} went {words}."
+            yield f"{plural(report['flips'][f'num_{key}'], 'row')} went {words}."
             yield ""
             columns = ("source", "text", "label", "before", "after")
             rows = [[inline(row[column]) for column in columns] for row in report["flips"][key]]

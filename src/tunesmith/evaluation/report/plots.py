@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tunesmith.evaluation.report.figure import ACCENT, INK, MUTED, PAPER, Plot, draw
 from tunesmith.evaluation.report.log import Log, measures_of
 from tunesmith.evaluation.report.marking import one_line
-from tunesmith.evaluation.report.wording import gist_keys, info_of, kept_step
+from tunesmith.evaluation.report.wording import gist_keys, kept_step
+from tunesmith.measures import info_of
 
 # S steps, C classes
 

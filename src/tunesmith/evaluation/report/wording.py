@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from tunesmith.evaluation.answers import is_short
 from tunesmith.evaluation.report.log import Interval
-from tunesmith.measures import MEASURES, OF_ANSWERS, MeasureInfo
-from tunesmith.values import duration
-
-Verdict = Literal["better", "worse", "within", ""]
+from tunesmith.evaluation.verdicts import baseline_sentence, begun, never_right, too_few, verdict_words
+from tunesmith.measures import BASELINES, FEW_ROWS, OF_ANSWERS, MeasureInfo, Verdict, info_of
+from tunesmith.values import duration, plural
 
 _GIST: Mapping[str, tuple[str, ...]] = {
     "chat": ("perplexity", "token_accuracy", "rougeL"),
@@ -22,110 +22,101 @@ _GIST: Mapping[str, tuple[str, ...]] = {
     "tag": ("span_f1", "span_recall", "tag_accuracy"),
 }
 """Of each task the measures that say most, in order."""
-_VERDICTS = {
-    "better": "better: the two 95 % intervals lie apart",
-    "worse": "worse: the two 95 % intervals lie apart",
-    "within": "within the intervals: these rows cannot tell the two apart",
-}
 NUM_GIST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One measure before and after, as it is printed."""
+    """One measure of the tuned model beside what it is compared with, as it is printed."""
 
     label: str
     doc: str
-    before: str
-    before_bounds: str
+    other: str
+    """Before training, or of the constant answer; "–" where that has none."""
+    other_bounds: str
     after: str
     after_bounds: str
     change: str
+    """The paired difference with its interval."""
     verdict: Verdict
     whiskers: tuple[tuple[float, float, float], tuple[float, float, float]] | None
-    """(low, value, high) before and after on a scale from 0 to 1 that both fill; None without intervals."""
+    """(low, value, high) of both on a scale from 0 to 1 that both fill; None without intervals."""
+
+
+def sides(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two columns of the measures are called; the first is empty where there is nothing to compare with."""
+    if report["metrics"]["before"] is not None:
+        return "before", "after"
+    return (report["baseline"]["name"] if report["baseline"] else ""), "tuned"
 
 
 def measure_lines(report: Mapping[str, Any]) -> list[Line]:
-    """Every measure that was taken before and after."""
-    before, after = report["metrics"]["before"], report["metrics"]["after"]
-    if before is None or after is None:
-        return []
-    return [_line(key, before["measures"][key], after["measures"][key]) for key in _common(before, after)]
+    """Every measure of the result."""
+    after = report["metrics"]["after"]
+    return [] if after is None else [_line(report, key) for key in after["measures"] if _is_shown(report, key)]
 
 
 def gist_lines(report: Mapping[str, Any]) -> list[Line]:
     """The few of them that say most about this task."""
-    before, after = report["metrics"]["before"], report["metrics"]["after"]
-    return [_line(key, before["measures"][key], after["measures"][key]) for key in gist_keys(report)[:NUM_GIST]]
+    return [_line(report, key) for key in gist_keys(report)[:NUM_GIST]]
 
 
 def gist_keys(report: Mapping[str, Any]) -> list[str]:
-    """What was measured before and after, as far as it says much about this task, what says most first."""
-    before, after = report["metrics"]["before"], report["metrics"]["after"]
-    if before is None or after is None:
+    """What was measured of the result, as far as it says much about this task, what says most first."""
+    after = report["metrics"]["after"]
+    if after is None:
         return []
-    common = _common(before, after)
-    return [key for key in _GIST.get(report["task"], ()) if key in common] or common
+    shown = [key for key in after["measures"] if _is_shown(report, key)]
+    wanted = [key for key in _GIST.get(report["task"], ()) if key in shown] or shown
+    if not (report.get("short_answers") and "exact_match" in shown):
+        return wanted
+    others = [key for key in wanted if not key.startswith("rouge")]
+    leads = after["answers"] >= min(after["rows"], FEW_ROWS)  # two answers that were asked for say less than all rows
+    return ["exact_match", *others] if leads else [*others[:1], "exact_match", *others[1:]]
 
 
-def _common(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [key for key in before["measures"] if key in after["measures"]]
+def _is_shown(report: Mapping[str, Any], key: str) -> bool:
+    """Not a constant's measure, which stands beside the model's, nor one that was not taken before."""
+    before = report["metrics"]["before"]
+    if key in BASELINES and report["baseline"]:
+        return False
+    return before is None or key in before["measures"]
 
 
-def info_of(key: str) -> MeasureInfo:
-    """What is known of a measure; one of a newer version stands under its key."""
-    return MEASURES.get(key) or MeasureInfo(key, "number", "neither", "")
-
-
-def _line(key: str, before: Interval, after: Interval) -> Line:
-    info = info_of(key)
-    change, verdict = _change(info, before, after)
+def _line(report: Mapping[str, Any], key: str) -> Line:
+    info, after, before = info_of(key), report["metrics"]["after"]["measures"][key], report["metrics"]["before"]
+    other, change = _compared(report, key)
     return Line(
         label=info.label,
         doc=info.doc,
-        before=info.text(before["value"]),
-        before_bounds=_bounds(info, before),
+        other="–" if other is None else info.text(other["value"]),
+        other_bounds="" if other is None else info.bounds(other),
         after=info.text(after["value"]),
-        after_bounds=_bounds(info, after),
-        change=change,
-        verdict=verdict,
-        whiskers=_whiskers(before, after),
+        after_bounds=info.bounds(after),
+        change=_change(info, after, other, change),
+        verdict="" if change is None else info.verdict(change),
+        whiskers=None if before is None or other is None else _whiskers(other, after),
     )
 
 
-def _change(info: MeasureInfo, before: Interval, after: Interval) -> tuple[str, Verdict]:
-    """The difference in words, and what it is worth: nothing where the two intervals meet."""
-    difference = after["value"] - before["value"]
-    if not math.isfinite(difference):
-        return "", ""
+def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Mapping[str, Any] | None]:
+    """What a measure of the result is compared with, and the paired difference."""
+    if report["metrics"]["before"] is not None:
+        return report["metrics"]["before"]["measures"][key], report["changes"].get(key)
+    its = (report["baseline"] or {"measures": {}})["measures"].get(key)
+    return (None, None) if its is None else ({"value": its["value"]}, its["change"])
+
+
+def _change(info: MeasureInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
+    if other is None or not math.isfinite(difference := after["value"] - other["value"]):
+        return ""
     if difference == 0:
-        return "same", ""
-    if info.form == "percent":
-        text = f"{difference * 100:+.1f} points"
-    elif info.better == "lower" and before["value"] > 0:
-        text = f"{difference / before['value']:+.0%}"
-    else:
-        text = f"{difference:+.2f}" if info.form == "ratio" else f"{difference:+.4f}"
-    text = text.replace("-", "−")
-    if info.better == "neither" or not (_is_interval(before) and _is_interval(after)):
-        return text, ""
-    if before["high"] >= after["low"] and after["high"] >= before["low"]:
-        return text, "within"
-    return text, "better" if (difference < 0) == (info.better == "lower") else "worse"
+        return "same"
+    return info.difference(change or {"value": difference})
 
 
 def _is_interval(interval: Interval) -> bool:
     return all(math.isfinite(interval.get(end, math.nan)) for end in ("low", "high"))
-
-
-def _bounds(info: MeasureInfo, interval: Interval) -> str:
-    if not _is_interval(interval) or not interval["low"] < interval["high"]:
-        return ""
-    low, high = interval["low"], interval["high"]
-    if info.form == "percent":
-        return f"{low * 100:.1f}–{high * 100:.1f}"
-    return f"{low:.2f}–{high:.2f}" if info.form == "ratio" else f"{low:.3f}–{high:.3f}"
 
 
 def _whiskers(
@@ -155,24 +146,56 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
         f"{plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} in "
         f"{duration(report['seconds']['train'])} on {report['device']}."
     )
-    gist = gist_lines(report)
-    if gist:
-        best = gist[0]
-        yield (
-            f"On {_rested_on(report, gist_keys(report)[0])}, {best.label} went from "
-            f"{with_bounds(best.before, best.before_bounds)} to {with_bounds(best.after, best.after_bounds)}"
-            + (f", {_VERDICTS[best.verdict]}." if best.verdict else ".")
-        )
-    else:
+    yield from report["headline"]
+    if report["rows"]["skipped"]:
+        yield f"{plural(report['rows']['skipped'], 'row')} could not be used: rows/problems.jsonl lists them."
+
+
+def headline(report: Mapping[str, Any]) -> Iterator[str]:
+    """What came of it, in sentences: by the measure that says most, against what it can fairly be compared with."""
+    after, before = report["metrics"]["after"], report["metrics"]["before"]
+    if after is None:
         yield "Nothing was held out, so nothing was measured."
+        return
+    key = gist_keys(report)[0]
+    info, value, baseline = info_of(key), after["measures"][key], report["baseline"]
+    now = with_bounds(info.text(value["value"]), info.bounds(value))
+    where = f"On {_rested_on(report, key)}, "
+    if before is not None:
+        change = report["changes"].get(key)
+        was = before["measures"][key]
+        moved = f"{info.phrase} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
+        yield f"{where}{moved}{f': {verdict_words(key, change)}' if change else ''}."
+        yield from _without_pairs(report)
+    elif baseline is None or baseline["key"] != key:
+        yield f"{where}{info.phrase} is {now}."
+    if baseline is not None:
+        sentence = baseline_sentence(after["measures"], baseline)
+        yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{begun(sentence)}."
+    yield from never_right(report["details"]["after"])
+    num, unit = _num_counted(after, key)
+    yield from too_few(num, unit)
     flipped = report["flips"]
-    if flipped is not None:
+    if flipped is not None and before is not None:
         yield (
             f"{plural(flipped['num_gained'], 'row')} went from wrong to right, "
             f"{plural(flipped['num_lost'], 'row')} from right to wrong."
         )
-    if report["rows"]["skipped"]:
-        yield f"{plural(report['rows']['skipped'], 'row')} could not be used: rows/problems.jsonl lists them."
+
+
+def _without_pairs(report: Mapping[str, Any]) -> Iterator[str]:
+    if "loss" not in report["changes"]:
+        yield (
+            "Whether the change may be chance is not known: evaluation/before.jsonl and after.jsonl, which hold the "
+            "outcome of each row, are not both in the run's folder."
+        )
+
+
+def _num_counted(after: Mapping[str, Any], key: str) -> tuple[int, str]:
+    """How many of what a measure was counted on."""
+    if key in OF_ANSWERS:
+        return after["answers"], "answer"
+    return (after["documents"], "document") if "documents" in after else (after["rows"], "row")
 
 
 def _rested_on(report: Mapping[str, Any], key: str) -> str:
@@ -180,27 +203,34 @@ def _rested_on(report: Mapping[str, Any], key: str) -> str:
     after = report["metrics"]["after"]
     if key == "general_loss":
         return f"{after['general_tokens']:,} tokens of general text"
-    counted = f"{plural(after['answers'], 'answer')} to prompts" if key in OF_ANSWERS else _held_out(after)
+    counted = plural(*_num_counted(after, key)) + (" to prompts" if key in OF_ANSWERS else "")
     overlap = _overlap(report)
     return f"{counted} that were held out ({overlap})" if overlap else f"{counted} it was not trained on"
-
-
-def _held_out(after: Mapping[str, Any]) -> str:
-    return plural(after["documents"], "document") if "documents" in after else plural(after["rows"], "row")
 
 
 def _overlap(report: Mapping[str, Any]) -> str:
     rows = report["rows"]
     if not rows["overlap"]:
         return ""
-    return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out also stand in the training files"
+    verb = "is" if rows["overlap"] == 1 else "are"
+    return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out {verb} also in the training files"
+
+
+def reading(report: Mapping[str, Any]) -> str:
+    """How the table of measures is read."""
+    if not sides(report)[0]:
+        return "Each value has its 95 % interval."
+    return (
+        "Each value has its 95 % interval. Both sides are measured on the same rows: a difference is called better or "
+        "worse where its paired interval excludes 0."
+    )
 
 
 def basis(report: Mapping[str, Any]) -> str:
     """What all measures were counted on."""
     after, overlap = report["metrics"]["after"], _overlap(report)
     windows = f" in {plural(after['rows'], 'window')}" if "documents" in after else ""
-    parts = [_held_out(after) + windows]
+    parts = [plural(*_num_counted(after, "loss")) + windows]
     parts += [f"{plural(after['answers'], 'answer')}"] if "answers" in after else []
     parts += [f"{after['general_tokens']:,} tokens of general text"] if "general_tokens" in after else []
     fair = f"{overlap}: that flatters the tuned model" if overlap else "Nothing was trained on these rows"
@@ -221,7 +251,7 @@ def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
     parts = [f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%})"] if total else []
     parts += [
-        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were learnt",
+        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were targets",
         f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}",
         f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
         f"{duration(seconds['evaluate'])} to measure",
@@ -230,10 +260,17 @@ def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
+def mark(answer: str, reference: str | None) -> str:
+    """right: equal to the reference; wrong: not, where that is so short that nothing else counts; else empty."""
+    if not reference:
+        return ""
+    return "right" if answer.strip() == reference.strip() else "wrong" if is_short(reference) else ""
+
+
 def looked_at(report: Mapping[str, Any]) -> str:
     """How the surprising rows were chosen."""
-    rows, looked = len(report["surprising"]["rows"]), plural(report["surprising"]["looked_at"], "row")
-    return f"The {rows:,} that the tuned model finds least likely of {looked} looked at."
+    rows, looked = plural(len(report["surprising"]["rows"]), "training row"), report["surprising"]["looked_at"]
+    return f"The {rows} that the tuned model finds least likely, of {looked:,} that were measured."
 
 
 def kept_step(report: Mapping[str, Any]) -> int:
@@ -242,10 +279,6 @@ def kept_step(report: Mapping[str, Any]) -> int:
 
 def with_bounds(value: str, bounds: str) -> str:
     return f"{value} ({bounds})" if bounds else value
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:

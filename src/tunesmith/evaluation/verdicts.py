@@ -1,0 +1,150 @@
+"""What an evaluation proves: against the model as it was, and against one answer given to every row.
+
+A head that is new answers at random before it is trained, so that only the second says anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tunesmith.evaluation.answers import are_short
+from tunesmith.evaluation.comparing import (
+    CONSTANT,
+    Told,
+    against_constant,
+    answers_against_constant,
+    compare,
+    compare_answers,
+    kind_of,
+)
+from tunesmith.measures import FEW_ROWS, LEAST_ROWS, info_of
+
+MOST_NAMED = 3
+"""Classes named that are never right; of more the number is said."""
+LIKE_A_CLASS = 0.1
+"""Share of short answers that are the same from which they are taken for classes."""
+_MOST_CHARACTERS = 40
+
+
+def changes(
+    before: Sequence[Told],
+    after: Sequence[Told],
+    answers_before: Iterable[Told],
+    answers_after: Iterable[Told],
+    *,
+    classes: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """By measure {"value", "low", "high", "is_clear"} of after minus before, paired; {} where rows are not kept."""
+    found = compare(before, after, classes=classes).measures if before and after else {}
+    _, of_answers = compare_answers(answers_before, answers_after)
+    return {key: differs.as_change() for key, differs in {**found, **of_answers}.items()}
+
+
+def against_baseline(rows: Sequence[Told], constant: Mapping[str, Any] | None, classes: Sequence[str] = ()) -> Any:
+    """What a constant answer gets on the same rows, JSON-ready; None for tasks without one, or if it is not known.
+
+    `constant`: {"answer", "from"} as `score` says. {"name", "words", "from", "rows", "key", "measures"}: `key` is the
+    measure that the verdict is by; each measure has the baseline's value and the paired change to the model.
+    """
+    if constant is None or not rows:
+        return None
+    kind = kind_of(rows[0])
+    found = against_constant(rows, constant["answer"], classes=classes)
+    return {
+        "name": "mean baseline" if kind == "numbers" else "majority baseline",
+        "words": _words(constant["answer"]),
+        "from": constant["from"],
+        "rows": len(rows),
+        "key": CONSTANT[kind][0],
+        "measures": {key: {"value": differs.a, "change": differs.as_change()} for key, differs in found.items()},
+    }
+
+
+def against_usual_answer(answers: Sequence[Told]) -> Any:
+    """The same of short answers that are classes in words, against their commonest reference; None for others."""
+    if not are_short([one["reference"] for one in answers]):
+        return None
+    usual, num = Counter(one["reference"].strip() for one in answers).most_common(1)[0]
+    if num < max(2, LIKE_A_CLASS * len(answers)):
+        return None
+    differs = answers_against_constant(answers, usual)
+    return {
+        "name": "majority baseline",
+        "words": _words(usual),
+        "from": "the answers measured",
+        "rows": len(answers),
+        "key": "exact_match",
+        "measures": {"exact_match": {"value": differs.a, "change": differs.as_change()}},
+    }
+
+
+def _words(answer: Any) -> str:
+    if isinstance(answer, float):
+        return f"always answering the mean, {answer:.6g}"
+    if isinstance(answer, list):
+        return f"always answering {', '.join(map(named, answer))}" if answer else "always answering no class"
+    return f"always answering {named(answer)}"
+
+
+def named(label: str) -> str:
+    """A class in a sentence."""
+    flat = " ".join(str(label).split())
+    return f"`{flat}`" if len(flat) <= _MOST_CHARACTERS else f"`{flat[:_MOST_CHARACTERS]}…`"
+
+
+def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Any]) -> str:
+    """accuracy is 67.3% (62.8–72.0), against 65.4% for always answering `positive` (majority baseline): …"""
+    key = baseline["key"]
+    info, its = info_of(key), baseline["measures"][key]
+    value, ends = info.text(measures[key]["value"]), info.bounds(measures[key])
+    where = "" if baseline["from"] == "the training rows" else f" of {baseline['from']}"
+    return (
+        f"{info.phrase} is {value}{f' ({ends})' if ends else ''}, against {info.text(its['value'])} for "
+        f"{baseline['words']} ({baseline['name']}{where}): {verdict_words(key, its['change'])}"
+    )
+
+
+def begun(sentence: str) -> str:
+    """With a capital at its beginning."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def verdict_words(key: str, change: Mapping[str, Any]) -> str:
+    """A paired difference and what it is worth: +3.2 (+1.0 to +5.1) points, better."""
+    info = info_of(key)
+    verdict = info.verdict(change)
+    if change["value"] == 0:
+        return "the same"
+    told = {"better": ", better", "worse": ", worse", "unclear": ", which may be chance"}
+    return info.difference(change) + told.get(verdict, "")
+
+
+def never_right(details: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence that names the classes of which no held-out row is right, if there are any."""
+    rows = details.get("per_class") or details.get("per_type") or ()
+    unit = "span" if rows and "type" in rows[0] and "confusion" not in details else "row"
+    if rows and "type" in rows[0] and {row["type"] for row in rows} <= set(details.get("labels", ())):
+        unit = "word"  # tags that do not mark spans are counted word by word
+    never = sorted(
+        ((row["label"] if "label" in row else row["type"], row["support"]) for row in rows
+         if row["support"] and not row["recall"]),
+        key=lambda pair: -pair[1],
+    )  # fmt: skip
+    if never:
+        listed = [f"{named(name)} ({support:,} {unit}{'' if support == 1 else 's'})" for name, support in never]
+        more = len(never) - MOST_NAMED
+        listed = listed[:MOST_NAMED] + ([f"{more:,} more"] if more > 0 else [])
+        words = f"{', '.join(listed[:-1])} and {listed[-1]}" if len(listed) > 1 else listed[0]
+        yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
+
+
+def too_few(num: int, unit: str) -> Iterator[str]:
+    """A sentence on what cannot be concluded from so few rows, if they are few."""
+    told = f"{num:,} {unit}{'' if num == 1 else 's'} {'is' if num == 1 else 'are'}"
+    way = "Hold out more: data.held_out, or a file with --eval."
+    if num < LEAST_ROWS:
+        yield f"{told} too few to conclude anything: below {LEAST_ROWS} nothing is called better or worse. {way}"
+    elif num < FEW_ROWS:
+        yield f"{told} few: on other {unit}s of the same kind this may turn out differently. {way}"

@@ -1,0 +1,86 @@
+"""tunesmith show: what a run took, what came of it, and its answers beside the right ones."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evaluation.fake_runs import fake_run
+from tunesmith.cli.app import app
+from tunesmith.cli.panels import answers
+from tunesmith.evaluation import report
+from tunesmith.run import Run
+from tunesmith.types import Event
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is printed of a finished run, and the run."""
+    monkeypatch.setattr(report, "_write_pages", lambda *arguments: None)
+
+    def show(kind: str) -> tuple[str, Run]:
+        run, facts, progress = fake_run(tmp_path / kind, kind)
+        plan = {"task": facts["task"], "rows": facts["rows"], "steps": 120, "tokens_per_epoch": 9.0, "method": "lora"}
+        forecast = {"forecast": {"seconds": {"train": 9999.0}}}
+        events = list(run.events())
+        run.events_path.write_bytes(b"")
+        for event in events:
+            values = {**event.values, **plan, "new_head": facts["new_head"]}
+            run.append(Event("plan", 0, 0.0, values, forecast) if event.kind == "plan" else event)
+        written = report.write_report(run, facts, progress)
+        run.append(Event("end", 120, 0.0, {"report": written}))
+        result = CliRunner().invoke(app, ["show", str(run.path)])
+        assert result.exit_code == 0, result.output
+        return result.stdout, run
+
+    return show
+
+
+def test_a_finished_run_says_what_it_took_and_not_what_was_predicted(shown) -> None:
+    text, run = shown("chat")
+    assert "took: 3 s to prepare, 4:00 min to train, 1:05 min to measure; at most 1.0 GiB of memory" in text
+    assert "\ntime: " not in text
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
+    assert f"{run.path.name}: done, made {made}" in text.replace("\n", "")
+
+
+def test_a_classifier_is_shown_beside_the_majority_baseline(shown) -> None:
+    text, run = shown("classes")
+    flat = " ".join(text.split())
+    headline = json.loads(run.report_path.read_text())["headline"]
+    assert "for always answering `circulatory` (majority baseline)" in headline[0]
+    assert headline[0] in flat
+    assert "majority baseline" in flat.replace(headline[0], "")
+    assert "before" not in flat
+
+
+def test_a_report_of_an_earlier_version_is_judged_anew(shown) -> None:
+    """It compared a head of random numbers with the trained one."""
+    first, run = shown("classes")
+    old = json.loads(run.report_path.read_text())
+    new_keys = ("headline", "changes", "baseline", "new_head", "short_answers")
+    before = {**old["metrics"]["after"], "loss": 2.2}
+    old = {key: value for key, value in old.items() if key not in new_keys}
+    old["metrics"] = {**old["metrics"], "before": before}
+    old["labels"] = {"circulatory": 9, "digestive": 3}
+    del old["details"]["after"]["constant"]
+    run.write_json("report.json", old)
+    assert CliRunner().invoke(app, ["show", str(run.path)]).stdout == first
+    shown_report = json.loads(CliRunner().invoke(app, ["show", str(run.path), "--json"]).stdout)["report"]
+    assert shown_report["metrics"]["before"] is None
+    assert shown_report["baseline"]["words"] == "always answering `circulatory`"
+
+
+def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True)
+    rows = [{"prompt": "How was it?", "reference": "positive", "before": "Great!", "after": "positive"}]
+    console.print(answers(rows, width=100, most=4))
+    text = console.export_text()
+    for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive"):
+        assert words in text

@@ -1,0 +1,95 @@
+"""What a report says first: of new heads, of short answers, of what the log or the folder lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from evaluation.fake_runs import fake_run, report_of
+from tunesmith.evaluation.comparing import SCORES
+from tunesmith.evaluation.report import write_report
+from tunesmith.files import to_json
+from tunesmith.run import Run
+
+pytestmark = pytest.mark.pages
+
+
+@pytest.fixture(scope="module")
+def new_head(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run, facts, progress = fake_run(tmp_path_factory.mktemp("runs") / "classes", "classes")
+    write_report(run, facts, progress)
+    return run
+
+
+def test_a_new_head_has_no_before_and_no_flips(new_head: Run) -> None:
+    report = report_of(new_head)
+    assert (report["metrics"]["before"], report["flips"]) == (None, None)
+    text = (new_head.path / "report.md").read_text()
+    assert "On 300 rows it was not trained on, accuracy is 80.0% (74.4–84.8), against 14.3% for always" in text
+    for name in ("report.html", "report.md"):
+        page = (new_head.path / name).read_text()
+        assert "majority baseline" in page
+        assert "flipped" not in page
+        assert "went from" not in page
+    assert report["held_out_curve"][0][0] == 0, "its loss before the first step is where the curve begins"
+
+
+def test_a_log_that_lost_what_was_measured_before_still_makes_a_report(tmp_path) -> None:
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    lines = [line for line in run.events_path.read_text().splitlines() if '"name":"before"' not in line]
+    run.events_path.write_text("\n".join(lines) + "\n")
+    report = write_report(run, facts, progress)
+    assert report["metrics"]["before"] is None
+    assert "The sperm whale" in (run.path / "report.html").read_text()
+    assert "perplexity is 4.10" in (run.path / "report.md").read_text()
+
+
+def test_a_run_without_its_rows_says_that_nothing_is_judged(tmp_path) -> None:
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    (run.path / "evaluation" / "before.jsonl").unlink()
+    write_report(run, facts, progress)
+    first = (run.path / "report.md").read_text().split("## ")[0]
+    assert "Whether the change may be chance is not known: evaluation/before.jsonl" in first
+    assert "better" not in first
+
+
+def test_an_answer_of_one_word_is_marked_and_leads_where_all_were_answered(tmp_path) -> None:
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    events = [event for event in run.events() if event.kind not in ("sample", "answers")]
+    run.events_path.write_bytes(b"")
+    for event in events:
+        run.append(event)
+    for name, said in (("before", "no"), ("after", "yes")):
+        for index in range(40):
+            values = {"name": name, "index": index, "prompt": f"p{index}", "reference": "yes", "answer": said}
+            run.append(type(events[0])("sample", 0, 0.0, {**values, "stopped": True, "source": f"x:{index}"}))
+        scores = {"exact_match": {"value": float(said == "yes"), "low": 0.0, "high": 1.0}}
+        run.append(type(events[0])("answers", 0, 0.0, {"name": name, "num": 40, "measures": scores}))
+        same = {"reference": "yes", "answer": said} | dict.fromkeys(SCORES, float(said == "yes"))
+        lines = [{"source": f"x:{i}", "prompt": f"p{i}", **same} for i in range(40)]
+        (run.path / "evaluation" / f"answers-{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in lines))
+    write_report(run, facts, progress)
+    assert (
+        "On 40 answers to prompts it was not trained on, the share of answers exactly right went from 0.0% (0.0–100.0) "
+        "to 100.0% (0.0–100.0): +100.0 (+100.0 to +100.0) points, better."
+    ) in (run.path / "report.md").read_text()
+    markdown, html = ((run.path / f"report.{end}").read_text() for end in ("md", "html"))
+    assert "| x:0 | p0 | yes | no ✗ | yes ✓ |" in markdown
+    assert 'title="equal to the reference">✓' in html
+
+
+def test_every_row_better_by_a_little_is_better_in_the_report(tmp_path) -> None:
+    """The two separate intervals meet, since rows differ by more than the training changed."""
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    draw = random.Random(0)
+    losses = [draw.expovariate(0.2) for _ in range(200)]
+    for name, gain in (("before", 0.0), ("after", 0.05)):
+        rows = [
+            {"source": f"x:{i}", "hash": f"{i}", "text": "t", "loss": 10 * (loss - gain), "count": 10, "correct": 5}
+            for i, loss in enumerate(losses)
+        ]
+        (run.path / "evaluation" / f"{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
+    write_report(run, facts, progress)
+    [line] = [one for one in (run.path / "report.md").read_text().splitlines() if one.startswith("| held-out loss |")]
+    assert line.endswith("| −0.0500 (−0.0500 to −0.0500) | better |")
