@@ -29,6 +29,8 @@ _SUMS = ("loss", "count", "correct", "bytes")
 """What is added up of the windows of a document."""
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 """What is kept of each answer in evaluation/answers-<name>.jsonl."""
+ROUNDING = 1e-9
+"""Share of a value below which a difference is that of sums in another order, and none."""
 TIE_NATS = 0.01
 """Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
 _WEIGHED = "the two weigh classes differently (train.class_weights): {}"
@@ -51,8 +53,7 @@ class Difference:
         """Whether the interval excludes 0: other rows of the same kind would hardly turn the difference around. Never
         of fewer than `LEAST_ROWS`."""
         excludes_0 = self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
-        is_rounding = math.isclose(self.a, self.b, rel_tol=1e-9)
-        return excludes_0 and not is_rounding and self.num_rows >= LEAST_ROWS
+        return excludes_0 and self.b_minus_a["value"] != 0 and self.num_rows >= LEAST_ROWS
 
     def as_change(self) -> dict[str, Any]:
         """The difference as a report keeps it: value, low, high, is_clear."""
@@ -273,7 +274,8 @@ def _paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statisti
     found = {}
     for key in of_a:
         was, now = float(of_a[key](ones_1I)[0]), float(of_b[key](ones_1I)[0])
-        found[key] = Difference(was, now, interval(now - was, np.concatenate([some[key] for some in moved])), num)
+        difference = 0.0 if math.isclose(was, now, rel_tol=ROUNDING) else now - was
+        found[key] = Difference(was, now, interval(difference, np.concatenate([some[key] for some in moved])), num)
     return found
 
 

@@ -110,7 +110,7 @@ def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Map
 def _change(info: MeasureInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
     if other is None or not math.isfinite(difference := after["value"] - other["value"]):
         return ""
-    if difference == 0:
+    if difference == 0 or (change is not None and change["value"] == 0):
         return "same"
     return info.difference(change or {"value": difference})
 
