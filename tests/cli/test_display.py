@@ -12,7 +12,7 @@ from tunesmith.cli import runs as cli_runs
 from tunesmith.cli.display import Plain, Silent, display_for
 from tunesmith.cli.live import Live
 from tunesmith.cli.scores import gist, with_bounds
-from tunesmith.cli.story import Story
+from tunesmith.cli.story import Story, alone
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"
