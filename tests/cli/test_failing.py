@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from tunesmith import errors
-from tunesmith.cli import failing
+from tunesmith.cli import failing, stopping
 from tunesmith.cli.app import Verbs
 from tunesmith.types import Problem, Source
 
@@ -124,6 +125,23 @@ def test_failed_allocations_of_others_are_told_as_the_end_of_memory(
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: ")
     assert "fault in tunesmith" not in said
+
+
+def test_an_interrupt_that_a_library_swallowed_is_still_one() -> None:
+    app = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def about() -> None: ...
+
+    @app.command()
+    def imports() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            stopping._interrupt(2, None)
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.")
+
+    result = CliRunner().invoke(app, ["imports"])
+    assert result.exit_code == 130
+    assert "fault in tunesmith" not in result.output
 
 
 def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:

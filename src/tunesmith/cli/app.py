@@ -25,7 +25,7 @@ from tunesmith.cli.runs import runs
 from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
-from tunesmith.cli.stopping import interruptible
+from tunesmith.cli.stopping import interruptible, was_interrupted
 from tunesmith.cli.train import train
 
 
@@ -52,6 +52,8 @@ class Verbs(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if _is_usage(error):
                 raise
+            if was_interrupted():
+                raise typer.Exit(failing.report(KeyboardInterrupt())) from None
             raise typer.Exit(failing.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
 

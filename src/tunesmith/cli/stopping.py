@@ -11,6 +11,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
+_interrupted = threading.Event()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -25,8 +26,24 @@ def leave_at_once() -> None:
 
 def interruptible() -> None:
     """From here on Ctrl-C is a KeyboardInterrupt, as in any program."""
+    forget_interrupt()
     if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether a KeyboardInterrupt was raised: libraries that are being imported turn it into errors of their own."""
+    return _interrupted.is_set()
+
+
+def forget_interrupt() -> None:
+    """It was dealt with, and what fails from here on fails by itself."""
+    _interrupted.clear()
 
 
 @contextmanager
@@ -54,7 +71,7 @@ def stopping_on_signals(
             asked.set()
             say(words)
         else:
-            raise KeyboardInterrupt
+            _interrupt(number, frame)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may take signals: whoever runs us in another one asks in other ways

@@ -11,6 +11,7 @@ from pathlib import Path
 from tunesmith import loading
 from tunesmith.asking import Ask, Ended, EngineOptions, Piece, Refused
 from tunesmith.cli.output import console, json_line, refuse_lost
+from tunesmith.cli.stopping import forget_interrupt
 from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
 from tunesmith.inference.alone import Alone
@@ -156,6 +157,7 @@ class Talk:
                 try:
                     self.ask(text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
+                    forget_interrupt()
                     self.screen.print("\n(answer stopped)", style="bright_black")
                 except Refused as refused:
                     if not typed:
