@@ -27,6 +27,7 @@ from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
 from tunesmith.cli.stopping import interruptible, was_interrupted
 from tunesmith.cli.train import train
+from tunesmith.errors import TunesmithError
 
 
 class Verb(TyperCommand):
@@ -52,7 +53,7 @@ class Verbs(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if _is_usage(error):
                 raise
-            if was_interrupted():
+            if was_interrupted() and not isinstance(error, TunesmithError):
                 raise typer.Exit(failing.report(KeyboardInterrupt())) from None
             raise typer.Exit(failing.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
