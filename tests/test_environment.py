@@ -63,13 +63,13 @@ def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
     assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES, "LRU_CACHE_CAPACITY": "4096"}) > 64
 
 
-def test_threads_sleep_soon_only_beside_other_work() -> None:
-    for others, expected in ((0, None), (BUSY, "2000"), (7, "2000")):
+def test_threads_that_answer_sleep_sooner_only_while_other_programs_run() -> None:
+    for others, expected in ((0, None), (BUSY, "20000"), (7, "20000")):
         environment: dict[str, str] = {}
-        prepare_environment(environment, lambda others=others: others)
+        prepare_environment(environment, lambda others=others: others, answers=True)
         assert environment.get("GOMP_SPINCOUNT") == expected
-    prepare_environment(environment := {}, lambda: 7, answers=True)
-    assert environment["GOMP_SPINCOUNT"] == "20000"
+    prepare_environment(environment := {}, lambda: 7)
+    assert "GOMP_SPINCOUNT" not in environment  # what trains looks while it runs: tests/test_contention.py
 
 
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the platform does not tell")

@@ -44,10 +44,10 @@ def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], 
     # programs; it was never run here, since no card was there.
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
         environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # Beside another busy program threads that wait for each other soon go to sleep: spinning on, as is libgomp's
-    # default, made training several times slower. On a machine of one's own it is sleeping that costs.
-    if others() >= BUSY:
-        environ.setdefault("GOMP_SPINCOUNT", "20000" if answers else "2000")
+    # While other programs run, threads that wait for each other should soon go to sleep. A server's clients are such
+    # programs too, and its waits are short; for what does not answer, contention.py looks while it runs.
+    if answers and others() >= BUSY:
+        environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _keep_freed_memory(environ: MutableMapping[str, str]) -> None:

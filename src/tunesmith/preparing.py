@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tunesmith import contention
 from tunesmith.attaching import attach
 from tunesmith.beside import Beside
 from tunesmith.data import order
@@ -118,6 +119,7 @@ def prepare(
     on_progress("load", 0, 1)
     hashes = Beside(partial(load.fingerprint, start.located))
     torch.set_num_threads(known(recipe.threads))
+    contention.watch()
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
     attachment = attach(recipe, model, head=start.head, store=rows.store)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunesmith import contention
 from tunesmith.data.batch import build_batch
 from tunesmith.data.passes import fill_passes
 from tunesmith.errors import DataError, InputError
@@ -53,6 +54,7 @@ class Predictor:
     """Probability above which a class holds where any number can, or from which on the second of two is answered."""
 
     def __post_init__(self) -> None:
+        contention.watch()
         if self.speaker.head == "masked_token":
             raise InputError(
                 "predict: this model fills in masked tokens: it has no answer to a row. Its measures: tunesmith eval."
