@@ -93,7 +93,7 @@ def test_threads_sleep_while_another_program_wants_their_cores() -> None:
 
 def test_what_a_person_has_set_stays() -> None:
     needs_libgomp()
-    script = "import torch, threading; from tunesmith import contention; contention.watch(); print(threading.active_count())"
+    script = "import torch, threading; from tunesmith.contention import watch; watch(); print(threading.active_count())"
     env = {**os.environ, "GOMP_SPINCOUNT": "2000"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
