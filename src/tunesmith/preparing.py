@@ -119,7 +119,6 @@ def prepare(
     on_progress("load", 0, 1)
     hashes = Beside(partial(load.fingerprint, start.located))
     torch.set_num_threads(known(recipe.threads))
-    contention.watch()
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
     attachment = attach(recipe, model, head=start.head, store=rows.store)
@@ -176,6 +175,7 @@ def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgr
 
 def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
+    contention.watch()
     model = load.load_model(
         start.located,
         dtype=DTYPES[known(recipe.precision)],
