@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,17 @@ def resume(
     run: Run | str | PathLike[str],
     *,
     root: str | PathLike[str] = "runs",
+    model: str | PathLike[str] | None = None,
     offline: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Run:
-    """Go on with a stopped or broken run, named as on the command line, as if it had never stopped.
+    """Go on with a stopped or broken run, named as on the command line, as if it had never stopped. `model`: where its
+    model is now, if it was moved.
 
     Raises:
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
     """
-    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    found = _opened(run, root, model)
     training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
     return _with_exports(found)
 
@@ -97,14 +100,17 @@ def predict(
     threshold: float | None = None,
     max_new_tokens: int = 256,
     root: str | PathLike[str] = "runs",
+    model: str | PathLike[str] | None = None,
     offline: bool = False,
 ) -> list[dict[str, Any]]:
     """Answers to texts, or to rows with the fields of the task, in order: as the lines of `tunesmith predict --bare`.
 
     `target` is a run or a model; `base` asks the untouched model of a run, `task` says what to ask of a model.
+    `model`: where the model that a run was made from is now, if it was moved.
     """
     given = [rows] if isinstance(rows, (str, Mapping)) else rows
-    speaker = load_target(_name(target), root=Path(root), base=base, task=task, offline=offline)
+    where = None if model is None else fspath(model)
+    speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     return answers_to(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
 
 
@@ -116,23 +122,36 @@ def evaluate(
     task: TaskName | None = None,
     samples: int | None = None,
     root: str | PathLike[str] = "runs",
+    model: str | PathLike[str] | None = None,
     offline: bool = False,
 ) -> dict[str, Interval]:
     """The measures of the task on a file of answered rows, each as {"value", "low", "high"}: its 95 % interval.
 
     `samples` rows are also answered, and the answers measured; None: 50 for the tasks chat, generate and summarize.
+    `model`: where the model that a run was made from is now, if it was moved.
     """
-    speaker = load_target(_name(target), root=Path(root), base=base, task=task, offline=offline)
+    where = None if model is None else fspath(model)
+    speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     return evaluate_file(speaker, fspath(data), samples=samples).measures
 
 
 def load(
-    run: Run | str | PathLike[str], *, root: str | PathLike[str] = "runs", offline: bool = False
+    run: Run | str | PathLike[str],
+    *,
+    root: str | PathLike[str] = "runs",
+    model: str | PathLike[str] | None = None,
+    offline: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The tuned model of a run and its tokenizer, as `transformers` uses them."""
-    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    """The tuned model of a run and its tokenizer, as `transformers` uses them. `model`: where the model that it was
+    made from is now, if it was moved."""
+    found = _opened(run, root, model)
     speaker = load_run(found, offline=offline)
     return speaker.model, speaker.renderer.tokenizer
+
+
+def _opened(run: Run | str | PathLike[str], root: str | PathLike[str], model: str | PathLike[str] | None) -> Run:
+    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    return found if model is None else replace(found, base=fspath(model))
 
 
 def _name(target: Run | str | PathLike[str]) -> str:

@@ -149,6 +149,8 @@ class EngineOptions:
     """Of the child; None: one a core."""
     offline: bool = False
     """Nothing is downloaded: models are on this machine already."""
+    base: str | None = None
+    """Where the base of the runs is now, if it was moved."""
 
 
 @dataclass(frozen=True, slots=True)

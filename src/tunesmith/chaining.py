@@ -30,6 +30,7 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
         return model, None
     run = Run.open(model, root)
     if run.model_path.exists():
+        run.check_result(run.model_path)
         return str(run.model_path), f"starts from the result of {run.path}"
     if not run.adapter_path.exists():
         raise RunError(

@@ -21,12 +21,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import orjson
 
 from tunesmith.errors import StorageError
 
 TEMPORARY = ".tmp-"
 """Prefix of what is being written; worthless once its writer is dead."""
+WRITER = "writer.lock"
+"""In a temporary folder whose writer holds it."""
 REPLACED = ".old-"
 """Prefix of what is being replaced; put back by `clean` if its successor never arrived."""
 
@@ -116,6 +119,37 @@ def temporary_folder(parent: Path, name: str) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     return path
+
+
+@contextmanager
+def being_written(folder: Path) -> Iterator[None]:
+    """Hold a lock in a temporary folder, which ends with this process: `abandoned` then tells at once."""
+    with storing(folder):
+        lock = filelock.FileLock(folder / WRITER, timeout=1)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def abandoned(parent: Path) -> list[Path]:
+    """Temporary folders whose writer is dead."""
+    try:
+        found = [path for path in sorted(parent.glob(f"{TEMPORARY}*-*")) if (path / WRITER).is_file()]
+    except OSError:
+        return []
+    return [path for path in found if not _is_held(path / WRITER)]
+
+
+def _is_held(path: Path) -> bool:
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except (filelock.Timeout, OSError):  # where it cannot be tried, it may be at work
+        return True
+    lock.release()
+    return False
 
 
 def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import checkpoint
 from tunesmith.attaching import attach
+from tunesmith.beside import Beside
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
-from tunesmith.methods import METHODS, is_beside, restore, without
+from tunesmith.methods import METHODS, carried, is_beside, restore, without
 from tunesmith.methods.peft_kinds import num_virtual_tokens
 from tunesmith.models import heads, load, locate, new_tokens
 from tunesmith.models.kind import model_kind
@@ -27,7 +29,7 @@ from tunesmith.models.size import size
 from tunesmith.planning.advise import choose_precision, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.run import Run, is_run
+from tunesmith.run import Run, is_run, no_such_run
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 from tunesmith.values import command
 
@@ -58,6 +60,8 @@ class Speaker:
     run: Run | None = None
     """Of which it is the result, or with `is_base` the untouched model."""
     is_base: bool = False
+    base_hashes: Mapping[str, str] | None = None
+    """SHA-256 of the model's files, where they were read already."""
 
     @property
     def can_untune(self) -> bool:
@@ -90,7 +94,8 @@ class Speaker:
 
     def identity(self) -> dict[str, str]:
         """Hashes of all that an answer follows from beside the question, by name."""
-        digests = {f"model {name}": digest for name, digest in load.fingerprint(self.located).items()}
+        hashes = load.fingerprint(self.located) if self.base_hashes is None else self.base_hashes
+        digests = {f"model {name}": digest for name, digest in hashes.items()}
         if self.result is not None:
             weights = [path for path in sorted(self.result.iterdir()) if path.is_file()]
             digests |= {f"{self.result.name} {path.name}": sha256_file(path) for path in weights}
@@ -102,17 +107,26 @@ class Speaker:
 
 
 def load_target(
-    target: str, *, root: Path, base: bool = False, task: TaskName | None = None, offline: bool = False
+    target: str,
+    *,
+    root: Path,
+    base: bool = False,
+    task: TaskName | None = None,
+    model: str | None = None,
+    offline: bool = False,
 ) -> Speaker:
-    """What RUN|MODEL names: the tuned model of a run, with `base` its untouched one, or a model.
+    """What RUN|MODEL names: the tuned model of a run, with `base` its untouched one, or a model. `model`: where that of
+    a run is now.
 
     Raises InputError for what only the other of the two can do, and whatever the functions below raise.
     """
     if not is_run(target, root):
         if base:
             raise InputError(f"{target}: --base needs a run: a model has no untouched version beside it.")
+        refuse_needless(model, target)
+        refuse_unknown(target, root, offline=offline)
         return load_model(target, task=task, offline=offline)
-    run = Run.open(target, root)
+    run = Run.open(target, root, base=model)
     learnt = run.recipe().task
     if task not in (None, learnt):
         raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
@@ -131,7 +145,16 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Spe
     """
     recipe = run.recipe()
     if run.model_path.exists():
-        return _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+        refuse_needless(run.base, str(run.path))
+        checking = Beside(partial(run.check_result, run.model_path))
+        try:
+            speaker = _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+        except ModelError:
+            checking.result()  # says which file is damaged
+            raise
+        note = "; ".join(filter(None, [checking.result(), speaker.note]))
+        refuse_non_finite(dict(speaker.model.named_parameters()), run.model_path)
+        return replace(speaker, note=note)
     return tune(load_base(run, offline=offline, as_trained=as_trained), run)
 
 
@@ -140,8 +163,11 @@ def tune(base: Speaker, run: Run) -> Speaker:
     recipe = run.recipe()
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
+        unchecked = run.check_result(run.adapter_path)
         attachment = method.load_result(base.model, run.adapter_path)
-        return replace(base, attachment=attachment, result=run.adapter_path, note=base.packed)
+        refuse_non_finite(carried(attachment), run.adapter_path)
+        note = "; ".join(filter(None, [unchecked, base.packed]))
+        return replace(base, attachment=attachment, result=run.adapter_path, note=note)
     # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
     with run.lock():
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
@@ -156,33 +182,76 @@ def tune(base: Speaker, run: Run) -> Speaker:
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
-def load_base(run: Run, *, offline: bool = False, as_trained: bool = True) -> Speaker:
-    """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with."""
+def load_base(
+    run: Run, *, offline: bool = False, as_trained: bool = True, hashes: Mapping[str, str] | None = None
+) -> Speaker:
+    """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with.
+
+    `hashes`: of its files, where they are known. Raises RunError where they are not those that the run was tuned on.
+    """
     recipe = run.recipe()
     labels = run_labels(recipe)
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+    located = locate.locate_base(recipe, offline=offline)
+    hashing = Beside(partial(load.fingerprint, located) if hashes is None else partial(dict, hashes))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = Located("folder", folder, str(folder))
             tokenizer = load.load_tokenizer(saved, None)
             break
     else:
-        tokenizer = load.load_tokenizer(located, recipe.data.template)
+        tokenizer = load.load_tokenizer(located, recipe.data.template_at)
         new_tokens.add(tokenizer, recipe.data.new_tokens)
-    return _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
+    try:
+        speaker = _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
+    except ModelError:
+        refuse_other_base(run, located, hashing.result())  # another model need not load as this one does
+        raise
+    refuse_other_base(run, located, hashing.result())
+    return replace(speaker, base_hashes=hashing.result())
 
 
 def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
     """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
     load on others without an error, and answer something else."""
     then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
+    then = as_renamed(then, hashes)
     weights = {name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))}
     changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
     if changed:
         raise RunError(
-            f"{base.name}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
-            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back."
+            f"{base.path}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
+            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back, "
+            "or pass its place with --model PATH."
         )
+
+
+def as_renamed(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of files, those under another name now by that name: a GGUF is called as its owner likes."""
+    names = {digest: name for name, digest in now.items() if name.endswith(".gguf") and name not in then}
+    return {names.get(value, key) if key not in now else key: value for key, value in then.items()}
+
+
+def refuse_unknown(target: str, root: Path, *, offline: bool) -> None:
+    """Raise ModelError for what is neither a run nor a model, naming the runs that there are."""
+    try:
+        locate.locate(target, offline=offline)
+    except ModelError as error:
+        if any(mark in target for mark in "/\\.~"):
+            raise  # the path of a model
+        raise ModelError(f"{no_such_run(target, root)} And no such model: {error}") from error
+
+
+def refuse_non_finite(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise ModelError naming a weight that holds a value which is no number: every answer would be none."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{folder}: {name} holds NaN or infinite values, so it cannot answer. Take a copy of it.")
+
+
+def refuse_needless(base: str | None, model: str) -> None:
+    """Raise InputError where a base is given for what has none."""
+    if base is not None:
+        raise InputError(f"--model: says where the base of a run is, and {model} needs no base. Leave it out.")
 
 
 def run_labels(recipe: Recipe) -> Labels | None:

@@ -168,7 +168,7 @@ def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgr
     if seen.start.located.has_weights:
         return seen
     on_progress("download", 0, 1)  # it fits, so they are worth fetching
-    locate.locate(seen.start.located.name, revision=recipe.revision)
+    locate.locate_base(seen.start.recipe)
     on_progress("download", 1, 1)
     return foresee(recipe, root=root, on_progress=on_progress, run=run)
 

@@ -5,6 +5,7 @@
       events.jsonl     one event a line                     rows/         encoded rows
       checkpoints/     step-N/                              evaluation/    each held-out row's outcome
       adapter/ or model/                                    report.json, report.md, report.html
+      result.json      SHA-256 of its files
       lock, lock.json  who is writing                       stop          asks the writer to stop
 
 One process writes, holding `lock`; any number read.
@@ -21,7 +22,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,17 @@ import filelock
 import tunesmith
 from tunesmith import events
 from tunesmith.errors import RunError
-from tunesmith.files import clean, from_json, remove, replace_folder, storing, temporary_folder, to_json, write_atomic
+from tunesmith.files import (
+    clean,
+    from_json,
+    remove,
+    replace_folder,
+    sha256_file,
+    storing,
+    temporary_folder,
+    to_json,
+    write_atomic,
+)
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -41,6 +52,10 @@ FORMAT = 1
 
 State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
 
+RESULT = "result.json"
+_OWN = ("evaluation", "checkpoints", "rows", "rows/train", "rows/held_out", "exports", "merged")
+"""Folders of a run that are written to."""
+
 _LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away
 
 
@@ -49,10 +64,15 @@ class Run:
     """A run folder."""
 
     path: Path
+    base: str | None = None
+    """Where the model that it was made from is now, where a person says so."""
 
     @classmethod
-    def create(cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None) -> Run:
-        """A new folder `<name>-<4 hex digits>` in `root`, or just `out`; complete or absent.
+    def create(
+        cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None, recipe: Recipe | None = None
+    ) -> Run:
+        """A new folder `<name>-<4 hex digits>` in `root`, or just `out`; complete or absent. Of `recipe` it is noted
+        where its files are.
 
         Raises RunError where `out` is there and not empty: a run never overwrites.
         """
@@ -61,6 +81,10 @@ class Run:
         clean(parent, name="new-run", older_than_s=3600)
         temporary = temporary_folder(parent, "new-run")
         facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__}
+        if recipe is not None:
+            from tunesmith.origin import record
+
+            facts["made"] = record(recipe, parent)
         try:
             write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
             write_atomic(temporary / "run.json", to_json(facts, indent=True) + b"\n")
@@ -78,11 +102,17 @@ class Run:
         raise RunError(f"{taken}, and a run never overwrites anything. Choose another folder, or resume the run in it.")
 
     @classmethod
-    def open(cls, path_or_name: str | Path, root: Path) -> Run:
-        """The run at a path, or in `root` by its name, the beginning of its name, or "last".
+    def open(cls, path_or_name: str | Path, root: Path, *, base: str | None = None) -> Run:
+        """The run at a path, or in `root` by its name, the beginning of its name, or "last". `base`: where its model is
+        now, if it was moved.
 
         Raises RunError naming the near matches.
         """
+        found = cls._find(path_or_name, root)
+        return found if base is None else replace(found, base=base)
+
+    @classmethod
+    def _find(cls, path_or_name: str | Path, root: Path) -> Run:
         text = str(path_or_name)
         if (Path(text) / "run.json").is_file():
             return _known_format(cls(Path(text)))
@@ -95,7 +125,7 @@ class Run:
         if begins:
             several = f"the names of {len(begins)} runs in {root} begin with it: {_listed(begins)}"
             raise RunError(f"{text}: {several}. Give more of the name.")
-        raise RunError(_not_found(text, root, list(present)))
+        raise RunError(no_such_run(text, root))
 
     @property
     def events_path(self) -> Path:
@@ -135,10 +165,19 @@ class Run:
         return float(self.read_json("run.json").get("created", 0.0))
 
     def recipe(self) -> Recipe:
-        """The complete recipe of this run."""
+        """The complete recipe of this run, which knows where its files are now."""
         from tunesmith.recipe import read
 
-        return read.load(str(self.recipe_path))
+        return self.place(read.load(str(self.recipe_path)))
+
+    def place(self, recipe: Recipe) -> Recipe:
+        """A recipe of this run, knowing where its files are now."""
+        from tunesmith.origin import Origin
+
+        facts: Any = {}
+        with suppress(RunError):
+            facts = self.read_json("run.json")
+        return Origin.of(self.path, facts, base=self.base).put(recipe)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name` of this folder, atomically."""
@@ -167,14 +206,48 @@ class Run:
             except filelock.Timeout:
                 raise RunError(f"{self.path}: in use by {self._holder()}. Wait for it, or stop it.") from None
         try:
+            self.refuse_links()
             clean(self.path)
-            clean(self.checkpoints_path)
+            for name in ("checkpoints", "evaluation", "rows/train", "rows/held_out"):
+                clean(self.path / name)
             self.write_json("lock.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
             yield
         finally:
             with suppress(OSError):
                 (self.path / "lock.json").unlink(missing_ok=True)
             lock.release()
+
+    def refuse_links(self) -> None:
+        """Raise RunError where a folder of the run is a link: what is written there would land elsewhere."""
+        for name in _OWN:
+            path = self.path / name
+            if path.is_symlink():
+                raise RunError(
+                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a folder in "
+                    "its place."
+                )
+
+    def keep_hashes(self, result: Path) -> None:
+        """Note the SHA-256 of every file of the result, against which it is checked when it is loaded."""
+        self.write_json(RESULT, _hashes(result))
+
+    def check_result(self, result: Path) -> str:
+        """What to say of a result that cannot be checked, since its run noted no hashes; empty: it was checked.
+
+        Raises RunError naming a file that is not as the run left it.
+        """
+        path = self.path / RESULT
+        if not path.is_file():
+            return f"{result}: its run is of an earlier version and noted no hashes, so its files were not checked"
+        then, now = self.read_json(RESULT), _hashes(result)
+        for name in then:
+            if now.get(name) != then[name]:
+                raise RunError(
+                    f"{result / name}: not as the run left it (its SHA-256 is {now.get(name, 'absent')[:16]}, was "
+                    f"{str(then[name])[:16]}). Put the file back from a copy. If you changed it yourself, remove "
+                    f"{path}: the result is then loaded as it is."
+                )
+        return ""
 
     def _holder(self) -> str:
         try:
@@ -242,6 +315,14 @@ def runs(root: Path) -> list[Run]:
     return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
 
 
+def made_from(run: Run) -> list[str]:
+    """Files and folders that a run was made from, as they were typed; none where it did not note them."""
+    try:
+        return list(run.read_json("run.json")["made"]["places"])
+    except (RunError, KeyError, TypeError):
+        return []
+
+
 def is_run(target: str, root: Path) -> bool:
     """Whether a word that can mean a run or a model means a run: its folder, "last", or a name in `root`."""
     if Path(target).exists():
@@ -249,6 +330,12 @@ def is_run(target: str, root: Path) -> bool:
     if "/" in target:
         return False
     return target == "last" or any(run.path.name.startswith(target) for run in runs(root))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by its path in there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def _slug(name: str) -> str:
@@ -268,7 +355,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _not_found(text: str, root: Path, names: list[str]) -> str:
+def no_such_run(text: str, root: Path) -> str:
+    """What to say of a name that is none of a run in `root`."""
+    names = [run.path.name for run in runs(root)]
     if text and Path(text).is_dir():
         return f"{text}: not a run folder: it has no run.json."
     if not names:

@@ -44,6 +44,8 @@ class Listener:
     """Of anything that takes seconds: what, how much is done, of how much."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after every step."""
+    on_run: Callable[[Run], None] = lambda run: None
+    """Told the run as soon as its folder is there."""
 
 
 @dataclass

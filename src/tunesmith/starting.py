@@ -49,12 +49,14 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    name, chained = start_from(recipe.model, root=root, offline=offline)
-    recipe = recipe.model_copy(update={"model": name})
+    chained: str | None = None
+    if recipe.base is None:  # of a run that goes on it is decided
+        name, chained = start_from(recipe.model, root=root, offline=offline)
+        recipe = recipe.model_copy(update={"model": name})
     check_installed(recipe.optim)
     notes = [chained] if chained else []
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline, weights=False)
-    tokenizer = load.load_tokenizer(located, recipe.data.template, on_note=notes.append)
+    located = locate.locate_base(recipe, offline=offline, weights=False)
+    tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
     if isinstance(recipe.method, PeftMethod):
         recipe = recipe.model_copy(update={"method": resolved(recipe.method)})
     model_size, kind = _room_left(size(located), recipe), model_kind(located)

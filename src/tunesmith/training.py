@@ -21,6 +21,7 @@ from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
 from tunesmith.files import fsync_file, remove, storing, temporary_folder, write_atomic
+from tunesmith.loading import as_renamed
 from tunesmith.looking import find_surprising, look, measure_held_out
 from tunesmith.loop import training_steps
 from tunesmith.measures import MEASURES
@@ -30,7 +31,7 @@ from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.show import as_yaml
-from tunesmith.run import Run
+from tunesmith.run import Run, made_from, runs
 from tunesmith.session import Listener, OnEvent, Progress, Session
 from tunesmith.types import Event
 from tunesmith.values import command
@@ -64,12 +65,24 @@ def train(
     listener = listener or Listener()
     begun = time.perf_counter()
     setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
-    run = Run.create(root, run_name(setup), as_yaml(setup.recipe, comments=False), out=out)
+    yaml = as_yaml(setup.recipe, comments=False)
+    run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe)
+    listener.on_run(run)
     with run.lock():
         setup.rows.keep(run.rows_path)
         progress = Progress(prepare_seconds=time.perf_counter() - begun)
         _drive(Session(setup, run, progress, listener), fresh=True)
     return run
+
+
+def _name_among(setup: Setup, root: Path) -> str:
+    """The run's name; with the ending of its data file too, where another file of that name without it has a run."""
+    name, file = run_name(setup), Path(setup.recipe.data.train[0].path)
+    if setup.recipe.name is not None or not file.suffix:
+        return name
+    others = {Path(path).name for run in runs(root) for path in made_from(run)}
+    is_shared = any(other != file.name and other.split(".")[0] == name for other in others)
+    return f"{name}-{file.name.split('.')[1]}" if is_shared else name
 
 
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
@@ -86,6 +99,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
     if run.state() == "done":
         raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
     listener = listener or Listener()
+    listener.on_run(run)
     begun = time.perf_counter()
     with run.lock():
         run.clear_stop()
@@ -99,6 +113,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         set_before: list[str] = []
         if then:
             unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
+            then = as_renamed(then, setup.identity)
             same_update = {f"setting {key}" for key in SAME_UPDATE}
             try:
                 _refuse_changes(run, _without(setup.identity, same_update), _without(then, same_update))
@@ -161,7 +176,7 @@ def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
             f"--set {other[0]}: it would be another run. Of one that goes on only {', '.join(SAME_UPDATE)} can change; "
             "for anything else start a new one with `tunesmith train`."
         )
-    return read.load(str(run.recipe_path), settings) if settings else run.recipe()
+    return run.place(read.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
@@ -353,4 +368,6 @@ def _rehearse_result(setup: Setup, run: Run) -> None:
 
 
 def _save_result(setup: Setup, run: Run) -> None:
-    setup.save_result(run.model_path if setup.recipe.method.name == "full" else run.adapter_path)
+    folder = run.model_path if setup.recipe.method.name == "full" else run.adapter_path
+    setup.save_result(folder)
+    run.keep_hashes(folder)

@@ -106,6 +106,8 @@ class Example:
     """classify: the row's classes, or its number as it is written; tag: one for each part, which is a word."""
     many: bool = False
     """`labels` came as a list: any number of them can hold, none too."""
+    kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Of a row to be answered: what stands beside the answer as it is, such as an id."""
 
 
 @dataclass(frozen=True, slots=True)

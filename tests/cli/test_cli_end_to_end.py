@@ -194,6 +194,33 @@ def test_chat_reads_questions_from_a_pipe(done: tuple[Run, Result]) -> None:
     assert told[0]["answer"] == told[2]["answer"]
 
 
+def test_commands_of_a_conversation_are_listed_and_unknown_ones_are_no_prompts(done: tuple[Run, Result]) -> None:
+    words = ["chat", str(done[0].path), "--max-tokens", "3", "--offline", "--json"]
+    result = CliRunner().invoke(app, words, input="/help\n//hello\n/usr/bin is a path\n/rest now\n")
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()[:2]] == ["/hello", "/usr/bin is a path"]
+    assert "/reset  forget the conversation" in result.stderr
+    assert result.exit_code == 2
+    assert "/rest: no such command. /help lists them." in result.stdout + result.stderr
+
+
+def test_a_name_that_is_neither_a_run_nor_a_model_says_both(place: Place, done: tuple[Run, Result]) -> None:
+    for words in (["chat", "nope", "--once", "x"], ["predict", "nope", "--text", "x"], ["eval", "nope", place.data]):
+        told = " ".join(tunesmith(*words, "--runs", place.root, "--offline", code=2).stderr.split())
+        assert f"nope: no such run in {place.root}: {place.root} holds " in told
+        assert "And no such model: nope: " in told
+
+
+def test_runs_of_data_files_of_one_name_can_be_told_apart(place: Place, tmp_path: Path) -> None:
+    rows = [json.loads(line)["messages"][:2] for line in place.data.read_text().splitlines()]
+    pairs = [f"{json.dumps(ask['content'])},{json.dumps(answer['content'])}\n" for ask, answer in rows]
+    (tmp_path / "chats.csv").write_text("prompt,completion\n" + "".join(pairs))
+    for data in (place.data, tmp_path / "chats.csv"):
+        words = ["train", place.model, data, "--runs", tmp_path / "runs", "--offline", "--quiet"]
+        tunesmith(*words, *settings("train.max_steps=1", "evaluation.general=false"))
+    names = [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] != "."]
+    assert sorted(name.rpartition("-")[0] for name in names) == ["chats", "chats-csv"]
+
+
 def test_a_model_has_nothing_to_compare(place: Place) -> None:
     result = tunesmith("chat", place.model, "--compare", "--once", "x", code=2)
     assert "--compare need a run" in result.stderr
@@ -276,6 +303,21 @@ def test_stop_checkpoints_and_resume_ends_the_same(
     assert run.state() == "done"
     assert losses_of(run) == uninterrupted
     assert len(uninterrupted) == LONG_STEPS + 2
+
+
+def test_a_second_signal_leaves_at_once_and_says_the_way_on(place: Place) -> None:
+    words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--json", *settings(*LONG)]
+    work = process([*words, "--out", place.folder / "left"])
+    assert work.stdout is not None
+    for line in work.stdout:
+        if json.loads(line)["kind"] == "step":
+            break
+    work.send_signal(signal.SIGINT)
+    work.send_signal(signal.SIGTERM)
+    _, said = work.communicate(timeout=120)
+    assert work.returncode in (-signal.SIGINT, -signal.SIGTERM), said
+    assert "left at once; go on from its last checkpoint with: " in said
+    assert f"resume {place.folder / 'left'}" in said
 
 
 def test_python_face_does_the_same(place: Place, done: tuple[Run, Result]) -> None:

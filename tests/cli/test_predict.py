@@ -83,7 +83,9 @@ def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path
     assert begun.read_bytes() == whole.read_bytes()
     assert told(result) == [{"kind": "result", "out": str(begun), "answered": 20, "errors": 0}]
     assert (f"goes on after {kept} row" in result.stderr) == bool(kept)
-    assert list(tmp_path.glob("*.progress.json")) == []
+    again = predict(one, rows, "--out", begun, "--json")
+    assert "complete already" in again.stderr
+    assert told(again) == told(result)
 
 
 def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
@@ -98,6 +100,26 @@ def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
     out.write_bytes(b"".join(lines) + b'{"source": "ro')
 
 
+def test_id_reference_and_answer_stand_in_one_line(one: Path, tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_text("id,text,label\n7,the old,a\n9,in Rome,b\n")
+    lines = told(predict(one, path, "--keep", "id"))
+    assert [(line["id"], line["reference"]) for line in lines] == [("7", "a"), ("9", "b")]
+    assert list(lines[0]) == ["source", "id", "text", "label", "probabilities", "reference"]
+    assert "id" in told(predict(one, path, "--keep", "id,reference", "--bare"))[0]
+    out = tmp_path / "out.jsonl"
+    predict(one, path, "--keep", "id", "--out", out)
+    assert "reference" in out.read_text()
+    assert [line["label"] for line in told(predict(one, out))]  # a file of answers is a file of rows
+
+
+def test_a_column_that_is_not_there_or_is_the_answers_own_cannot_be_kept(one: Path, tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_text("idx,text,label\n7,the old,a\n")
+    assert "no such field. Did you mean idx?" in predict(one, path, "--keep", "id", code=2).stderr
+    assert "a name of the line's own" in predict(one, path, "--keep", "label", code=2).stderr
+
+
 def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     _begin(one, rows, out, [b'{"source":"x"}\n'])
@@ -106,7 +128,7 @@ def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path,
     assert "--overwrite" in predict(one, rows, "--out", out, "--bare", code=2).stderr
     predict(one, other, "--out", out, "--overwrite")
     assert len(out.read_bytes().splitlines()) == 1
-    assert "--overwrite" in predict(one, other, "--out", out, code=2).stderr
+    assert "--overwrite" in predict(one, other, "--out", out, "--bare", code=2).stderr
     assert "the rows themselves" in predict(one, other, "--out", other, code=2).stderr
 
 

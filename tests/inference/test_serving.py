@@ -91,6 +91,7 @@ def with_another_tokenizer(run: Run) -> None:
 def test_other_prompts_than_those_of_training_are_refused(run: Run, planted: Callable[[Run], None]) -> None:
     """The planted bugs: a template that writes one blank more, one more BOS, a tokenizer that was saved otherwise."""
     planted(run)
+    (run.path / "result.json").unlink()  # which would refuse the file itself
     with pytest.raises(AssertionError) as refusal:
         assert_served(run)
     assert f"{run.path}: " in str(refusal.value)
@@ -110,6 +111,7 @@ def test_a_prompt_left_open_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch
 def test_an_adapter_that_changes_nothing_is_refused(run: Run) -> None:
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: t * (0 if "lora_B" in name else 1) for name, t in load_file(path).items()}, path)
+    (run.path / "result.json").unlink()  # which would refuse the file itself
     with pytest.raises(RunError, match="its adapter changes nothing"):
         opened(run.path)
 

@@ -23,7 +23,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment, attach, merge
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.lora import LoraAttachment, attach, merge
-from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.recipe.knobs import LoraMethod
 

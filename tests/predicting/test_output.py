@@ -30,12 +30,16 @@ WHOLE = [line(n) for n in range(1, 41)]
 def go_on(path: Path, *, most: int = 1000) -> None:
     """What a call does: the lines that are missing, in chunks of five."""
     output = Output.open(path, IDENTITY)
+    if output.is_complete:
+        output.close()
+        return
     rest = WHOLE[output.num_lines :][:most]
-    for start in range(0, len(rest), 5):
-        output.write(rest[start : start + 5])
-    if output.num_lines + len(rest) == len(WHOLE):
-        output.finish()
-    else:
+    try:
+        for start in range(0, len(rest), 5):
+            output.write(rest[start : start + 5])
+        if output.num_lines + len(rest) == len(WHOLE):
+            output.finish()
+    finally:
         output.close()
 
 
@@ -51,7 +55,7 @@ def test_a_file_is_gone_on_with_after_its_last_whole_line(tmp_path: Path, cut: i
     path.write_bytes(begun[: max(0, len(begun) - cut)])
     go_on(path)
     assert lines_in(path) == WHOLE
-    assert sorted(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, path.with_name("out.jsonl.progress.json")]
 
 
 def test_lines_without_an_answer_are_counted_again(tmp_path: Path) -> None:
@@ -73,14 +77,43 @@ def test_what_was_made_from_something_else_is_refused_and_kept(tmp_path: Path) -
     assert path.read_bytes() == b""
 
 
-def test_a_complete_file_is_never_written_over_unasked(tmp_path: Path) -> None:
+def test_a_complete_file_is_known_as_complete_and_never_written_over_unasked(tmp_path: Path) -> None:
     path = tmp_path / "out"
     go_on(path)
-    with pytest.raises(InputError, match="--overwrite"):
-        Output.open(path, IDENTITY)
+    again = Output.open(path, IDENTITY)
+    assert again.is_complete
+    again.close()
+    with pytest.raises(InputError, match="model was m, is other"):
+        Output.open(path, {**IDENTITY, "model": "other"})
     assert lines_in(path) == WHOLE
+    path.write_bytes(path.read_bytes() + b'{"source": "mine"}\n')
+    with pytest.raises(InputError, match="was changed since it was complete"):
+        Output.open(path, IDENTITY)
     go_on_anew = Output.open(path, IDENTITY, overwrite=True)
     assert go_on_anew.num_lines == 0
+
+
+def test_a_file_that_says_nothing_of_itself_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine\n")
+    with pytest.raises(InputError, match="nothing says what it was made from"):
+        Output.open(path, IDENTITY)
+    assert path.read_text() == "mine\n"
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    output = Output.open(tmp_path / "out", IDENTITY)
+    with pytest.raises(InputError, match="another process is writing it"):
+        Output.open(tmp_path / "out", IDENTITY)
+    output.close()
+    Output.open(tmp_path / "out", IDENTITY).close()
+
+
+def test_what_a_kill_left_of_the_progress_file_is_removed_at_once(tmp_path: Path) -> None:
+    left = tmp_path / ".tmp-out.progress.json-01234567"
+    left.write_text("half")
+    go_on(tmp_path / "out")
+    assert not left.exists()
 
 
 def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
@@ -100,8 +133,7 @@ def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
             assert all(json.loads(text) for text in path.read_text("utf-8").splitlines())
         if faults.failed is None:
             break
-        if not (path.exists() and not path.with_name(f"{path.name}.progress.json").exists()):
-            go_on(path)
+        go_on(path)
         assert lines_in(path) == WHOLE
     assert at > 15
 
@@ -124,8 +156,7 @@ def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
         if path.exists() and path.read_bytes():
             *whole, _ = path.read_bytes().split(b"\n")
             assert [json.loads(text) for text in whole] == WHOLE[: len(whole)]
-        if not (path.exists() and path.stat().st_size and not path.with_name(path.name + ".progress.json").exists()):
-            go_on(path)
+        go_on(path)
         assert lines_in(path) == WHOLE
     assert at > 15
 
@@ -142,6 +173,8 @@ def answers(examples, done, warn):
     return [{"value": len(e.parts[0].text)} for e in examples]
 
 output = Output.open(Path(sys.argv[1]), {"input": "same"})
+if output.is_complete:
+    sys.exit(0)
 lines = Lines(answers, output.write, chunk_rows=8, skip=output.num_lines)
 for n in range(1, 801):
     lines.take(Example((Part("text", "word " * (n % 50), False),), Source("a", n), "text_label", plain=True))
@@ -170,8 +203,7 @@ def test_killed_again_and_again_the_end_is_the_same(tmp_path: Path) -> None:
         num_kills += 1
         assert whole.read_bytes().startswith(path.read_bytes())
     assert num_kills >= 2
-    left = path.with_name(f"{path.name}.progress.json")
-    if left.exists():  # killed between the last line and the end
+    # At whichever moment it was killed, the same command ends well, and so it does once more.
+    for _ in range(2):
         subprocess.run([*command, str(path)], env=environment, check=True)
-    assert not left.exists()
     assert path.read_bytes() == whole.read_bytes()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, remember_json
 from tunesmith.errors import InputError
 
 
@@ -21,11 +21,12 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token. Higher: more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens of this share.")] = 1.0,
+    model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Talk to a tuned model. /reset forgets the conversation, /exit or Ctrl-D leaves.
+    """Talk to a tuned model. /help lists the commands, /exit or Ctrl-D leaves.
 
     tunesmith chat last --compare
 
@@ -35,7 +36,7 @@ def chat(
     from tunesmith.asking import Refused
     from tunesmith.cli.talking import Manner, Talk, open_voices
 
-    voices = open_voices(target, root=root, base=base, compare=compare, offline=offline, note=_note)
+    voices = open_voices(target, root=root, base=base, compare=compare, model=model, offline=offline, note=_note)
     talk = Talk(voices, Manner(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
     if once is None:
         talk.hold()

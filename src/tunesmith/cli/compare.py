@@ -26,6 +26,10 @@ def compare(
     a: Target,
     b: Target,
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Measure both on these rows now.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="With --data: where the model of the runs is now; twice: of each."),
+    ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -42,6 +46,7 @@ def compare(
     from tunesmith.evaluation.comparing import compare_answers
 
     answers: list[list[dict[str, Any]]] = [[], []]
+    bases = _bases(model or [], data, (a, b), root)
     if data is None:
         rows: list[list[dict[str, Any]]] = [_kept(name, root) for name in (a, b)]
         answers = [_kept_answers(name, root) for name in (a, b)]
@@ -57,8 +62,8 @@ def compare(
         }
         rows = [[], []]
         both = [
-            measured(name, data, samples=0, keep=lines.extend, **asked)
-            for name, lines in zip((a, b), rows, strict=True)
+            measured(name, data, samples=0, keep=lines.extend, model=base, **asked)
+            for name, base, lines in zip((a, b), bases, rows, strict=True)
         ]
         baselines = [{"measures": one.measures, "baseline": one.baseline} for one in both]
     try:
@@ -72,6 +77,19 @@ def compare(
         json_line({"kind": "compare", "a": a, "b": b, **as_values(found), "baseline": beside, "answers": told})
     else:
         _draw(found, a, b, num_answers, of_answers, baselines)
+
+
+def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
+    """Where the base of A and that of B are now. Raises InputError where nothing is loaded, or for a third one."""
+    from tunesmith.run import is_run
+
+    if given and data is None:
+        raise InputError("--model: what the runs have measured is compared, and no model is loaded. Leave it out.")
+    runs = [is_run(name, root) for name in names]
+    if len(given) > max(1, sum(runs)) or (given and not any(runs)):
+        raise InputError(f"--model: given {len(given)} times, and {sum(runs)} of {' and '.join(names)} are runs.")
+    left = [*given, *given[-1:]]
+    return [left.pop(0) if is_one and left else None for is_one in runs]
 
 
 def _kept(name: str, root: Path) -> list[dict[str, Any]]:

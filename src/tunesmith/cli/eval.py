@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.importing import importing
-from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ def evaluate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file of answered rows.")],
     task: TaskOf = None,
     base: Base = False,
+    model: BaseAt = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -50,7 +51,8 @@ def evaluate(
             with writing(out) as file:
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
-    found = measured(target, data, root=root, base=base, task=task, samples=samples, offline=offline, keep=keep)
+    asked: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
+    found = measured(target, data, samples=samples, keep=keep, **asked)
     if as_json:
         values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
         values |= {"measures": found.measures, "baseline": found.baseline, "headline": found.headline}
@@ -67,6 +69,7 @@ def measured(
     root: Path,
     base: bool,
     task: str | None,
+    model: str | None = None,
     samples: int | None,
     offline: bool,
     keep: Callable[[Iterator[dict[str, Any]]], None],
@@ -84,7 +87,7 @@ def measured(
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        speaker = load_target(target, root=root, base=base, task=as_task(task), offline=offline)
+        speaker = load_target(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
         found = evaluate_file(speaker, data, samples=samples, keep=keep, on_progress=progress)
     for note in filter(None, [speaker.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, RunName, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, remember_json
 
 if TYPE_CHECKING:
     from tunesmith.export.exporting import Exported
@@ -53,6 +53,7 @@ def export(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare it with the tuned model; the card says so.")
     ] = False,
+    model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -68,7 +69,7 @@ def export(
     from tunesmith.export.options import Options
     from tunesmith.run import Run
 
-    found = Run.open(run, root)
+    found = Run.open(run, root, base=model)
     options = Options(dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license)
     with phases(console(stderr=True), PHASES) as progress:
         done = export_run(

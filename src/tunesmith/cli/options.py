@@ -28,6 +28,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and ev
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the untouched model of the run.")]
+BaseAt = Annotated[
+    str | None,
+    typer.Option("--model", metavar="PATH", help="Where the model of the run is now, if it was moved."),
+]
 TaskOf = Annotated[
     str | None, typer.Option("--task", metavar="|".join(TASKS), help="What to ask of a MODEL; a run knows.")
 ]

@@ -50,7 +50,7 @@ def serve_elsewhere(
     """Export what is missing, and become the other program; with `only_print` nothing is done but to say how.
 
     `given`: names of what the command line says, of which not all is for another program. `how`: root, offline,
-    only_print, as_json.
+    base, only_print, as_json.
     """
     if foreign := [name for name in given if name in OWN_ONLY]:
         options = ", ".join("--" + OWN_ONLY[name] for name in foreign)
@@ -67,7 +67,13 @@ def serve_elsewhere(
     bound = bind(access.host, access.port)
     bound.socket.close()
     refuse_open_door(access, bound, has_key=bool(keys))
-    where = {"host": bound.host, "port": bound.port, "root": how["root"], "offline": how["offline"]}
+    where = {
+        "host": bound.host,
+        "port": bound.port,
+        "root": how["root"],
+        "offline": how["offline"],
+        "base": how["base"],
+    }
     if program == "vllm":
         start = start_vllm(targets, **where)
     else:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.importing import importing
-from tunesmith.cli.options import Base, Json, Offline, Root, TaskOf, as_task, remember_json
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
 from tunesmith.errors import InputError, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tunesmith.predicting.lines import Tally
     from tunesmith.predicting.predictor import Predictor
@@ -31,6 +31,10 @@ def predict(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --out anew.")] = False,
     bare: Annotated[bool, typer.Option("--bare", help="Leave the input out of the lines.")] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN[,COLUMN]", help="Write these columns beside the answer, such as an id."),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -42,6 +46,7 @@ def predict(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     base: Base = False,
+    model: BaseAt = None,
     task: TaskOf = None,
     root: Root = Path("runs"),
     offline: Offline = False,
@@ -54,10 +59,7 @@ def predict(
     tunesmith predict last --text "The parcel never came."
     """
     remember_json(ctx, as_json)
-    if (text is None) == (data is None):
-        raise InputError("predict: give one of FILE and --text.")
-    if pair is not None and text is None:
-        raise InputError("predict: --pair stands beside --text; in a file the second text is the field text_pair.")
+    _refuse_mixed(data, text, pair, keep)
     from tunesmith.cli.output import console
     from tunesmith.cli.text import visible
 
@@ -66,14 +68,30 @@ def predict(
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    asked = {"root": root, "base": base, "task": as_task(task), "offline": offline}
+    asked = {"root": root, "base": base, "model": model, "task": as_task(task), "offline": offline}
     predictor = _predictor(target, threshold, max_new_tokens, say, asked)
     if text is not None:
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        tally = _file(predictor, data, out, say, {"bare": bare, "overwrite": overwrite})
+        tally = _file(predictor, data, out, say, {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite})
         _tell(tally, out, say, as_json=as_json)
+
+
+def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Sequence[str] | None) -> None:
+    """Raise InputError for what a FILE and --text do not share."""
+    if (text is None) == (data is None):
+        raise InputError("predict: give one of FILE and --text.")
+    if keep and text is not None:
+        raise InputError("predict: --keep names columns of a FILE; --text has none.")
+    if pair is not None and text is None:
+        raise InputError("predict: --pair stands beside --text; in a file the second text is the field text_pair.")
+
+
+def _columns(words: Sequence[str]) -> list[str]:
+    """Each column once; the reference is kept anyway."""
+    names = dict.fromkeys(name.strip() for word in words for name in word.split(","))
+    return [name for name in names if name not in ("", "reference")]
 
 
 def _predictor(
@@ -125,7 +143,9 @@ def _file(
             for line in lines:
                 data_line(line)
 
-        return predict_stream(write, predictor, data, bare=options["bare"], progress=progress, say=say)
+        return predict_stream(
+            write, predictor, data, bare=options["bare"], keep=options["keep"], progress=progress, say=say
+        )
 
 
 def _tell(tally: Tally, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:

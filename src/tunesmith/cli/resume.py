@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from tunesmith.cli.importing import importing
-from tunesmith.cli.options import Json, Offline, Quiet, Root, RunName, Settings, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, RunName, Settings, remember_json
 from tunesmith.errors import RunError
 
 
@@ -15,6 +15,7 @@ def resume(
     ctx: typer.Context,
     run: RunName,
     settings: Settings = None,
+    model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -30,7 +31,7 @@ def resume(
     from tunesmith.cli.running import watched
     from tunesmith.run import Run
 
-    found = Run.open(run, root)
+    found = Run.open(run, root, base=model)
     try:
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,11 +36,13 @@ class Watch:
     should_stop: Callable[[], bool]
     as_json: bool
     quiet: bool
+    runs: list[Run]
+    """The one at work, once its folder is there."""
 
     def listener(self) -> Listener:
         from tunesmith.training import Listener
 
-        return Listener(on_event=self._hear, on_progress=self.display.progress, should_stop=self.should_stop)
+        return Listener(self._hear, self.display.progress, self.should_stop, self.runs.append)
 
     def _hear(self, event: Event) -> None:
         if self.as_json:
@@ -80,11 +83,16 @@ def watched(*, as_json: bool, quiet: bool, earlier: Iterable[Event] = ()) -> Ite
     screen = console(stderr=as_json)
     display = display_for(screen, quiet=quiet, story=story)
 
+    runs: list[Run] = []
+
     def put_right() -> None:
         screen.show_cursor(True)
+        for run in runs:
+            words = f"\nleft at once; go on from its last checkpoint with: {command('resume', run.path)}\n"
+            os.write(2, words.encode("utf-8", "backslashreplace"))  # the display may be in the middle of a line
 
     with (
         display,
         stopping_on_signals(has_begun=lambda: story.started, say=display.say, at_once=put_right) as should_stop,
     ):
-        yield Watch(display, screen, story, should_stop, as_json, quiet)
+        yield Watch(display, screen, story, should_stop, as_json, quiet, runs)

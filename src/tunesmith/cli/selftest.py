@@ -47,9 +47,11 @@ def selftest(
 
 def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     """The recipe of a run, or a fresh one for a model."""
+    from tunesmith.origin import moved_to
     from tunesmith.recipe import read
     from tunesmith.run import Run, is_run
 
     if is_run(target, root):
-        return read.load(str(Run.open(target, root).recipe_path), settings)
+        run = Run.open(target, root)
+        return moved_to(run.place(read.load(str(run.recipe_path), settings)))
     return read.load(None, [*given({"model": target}), *settings])

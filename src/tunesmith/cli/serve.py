@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Quiet, Root, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, remember_json
 from tunesmith.errors import InputError
 
 Targets = Annotated[
@@ -53,6 +53,7 @@ def serve(
     grace: Grace = 30.0,
     allow_host: Hosts = None,
     allow_origin: Origins = None,
+    model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     quiet: Quiet = False,
@@ -76,7 +77,7 @@ def serve(
         raise InputError("--print: shows the command of another program: --engine vllm or llama.cpp.")
     if engine != "own":
         given = [name for name in ctx.params if str(ctx.get_parameter_source(name)) == "ParameterSource.COMMANDLINE"]
-        how = {"root": root, "offline": offline, "only_print": only_print, "as_json": as_json}
+        how = {"root": root, "offline": offline, "base": model, "only_print": only_print, "as_json": as_json}
         serve_elsewhere(engine, targets, access, given, how)
         return
     options = EngineOptions(
@@ -87,5 +88,6 @@ def serve(
         memory_limit_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         threads=threads,
         offline=offline,
+        base=model,
     )
     serve_own(targets, access, options, root=root, grace_s=grace, quiet=quiet, as_json=as_json)

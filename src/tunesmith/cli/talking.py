@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import loading
@@ -18,6 +19,12 @@ from tunesmith.inference.alone import Alone
 from tunesmith.loading import Speaker
 from tunesmith.run import Run, is_run
 from tunesmith.values import command, plural
+
+HELP = """/reset  forget the conversation
+/help   these lines
+/exit   leave; so do /quit and Ctrl-D
+//text  ask something that begins with a slash"""
+_COMMAND = re.compile(r"/[A-Za-z]*(\s.*)?", re.DOTALL)
 
 STYLES = {"before": "default", "after": "green", "": "default"}
 
@@ -32,10 +39,21 @@ class Voice:
 
 
 def open_voices(
-    target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
+    target: str,
+    *,
+    root: Path,
+    base: bool,
+    compare: bool,
+    model: str | None = None,
+    offline: bool,
+    note: Callable[[str], None],
 ) -> list[Voice]:
     """Who answers, in order; the last one's answers carry the conversation on."""
-    speakers = _speakers(target, root=root, base=base, compare=compare, offline=offline, note=note)
+    run = Run.open(target, root, base=model) if is_run(target, root) else None
+    if run is None:
+        loading.refuse_needless(model, target)
+        loading.refuse_unknown(target, root, offline=offline)
+    speakers = _speakers(target, run, base=base, compare=compare, offline=offline, note=note)
     speaker = speakers[-1][1]
     if speaker.head != "next_token":
         verb = "eval" if speaker.head == "masked_token" else "predict"
@@ -49,18 +67,18 @@ def open_voices(
 
 
 def _speakers(
-    target: str, *, root: Path, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
+    target: str, run: Run | None, *, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
 ) -> list[tuple[str, Speaker]]:
-    if not is_run(target, root):
+    if run is None:
         if base or compare:
             raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version beside it.")
         note(f"loading {target}")
         return [("", loading.load_model(target, offline=offline))]
-    run = Run.open(target, root)
     note(f"loading {run.path}")
     if base:
         return [("", loading.load_base(run, offline=offline))]
-    tuned = loading.load_run(run, offline=offline)
+    is_whole = compare and run.model_path.exists()  # its base is loaded for the other voice alone
+    tuned = loading.load_run(replace(run, base=None) if is_whole else run, offline=offline)
     if tuned.note:
         note(tuned.note)
     if not compare:
@@ -147,15 +165,19 @@ class Talk:
         """Ask what is typed, or what is piped in line by line, until it ends."""
         typed = sys.stdin.isatty()
         if typed:
-            self.screen.print("/reset forgets, /exit leaves\n", style="bright_black")
+            self.screen.print("/help lists the commands\n", style="bright_black")
         for text in self._lines(typed):
             if text in ("/exit", "/quit"):
                 return
             if text == "/reset":
                 self.messages = list(self.begin)
+            elif text == "/help":
+                self.screen.print(HELP, style="bright_black")
+            elif _COMMAND.fullmatch(text):
+                self._refuse(f"{text.split()[0]}: no such command. /help lists them.", typed)
             elif text:
                 try:
-                    self.ask(text)
+                    self.ask(text.removeprefix("/") if text.startswith("//") else text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
                     forget_interrupt()
                     self.screen.print("\n(answer stopped)", style="bright_black")
@@ -164,6 +186,11 @@ class Talk:
                         raise InputError(str(refused)) from refused
                     way_out = " /reset forgets what was said." if refused.code == "context_length_exceeded" else ""
                     self.screen.print(visible(f"{refused}.{way_out}"), style="red")
+
+    def _refuse(self, words: str, typed: bool) -> None:
+        if not typed:
+            raise InputError(words)
+        self.screen.print(visible(words), style="red")
 
     def _lines(self, typed: bool) -> Iterator[str]:
         if typed:

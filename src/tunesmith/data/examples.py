@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ from tunesmith.data.formats import FORMATS, SHAPES, find_shape
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.read import read
 from tunesmith.data.remarks import remarks
+from tunesmith.errors import InputError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
@@ -32,14 +34,17 @@ def examples(
     facts: list[FileFacts] | None = None,
     task: TaskName | None = None,
     answered: bool = True,
+    keep: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, Example]]:
     """Index of the file and example of every row that can be used; all problems of the others go to `on_problem`.
 
     `facts` is filled with what is known of each file, as by `read`. Only the shapes that `task` learns from are looked
     for. Not `answered`: what is to be predicted may be missing and is not read; an example then holds what it is
-    predicted from.
+    predicted from, and beside it what is `kept`: the fields `keep`, and the row's own answer as `reference`; None:
+    nothing.
 
     Raises:
+        InputError: the first row lacks a field to keep.
         RecipeError: data.columns names a field that no shape has.
         DataError: a file cannot be read, see `read`; or the columns of a table are those of no shape.
     """
@@ -51,7 +56,7 @@ def examples(
         if of_file is None or i != index:
             if of_file is not None:
                 of_file.finish()
-            index, of_file = i, FileExamples(known[-1], data, on_problem, task, answered)
+            index, of_file = i, FileExamples(known[-1], data, on_problem, task, answered, keep)
         example = of_file.example(record, source)
         if example is not None:
             yield i, example
@@ -68,6 +73,7 @@ class FileExamples:
     on_problem: OnProblem
     task: TaskName | None
     answered: bool
+    keep: Sequence[str] | None = None
     shape: Shape | None = None
     many: bool | None = None
     """Whether the labels of its rows are lists."""
@@ -76,6 +82,7 @@ class FileExamples:
     is_mapped: bool = False
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
+        raw = record
         if self.data.columns:
             renamed = self._renamed(record, source)
             if renamed is None:
@@ -97,10 +104,26 @@ class FileExamples:
             return None
         if record.keys() - _KNOWN[shape]:
             self._ignore(record, source, shape)
+        if self.keep is not None:
+            parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))
         self.shape = shape
         for problem in remarks(parsed):
             self.on_problem(problem)
         return parsed
+
+    def _kept(
+        self, keep: Sequence[str], raw: dict[str, Any], record: dict[str, Any], source: Source, shape: Shape
+    ) -> dict[str, Any]:
+        """Fields as the file has them, and the row's own answer."""
+        if self.shape is None and (lacking := [name for name in keep if name not in raw]):
+            near = get_close_matches(lacking[0], raw, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(
+                f"{source}: --keep {lacking[0]}: the first row has no such field.{meant} There are: {names(raw)}."
+            )
+        kept = {name: raw.get(name) for name in keep}
+        reference = _reference(record, shape, source)
+        return kept if reference is None else {**kept, "reference": reference}
 
     def _of_one_kind(self, example: Example) -> Example | list[Problem]:
         """The example, if its label is a list or not as those before it."""
@@ -191,7 +214,7 @@ class FileExamples:
         ]
 
     def _ignore(self, record: dict[str, Any], source: Source, shape: Shape) -> None:
-        for name in record.keys() - _KNOWN[shape] - self.ignored.keys():
+        for name in record.keys() - _KNOWN[shape] - self.ignored.keys() - set(self.keep or ()):
             self._ignore_one(name, source)
 
     def _ignore_one(self, name: str, source: Source) -> None:
@@ -199,6 +222,18 @@ class FileExamples:
             self.ignored.setdefault(name, source)
 
 
+def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
+    """The row's own answer, which a prediction is compared with; None: it has none."""
+    if shape in _ANSWER:
+        return record.get(_ANSWER[shape])
+    whole = FORMATS[shape].parse(record, source, answered=True) if shape != "text" else ()
+    if not isinstance(whole, Example) or not whole.parts[-1].trained:
+        return None
+    last = whole.parts[-1]
+    return {"content": last.text, **last.fields} if last.fields else last.text
+
+
+_ANSWER: Mapping[Shape, str] = {"text_label": "label", "tokens_tags": "tags", "document_summary": "summary"}
 _KNOWN = {name: frozenset(module.FIELDS) for name, module in FORMATS.items()}
 
 

@@ -24,11 +24,13 @@ def expand(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> 
     found: list[DataFile] = []
     refused: list[Problem] = []
     for file in files:
-        if not os.path.isdir(file.path):
+        if not os.path.isdir(file.at):
             found.append(file)
             continue
         try:
-            found += (file.model_copy(update={"path": path}) for path in _documents(file.path, on_problem))
+            for name in _documents(file.path, file.at, on_problem):
+                document = file.model_copy(update={"path": os.path.join(file.path, name)})
+                found.append(document.at_place(os.path.join(file.at, name)))
         except DataError as error:
             refused += error.problems
     if refused:
@@ -36,11 +38,12 @@ def expand(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> 
     return tuple(found)
 
 
-def _documents(folder: str, on_problem: Callable[[Problem], None]) -> list[str]:
+def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> list[str]:
+    """Their paths from the folder on, which is read `at` a place."""
     documents, others = [], []
-    for name in sorted(_walk(folder), key=lambda name: name.split(os.sep)):
+    for name in sorted(_walk(at), key=lambda name: name.split(os.sep)):
         if suffix_of(name) in DOCUMENTS and _is_text(name):
-            documents.append(os.path.join(folder, name))
+            documents.append(name)
         else:
             others.append(os.fsencode(name).decode("utf-8", "replace"))
     if not documents:

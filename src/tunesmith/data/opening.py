@@ -47,6 +47,8 @@ class FileFacts:
     done_bytes: int = 0
     total_bytes: int = 0
     """Of the file as it lies on the disk."""
+    at: str = ""
+    """Where it is read, if not at its path."""
 
     def __str__(self) -> str:
         kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind
@@ -61,20 +63,25 @@ def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, 
     return tuple(columns)
 
 
-def look_at(path: str) -> tuple[FileFacts, list[Problem]]:
-    """What a file is, and warnings where its name says otherwise.
+def look_at(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
+    """What a file is, and warnings where its name says otherwise. `at`: where it is read, if not at its path.
 
     Raises:
         DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(at or path)
         if stat.S_ISDIR(status.st_mode):
             raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
         if not stat.S_ISREG(status.st_mode):
             raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
-        with open(path, "rb") as file:
+        with open(at or path, "rb") as file:
             head = file.read(HEAD_BYTES)
+    except FileNotFoundError as error:
+        if at in ("", path):
+            raise cannot_open(path, error) from None
+        message = f"this run was made with {at}, and it is not there now."
+        raise refusal(path, 1, "no_such_file", message, "Put the file back there.") from None
     except OSError as error:
         raise cannot_open(path, error) from None
     except ValueError:  # a path with a NUL in it
@@ -83,14 +90,14 @@ def look_at(path: str) -> tuple[FileFacts, list[Problem]]:
     if gzipped:
         head = _unpacked_head(path, head)
     kind, delimiter = kind_and_delimiter(path, head)
-    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size)
+    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size, at=at)
     return facts, list(_misnamed(facts))
 
 
 @contextmanager
 def opened(facts: FileFacts) -> Iterator[Stream]:
     """The unpacked bytes of a text file, after its byte order mark. Raises `DataError` when it cannot be read."""
-    with _packed(facts.path) as packed:
+    with _packed(facts) as packed:
         stream = Stream(gzip.GzipFile(fileobj=packed) if facts.gzipped else packed, packed, facts)
         if facts.has_bom:
             stream.read(len(BOM))
@@ -100,7 +107,7 @@ def opened(facts: FileFacts) -> Iterator[Stream]:
 @contextmanager
 def opened_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
     """A Parquet file, unpacked to a temporary file where it is gzipped. Raises `DataError` when it cannot be read."""
-    with _packed(facts.path) as packed:
+    with _packed(facts) as packed:
         if not facts.gzipped:
             yield packed
             return
@@ -117,11 +124,11 @@ def opened_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
             yield copy
 
 
-def _packed(path: str) -> BinaryIO:
+def _packed(facts: FileFacts) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open(facts.at or facts.path, "rb")
     except OSError as error:
-        raise cannot_open(path, error) from None
+        raise cannot_open(facts.path, error) from None
 
 
 class Stream:

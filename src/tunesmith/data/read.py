@@ -51,7 +51,7 @@ def look_at_all(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[
             continue
         for member in members:
             try:
-                facts, warnings = look_at(member.path)
+                facts, warnings = look_at(member.path, member.at)
             except DataError as error:
                 refused.append(error)
             else:

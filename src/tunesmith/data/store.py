@@ -203,9 +203,9 @@ def build(
     """
     files = expand(files, on_problem)
     look_at_all(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
-    before = [_signature(file.path) for file in files]
+    before = [_signature(file.at) for file in files]
     num_bytes = sum(size for size, *_ in before)
-    hashes = [_sha256(file.path) for file in files]
+    hashes = [_sha256(file.at) for file in files]
     key = _key(hashes, data, renderer)
     paths = [file.path for file in files]
     summary = find(folder, key)
@@ -286,7 +286,7 @@ def _sha256(path: str) -> str:
 
 def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int, int, int]]) -> None:
     for file, signature in zip(files, before, strict=True):
-        if _signature(file.path) != signature:
+        if _signature(file.at) != signature:
             raise DataError(f"{file.path}: it changed while it was read. Start again when nothing writes to it.")
 
 

@@ -18,7 +18,7 @@ from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.servers import server_lines
 from tunesmith.export.source import Source, read_config
 from tunesmith.files import to_json
-from tunesmith.methods.peft_config import CONFIG
+from tunesmith.methods.patterns import CONFIG, spelled_out
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES
@@ -61,7 +61,7 @@ def _carried(source: Source) -> list[Path]:
 def _write(source: Source, folder: Path, options: Options) -> list[str]:
     for path in _carried(source):
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-    config = dict(source.adapter_config)
+    config = spelled_out(source.adapter_config, source.adapted) if source.adapted else dict(source.adapter_config)
     config["base_model_name_or_path"] = base_id(source) or source.base.path.name
     if config.get("tokenizer_name_or_path"):  # of a prompt that began as a text
         config["tokenizer_name_or_path"] = config["base_model_name_or_path"]

@@ -111,7 +111,8 @@ def base_id(source: Source) -> str | None:
     if located is not None and located.kind == "hub":
         return located.name
     model = source.recipe.model
-    is_id = model.count("/") == 1 and not Path(model).exists() and not model.startswith((".", "/", "~"))
+    was_here = source.recipe.place != model
+    is_id = not was_here and model.count("/") == 1 and not Path(model).exists() and model[0] not in "./~"
     return model if not source.is_adapter and is_id else None
 
 

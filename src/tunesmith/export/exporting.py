@@ -23,7 +23,19 @@ from tunesmith.export.onnx_file import ONNX
 from tunesmith.export.options import DTYPES, MERGE_INTO, QUANTIZED, ROUNDED, UNQUANTIZED_KL, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
-from tunesmith.files import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
+from tunesmith.files import (
+    REPLACED,
+    TEMPORARY,
+    WRITER,
+    abandoned,
+    being_written,
+    clean,
+    remove,
+    replace_folder,
+    storing,
+    temporary_folder,
+    to_json,
+)
 from tunesmith.methods.peft_kinds import MERGES
 from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.run import Run
@@ -73,20 +85,22 @@ def export_run(
     """
     options = options or Options()
     export = check_words(target, options)
+    run.refuse_links()
     out = out or default_folder(run, target, options)
     _refuse_to_overwrite(out)
     source = open_source(run, offline=offline)
     if options.merge_into == "dequantized":
         _check_quantized(source)
         source = replace(source, merges_into_dequantized=True)
-    notes = check(source, target, options)
+    notes = [*filter(None, [source.unchecked]), *check(source, target, options)]
     needed = export.num_bytes(source, options) + (verify.room_for_proof(source, export) if proof else 0)
-    _check_room(out, needed)
     _tidy(out)
+    _check_room(out, needed)
     holder = temporary_folder(out.parent, out.name)
     try:
-        done = _export(source, export, holder, options, proof=proof, notes=notes, on_progress=on_progress)
-        replace_folder(done.path, out, swap=True)
+        with being_written(holder):
+            done = _export(source, export, holder, options, proof=proof, notes=notes, on_progress=on_progress)
+            replace_folder(done.path, out, swap=True)
     finally:
         # The next export here removes what cannot be removed now; what went wrong before counts more.
         with suppress(OSError):
@@ -243,19 +257,28 @@ def _refuse_to_overwrite(out: Path) -> None:
 
 
 def _tidy(out: Path) -> None:
-    """Put back what a killed export had moved aside, and remove what others left long ago."""
+    """Put back what a killed export had moved aside, and remove what dead ones left: those that hold no lock, and of
+    earlier versions, which took none, those of long ago."""
     aside = out.with_name(REPLACED + out.name)
     if aside.exists() and not out.exists():
         aside.rename(out)
-    clean(out.parent, name=out.name, older_than_s=STALE_S)
+    for left in abandoned(out.parent):
+        with storing(left):
+            remove(left)
+    held = [path for path in out.parent.glob(f"{TEMPORARY}*") if (path / WRITER).is_file()]
+    if not held:
+        clean(out.parent, name=out.name, older_than_s=STALE_S)
 
 
 def _check_room(out: Path, num_bytes: int) -> None:
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
+        files = [path for left in place.glob(f"{TEMPORARY}*") for path in left.rglob("*") if path.is_file()]
+        held = sum(path.stat().st_size for path in files)
+        others = f" (exports under way hold {held:,})" if held else ""
         raise StorageError(
-            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free. Free some space, or name a folder on another "
-            "disk with --out.",
+            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free{others}. Free some space, or name a folder on "
+            "another disk with --out.",
             path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
         )  # fmt: skip

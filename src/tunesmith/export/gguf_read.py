@@ -112,7 +112,7 @@ def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
 
 def load_gguf_adapter(folder: Path, recipe: Recipe) -> Loaded:
     """The base that was tuned, and on it what the file adds; its own tokenizer, and the template beside the file."""
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=True)
+    located = locate.locate_base(recipe, offline=True)
     template = folder / TEMPLATE
     tokenizer = load.load_tokenizer(located, str(template) if template.is_file() else None)
     model = load.load_model(located, dtype=dtype_of(recipe), device="cpu", head="next_token", tokenizer=tokenizer)

@@ -59,7 +59,7 @@ def load_merged(folder: Path, recipe: Recipe) -> Loaded:
 
 def load_adapter(folder: Path, recipe: Recipe) -> Loaded:
     """The base that the adapter names, and the adapter on it: by peft, as others do, where it is installed."""
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=True)
+    located = locate.locate_base(recipe, offline=True)
     head = find_head(recipe, located, model_kind(located))
     tokenizer = load_tokenizer(Located("folder", folder, str(folder)), None)
     model = load_model(

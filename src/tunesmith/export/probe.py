@@ -33,7 +33,7 @@ from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
 from tunesmith.loading import make_renderer, run_labels
 from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.knobs import Base
 from tunesmith.types import IGNORE, Batch, Example, Labels, Layout, Part, Row, Source
 
 MOST_TOKENS = 8192
@@ -170,19 +170,22 @@ def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]
 
 
 def write_job(
-    path: Path, *, loader: str, exported: Path, recipe: Path, examples: Sequence[Example], base: Path | None = None
-) -> None:
-    """The file that says what a new process is to load and look at; `base`: what an adapter is put on."""
+    path: Path, *, loader: str, exported: Path, recipe: Path, model: str, examples: Sequence[Example],
+    base: Path | None = None,
+) -> None:  # fmt: skip
+    """The file that says what a new process is to load and look at. `model`: where that of the recipe is now; `base`:
+    what an adapter is put on."""
     plain = [asdict(example) for example in examples]
     job = {"loader": loader, "exported": str(exported.resolve()), "recipe": str(recipe.resolve()), "examples": plain,
-           "base": base and str(base.resolve())}  # fmt: skip
+           "base": base and str(base.resolve()), "model": model}  # fmt: skip
     path.write_text(json.dumps(job), encoding="utf-8")
 
 
 def do_job(path: Path) -> None:
     """Load what a job names, look at it, and write down what was seen beside the job."""
     job = json.loads(path.read_text("utf-8"))
-    recipe: Recipe = read.load(job["recipe"])
+    recipe = read.load(job["recipe"])
+    recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     loaded = loaders.load(job["loader"], Path(job["exported"]), recipe, base=job["base"] and Path(job["base"]))
     labels = run_labels(recipe)

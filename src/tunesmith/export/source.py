@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import RunError
-from tunesmith.loading import make_renderer, refuse_other_base, run_labels
+from tunesmith.loading import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
+from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_bridge import PeftAttachment
-from tunesmith.methods.peft_config import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.quantize import unpack_base
 from tunesmith.models import load, locate
@@ -58,6 +58,8 @@ class Source:
     """SHA-256 of the base's files, by name; empty where every weight was tuned."""
     merges_into_dequantized: bool = False
     """Of a base that was quantised for tuning, take what its quantised weights unpack to."""
+    unchecked: str = ""
+    """What to say of a result whose run noted no hashes."""
 
     @property
     def is_adapter(self) -> bool:
@@ -146,18 +148,21 @@ def open_source(run: Run, *, offline: bool) -> Source:
     result = next((path for path in (run.adapter_path, run.model_path) if path.exists()), None)
     if result is None:
         raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with: {command('resume', run.path)}")
+    unchecked = run.check_result(result)
     recipe = run.recipe()
     if result == run.adapter_path:
-        base = locate.locate(recipe.model, revision=recipe.revision, offline=offline)
+        base = locate.locate_base(recipe, offline=offline)
         hashes = load.fingerprint(base)
         refuse_other_base(run, base, hashes)
     else:
+        refuse_needless(run.base, str(run.path))
         base = locate.locate(str(result), offline=True)
         hashes = {}
     tokenizer = load.load_tokenizer(Located("folder", result, str(result)), None)
     kind = model_kind(base)
     head = find_head(recipe, base, kind)
-    return Source(run, recipe, base, result, tokenizer, kind, head, run_labels(recipe), hashes)
+    labels = run_labels(recipe)
+    return Source(run, recipe, base, result, tokenizer, kind, head, labels, hashes, unchecked=unchecked)
 
 
 @torch.no_grad()

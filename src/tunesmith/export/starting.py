@@ -18,6 +18,7 @@ from tunesmith.export.gguf_read import TEMPLATE
 from tunesmith.export.options import Options
 from tunesmith.export.servers import not_for_vllm, vllm_rank
 from tunesmith.export.source import Source, open_source
+from tunesmith.loading import refuse_needless
 from tunesmith.models import locate
 from tunesmith.run import Run, is_run
 
@@ -46,7 +47,9 @@ class Start:
     """By which the models are asked there."""
 
 
-def start_vllm(targets: Sequence[str], *, host: str, port: int, root: Path, offline: bool) -> Start:
+def start_vllm(
+    targets: Sequence[str], *, host: str, port: int, root: Path, offline: bool, base: str | None = None
+) -> Start:
     """Adapters on their base; or one model, or one run whose every weight was tuned.
 
     Raises InputError for what vLLM cannot serve, naming the run and the reason.
@@ -54,12 +57,13 @@ def start_vllm(targets: Sequence[str], *, host: str, port: int, root: Path, offl
     address = ["--host", host, "--port", str(port)]
     if not is_run(targets[0], root):
         _alone(targets, "vLLM serves one model, or the runs of one base")
+        refuse_needless(base, targets[0])
         located = locate.locate(targets[0], offline=offline)
         if located.is_gguf:
             raise InputError(f"{targets[0]}: vLLM reads no GGUF files well. Use --engine llama.cpp.")
         path = str(located.path.absolute())
         return Start(["vllm", "serve", path, *address, "--served-model-name", targets[0]], [], [targets[0]])
-    sources = [open_source(Run.open(target, root), offline=offline) for target in targets]
+    sources = [open_source(Run.open(target, root, base=base), offline=offline) for target in targets]
     for source in sources:
         _check_writes(source, "vLLM")
     if len(sources) == 1 and (not sources[0].is_adapter or not_for_vllm(sources[0], sources[0].adapter_config)):
@@ -98,7 +102,15 @@ def _adapters(sources: Sequence[Source], address: list[str]) -> Start:
 
 
 def start_llama_cpp(
-    targets: Sequence[str], program: LlamaServer, python: str, *, host: str, port: int, root: Path, offline: bool
+    targets: Sequence[str],
+    program: LlamaServer,
+    python: str,
+    *,
+    host: str,
+    port: int,
+    root: Path,
+    offline: bool,
+    base: str | None = None,
 ) -> Start:
     """One run, or one GGUF file.
 
@@ -108,12 +120,13 @@ def start_llama_cpp(
     _alone(targets, "llama.cpp serves one model by its name")
     address = ["--host", host, "--port", str(port)]
     if not is_run(targets[0], root):
+        refuse_needless(base, targets[0])
         located = locate.locate(targets[0], offline=offline)
         if not located.is_gguf:
             raise InputError(f"{targets[0]}: llama.cpp reads GGUF files, and runs, which are exported for it.")
         name = located.path.stem
         return Start([*_llama_words(program, python, located.path, name), *address], [], [name])
-    source = open_source(Run.open(targets[0], root), offline=offline)
+    source = open_source(Run.open(targets[0], root, base=base), offline=offline)
     _check_writes(source, "llama.cpp")
     name = _name(source)
     if program == "llama-server" and source.is_adapter and source.base.is_gguf:

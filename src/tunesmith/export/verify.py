@@ -61,7 +61,8 @@ def look_at_exported(source: Source, loader: str, exported: Path, probes: Probes
     folder for what the processes tell each other. Raises ExportError where it cannot be loaded."""
     job = work / "job.json"
     probe.write_job(
-        job, loader=loader, exported=exported, recipe=source.run.recipe_path, examples=probes.examples
+        job, loader=loader, exported=exported, recipe=source.run.recipe_path, model=source.recipe.place,
+        examples=probes.examples,
     )  # fmt: skip
     launch(job)
     return Seen.load(work)
@@ -78,7 +79,8 @@ def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Pr
         base = source.base.path
     job = work / "job.json"
     probe.write_job(
-        job, loader=LLAMA_CPP, exported=exported, recipe=source.run.recipe_path, examples=probes.examples, base=base
+        job, loader=LLAMA_CPP, exported=exported, recipe=source.run.recipe_path, model=source.recipe.place,
+        examples=probes.examples, base=base,
     )  # fmt: skip
     launch(job)
     return Seen.load(work)

@@ -147,7 +147,7 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     recipe = run.recipe()
     files = expand((*recipe.data.train, *recipe.data.replay), lambda problem: None)
     first = files[:1]
-    if sha256_file(Path(first[0].path)) != store.summary.data_sha256[0]:
+    if sha256_file(Path(first[0].at)) != store.summary.data_sha256[0]:
         raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
     return examples(first, recipe.data, lambda problem: None, task=known(recipe.task))
 

@@ -3,7 +3,7 @@ and a model of its own for whatever cannot share it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,16 +53,16 @@ def open_serving(names: Sequence[str], *, root: Path, options: EngineOptions, no
 
     Raises InputError where models and adapters are not on one base, and whatever loading raises.
     """
-    runs, models = _sorted_out(names, root)
+    runs, models = _sorted_out(names, root, base=options.base)
     sharing = [run for run in runs if why_alone(run) is None]
-    base = _one_base(sharing, models, offline=options.offline) if sharing or models else None
+    base, hashes = _one_base(sharing, models, offline=options.offline) if sharing or models else (None, None)
     serving = Serving()
     for run in runs:
         if (why := why_alone(run)) is not None:
             _add_alone(serving, run, why, options, note)
     if base is not None:
         first = sharing[0] if sharing else None
-        _load_base(serving, base, first, sharing, is_named=bool(models), note=note)
+        _load_base(serving, base, first, sharing, hashes=hashes, is_named=bool(models), note=note)
     return serving
 
 
@@ -83,8 +83,8 @@ def why_alone(run: Run) -> str | None:
     return None
 
 
-def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]:
-    """Runs and models, each once."""
+def _sorted_out(names: Sequence[str], root: Path, *, base: str | None) -> tuple[list[Run], list[str]]:
+    """Runs and models, each once. `base`: where that of the runs is now."""
     if not names:
         raise InputError("serve: no RUN or MODEL was named.")
     runs: dict[Path, Run] = {}
@@ -92,9 +92,11 @@ def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]
     for name in names:
         if is_run(name, root):
             run = Run.open(name, root)
-            runs[run.path.resolve()] = run
+            runs[run.path.resolve()] = run if run.model_path.exists() else replace(run, base=base)
         else:
             models[name] = None
+    if all(run.model_path.exists() for run in runs.values()):
+        loading.refuse_needless(base, ", ".join(names))
     called: dict[str, Run] = {}
     for run in runs.values():
         other = called.setdefault(run.path.resolve().name, run)
@@ -103,25 +105,28 @@ def _sorted_out(names: Sequence[str], root: Path) -> tuple[list[Run], list[str]]
     return list(runs.values()), list(models)
 
 
-def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> Located:
-    """The base that models and adapters are on, quantised or not. Raises InputError where there are several."""
+def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> tuple[Located, dict[str, str] | None]:
+    """The base that models and adapters are on, quantised or not, and hashes of its files where a run is on it. Raises
+    InputError where there are several."""
     bases: dict[tuple[str, str | None, str], list[str]] = {}
     found: list[Located] = []
+    hashes: dict[Path, dict[str, str]] = {}
     for name in models:
         found.append(locate.locate(name, offline=offline))
         bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, ""), []).append(name)
     for run in runs:
         recipe = run.recipe()
-        found.append(locate.locate(recipe.model, revision=recipe.revision, offline=offline))
-        if run.adapter_path.exists():
-            loading.refuse_other_base(run, found[-1], load.fingerprint(found[-1]))
+        found.append(locate.locate_base(recipe, offline=offline))
+        path = found[-1].path.resolve()
+        hashes[path] = hashes.get(path) or load.fingerprint(found[-1])
+        loading.refuse_other_base(run, found[-1], hashes[path])
         bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, _form(recipe)), []).append(str(run.path))
     if len(bases) > 1:
         several = "; ".join(f"{', '.join(users)} on {path}{form}" for (path, _, form), users in bases.items())
         raise InputError(
             f"one base is served with its adapters, but these are on {len(bases)}: {several}. Serve apart."
         )
-    return found[0]
+    return found[0], next(iter(hashes.values()), None)
 
 
 def _form(recipe: Recipe) -> str:
@@ -133,10 +138,17 @@ def _form(recipe: Recipe) -> str:
 
 
 def _load_base(
-    serving: Serving, base: Located, first: Run | None, runs: Sequence[Run], *, is_named: bool, note: Note
+    serving: Serving,
+    base: Located,
+    first: Run | None,
+    runs: Sequence[Run],
+    *,
+    hashes: Mapping[str, str] | None,
+    is_named: bool,
+    note: Note,
 ) -> None:
     """The base, loaded once, and the adapters of `runs` on it."""
-    speaker = loading.load_model(base.name) if first is None else loading.load_base(first)
+    speaker = loading.load_model(base.name) if first is None else loading.load_base(first, hashes=hashes)
     if speaker.head != "next_token":
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
@@ -174,10 +186,6 @@ def _take(adapters: Adapters, base: Speaker, run: Run, note: Note) -> Speaker:
 
 def _add_alone(serving: Serving, run: Run, why: str, options: EngineOptions, note: Note) -> None:
     """A run with a model of its own."""
-    recipe = run.recipe()
-    if run.adapter_path.exists():
-        base = locate.locate(recipe.model, revision=recipe.revision, offline=options.offline)
-        loading.refuse_other_base(run, base, load.fingerprint(base))
     speaker = loading.load_run(run, offline=options.offline)
     held = sum(tensor.numel() * tensor.element_size() for tensor in speaker.model.parameters())
     note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from tunesmith.errors import RecipeError
+from tunesmith.methods.patterns import searches
 from tunesmith.methods.targets import is_in_layers, layer_counts
 from tunesmith.methods.whole import means
 from tunesmith.models.heads import drawn_names
@@ -73,7 +73,7 @@ def _means(word: str, name: str, counts: Mapping[str, int]) -> bool:
     if LAYER_WORD.fullmatch(word):
         return is_in_layers(word, name, counts)
     if word.startswith("re:"):
-        return re.search(word[3:], name) is not None
+        return searches(word[3:], name)
     parts = name.split(".")
     return any(means(word, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.methods.lora import Adapted, LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.methods.patterns import CONFIG, fits, fits_end
 from tunesmith.methods.targets import Target, layer_of
 from tunesmith.methods.whole import tied_modules
 from tunesmith.models import heads
 from tunesmith.recipe.method_knobs import DoraMethod, LoraMethod, LowRankMethod
-
-CONFIG = "adapter_config.json"
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base model's weights alone."""
@@ -137,7 +136,7 @@ class Saved:
 
         def listed(words: str | Sequence[str] | None) -> bool:
             if isinstance(words, str):
-                return re.fullmatch(words, name) is not None
+                return fits(words, name)
             return any(name == word or name.endswith("." + word) for word in words or ())
 
         layers = self.config.get("layers_to_transform")
@@ -151,14 +150,10 @@ class Saved:
         """The size of a layer's adapter, by the first of the patterns that means it."""
 
         def of(patterns: Mapping[str, Any], default: float) -> Any:
-            return next((value for key, value in patterns.items() if _pattern_means(key, target.name)), default)
+            return next((value for key, value in patterns.items() if fits_end(key, target.name)), default)
 
         rank = of(self.config.get("rank_pattern") or {}, self.settings.rank)
         return Adapted(target, rank, of(self.config.get("alpha_pattern") or {}, self.settings.alpha))
-
-
-def _pattern_means(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def read_config(folder: Path) -> Saved:

@@ -18,7 +18,8 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, wrap
 from tunesmith.methods.lora_layer import shape_OI
-from tunesmith.methods.peft_config import CONFIG, Saved, module_names, read_config, to_config
+from tunesmith.methods.patterns import CONFIG
+from tunesmith.methods.peft_config import Saved, module_names, read_config, to_config
 from tunesmith.methods.targets import named_targets, shared_weights
 from tunesmith.methods.token_rows import ROWS, misfits
 from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of

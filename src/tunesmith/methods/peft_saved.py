@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.adalora import KIND
+from tunesmith.methods.patterns import CONFIG, PATTERNS, spelled_out
 from tunesmith.methods.peft_bridge import INSIDE, PeftAttachment, short_name, silent, tensors_of
-from tunesmith.methods.peft_config import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.peft_kinds import import_peft, is_prompt
 from tunesmith.models import heads, padding
@@ -74,6 +74,10 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
         tensors = load_file(folder / WEIGHTS)
         with silent():
             config = peft.PeftConfig.from_pretrained(str(folder))
+            names = [name for name, _ in model.named_modules()]
+            said = {key: getattr(config, key) for key in PATTERNS if hasattr(config, key)}
+            for key, value in spelled_out(said, names).items():
+                setattr(config, key, value)
             kind = str(config.peft_type.value)
             config.inference_mode = is_prompt(kind)
             wrapped = peft.get_peft_model(model, config)

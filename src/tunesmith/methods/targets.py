@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
+from tunesmith.methods.patterns import searches
 from tunesmith.models.heads import new_head_names
 from tunesmith.models.quantized import QuantizedLinear
 
@@ -209,7 +210,7 @@ def _means(word: str, target: Target, model: nn.Module) -> bool:
             return False
         return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(target.name[index.end() :]))
     if word.startswith("re:"):
-        return any(re.search(word[3:], name) for name in target.names)
+        return any(searches(word[3:], name) for name in target.names)
     return any(name == word or name.endswith("." + word) for name in target.names)
 
 

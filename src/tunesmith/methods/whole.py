@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
 from tunesmith.errors import RecipeError
+from tunesmith.methods.patterns import searches
 from tunesmith.methods.targets import Target, near_words
 from tunesmith.models.heads import new_head_names
 from tunesmith.recipe.method_knobs import Bias
@@ -52,7 +52,7 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
 def means(word: str, name: str) -> bool:
     """Whether a word is the end of a name, or `re:` and an expression found in it."""
     if word.startswith("re:"):
-        return re.search(word[3:], name) is not None
+        return searches(word[3:], name)
     return name == word or name.endswith(f".{word}")
 
 

@@ -7,7 +7,7 @@ GGUF file. Weights are read from safetensors and GGUF alone; code that comes wit
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.folder import PICKLES, check_folder, refuse_pickles
 from tunesmith.models.headers import read_gguf
 from tunesmith.models.hub import from_hub
+from tunesmith.recipe.knobs import Recipe
 
 _WHAT = " Give a folder, a .gguf file or a hub id."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -71,6 +72,26 @@ def locate(model: str, *, revision: str | None = None, offline: bool = False, we
     if revision is not None:
         raise ModelError(f"{model}: revision {revision} was asked for, but a {located.kind} has none. Leave it out.")
     return located
+
+
+def locate_base(recipe: Recipe, *, offline: bool = False, weights: bool = True) -> Located:
+    """The model of a recipe; of a run's recipe where it is now, under the name that was typed.
+
+    Raises ModelError as `locate` does; of a run it says where the model was, and the way out.
+    """
+    base = recipe.base
+    if base is None:
+        return locate(recipe.model, revision=recipe.revision, offline=offline, weights=weights)
+    is_as_typed = base.place == recipe.model
+    revision = recipe.revision if is_as_typed else None
+    try:
+        located = locate(base.place, revision=revision, offline=offline, weights=weights)
+    except ModelError as error:
+        if base.missing and not Path(base.place).expanduser().exists():
+            raise ModelError(base.missing) from error
+        way = " If this run's model is elsewhere on this machine, pass --model PATH." if is_as_typed else ""
+        raise ModelError(f"{error}{way}") from error
+    return replace(located, name=recipe.model)
 
 
 def _looks_like_path(model: str) -> bool:

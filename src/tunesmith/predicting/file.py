@@ -30,6 +30,7 @@ def predict_to(
     path: str,
     *,
     bare: bool = False,
+    keep: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
@@ -44,11 +45,17 @@ def predict_to(
         raise InputError("predict: --out needs a file of rows: what comes through a pipe cannot be gone on with.")
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
-    output = Output.open(out, identity_of(predictor, path, bare=bare), overwrite=overwrite)
+    output = Output.open(out, identity_of(predictor, path, bare=bare, keep=keep), kept=keep, overwrite=overwrite)
+    if output.is_complete:
+        output.close()
+        say(f"{out}: complete already")
+        return Tally(answered=output.num_lines - output.num_errors, errors=output.num_errors)
     try:
         if output.num_lines:
             say(f"{out}: goes on after {output.num_lines:,} rows")
-        lines = _stream(predictor, path, output.write, bare=bare, skip=output.num_lines, progress=progress, say=say)
+        lines = _stream(
+            predictor, path, output.write, bare=bare, keep=keep, skip=output.num_lines, progress=progress, say=say
+        )
         if str(lines.last_skipped or "") != output.last_source:
             raise InputError(f"{out}: its last line is not of {lines.last_skipped}. Start anew with --overwrite.")
         output.finish()
@@ -59,13 +66,14 @@ def predict_to(
     return lines.tally
 
 
-def identity_of(predictor: Predictor, path: str, *, bare: bool) -> dict[str, str]:
+def identity_of(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """What the lines follow from, by name: hashes of rows, model and renderer, and every option."""
     found = expand([DataFile(path=path)], lambda warning: None)
     # A file that is none is named when it is read. Its path is part of every line, as the source.
     hashes = [f"{file.path} {sha256_file(Path(file.path))}\n" for file in found if Path(file.path).is_file()]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
-    return {**predictor.identity(), "fields": "bare" if bare else "echoed", "rows": rows}
+    fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
+    return {**predictor.identity(), "fields": fields, "rows": rows}
 
 
 def predict_stream(
@@ -74,11 +82,12 @@ def predict_stream(
     path: str,
     *,
     bare: bool = False,
+    keep: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Tally:
     """The same for a file or for "-", the standard input, with the lines handed on as they come."""
-    return _stream(predictor, path, write, bare=bare, skip=0, progress=progress, say=say).tally
+    return _stream(predictor, path, write, bare=bare, keep=keep, skip=0, progress=progress, say=say).tally
 
 
 def _stream(
@@ -87,6 +96,7 @@ def _stream(
     write: Callable[[Sequence[Line]], None],
     *,
     bare: bool,
+    keep: Sequence[str],
     skip: int,
     progress: Progress,
     say: Callable[[str], None],
@@ -100,9 +110,9 @@ def _stream(
 
     lines = Lines(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
     if path == STDIN:
-        read_pipe(cast(BufferedIOBase, sys.stdin.buffer), data, predictor.task, lines, say)
+        read_pipe(cast(BufferedIOBase, sys.stdin.buffer), data, predictor.task, lines, say, keep=keep)
     else:
-        read_file(path, data, predictor.task, lines, facts)
+        read_file(path, data, predictor.task, lines, facts, keep=keep)
     lines.flush()
     return lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from typing import Any, cast
 
@@ -23,20 +23,29 @@ PIPE = "stdin"
 AT_HAND = "rows"
 
 
-def read_file(path: str, data: Data, task: TaskName, lines: Lines, facts: list[FileFacts]) -> None:
-    """Hand every row of a file to `lines`; `data` says the names of columns and the limits.
+def read_file(
+    path: str, data: Data, task: TaskName, lines: Lines, facts: list[FileFacts], *, keep: Sequence[str] = ()
+) -> None:
+    """Hand every row of a file to `lines`, with the fields `keep`; `data` says the names of columns and the limits.
 
     Raises DataError where the file, or what is left of it, cannot be read.
     """
-    for _, example in examples([DataFile(path=path)], data, lines.hear, facts=facts, task=task, answered=False):
+    files, how = [DataFile(path=path)], cast(Any, {"task": task, "answered": False, "keep": keep})
+    for _, example in examples(files, data, lines.hear, facts=facts, **how):
         lines.take(example)
 
 
 def read_records(
-    records: Iterable[tuple[int, Any]], data: Data, task: TaskName, lines: Lines, *, facts: FileFacts
+    records: Iterable[tuple[int, Any]],
+    data: Data,
+    task: TaskName,
+    lines: Lines,
+    *,
+    facts: FileFacts,
+    keep: Sequence[str] | None = None,
 ) -> None:
     """The same for numbered rows that are read already."""
-    of_file = FileExamples(facts, data, lines.hear, task, answered=False)
+    of_file = FileExamples(facts, data, lines.hear, task, answered=False, keep=keep)
     for number, record in records:
         source = Source(facts.path, number)
         if not isinstance(record, dict):
@@ -49,7 +58,15 @@ def read_records(
     of_file.finish()
 
 
-def read_pipe(source: BufferedIOBase, data: Data, task: TaskName, lines: Lines, say: Callable[[str], None]) -> None:
+def read_pipe(
+    source: BufferedIOBase,
+    data: Data,
+    task: TaskName,
+    lines: Lines,
+    say: Callable[[str], None],
+    *,
+    keep: Sequence[str] = (),
+) -> None:
     """Hand every row of a pipe to `lines`, and have those that are there answered before waiting for more.
 
     JSON lines; or plain lines, each one text, where the first is no JSON object: `say` is told so.
@@ -73,7 +90,7 @@ def read_pipe(source: BufferedIOBase, data: Data, task: TaskName, lines: Lines, 
     else:
         texts = _plain_lines(stream, facts, limits=data.limits, on_bad=on_bad)
         records = ((number, record_of(task, text)) for number, text in texts)
-    read_records(records, data, task, lines, facts=facts)
+    read_records(records, data, task, lines, facts=facts, keep=keep)
     if facts.rows == 0:
         raise refusal(PIPE, 1, "empty_dataset", "it holds no row.")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.errors import InputError
 from tunesmith.types import Example, Problem, Source
 
 Line = dict[str, Any]
@@ -112,10 +113,26 @@ class Lines:
             self.tally.errors += 1
             self.tally.first.setdefault(answer.code, answer)
             told = f"{answer.code}: {answer.message} {answer.fix}".strip()
-            return {"source": str(answer.source), "error": told}
+            kept = item.kept if isinstance(item, Example) else {}
+            return {"source": str(answer.source), **kept, "error": told}
         assert isinstance(item, Example)
         self.tally.answered += 1
-        return {"source": str(item.source), **(answer if self._bare else as_row(item, answer))}
+        line = answer if self._bare else as_row(item, answer)
+        if taken := item.kept.keys() & {*line, "source", "error"}:
+            raise InputError(
+                f"--keep {min(taken)}: that is a name of the line's own. The row's own answer stands there as "
+                "reference; call another column otherwise."
+            )
+        return {"source": str(item.source), **_first(item.kept), **line, **_last(item.kept)}
+
+
+def _first(kept: Mapping[str, Any]) -> Line:
+    return {name: value for name, value in kept.items() if name != "reference"}
+
+
+def _last(kept: Mapping[str, Any]) -> Line:
+    """The reference, beside the answer."""
+    return {name: value for name, value in kept.items() if name == "reference"}
 
 
 def as_row(example: Example, answer: Line) -> Line:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tunesmith.data.given import texts_in_order
 from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, see, weights_of
 from tunesmith.data.rows import counted, refuse_bad
 from tunesmith.data.store import RowStore, build
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, NonFiniteError
 from tunesmith.evaluation.answers import answer_measures, answer_scores
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.evaluation.measure import constant_of, evaluate
@@ -116,6 +117,7 @@ def evaluate_file(
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
         measures, details, baseline = _judged(speaker, trained, store, outcomes)
+        _refuse_no_numbers(measures, speaker, path)
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         how: dict[str, Any] = {"labels": speaker.labels, "tokenizer": speaker.renderer.tokenizer}
         keep(row_lines(store, rows_I, outcomes, head=speaker.head, texts=texts, **how))
@@ -194,6 +196,16 @@ def _weighed(speaker: Speaker, trained: Trained | None) -> tuple[Speaker, list[s
 
 def ignore(problem: Problem) -> None:
     """Problems of rows that were encoded before were told then."""
+
+
+def _refuse_no_numbers(measures: Mapping[str, Interval], speaker: Speaker, path: str) -> None:
+    """Raise NonFiniteError where the loss is none: the model is broken, and what it answers means nothing."""
+    loss = measures.get("loss")
+    if loss is not None and not math.isfinite(loss["value"]):
+        raise NonFiniteError(
+            f"{path}: the loss of its rows is {loss['value']}: the weights of {speaker.result or speaker.located.path} "
+            "hold values that are no numbers, or make such. Nothing was measured."
+        )
 
 
 def _trained_on(speaker: Speaker, num_trained: int | None, num_rows: int) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A file of answers that grows by whole lines, and can be gone on with by a later call.
 
 FILE                 a line for each row so far
-FILE.progress.json   while it is not complete: what it is made from
+FILE.progress.json   what it is made from; once it is complete also the SHA-256 of it, so that the same command again
+                     finds nothing to do
 """
 
 from __future__ import annotations
@@ -16,40 +17,70 @@ import orjson
 from tunesmith import files
 from tunesmith.errors import InputError, StorageError
 
+COMPLETE = "complete: its SHA-256"
+
 
 class Output:
     """An open file of answers. `num_lines` of them stood there before, `num_errors` of these without an answer."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(
+        self,
+        path: Path,
+        file: BinaryIO,
+        identity: Mapping[str, str],
+        *,
+        kept: Sequence[str] = (),
+        is_complete: bool = False,
+    ) -> None:
         self.path = path
+        self._unanswered = {"source", "error", "reference", *kept}
+        self.is_complete = is_complete
         self._file = file
+        self._identity = identity
         self.num_lines, self.num_errors = 0, 0
         self.last_source = ""
         self._read_lines()
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, str], *, overwrite: bool = False) -> Output:
+    def open(
+        cls, path: Path, identity: Mapping[str, str], *, kept: Sequence[str] = (), overwrite: bool = False
+    ) -> Output:
         """The file to go on with, its half last line dropped, or a new one.
 
         `identity` is what the answers follow from, by name. Raises InputError where the file that is there follows
-        from something else, or does not say from what; StorageError.
+        from something else, or does not say from what; StorageError. `kept`: columns that lines without an answer
+        have too.
         """
         progress = _progress(path)
         with files.storing(path):
-            files.clean(path.parent, name=progress.name, older_than_s=3600)
-            if overwrite:
-                path.unlink(missing_ok=True)  # first: a progress file alone is that of an empty file
-                progress.unlink(missing_ok=True)
-            if path.exists() and path.stat().st_size and not progress.exists():
-                raise InputError(
-                    f"{path}: is there already, complete or made by something else. Choose another --out, or write "
-                    "over it with --overwrite."
-                )
-            if path.exists() and progress.exists():
-                _refuse_changes(path, identity, files.from_json(progress.read_bytes()))
-            else:
-                files.write_atomic(progress, files.to_json(identity, indent=True) + b"\n")
-            return cls(path, open(path, "a+b", buffering=0))
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (it is closed by `close`)
+        try:
+            _be_alone(file, path)
+            with files.storing(path):
+                files.clean(path.parent, name=progress.name)
+                if overwrite:
+                    file.truncate(0)  # first: the progress file of an empty one says nothing
+                is_begun = os.fstat(file.fileno()).st_size > 0
+                if is_begun and not progress.exists():
+                    raise InputError(
+                        f"{path}: is there already, and nothing says what it was made from. Choose another --out, or "
+                        "write over it with --overwrite."
+                    )
+                if not is_begun:
+                    files.write_atomic(progress, files.to_json(identity, indent=True) + b"\n")
+                    return cls(path, file, identity, kept=kept)
+                then = files.from_json(progress.read_bytes())
+                whole = then.pop(COMPLETE, None)
+                _refuse_changes(path, identity, then)
+                if whole is not None and files.sha256_file(path) != whole:
+                    raise InputError(
+                        f"{path}: was changed since it was complete. Choose another --out, or write over it with "
+                        "--overwrite."
+                    )
+                return cls(path, file, identity, kept=kept, is_complete=whole is not None)
+        except BaseException:
+            file.close()
+            raise
 
     def _read_lines(self) -> None:
         """Count the lines that are there, and drop what a killed writer left behind the last line end."""
@@ -59,7 +90,7 @@ class Output:
             end += len(line)
             self.num_lines += 1
             value = orjson.loads(line)
-            self.num_errors += "error" in value and "source" in value and len(value) == 2
+            self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
             self.last_source = str(value.get("source", ""))
         self._file.truncate(end)
 
@@ -77,15 +108,29 @@ class Output:
             raise
 
     def finish(self) -> None:
-        """All rows are answered: nothing is left to go on with."""
-        self.close()
+        """All rows are answered: nothing is left to go on with, and the same command again is told so."""
         with files.storing(self.path):
-            _progress(self.path).unlink(missing_ok=True)
-            files.fsync_dir(self.path.parent)
+            facts = {**self._identity, COMPLETE: files.sha256_file(self.path)}
+            files.write_atomic(_progress(self.path), files.to_json(facts, indent=True) + b"\n")
+        self.close()
 
     def close(self) -> None:
         """Leave the file as it is, to be gone on with."""
         self._file.close()
+
+
+def _be_alone(file: BinaryIO, path: Path) -> None:
+    """Raise InputError where another process writes the file: the lines of both would be mixed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing it. Wait for it, or choose another --out.") from None
+    except OSError:  # a file system without locks
+        return
 
 
 def as_bytes(line: Mapping[str, Any]) -> bytes:

@@ -7,9 +7,10 @@ into the run's recipe.yaml.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, LoraMethod, Method
 from tunesmith.recipe.optim_knobs import Optim
@@ -18,6 +19,7 @@ from tunesmith.recipe.sections import Auto, Fraction, Positive, Section
 __all__ = [
     "METHOD_KNOBS",
     "AutoMethod",
+    "Base",
     "FullMethod",
     "LoraMethod",
     "Loss",
@@ -39,6 +41,18 @@ class DataFile(Section):
     .txt or .md file, or a folder of them."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
+    _at: str | None = PrivateAttr(None)
+
+    @property
+    def at(self) -> str:
+        """Where it is read: its path, or where a run's file is now; no knob."""
+        return self._at or self.path
+
+    def at_place(self, place: str) -> DataFile:
+        """The same file, read from another place."""
+        copy = self.model_copy()
+        copy._at = place
+        return copy
 
 
 class Limits(Section):
@@ -99,6 +113,18 @@ class Data(Section):
     """Processes that encode rows. null: one, or for files of 16 MiB and more together one a core, at most 8. Rows,
     counts and errors are the same."""
     limits: Limits = Limits()
+    _template_at: str | None = PrivateAttr(None)
+
+    @property
+    def template_at(self) -> str | None:
+        """Where the template is read, as `DataFile.at`."""
+        return self._template_at or self.template
+
+    def with_template_at(self, place: str) -> Data:
+        """The same, its template read from another place."""
+        copy = self.model_copy()
+        copy._template_at = place
+        return copy
 
     @field_validator("train", "eval", "replay", mode="before")
     @classmethod
@@ -203,6 +229,17 @@ class Export(Section):
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where the model of a run is now; see `tunesmith.origin`."""
+
+    model: str
+    """As it was typed."""
+    place: str
+    missing: str = ""
+    """What to say where nothing is there; empty: whoever looks for it says it."""
+
+
 class Recipe(Section):
     """A run, completely."""
 
@@ -239,6 +276,23 @@ class Recipe(Section):
     have them, slower, for comparison."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
+    _base: Base | None = PrivateAttr(None)
+
+    @property
+    def base(self) -> Base | None:
+        """Where the model is now, in the recipe of a run that was made from it; no knob."""
+        return None if self._base is None or self._base.model != self.model else self._base
+
+    @property
+    def place(self) -> str:
+        """Where the model is looked for: as it was typed, or where a run's is now."""
+        return self.model if self.base is None else self.base.place
+
+    def on_base(self, base: Base) -> Recipe:
+        """The same recipe, its model looked for there."""
+        copy = self.model_copy()
+        copy._base = base
+        return copy
 
     @field_validator("method", mode="before")
     @classmethod

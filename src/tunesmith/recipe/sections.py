@@ -11,9 +11,13 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
+class Section(BaseModel):  # noqa: PLW1641 (pydantic gives frozen models a hash)
     """A group of knobs: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same; where the files of a run are now is no part of it."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__

@@ -1,0 +1,111 @@
+"""Where a run was made, and where its model and its data are now, whatever the current folder.
+
+run.json says so beside what was typed: `made` = {"in": the folder one stood in, "root": the folder of the run,
+"places": {typed: absolute path}}. Runs of earlier versions have none: theirs are looked for as they were typed.
+"""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import posixpath
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from tunesmith.recipe.knobs import Base, Recipe
+
+
+def record(recipe: Recipe, root: Path) -> dict[str, Any]:
+    """What run.json says of a run that is made in the folder `root`; empty where there is no current folder."""
+    with suppress(OSError):
+        found = {typed: Path(at).expanduser() for typed, at in _typed(recipe)}
+        places = {typed: str(path.absolute()) for typed, path in found.items() if path.exists()}
+        return {"in": str(Path.cwd()), "root": str(root.absolute()), "places": places}
+    return {}
+
+
+def _typed(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every path of a recipe and where it is read; its model may be a hub id."""
+    data = recipe.data
+    yield recipe.model, recipe.place
+    yield from ((file.path, file.at) for file in (*data.train, *data.eval, *data.replay))
+    if data.template is not None:
+        yield data.template, data.template_at or data.template
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run was made."""
+
+    run: Path
+    """Its folder now."""
+    base: str | None = None
+    """Where its base is now, as a person says."""
+    made_in: str = ""
+    root: str = ""
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Path, facts: Any, *, base: str | None) -> Origin:
+        """From the content of run.json, which may be from anywhere."""
+        made = facts.get("made") if isinstance(facts, dict) else None
+        if not isinstance(made, dict) or not isinstance(made.get("places"), dict):
+            return cls(run, base)
+        places = {key: value for key, value in made["places"].items() if isinstance(value, str)}
+        return cls(run, base, str(made.get("in", "")), str(made.get("root", "")), places)
+
+    def find(self, typed: str) -> str:
+        """Where that is now: at its recorded place, moved together with the run, or as it was typed; else the recorded
+        place, to be named."""
+        then = self.places.get(typed)
+        if then is None:
+            return typed
+        candidates = filter(None, (then, self._moved(then), typed))
+        return next((path for path in candidates if os.path.exists(os.path.expanduser(path))), then)
+
+    def _moved(self, then: str) -> str | None:
+        """The place as far from the run's folder as it was then, also where that was on Windows."""
+        flavour = ntpath if ntpath.splitdrive(self.root)[0] else posixpath
+        try:
+            way = flavour.relpath(then, self.root)
+        except ValueError:  # of another drive
+            return None
+        parts = PureWindowsPath(way).parts if flavour is ntpath else (way,)
+        return os.path.normpath(Path(self.run.absolute().parent, *parts))
+
+    def put(self, recipe: Recipe) -> Recipe:
+        """The run's recipe, knowing where its files are now; what was typed stays what it says."""
+        data = recipe.data
+        sides = {
+            side: tuple(file.at_place(self.find(file.path)) for file in getattr(data, side))
+            for side in ("train", "eval", "replay")
+        }
+        if data.template is not None:
+            data = data.with_template_at(self.find(data.template))
+        recipe = recipe.model_copy(update={"data": data.model_copy(update=sides)})
+        return recipe.on_base(Base(recipe.model, self.base or self.find(recipe.model), self._missing(recipe.model)))
+
+    def _missing(self, model: str) -> str:
+        """What to say where the base is not found."""
+        if self.base is not None:
+            return ""
+        if then := self.places.get(model):
+            return (
+                f"{model}: this run was made in {self.made_in} from {model}; it is not there now ({then}): "
+                "pass --model PATH."
+            )
+        return ""
+
+
+def moved_to(recipe: Recipe) -> Recipe:
+    """A run's recipe as one would type it now: every path is where the file is."""
+    data = recipe.data
+    sides: dict[str, Any] = {
+        side: tuple(file.model_copy(update={"path": file.at}) for file in getattr(data, side))
+        for side in ("train", "eval", "replay")
+    }
+    data = data.model_copy(update={**sides, "template": data.template_at})
+    return recipe.model_copy(update={"data": data, "model": recipe.place})

@@ -1,0 +1,178 @@
+"""A result is what its run left, or is refused; a foreign run folder neither hangs anything nor writes elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiny_run import tiny_recipe
+from tunesmith import api, training
+from tunesmith.errors import ModelError, NonFiniteError, RunError
+from tunesmith.export.exporting import export_run
+from tunesmith.files import temporary_folder
+from tunesmith.loading import load_run, load_target
+from tunesmith.predicting.measuring import evaluate_file
+from tunesmith.run import Run
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+HANGING = "(.*)*x"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("done")
+    return training.train(tiny_recipe(folder, train={"max_steps": 2}), root=folder, offline=True)
+
+
+@pytest.fixture
+def run(done: Run, tmp_path: Path) -> Run:
+    shutil.copytree(done.path, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x40
+    path.write_bytes(content)
+
+
+def fill_with_nan(run: Run) -> None:
+    tensors = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(run.path / WEIGHTS).items()}
+    save_file(tensors, run.path / WEIGHTS)
+
+
+def forget_hashes(run: Run) -> None:
+    (run.path / "result.json").unlink(missing_ok=True)
+
+
+def test_a_flipped_bit_of_the_result_is_refused_by_the_name_of_its_file(run: Run) -> None:  # trap: A17
+    flip(run.path / WEIGHTS)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors: not as the run left it"):
+        load_run(run, offline=True)
+    with pytest.raises(RunError, match="not as the run left it"):
+        export_run(run, "adapter", proof=False, offline=True)
+    with pytest.raises(RunError, match="not as the run left it"):
+        api.evaluate(run, str(data_of(run)), offline=True)
+
+
+def test_without_the_hashes_a_flipped_bit_would_answer(run: Run, done: Run) -> None:
+    flip(run.path / WEIGHTS)
+    forget_hashes(run)
+    with pytest.raises(AssertionError):
+        assert weights(run) == weights(done)
+
+
+def weights(run: Run) -> list[float]:
+    attachment = load_run(run, offline=True).attachment
+    return [float(tensor.sum()) for tensor in attachment.trained.values()]
+
+
+def data_of(run: Run) -> Path:
+    return Path(run.recipe().data.train[0].path)
+
+
+def test_a_result_without_hashes_is_loaded_and_a_line_says_so(run: Run, done: Run) -> None:
+    forget_hashes(run)
+    assert "noted no hashes" in load_run(run, offline=True).note
+    assert load_run(done, offline=True).note == ""
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(run: Run) -> None:
+    fill_with_nan(run)
+    forget_hashes(run)
+    with pytest.raises(ModelError, match=r"lora_A\.weight holds NaN"):
+        load_run(run, offline=True)
+
+
+def test_an_evaluation_whose_loss_is_no_number_fails(done: Run) -> None:
+    speaker = load_target(str(done.path), root=done.path.parent, offline=True)
+    with torch.no_grad():
+        next(iter(speaker.model.parameters())).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="loss of its rows is nan"):
+        evaluate_file(speaker, str(data_of(done)), samples=0)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_an_expression_of_a_foreign_adapter_that_never_ends_does_not_hang(run: Run, key: str) -> None:
+    edit(run, {key: HANGING})
+    begun = time.perf_counter()
+    with pytest.raises(ModelError, match="target_modules") if key == "target_modules" else nullcontext():
+        load_run(run, offline=True)
+    assert time.perf_counter() - begun < 60
+
+
+def edit(run: Run, update: dict[str, object]) -> None:
+    path = run.path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **update}))
+    forget_hashes(run)
+
+
+def test_an_expression_has_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.methods import patterns
+
+    monkeypatch.setattr(patterns, "LIMIT_S", 0.2)
+    with pytest.raises(ModelError, match="takes more than"):
+        patterns.fits(r"(a*)(a*)(a*)c?\3[bd]", "a" * 3000)
+
+
+@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){1000}", "a" * 2000])
+def test_an_expression_that_would_fill_the_memory_is_refused(pattern: str) -> None:
+    from tunesmith.methods import patterns
+
+    with pytest.raises(ModelError, match="too large"):
+        patterns.searches(pattern, "model")
+
+
+def test_expressions_for_peft_become_lists_of_names() -> None:
+    from tunesmith.methods import patterns
+
+    names = ["layers.0.q", "layers.1.q", "layers.1.k"]
+    config = {"target_modules": r".*\.q", "rank_pattern": {"(layers.1|x).q": 2, "k": 3}, "exclude_modules": None}
+    told = patterns.spelled_out(config, names)
+    assert told == {
+        "target_modules": ["layers.0.q", "layers.1.q"], "rank_pattern": {"^layers.1.q": 2, "k": 3},
+        "exclude_modules": None,
+    }  # fmt: skip
+    with pytest.raises(ModelError, match="modules_to_save"):
+        patterns.spelled_out({"modules_to_save": ["(a+)+"]}, names)
+
+
+@pytest.mark.parametrize("name", ["evaluation", "exports", "checkpoints", "rows"])
+def test_a_folder_of_a_run_that_is_a_link_is_refused(run: Run, tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(run.path / name, ignore_errors=True)
+    (run.path / name).symlink_to(elsewhere)
+    with pytest.raises(RunError, match=f"{name}: a link to"), run.lock():
+        pass
+    with pytest.raises(RunError, match=f"{name}: a link to"):
+        export_run(run, "adapter", proof=False, offline=True)
+    assert not list(elsewhere.iterdir())
+
+
+def test_what_a_killed_writer_left_in_a_folder_of_the_run_is_removed_by_the_next(run: Run) -> None:
+    left = [run.path / name / ".tmp-after.jsonl-01234567" for name in ("evaluation", "rows/train")]
+    for path in left:
+        path.write_text("half")
+    with run.lock():
+        assert not any(path.exists() for path in left)
+
+
+def test_the_copy_of_a_killed_export_is_removed_by_the_next_export_and_that_of_a_living_one_is_not(run: Run) -> None:
+    from tunesmith.files import being_written
+
+    exports = run.path / "exports"
+    dead, alive = temporary_folder(exports, "merged"), temporary_folder(exports, "gguf-f16")
+    with being_written(dead):
+        (dead / "model.safetensors").write_bytes(b"0" * 100)
+    with being_written(alive):
+        export_run(run, "adapter", proof=False, offline=True)
+        assert not dead.exists()
+        assert alive.exists()
