@@ -69,6 +69,7 @@ def browser() -> Iterator[Any]:
 def test_one_can_chat_on_the_page(browser: Any) -> None:
     with running(Rules(keys=Keys.of([KEY]))) as server:
         page = browser.new_page()
+        page.set_default_timeout(60_000)
         said: list[str] = []
         page.on("console", lambda message: said.append(message.text) if "401" not in message.text else None)
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -79,23 +80,23 @@ def test_one_can_chat_on_the_page(browser: Any) -> None:
         page.wait_for_selector("#key:visible")
         page.fill("#key", KEY)
         page.click("#enter")
-        page.wait_for_function("document.querySelectorAll('#model option').length == 2")
+        page.locator("#model option >> nth=1").wait_for(state="attached")
         hostile = "<img src=x onerror=alert(1)> <script>alert(2)</script>"
         page.fill("#text", hostile)
         page.press("#text", "Enter")
-        page.wait_for_function("!document.getElementById('send').disabled")
+        page.locator("#send:not([disabled])").wait_for()
         assert page.locator("#talk p").all_inner_texts() == [hostile, hostile]
         assert page.locator("#talk img, #talk script").count() == 0
         page.fill("#text", "FULL")
         page.click("#send")
-        page.wait_for_function("document.getElementById('said').textContent.includes('The queue is full')")
+        page.locator("#said", has_text="The queue is full").wait_for()
         assert [one["content"] for one in server.engine.asks[-1].messages] == [hostile, hostile, "FULL"]
         assert server.engine.asks[-1].temperature == 0
         page.fill("#text", "SLOW " + "word " * 200)
         page.click("#send")
-        page.wait_for_function("document.querySelector('#talk p:last-child').textContent.includes('word word')")
+        page.locator("#talk p.assistant:last-child", has_text="SLOW word word").wait_for()
         page.click("#stop")
-        page.wait_for_function("document.getElementById('said').textContent == 'Stopped.'")
+        page.locator("#said", has_text="Stopped.").wait_for()
         server.wait_until_idle()
         page.evaluate("() => { const it = document.createElement('script'); it.textContent = 'window.planted = 1';"
                       "document.body.append(it); }")  # fmt: skip
