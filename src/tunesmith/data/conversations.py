@@ -15,7 +15,7 @@ from tunesmith.data.drafts import Draft, Drafted, Room
 from tunesmith.data.places import Place, Placed, placed
 from tunesmith.data.spans import Ambiguous, Turn, find_turn, not_shown
 from tunesmith.data.stops import QUESTION, find_stops
-from tunesmith.data.template import ChatTemplate, Message, TemplateRefusal
+from tunesmith.data.template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
@@ -41,7 +41,7 @@ class Conversations:
         self._room = room
         self.template_text = self._template.text
         self.control = ControlTokens(tokenizer, self.template_text)
-        stops = self._template.bounded(lambda: find_stops(self._bare_render, self.control, name=encoder.name))
+        stops = find_stops(self._bare_render, self.control, name=encoder.name)
         self.stop_ids = stops.ids
         self._run = list(stops.run)
         self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
@@ -51,7 +51,7 @@ class Conversations:
 
     def encode(self, examples: Sequence[Example]) -> list[Drafted]:
         """Aligned with `examples`."""
-        texts = self._template.bounded(lambda: [self._render(example) for example in examples])
+        texts = self._template.render_all([self._render(example) for example in examples])
         rendered = [text for text in texts if isinstance(text, _Text)]
         found = self._encoder.tokenized([text.whole for text in rendered])
         rows = placed([(text.whole, text.turns) for text in rendered], found, self.control)
@@ -68,24 +68,24 @@ class Conversations:
         """What serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
         messages = [as_message(part) for part in parts]
         try:
-            text = self._template.bounded(lambda: self._template.render(messages, tools=tools, prompt=True))
+            text = self._template.render(messages, tools=tools, prompt=True)
         except TemplateRefusal as refusal:
             raise DataError(f"the chat template refuses the conversation: {refusal}") from refusal
         return [int(token_id) for token_id in self._encoder.encode([text])[0].ids_T]
 
-    def _render(self, example: Example) -> _Text | Problem:
+    def _render(self, example: Example) -> Rendering[_Text | Problem]:
         messages = [as_message(part) for part in example.parts]
 
-        def render(some: Sequence[Message], prompt: bool) -> str:
-            return self._template.render(some, tools=example.tools, prompt=prompt)
+        def ask(some: Sequence[Message], prompt: bool) -> Request:
+            return Request(some, prompt, example.tools)
 
         index = -1
         try:
-            whole = render(messages, False)
+            whole = yield ask(messages, False)
             turns = []
             for index, part in enumerate(example.parts):
                 if part.trained:
-                    turns.append(find_turn(render, messages, index, whole=whole, ends=self._ends))
+                    turns.append((yield from find_turn(ask, messages, index, whole=whole, ends=self._ends)))
         except TemplateRefusal as refusal:
             return Problem(
                 example.source,
@@ -193,7 +193,7 @@ class Conversations:
         self._opening_ids.update(zip(unknown, ids, strict=True))
 
     def _refuse_two_bos(self) -> None:
-        text = self._template.bounded(lambda: self._bare_render([QUESTION], True))
+        text = self._bare_render([QUESTION], True)
         if self._starts_with_two_bos(self._encoder.encode([text])[0].ids_T):
             raise ModelError(
                 f"{self._encoder.name}: its chat template writes BOS twice. Give a corrected one by data.template."

@@ -34,9 +34,9 @@ _NODES = (
 """Macros, blocks that are set or filtered, and what else hands on a plain copy of a text, are not among them."""
 _FILTERS = ("trim", "length", "count", "default", "first", "last")
 _TESTS = ("defined", "undefined", "none", "string", "mapping")
-_CALLED = ("raise_exception", "namespace", "range")
-_RAISING = ("raise_exception", "strftime_now")
-"""A date is not the same tomorrow."""
+_CALLED = ("raise_exception", "namespace", "range", "strftime_now")
+MOST_SHOWN, MOST_CHARS = 8, 1_000_000
+"""Times that a form may show each message, and its own characters: a template that writes more is run each time."""
 
 
 @dataclass(slots=True)
@@ -80,27 +80,20 @@ class Written:
         self.form.is_checked, self.form.is_wrong = agrees, not agrees
 
 
-class Forms:
-    """The forms of one template, found when they are asked for. `variables`: special tokens, by name."""
+Found = tuple[Sequence[str], Sequence[Sequence[int]], Sequence[int]]
+"""Pieces, places and stripped messages of a form."""
 
-    def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
-        self._variables = variables
+
+class Forms:
+    """The forms of one template. `find` gives that of a prompt or none and the roles of its messages, see `Finder`."""
+
+    def __init__(self, find: Callable[[bool, Sequence[str]], Found | None]) -> None:
+        self._find = find
         self._found: dict[tuple[Any, ...], _Form | None] = {}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals = {name: environment.globals[name] for name in ("namespace", "range")}
-        environment.globals |= dict.fromkeys((_REFUSE, *_RAISING), _refuse)
-        self._template = None
-        if _OPEN not in text and all(_is_plain(value) for value in variables.values()):
-            try:
-                self._template = environment.from_string(_Guard().visit(environment.parse(text)))
-            except TemplateError:  # tags that only transformers knows
-                self._template = None
 
     def write(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool) -> Written | None:
         """A conversation as its form gives it; None: only the template itself can tell."""
-        if self._template is None or len(messages) > MOST_MESSAGES:
+        if len(messages) > MOST_MESSAGES:
             return None
         texts = []
         for message in messages:
@@ -112,29 +105,62 @@ class Forms:
         if key not in self._found:
             if len(self._found) >= MOST_FORMS:
                 self._found.clear()
-            self._found[key] = self._look(key)
+            prompt, *roles = key
+            found = self._find(prompt, roles)
+            self._found[key] = None if found is None else _form_of(*found)
         form = self._found[key]
         if form is None or form.is_wrong:
             return None
         text = form.fill(texts)
         return None if text is None else Written(text, form)
 
-    def _look(self, key: tuple[Any, ...]) -> _Form | None:
-        prompt, *roles = key
+
+def _form_of(pieces: Sequence[str], places: Sequence[Sequence[int]], stripped: Sequence[int]) -> _Form:
+    return _Form(tuple(pieces), tuple((at, i) for at, i in places), frozenset(stripped))
+
+
+class Finder:
+    """Runs a template to find its forms: in a process that may be killed, since nothing bounds a template.
+
+    `variables`: special tokens, by name. `clock`: the template's `strftime_now`; None: the date changes, so that what
+    shows it has no form.
+    """
+
+    def __init__(self, text: str, variables: Mapping[str, Any], clock: Callable[[str], str] | None = None) -> None:
+        self._variables = variables
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals = {name: environment.globals[name] for name in ("namespace", "range")}
+        environment.globals |= {_REFUSE: _refuse, "raise_exception": _refuse, "strftime_now": clock or _refuse}
+        self._template = None
+        if _OPEN not in text and all(_is_plain(value) for value in variables.values()):
+            try:
+                self._template = environment.from_string(_Guard().visit(environment.parse(text)))
+            except TemplateError:  # tags that only transformers knows
+                self._template = None
+
+    def find(self, prompt: bool, roles: Sequence[str]) -> Found | None:
+        """None: only the template itself can tell."""
+        if self._template is None:
+            return None
         seen = _Seen()
         messages = [{"role": role, "content": _Copied.of(i, seen)} for i, role in enumerate(roles)]
-        assert self._template is not None
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
             text = self._template.render(**{**given, **self._variables})
+        except (MemoryError, RecursionError):
+            raise
         except Exception:  # a program we did not write: the template itself will say what it refuses
             return None
         if seen.is_read:
             return None
         pieces = _PLACE.split(text)
-        places = tuple((at, int(pieces[at])) for at in range(1, len(pieces), 2))
+        places = [(at, int(pieces[at])) for at in range(1, len(pieces), 2)]
+        if len(places) > MOST_SHOWN * len(roles) or len(text) > MOST_CHARS:
+            return None
         pieces[1::2] = [""] * len(places)
-        return _Form(tuple(pieces), places, frozenset(seen.stripped))
+        return pieces, places, sorted(seen.stripped)
 
 
 class _Seen:
@@ -232,7 +258,8 @@ class _Guard(NodeTransformer):
 
 def _is_known_call(node: nodes.Call) -> bool:
     if isinstance(node.node, nodes.Name):
-        return node.node.name in _CALLED and node.dyn_args is None and node.dyn_kwargs is None
+        is_known = node.node.name in _CALLED and node.dyn_args is None and node.dyn_kwargs is None
+        return is_known and (node.node.name != "strftime_now" or _are_constant(node))
     return isinstance(node.node, nodes.Getattr) and "format" not in node.node.attr and _are_constant(node)
 
 

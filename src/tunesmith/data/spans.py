@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.template import Message, TemplateRefusal
+from tunesmith.data.template import Message, Rendering, Request, TemplateRefusal
 
 SENTINEL = "tunesmithQ7vAnswerZ3kHere"
 """One word, letters and digits only: no template trims, splits or escapes it."""
 
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether to open the assistant's turn) -> text"""
+Ask = Callable[[Sequence[Message], bool], Request]
+"""The same of a text that is rendered later, with those of other rows."""
 
 
 class Ambiguous(Exception):
@@ -46,22 +48,22 @@ class Turn:
     """Whether the template shows only a part of the message's text."""
 
 
-def find_turn(render: Render, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]) -> Turn:
+def find_turn(ask: Ask, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]) -> Rendering[Turn]:
     """Where the turn `index` stands in `whole`, the text of all messages; `ends` are the texts that close a turn.
 
     Raises `Ambiguous`, or `TemplateRefusal` when the template does not take the messages before the turn.
     """
     # No serving prompt exists for a conversation that the assistant opens: templates refuse an empty list.
-    prompt = render(messages[:index], True) if index else None
+    prompt = (yield ask(messages[:index], True)) if index else None
     if prompt is not None and whole.startswith(prompt):
-        turn = _verbatim(messages[index], index, prompt, whole, ends) or _by_prefix(
-            render, messages, index, prompt, whole
-        )
+        turn = _verbatim(messages[index], index, prompt, whole, ends)
+        if turn is None:
+            turn = yield from _by_prefix(ask, messages, index, prompt, whole)
         if turn is not None:
             return turn
     else:
         prompt = None
-    return _by_sentinel(render, messages, index, prompt, whole)
+    return (yield from _by_sentinel(ask, messages, index, prompt, whole))
 
 
 def closings(render: Render, question: Message) -> tuple[str, str]:
@@ -89,13 +91,13 @@ def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Seque
     return Turn(index, len(prompt), start=len(prompt), close=close, limit=len(whole))
 
 
-def _by_prefix(render: Render, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Turn | None:
-    until = render(messages[: index + 1], False)
+def _by_prefix(ask: Ask, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Rendering[Turn | None]:
+    until = yield ask(messages[: index + 1], False)
     if not whole.startswith(until) or len(until) < len(prompt):
         return None
     turn = until[len(prompt) :]
     try:
-        before, after = _around(render([*messages[:index], _bare(messages[index]["role"])], False))
+        before, after = _around((yield ask([*messages[:index], _bare(messages[index]["role"])], False)))
     except (TemplateRefusal, Ambiguous):
         before, after = prompt, ""
     start = _start(prompt, before) if until.startswith(before) else len(prompt)
@@ -104,10 +106,10 @@ def _by_prefix(render: Render, messages: Sequence[Message], index: int, prompt: 
     return Turn(index, len(prompt), start=start, close=close, limit=len(until))
 
 
-def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt: str | None, whole: str) -> Turn:
+def _by_sentinel(ask: Ask, messages: Sequence[Message], index: int, prompt: str | None, whole: str) -> Rendering[Turn]:
     bare = _bare(messages[index]["role"])
     try:
-        before, after = _around(render([*messages[:index], bare, *messages[index + 1 :]], False))
+        before, after = _around((yield ask([*messages[:index], bare, *messages[index + 1 :]], False)))
     except TemplateRefusal as refusal:
         raise Ambiguous(str(refusal)) from refusal
     start, close = len(before), len(whole) - len(after)

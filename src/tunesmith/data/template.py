@@ -1,20 +1,28 @@
 """The tokenizer's own chat template, rendered within limits.
 
 A template is a program from the internet. transformers runs it in Jinja's immutable sandbox (no attribute access, no
-ranges over 100,000); here it is also held to a size, an output, a time and a growth of memory.
+ranges over 100,000), and here that happens in a process of its own (`template_process`) which may be ended at any
+moment: it is held to a size, an output, a time and a memory, and whoever waits for it can always be interrupted.
 """
 
 from __future__ import annotations
 
-import ctypes
+import atexit
+import json
 import os
+import pickle
+import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
-from tunesmith.data.forms import Forms
+from tunesmith.data.forms import Forms, Found, Written
+from tunesmith.environment import for_child
 from tunesmith.errors import ModelError
 
 T = TypeVar("T")
@@ -26,112 +34,301 @@ OUTPUT_CHARS = 64 * 1024 * 1024
 """Longest text of one row: eight times `limits.line_bytes`."""
 RENDER_S = 10.0
 """Longest time for one render; common templates need about 50 µs."""
-GROWTH_BYTES = 2 * 1024**3
-"""Most that the process may grow while templates run."""
+GROWTH_BYTES = 1024**3
+"""Most memory for templates, where the platform keeps such a limit (Linux)."""
+START_S = 120.0
+"""Longest time for the process to start; it needs half a second."""
+TICK_S, END_S = 0.1, 5.0
+LAST_BYTES = 2000
+
+HEAD = struct.Struct("<cQ")
+READY, TEXT, REFUSED, LONG, MEMORY, DEEP = b"!", b"t", b"r", b"l", b"m", b"d"
+"""Answers of the process: it has started; a text; the template raised, and its words; too long a text, and its number
+of characters; no memory was left; calls or brackets stand too deep in each other."""
 
 
 class TemplateRefusal(Exception):
     """The template raised: it does not take these messages. Its text is the template's own, as a sentence."""
 
 
+class Request(NamedTuple):
+    """One text to render."""
+
+    messages: Sequence[Message]
+    prompt: bool
+    """Whether it opens the assistant's next turn, as serving does."""
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+Rendering = Generator[Request, str, T]
+"""Work that asks for texts as it goes; `TemplateRefusal` is thrown into it where the template refuses."""
+
+
 class ChatTemplate:
-    """The chat template of a tokenizer.
+    """The chat template of a tokenizer. `date`: the day that it writes (YYYY-MM-DD); None: today.
 
     Raises `ModelError` when there is none or it is too large.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._running_since: float | None = None
+    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
+        self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
         size = len(self.text.encode())
         if size > TEMPLATE_BYTES:
             raise ModelError(
-                f"{tokenizer.name_or_path}: its chat template has {size} bytes, more than the {TEMPLATE_BYTES} "
+                f"{self._name}: its chat template has {size} bytes, more than the {TEMPLATE_BYTES} "
                 "a template may have. Give a smaller one by data.template."
             )
-        variables = {name: value for name, value in tokenizer.special_tokens_map.items() if name in self.text}
-        self._forms = Forms(self.text, variables) if isinstance(tokenizer.chat_template, str) else None
+        special_tokens = dict(tokenizer.special_tokens_map)
+        self._settings = {"template": tokenizer.chat_template, "special_tokens": special_tokens, "date": date}
+        used = [value for name, value in special_tokens.items() if name in self.text]
+        has_forms = isinstance(tokenizer.chat_template, str) and all(type(value) is str for value in used)
+        self._forms = Forms(self._find) if has_forms else None
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether it can ask for the date."""
+        return "strftime_now" in self.text
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 
-        Raises `TemplateRefusal` with whatever the template raised.
+        Raises `TemplateRefusal` with whatever the template raised, `ModelError` where it exceeds a limit.
         """
-        self._running_since = time.monotonic()
-        try:
-            known = None if tools or self._forms is None else self._forms.write(messages, prompt=prompt)
-            text = known.text if known is not None and known.is_checked else self.run(messages, tools, prompt)
-            if known is not None and not known.is_checked:
-                known.check(agrees=text == known.text)
-        finally:
-            self._running_since = None
-        if len(text) > OUTPUT_CHARS:
-            raise TemplateRefusal(f"it wrote {len(text)} characters, more than {OUTPUT_CHARS}.")
+        [text] = self.render_all([_single(Request(messages, prompt, tools))])
         return text
+
+    def render_all(self, works: Sequence[Rendering[T]]) -> list[T]:
+        """What all the works return, each given the texts that it asks for. Raises as `render`, and what they raise.
+
+        Those that wait for the template wait together: one message to its process and back costs as much as a render.
+        """
+        results: dict[int, T] = {}
+        waiting: list[tuple[int, Request, Written | None]] = []
+
+        def go_on(i: int, given: str | TemplateRefusal | None) -> None:
+            work = works[i]
+            try:
+                while True:
+                    refused = isinstance(given, TemplateRefusal)
+                    request = work.throw(given) if refused else work.send(given)  # type: ignore[arg-type]
+                    known = None
+                    if self._forms is not None and not request.tools:
+                        known = self._forms.write(request.messages, prompt=request.prompt)
+                    if known is None or not known.is_checked:
+                        waiting.append((i, request, known))
+                        return
+                    given = self._within(known.text)
+            except StopIteration as done:
+                results[i] = done.value
+
+        for i in range(len(works)):
+            go_on(i, None)
+        while waiting:
+            asked, waiting = waiting, []
+            texts = self.run_all([request for _, request, _ in asked])
+            for (i, _, known), text in zip(asked, texts, strict=True):
+                if known is not None:
+                    known.check(agrees=text == known.text)
+                go_on(i, text)
+        return [results[i] for i in range(len(works))]
 
     def run(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         """What `render` gives, always by the template itself."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False
-            )
-        except Exception as error:  # the template is a program we did not write: it can raise anything
-            reason = str(error) or type(error).__name__
-            raise TemplateRefusal(reason if reason.endswith((".", "!", "?")) else f"{reason}.") from error
-        return str(text)
+        [text] = self.run_all([Request(messages, prompt, tools)])
+        if isinstance(text, TemplateRefusal):
+            raise text
+        return text
 
-    def bounded(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which renders. Raises `ModelError` when one render takes too long or too much memory.
+    def run_all(self, requests: Sequence[Request]) -> list[str | TemplateRefusal]:
+        """Each text, by the template itself. Raises `ModelError` where one exceeds a limit."""
+        items = [(list(messages), list(tools) or None, prompt) for messages, prompt, tools in requests]
+        return [self._outcome(kind, content) for kind, content in self._ask("run", items)]
 
-        The work runs in a thread of its own, since nothing else can interrupt a template on every platform.
-        """
-        worker = _Worker(work)
-        most = resident_bytes() + GROWTH_BYTES
-        worker.start()
+    def _find(self, prompt: bool, roles: Sequence[str]) -> Found | None:
+        [(kind, content)] = self._ask("find", [(prompt, list(roles))])
+        return json.loads(content) if kind == TEXT else None
+
+    def _ask(self, op: str, items: Sequence[Any]) -> list[tuple[bytes, bytes]]:
         try:
-            while not worker.finished.wait(0.05):
-                since = self._running_since
-                if since is not None and time.monotonic() - since > RENDER_S:
-                    raise self._explodes(f"did not finish one row in {RENDER_S:g} s")
-                if resident_bytes() > most:
-                    raise self._explodes(f"took more than {GROWTH_BYTES // 1024**3} GiB of memory")
-        finally:
-            if worker.is_alive() and not worker.finished.is_set():
-                worker.abandon()
-        if worker.error is not None:
-            raise worker.error
-        return worker.result
+            answers = PROCESS.ask(({**self._settings, "most_chars": OUTPUT_CHARS}, op, items), len(items))
+        except _Ended as ended:
+            raise self._explodes(str(ended)) from ended
+        kinds = {kind for kind, _ in answers}
+        if MEMORY in kinds:
+            raise self._explodes(f"took more than {GROWTH_BYTES // 1024**2:,} MiB of memory")
+        if DEEP in kinds:
+            raise self._explodes("nests or calls itself more deeply than Python can follow")
+        return answers
+
+    def _outcome(self, kind: bytes, content: bytes) -> str | TemplateRefusal:
+        text = content.decode("utf-8", "surrogatepass")
+        if kind == TEXT:
+            return text
+        if kind == LONG:
+            return _too_long(int(text))
+        return TemplateRefusal(text if text.endswith((".", "!", "?")) else f"{text}.")
+
+    def _within(self, text: str) -> str | TemplateRefusal:
+        return text if len(text) <= OUTPUT_CHARS else _too_long(len(text))
 
     def _explodes(self, what: str) -> ModelError:
         return ModelError(
-            f"{self._tokenizer.name_or_path}: its chat template {what}. "
+            f"{self._name}: its chat template {what}. "
             "Give another by data.template, and look at this one before you trust its source."
         )
 
 
-class _Worker(threading.Thread, Generic[T]):
-    """One call in a daemon thread, which ends with the process should the call never return."""
+def _single(request: Request) -> Rendering[str]:
+    return (yield request)
 
-    result: T
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        super().__init__(name="tunesmith-render", daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.finished = threading.Event()
+def _too_long(num_chars: int) -> TemplateRefusal:
+    return TemplateRefusal(f"it wrote {num_chars} characters, more than {OUTPUT_CHARS}.")
 
-    def run(self) -> None:
+
+class _Ended(Exception):
+    """The process ended before it answered; its text goes on from "its chat template"."""
+
+
+class _Late(_Ended):
+    """It was ended, for an answer did not come in time."""
+
+
+class _Process:
+    """The one process that renders for this one: started when it is first asked, and anew when it has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def ask(self, request: Any, num: int) -> list[tuple[bytes, bytes]]:
+        """Its answers. Raises `_Ended`.
+
+        A process that has served before may have run out of what earlier rows left it: a new one has to fail too.
+        """
+        with self._lock:
+            if self._child is not None and self._child.pid_of_owner == os.getpid():
+                try:
+                    answers = self._answers(self._child, request, num)
+                    if self._child is not None:
+                        return answers
+                except _Late:
+                    raise
+                except _Ended:
+                    pass
+            self._child = _Child()
+            return self._answers(self._child, request, num)
+
+    def _answers(self, child: _Child, request: Any, num: int) -> list[tuple[bytes, bytes]]:
         try:
-            self.result = self._work()
-        except BaseException as error:  # the outermost frame of a worker: raised again by the caller
-            self.error = error
-        finally:
-            self.finished.set()
+            answers = child.ask(request, num)
+        except BaseException:  # also Ctrl-C: what comes from it next would answer this request
+            self.end()
+            raise
+        if any(kind == MEMORY for kind, _ in answers):
+            self.end()
+        return answers
 
-    def abandon(self) -> None:
-        """Have the interpreter raise SystemExit in the thread at its next bytecode."""
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(SystemExit))
+    def end(self) -> None:
+        """End it, whatever it is at; it is started again when it is asked."""
+        child, self._child = self._child, None
+        if child is not None and child.pid_of_owner == os.getpid():
+            child.end()
+
+
+class _Child:
+    def __init__(self) -> None:
+        self.pid_of_owner = os.getpid()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._is_late = False
+        self._limit_s = START_S
+        self._turn = 0
+        self._is_asked, self._is_over = threading.Event(), False
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith.data.template_process", str(GROWTH_BYTES), str(2 * RENDER_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env=for_child(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
+            start_new_session=True,  # Ctrl-C is for the one that asks
+        )
+        threading.Thread(target=self._watch, name="tunesmith-templates", daemon=True).start()
+        try:
+            self._is_asked.set()
+            self._read()
+        except _Ended as ended:
+            raise ModelError(f"the process that renders chat templates does not start: {self._how()}") from ended
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            self._is_asked.clear()
+
+    def ask(self, request: Any, num: int) -> list[tuple[bytes, bytes]]:
+        """Raises `_Ended`."""
+        assert self._process.stdin is not None
+        self._limit_s = RENDER_S
+        self._turn += 1
+        self._is_asked.set()
+        try:
+            with suppress(BrokenPipeError):  # what reads nothing any more answers nothing either
+                self._process.stdin.write(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
+                self._process.stdin.flush()
+            return [self._read() for _ in range(num)]
+        finally:
+            self._is_asked.clear()
+
+    def _read(self) -> tuple[bytes, bytes]:
+        assert self._process.stdout is not None
+        head = self._process.stdout.read(HEAD.size)
+        if len(head) == HEAD.size:
+            kind, size = HEAD.unpack(head)
+            content = self._process.stdout.read(size) if size <= 4 * OUTPUT_CHARS + 2**20 else b""
+            self._turn += 1
+            if len(content) == size:
+                return kind, content
+        if self._is_late:
+            raise _Late(f"did not finish one row in {self._limit_s:g} s")
+        raise _Ended(f"ended the process that renders it ({self._how()})")
+
+    def _watch(self) -> None:
+        """End the process when one answer takes too long. Ticks are counted, since clocks go on while this process is
+        stopped or the machine sleeps."""
+        turn, ticks = 0, 0
+        while not self._is_over:
+            self._is_asked.wait()
+            time.sleep(TICK_S)
+            ticks = ticks + 1 if turn == self._turn and self._is_asked.is_set() else 0
+            turn = self._turn
+            if ticks * TICK_S > self._limit_s:
+                self._is_late = True
+                self._process.kill()
+                return
+
+    def _how(self) -> str:
+        """How it ended."""
+        self.end()
+        code = self._process.returncode
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - LAST_BYTES))
+        lines = self._said.read().decode("utf-8", "replace").strip().splitlines()
+        return f"code {code}{': ' + lines[-1] if lines else ''}"
+
+    def end(self) -> None:
+        self._is_over = True
+        self._is_asked.set()
+        with suppress(OSError):
+            self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+
+
+PROCESS = _Process()
+atexit.register(PROCESS.end)
 
 
 def _text(tokenizer: Any) -> str:

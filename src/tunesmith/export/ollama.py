@@ -36,7 +36,7 @@ def as_go(source: Source) -> tuple[str, list[str]]:
     bos = source.tokenizer.bos_token if begins_with_bos(source) else ""
 
     def shown(messages: Messages, *, prompt: bool = True) -> str:
-        text = template.bounded(lambda: template.render(messages, tools=(), prompt=prompt))
+        text = template.render(messages, tools=(), prompt=prompt)
         return text.removeprefix(bos or "")
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.asking import Ask, EngineOptions, Refused, Served
 from tunesmith.data.render import Renderer
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.batch import Job
 from tunesmith.inference.choosing import How
 from tunesmith.inference.decoder import Decoder
@@ -70,7 +70,7 @@ class Voice:
             ids = self.renderer.prompt_ids(parts, ask.tools, on_cut=cuts.append)
             if ask.tools and ids == self.renderer.prompt_ids(parts, (), on_cut=cuts.append):
                 raise _refused(f"the chat template of {self.served.name} does not show tools: leave them out", "tools")
-        except DataError as error:
+        except (DataError, ModelError) as error:  # the template refuses it, or exceeds its bounds on it
             raise _refused(str(error), "messages") from error
         if sum(cuts):
             raise Refused(

@@ -1,0 +1,200 @@
+"""A chat template is a program from the internet: whatever it does, each command ends soon and names the bound."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tiny import CHATML, chat, template, tiny_tokenizer
+from tiny_run import chats, model_folder, tiny_recipe
+from tunesmith import training
+from tunesmith.asking import EngineOptions
+from tunesmith.cli.app import app
+from tunesmith.data import template as template_module
+from tunesmith.data.render import Renderer
+from tunesmith.data.template import ChatTemplate, TemplateRefusal
+from tunesmith.environment import for_child
+from tunesmith.errors import ModelError
+from tunesmith.inference.call_formats import call_format
+from tunesmith.inference.serving import open_serving
+
+MOST_S = 20.0
+TIME, MEMORY, DEEP = "did not finish one row in 1 s", "took more than 1,024 MiB of memory", "more deeply than Python"
+LOOPS = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}"
+)
+HOSTILE = {
+    "a power of a power": ("{{ 9**(9**9) }}", TIME),
+    "a power of variables": ("{% set a = 9 %}{{ a**(a**a) }}", TIME),
+    "a power that is negative": ("{{ (-7)**(7**9) % 3 }}", TIME),
+    "loops in loops": (LOOPS, TIME),
+    "a loop for one role": ("{% if messages[0].role == 'user' %}" + LOOPS + "{% endif %}", TIME),
+    "a folded width": ("{{ '%3000000000d' % 1 }}", MEMORY),
+    "a width of variables": ("{% set w = 3000000000 %}{{ ('%' ~ w ~ 'd') % 1 }}", MEMORY),
+    "a width by the filter": ("{{ '%*d' | format(3000000000, 1) }}", MEMORY),
+    "a width by the method": ("{{ '{:3000000000}'.format(1) }}", MEMORY),
+    "a product": ("{{ 'a' * 3000000000 }}", MEMORY),
+    "a product of variables": ("{% set n = 3000000000 %}{{ 'a' * n }}", MEMORY),
+    "doubling": (
+        "{% set n = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+        MEMORY,
+    ),
+    "lists that double": (
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        MEMORY,
+    ),
+    "a namespace that grows": (
+        "{% set n = namespace(s='') %}{% for i in range(9999) %}{% set n.s = n.s + 'x' * 1000000 %}{% endfor %}",
+        f"{TIME}|{MEMORY}",
+    ),
+    "a centred word": ("{{ 'a' | center(4000000000) }}", MEMORY),
+    "an indent": ("{{ ('a\n' * 100000) | indent(100000) }}", f"{TIME}|{MEMORY}"),
+    "brackets in brackets": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", DEEP),
+    "lists in lists": ("{{ " + "[" * 3000 + "]" * 3000 + " }}", DEEP),
+    "a macro that calls itself": ("{% macro f(x) %}{{ f(x + 1) }}{% endmacro %}{{ f(1) }}", DEEP),
+    "links of a long text": ("{{ ('a.com (' * 9000000) | urlize }}", f"{TIME}|{MEMORY}|it wrote"),
+    "a text too long": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "it wrote"),
+    "Python by a class": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    "Python by a format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "RENDER_S", 1.0)
+
+
+def renderer(text: str) -> Renderer:
+    return Renderer(tiny_tokenizer(text), "chat", max_tokens=None, too_long="error", control_tokens="error")
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_template_ends_soon_with_the_bound_that_it_met(attack: str) -> None:
+    body, says = HOSTILE[attack]
+    begun = time.monotonic()
+    with pytest.raises(ModelError, match=says) as error:
+        renderer(body + CHATML)
+    assert time.monotonic() - begun < MOST_S
+    assert "chat template" in str(error.value)
+
+
+def test_a_row_that_makes_a_template_slow_ends_it_too() -> None:
+    """What a template needs may be one thing for short texts and another for a row."""
+    slow = "{% for m in messages %}{% for a in m.content %}{% for b in m.content %}{% for c in m.content %}"
+    made = renderer(slow + "{% endfor %}{% endfor %}{% endfor %}{% endfor %}" + CHATML)
+    with pytest.raises(ModelError, match=TIME):
+        made.encode([chat(("user", "a" * 5000), ("assistant", "b"))])
+
+
+def test_a_form_does_not_multiply_a_row() -> None:
+    repeats = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
+    with pytest.raises(TemplateRefusal, match="it wrote 90000000 characters"):
+        ChatTemplate(tiny_tokenizer(repeats)).render([{"role": "user", "content": "a" * 1000}], tools=(), prompt=False)
+
+
+def test_a_template_is_asked_again_after_another_was_ended() -> None:
+    good = ChatTemplate(tiny_tokenizer(template("qwen3"), eos="</s>"))
+    messages = [{"role": "user", "content": "Hi"}]
+    before = good.run(messages, (), True)
+    with pytest.raises(ModelError, match=TIME):
+        renderer("{{ 9**(9**9) }}" + CHATML)
+    assert good.run(messages, (), True) == before
+
+
+def test_a_process_that_was_killed_is_started_again() -> None:
+    good = ChatTemplate(tiny_tokenizer(template("qwen3"), eos="</s>"))
+    messages = [{"role": "user", "content": "Hi"}]
+    before = good.run(messages, (), True)
+    child = template_module.PROCESS._child
+    assert child is not None
+    child._process.kill()
+    assert good.run(messages, (), True) == before
+
+
+WITH_TOOLS = "{% if tools %}" + LOOPS + "{% endif %}"
+
+
+def test_a_loop_for_tools_alone_does_not_hang_a_server(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    (Path(recipe.model) / "chat_template.jinja").write_text(WITH_TOOLS + CHATML, "utf-8")
+    run = training.train(recipe, root=tmp_path / "runs", offline=True)  # no row has tools
+    with pytest.raises(ModelError, match=TIME):
+        open_serving([str(run.path)], root=tmp_path, options=EngineOptions(offline=True), note=lambda text: None)
+    with pytest.raises(ModelError, match=TIME):
+        call_format(tiny_tokenizer(WITH_TOOLS + CHATML))
+
+
+@pytest.mark.parametrize("command", ["check", "train", "plan"])
+def test_each_command_names_the_template_and_the_bound(command: str, tmp_path: Path) -> None:
+    model = hostile_model(tmp_path)
+    data = str(chats(tmp_path / "chats.jsonl", 12))
+    words = {"check": [data, "--model", model], "train": [model, data], "plan": [model, data]}[command]
+    done = CliRunner().invoke(app, [command, *words, "--offline"])
+    assert done.exit_code == 2, done.output
+    said = " ".join(done.output.split())
+    assert f"its chat template {TIME}" in said
+
+
+def hostile_model(folder: Path) -> str:
+    model = model_folder(folder / "m")
+    (model / "chat_template.jinja").write_text("{{ 9**(9**9) }}" + CHATML, "utf-8")
+    return str(model)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp_path: Path) -> None:
+    code = "from tunesmith.data import template; template.RENDER_S = 5; from tunesmith.cli import main; main()"
+    data = str(chats(tmp_path / "chats.jsonl", 12))
+    command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]
+    process = subprocess.Popen(command, env=for_child(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        child = the_renderer_of(process)
+        time.sleep(1.0)  # at the power by now
+        process.send_signal(number)
+        process.wait(4)
+        assert process.returncode != 0
+        wait_until(lambda: not is_there(child), seconds=60)  # it ends itself after twice its time on a processor
+    finally:
+        process.kill()
+        process.wait()
+
+
+def the_renderer_of(process: subprocess.Popen[Any]) -> int:
+    found: list[int] = []
+
+    def look() -> bool:
+        path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for text in path.read_text().split() if path.exists() else ():
+            with open(f"/proc/{text}/cmdline", "rb") as file:
+                if b"template_process" in file.read():
+                    found.append(int(text))
+        return bool(found)
+
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no /proc")
+    wait_until(look, seconds=60)
+    return found[0]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text() and os.kill(pid, 0) is None
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_until(holds: Any, *, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
