@@ -103,6 +103,8 @@ class Speaker:
         if self.packed:
             settings["base"] = self.packed
         limits = {"max_tokens": self.recipe.data.max_tokens, "prompt": self.recipe.data.prompt}
+        if self.renderer.date is not None:
+            limits["date"] = self.renderer.date
         return digests | {name: str(value) for name, value in {**settings, **limits}.items()}
 
 
@@ -152,10 +154,18 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Spe
         except ModelError:
             checking.result()  # says which file is damaged
             raise
-        note = "; ".join(filter(None, [checking.result(), speaker.note]))
+        note = "; ".join(filter(None, [checking.result(), speaker.note, assumed_date(run, speaker.renderer)]))
         refuse_non_finite(dict(speaker.model.named_parameters()), run.model_path)
         return replace(speaker, note=note)
-    return tune(load_base(run, offline=offline, as_trained=as_trained), run)
+    speaker = tune(load_base(run, offline=offline, as_trained=as_trained), run)
+    return replace(speaker, note="; ".join(filter(None, [speaker.note, assumed_date(run, speaker.renderer)])))
+
+
+def assumed_date(run: Run, renderer: Renderer) -> str:
+    """What to say of a run of an earlier version, which does not record the day that its template writes."""
+    if renderer.date is None or run.records_date:
+        return ""
+    return f"its chat template writes the date, which its recipe does not record: {renderer.date}, the day it was made"
 
 
 def tune(base: Speaker, run: Run) -> Speaker:
@@ -365,6 +375,7 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
         control_tokens=recipe.data.control_tokens,
         stride=None if recipe.data.stride == "auto" else recipe.data.stride,
         prompt=recipe.data.prompt,
+        date=None if recipe.data.date == "auto" else recipe.data.date,
     )
 
 

@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,13 +172,28 @@ class Run:
         return self.place(read.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
-        """A recipe of this run, knowing where its files are now."""
+        """A recipe of this run, knowing where its files are now and which day its template writes."""
         from tunesmith.origin import Origin
 
         facts: Any = {}
         with suppress(RunError):
             facts = self.read_json("run.json")
-        return Origin.of(self.path, facts, base=self.base).put(recipe)
+        return Origin.of(self.path, facts, base=self.base).put(self.dated(recipe))
+
+    def dated(self, recipe: Recipe) -> Recipe:
+        """The recipe with the day that its template writes. One of an earlier version does not record it: its rows
+        were encoded when the run was made."""
+        if recipe.data.date != "auto":
+            return recipe
+        day = date.fromtimestamp(self.created).isoformat()
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
+
+    @property
+    def records_date(self) -> bool:
+        """Whether its recipe says which day its template writes."""
+        from tunesmith.recipe import read
+
+        return read.load(str(self.recipe_path)).data.date != "auto"
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name` of this folder, atomically."""

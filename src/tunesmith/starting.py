@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from tunesmith.models.kind import model_kind
 from tunesmith.models.new_tokens import NewTokens
 from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import check_installed
+from tunesmith.planning.advise import with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.method_knobs import PeftMethod
@@ -64,6 +66,8 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     notes += new_tokens.say(added, recipe.data.new_tokens)
     recipe, choices = decide_before_rows(recipe, located, model_size, kind)
     head = find_head(recipe, located, kind)
+    recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
+    choices += dates
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
     return Start(
         recipe=recipe,
@@ -74,9 +78,25 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
         kind=kind,
         head=head,
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
-        renderer=make_renderer(recipe, tokenizer, kind),
+        renderer=renderer,
         added=added,
     )
+
+
+def _dated(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]
+) -> tuple[Recipe, Renderer, list[Choice]]:
+    """The recipe with the day that its template writes; None: it writes none."""
+    chosen = recipe.data.date == "auto"
+    if chosen:
+        recipe = with_choice(recipe, Choice("data.date", date.today().isoformat(), ""))
+    renderer = make_renderer(recipe, tokenizer, kind)
+    if renderer.date is None:
+        if recipe.data.date is not None and not chosen:
+            notes.append(f"data.date: {recipe.data.date}: no chat template here writes a date: it is left out")
+        return with_choice(recipe, Choice("data.date", None, "")), renderer, []
+    reason = "the chat template writes the date: training and every later use here show the model this day"
+    return recipe, renderer, [Choice("data.date", renderer.date, reason)] if chosen else []
 
 
 def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:

@@ -38,7 +38,11 @@ from tunesmith.values import command
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
 """Knobs that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
-NAMED_LATER = {"setting train.group_by_length": "False", "setting order of rows": "version 1 (an earlier Tunesmith)"}
+NAMED_LATER = {
+    "setting train.group_by_length": "False",
+    "setting data.date": "None",
+    "setting order of rows": "version 1 (an earlier Tunesmith)",
+}
 """What the identities of runs of earlier versions do not name, and the values that these runs began with."""
 
 RETOLD = {"plan", "evaluation", "sample", "answers", "general"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,3 +119,24 @@ def test_go_templates_as_go_renders_them() -> None:
         render("{{ len .Messages }}", data)
     with pytest.raises(ValueError, match="closes nothing"):
         render("a{{ end }}", data)
+
+
+def on_day(head: str) -> Any:
+    one = source("<|im_start|>system\n" + head + "<|im_end|>\n" + template("chatml"))
+    knobs: Any = {"max_tokens": None, "too_long": "error", "control_tokens": "error", "date": "2026-11-20"}
+    one.renderer = Renderer(one.tokenizer, "chat", **knobs)
+    return one
+
+
+def test_a_date_that_ollama_can_write_is_that_of_each_day() -> None:
+    go, notes = as_go(on_day("Today is {{ strftime_now('%Y-%m-%d') }}."))
+    assert "Today is {{ currentDate }}." in go
+    assert "2026" not in go
+    assert render(go, {"Messages": [], "System": ""}).startswith(f"<|im_start|>system\nToday is {date.today()}.")
+    assert notes[-1] == "its chat template writes the date: Ollama writes that of each day it answers on"
+
+
+def test_a_date_in_another_form_stays_as_trained_and_that_is_said() -> None:
+    go, notes = as_go(on_day("Today Date: {{ strftime_now('%d %b %Y') }}"))
+    assert "Today Date: 20 Nov 2026" in go
+    assert notes[-1].endswith("in a form that Ollama has not: 2026-11-20 stays, as trained")

@@ -35,8 +35,8 @@ class _Text:
 class Conversations:
     """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room) -> None:
-        self._template = ChatTemplate(tokenizer)
+    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, date: str | None) -> None:
+        self._template = ChatTemplate(tokenizer, date)
         self._encoder = encoder
         self._room = room
         self.template_text = self._template.text

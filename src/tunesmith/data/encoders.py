@@ -86,6 +86,7 @@ class _Pool:
             "control_tokens": renderer.control_tokens,
             "stride": renderer.stride,
             "prompt": renderer.prompt,
+            "date": renderer.date,
         }
         start = orjson.dumps({"folder": self._folder.name, "task": renderer.task_name, "knobs": knobs})
         expected = identity(renderer)

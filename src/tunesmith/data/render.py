@@ -49,8 +49,9 @@ class Renderer:
     """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
     `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the knobs of
-    `data`; None: as the knob's "auto" or null. Raises `ModelError` for a tokenizer or template that cannot be trained
-    with, `RecipeError` for knobs that leave a row no room.
+    `data`; None: as the knob's "auto" or null. `date`: the day that a chat template writes; None: today. Raises
+    `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for knobs that leave a row no
+    room.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Renderer:
         control_tokens: Literal["error", "allow"],
         stride: int | None = None,
         prompt: str | None = None,
+        date: str | None = None,
     ) -> None:
         encoder = Encoder(tokenizer)
         room = Room(max_tokens, too_long)
@@ -75,7 +77,9 @@ class Renderer:
         self.control_tokens = control_tokens
         self.stride = stride
         self.prompt = prompt
-        self._way = self._find_way(encoder, room)
+        self._way = self._find_way(encoder, room, date)
+        self.date = date if "strftime_now" in self._way.template_text else None
+        """The day that the chat template writes; None: none, or today."""
         self._control = self._way.control
         self.stop_ids: tuple[int, ...] = self._way.stop_ids if isinstance(self._way, Answers) else ()
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
@@ -131,7 +135,7 @@ class Renderer:
             return self._way.prompt_ids(parts, tools, on_cut=on_cut)
         return self._way.prompt_ids(parts, tools)
 
-    def _find_way(self, encoder: Encoder, room: Room) -> Way:
+    def _find_way(self, encoder: Encoder, room: Room, date: str | None) -> Way:
         tokenizer, kind = self.tokenizer, self.kind
         prompt = summary_prompt(self.prompt, kind) if self.task_name == "summarize" else ""
         if self.task_name == "classify":
@@ -143,8 +147,9 @@ class Renderer:
         if kind == "encoder_decoder":
             return Sources(tokenizer, encoder, room, prompt)
         if self.task_name == "summarize":
-            return Summaries(tokenizer, encoder, room, prompt)
-        return (Conversations if self.task_name == "chat" else Pairs)(tokenizer, encoder, room)
+            return Summaries(tokenizer, encoder, room, prompt, date)
+        is_chat = self.task_name == "chat"
+        return Conversations(tokenizer, encoder, room, date) if is_chat else Pairs(tokenizer, encoder, room)
 
     def control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""

@@ -251,7 +251,7 @@ def kept(folder: Path, key: str | None) -> RowStore | None:
 def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
-    parts = {
+    parts: dict[str, Any] = {
         "version": VERSION,
         "data": list(hashes),
         "columns": data.columns,
@@ -265,6 +265,8 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "too_long": renderer.too_long,
         "control_tokens": renderer.control_tokens,
     }
+    if renderer.date is not None:
+        parts["date"] = renderer.date
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

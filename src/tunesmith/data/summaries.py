@@ -21,10 +21,14 @@ class Summaries:
     document from the summary. Where the room asks for a cut, the end of the document is cut off.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, prompt: str) -> None:
+    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, prompt: str, date: str | None) -> None:
         unbounded = Room(None, room.too_long)
         self._is_chat = bool(tokenizer.chat_template)
-        self._way = (Conversations if self._is_chat else Pairs)(tokenizer, encoder, unbounded)
+        self._way = (
+            Conversations(tokenizer, encoder, unbounded, date)
+            if self._is_chat
+            else Pairs(tokenizer, encoder, unbounded)
+        )
         self._encoder = encoder
         self._room = room
         self._prompt = prompt + ("\n\n" if prompt.endswith(PLACE) and not self._is_chat else "")

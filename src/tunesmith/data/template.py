@@ -85,11 +85,6 @@ class ChatTemplate:
         has_forms = isinstance(tokenizer.chat_template, str) and all(type(value) is str for value in used)
         self._forms = Forms(self._find) if has_forms else None
 
-    @property
-    def writes_date(self) -> bool:
-        """Whether it can ask for the date."""
-        return "strftime_now" in self.text
-
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 

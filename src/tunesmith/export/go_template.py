@@ -1,7 +1,7 @@
 """The part of Go's templates that a Modelfile needs, rendered, so that what is written can be tried before it is used.
 
-Text, `{{ .Field }}`, `{{ "text" }}`, `{{ if .System }}`, `{{ if not .System }}`, `{{ if eq .Role "user" }}`, `else if`,
-`else`, `end`, `range .Messages`. No trimming marks: nothing here writes any.
+Text, `{{ .Field }}`, `{{ "text" }}`, `{{ currentDate }}`, `{{ if .System }}`, `{{ if not .System }}`,
+`{{ if eq .Role "user" }}`, `else if`, `else`, `end`, `range .Messages`. No trimming marks: nothing here writes any.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 _ACTION = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
@@ -89,6 +90,8 @@ def _holds(condition: str, dot: Mapping[str, Any]) -> bool:
 def _value(action: str, dot: Mapping[str, Any]) -> str:
     if action.startswith('"'):
         return str(json.loads(action))
+    if action == "currentDate":
+        return date.today().isoformat()
     if not re.fullmatch(r"\.\w+", action):
         raise ValueError(f"{{{{ {action} }}}}: not of the part of Go's templates that is known here")
     return str(dot[action[1:]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,32 @@ Messages = Sequence[Mapping[str, str]]
 def as_go(source: Source) -> tuple[str, list[str]]:
     """The chat template in Go's terms, and what to say of it.
 
-    Found by what the template does: what it writes around a message of each role, before the first one, and to open an
-    answer. Then tried on conversations. Raises ModelError where the two do not write the same.
+    A date that the template writes as Ollama's `currentDate` does, 2026-11-27, becomes that; any other stays the day
+    that was trained with, which is said.
     """
     if source.recipe.task in ("generate", "text") or not source.tokenizer.chat_template:
         return _PLAIN, []
-    template = ChatTemplate(source.tokenizer)
+    day = source.renderer.date
+    go, notes = _on_day(source, day)
+    if day is None:
+        return go, notes
+    other = str(date.fromisoformat(day) + timedelta(days=400))  # another day, month, year and day of the week
+    elsewhere, _ = _on_day(source, other)
+    if go == elsewhere:
+        return go, notes
+    today = "{{ currentDate }}"
+    if (by_function := go.replace(day, today)) == elsewhere.replace(other, today):
+        return by_function, [*notes, "its chat template writes the date: Ollama writes that of each day it answers on"]
+    return go, [*notes, f"its chat template writes the date in a form that Ollama has not: {day} stays, as trained"]
+
+
+def _on_day(source: Source, day: str | None) -> tuple[str, list[str]]:
+    """The template in Go's terms as it is on one day.
+
+    Found by what the template does: what it writes around a message of each role, before the first one, and to open an
+    answer. Then tried on conversations. Raises ModelError where the two do not write the same.
+    """
+    template = ChatTemplate(source.tokenizer, day)
     bos = source.tokenizer.bos_token if begins_with_bos(source) else ""
 
     def shown(messages: Messages, *, prompt: bool = True) -> str:

@@ -34,6 +34,7 @@ from tunesmith.export.sketches import Sketches, sketch_all
 from tunesmith.loading import make_renderer, run_labels
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Base
+from tunesmith.run import Run
 from tunesmith.types import IGNORE, Batch, Example, Labels, Layout, Part, Row, Source
 
 MOST_TOKENS = 8192
@@ -184,7 +185,7 @@ def write_job(
 def do_job(path: Path) -> None:
     """Load what a job names, look at it, and write down what was seen beside the job."""
     job = json.loads(path.read_text("utf-8"))
-    recipe = read.load(job["recipe"])
+    recipe = Run(Path(job["recipe"]).parent).dated(read.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     loaded = loaders.load(job["loader"], Path(job["exported"]), recipe, base=job["base"] and Path(job["base"]))

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from tunesmith.asking import Ask, Refused
 from tunesmith.data.examples import examples
 from tunesmith.data.folders import expand
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Encoded, Renderer
 from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.inference.adapters import Adapters
 from tunesmith.inference.decoder import Together
 from tunesmith.inference.voices import Voice
+from tunesmith.loading import assumed_date
 from tunesmith.models.agreement import TOLERANCES, spread_error
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.modes import evaluating
@@ -52,8 +53,13 @@ def prove(voices: Iterable[Voice], note: Note) -> None:
 
 def prove_prompts(voice: Voice, run: Run, note: Note) -> None:
     """The ids of the first training prompts are those that would be fed, each by the way of an ask."""
-    num = 0
-    for example, row in _rows(run, voice.renderer, note):
+    num = num_cut = 0
+    for example, row, again in _rows(run, voice.renderer, note):
+        if again is not None:  # cut to fit: what is served is not cut, so that its row is compared
+            if again != row.ids.tolist():
+                raise RunError(f"{run.path}: {example.source}: read as other tokens than it was trained on. {_WAY_OUT}")
+            num_cut += 1
+            continue
         try:
             served = voice.prompt_ids(_ask(voice, example))
         except Refused as refusal:
@@ -69,6 +75,13 @@ def prove_prompts(voice: Voice, run: Run, note: Note) -> None:
         num += 1
     if num:
         note(f"{run.path}: {num} training prompts are the same tokens when they are served")
+    if num_cut:
+        note(
+            f"{run.path}: {num_cut} rows that were cut to data.max_tokens are the same tokens when they are read again"
+        )
+    if voice.renderer.date is not None:
+        what = assumed_date(run, voice.renderer)
+        note(f"{run.path}: {what or f'its chat template writes the date: {voice.renderer.date}, as in training'}")
 
 
 def prove_rows(run: Run | None, renderer: Renderer, note: Note) -> None:
@@ -76,7 +89,7 @@ def prove_rows(run: Run | None, renderer: Renderer, note: Note) -> None:
     if run is None:
         return
     num = 0
-    for example, row in _rows(run, renderer, note):
+    for example, row, _ in _rows(run, renderer, note):
         [encoded] = renderer.encode([replace(example, labels=())])
         first = encoded[0]
         if not isinstance(first, Row) or first.ids.tolist() != row.ids.tolist():
@@ -113,33 +126,42 @@ def _ask(voice: Voice, example: Example) -> Ask:
     return Ask(voice.served.name, messages=messages, tools=example.tools)
 
 
-def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row]]:
-    """The first training rows of a run, as they were read and as they were trained on. Of a row whose earlier turns the
-    template rewrites, what was trained on is not what is served, which was said then: it is left out."""
+def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row, list[int] | None]]:
+    """The first training rows of a run, as they were read and as they were trained on, and of a row that is cut the ids
+    that it has now. A row whose earlier turns the template rewrites was not trained on what is served, as a warning
+    said: it is left out."""
     store = kept(run.rows_path / "train", run.identity().get("rows"))
     if store is None:
         note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
         return
-    rows = {(int(store.file_index[i]), int(store.lines[i])): i for i in range(min(len(store), 50 * MOST_ROWS))}
+    rows: dict[tuple[int, int], int] = {}
+    for i in range(min(len(store), 50 * MOST_ROWS)):  # of the windows of a document the first, where a prompt begins
+        rows.setdefault((int(store.file_index[i]), int(store.lines[i])), i)
     try:
         found = list(islice(_examples(run, store), 4 * MOST_ROWS))
     except (DataError, OSError) as error:
         note(f"{run.path}: whether prompts are served as they were trained was not compared: {error}")
         return
-    rewritten: set[str] = set()
+    found = [(file, example) for file, example in found if (file, example.source.line) in rows]
+    heard: dict[str, set[str]] = {"context_rewritten": set(), "cut": set()}
 
     def hear(problem: Problem) -> None:
-        if problem.code == "context_rewritten":
-            rewritten.add(str(problem.source))
+        heard.get(problem.code, set()).add(str(problem.source))
 
-    if known(run.recipe().task) == "chat":
-        renderer.encode([example for _, example in found], on_warning=hear)
+    now: list[Encoded] = [[] for _ in found]
+    if known(run.recipe().task) not in ("text", "classify", "tag"):
+        now = renderer.encode([example for _, example in found], on_warning=hear)
     kept_rows = (
-        (example, store.row(rows[file, example.source.line]))
-        for file, example in found
-        if (file, example.source.line) in rows and str(example.source) not in rewritten
+        (example, store.row(rows[file, example.source.line]), _ids(encoded) if source in heard["cut"] else None)
+        for (file, example), encoded in zip(found, now, strict=True)
+        if (source := str(example.source)) not in heard["context_rewritten"]
     )
     yield from islice(kept_rows, MOST_ROWS)
+
+
+def _ids(encoded: Encoded) -> list[int]:
+    first = encoded[0]
+    return first.ids.tolist() if isinstance(first, Row) else []
 
 
 def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:

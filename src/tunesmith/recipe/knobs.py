@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, LoraMethod, Method
 from tunesmith.recipe.optim_knobs import Optim
-from tunesmith.recipe.sections import Auto, Fraction, Positive, Section
+from tunesmith.recipe.sections import Auto, Day, Fraction, Positive, Section
 
 __all__ = [
     "METHOD_KNOBS",
@@ -81,6 +81,9 @@ class Data(Section):
     """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
+    date: Day | Auto | None = "auto"
+    """The day (2026-11-27) that a chat template writes which asks for the date, as those of Llama 3.2 do: in training,
+    and wherever the run is used here. auto: the day on which the run is made, null for other templates."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
     spells in many pieces. Beside adapters these rows alone are trained. Of causal models."""
