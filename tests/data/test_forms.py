@@ -48,7 +48,7 @@ def result(call: Any) -> tuple[str, str]:
 def test_most_templates_run_once_for_all_texts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = ChatTemplate(tiny_tokenizer(template(family), eos="</s>"))
     chats.render(ASKED, tools=(), prompt=False)
-    monkeypatch.setattr(chats, "run", lambda *_: pytest.fail("the template ran again"))
+    monkeypatch.setattr(chats, "run_all", lambda *_: pytest.fail("the template ran again"))
     other = [{"role": "user", "content": "What now?"}, {"role": "assistant", "content": "Nothing."}]
     assert "What now?" in chats.render(other, tools=(), prompt=False)
 
