@@ -113,10 +113,8 @@ def test_another_tokenizer_is_still_noticed_where_rows_were_cut(cut: Run) -> Non
     if "merges" in saved["model"]:
         saved["model"]["merges"] = saved["model"]["merges"][:20]
     else:
-        entries = list(saved["model"]["vocab"])
-        first, second = entries[8:10]
         vocab = saved["model"]["vocab"]
-        vocab[first], vocab[second] = vocab[second], vocab[first]
+        vocab["the"], vocab["a"] = vocab["a"], vocab["the"]
     (folder / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
     with pytest.raises(AssertionError, match="tuned with"):
         assert_served(cut)
