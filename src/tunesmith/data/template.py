@@ -258,7 +258,7 @@ class _Child:
             self.end()
             raise
         finally:
-            self._is_asked.clear()
+            self._rest()
 
     def ask(self, request: Any, num: int) -> list[tuple[bytes, bytes]]:
         """Raises `_Ended`."""
@@ -272,7 +272,7 @@ class _Child:
                 self._process.stdin.flush()
             return [self._read() for _ in range(num)]
         finally:
-            self._is_asked.clear()
+            self._rest()
 
     def _read(self) -> tuple[bytes, bytes]:
         assert self._process.stdout is not None
@@ -300,6 +300,10 @@ class _Child:
                 self._is_late = True
                 self._process.kill()
                 return
+
+    def _rest(self) -> None:
+        if not self._is_over:  # or its watcher would wait for ever
+            self._is_asked.clear()
 
     def _how(self) -> str:
         """How it ended."""
