@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
+
+import orjson
 
 from tunesmith.data.forms import Forms, Found, Written
 from tunesmith.environment import for_child
@@ -45,6 +46,8 @@ HEAD = struct.Struct("<cQ")
 READY, TEXT, REFUSED, LONG, MEMORY, DEEP = b"!", b"t", b"r", b"l", b"m", b"d"
 """Answers of the process: it has started; a text; the template raised, and its words; too long a text, and its number
 of characters; no memory was left; calls or brackets stand too deep in each other."""
+FAST_JSON, JSON = b"o", b"j"
+"""What a request is: read by orjson, or by json."""
 
 
 class TemplateRefusal(Exception):
@@ -79,7 +82,7 @@ class ChatTemplate:
                 f"{self._name}: its chat template has {size} bytes, more than the {TEMPLATE_BYTES} "
                 "a template may have. Give a smaller one by data.template."
             )
-        special_tokens = dict(tokenizer.special_tokens_map)
+        special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
         self._settings = {"template": tokenizer.chat_template, "special_tokens": special_tokens, "date": date}
         used = [value for name, value in special_tokens.items() if name in self.text]
         has_forms = isinstance(tokenizer.chat_template, str) and all(type(value) is str for value in used)
@@ -146,7 +149,7 @@ class ChatTemplate:
 
     def _ask(self, op: str, items: Sequence[Any]) -> list[tuple[bytes, bytes]]:
         try:
-            answers = PROCESS.ask(({**self._settings, "most_chars": OUTPUT_CHARS}, op, items), len(items))
+            answers = PROCESS.ask(_framed([{**self._settings, "most_chars": OUTPUT_CHARS}, op, items]), len(items))
         except _Ended as ended:
             raise self._explodes(str(ended)) from ended
         kinds = {kind for kind, _ in answers}
@@ -174,6 +177,19 @@ class ChatTemplate:
         )
 
 
+def _as_text(value: Any) -> Any:
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def _framed(request: Any) -> bytes:
+    """A request as bytes, behind a head that says how to read it."""
+    try:
+        kind, content = FAST_JSON, orjson.dumps(request)
+    except TypeError:  # half a surrogate pair, a number of more than 64 bits, deep nesting
+        kind, content = JSON, json.dumps(request).encode()
+    return HEAD.pack(kind, len(content)) + content
+
+
 def _single(request: Request) -> Rendering[str]:
     return (yield request)
 
@@ -197,7 +213,7 @@ class _Process:
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
-    def ask(self, request: Any, num: int) -> list[tuple[bytes, bytes]]:
+    def ask(self, request: bytes, num: int) -> list[tuple[bytes, bytes]]:
         """Its answers. Raises `_Ended`.
 
         A process that has served before may have run out of what earlier rows left it: a new one has to fail too.
@@ -215,7 +231,7 @@ class _Process:
             self._child = _Child()
             return self._answers(self._child, request, num)
 
-    def _answers(self, child: _Child, request: Any, num: int) -> list[tuple[bytes, bytes]]:
+    def _answers(self, child: _Child, request: bytes, num: int) -> list[tuple[bytes, bytes]]:
         try:
             answers = child.ask(request, num)
         except BaseException:  # also Ctrl-C: what comes from it next would answer this request
@@ -260,7 +276,7 @@ class _Child:
         finally:
             self._rest()
 
-    def ask(self, request: Any, num: int) -> list[tuple[bytes, bytes]]:
+    def ask(self, request: bytes, num: int) -> list[tuple[bytes, bytes]]:
         """Raises `_Ended`."""
         assert self._process.stdin is not None
         self._limit_s = RENDER_S
@@ -268,7 +284,7 @@ class _Child:
         self._is_asked.set()
         try:
             with suppress(BrokenPipeError):  # what reads nothing any more answers nothing either
-                self._process.stdin.write(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
+                self._process.stdin.write(request)
                 self._process.stdin.flush()
             return [self._read() for _ in range(num)]
         finally:

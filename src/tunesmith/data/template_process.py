@@ -7,15 +7,14 @@ power of a power. This process reads requests from its standard input and writes
 its standard output. It has little memory (`GROWTH_BYTES` above what it starts with), ends itself after `CPU_S` seconds
 of processor time for one item, and ends when its input does. It never imports torch.
 
-A request is a pickle of (settings of the template, op, items): its sender is trusted. An answer is one byte, the length
-of its content in 8 bytes, and the content: nothing of an answer is ever run.
+Both are one byte that says what follows, the length of that in 8 bytes, and that: of a request the JSON of [settings of
+the template, op, items].
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import sys
 import time
@@ -25,11 +24,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
 
+import orjson
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from tunesmith.data.forms import Finder
-from tunesmith.data.template import DEEP, HEAD, LONG, MEMORY, READY, REFUSED, TEXT
+from tunesmith.data.template import DEEP, FAST_JSON, HEAD, LONG, MEMORY, READY, REFUSED, TEXT
 
 FLUSH_S = 0.05
 """Answers that are ready wait at most this long for others."""
@@ -58,7 +58,9 @@ def main() -> None:
     out.flush()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
-            settings, op, items = pickle.load(sys.stdin.buffer)
+            kind, size = HEAD.unpack(_read(sys.stdin.buffer, HEAD.size))
+            content = _read(sys.stdin.buffer, size)
+            settings, op, items = orjson.loads(content) if kind == FAST_JSON else json.loads(content)
             _answer(out, settings, op, items, cpu_s)
 
 
@@ -113,6 +115,13 @@ def _finder(template: str, special_tokens: tuple[tuple[str, Any], ...], date: st
 def _clock(date: str | None) -> Any:
     """`strftime_now` of a day, at midnight; None: of now."""
     return (datetime.now() if date is None else datetime.fromisoformat(date)).strftime
+
+
+def _read(source: BinaryIO, size: int) -> bytes:
+    content = source.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
 
 
 def _write(out: BinaryIO, kind: bytes, content: bytes) -> None:
