@@ -11,8 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from tunesmith.environment import BUSY, KEPT_FREE, SHAPES, for_child, in_force, others_running, prepare_environment
+import tunesmith
+from tiny_run import chats, model_folder, tiny_recipe
+from tunesmith.cli.app import app
+from tunesmith.environment import (
+    BUSY,
+    KEPT_FREE,
+    SHAPES,
+    for_child,
+    in_force,
+    others_running,
+    prepare_environment,
+    refuse_ranks,
+)
+from tunesmith.errors import InputError, Stopped
+from tunesmith.training import Listener, train
 
 SHAPED = """
 import ctypes, torch
@@ -101,6 +116,31 @@ def test_a_persons_word_on_the_memory_of_cards_counts_under_its_older_name_too()
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
     prepare_environment(environment, lambda: 0)
     assert "PYTORCH_ALLOC_CONF" not in environment
+
+
+@pytest.mark.parametrize("verb", ["train", "resume", "selftest", "plan"])
+def test_one_of_several_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    model, data, root = model_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl", 20), tmp_path / "runs"
+    words = {"train": [model, data], "plan": [model, data], "selftest": [model], "resume": ["half"]}[verb]
+    if verb == "resume":
+        with pytest.raises(Stopped):
+            train(tiny_recipe(tmp_path), root=root, out=root / "half", listener=Listener(should_stop=lambda: True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, [verb, *map(str, words), "--runs", str(root), "--offline"])
+    assert done.exit_code == 2
+    assert "WORLD_SIZE=2: torchrun or accelerate launch started 2 processes" in " ".join(done.output.split())
+    assert not [path for path in root.glob("*") if path.name not in ("half", ".rows")]
+
+
+def test_one_of_several_ranks_is_refused_by_the_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2"):
+        tunesmith.train(recipe=tiny_recipe(tmp_path), root=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("ranks", ["1", "", "many"])
+def test_a_launcher_of_one_process_is_no_obstacle(ranks: str) -> None:
+    refuse_ranks({"WORLD_SIZE": ranks, "RANK": "0"})
 
 
 FREED = """

@@ -45,6 +45,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "model": setup.located.name,
         "task": setup.task.name,
         "method": setup.recipe.method.name,
+        "given": setup.given,
         "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in setup.choices],
         "rows": row_counts(setup),
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
@@ -73,7 +74,7 @@ def plan_timing(setup: Setup) -> dict[str, Any]:
 
 
 def foreseen_values(seen: Foreseen) -> dict[str, Any]:
-    """What `tunesmith plan` tells: the values of a "plan" event that are known before the model is loaded."""
+    """What `tunesmith plan` says: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = seen.recipe, seen.forecast
     plan = plan_of(recipe, seen.rows, "padded")
     padding: dict[str, float] = {}
@@ -85,6 +86,7 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
         "model": seen.start.located.name,
         "task": recipe.task,
         "method": recipe.method.name,
+        "given": seen.given,
         "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
         "rows": {
             "train": len(seen.rows.train_rows),

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
+from tunesmith.errors import InputError
+
 SHAPES = "192"
 BUSY = 1
 """Other threads that run or want to, at every look, from which on the machine has other work."""
@@ -63,6 +65,17 @@ def _keep_freed_memory(environ: MutableMapping[str, str]) -> None:
             environ[name] = value
             if mallopt is not None:  # another C library than glibc has none
                 mallopt(parameter, int(value))
+
+
+def refuse_ranks(environ: Mapping[str, str]) -> None:
+    """Raise InputError in one of several processes that torchrun or `accelerate launch` started for one training."""
+    ranks = environ.get("WORLD_SIZE", "")
+    if ranks.isdecimal() and int(ranks) > 1:
+        raise InputError(
+            f"WORLD_SIZE={ranks}: torchrun or accelerate launch started {ranks} processes, but a run trains in one "
+            "process on one device, and each of them would train all of it. Start tunesmith without a launcher; if "
+            "there is none, unset WORLD_SIZE."
+        )
 
 
 def for_child(**more: str) -> dict[str, str]:

@@ -6,7 +6,7 @@
     │   ├── DataError         rows: carries one `Problem` a finding
     │   ├── ModelError        a model, tokenizer or template
     │   ├── RunError          a run folder: missing, locked, or not the one to resume
-    │   └── DoesNotFitError   a run that needs more memory than there is
+    │   └── DoesNotFitError   a run that needs more memory or disk than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
     ├── OutOfMemoryError      memory ended in a pass, however small; what was learnt before is saved
     ├── StorageError          the disk: full, over quota, read-only or broken
@@ -73,7 +73,7 @@ class RunError(InputError):
 
 
 class DoesNotFitError(InputError):
-    """A run needs more memory than there is, by prediction; nothing was loaded. Both in bytes."""
+    """A run needs more memory, by prediction, or more disk than there is. Both in bytes."""
 
     def __init__(self, message: str, *, needed: int, room: int) -> None:
         super().__init__(message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tunesmith.data.filling import fills
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
+from tunesmith.evaluation.samples import new_tokens_for
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import adalora
@@ -23,6 +24,7 @@ from tunesmith.models.exhausted import give_back
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
 from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
+from tunesmith.planning.budget import HELD, RunSize, decide_measuring
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fitting import fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
@@ -31,6 +33,7 @@ from tunesmith.planning.sketch import DTYPES
 from tunesmith.planning.trying import Tried
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.show import changed
 from tunesmith.run import Run
 from tunesmith.starting import Start, begin
 from tunesmith.types import PAIRS, Choice, HeadName, Layout
@@ -49,6 +52,8 @@ class Foreseen:
     """Of the prediction; those of the model and the rows are theirs."""
     start: Start
     rows: Rows
+    given: dict[str, Any]
+    """What the recipe said before anything was decided, where that is not the default."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
 
@@ -68,10 +73,12 @@ def foresee(
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
+    given = changed(recipe)
     if device is not None:
         recipe = _elsewhere(recipe)
     start = begin(recipe, root=root, offline=offline)
-    rows = _rows(start, _places(root, run), on_progress)
+    places = _places(root, run)
+    rows = _rows(start, places, on_progress)
     recipe = reduce(with_choice, rows.choices, start.recipe)
     _check_evaluation(recipe, start.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
@@ -80,14 +87,17 @@ def foresee(
     free_tokens = recipe.train.tokens_per_pass == "auto"
     recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I, targets_I))
     recipe, counted = _count_steps(recipe, rows)
-    choices = [*start.choices, *rows.choices, *choices, *counted]
+    rows, recipe, measuring = _measuring(recipe, start, rows, kind, places=places, on_progress=on_progress)
+    known_of = {choice.key for choice in measuring}
+    choices = [choice for choice in choices if choice.key not in known_of]
+    choices = [*start.choices, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None:
-        return Foreseen(_without_layers(recipe), choices, [], start, rows, None)
+        return Foreseen(_without_layers(recipe), choices, [], start, rows, given, None)
 
     on_progress("plan", 0, 1)
-    seen = Foreseen(recipe, choices, [], start, rows, None)
+    seen = Foreseen(recipe, choices, [], start, rows, given, None)
     try:
         _predict(seen, device, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
@@ -117,6 +127,31 @@ def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
     told = adalora.for_steps(method, steps)
     choices = [Choice("method.settings.total_step", steps, "the run's own steps")] if told != method else []
     return recipe.model_copy(update={"method": told}), choices
+
+
+def _measuring(
+    recipe: Recipe, start: Start, rows: Rows, device: str, *, places: Places, on_progress: OnProgress
+) -> tuple[Rows, Recipe, list[Choice]]:
+    """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
+    row = float(rows.store.lengths[rows.train_rows].mean())
+    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
+    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
+    size = RunSize(
+        num_parameters=start.size.num_params,
+        device=device,
+        trained=steps * known(recipe.train.rows_per_step) * row,
+        row=row,
+        held=int(rows.held_store.lengths[rows.held_rows].sum()),
+        held_rows=len(rows.held_rows),
+        prompts=len(rows.held_rows) if start.head == "next_token" else 0,
+        answer_tokens=new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens),
+        speaks=speaks,
+    )
+    recipe, choices = decide_measuring(recipe, start.recipe, size)
+    if any(choice.key == "evaluation.max_rows" for choice in choices):
+        fewer = start.recipe.model_copy(update={"evaluation": recipe.evaluation})
+        rows = _rows(replace(start, recipe=fewer), places, on_progress)
+    return rows, recipe, choices
 
 
 def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> None:
@@ -166,7 +201,7 @@ def _reason(error: Exception) -> str:
 def _general_tokens(recipe: Recipe, start: Start) -> int:
     """Of the general text, where it is measured."""
     speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
-    if not (recipe.evaluation.general and speaks):
+    if not (known(recipe.evaluation.general) and speaks):
         return 0
     return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))
 
@@ -189,7 +224,7 @@ def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
         recipe.data,
         start.renderer,
         places=places,
-        max_held=recipe.evaluation.max_rows,
+        max_held=HELD if recipe.evaluation.max_rows == "auto" else recipe.evaluation.max_rows,
         task=known(recipe.task),
         class_weights=recipe.train.class_weights,
         own_classes=start.own_classes,

@@ -40,7 +40,7 @@ def look(session: Session, name: str) -> None:
     measure_held_out(session, name)
     begun = time.perf_counter()
     _answer(session, name)
-    if session.setup.recipe.evaluation.general and session.setup.speaks:
+    if known(session.setup.recipe.evaluation.general) and session.setup.speaks:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)

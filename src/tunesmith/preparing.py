@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, load, locate
-from tunesmith.models.agreement import encoder_agrees, pairs_agree, ragged_agrees
+from tunesmith.models.agreement import Agreement, encoder_agrees, pairs_agree, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.encoder_kinds import use_fast_layers
@@ -47,7 +47,7 @@ from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.run import Run
 from tunesmith.starting import Start
 from tunesmith.tasks import bind
-from tunesmith.types import PAIRS, Attachment, Choice, HeadName, Labels, Layout, Task
+from tunesmith.types import PAIRS, Attachment, Choice, HeadName, Labels, Layout, ModelKind, Row, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,6 +70,7 @@ class Setup:
     renderer: Renderer
     task: Task
     noise: EmbeddingNoise
+    kind: ModelKind
     head: HeadName
     attachment: Attachment
     update: Update
@@ -84,6 +85,8 @@ class Setup:
     samples: list[SamplePrompt]
     new_head: bool
     """Whether the head's weights are new, so that it answers at random before the first step."""
+    given: dict[str, Any]
+    """What the recipe said before anything was decided, where that is not the default."""
     forecast: Forecast | None
     """What the run was predicted to need, before its model was loaded; None if it could not be, or was resumed."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -146,6 +149,7 @@ def prepare(
         renderer=start.renderer,
         task=bind(known(recipe.task), rows.labels, recipe.loss, output),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
+        kind=start.kind,
         head=start.head,
         attachment=attachment,
         update=update,
@@ -157,6 +161,7 @@ def prepare(
         device=recipe.device,
         samples=samples,
         new_head=new_head,
+        given=seen.given,
         forecast=seen.forecast,
         identity=_identity(recipe, rows, start.renderer, hashes.result()),
     )
@@ -220,13 +225,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         return layout, []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
     plain = recipe.kernels == "plain"
-    if start.kind == "encoder":
-        has_types = has_token_types(model, start.renderer.tokenizer)
-        agreement = encoder_agrees(model, probe, has_types=has_types, plain=plain)
-    elif start.kind == "encoder_decoder":
-        agreement = pairs_agree(model, probe, plain=plain)
-    else:
-        agreement = ragged_agrees(model, probe, plain=plain)
+    agreement = packed_agrees(model, start.kind, probe, tokenizer=start.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_ragged(model, plain=plain)
         if not plain:
@@ -235,6 +234,15 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         return layout, []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return others[0], [note]
+
+
+def packed_agrees(
+    model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, tokenizer: Any, plain: bool
+) -> Agreement:
+    """Whether a model of this kind answers the same for rows that are packed as for each alone."""
+    if kind == "encoder":
+        return encoder_agrees(model, rows, has_types=has_token_types(model, tokenizer), plain=plain)
+    return (pairs_agree if kind == "encoder_decoder" else ragged_agrees)(model, rows, plain=plain)
 
 
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.chaining import start_from
 from tunesmith.data.render import Renderer
+from tunesmith.environment import refuse_ranks
 from tunesmith.errors import RecipeError
 from tunesmith.loading import make_renderer
 from tunesmith.methods.peft_kinds import num_virtual_tokens, resolved
@@ -51,6 +53,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
+    refuse_ranks(os.environ)
     chained: str | None = None
     if recipe.base is None:  # of a run that goes on it is decided
         name, chained = start_from(recipe.model, root=root, offline=offline)

@@ -17,6 +17,7 @@ from typing import Any
 from tunesmith import checkpoint, events
 from tunesmith.beside import Beside
 from tunesmith.describing import plan_timing, plan_values, report_facts, run_name, start_values
+from tunesmith.disk import refuse_small_disk
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.report import write_report
@@ -69,6 +70,7 @@ def train(
     listener = listener or Listener()
     begun = time.perf_counter()
     setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
+    refuse_small_disk(setup, out or root)
     yaml = as_yaml(setup.recipe, comments=False)
     run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe)
     listener.on_run(run)
@@ -125,6 +127,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
                 setup.rows.discard()
                 raise
             set_before = [] if settings else _set_before(setup.identity, then)
+        refuse_small_disk(setup, run.path)
         planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - begun

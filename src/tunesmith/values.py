@@ -65,6 +65,14 @@ def _short(path: Path) -> str:
     return str(absolute)
 
 
+def size(num_bytes: float) -> str:
+    """Bytes: 1.9 GiB."""
+    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def knob(value: Any) -> str:
     """The value of a knob as it would be written: 0.0005, lora (rank 16, alpha 32); of a group what is not empty."""
     if isinstance(value, Mapping):

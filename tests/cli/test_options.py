@@ -6,8 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
-from tunesmith.cli.options import data_file, given
+from tunesmith.cli.doctor import EXTRAS
+from tunesmith.cli.options import OPTIONS, data_file, given
 from tunesmith.recipe import read
+from tunesmith.recipe.knobs import Recipe
 from tunesmith.run import is_run
 
 
@@ -132,3 +134,89 @@ def test_all_wrong_settings_at_once(tmp_path: Path) -> None:
     for key in ("task", "method.rnk", "optim.lr"):
         assert key in result.stderr
     assert "method.rank" in result.stderr
+
+
+def refused(*words: str) -> str:
+    result = CliRunner().invoke(app, [*words], env={"COLUMNS": "200"})
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+def recipe_of(*words: str) -> Recipe:
+    """What `tunesmith train` makes of a command line."""
+    seen: list[Recipe] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunesmith.cli.train._tune", lambda recipe, **how: seen.append(recipe))
+        result = CliRunner().invoke(app, ["train", "m", "rows.jsonl", *words])
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_the_options_that_other_tools_have_set_keys_of_the_recipe() -> None:
+    recipe = recipe_of("--lr", "1e-4", "--epochs", "0.5", "--batch-size", "8", "--rank", "4")
+    assert (recipe.optim.lr, recipe.train.epochs, recipe.train.rows_per_step) == (1e-4, 0.5, 8)
+    assert recipe.method.model_dump()["rank"] == 4
+    assert recipe.method.name == "lora"
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_their_help_names_the_keys(verb: str) -> None:
+    text = " ".join(CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output.split())
+    for key, option in OPTIONS.items():
+        assert option in text
+        assert key in text or key in ("task", "method.name")
+
+
+def test_fast_measures_the_loss_alone_and_a_setting_counts_more() -> None:
+    evaluation = recipe_of("--fast").evaluation
+    assert (evaluation.samples, evaluation.general, evaluation.surprising) == (0, False, 0)
+    assert recipe_of("--fast", "--set", "evaluation.samples=4").evaluation.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("--lr", "optim.lr=2"),
+        ("--rank", "method.rank=3"),
+        ("--rank", "method={name: lora}"),
+        ("--epochs", "train.epochs=1"),
+    ],
+)
+def test_an_option_and_a_setting_of_the_same_key_are_an_error(option: str, setting: str) -> None:
+    text = refused("train", "m", "rows.jsonl", option, "1", "--set", setting)
+    assert f"{option} and --set {setting.partition('=')[0]} both set " in text
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("--learning-rate", "--lr (optim.lr)"),
+        ("--learning_rate", "--lr (optim.lr)"),
+        ("--num-epochs", "--epochs (train.epochs)"),
+        ("--num-train-epochs", "--epochs (train.epochs)"),
+        ("--per-device-train-batch-size", "--batch-size (train.rows_per_step)"),
+        ("--batch-sze", "--batch-size (train.rows_per_step)"),
+        ("--lora-r", "--rank (method.rank)"),
+        ("--lora-alpha", "--set method.alpha=..."),
+        ("--max-steps", "--set train.max_steps=..."),
+        ("--seed", "--set seed=..."),
+        ("--exprt", "--export"),
+    ],
+)
+def test_an_unknown_option_says_which_one_is_meant(unknown: str, meant: str) -> None:
+    assert f"No such option: {unknown}, did you mean {meant}?" in refused("train", "m", "rows.jsonl", unknown, "1")
+
+
+def test_a_verb_without_such_options_names_the_setting() -> None:
+    assert "--lr, did you mean --set optim.lr=...?" in refused("selftest", "m", "--lr", "1")
+
+
+def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.setitem(EXTRAS, "peft", ("no_such_module", "the methods of PEFT"))
+    told = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
+    assert set(told["extras"]) == set(EXTRAS)
+    assert told["extras"]["peft"] is False
+    lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output.splitlines()
+    assert any(line.startswith("extra peft") and "not installed" in line for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from tunesmith.cli.compare import compare
 from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.export import export
+from tunesmith.cli.options import OPTIONS
 from tunesmith.cli.plan import plan
 from tunesmith.cli.predict import predict
 from tunesmith.cli.push import push
@@ -31,7 +33,7 @@ from tunesmith.errors import TunesmithError
 
 
 class Verb(TyperCommand):
-    """One verb, whose help has no type beside a flag: it takes no value."""
+    """One verb. Its help has no type after a flag, which takes no value; of an unknown option it says what is meant."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
@@ -39,6 +41,14 @@ class Verb(TyperCommand):
             if getattr(param, "is_flag", False) and param.metavar is None:
                 param.metavar = ""
         return params
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer's own copy of click has it, where older ones use click itself
+            if type(error).__name__ == "NoSuchOption" and any("--set" in param.opts for param in self.params):
+                _suggest(error, {name for param in self.params for name in param.opts})
+            raise
 
 
 class Verbs(TyperGroup):
@@ -56,6 +66,25 @@ class Verbs(TyperGroup):
             if was_interrupted() and not isinstance(error, TunesmithError):
                 raise typer.Exit(failing.report(KeyboardInterrupt())) from None
             raise typer.Exit(failing.report(error, as_json=bool(ctx.meta.get("json")))) from None
+
+
+def _suggest(error: Any, options: set[str]) -> None:
+    from tunesmith.recipe.fields import knobs
+    from tunesmith.recipe.read import OTHER_NAMES, similar
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    option = next(iter(difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.8)), None)
+    key = next((key for key in similar(name) if key in knobs()), None)
+    if option is None and key is None:
+        return
+    is_exact = key is not None and (name in OTHER_NAMES or key.rpartition(".")[2] == name)
+    if option is None or is_exact:
+        option = OPTIONS.get(key or "")
+    else:
+        key = next((key for key, one in OPTIONS.items() if one == option), None)
+    own = f"{option} ({key})" if key else option
+    error.message += f", did you mean {own if option in options else f'--set {key}=...'}?"
+    error.possibilities = None
 
 
 def _is_usage(error: BaseException) -> bool:

@@ -10,9 +10,21 @@ import typer
 
 from tunesmith.cli.options import Json
 
+EXTRAS = {
+    "serve": ("fastapi uvicorn prometheus_client", "a server that answers as OpenAI's API does"),
+    "json": ("xgrammar", "answers that follow a JSON schema, on the server"),
+    "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
+    "peft": ("peft", "the methods of PEFT"),
+    "schedulefree": ("schedulefree", "optimizers without a schedule"),
+    "bleu": ("sacrebleu", "BLEU and chrF of answers"),
+    "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),
+    "onnx": ("onnxscript onnxruntime", "exports to ONNX"),
+}
+"""Extra → its modules, what it brings."""
+
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine offers: versions, device, precision, threads, memory.
+    """Say what this machine offers: versions, device, precision, threads, disk, extras.
 
     tunesmith doctor --json
     """
@@ -24,12 +36,17 @@ def doctor(as_json: Json = False) -> None:
         return
     screen = console()
     for name, value in found.items():
-        screen.print(f"{name:<14} {value}")
+        if name != "extras":
+            screen.print(f"{name:<14} {value}", soft_wrap=True)
+    for name, is_here in found["extras"].items():
+        state = "" if is_here else "; not installed"
+        screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
 
 
 def findings() -> dict[str, Any]:
     """What a training on this machine would rest on."""
     import shutil
+    from importlib.util import find_spec
 
     import torch
 
@@ -47,4 +64,5 @@ def findings() -> dict[str, Any]:
         "precision": f"{precision.value}: {precision.reason}",
         "threads": torch.get_num_threads(),
         "disk free": size(shutil.disk_usage(".").free),
+        "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }

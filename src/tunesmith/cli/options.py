@@ -53,9 +53,37 @@ Task = Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), hel
 MethodName = Annotated[
     str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="How weights change.")
 ]
+Rate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate: optim.lr.")]
+Epochs = Annotated[
+    float | None, typer.Option("--epochs", metavar="N", help="Passes over the training rows: train.epochs.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="ROWS", help="Rows in one update: train.rows_per_step."),
+]
+Rank = Annotated[int | None, typer.Option("--rank", metavar="R", help="Rank of LoRA and its kin: method.rank.")]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Measure only the loss of held-out rows: evaluation.samples=0, .general=false, .surprising=0.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe; other options count more.")
 ]
+
+OPTIONS = {
+    "task": "--task",
+    "method.name": "--method",
+    "optim.lr": "--lr",
+    "train.epochs": "--epochs",
+    "train.rows_per_step": "--batch-size",
+    "method.rank": "--rank",
+}
+"""Keys of the recipe that have an option of their own."""
+FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")
+"""Settings of --fast."""
 
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 
@@ -87,19 +115,30 @@ def chosen(
     recipe: Path | None,
     words: Mapping[str, Any],
     settings: Sequence[str] | None,
+    fast: bool = False,
 ) -> Recipe:
-    """The recipe that a command line means: a file, and what was given beside it. Raises InputError without a model or
-    rows."""
+    """The recipe that a command line means: a file, and what was given with it, of which `settings` count most.
+
+    Raises InputError without a model or rows, and where an option and a setting name one key.
+    """
     from tunesmith.recipe import read
 
+    _refuse_twice(words, settings or ())
     explicit = {"model": model, "data.train": files(data), "data.eval": files(held_out), **words}
-    found = read.load(str(recipe) if recipe else None, [*given(explicit), *(settings or ())])
+    found = read.load(str(recipe) if recipe else None, [*given(explicit), *(FAST if fast else ()), *(settings or ())])
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(
             f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe that has it."
         )
     return found
+
+
+def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:
+    set_keys = [setting.partition("=")[0].strip() for setting in settings]
+    for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
+        if twice := [one for one in set_keys if f"{key}.".startswith(f"{one}.")]:
+            raise InputError(f"{OPTIONS[key]} and --set {twice[0]} both set {key}. Give one of them.")
 
 
 def as_task(name: str | None) -> TaskName | None:

@@ -20,6 +20,8 @@ ACCENT = "cyan"
 TRAINED = "bold green"
 MOST_LABELS = 12
 """Classes named in the plan."""
+MOST_GIVEN = 12
+"""Settings of the person named in the plan."""
 MAX_SPAN = 600
 """Most characters shown of one stretch of the sample row."""
 
@@ -52,6 +54,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", held_out + skipped),
         ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
     ]
+    if plan.get("given"):
+        facts.append(("given", given_knobs(plan["given"])))
     if plan.get("labels"):
         facts.append(("labels", label_counts(plan["labels"])))
     if plan.get("windows"):
@@ -66,6 +70,13 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = probe_facts(plan["probe"], plan.get("forecast"), plan["tokens_per_step"])
         facts += [(f"measured {name}", text) for name, text in found]
     return [fact for fact in facts if fact[1]]
+
+
+def given_knobs(given: Mapping[str, Any]) -> str:
+    """What a person set: optim.lr 0.0001, train.epochs 2."""
+    shown = [f"{key} {one_line(knob(value), 40)}" for key, value in list(given.items())[:MOST_GIVEN]]
+    more = [f"{len(given) - MOST_GIVEN} more"] if len(given) > MOST_GIVEN else []
+    return ", ".join([*shown, *more])
 
 
 def label_counts(rows_of: Mapping[str, int]) -> str:

@@ -10,12 +10,17 @@ import typer
 
 from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
+    BatchSize,
     Data,
+    Epochs,
     Eval,
+    Fast,
     Json,
     MethodName,
     Model,
     Offline,
+    Rank,
+    Rate,
     RecipeFile,
     Root,
     Settings,
@@ -38,6 +43,11 @@ def plan(
     eval_: Eval = None,
     task: Task = None,
     method: MethodName = None,
+    rank: Rank = None,
+    lr: Rate = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    fast: Fast = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Annotated[
@@ -57,10 +67,11 @@ def plan(
     tunesmith plan ./model support.jsonl --method full --device 24G
     """
     remember_json(ctx, as_json)
-    # A plan tells what does not fit, and of what would.
-    words = {"task": task, "method.name": method}
+    # A plan says what does not fit, and what would.
+    words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
+    words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
-    found = chosen("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings)
+    found = chosen("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
 
     from tunesmith.cli.output import console, json_line
 
@@ -89,12 +100,27 @@ def _foresee(
         card = named(device) if device else None
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
         values, fits = foreseen_values(seen), seen.forecast is None or seen.forecast.fits
+        if small := _small_disk(seen.forecast, root):
+            values["warnings"].append(small)
+            fits = False
         values["probe"] = None
         if probe and (why := f"{device} is not here" if card else _why_not(seen, fits=fits)):
             values["warnings"].append(f"not probed: {why}")
         elif probe:
             values["probe"] = _probe(seen, values, root, offline=offline, tick=tick)
     return values, fits
+
+
+def _small_disk(forecast: Any, root: Path) -> str:
+    """What to say where the disk has less room than the run takes; empty: it has enough."""
+    from tunesmith.cli.text import size
+    from tunesmith.disk import free_bytes
+
+    needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
+    free = free_bytes(root)
+    if free is None or needed <= free:
+        return ""
+    return f"{root}: the disk has {size(free)} free, but this run needs {size(needed)}: train will refuse it"
 
 
 def _why_not(seen: Any, *, fits: bool) -> str:

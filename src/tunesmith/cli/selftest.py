@@ -25,6 +25,8 @@ def selftest(
     """Prove on your own model that packing, templates, passes and resume change nothing.
 
     tunesmith selftest HuggingFaceTB/SmolLM2-135M-Instruct
+
+    tunesmith selftest sentence-transformers/all-MiniLM-L6-v2 --set task=tag
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.output import console, json_line

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith import values
 
+size = values.size
 _BARS = "▁▂▃▄▅▆▇█"
 
 # Everything a terminal acts on instead of showing: C0 but tab and newline, DEL, C1, and the marks that reverse the
@@ -30,14 +31,6 @@ def one_line(text: str, width: int) -> str:
     """The text on one line, at most `width` characters."""
     flat = " ".join(visible(text).split())
     return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes: 1.9 GiB."""
-    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= divisor:
-            return f"{num_bytes / divisor:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def count(number: float) -> str:

@@ -9,13 +9,18 @@ import typer
 
 from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
+    BatchSize,
     Data,
+    Epochs,
     Eval,
+    Fast,
     Json,
     MethodName,
     Model,
     Offline,
     Quiet,
+    Rank,
+    Rate,
     RecipeFile,
     Root,
     Settings,
@@ -35,6 +40,11 @@ def train(
     eval_: Eval = None,
     task: Task = None,
     method: MethodName = None,
+    rank: Rank = None,
+    lr: Rate = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    fast: Fast = False,
     export: Annotated[
         list[str] | None,
         typer.Option(metavar="TARGET[:KIND]", help="Export the result at the end: merged, gguf:q4_k_m."),
@@ -53,13 +63,14 @@ def train(
 
     tunesmith train HuggingFaceTB/SmolLM2-135M-Instruct support.jsonl --eval held-out.jsonl
 
-    tunesmith train ./model a.jsonl b.csv:0.5 --method lora --set method.rank=8 --set train.epochs=2
+    tunesmith train ./model a.jsonl b.csv:0.5 --method lora --rank 8 --epochs 2 --set optim.warmup=0.1
 
     tunesmith train --recipe runs/support-3f2a/recipe.yaml
     """
     remember_json(ctx, as_json)
-    words = {"task": task, "method.name": method, "export.to": export}
-    found = chosen("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings)
+    words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
+    words |= {"train.rows_per_step": batch_size, "method.rank": rank}
+    found = chosen("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
     _tune(found, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
 
 

@@ -161,6 +161,11 @@ def far_numbers(rows: Rows) -> list[str]:
     ]
 
 
+def operations_per_second(device: str) -> float:
+    """About what is reached on such a device; the same every day."""
+    return OPERATIONS_PER_SECOND.get(device, 1e13)
+
+
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: epochs, or fewer if train.max_steps says so; at least one."""
     epochs = recipe.train.epochs
@@ -234,7 +239,7 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     num = cores()
-    return num, f"{num} cores are free to this process"
+    return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -242,7 +247,7 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     assert rows_per_step != "auto"
     steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
     tokens = float(facts.lengths_I.mean()) * rows_per_step
-    seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
+    seconds = OPERATIONS * facts.num_parameters * tokens / operations_per_second(facts.device)
     share, short = max(10, steps // 10), math.ceil(SAFE_SECONDS / seconds)
     if min(short, 500) > share:
         return min(short, 500), "steps are short: less than a minute is the most that a crash costs"
@@ -256,7 +261,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     # A look is a forward pass, a half to a third of what training on a row costs.
-    return most, "all of them" if most == rows else f"of {rows:,} rows, so that looking stays short beside training"
+    return most, "all of them" if most == rows else f"of {rows:,} rows, so that this stays short beside training"
 
 
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:

@@ -48,6 +48,12 @@ def saves(recipe: Recipe, steps: int) -> int:
     return 2 + (steps - 1) // known(recipe.checkpoint.every)
 
 
+def kept_checkpoints(recipe: Recipe, steps: int) -> int:
+    """Checkpoints that are on the disk at once, the one that is being written among them."""
+    is_measured = recipe.evaluation.every is not None  # then the best one is kept too
+    return min(saves(recipe, steps), recipe.checkpoint.keep + 1) + is_measured
+
+
 def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> int:
     """Tokens written one after the other before and after, if no answer ends early."""
     if head != "next_token":

@@ -14,7 +14,7 @@ from tunesmith.models.locate import Located
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
-from tunesmith.planning.counting import amount, counts, seen_rows
+from tunesmith.planning.counting import amount, counts, kept_checkpoints, seen_rows
 from tunesmith.planning.devices import Device
 from tunesmith.planning.duration import (
     WRITTEN,
@@ -140,7 +140,7 @@ class Forecaster:
             memory=max(phases, key=lambda memory: memory.total),
             phases=tuple(phases),
             duration=duration,
-            disk=self._disk(recipe, sketch),
+            disk=self._disk(recipe, sketch, steps),
             device=self.device,
             heavy=heavy,
             tokens=tokens,
@@ -264,7 +264,7 @@ class Forecaster:
             "starting": starting_seconds(sketch.kept),
             "training": per_token * per_step + update_seconds(sketch.kept, self.device) + compiling,
             "saving": _checkpoint_bytes(sketch.kept) / WRITTEN,
-            "finishing": finishing_seconds(self._disk(recipe, sketch).result),
+            "finishing": finishing_seconds(self._disk(recipe, sketch, steps).result),
         }
         if looked is not None:
             whole = list(timeline(Pass(looked.segments, ()), sketch.stacks, 0))
@@ -282,12 +282,11 @@ class Forecaster:
             "general": look.price(1, 1),
         }
 
-    def _disk(self, recipe: Recipe, sketch: Sketch) -> Disk:
+    def _disk(self, recipe: Recipe, sketch: Sketch, steps: int) -> Disk:
         kept, is_full = sketch.kept, recipe.method.name == "full"
-        held = recipe.checkpoint.keep + (recipe.evaluation.every is not None) + 1
         return Disk(
             rows=self.rows.store.summary.arrow_bytes,
-            checkpoints=held * _checkpoint_bytes(kept),
+            checkpoints=kept_checkpoints(recipe, steps) * _checkpoint_bytes(kept),
             result=kept.weights if is_full else 4 * kept.trained_parameters,
         )
 

@@ -33,6 +33,7 @@ from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.heaviest import heaviest, heaviest_looked
 from tunesmith.preparing import Setup
 from tunesmith.probing.found import Timed
+from tunesmith.recipe.knobs import known
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""
@@ -145,7 +146,7 @@ def _look(setup: Setup, feed: Feed, members: Pass) -> None:
 
 
 def _general(setup: Setup) -> dict[str, Any]:
-    if not (setup.recipe.evaluation.general and setup.speaks):
+    if not (known(setup.recipe.evaluation.general) and setup.speaks):
         return {}
     rows = general_rows(setup.renderer.tokenizer)
     batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]

@@ -181,8 +181,9 @@ class Evaluation(Section):
 
     every: Positive | None = None
     """Steps between evaluations; null: before the first step and after the last only."""
-    max_rows: Positive | None = 1000
-    """Most held-out rows measured, chosen by content hash, of each class its share; null: all."""
+    max_rows: Positive | Auto | None = "auto"
+    """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000, or fewer in
+    a short run: measuring takes at most about a third of a run."""
     metric: str = "loss"
     """Held-out measure that says which evaluation was best: loss, token_accuracy, accuracy, macro_f1, span_f1, ..."""
     patience: Positive | None = None
@@ -191,16 +192,17 @@ class Evaluation(Section):
     """Whose weights are the result. auto: the best evaluation's where `every` is set, else the last step's."""
     samples: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a class, a
-    name or a date."""
+    name or a date; fewer in a short run."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
     bleu: bool = False
     """BLEU and chrF of the answers too; needs the extra tunesmith[bleu]."""
-    general: bool = True
-    """Measure before and after how well a causal model still does on general text and instructions."""
+    general: bool | Auto = "auto"
+    """Measure before and after how well a causal model still does on general text and instructions. auto: true, except
+    in a short run."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Most training rows looked at afterwards for those that the tuned model finds least likely. auto: a third of the
-    rows trained on, each counted as often as it was seen, or 200 of them if that is more."""
+    """Most training rows measured at the end to find those that the tuned model finds least likely. auto: a third of
+    the rows trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Evaluation:

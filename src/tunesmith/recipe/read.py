@@ -252,24 +252,29 @@ def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
 
 
 def _unknown(shown: str, location: Sequence[int | str]) -> str:
-    last = shown.rpartition(".")[2]
     other = next((knob for knob in knobs().values() if knob.methods and knob.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
-    everything = [*knobs(), *sections()]
-    same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
     plain = re.sub(r"\[\d+\]", "[]", shown)
-    near = (
-        same_name
-        or ([OTHER_NAMES[last]] if last in OTHER_NAMES else [])
-        or difflib.get_close_matches(plain, everything, n=1, cutoff=0.7)
-        or [key for key in everything if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)]
-    )
+    near = similar(plain)
     section = shown.rpartition(".")[0]
     if section != plain.rpartition(".")[0]:  # below an entry of a list: name that entry
         near = [f"{section}.{key.rpartition('.')[2]}" if "[]" in key else key for key in near]
     hint = f", did you mean {' or '.join(near[:2])}?" if near else ": see `tunesmith recipe` for all"
     return f"unknown key{hint}"
+
+
+def similar(name: str) -> list[str]:
+    """Keys that a person may mean who writes `name`: a dotted key, or what another tool calls a knob."""
+    last = name.rpartition(".")[2]
+    everything = [*knobs(), *sections()]
+    same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
+    return (
+        same_name
+        or ([OTHER_NAMES[last]] if last in OTHER_NAMES else [])
+        or difflib.get_close_matches(name, everything, n=1, cutoff=0.7)
+        or [key for key in everything if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)]
+    )
 
 
 def _shown(value: Any) -> str:

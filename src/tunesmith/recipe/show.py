@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunesmith.recipe.fields import Knob, knobs, sections
@@ -76,6 +76,26 @@ def markdown() -> str:
         title = f"## {key}\n\n{_prose(sections()[key])}" if key else "## The run"
         pages.append("\n".join([f"{title}\n", "| Key | Default | Allowed | |", "|---|---|---|---|", *rows, ""]))
     return "\n".join(pages)
+
+
+_IN_SIGHT = ("model", "name", "data.train", "data.eval")
+
+
+def changed(recipe: Recipe) -> dict[str, Any]:
+    """Knobs by their dotted keys that are not as they are by default, without model, name and files."""
+    start: dict[str, Any] = Recipe().model_dump()
+    fields = type(recipe.method).model_fields.items()
+    start["method"] = {key: field.get_default(call_default_factory=True) for key, field in fields}
+    start["method"]["name"] = Recipe().method.name
+
+    def leaves(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in now.items():
+            if prefix + name in sections():
+                yield from leaves(value, then[name], f"{prefix}{name}.")
+            elif value != then[name] and prefix + name not in _IN_SIGHT:
+                yield prefix + name, value
+
+    return dict(leaves(recipe.model_dump(), start, ""))
 
 
 def _section_lines(section: Section, prefix: str, comments: bool) -> Iterator[str]:
