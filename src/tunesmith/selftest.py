@@ -47,14 +47,15 @@ QUESTIONS = (
 def _question_of(task: TaskName, question: str, answer: str) -> dict[str, Any]:
     """A question and its answer as a row of the task: a class says whether it asks, a tag whether a word is long."""
     words = answer.split()
-    return {
+    rows: dict[TaskName, dict[str, Any]] = {
         "chat": {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
         "generate": {"prompt": question, "completion": f" {answer}"},
         "text": {"text": f"{question} {answer}"},
         "summarize": {"document": f"{question} {answer}", "summary": answer},
         "classify": {"text": f"{question} {answer}", "label": "question" if "?" in question else "order"},
         "tag": {"tokens": words, "tags": ["long" if len(word) > 4 else "short" for word in words]},
-    }[task]
+    }
+    return rows[task]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +82,16 @@ def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
 
 
 def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
+    if recipe.data.train:  # which of a run are found where they are now
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"rows_per_step": 4})})
     data = recipe.model_dump()
-    if not recipe.data.train:
-        file = folder / "rows.jsonl"
-        task = _task_of(recipe, offline=offline) if recipe.task == "auto" else recipe.task
-        rows = [_question_of(task, question, answer) for question, answer in QUESTIONS]
-        file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
-        data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
-        data["task"] = task
+    file = folder / "rows.jsonl"
+    task = _task_of(recipe, offline=offline) if recipe.task == "auto" else recipe.task
+    rows = [_question_of(task, question, answer) for question, answer in QUESTIONS]
+    file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
     data["train"] |= {"rows_per_step": 4}
-    return validate(data)
+    return validate({**data, "task": task})
 
 
 def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
