@@ -37,7 +37,7 @@ from tunesmith.models.kind import layouts_of
 from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
-from tunesmith.models.output import find_output
+from tunesmith.models.output import Output, find_output
 from tunesmith.models.products import use_fast_linears
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
@@ -127,10 +127,7 @@ def prepare(
     attachment = attach(recipe, model, head=start.head, store=rows.store)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
-    output = None
-    if recipe.kernels == "fast":
-        compute_together(model)
-        output = None if isinstance(attachment, PeftAttachment) else find_output(model)
+    output = _join_products(model, attachment) if recipe.kernels == "fast" else None
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
@@ -200,6 +197,12 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
         use_fast_norms(model)
         use_fast_dropout(model)
     return model, num_parameters
+
+
+def _join_products(model: PreTrainedModel, attachment: Attachment) -> Output | None:
+    """The model with its products computed together where they can be; its output, if losses can be computed by it."""
+    compute_together(model)
+    return None if isinstance(attachment, PeftAttachment) else find_output(model)
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
