@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import training
-from tunesmith.errors import RecipeError
+from tunesmith.data.in_memory import is_rows, write_rows
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.export.planned import check_planned, export_planned
 from tunesmith.loading import load_run, load_target
 from tunesmith.predicting.inputs import answers_to
 from tunesmith.predicting.measuring import evaluate_file
 from tunesmith.predicting.predictor import Predictor
+from tunesmith.progress import ProgressLine, is_wanted
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.run import Run
 from tunesmith.types import Event, TaskName
 
 Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
+"""A path, {"path", "weight"}, or several of them; or rows: a list of mappings, a pandas or a `datasets` table."""
 
 
 def train(
     model: str | PathLike[str] | None = None,
-    data: Files = (),
+    data: Files | Any = (),
     *,
-    eval: Files = (),
+    eval: Files | Any = (),
     recipe: Recipe | str | PathLike[str] | None = None,
     root: str | PathLike[str] = "runs",
     out: str | PathLike[str] | None = None,
     offline: bool = False,
+    progress: bool | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
     **knobs: Any,
 ) -> Run:
     """Tune `model` on `data`; the finished run.
 
-    `data` and `eval` are one file or several, each a path or {"path", "weight"}. `recipe` is a recipe or its file;
-    `knobs` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4}, seed=3.
+    `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
+    or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
+    recipe or its file; `knobs` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
+    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called after every step.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
@@ -50,7 +59,7 @@ def train(
     given = dict(knobs)
     if model is not None:
         given["model"] = fspath(model)
-    for key, files in (("train", _files(data)), ("eval", _files(eval))):
+    for key, files in (("train", _files(data, Path(root))), ("eval", _files(eval, Path(root)))):
         if files:
             given["data"] = {**given.get("data", {}), key: files}
     base = recipe.model_dump() if isinstance(recipe, Recipe) else {}
@@ -61,9 +70,10 @@ def train(
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
     check_planned(chosen, root=Path(root), offline=offline)
-    listener = training.Listener(on_event=on_event)
-    run = training.train(chosen, root=Path(root), out=Path(out) if out else None, offline=offline, listener=listener)
-    return _with_exports(run)
+    with _listening(progress, on_event, should_stop) as listener:
+        place = Path(out) if out else None
+        run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
+        return _with_exports(run)
 
 
 def resume(
@@ -72,7 +82,9 @@ def resume(
     root: str | PathLike[str] = "runs",
     model: str | PathLike[str] | None = None,
     offline: bool = False,
+    progress: bool | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Go on with a stopped or broken run, named as on the command line, as if it had never stopped. `model`: where its
     model is now, if it was moved.
@@ -81,8 +93,9 @@ def resume(
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
     """
     found = _opened(run, root, model)
-    training.resume(found, offline=offline, listener=training.Listener(on_event=on_event))
-    return _with_exports(found)
+    with _listening(progress, on_event, should_stop) as listener:
+        training.resume(found, offline=offline, listener=listener)
+        return _with_exports(found)
 
 
 def _with_exports(run: Run) -> Run:
@@ -116,7 +129,7 @@ def predict(
 
 def evaluate(
     target: Run | str | PathLike[str],
-    data: str | PathLike[str],
+    data: str | PathLike[str] | Any,
     *,
     base: bool = False,
     task: TaskName | None = None,
@@ -125,14 +138,22 @@ def evaluate(
     model: str | PathLike[str] | None = None,
     offline: bool = False,
 ) -> dict[str, Interval]:
-    """The measures of the task on a file of answered rows, each as {"value", "low", "high"}: its 95 % interval.
+    """The measures of the task on answered rows, each as {"value", "low", "high"}: its 95 % interval.
 
-    `samples` rows are also answered, and the answers measured; None: 50 for the tasks chat, generate and summarize.
-    `model`: where the model that a run was made from is now, if it was moved.
+    `data` is a file, or rows: a list of mappings, a pandas or a `datasets` table. `samples` rows are answered, and the
+    answers measured; None: 50 for the tasks chat, generate and summarize. `model`: where the model that a run was made
+    from is now, if it was moved.
     """
+    if not isinstance(data, (str, PathLike)) and not is_rows(data):
+        raise InputError(
+            f"tunesmith.evaluate: data: {data!r:.60} is neither a path nor rows. Give one file, or a list of rows."
+        )
     where = None if model is None else fspath(model)
     speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
-    return evaluate_file(speaker, fspath(data), samples=samples).measures
+    if not is_rows(data):
+        return evaluate_file(speaker, fspath(data), samples=samples).measures
+    with TemporaryDirectory(prefix="tunesmith-") as folder:
+        return evaluate_file(speaker, str(write_rows(data, Path(folder))), samples=samples).measures
 
 
 def load(
@@ -158,7 +179,28 @@ def _name(target: Run | str | PathLike[str]) -> str:
     return str(target.path) if isinstance(target, Run) else fspath(target)
 
 
-def _files(files: Files) -> list[Any]:
+@contextmanager
+def _listening(
+    progress: bool | None, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+) -> Iterator[training.Listener]:
+    if not (is_wanted() if progress is None else progress):
+        yield training.Listener(on_event=on_event, should_stop=should_stop)
+        return
+    line = ProgressLine()
+
+    def both(event: Event) -> None:
+        line.event(event)
+        on_event(event)
+
+    try:
+        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop)
+    finally:
+        line.close()
+
+
+def _files(files: Files | Any, root: Path) -> list[Any]:
+    if is_rows(files):
+        return [str(write_rows(files, root / "data"))]
     several = [files] if isinstance(files, (str, PathLike, Mapping)) else list(files)
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
 

@@ -165,6 +165,23 @@ class Run:
         """Seconds since the epoch."""
         return float(self.read_json("run.json").get("created", 0.0))
 
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Measures of the tuned model on the held-out rows, each {"value", "low", "high"}: its 95 % interval.
+
+        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names as in docs/measures.md. Those of the base: see
+        `report`. Empty where nothing was held out. Raises RunError where the run has not ended.
+        """
+        after = self.report["metrics"]["after"]
+        return {} if after is None else dict(after["measures"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json holds, see docs/report.md. Raises RunError where the run has not ended."""
+        if not self.report_path.exists():
+            raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")
+        return dict(self.read_json("report.json"))
+
     def recipe(self) -> Recipe:
         """The complete recipe of this run, which knows where its files are now."""
         from tunesmith.recipe import read

@@ -1,0 +1,89 @@
+"""Rows that a program holds, as a file: what is trained on must be there when a run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tunesmith.errors import DataError
+from tunesmith.files import write_atomic
+
+FIELDS_OF_FILES = {"path", "weight"}
+
+
+def is_rows(given: Any) -> bool:
+    """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings other than {"path", "weight"}."""
+    if isinstance(given, (str, bytes, Mapping)):
+        return False
+    if _is_table(given):
+        return True
+    if not isinstance(given, (list, tuple)) or not given:
+        return False
+    kinds = [isinstance(row, Mapping) and not ("path" in row and set(row) <= FIELDS_OF_FILES) for row in given]
+    if any(kinds) and not all(kinds):
+        i = kinds.index(not kinds[0])
+        raise DataError(f"item {i} of the list is a {'row' if kinds[i] else 'file'}, item 0 is not. Give one or other.")
+    return all(kinds)
+
+
+def write_rows(rows: Any, folder: Path) -> Path:
+    """`rows` as a JSONL file in `folder`, named by its content: the same rows are the same file.
+
+    Missing values of a table (NaN, NaT) are left out. Raises DataError naming the row and the field that JSON cannot
+    hold.
+    """
+    lines = b"".join(_line(i, row) + b"\n" for i, row in enumerate(_records(rows)))
+    if not lines:
+        raise DataError("there are no rows: the table is empty.")
+    path = folder / f"rows-{hashlib.sha256(lines).hexdigest()[:12]}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != lines:
+        write_atomic(path, lines)
+    return path
+
+
+def _is_table(given: Any) -> bool:
+    return (hasattr(given, "columns") and hasattr(given, "iloc")) or hasattr(given, "column_names")
+
+
+def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
+    if hasattr(rows, "iloc"):  # pandas
+        return ({k: v for k, v in row.items() if not _is_missing(v)} for row in rows.to_dict("records"))
+    if hasattr(rows, "column_names"):  # datasets: iterates over rows; None is its missing value
+        return ({k: v for k, v in row.items() if v is not None} for row in rows)
+    return iter(rows)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, and pandas' NA and NaT."""
+    return (
+        value is None
+        or type(value).__name__ in ("NAType", "NaTType")
+        or (isinstance(value, (float, np.floating)) and math.isnan(value))
+    )
+
+
+def _line(i: int, row: Mapping[str, Any]) -> bytes:
+    for name, value in row.items():
+        if not isinstance(name, str):
+            raise DataError(f"row {i}: its field {name!r} is named by a {type(name).__name__}. Name fields by text.")
+        try:
+            orjson.dumps(value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"row {i}: field {name}: {type(value).__name__} {value!r:.60} cannot be written as JSON ({error}). "
+                "Turn it into text or a number."
+            ) from None
+    return orjson.dumps(dict(row), default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError("no such type in JSON")

@@ -1,0 +1,148 @@
+"""The calls from Python: rows in memory, a progress line, measures of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tiny_run import chats, model_folder, tiny_recipe
+from tunesmith.data.in_memory import is_rows, write_rows
+from tunesmith.errors import DataError, InputError, RunError
+from tunesmith.progress import ProgressLine
+
+
+class Table:
+    """As `datasets.Dataset` looks to who iterates over it."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.column_names = list(rows[0])
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[tunesmith.Run, list[dict[str, Any]], Path, list[str]]:
+    folder = tmp_path_factory.mktemp("python")
+    recipe = tiny_recipe(folder, train={"epochs": 1})
+    rows = [json.loads(line) for line in chats(folder / "more.jsonl", 18, seed=2).read_text("utf-8").splitlines()]
+    kinds: list[str] = []
+    run = tunesmith.train(
+        data=rows, recipe=recipe, root=folder / "runs", offline=True, on_event=lambda event: kinds.append(event.kind)
+    )
+    return run, rows, folder, kinds
+
+
+def test_rows_in_memory_train_and_stay_where_a_resume_finds_them(trained: Any) -> None:
+    run, rows, folder, kinds = trained
+    [file] = run.recipe().data.train
+    assert Path(file.path).parent == folder / "runs" / "data"
+    assert [json.loads(line) for line in Path(file.path).read_text("utf-8").splitlines()] == rows
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+
+
+def test_metrics_of_a_run_are_those_of_its_report(trained: Any) -> None:
+    run, rows, _folder, _ = trained
+    loss = run.metrics["loss"]
+    assert loss["value"] == run.report["metrics"]["after"]["loss"]
+    assert tunesmith.evaluate(run, rows, samples=0, offline=True)["loss"]["value"] > 0
+
+
+def test_a_run_that_has_not_ended_says_that_it_has_no_measures(tmp_path: Path) -> None:
+    run = tunesmith.Run.create(tmp_path, "new", "model: x\n")
+    with pytest.raises(RunError, match="no report yet: it is new"):
+        _ = run.metrics
+
+
+def test_what_is_no_path_and_no_rows_is_refused_in_words(trained: Any) -> None:
+    run, *_ = trained
+    with pytest.raises(InputError, match="neither a path nor rows"):
+        tunesmith.evaluate(run, ["a.jsonl", "b.jsonl"], offline=True)
+
+
+def test_tables_and_lists_of_mappings_are_rows_and_files_are_not() -> None:
+    assert is_rows([{"text": "a"}])
+    assert is_rows([{"path": "a", "text": "b"}])
+    assert is_rows(Table([{"text": "a"}]))
+    for files in ("a.jsonl", ["a.jsonl"], [{"path": "a.jsonl", "weight": 2}], {"path": "a.jsonl"}, Path("a"), ()):
+        assert not is_rows(files)
+    with pytest.raises(DataError, match="item 1 of the list is a row, item 0 is not"):
+        is_rows(["a.jsonl", {"text": "a"}])
+
+
+def test_the_same_rows_are_the_same_file(tmp_path: Path) -> None:
+    rows = [{"text": "ä", "label": 1}, {"text": "b", "label": None}]
+    assert write_rows(rows, tmp_path) == write_rows(rows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert write_rows(Table(rows), tmp_path).read_text("utf-8") == '{"text":"ä","label":1}\n{"text":"b"}\n'
+
+
+def test_a_pandas_table_leaves_missing_values_out(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": [1.5, float("nan")], "when": [pandas.NaT, pandas.NaT]})
+    assert write_rows(frame, tmp_path).read_text("utf-8") == '{"text":"a","label":1.5}\n{"text":"b"}\n'
+
+
+def test_a_value_that_json_cannot_hold_is_refused_by_row_and_field(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: field image: bytes b'\\x00' cannot be written as JSON"):
+        write_rows([{"text": "a"}, {"text": "b", "image": b"\0"}], tmp_path)
+    with pytest.raises(DataError, match="there are no rows"):
+        write_rows(_empty(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _empty() -> Table:
+    table = Table([{"text": "a"}])
+    table.rows = []
+    return table
+
+
+def test_a_progress_line_goes_through_all_phases_to_the_last_step(tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    class Bar:
+        def __init__(self, total: int, desc: str, leave: bool) -> None:
+            self.total, self.desc, self.n, self.facts, self.open = total, desc, 0, {}, True
+            made.append(self)
+
+        def update(self, more: int) -> None:
+            self.n += more
+
+        def set_postfix(self, facts: dict[str, str], refresh: bool) -> None:
+            self.facts = facts
+
+        def close(self) -> None:
+            self.open = False
+
+    line = ProgressLine(make=Bar)
+    from tunesmith import training
+
+    listener = training.Listener(on_event=line.event, on_progress=line.tick)
+    run = training.train(tiny_recipe(tmp_path, train={"epochs": 1}), root=tmp_path, offline=True, listener=listener)
+    line.close()
+    steps = run.report["steps"]
+    [bar] = [bar for bar in made if bar.desc == "training" and bar.n == steps]
+    assert bar.total == steps
+    assert "loss" in bar.facts
+    assert "loading the model" in {bar.desc for bar in made}
+    assert not any(bar.open for bar in made)
+
+
+def test_a_run_stops_when_it_is_asked_from_python(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(tunesmith.Stopped):
+        tunesmith.train(recipe=recipe, root=tmp_path, out=tmp_path / "r", offline=True, should_stop=lambda: True)
+    run = tunesmith.resume(tmp_path / "r", offline=True)
+    assert run.state() == "done"
+
+
+def test_rows_in_memory_are_checked_as_those_of_files(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(DataError):
+        tunesmith.train(folder, [{"nothing": "known"}] * 3, root=tmp_path, offline=True)
