@@ -54,10 +54,10 @@ def _is_table(given: Any) -> bool:
 
 def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
     if hasattr(rows, "iloc"):  # pandas
-        return ({k: v for k, v in row.items() if not _is_missing(v)} for row in rows.to_dict("records"))
+        return [{k: v for k, v in row.items() if not _is_missing(v)} for row in rows.to_dict("records")]
     if hasattr(rows, "column_names"):  # datasets: iterates over rows; None is its missing value
         return ({k: v for k, v in row.items() if v is not None} for row in rows)
-    return iter(rows)
+    return list(rows)
 
 
 def _is_missing(value: Any) -> bool:
