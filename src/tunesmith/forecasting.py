@@ -20,7 +20,9 @@ from tunesmith.evaluation.samples import new_tokens_for
 from tunesmith.loading import has_token_types
 from tunesmith.measures import MEASURED
 from tunesmith.methods import adalora
+from tunesmith.models import load, rope
 from tunesmith.models.exhausted import give_back
+from tunesmith.models.padding import pad_id
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
 from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
@@ -86,6 +88,11 @@ def foresee(
     kind = device.kind if device else recipe.device
     free_tokens = recipe.train.tokens_per_pass == "auto"
     recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I, targets_I))
+    if reason := _why_alone(start, rows):
+        free_tokens = False
+        alone = Choice("train.tokens_per_pass", 1, reason)
+        recipe = with_choice(recipe, alone)
+        choices = [*(choice for choice in choices if choice.key != alone.key), alone]
     recipe, counted = _count_steps(recipe, rows)
     rows, recipe, measuring = _measuring(recipe, start, rows, kind, places=places, on_progress=on_progress)
     known_of = {choice.key for choice in measuring}
@@ -107,6 +114,14 @@ def foresee(
         seen.notes.append(f"memory and time could not be forecast: {_reason(error)}")
     on_progress("plan", 1, 1)
     return seen
+
+
+def _why_alone(start: Start, rows: Rows) -> str:
+    """Why each row goes through the model alone; empty: it need not."""
+    sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
+    longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
+    why = "" if start.located.is_gguf else rope.why(load.load_config(start.located), longest)
+    return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
 
 
 def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
@@ -273,6 +288,7 @@ def feeds(
             masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
             has_types=has_types,
+            pad_id=pad_id(model, tokenizer),
             shares=shares,
             fills=fills(plan.layout, device=on, precision=known(recipe.precision)),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.render import Renderer
+from tunesmith.models import rope
 from tunesmith.models.modes import evaluating
 
 
@@ -56,6 +57,8 @@ def answer(model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequenc
     begin at the same place, where BART and its like begin to count.
     """
     longest = max(map(len, prompts))
+    if len(prompts) > 1 and rope.why(model.config, longest + how.max_new_tokens):
+        return [one for prompt in prompts for one in answer(model, renderer, [prompt], how)]
     apart = model.config.is_encoder_decoder
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)

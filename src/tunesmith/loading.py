@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS, carried, is_beside, restore, without
 from tunesmith.methods.peft_kinds import num_virtual_tokens
-from tunesmith.models import heads, load, locate, new_tokens
+from tunesmith.models import heads, load, locate, new_tokens, padding, rope
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.size import size
@@ -87,8 +87,14 @@ class Speaker:
         return size(self.located).max_tokens - virtual
 
     @property
-    def tokens_per_pass(self) -> int:
-        """Most tokens that go through the model at once."""
+    def pad_id(self) -> int:
+        """The token that shorter rows are padded with."""
+        return padding.pad_id(self.model, self.renderer.tokenizer)
+
+    def tokens_per_pass(self, lengths: Collection[int]) -> int:
+        """Most tokens that go through the model at once where rows have these lengths."""
+        if rope.why(self.model.config, max(lengths, default=0)):
+            return 1
         knob = self.recipe.train.tokens_per_pass
         return knob if knob != "auto" else 8192 if self.model.device.type == "cuda" else 2048
 
@@ -185,7 +191,11 @@ def tune(base: Speaker, run: Run) -> Speaker:
         way = command("resume", run.path)
         raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on with: {way}")
     attachment = attach(
-        recipe, base.model, head=base.head, store=kept(run.rows_path / "train", run.identity().get("rows"))
+        recipe,
+        base.model,
+        head=base.head,
+        store=kept(run.rows_path / "train", run.identity().get("rows")),
+        pad_id=base.pad_id,
     )
     restore(attachment, newest.weights)
     note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))

@@ -38,6 +38,7 @@ from tunesmith.models.new_tokens import make_room
 from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.output import Output, find_output
+from tunesmith.models.padding import pad_id
 from tunesmith.models.products import use_fast_linears
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
@@ -124,7 +125,9 @@ def prepare(
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
-    attachment = attach(recipe, model, head=start.head, store=rows.store)
+    attachment = attach(
+        recipe, model, head=start.head, store=rows.store, pad_id=pad_id(model, start.renderer.tokenizer)
+    )
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
     output = _join_products(model, attachment) if recipe.kernels == "fast" else None

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import bert_like
+from tunesmith.data import passes
 from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.passes import copies_in
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.recipe.knobs import Data, DataFile
@@ -195,7 +195,7 @@ def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path)
 
 
 def test_copies_of_a_row_in_one_step_have_masks_of_their_own(tmp_path: Path) -> None:
-    assert copies_in([(3, 3), (5, 3), (5,)]) == [(0, 1), (0, 2), (1,)]
+    assert passes.copies_in([(3, 3), (5, 3), (5,)]) == [(0, 1), (0, 2), (1,)]
     assert_copies_teach_different_words((0, 1, 2, 3), tmp_path)
 
 

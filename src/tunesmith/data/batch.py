@@ -142,18 +142,19 @@ def build_batch(
     device: torch.device | str,
     decoder_start: int | None = None,
     has_types: bool = False,
+    pad_id: int = 0,
 ) -> Batch:
     """The tensors of one pass. The one place where targets are shifted: position t predicts token t + 1 of its row.
 
     Rows with labels are not shifted: what they hold is learnt where it stands. An encoder–decoder reads the source,
     and its decoder `decoder_start` and the target but for its last token. `has_types`: the model tells the two texts
-    of a pair apart by token types.
+    of a pair apart by token types. `pad_id`: the token that shorter rows are padded with.
     """
     is_pair, is_packed = layout in PAIRS, layout in PACKED
     read = [_source(row) if is_pair else row.ids for row in rows]
     lengths = [len(ids) for ids in read]
     longest = max(lengths)
-    starts, ids_BT = _laid_out(read, is_packed=is_packed)
+    starts, ids_BT = _laid_out(read, is_packed=is_packed, pad_id=pad_id)
     if is_packed:
         positions_BT = np.concatenate([np.arange(n) for n in lengths])[None]
         mask_BT = None
@@ -166,7 +167,7 @@ def build_batch(
     if is_pair:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
-        decoder_ids_BU, learnt = _decoder(targets, decoder_start, is_packed=is_packed)
+        decoder_ids_BU, learnt = _decoder(targets, decoder_start, is_packed=is_packed, pad_id=pad_id)
     counts = [len(places) for places, _ in learnt]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
@@ -201,10 +202,12 @@ def _source(row: Row) -> NDArray[np.int32]:
 
 
 def _decoder(
-    targets: Sequence[NDArray[np.int32]], start_id: int, *, is_packed: bool
+    targets: Sequence[NDArray[np.int32]], start_id: int, *, is_packed: bool, pad_id: int
 ) -> tuple[NDArray[np.generic], list[Learnt]]:
     """What a decoder reads, [B, U], and what it learns: each token of the target from those before it."""
-    starts, ids_BU = _laid_out([np.concatenate([[start_id], ids[:-1]]) for ids in targets], is_packed=is_packed)
+    starts, ids_BU = _laid_out(
+        [np.concatenate([[start_id], ids[:-1]]) for ids in targets], is_packed=is_packed, pad_id=pad_id
+    )
     learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
     return ids_BU, learnt
 
@@ -218,13 +221,13 @@ def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.ge
 
 
 def _laid_out(
-    lines: Sequence[NDArray[np.generic]], *, is_packed: bool
+    lines: Sequence[NDArray[np.generic]], *, is_packed: bool, pad_id: int
 ) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.generic]]:
     """Where each line begins once they are flat, and they themselves: end to end, or one below the other."""
     lengths = [len(line) for line in lines]
     if is_packed:
         return np.cumsum([0, *lengths[:-1]]), np.concatenate(lines)[None]
-    padded = np.zeros((len(lines), max(lengths)), np.int64)
+    padded = np.full((len(lines), max(lengths)), pad_id, np.int64)
     for b, line in enumerate(lines):
         padded[b, : len(line)] = line
     return np.arange(len(lines)) * max(lengths), padded

@@ -83,6 +83,8 @@ class Feed:
     """Whether what rows of a pass begin with alike is computed once."""
     fills: bool = False
     """Whether passes are filled up to whole sizes."""
+    pad_id: int = 0
+    """See `models.padding.pad_id`."""
 
     def __post_init__(self) -> None:
         if self.masking is not None:
@@ -104,6 +106,7 @@ class Feed:
             device=self.device,
             decoder_start=self.decoder_start,
             has_types=self.has_types,
+            pad_id=self.pad_id,
         )
         batch = replace(batch, copies_B=copies)
         batch = share(batch, [row.ids for row in rows]) if self.shares else batch

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from tunesmith.errors import RunError
@@ -19,7 +20,8 @@ from tunesmith.export.servers import server_lines
 from tunesmith.export.source import Source, read_config
 from tunesmith.files import to_json
 from tunesmith.methods.patterns import CONFIG, spelled_out
-from tunesmith.methods.peft_format import WEIGHTS
+from tunesmith.methods.peft_config import by_patterns
+from tunesmith.methods.peft_format import PREFIX, WEIGHTS
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES
 from tunesmith.models.quiet import quiet
@@ -66,7 +68,7 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
     if config.get("tokenizer_name_or_path"):  # of a prompt that began as a text
         config["tokenizer_name_or_path"] = config["base_model_name_or_path"]
     if options.bake_scale:
-        config = baked(config)
+        config = baked(config, source.result / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if source.renderer.stop_ids:
         save_generation_config(_without_weights(source), folder, stop_ids=source.renderer.stop_ids)
@@ -90,14 +92,19 @@ def _without_weights(source: Source) -> PreTrainedModel:
     return model
 
 
-def baked(config: dict[str, Any]) -> dict[str, Any]:
-    """The same scale without use_rslora: alpha / √rank becomes alpha' / rank with alpha' = alpha · √rank."""
+def baked(config: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """The same scale without use_rslora: alpha / √rank becomes alpha' / rank with alpha' = alpha · √rank. `weights`:
+    the adapter's file, which names its layers: two patterns that mean one of them may be written differently."""
     if not config.get("use_rslora"):
         return config
     rank, alpha = config["r"], config["lora_alpha"]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    scaled = {key: alphas.get(key, alpha) * ranks.get(key, rank) ** 0.5 for key in {**ranks, **alphas}}
-    return {**config, "lora_alpha": alpha * rank**0.5, "alpha_pattern": scaled, "use_rslora": False}
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+    layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names if ".lora_" in name}
+    scaled = {name: by_patterns(alphas, name, alpha) * by_patterns(ranks, name, rank) ** 0.5 for name in layers}
+    own = {f"^{name}": value for name, value in sorted(scaled.items()) if value != alpha * rank**0.5}
+    return {**config, "lora_alpha": alpha * rank**0.5, "alpha_pattern": own, "use_rslora": False}
 
 
 def _num_bytes(source: Source, options: Options) -> int:

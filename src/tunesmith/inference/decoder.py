@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from tunesmith.inference.adapters import Adapters
 from tunesmith.inference.cache import Block, Cache, Lane, Pass, Rows, Span, room_for, use_cached
+from tunesmith.models import rope
 from tunesmith.models.attention import ragged_pass
 from tunesmith.models.segments import Segments
 
@@ -135,19 +136,23 @@ class Apart:
         self._adapters = adapters
         self._caches: dict[Lane, Any] = {}
         self._encoded: dict[Lane, Any] = {}
+        self._border = rope.border(model.config)
+        self._texts: dict[Lane, list[int]] = {}
+        """What was read, of a model whose positions change at a border."""
 
     def begin(self, adapter: str | None, num_tokens: int) -> Lane:
         lane = Lane(adapter, Block(0, 0))
-        cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        if self.model.config.is_encoder_decoder:
-            cache = EncoderDecoderCache(cache, DynamicCache())
-        self._caches[lane] = cache
+        self._caches[lane], self._texts[lane] = self._new_cache(), []
         return lane
+
+    def _new_cache(self) -> Any:
+        cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return EncoderDecoderCache(cache, DynamicCache()) if self.model.config.is_encoder_decoder else cache
 
     def join(self, lane: Lane, copies: int) -> list[Lane]:
         lanes = [Lane(lane.adapter, lane.block, lane.length) for _ in range(copies)]
         for one in lanes:
-            self._caches[one] = copy.deepcopy(self._caches[lane])
+            self._caches[one], self._texts[one] = copy.deepcopy((self._caches[lane], self._texts[lane]))
             if lane in self._encoded:
                 self._encoded[one] = self._encoded[lane]
         self.leave(lane)
@@ -155,6 +160,7 @@ class Apart:
 
     def leave(self, lane: Lane) -> None:
         self._caches.pop(lane, None)
+        self._texts.pop(lane, None)
         self._encoded.pop(lane, None)
 
     def tokens_in(self, num_bytes: int) -> int | None:
@@ -168,6 +174,11 @@ class Apart:
 
     def _read(self, lane: Lane, ids: Sequence[int]) -> Tensor:
         """[V]"""
+        if self._border is not None:
+            text = self._texts[lane]
+            text += ids
+            if lane.length <= self._border < len(text):  # keys that were read with other positions are of no use
+                self._caches[lane], lane.length, ids = self._new_cache(), 0, text
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
         how: dict[str, Any] = {"past_key_values": self._caches[lane], "use_cache": True}
         num_tokens = len(ids)

@@ -22,10 +22,11 @@ from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError, RunError
 from tunesmith.files import sha256_file
 from tunesmith.inference.adapters import Adapters
-from tunesmith.inference.decoder import Together
+from tunesmith.inference.decoder import Apart, Together
 from tunesmith.inference.voices import Voice
 from tunesmith.loading import assumed_date
-from tunesmith.models.agreement import TOLERANCES, spread_error
+from tunesmith.models import recurrent, rope
+from tunesmith.models.agreement import TOLERANCES, leak_allowed, spread_error
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
@@ -189,12 +190,15 @@ def _prove_adapter(voice: Voice, run: Run) -> None:
         )
 
 
-def why_apart(model: PreTrainedModel, adapters: Adapters) -> str:
+def why_apart(model: PreTrainedModel, adapters: Adapters, *, longest: int = 0) -> str:
     """Why the texts of this model cannot be decoded in one pass; "" where what it says is the same together and alone.
 
     Texts of different lengths are read in parts and then gone on with together, and the logits compared with those of
-    the model's own attention, each text alone and whole.
+    the model's own attention, each text alone and whole; and those of one text beside others with those beside others
+    again. `longest`: tokens of the longest text that may come.
     """
+    if reason := recurrent.why(model) or rope.why(model.config, longest):
+        return reason
     own = model.config._attn_implementation
     texts = [_probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
     with evaluating(model):
@@ -202,6 +206,7 @@ def why_apart(model: PreTrainedModel, adapters: Adapters) -> str:
         try:
             with quiet(), ragged_pass() as trace:  # transformers warns of attention that cannot be replaced
                 together = _together(Together(model, adapters), texts)
+                again = _together(Together(model, adapters), [texts[0], *(ids[::-1] for ids in texts[1:])])
         except _REFUSALS as refusal:
             return str(refusal) or type(refusal).__name__
         finally:
@@ -212,7 +217,45 @@ def why_apart(model: PreTrainedModel, adapters: Adapters) -> str:
     if missing := trace.local_masks - trace.windows:
         return f"its attention is limited to {min(missing)} tokens by a mask alone"
     error = max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(together, alone, strict=True))
-    return "" if error <= TOLERANCES[model.dtype] else f"others beside a text change its logits, by {error:.2g}"
+    leak = spread_error(again[0][None], together[0][None])
+    if error <= TOLERANCES[model.dtype] and leak <= leak_allowed(model):
+        return ""
+    return f"others beside a text change its logits, by {max(error, leak):.2g}"
+
+
+def why_not_apart(model: PreTrainedModel, adapters: Adapters) -> str:
+    """Why texts that are decoded in turn, each with a cache of its own, are not answered as each alone; "" if they are.
+
+    Some models keep the state of a text in themselves, where another text finds it.
+    """
+    texts = [_probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES[1:]]
+    with evaluating(model):
+        alone = [_whole(model, ids) for ids in texts]
+        try:
+            in_turn = _apart(Apart(model, adapters), texts)
+            one_by_one = [_apart(Apart(model, adapters), [ids])[0] for ids in texts]
+        except _REFUSALS as refusal:
+            return str(refusal) or type(refusal).__name__
+
+    def away(others: Sequence[Tensor]) -> float:
+        return max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(in_turn, others, strict=True))
+
+    if not (leak := away(one_by_one)) <= leak_allowed(model):
+        return (
+            f"a text changes the logits of another, by {leak:.2g} of their spread: it keeps the state of one"
+        )
+    error = away(alone)
+    return "" if error <= TOLERANCES[model.dtype] else f"its cache changes its logits, by {error:.2g} of their spread"
+
+
+def _apart(decoder: Apart, texts: Sequence[list[int]]) -> list[Tensor]:
+    """[V] of the last token of each text, which are read in turn, the last two tokens one by one."""
+    lanes = [decoder.begin(None, len(ids)) for ids in texts]
+    said: list[Tensor] = []
+    for part in (slice(0, -2), slice(-2, -1), slice(-1, None)):
+        _, logits_NV = decoder.step({}, [(lane, ids[part]) for lane, ids in zip(lanes, texts, strict=True)])
+        said = list(logits_NV)
+    return said
 
 
 def _whole(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

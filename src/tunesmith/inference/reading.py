@@ -67,7 +67,7 @@ class Embedder:
         lengths = [len(row) for row in rows]
         with evaluating(self.speaker.model):
             for members in fill_passes(
-                range(len(rows)), lengths, tokens_per_pass=self.speaker.tokens_per_pass, layout="padded"
+                range(len(rows)), lengths, tokens_per_pass=self.speaker.tokens_per_pass(lengths), layout="padded"
             ):
                 vectors |= zip(members, self._vectors([rows[i] for i in members]), strict=True)
         return [vectors[i] for i in range(len(rows))], sum(lengths)
@@ -86,7 +86,7 @@ class Embedder:
 
     def _vectors(self, rows: Sequence[list[int]]) -> Iterator[list[float]]:
         longest = max(map(len, rows))
-        ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
+        ids_BT = torch.full((len(rows), longest), self.speaker.pad_id)
         mask_BT = torch.zeros_like(ids_BT)
         for b, row in enumerate(rows):
             ids_BT[b, : len(row)] = torch.tensor(row)

@@ -272,10 +272,15 @@ def _name_of(base: Located) -> str:
 
 def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note) -> Decoder:
     """All texts in one pass, where the model answers so as it does alone; else one by one."""
+    model = speaker.model
     reason = "it is an encoder–decoder"
-    if not speaker.model.config.is_encoder_decoder:
-        reason = proofs.why_apart(speaker.model, adapters)
+    if not model.config.is_encoder_decoder:
+        reason = proofs.why_apart(model, adapters, longest=speaker.room)
     if not reason:
-        return Together(speaker.model, adapters)
+        return Together(model, adapters)
     note(f"answers are decoded one by one, not together: {reason}")
-    return Apart(speaker.model, adapters)
+    if not model.config.is_encoder_decoder and (problem := proofs.why_not_apart(model, adapters)):
+        raise ModelError(
+            f"{speaker.located.name}: cannot be served: {problem}. Ask it by `tunesmith chat` or `tunesmith predict`."
+        )
+    return Apart(model, adapters)

@@ -148,12 +148,15 @@ class Saved:
 
     def sized(self, target: Target) -> Adapted:
         """The size of a layer's adapter, by the first of the patterns that means it."""
+        rank = by_patterns(self.config.get("rank_pattern") or {}, target.name, self.settings.rank)
+        return Adapted(
+            target, rank, by_patterns(self.config.get("alpha_pattern") or {}, target.name, self.settings.alpha)
+        )
 
-        def of(patterns: Mapping[str, Any], default: float) -> Any:
-            return next((value for key, value in patterns.items() if fits_end(key, target.name)), default)
 
-        rank = of(self.config.get("rank_pattern") or {}, self.settings.rank)
-        return Adapted(target, rank, of(self.config.get("alpha_pattern") or {}, self.settings.alpha))
+def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
+    """The value of the first pattern that means a layer, as peft reads them."""
+    return next((value for key, value in patterns.items() if fits_end(key, name)), default)
 
 
 def read_config(folder: Path) -> Saved:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _BASE_BIAS = ".base_layer.bias"
 _KEY = re.compile(r"(?P<name>.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
 
@@ -52,7 +52,7 @@ def save_adapter(
     """
     beside = temporary_folder(folder.parent, folder.name)
     try:
-        tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
+        tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
         weights = save(tensors, metadata={"format": "pt"})
         config = json.dumps(to_config(attachment, base=base, revision=revision), indent=2, sort_keys=True) + "\n"
         with storing(folder, num_bytes=len(weights) + len(config)):
@@ -230,6 +230,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ModelError(f"{path}: missing. Weights in .bin files are not read: save the adapter as safetensors.")
     try:
-        return {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(path).items()}
+        return {key.removeprefix(PREFIX): tensor for key, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error

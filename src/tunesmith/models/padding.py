@@ -48,6 +48,15 @@ def fitted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTra
     return tokenizer
 
 
+def pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that shorter rows are padded with: the tokenizer's own, as in pre-training; 0 where it has none.
+
+    Most models never see it. In some whose tokens read their neighbours (MobileBERT, ConvBERT, FNet) real tokens do.
+    """
+    own, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
+    return int(own) if own is not None and own < num_rows else 0
+
+
 def _ends(token_ids: int | list[int] | None) -> set[int]:
     return set() if token_ids is None else {token_ids} if isinstance(token_ids, int) else set(token_ids)
 

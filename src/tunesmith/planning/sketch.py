@@ -21,6 +21,7 @@ from tunesmith.data.store import RowStore
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import compute_together
+from tunesmith.models import recurrent
 from tunesmith.models.activations import Activation
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
@@ -88,7 +89,7 @@ class Sketch:
                 located, dtype=dtype, head=head, labels=labels, kernels=recipe.kernels
             )
             saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
-            self.attachment: Attachment = attach(recipe, self.model, head=head, store=store)
+            self.attachment: Attachment = attach(recipe, self.model, head=head, store=store, pad_id=0)
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             if not self._plain:
@@ -109,6 +110,8 @@ class Sketch:
 
     def can_pack(self, batch: Batch) -> bool:
         """Whether the model's attention takes rows packed end to end, as far as its code tells."""
+        if recurrent.why(self.model):
+            return False
         try:
             with _blaming(), self.mode, torch.no_grad(), self._laid_out(batch.layout), ragged_pass() as trace:
                 self._loss.measure(self.model, self._of_shapes(batch))

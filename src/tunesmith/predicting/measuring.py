@@ -113,7 +113,7 @@ def evaluate_file(
             bind(task, speaker.labels),
             _feed(speaker, store),
             [int(i) for i in rows_I],
-            tokens_per_pass=speaker.tokens_per_pass,
+            tokens_per_pass=speaker.tokens_per_pass(store.lengths.tolist()),
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
         measures, details, baseline = _judged(speaker, trained, store, outcomes)
@@ -240,6 +240,7 @@ def _feed(speaker: Speaker, store: RowStore) -> Feed:
         masking=masking,
         decoder_start=getattr(speaker.model.config, "decoder_start_token_id", None),
         has_types=speaker.has_types,
+        pad_id=speaker.pad_id,
     )
 
 

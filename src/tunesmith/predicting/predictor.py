@@ -170,7 +170,7 @@ class Predictor:
 
     def _passes(self, lengths: Mapping[int, int], done: Done) -> Iterator[tuple[int, ...]]:
         """Rows of like length together; `done` hears how many are, after each pass."""
-        most = self.speaker.tokens_per_pass
+        most = self.speaker.tokens_per_pass(lengths.values())
         num_done = 0
         for members in fill_passes(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
             yield members
@@ -178,8 +178,14 @@ class Predictor:
             done(num_done)
 
     def _batch(self, rows: Sequence[Row], members: Sequence[int]) -> Batch:
-        has_types = self.speaker.has_types
-        return build_batch(rows, members, layout="padded", device=self.speaker.model.device, has_types=has_types)
+        return build_batch(
+            rows,
+            members,
+            layout="padded",
+            device=self.speaker.model.device,
+            has_types=self.speaker.has_types,
+            pad_id=self.speaker.pad_id,
+        )
 
     def _classes(self, batch: Batch) -> Iterator[Line]:
         labels = self.speaker.labels
