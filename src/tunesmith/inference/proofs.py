@@ -241,9 +241,7 @@ def why_not_apart(model: PreTrainedModel, adapters: Adapters) -> str:
         return max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(in_turn, others, strict=True))
 
     if not (leak := away(one_by_one)) <= leak_allowed(model):
-        return (
-            f"a text changes the logits of another, by {leak:.2g} of their spread: it keeps the state of one"
-        )
+        return f"a text changes the logits of another, by {leak:.2g} of their spread: it keeps the state of one"
     error = away(alone)
     return "" if error <= TOLERANCES[model.dtype] else f"its cache changes its logits, by {error:.2g} of their spread"
 

@@ -17,7 +17,7 @@ def border(config: Any) -> int | None:
     config = config.get_text_config()
     settings = getattr(config, "rope_parameters", None) or {}
     of_layers = [settings] if "rope_type" in settings else settings.values()  # or by type of layer
-    usual = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    usual = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
     borders = [
         int(one.get("original_max_position_embeddings") or usual)
         for one in of_layers
