@@ -16,7 +16,7 @@ class Alone:
     """Answers as the server does: prompts, limits and choices are those of the engine."""
 
     def __init__(self, speaker: Speaker, note: Note) -> None:
-        decoder = choose_decoder(speaker, Adapters(speaker.model), note)
+        decoder = choose_decoder(speaker, Adapters(speaker.model), note, streams=1)
         self.voice = make_voice(speaker, "", decoder)
         self._batch = Batch(decoder, streams=1)
 

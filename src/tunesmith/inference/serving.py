@@ -270,8 +270,9 @@ def _name_of(base: Located) -> str:
     return base.path.stem if base.is_gguf else base.path.resolve().name
 
 
-def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note) -> Decoder:
-    """All texts in one pass, where the model answers so as it does alone; else one by one."""
+def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note, *, streams: int | None = None) -> Decoder:
+    """All texts in one pass, where the model answers so as it does alone; else one by one. `streams`: how many texts at
+    once; None: several. Raises ModelError for a model that keeps the state of one in itself, where there are several."""
     model = speaker.model
     reason = "it is an encoder–decoder"
     if not model.config.is_encoder_decoder:
@@ -279,7 +280,7 @@ def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note) -> Decoder:
     if not reason:
         return Together(model, adapters)
     note(f"answers are decoded one by one, not together: {reason}")
-    if not model.config.is_encoder_decoder and (problem := proofs.why_not_apart(model, adapters)):
+    if streams != 1 and not model.config.is_encoder_decoder and (problem := proofs.why_not_apart(model, adapters)):
         raise ModelError(
             f"{speaker.located.name}: cannot be served: {problem}. Ask it by `tunesmith chat` or `tunesmith predict`."
         )
