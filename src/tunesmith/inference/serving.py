@@ -272,7 +272,7 @@ def _name_of(base: Located) -> str:
 
 def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note, *, streams: int | None = None) -> Decoder:
     """All texts in one pass, where the model answers so as it does alone; else one by one. `streams`: how many texts at
-    once; None: several. Raises ModelError for a model that keeps the state of one in itself, where there are several."""
+    once; None: several. Raises ModelError for a model that keeps the state of a text in itself, of several texts."""
     model = speaker.model
     reason = "it is an encoder–decoder"
     if not model.config.is_encoder_decoder:

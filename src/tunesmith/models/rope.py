@@ -19,7 +19,7 @@ def border(config: Any) -> int | None:
     of_layers = [settings] if "rope_type" in settings else settings.values()  # or by type of layer
     usual = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
     borders = [
-        int(one.get("original_max_position_embeddings") or usual)
+        int(one.get("original_max_position_embeddings") or usual or 0)
         for one in of_layers
         if isinstance(one, Mapping) and one.get("rope_type") == "longrope"
     ]
