@@ -125,9 +125,8 @@ def prepare(
     torch.set_num_threads(known(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
-    attachment = attach(
-        recipe, model, head=start.head, store=rows.store, pad_id=pad_id(model, start.renderer.tokenizer)
-    )
+    pad = pad_id(model, start.renderer.tokenizer)
+    attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
     with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
         layout, padding_notes = _layout(model, recipe, rows, start)
     output = _join_products(model, attachment) if recipe.kernels == "fast" else None
