@@ -57,7 +57,7 @@ def hybrid(kind: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-# trap: T16
+# trap: T19
 def assert_rows_are_not_packed(kind: str) -> None:
     """Though its leak is less than what bfloat16 rounds."""
     assert not ragged_agrees(hybrid(kind), rows_of((37, 11, 20))).ok
@@ -72,7 +72,7 @@ def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) 
 
 @pytest.mark.parametrize("kind", ["recurrent_gemma"])
 def test_a_tolerance_alone_would_let_them_through(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """trap T16, planted: neither the kinds of layers nor two different neighbours are looked at."""
+    """trap T19, planted: neither the kinds of layers nor two different neighbours are looked at."""
     monkeypatch.setattr(recurrent, "why", lambda model: "")
     assert_rows_are_not_packed(kind)  # the neighbours alone find it
     monkeypatch.setattr(agreement, "leak_allowed", lambda model: 1.0)
