@@ -248,7 +248,8 @@ def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str
     if planned is None:
         return values, timing
     warnings = dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]])
-    kept = {"choices": planned.values.get("choices", []), "warnings": list(warnings)}
+    kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
+    kept["warnings"] = list(warnings)
     return {**values, **kept}, {**planned.timing, **timing}
 
 
