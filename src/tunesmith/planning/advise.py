@@ -137,12 +137,16 @@ def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
-    """The recipe with one knob set and checked."""
+    """The recipe with one knob set and checked; where a run's files are now, it still knows."""
     data = recipe.model_dump()
     section, _, name = choice.key.rpartition(".")
     value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
     (data[section] if section else data)[name] = value
-    return validate(data)
+    checked = validate(data)
+    if not section:
+        return recipe.model_copy(update={name: getattr(checked, name)})
+    changed = getattr(recipe, section).model_copy(update={name: getattr(getattr(checked, section), name)})
+    return recipe.model_copy(update={section: changed})
 
 
 def far_numbers(rows: Rows) -> list[str]:
