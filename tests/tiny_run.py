@@ -46,7 +46,7 @@ def tiny_recipe(folder: Path, *, arch: str = "llama", rows: int = 18, dropout: f
     data: dict[str, Any] = {
         "model": str(model),
         "method": {"name": "lora", "rank": 4, "alpha": 8, "dropout": dropout},
-        "data": {"train": [str(chats(folder / "chats.jsonl", rows))], "held_out": 0.15},
+        "data": {"train": [str(chats(folder / "chats.jsonl", rows))], "held_out": 0.11},
         "optim": {"lr": 1e-2},
         "train": {"epochs": 2, "rows_per_step": 3, "tokens_per_pass": 96},
         "evaluation": {"samples": 2, "sample_tokens": 4, "general": False},

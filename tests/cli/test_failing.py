@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,31 @@ def test_wrong_words_are_bad_input() -> None:
 
 
 def test_first_twenty_problems_and_how_many_more() -> None:
-    result = CliRunner().invoke(failing_app(errors.DataError("25 rows cannot be used", problems(25))), ["fail"])
+    found = [replace(problem, code=f"code_{i}") for i, problem in enumerate(problems(25))]
+    result = CliRunner().invoke(failing_app(errors.DataError("25 rows cannot be used", found)), ["fail"])
     lines = result.stderr.splitlines()
-    assert lines[0] == "a.jsonl:1: bad_json: not JSON. Mend it."
+    assert lines[0] == "a.jsonl:1: code_0: not JSON. Mend it."
     assert lines[19].startswith("a.jsonl:20: ")
     assert lines[20:] == ["and 5 more (all with --json)", "error: 25 rows cannot be used"]
+
+
+def test_one_problem_of_many_rows_is_one_line() -> None:
+    for num, expected in (
+        (600, ["a.jsonl:1: bad_json: 600 times, in lines 1 to 600: not JSON. Mend it."]),
+        (3, [f"a.jsonl:{line}: bad_json: not JSON. Mend it." for line in (1, 2, 3)]),
+    ):
+        result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", problems(num))), ["fail"])
+        assert result.stderr.splitlines() == [*expected, "error: they cannot be used"]
+    found = [problem for problem in problems(40) if problem.source.line % 2]
+    result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", found)), ["fail"])
+    where = "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ..."
+    assert result.stderr.splitlines()[0] == f"a.jsonl:1: bad_json: 20 times, in lines {where}: not JSON. Mend it."
+
+
+def test_what_is_said_of_a_file_is_said_once() -> None:
+    (problem,) = problems(1)
+    result = CliRunner().invoke(failing_app(errors.DataError(str(problem), [problem])), ["fail"])
+    assert result.stderr.splitlines() == [str(problem)]
 
 
 def test_machines_are_told_every_problem() -> None:

@@ -235,7 +235,7 @@ def _tables() -> None:
         ("backslash before a quote", "t.csv", head + rb'"say \"hi\"",b' + b"\n", "bad_csv", 3),
         ("carriage return alone", "t.csv", head + b"a\rb,c\n", "bad_csv", 3),
         ("column twice", "t.csv", b"prompt,completion,prompt\na,b,c\n", "duplicate_column", 1),
-        ("unknown columns", "t.csv", b"question,answer\na,b\n", "unknown_shape", 1),
+        ("unknown columns", "t.csv", b"query,reply\na,b\n", "unknown_shape", 1),
         ("no header", "t.csv", b"What is it?,A bird.\nWho?,Me.\n", "unknown_shape", 1),
         ("header only", "t.csv", b"prompt,completion\n", "empty_dataset", 1),
         ("header without line end", "t.csv", b"prompt,completion", "empty_dataset", 1),
@@ -355,7 +355,7 @@ def _files_of_no_use() -> None:
     _case("file: words named JSON lines", "rows.jsonl", b"Hello there\n" + GOOD, "bad_json", 1)
     _case("file: gzip cut off", "rows.jsonl.gz", _cut_gzip(300), "damaged_gzip", 101)
     _case("file: gzip with a wrong checksum", "rows.jsonl.gz", packed[:-8] + b"\0" * 8, "damaged_gzip", 2001)
-    unknown = _as_json({"question": "a", "answer": "b"})
+    unknown = _as_json({"query": "a", "reply": "b"})
     _case("file: fields of no shape", "rows.jsonl", unknown + b"\n" + unknown, "unknown_shape", 1)
     long = b'{"prompt": "' + b"a" * (9 << 20) + b'", "completion": "b"}'
     _case(

@@ -51,7 +51,7 @@ def test_good_data_is_ok(tmp_path: Path):
         ("JSON lines", "prompt_completion", 100, 100, 0),
         ("CSV", "prompt_completion", 1, 1, 0),
     ]
-    assert 0 < report.held_out < 20
+    assert report.held_out == 20
 
 
 def test_problems_of_all_files_are_said_in_the_order_of_files_and_lines(tmp_path: Path):
@@ -164,7 +164,7 @@ def test_many_repeated_rows_are_counted_and_few_listed(tmp_path: Path):
 def test_a_share_too_small_for_the_rows_is_said(tmp_path: Path):
     report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a"), pair("b")])), held_out=1e-12))
     assert report.held_out == 1
-    assert "held out instead" in report.notes[0]
+    assert report.notes[0].startswith("1 held-out row is too few")
     report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a")]))))
     assert report.notes == ("nothing is held out: it takes two different rows",)
 
@@ -264,7 +264,7 @@ def test_a_task_decides_what_rows_are_taken_for(tmp_path: Path):
     assert check(data_of(path), task="text").files[0].shape == "text"
     report = check(data_of(path), task="chat")
     assert report.errors == {"other_task": 2}
-    assert all(problem.fix == "Set task: classify." for problem in report.problems)
+    assert all(problem.fix == "Add --set task=classify." for problem in report.problems)
 
 
 def test_documents_of_a_folder_are_reported_together(tmp_path: Path):
@@ -370,3 +370,9 @@ def test_statistics_of_lengths():
     assert stats.counts == (2, 2, 1, 0, 0, 1)
     assert (stats.shortest, stats.median, stats.p95, stats.longest) == (1, 63, 1000, 1000)
     assert (stats.tokens, stats.trained) == (1191, 21)
+
+
+def test_rows_of_a_small_file_are_held_out_by_a_fifth_and_said_to_be_few(tmp_path: Path):
+    report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair(f"a{i}") for i in range(60)]))))
+    assert report.held_out == 12
+    assert report.notes[0].startswith("12 held-out rows are too few to tell a small change from chance")

@@ -218,8 +218,8 @@ def test_sharegpt_system_beside_the_conversation_comes_first():
 @pytest.mark.parametrize(
     ("shape", "record", "fix"),
     [
-        ("messages", {"messages": GOOD["sharegpt"]["conversations"]}, "data.columns: {conversations: messages}"),
-        ("sharegpt", {"conversations": GOOD["messages"]["messages"]}, "data.columns: {messages: conversations}"),
+        ("messages", {"messages": GOOD["sharegpt"]["conversations"]}, "data.columns={conversations: messages}"),
+        ("sharegpt", {"conversations": GOOD["messages"]["messages"]}, "data.columns={messages: conversations}"),
     ],
 )
 def test_the_other_shapes_names_are_recognised(shape: Shape, record: dict[str, Any], fix: str):
@@ -264,7 +264,7 @@ def test_missing_field_names_the_way_out():
     (problem,) = problems("prompt_completion", {"prompt": "a", "answer": "b"})
     assert str(problem) == (
         "rows.jsonl:7: missing_field: completion is missing. "
-        "Give it, or name the field you have by data.columns: {completion: ...}."
+        "Give it, or name the field you have by --set 'data.columns={completion: ...}'."
     )
 
 

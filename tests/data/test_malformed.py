@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.malformed_corpus import CASES, Case
+from data.rows_of import examples_in, json_lines, put
 from tunesmith import data
 from tunesmith.data.check import check
 from tunesmith.data.examples import examples
@@ -66,3 +67,10 @@ def test_check_refuses_malformed_input(case: Case, tmp_path: Path):
 
     assert not report.ok
     assert report.errors[case.code] >= 1
+
+
+def test_labels_beyond_64_bits_never_become_one(tmp_path: Path):
+    found = [{"text": f"t{i}", "label": 10_000_000_000_000_000_000_000_000 + i % 2} for i in range(4)]
+    examples, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(found)))
+    assert examples == []
+    assert [problem.code for problem in problems] == ["number_too_large"] * 4

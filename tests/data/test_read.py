@@ -249,7 +249,8 @@ def test_parquet_rows_cross_row_groups(tmp_path: Path):
 
 def test_files_are_named_together_when_they_cannot_be_opened(tmp_path: Path):
     good = put(tmp_path, "rows.jsonl", json_lines([PAIR]))
-    files = [tmp_path / "gone.jsonl", good, tmp_path, put(tmp_path, "empty.jsonl", b"")]
+    files = [tmp_path / "gone.jsonl", good, tmp_path / "folder", put(tmp_path, "empty.jsonl", b"")]
+    files[2].mkdir()
     with pytest.raises(DataError) as refused:
         list(read([DataFile(path=str(file)) for file in files], limits=Limits(), on_problem=lambda problem: None))
     assert [problem.code for problem in refused.value.problems] == ["no_such_file", "is_folder", "empty_dataset"]
@@ -338,3 +339,15 @@ def test_nanoseconds_beside_the_text_do_not_stand_in_its_way(tmp_path: Path):
     rows, problems = rows_in(tmp_path / "t.parquet")
     assert problems == []
     assert rows[0][1].items() >= PAIR.items()
+
+
+def test_a_wrong_path_is_said_with_the_file_that_was_likely_meant(tmp_path: Path):
+    put(tmp_path, "drug_train.jsonl", json_lines([PAIR]))
+    (problem,) = rows_in(tmp_path / "drug_trian.jsonl")[1]
+    assert problem.fix == f"Did you mean {tmp_path / 'drug_train.jsonl'}?"
+
+
+@pytest.mark.parametrize(("name", "fix"), [("a.xlsx", "Save the sheet as CSV"), ("a.docx", "Save the text as .txt")])
+def test_files_of_an_office_program_come_with_what_to_save_them_as(name: str, fix: str, tmp_path: Path):
+    (problem,) = rows_in(put(tmp_path, name, b"PK\x03\x04rest"))[1]
+    assert problem.fix.startswith(fix)

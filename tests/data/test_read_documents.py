@@ -125,7 +125,8 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
     assert {file.weight for file in found} == {2.0}
     (problem,) = heard
     assert str(problem) == (
-        f"{folder}:1: left_out: 2 files are no documents (.txt, .md) and were left out: 'a/p.pdf', 'rows.jsonl'. "
+        f"{folder}:1: left_out: 2 files were left out, since the documents (.txt, .md) of this folder are read: "
+        "'a/p.pdf', 'rows.jsonl'. "
         "Give files of rows by name."
     )
     assert expand(found, heard.append) == found
@@ -156,13 +157,23 @@ def test_rows_of_a_folder_carry_its_index_and_their_own_file(tmp_path: Path):
 
 
 def test_a_folder_without_documents_names_what_it_holds(tmp_path: Path):
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError, match=r"a folder without a document .* It is empty"):
         expand([DataFile(path=str(tmp_path))], lambda problem: None)
-    assert "it holds no .txt or .md file, and nothing else" in str(refused.value)
-    put(tmp_path, "rows.jsonl", b"{}")
-    with pytest.raises(DataError) as refused:
+    put(tmp_path, "rows.pdf", b"%PDF")
+    with pytest.raises(DataError, match=r"It holds 'rows.pdf'\. Give files by their names"):
         expand([DataFile(path=str(tmp_path))], lambda problem: None)
-    assert "but 'rows.jsonl'. Give files of rows themselves, by their names." in str(refused.value)
+
+
+def test_a_folder_of_rows_is_read_in_the_order_of_its_names(tmp_path: Path):
+    for name in ("b.jsonl", "a.csv", "README.md"):
+        put(tmp_path, name, b"x,y\n")
+    heard: list[Any] = []
+    found = expand([DataFile(path=str(tmp_path))], heard.append)
+    assert [Path(file.path).name for file in found] == ["a.csv", "b.jsonl"]
+    assert ["README.md" in problem.message for problem in heard] == [True]
+    put(tmp_path, "test.jsonl", b"{}")
+    with pytest.raises(DataError, match=r"held-out rows: 'test.jsonl'.* --eval .*test.jsonl"):
+        expand([DataFile(path=str(tmp_path))], heard.append)
 
 
 # CoNLL

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 MIB = 1024 * 1024
@@ -73,3 +75,14 @@ def test_an_array_of_60_mb_is_streamed(tmp_path: Path):
     num, grown, problems = read_alone(path)
     assert (num, problems) == (30_000, [])
     assert grown < ALLOWED
+
+
+def test_a_parquet_file_of_a_kilobyte_does_not_unpack_to_gigabytes(tmp_path: Path):
+    dictionary = pa.array(["a" * (9 * MIB)])
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), dictionary)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    assert path.stat().st_size < 2000
+    num, grown, problems = read_alone(path)
+    assert (num, len(problems)) == (0, 400)
+    assert grown < 8 * ALLOWED  # 3.6 GB when rows are read by what the footer says

@@ -297,12 +297,12 @@ def test_an_input_that_brings_too_many_rows_is_said(tmp_path: Path):
     for share in (0.05, 0.1, 0.2):
         rows = rows_for(tmp_path, "generate", train=str(path), held_out=share)
         is_held = any(line <= 50 for _, line in places_of(rows, rows.held_rows.tolist()))
-        assert is_held == any("50 of them have one input or document" in note for note in rows.notes)
+        assert is_held == any("50 of them have the same input or document" in note for note in rows.notes)
     mask_I = np.arange(100) < 60
     note = crowd_note(np.maximum(np.arange(100), 50).astype(np.uint64), mask_I, 0.1)
     assert note == (
-        "data.held_out: 0.1 of 100 rows is asked for, 60 are held out: 51 of them have one input or document, and so "
-        "stay together"
+        "60 rows are held out, where data.held_out (0.1) asks for 10: 51 of them have the same input or document, and "
+        "so stay together"
     )
 
 
@@ -338,11 +338,11 @@ def test_files_that_are_no_documents_are_noted_and_bad_documents_can_be_skipped(
     folder = documents(tmp_path)
     (folder / "rows.jsonl").write_bytes(b"{}")
     (folder / "latin.txt").write_bytes("Un café.".encode("latin-1"))
-    with pytest.raises(DataError, match="1 problems make rows unusable"):
+    with pytest.raises(DataError, match="1 problem makes its row unusable"):
         rows_for(tmp_path, "text", train=str(folder))
     rows = rows_for(tmp_path, "text", train=str(folder), bad_rows="skip")
     assert rows.skipped == 1
-    assert any("left_out: 1 files are no documents" in note for note in rows.notes)
+    assert any("left_out: 1 file was left out" in note for note in rows.notes)
     assert any("latin.txt:1: invalid_utf8" in note for note in rows.notes)
 
 

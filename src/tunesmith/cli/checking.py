@@ -28,8 +28,8 @@ def draw(report: CheckReport) -> None:
     screen = console()
     errors = [problem for problem in report.problems if problem.severity == "error"]
     warnings = [problem for problem in report.problems if problem.severity == "warning"]
-    print_problems(errors, num=sum(report.errors.values()), stderr=False)
-    print_problems(warnings, num=sum(report.warnings.values()), stderr=False)
+    print_problems(errors, nums=report.errors, stderr=False)
+    print_problems(warnings, nums=report.warnings, stderr=False)
     if report.problems:
         _say(screen, "")
     for what, counts in (("error", report.errors), ("warning", report.warnings)):
@@ -50,7 +50,19 @@ def draw(report: CheckReport) -> None:
     for refusal in report.refusals:
         screen.print(Text(f"refused: {visible(refusal)}", style="bold red"))
     if report.ok:
+        _verdict(screen, report)
+
+
+def _verdict(screen: Console, report: CheckReport) -> None:
+    """The last line: held-out rows that are trained make what is measured worth less, or nothing."""
+    seen, held = report.overlap.num, report.held_out
+    if not seen:
         screen.print(Text("can be trained on", style="bold green"))
+        return
+    worth = "worthless" if 2 * seen >= held else "too good"
+    which = f"{seen:,} of {plural(held, 'held-out row')} {'is' if seen == 1 else 'are'} also trained"
+    text = f"can be trained on, but the measures will be {worth}: {which}"
+    screen.print(Text(text, style="bold yellow"))
 
 
 def _labels(screen: Console, report: CheckReport) -> None:

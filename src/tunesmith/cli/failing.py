@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.stopping import INTERRUPTED
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from tunesmith.types import Problem
 
 FAILED, BAD_INPUT = 1, 2
-SHOWN_PROBLEMS = 20
+SHOWN_LINES = 20
+MOST_ALIKE = 3
+"""Problems of one kind in one file that are printed one by one."""
+LINES_NAMED = 10
 DEBUG = "TUNESMITH_DEBUG"
 
 
@@ -35,6 +39,8 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
         return error.exit_code
     if isinstance(error, DataError) and error.problems:
         print_problems(error.problems)
+        if str(error) == "\n".join(map(str, error.problems)):
+            return error.exit_code  # all is said
     for line in explained(error):
         _print(line, style="bold red")
     return error.exit_code if isinstance(error, TunesmithError) else FAILED
@@ -78,15 +84,40 @@ def problem_values(problem: Problem) -> dict[str, Any]:
     }
 
 
-def print_problems(problems: Sequence[Problem], *, num: int | None = None, stderr: bool = True) -> None:
-    """`file:line: code: message fix`, the first twenty and how many more there are of `num`."""
-    shown = problems[:SHOWN_PROBLEMS]
-    for problem in shown:
-        _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
-    num = len(problems) if num is None else num
-    if num > len(shown):
+def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | None = None, stderr: bool = True) -> None:
+    """`file:line: code: message fix`, the first twenty lines and how many problems there are beyond those.
+
+    More than three problems of one kind in a file are one line. `nums`: how many there are by code, listed or not.
+    """
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.source.path, problem.code), []).append(problem)
+    codes = Counter(code for _, code in groups)
+    told: list[tuple[int, str, str]] = []
+    for (_, code), group in groups.items():
+        num = max(len(group), nums[code]) if nums and codes[code] == 1 else len(group)
+        told += [(1, str(one), one.severity) for one in group] if num <= MOST_ALIKE else [_together(group, num)]
+    for _, text, severity in told[:SHOWN_LINES]:
+        _print(text, style="red" if severity == "error" else "yellow", stderr=stderr)
+    num = sum(nums.values()) if nums else len(problems)
+    left = num - sum(number for number, *_ in told[:SHOWN_LINES])
+    if left > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
-        _print(f"and {num - len(shown):,} more ({listed})", style="bold", stderr=stderr)
+        _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
+
+
+def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
+    """How many problems of one kind in one file there are, the line that stands for them, and how bad they are."""
+    first = group[0]
+    lines = [problem.source.line for problem in group]
+    if lines == list(range(lines[0], lines[0] + num)):
+        where = f"in lines {lines[0]:,} to {lines[-1]:,}"
+    else:
+        named = ", ".join(map(str, lines[:LINES_NAMED]))
+        where = f"in lines {named}{', ...' if num > LINES_NAMED else ''}"
+    what = "" if all(problem.message == first.message for problem in group) else ", the first"
+    text = f"{first.source}: {first.code}: {num:,} times, {where}{what}: {first.message}"
+    return num, f"{text} {first.fix}".rstrip(), first.severity
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

@@ -18,6 +18,7 @@ from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.text import one_line, visible
 from tunesmith.errors import InputError
+from tunesmith.extras import installing
 from tunesmith.values import plural
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def check_extra() -> None:
         from tunesmith.server import app, listening  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
-            f"serve needs the package {error.name}, which is not installed. Run pip install 'tunesmith[serve]'."
+            f"serve needs the package {error.name}, which is not installed. Run {installing('serve')}"
         ) from None
 
 

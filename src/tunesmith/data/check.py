@@ -25,11 +25,13 @@ from tunesmith.data.check_report import (
     token_stats,
 )
 from tunesmith.data.check_sides import Judged, SideRows, chunks_of, judge, spans_of_example
+from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
 from tunesmith.data.collecting import collected_between
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.repeats import conflicts, duplicates, input_overlap, overlap
+from tunesmith.data.split import few_note
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
@@ -94,6 +96,7 @@ class _Check:
         self._notes: list[str] = []
 
     def report(self) -> CheckReport:
+        refuse_unknown_columns(self._data)
         given: list[tuple[Side, DataFile]] = [
             *(("train", file) for file in self._data.train),
             *(("replay", file) for file in self._data.replay),
@@ -240,10 +243,10 @@ class _Check:
         return judged
 
     def _held_out(self, kind: LabelKind | None) -> int:
-        if self._data.eval:
-            return len(self._rows["eval"].hashes)
-        num, notes = self._rows["train"].held_out(self._data.held_out, kind)
-        self._notes += notes
+        num, notes = len(self._rows["eval"].hashes), list[str]()
+        if not self._data.eval:
+            num, notes = self._rows["train"].held_out(self._data.held_out, kind)
+        self._notes += [*notes, few] if (few := few_note(num)) else notes
         return num
 
     def _token_stats(self) -> dict[Side, TokenStats]:
@@ -261,16 +264,19 @@ class _Check:
     def _refusals(self, files: Sequence[FileReport]) -> Iterator[str]:
         for file in files:
             if not file.is_readable:
-                yield f"{file.path} cannot be read to its end"
+                yield f"{file.path} cannot be used as it is"
         asked_for = {"overlap", "unknown_label"} | ({"too_long"} if self._data.too_long == "drop" else set())
         num_bad = sum(n for code, n in self._counts["error"].items() if code not in asked_for)
         if num_bad and self._data.bad_rows == "error" and all(file.is_readable for file in files):
-            yield f"{num_bad:,} problems make rows unusable; data.bad_rows: skip leaves those rows out"
+            what = "1 problem makes its row unusable" if num_bad == 1 else f"{num_bad:,} problems make rows unusable"
+            yield f"{what}; --set data.bad_rows=skip leaves such rows out"
         if self._counts["error"]["overlap"]:
             yield "held-out rows stand in the training files, and data.overlap is error"
         for side in ("train", "eval"):
             if not any(file.usable for file in files if file.side == side) and (side == "train" or self._data.eval):
                 yield f"data.{side}: no row can be used"
+        if self._task is None and (question := ask_for_task(self._data)):
+            yield question
 
 
 def _repeats(there: Source, row: int, other: int) -> str:

@@ -158,6 +158,14 @@ def file_report(
     )
 
 
+def _count(members: Sequence[FileReport]) -> str:
+    """What a folder holds, in words."""
+    if not members:
+        return ""
+    noun = "document" if all(member.format.startswith("text") for member in members) else "file"
+    return f"{len(members):,} {noun}{'' if len(members) == 1 else 's'}"
+
+
 def folder_report(side: Side, file: DataFile, members: Sequence[FileReport]) -> FileReport:
     """What one entry of the data holds: a file, or the documents of a folder together."""
     if len(members) == 1 and members[0].path == file.path:
@@ -165,7 +173,7 @@ def folder_report(side: Side, file: DataFile, members: Sequence[FileReport]) -> 
     return FileReport(
         path=file.path,
         side=side,
-        format=f"{len(members):,} documents" if members else "",
+        format=_count(members),
         shape=next((member.shape for member in members if member.shape), None),
         rows=sum(member.rows for member in members),
         usable=sum(member.usable for member in members),

@@ -7,13 +7,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.check_report import Span
 from tunesmith.data.labels import Seen, decide, remark_on
-from tunesmith.data.split import crowd_note, has_one_input, held_out_mask, split_note, stratified_mask, stratified_note
+from tunesmith.data.split import (
+    choose_share,
+    crowd_note,
+    has_one_input,
+    held_out_mask,
+    split_note,
+    stratified_mask,
+    stratified_note,
+)
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import Example, LabelKind, Problem, Source, TaskName
@@ -86,18 +95,19 @@ class SideRows:
     targets: array[int] = field(default_factory=lambda: array("i"))
     labels: SideLabels = field(default_factory=SideLabels)
 
-    def held_out(self, share: float, kind: LabelKind | None) -> tuple[int, list[str]]:
+    def held_out(self, share: float | Literal["auto"], kind: LabelKind | None) -> tuple[int, list[str]]:
         """How many of these rows training would hold out, and what is to be said of it."""
+        part: float = choose_share(len(self.inputs)).value if share == "auto" else share
         inputs_I, hashes_I = (np.frombuffer(hashes, np.uint64) for hashes in (self.inputs, self.hashes))
         if not len(inputs_I):
             return 0, []
         keys_I = hashes_I if has_one_input(inputs_I) else inputs_I
         if kind == "one":
-            mask_I = stratified_mask(keys_I, hashes_I, self.labels.classes(), share)
-            note = stratified_note(self.labels.classes(), mask_I, share)
+            mask_I = stratified_mask(keys_I, hashes_I, self.labels.classes(), part)
+            note = stratified_note(self.labels.classes(), mask_I, part)
         else:
-            mask_I, note = held_out_mask(keys_I, share), split_note(keys_I, share)
-        return int(mask_I.sum()), [text for text in (note, crowd_note(keys_I, mask_I, share)) if text]
+            mask_I, note = held_out_mask(keys_I, part), split_note(keys_I, part)
+        return int(mask_I.sum()), [text for text in (note, crowd_note(keys_I, mask_I, part)) if text]
 
 
 @dataclass

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +37,16 @@ _OFTEN: Mapping[str, tuple[str, ...]] = {
 """What else our fields are often called."""
 
 
+_ASKED = ("prompt", "instruction")
+_WELL_KNOWN: tuple[tuple[Mapping[str, str], set[str]], ...] = (
+    ({"instruction": "instruction", "input": "context", "output": "response"}, set()),  # Dolly
+    ({"prompt": "question", "completion": "answer"}, {"context", "passage", "choices", "options"}),
+    ({"prompt": "user", "completion": "assistant"}, {"context"}),
+)
+"""Names that are read without being asked for: ours to theirs, and fields beside which the answer would lack them."""
+_PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
+
+
 def check_columns(columns: Mapping[str, str]) -> None:
     """Raise `RecipeError` when data.columns names a field that no shape has, or one of the data's twice."""
     for ours, theirs in columns.items():
@@ -54,25 +67,26 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
         tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
         message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
         columns = propose(record, SHAPES[task])
-        return "other_task", message, (f"Set data.columns: {columns}, or " if columns else "Set ") + f"task: {tasks}."
+        ways = ([paste(columns)] if columns else []) + [f"--set task={tasks.split()[0]}"]
+        return "other_task", message, f"Add {', or '.join(ways)}."
     columns = propose(record, SHAPES[task] if task else _PROPOSED)
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
     if columns:
-        return "unknown_shape", message, f"Did you mean data.columns: {columns}?"
+        return "unknown_shape", message, f"Did you mean {paste(columns)}?"
     if task:
         takes = ", or ".join(" and ".join(FORMATS[name].REQUIRED) for name in SHAPES[task])
         first = FORMATS[SHAPES[task][-1]].REQUIRED[0]
-        return "unknown_shape", message, f"A row has {takes}; name yours by data.columns: {{{first}: ...}}."
+        return "unknown_shape", message, f"A row has {takes}; name yours by --set 'data.columns={{{first}: ...}}'."
     fix = (
         "A row has messages, or conversations, or instruction and output, or prompt and completion, or document and "
         "summary, or text and label, or tokens and tags, or text; "
-        "name yours by data.columns, such as {prompt: question, completion: answer}."
+        "name yours, such as --set 'data.columns={prompt: question, completion: answer}'."
     )
     return "unknown_shape", message, fix
 
 
-def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> str:
-    """data.columns that would give a row one of some shapes, as it is written; "" if none would."""
+def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str]:
+    """data.columns that would give a row one of some shapes; empty if none would."""
     for shape in _PROPOSED:
         if shape not in shapes:
             continue
@@ -85,9 +99,45 @@ def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> str:
                 break
             found[ours] = theirs
         else:
-            renamed = [f"{ours}: {theirs}" for ours, theirs in found.items() if ours != theirs]
-            return f"{{{', '.join(renamed)}}}"
-    return ""
+            return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    return {}
+
+
+def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
+    """What to add to a command, as a shell takes it."""
+    listed = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
+    words = [f"--set task={task}"] if task else []
+    return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
+
+
+def _quoted(name: str) -> str:
+    return name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+
+
+def near(name: str, others: Iterable[str]) -> str:
+    """ "Did you mean ...?" for a name that is not there; "" where none is like it."""
+    found = difflib.get_close_matches(name, list(others), n=1)
+    return f"Did you mean {found[0]}?" if found else ""
+
+
+def preferred_label(name: str) -> int:
+    """The place of a column's name among those that classes often have; behind them where it is none."""
+    often = ("label", *_OFTEN["label"])
+    return often.index(name.lower()) if name.lower() in often else len(often)
+
+
+def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool) -> Mapping[str, str]:
+    """Our names of the fields, to theirs, where a row has the ones of a well-known data set; else empty."""
+    if task not in (None, "chat", "generate"):
+        return {}
+    for columns, others in _WELL_KNOWN:
+        needed = [theirs for ours, theirs in columns.items() if ours != "input" and (answered or ours in _ASKED)]
+        if not answered and "input" in columns:
+            needed.append(columns["input"])
+        own = set(FIELDS) - set(columns.values())
+        if all(name in record for name in needed) and not record.keys() & (own | others):
+            return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+    return {}
 
 
 def names(record: Iterable[str]) -> str:

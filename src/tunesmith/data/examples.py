@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -10,7 +11,8 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import check_columns, explain, names, propose
+from tunesmith.data.class_columns import hint_for_text
+from tunesmith.data.columns import check_columns, explain, names, near, paste, propose, read_as
 from tunesmith.data.findings import refusal
 from tunesmith.data.formats import FORMATS, SHAPES, find_shape
 from tunesmith.data.opening import FileFacts
@@ -80,6 +82,8 @@ class FileExamples:
     ignored: dict[str, Source] = field(default_factory=dict)
     """Fields that no one reads, and where each stood first."""
     is_mapped: bool = False
+    well_known: Mapping[str, str] = field(default_factory=dict)
+    """Our names of fields to those of a well-known data set, which the file has."""
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
         raw = record
@@ -88,6 +92,12 @@ class FileExamples:
             if renamed is None:
                 return None
             record = renamed
+        else:
+            record = self._well_known(record, source)
+        if self.shape is None and record.keys() >= {"chosen", "rejected"}:
+            fix = "To learn the chosen answers alone: " + paste({"prompt": "prompt", "completion": "chosen"}) + "."
+            message = "its rows are preference pairs (chosen and rejected), which are not supported yet."
+            raise refusal(self.facts.path, source.line, "preference_pairs", message, fix)
         shape = self.shape
         if shape is None or not FORMATS[shape].matches(record):
             shape = self._shape(record, source)
@@ -140,11 +150,10 @@ class FileExamples:
         """Say, once, what of the file was not used."""
         if self.ignored:
             fix = "Name a field by data.columns to use it."
-            columns = propose({"text": "", **self.ignored}, ("text_label",)) if self.shape == "text" else ""
-            if columns:
-                fix = "For classes of texts: task: classify" + (
-                    f", data.columns: {columns}." if len(columns) > 2 else "."
-                )
+            record = {"text": "", **self.ignored}
+            if self.shape == "text" and ("label" in record or propose(record, ("text_label",))):
+                columns = propose(record, ("text_label",))
+                fix = f"For classes of texts: {paste(columns, task='classify') if columns else '--set task=classify'}."
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
         if self.data.columns and not self.is_mapped and self.facts.rows:
             theirs = ", ".join(self.data.columns.values())
@@ -153,6 +162,23 @@ class FileExamples:
 
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))
+
+    @property
+    def _file(self) -> DataFile:
+        return DataFile(path=self.facts.path).at_place(self.facts.at or self.facts.path)
+
+    def _well_known(self, record: dict[str, Any], source: Source) -> dict[str, Any]:
+        """The row with our names, where it has those of a well-known data set."""
+        if not self.well_known:
+            if self.shape is not None:
+                return record
+            self.well_known = read_as(record, self.task, answered=self.answered)
+            if not self.well_known:
+                return record
+            as_ours = ", ".join(f"{theirs} as {ours}" for ours, theirs in self.well_known.items())
+            self._note(source, "read_as", f"{as_ours}: so the fields of its rows are read.", "")
+        ours = {theirs: ours for ours, theirs in self.well_known.items()}
+        return {ours.get(name, name): value for name, value in record.items()}
 
     def _renamed(self, record: dict[str, Any], source: Source) -> dict[str, Any] | None:
         columns = self.data.columns
@@ -168,9 +194,10 @@ class FileExamples:
         missing = [theirs for ours, theirs in columns.items() if ours not in found and ours in needed]
         if missing:
             message = f"it has no {', '.join(map(repr, missing))}, which data.columns names; it has {names(record)}."
+            hint = near(missing[0], record)
             if self.facts.columns is not None:
-                raise refusal(self.facts.path, 1, "missing_column", message, "Correct data.columns.")
-            self.on_problem(Problem(source, "missing_column", message, "Correct the row, or data.columns."))
+                raise refusal(self.facts.path, 1, "missing_column", message, hint or "Correct data.columns.")
+            self.on_problem(Problem(source, "missing_column", message, hint or "Correct the row, or data.columns."))
             return None
         taken = set(columns.values())
         for name, value in record.items():
@@ -189,6 +216,8 @@ class FileExamples:
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task)
+            if self.task is None and code == "unknown_shape" and not self.data.columns:
+                fix = hint_for_text(record, self._file, self.data) or fix
             if self.facts.columns is not None:
                 raise refusal(self.facts.path, 1, code, message, fix)
             self.on_problem(Problem(source, code, message, fix))
@@ -234,6 +263,7 @@ def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
 
 
 _ANSWER: Mapping[Shape, str] = {"text_label": "label", "tokens_tags": "tags", "document_summary": "summary"}
+_CHATS = SHAPES["chat"]
 _KNOWN = {name: frozenset(module.FIELDS) for name, module in FORMATS.items()}
 
 
@@ -251,10 +281,14 @@ def content_hash(example: Example) -> int:
 def input_hash(example: Example) -> int:
     """64 bits of what an example gives to be answered: its prompt, document, text or words, whatever the answer is.
 
-    Of conversations and plain text, which have no such side, the `content_hash`. The same on every machine and in every
-    release: the held-out rows of a data set follow from it.
+    Of conversations what stands before the first answer: the instructions and the first turn of the user. Of plain
+    text, which has no such side, the `content_hash`. The same on every machine and in every release: the held-out rows
+    of a data set follow from it.
     """
-    read = [[part.role, part.text, part.fields] for part in example.parts if not part.trained]
+    parts = example.parts
+    if example.shape in _CHATS and not example.plain:
+        parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
+    read = [[part.role, part.text, part.fields] for part in parts if not part.trained]
     return _hash([read, example.tools]) if _has_side(example) and read else content_hash(example)
 
 
@@ -265,7 +299,7 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in ("text_label", "tokens_tags")
+    return example.plain or example.shape in (*_CHATS, "text_label", "tokens_tags")
 
 
 def _hash(content: list[Any]) -> int:

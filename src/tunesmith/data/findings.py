@@ -41,7 +41,7 @@ class Findings:
             self.add(
                 "missing_field",
                 f"{key} {is_null}.",
-                f"Give it, or name the field you have by data.columns: {{{key}: ...}}.",
+                f"Give it, or name the field you have by --set 'data.columns={{{key}: ...}}'.",
             )
         else:
             self.wrong_type(key, value, "text")

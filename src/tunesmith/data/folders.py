@@ -1,25 +1,31 @@
-"""Folders of documents: the files in them, in an order that depends on their names alone."""
+"""Folders of documents or of files of rows: the files in them, in an order that depends on their names alone."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.data.columns import names
 from tunesmith.data.findings import refusal
-from tunesmith.data.kinds import DOCUMENTS, suffix_of
+from tunesmith.data.kinds import DOCUMENTS, NAMED, suffix_of
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import DataFile
 from tunesmith.types import Problem, Source
 
+_HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
+
 
 def expand(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> tuple[DataFile, ...]:
-    """The files, each folder replaced by the documents in it, which take its weight.
+    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight.
 
-    Documents end in .txt or .md. Hidden files and folders are left out; all others are named in one warning a folder.
+    Documents end in .txt or .md; beside files of rows, a README is none. Hidden files and folders are left out; all
+    others are named in one warning a folder.
 
     Raises:
-        DataError: a folder cannot be listed, or holds no document; all such folders are named.
+        DataError: a folder cannot be listed, or holds nothing to read, or held-out files beside others; all such
+            folders are named.
     """
     found: list[DataFile] = []
     refused: list[Problem] = []
@@ -40,20 +46,39 @@ def expand(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> 
 
 def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> list[str]:
     """Their paths from the folder on, which is read `at` a place."""
-    documents, others = [], []
-    for name in sorted(_walk(at), key=lambda name: name.split(os.sep)):
-        if suffix_of(name) in DOCUMENTS and _is_text(name):
-            documents.append(name)
-        else:
-            others.append(os.fsencode(name).decode("utf-8", "replace"))
-    if not documents:
-        held = f"but {names(others)}" if others else "and nothing else"
-        message = f"this is a folder without a document: it holds no .txt or .md file, {held}."
-        raise refusal(folder, 1, "is_folder", message, "Give files of rows themselves, by their names.")
+    listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
+    documents = [name for name in listed if suffix_of(name) in DOCUMENTS and _is_text(name)]
+    rows = [name for name in listed if suffix_of(name) in NAMED and _is_text(name)]
+    if rows and all(_is_about(name) for name in documents):
+        chosen, what = rows, "files of rows"
+        _refuse_held_out(folder, rows)
+    else:
+        chosen, what = documents, "documents (.txt, .md)"
+    others = [os.fsencode(name).decode("utf-8", "replace") for name in listed if name not in set(chosen)]
+    if not chosen:
+        held = f"It holds {names(others)}." if others else "It is empty."
+        message = "this is a folder without a document (.txt, .md) or a file of rows (.jsonl, .csv, .parquet, ...)."
+        raise refusal(folder, 1, "is_folder", f"{message} {held}", "Give files by their names.")
     if others:
-        message = f"{len(others):,} files are no documents (.txt, .md) and were left out: {names(others)}."
+        counted = "1 file was" if len(others) == 1 else f"{len(others):,} files were"
+        message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
         on_problem(Problem(Source(folder, 1), "left_out", message, "Give files of rows by name.", severity="warning"))
-    return documents
+    return chosen
+
+
+def _is_about(name: str) -> bool:
+    """Whether a document is about the data, rather than data."""
+    return os.path.basename(name).lower().startswith(("readme", "license", "licence", "changelog", "citation"))
+
+
+def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
+    """Raise `DataError` where files of a folder are held-out rows by their names: they would be trained."""
+    held = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
+    if held and len(held) < len(rows):
+        message = f"by their names, files of this folder are held-out rows: {names(held)}. They would be trained."
+        others = " ".join(shlex.quote(os.path.join(folder, name)) for name in rows if name not in held)
+        fix = f"Give the files by name: {others} --eval {shlex.quote(os.path.join(folder, held[0]))}"
+        raise refusal(folder, 1, "is_folder", message, fix)
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -39,6 +39,12 @@ _ARCHIVES = {
     b"\x04\x22\x4d\x18": "an lz4 file",
     GZIP: "gzipped twice",
 }
+_SHEET, _LETTER = "Save the sheet as CSV (UTF-8).", "Save the text as .txt (UTF-8)."
+_OFFICE = {
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), _SHEET),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf"), _LETTER),
+}
+"""What to do with files of an office program, by the ends of their names."""
 _OTHER_BINARIES = {
     b"ARROW1\x00\x00": "an Arrow file",
     b"ORC": "an ORC file",
@@ -73,7 +79,8 @@ def kind_and_delimiter(path: str, head: bytes) -> tuple[Kind, str]:
     if head.startswith(b"PAR1"):
         return "Parquet", ","
     if reason := no_text(head):
-        raise refusal(path, 1, *reason)
+        code, message, fix = reason
+        raise refusal(path, 1, code, message, _OFFICE.get(suffix_of(path), fix))
     if not text and len(head) < HEAD_BYTES:
         raise refusal(path, 1, "empty_dataset", "it holds no row.")
     if "CoNLL" in NAMED.get(suffix_of(path), ()) or _is_tagged(text):
@@ -93,7 +100,7 @@ def no_text(head: bytes) -> tuple[str, str, str] | None:
             return (
                 ("archive" if is_archive else "binary"),
                 f"this is {what}.",
-                ("Unpack it, or use gzip." if is_archive else SAVE_AS),
+                ("Unpack it." if is_archive else SAVE_AS),
             )
     if head[257:262] == b"ustar":
         return "archive", "this is a tar archive.", "Unpack it."

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.columns import paste
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
@@ -282,9 +283,7 @@ def _refuse_too_many(names: Sequence[str], seen: Seen, data: Data, task: TaskNam
     if all(map(is_number, names)):
         ways.append("if they are numbers, set data.label_kind: number")
     elif task == "classify":
-        ways.append(
-            "if they are answers to be written, use task: generate with data.columns: "
-            f"{{prompt: {data.columns.get('text', 'text')}, completion: {data.columns.get('label', 'label')}}}"
-        )
+        columns = {"prompt": data.columns.get("text", "text"), "completion": data.columns.get("label", "label")}
+        ways.append(f"if they are answers to be written, add {paste(columns, task='generate')}")
     ways.append("if they are classes, name them in data.labels")
     raise DataError(f"data.train: {len(names):,} classes in {total:,} labels: {what}. To go on: {'; '.join(ways)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import os
 import stat
@@ -170,10 +171,20 @@ class Stream:
 
 def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return refusal(path, line, "no_such_file", "there is no such file.", "Look at the path.")
+        return refusal(path, line, "no_such_file", "there is no such file.", _near(path) or "Look at the path.")
     if isinstance(error, PermissionError):
         return refusal(path, line, "unreadable", "you may not read it.", "Change its permissions.")
     return refusal(path, line, "unreadable", f"it cannot be read: {error.strerror or error}.")
+
+
+def _near(path: str) -> str:
+    """The file of the same folder whose name is most like that of one that is not there."""
+    folder, name = os.path.split(path)
+    try:
+        found = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    except (OSError, ValueError):
+        return ""
+    return f"Did you mean {os.path.join(folder, found[0])}?" if found else ""
 
 
 def damaged_gzip(path: str, line: int, error: Exception) -> DataError:

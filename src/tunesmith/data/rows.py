@@ -12,12 +12,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from tunesmith.data.class_columns import refuse_unknown_columns
 from tunesmith.data.examples import OnProblem, examples
 from tunesmith.data.folders import expand
 from tunesmith.data.given import texts_of
 from tunesmith.data.labels import ClassWeights, decide_labels, remark_on
 from tunesmith.data.render import Renderer
-from tunesmith.data.sides import measured_rows, never_trained, overlap_notes, split
+from tunesmith.data.sides import choose_held_out, measured_rows, never_trained, overlap_notes, split
+from tunesmith.data.split import few_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
 from tunesmith.files import write_atomic
@@ -48,7 +50,7 @@ class Rows:
     labels: Labels | None = None
     """What a head learns; None for tasks without one."""
     choices: list[Choice] = field(default_factory=list)
-    """What was decided of labels."""
+    """What was decided of held-out rows and labels."""
     _texts: dict[bool, dict[int, str]] = field(default_factory=dict, repr=False)
     """Texts that were read, of held-out files (True) and of training files."""
 
@@ -135,9 +137,10 @@ def encode_rows(
     Raises:
         DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is "error", or
             labels cannot be learnt, see `decide_labels`.
-        RecipeError: data.labels or train.class_weights do not fit the labels.
+        RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns names what is not there.
     """
     problems: list[Problem] = []
+    refuse_unknown_columns(data)
     data = _without_folders(data, problems.append)
     notes = [str(problem) for problem in problems]
 
@@ -156,10 +159,11 @@ def encode_rows(
     stores = [store, held_store] if data.eval else [store]
     try:
         refuse_bad(data, stores, problems)
+        data, chosen = choose_held_out(data, store)
         train, held, split_notes = split(data, store, held_store, task)
         overlap = overlap_notes(data, store, held_store, train) if data.eval else []
         how: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
-        labels, choices = _labels(data, task, (store, held_store), train, **how)
+        labels, of_labels = _labels(data, task, (store, held_store), train, **how)
     except DataError:
         for refused in stores:
             refused.discard()
@@ -171,10 +175,11 @@ def encode_rows(
         notes += [*remark_on(labels.names), *never_trained(labels, (store, held_store), train, held)]
     by_class = labels is not None and labels.kind == "one"
     held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
+    notes += [few] if (few := few_note(len(held))) else []
     if labels is not None:
         for labelled in stores:
             labelled.use(labels)
-    return Rows(data, store, held_store, train, held, problems, notes, task, labels, choices)
+    return Rows(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
 
 
 def _without_folders(data: Data, on_problem: OnProblem) -> Data:
@@ -202,7 +207,8 @@ def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Proble
     errors = [p for p in problems if p.severity == "error" and p.code not in asked_for]
     num_bad = sum(n for store in stores for code, n in store.summary.errors.items() if code not in asked_for)
     if num_bad and data.bad_rows == "error":
-        raise DataError(f"{num_bad:,} problems make rows unusable. Mend them, or set data.bad_rows: skip.", errors)
+        what = "1 problem makes its row unusable" if num_bad == 1 else f"{num_bad:,} problems make rows unusable"
+        raise DataError(f"{what}. Correct the data, or leave such rows out: --set data.bad_rows=skip.", errors)
     for store in stores:
         if len(store) == 0:
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tunesmith.data.labels import MOST_LISTED, find_kind, order, see
 from tunesmith.data.repeats import input_overlap
 from tunesmith.data.split import (
+    choose_share,
     crowd_note,
     has_one_input,
     held_out_mask,
@@ -18,8 +19,8 @@ from tunesmith.data.split import (
 )
 from tunesmith.data.store import RowStore
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data
-from tunesmith.types import Labels, TaskName
+from tunesmith.recipe.knobs import Data, known
+from tunesmith.types import Choice, Labels, TaskName
 
 
 def never_trained(
@@ -55,6 +56,14 @@ def measured_rows(
     return held[measured(store.hashes[held], classes_I, size)]
 
 
+def choose_held_out(data: Data, store: RowStore) -> tuple[Data, list[Choice]]:
+    """The data with a share of rows to hold out, and the choice where it was left open and no file is given for it."""
+    if data.held_out != "auto" or data.eval:
+        return data, []
+    choice = choose_share(int((store.file_index < len(data.train)).sum()))
+    return data.model_copy(update={"held_out": choice.value}), [choice]
+
+
 def split(
     data: Data, store: RowStore, held_store: RowStore, task: TaskName
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
@@ -82,7 +91,7 @@ def _held_out(
     data: Data, store: RowStore, own: NDArray[np.int64], keys: NDArray[np.uint64], task: TaskName
 ) -> tuple[NDArray[np.bool_], list[str | None]]:
     """Which of the training files' own rows are held out, by keys of theirs, and what to say of it."""
-    share = data.held_out
+    share = known(data.held_out)
     if task == "classify" and find_kind(task, data, [see(store)])[0] == "one":
         classes = store.first_labels[own]
         mask = stratified_mask(keys, store.hashes[own], classes, share)

@@ -7,39 +7,62 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.types import Choice
 
-def is_held_out(content: int, share: float) -> bool:
-    """Whether a row is held out: a function of the row alone, so rows that are added move no other row."""
-    return content < _threshold(share)
+FLOOR, PART, LEAST, MOST = 50, 0.1, 0.05, 0.2
+"""By itself: a twentieth of many rows, a tenth of up to a thousand, 50 where that is a fifth or less."""
+FEW = 30
+"""Held-out rows below which hardly any difference can be told from chance."""
+
+
+def choose_share(num_rows: int) -> Choice:
+    """The share of rows that is held out where none is given: enough to measure on, and most are left to learn from."""
+    share = LEAST
+    if num_rows:
+        share = max(LEAST, min(PART, 2 * FLOOR / num_rows), min(MOST, FLOOR / num_rows))
+    share = round(share, 4)
+    num = max(1, round(share * num_rows))
+    of = "1 row" if num_rows == 1 else f"{num_rows:,} rows"
+    reason = (
+        f"about {num:,} of {of}: a fifth of a small file, {FLOOR} to {2 * FLOOR} rows of a larger one, a "
+        "twentieth of a large one"
+    )
+    return Choice("data.held_out", share, reason)
 
 
 def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Which rows are held out, by a hash of their input or content; those with an equal one are always on one side.
 
-    A share that is not 0 holds out at least one row and leaves at least one, if there are two different ones: where
-    chance leaves a side empty, the smallest hash is held out, or the largest is not. See `split_note`.
+    As many as the share says, those with the smallest hashes: where rows with one hash would be torn, the nearest
+    number that does not. One that has more than a fifth of all rows comes last. A share that is not 0 holds out at
+    least one row and leaves at least one, if there are two different ones.
     """
-    mask_I = hashes_I < np.uint64(_threshold(share))
-    if share == 0 or len(hashes_I) == 0 or hashes_I.min() == hashes_I.max():
-        return np.zeros(len(hashes_I), np.bool_)
-    if not mask_I.any():
-        return np.asarray(hashes_I == hashes_I.min())
-    if mask_I.all():
-        return np.asarray(hashes_I != hashes_I.max())
-    return mask_I
+    _, of_row_I, sizes = np.unique(hashes_I, return_inverse=True, return_counts=True)
+    mask_I = np.zeros(len(hashes_I), np.bool_)
+    if share == 0 or len(sizes) < 2:
+        return mask_I
+    order = np.lexsort((np.arange(len(sizes)), sizes > MOST * len(hashes_I)))
+    held = np.cumsum(sizes[order])[:-1]
+    num = 1 + int(np.argmin(np.abs(held - round(share * len(hashes_I)))))
+    return np.asarray(np.isin(of_row_I, order[:num]))
 
 
 def split_note(hashes_I: NDArray[np.uint64], share: float) -> str | None:
-    """What to say when the split by share was not possible as it stands; None when it was."""
-    num_held = int((hashes_I < np.uint64(_threshold(share))).sum())
-    if share == 0 or 0 < num_held < len(hashes_I):
+    """What to say where nothing can be held out; None if something is."""
+    if share == 0 or len(np.unique(hashes_I)) != 1:
         return None
-    mask_I = held_out_mask(hashes_I, share)
-    if not mask_I.any():
-        return "nothing is held out: it takes two different rows"
+    return "nothing is held out: it takes two different rows"
+
+
+def few_note(num_held: int) -> str | None:
+    """What cannot be concluded from so few held-out rows; None where they are not few, or none."""
+    if not 0 < num_held < FEW:
+        return None
+    points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval of a share: 1.96 * sqrt(0.25 / n)
+    rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
     return (
-        f"data.held_out: {share:g} of {len(hashes_I):,} rows is {'none' if num_held == 0 else 'all'} by hash: "
-        f"{int(mask_I.sum()):,} held out instead"
+        f"{rows} too few to tell a small change from chance: a share measured on so few is uncertain by up to "
+        f"{points} points. Give more rows with --eval, or raise data.held_out"
     )
 
 
@@ -54,8 +77,8 @@ def crowd_note(keys_I: NDArray[np.uint64], mask_I: NDArray[np.bool_], share: flo
     if most < 2 or most <= 2 * share * len(keys_I):
         return None
     return (
-        f"data.held_out: {share:g} of {len(keys_I):,} rows is asked for, {int(mask_I.sum()):,} are held out: "
-        f"{most:,} of them have one input or document, and so stay together"
+        f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) asks for "
+        f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
     )
 
 
@@ -111,8 +134,6 @@ def stratified_note(classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_], sha
     num_alone = len(np.setdiff1d(classes_I, classes_I[mask_I]))
     if share == 0 or not num_alone:
         return None
+    if num_alone == 1:
+        return "1 class has no two different texts of its own: it is trained and never measured"
     return f"{num_alone:,} classes have no two different texts of their own: they are trained and never measured"
-
-
-def _threshold(share: float) -> int:
-    return int(share * 2.0**64)  # exact: a product with a power of two

@@ -18,7 +18,7 @@ from tunesmith.data.collecting import collected_between
 from tunesmith.data.encoding import Encoding
 from tunesmith.types import Problem, Source
 
-VERSION = 3
+VERSION = 4
 """Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
 
 

@@ -14,6 +14,7 @@ DEEPEST = 250
 """Deepest nesting that orjson writes, and so the most that `limits.depth` can allow."""
 
 _STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _NOT_NUMBERS = ("NaN", "Infinity", "-Infinity", "nan", "inf", "-inf")
 
 
@@ -33,7 +34,7 @@ def loads(raw: bytes, *, depth: int) -> Any:
 
     Raises:
         BadRow: it is not JSON, nests deeper than `depth`, names a key twice, or holds NaN, a NUL, a lone surrogate,
-            or a number in a tool call that cannot be kept exactly.
+            or a whole number that cannot be kept exactly.
     """
     if raw.count(b"{") + raw.count(b"[") > depth:
         check_depth(raw, depth)
@@ -46,8 +47,7 @@ def loads(raw: bytes, *, depth: int) -> Any:
         raise _duplicate_key(raw)
     if b"\\u0000" in raw and any("\0" in text for text in strings(value)):
         raise nul_character(raw.find(b"\\u0000"))
-    if b"tool" in raw or b"function" in raw:
-        _check_numbers(raw)
+    _check_numbers(raw)
     return value
 
 
@@ -134,8 +134,8 @@ def _duplicate_key(raw: bytes) -> BadRow:
 
 
 def _check_numbers(raw: bytes) -> None:
-    """Refuse whole numbers beyond 64 bits, which orjson rounds: a tool would be called with another number."""
-    if not re.search(rb"[0-9]{19}", raw):
+    """Refuse whole numbers beyond 64 bits, which orjson rounds: two classes would become one."""
+    if _LONG_NUMBER.search(raw) is None:
         return
 
     def exact(digits: str) -> int:

@@ -14,6 +14,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.comparing import SCORES
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
+from tunesmith.extras import installing
 
 _ROUGES = ("rouge1", "rouge2", "rougeL")
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words
@@ -89,7 +90,7 @@ def _corpus_measures(answers: Sequence[str], references: Sequence[str]) -> Itera
     except ImportError as error:
         raise RecipeError(
             "evaluation.bleu: true needs the package sacrebleu, which is not installed. "
-            "Run pip install 'tunesmith[bleu]', or set evaluation.bleu: false."
+            f"Run {installing('bleu')}, or set evaluation.bleu: false."
         ) from error
     # force: a warning about text that looks tokenized would be printed by sacrebleu's own logger.
     for key, metric in (("bleu", BLEU(force=True)), ("chrf", CHRF())):

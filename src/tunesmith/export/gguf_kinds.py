@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tunesmith.errors import ModelError
 from tunesmith.export.llama_cpp_read import is_installed
 from tunesmith.export.options import FIVE_BITS, FOUR_BITS, GGUF_EXACT, QUANTIZED, ROUNDED, SIX_BITS, Bounds
+from tunesmith.extras import installing
 from tunesmith.models.headers import read_gguf
 
 Number: TypeAlias = gguf.GGMLQuantizationType
@@ -88,7 +89,7 @@ def check_quantiser(quant: str) -> None:
         ours = ", ".join(name for name, kind in KINDS.items() if not kind.by_llama_cpp)
         raise ModelError(
             f"--quant: {quant}: llama.cpp's own quantiser makes it, and llama-cpp-python is not installed. "
-            f"`pip install 'tunesmith[llama-cpp]'` brings it; without it there are {ours}."
+            f"`{installing('llama-cpp')}` brings it; without it there are {ours}."
         )
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.export.asked import ByRenderer, greedy
+from tunesmith.extras import installing
 from tunesmith.models import load
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
@@ -39,7 +40,7 @@ def check_installed() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ModelError(
             f"onnx: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed. "
-            "`pip install 'tunesmith[onnx]'` brings what is needed."
+            f"`{installing('onnx')}` brings what is needed."
         )
 
 

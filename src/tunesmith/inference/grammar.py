@@ -41,7 +41,7 @@ class Grammars:
             import xgrammar
         except ImportError as error:
             raise Refused(
-                "answers in JSON need the extra json on the server: pip install 'tunesmith[json]'",
+                "answers in JSON need the package xgrammar, which is not installed on the server",
                 status=400, code="unsupported_parameter", param="response_format",
             ) from error  # fmt: skip
         self._xgrammar = xgrammar

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from tunesmith.errors import RecipeError
+from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.method_knobs import PeftMethod
 
@@ -76,7 +77,7 @@ def import_peft() -> Any:
     if find_spec("peft") is None:
         raise RecipeError(
             "method.name: peft needs the package peft, which is not installed. "
-            "Install it with: pip install 'tunesmith[peft]', or use method.name: lora."
+            f"Install it with: {installing('peft')}, or use method.name: lora."
         )
     if find_spec("bitsandbytes") is not None:
         import_bitsandbytes()

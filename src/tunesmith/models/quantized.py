@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
+from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.models.products import linear
 from tunesmith.recipe.method_knobs import Quant
@@ -36,7 +37,7 @@ def check_installed() -> None:
     if find_spec("bitsandbytes") is None:
         raise RecipeError(
             "method.name: qlora needs the package bitsandbytes, which is not installed. Install it with: "
-            "pip install 'tunesmith[bitsandbytes]', or use method: lora."
+            f"{installing('bitsandbytes')}, or use method: lora."
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import RecipeError
+from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.optim_knobs import Optim, given
@@ -79,7 +80,7 @@ def check_installed(optim: Optim) -> None:
     if extra is not None and find_spec(extra) is None:
         raise RecipeError(
             f"optim.name: {optim.name} needs the package {extra}, which is not installed. "
-            f"Install it with: pip install 'tunesmith[{extra}]', or use optim.name: adamw."
+            f"Install it with: {installing(extra)}, or use optim.name: adamw."
         )
 
 

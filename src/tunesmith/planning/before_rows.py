@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tunesmith.data.class_columns import ask_for_task
 from tunesmith.data.rows import first_example
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.models import machine
 from tunesmith.models.locate import Located
 from tunesmith.models.size import UNBOUNDED, ModelSize
@@ -36,7 +37,7 @@ def decide_before_rows(
             choices.append(rule())
             recipe = with_choice(recipe, choices[-1])
 
-    choose("task", lambda: advise.choose_task(first_example(recipe.data), kind))
+    choose("task", lambda: _choose_task(recipe, kind))
     choose("method", lambda: advise.choose_method(model_size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task: TaskName = known(recipe.task)
@@ -56,6 +57,14 @@ _KINDS: dict[ModelKind, str] = {
     "encoder": "an encoder",
     "encoder_decoder": "an encoder–decoder",
 }
+
+
+def _choose_task(recipe: Recipe, kind: ModelKind) -> Choice:
+    """The task of the first row. Raises DataError where only the person can tell."""
+    choice = advise.choose_task(first_example(recipe.data), kind)
+    if choice.value == "text" and (question := ask_for_task(recipe.data)):
+        raise DataError(question)
+    return choice
 
 
 def find_head(recipe: Recipe, located: Located, kind: ModelKind) -> HeadName:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tunesmith.errors import DoesNotFitError, TunesmithError
+from tunesmith.extras import installing
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.knobs import LoraMethod, Recipe, known
@@ -133,7 +134,7 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternati
 
 def _needs(recipe: Recipe) -> str:
     if isinstance(recipe.method, QloraMethod) and find_spec("bitsandbytes") is None:
-        return 'pip install "tunesmith[bitsandbytes]"'
+        return installing("bitsandbytes")
     return ""
 
 

@@ -75,8 +75,10 @@ class Data(Section):
     """Training files. Each entry is a path, or {path, weight}."""
     eval: tuple[DataFile, ...] = ()
     """Held-out files. Empty: a part of `train` is split off, see `held_out`."""
-    held_out: Fraction = 0.05
-    """Share of `train` held out when `eval` is empty, chosen by a hash of inputs: stable when rows are added."""
+    held_out: Fraction | Auto = "auto"
+    """Share of `train` held out when `eval` is empty: the rows with the smallest hashes of their inputs, so that few
+    move when rows are added. auto: a fifth of a small file, 50 to 100 rows of a larger one, a twentieth of a large
+    one."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
     template: str | None = None
@@ -196,7 +198,7 @@ class Evaluation(Section):
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
     bleu: bool = False
-    """BLEU and chrF of the answers too; needs the extra tunesmith[bleu]."""
+    """BLEU and chrF of the answers too; needs the package sacrebleu."""
     general: bool | Auto = "auto"
     """Measure before and after how well a causal model still does on general text and instructions. auto: true, except
     in a short run."""

@@ -100,7 +100,7 @@ class PeftMethod(Section):
 
 
 class QloraMethod(LowRankMethod):
-    """LoRA on a base whose linear layers are kept in 4 or 8 bits; needs the extra tunesmith[bitsandbytes]."""
+    """LoRA on a base whose linear layers are kept in 4 or 8 bits; needs the package bitsandbytes."""
 
     name: Literal["qlora"] = "qlora"
     quant: Quant = "nf4"

@@ -57,7 +57,7 @@ def _role(message: Mapping[str, Any], found: Findings, place: str) -> str:
         found.add(
             "missing_field",
             f"{place}.role is missing; it has from and value, as ShareGPT does.",
-            "Call the list conversations, or set data.columns: {conversations: messages}.",
+            "Call the list conversations, or add --set 'data.columns={conversations: messages}'.",
         )
     elif role is None:
         found.add("missing_field", f"{place}.role is missing.", f"One of {', '.join(sorted(ROLES))}.")

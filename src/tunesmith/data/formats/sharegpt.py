@@ -72,7 +72,7 @@ def _message(turn: Any, found: Findings, place: str) -> dict[str, Any]:
         found.add(
             "missing_field",
             f"{place}.from is missing; it has role and content, as OpenAI's messages do.",
-            "Call the list messages, or set data.columns: {messages: conversations}.",
+            "Call the list messages, or add --set 'data.columns={messages: conversations}'.",
         )
         return {}
     rest = {key: item for key, item in turn.items() if key not in ("from", "value")}

@@ -1,0 +1,81 @@
+"""Columns that were named and are not there are refused; text beside classes is asked about."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.rows_of import comma_separated, examples_in, json_lines, put
+from tunesmith.data.check import check
+from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
+from tunesmith.errors import RecipeError
+from tunesmith.recipe.knobs import Data, DataFile
+
+
+def data_of(path: Path, **knobs: Any) -> Data:
+    return Data(train=(DataFile(path=str(path)),), **knobs)
+
+
+def texts(num: int = 40, **columns: Any) -> list[dict[str, Any]]:
+    return [{"text": f"text {i}", **{name: value(i) for name, value in columns.items()}} for i in range(num)]
+
+
+def test_a_named_column_that_no_row_has_is_refused(tmp_path: Path):
+    rows = texts(label=lambda i: "ab"[i % 2])
+    for path in (put(tmp_path, "a.csv", comma_separated(rows)), put(tmp_path, "a.jsonl", json_lines(rows))):
+        data = data_of(path, columns={"label": "lable"})
+        with pytest.raises(RecipeError, match=r"data.columns.label: no row has a field 'lable'. Did you mean label\?"):
+            refuse_unknown_columns(data)
+        with pytest.raises(RecipeError, match="lable"):
+            check(data)
+
+
+def test_a_named_column_of_another_file_or_a_later_row_is_there(tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines([{"prompt": "a", "completion": "b"}] * 5))
+    other = put(tmp_path, "b.jsonl", json_lines([{"q": "a", "completion": "b"}, {"q": "a", "a": "b"}]))
+    data = data_of(path, columns={"prompt": "q", "completion": "a"})
+    refuse_unknown_columns(data.model_copy(update={"eval": (DataFile(path=str(other)),)}))
+    with pytest.raises(RecipeError, match=r"data.columns.prompt: no row has a field 'q'"):
+        refuse_unknown_columns(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sentiment", lambda i: ["good", "bad", "fair"][i % 3]),
+        ("labels", lambda i: ["a|b", "b"][i % 2]),
+        ("rating", lambda i: str(1 + i % 5)),
+        ("topics", lambda i: [["x"], ["x", "y"]][i % 2]),
+    ],
+)
+def test_text_beside_a_column_of_few_values_is_asked_about(name: str, value: Any, tmp_path: Path):
+    path = put(tmp_path, "a.jsonl", json_lines(texts(id=str, **{name: value})))
+    report = check(data_of(path))
+    (question,) = report.refusals
+    assert f"--set task=classify --set 'data.columns={{text: text, label: {name}}}'" in question
+    assert "--set task=text" in question
+    assert ("a|b" in question) == (name == "labels")
+    for task in ("text", "classify"):
+        assert check(data_of(path, columns={"label": name} if task == "classify" else {}), task=task).ok
+
+
+def test_text_without_classes_is_plain_text(tmp_path: Path):
+    rows = texts(id=str, url=lambda i: f"https://{i}", source=lambda i: "web", note=lambda i: "long " * (i % 3 + 20))
+    path = put(tmp_path, "a.csv", comma_separated(rows))
+    assert ask_for_task(data_of(path)) is None
+    assert check(data_of(path)).ok
+
+
+def test_a_hint_for_text_by_another_name_knows_the_classes(tmp_path: Path):
+    rows = [{"id": str(i), "Rubrik (BBC)": "ab"[i % 2], "body": f"text {i}"} for i in range(40)]
+    path = put(tmp_path, "a.csv", comma_separated(rows))
+    _, (problem,) = examples_in(path)
+    command = problem.fix.partition("Did you mean ")[2].partition(", to learn the class")[0]
+    settings = dict(word.split("=", 1) for word in shlex.split(command) if word != "--set")
+    columns = yaml.safe_load(settings["data.columns"])
+    found, _ = examples_in(path, columns=columns, task=settings["task"])
+    assert [example.labels for example in found[:2]] == [("a",), ("b",)]

@@ -1,0 +1,40 @@
+"""What is missing is named with a command that installs it as the person runs tunesmith."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.extras import installing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "packages"),
+    [
+        ("serve", {"fastapi", "uvicorn", "prometheus-client"}),
+        ("bleu", {"sacrebleu"}),
+        ("llama-cpp", {"llama-cpp-python"}),
+        ("json", {"xgrammar"}),
+    ],
+)
+def test_the_command_names_the_packages_and_this_python(extra: str, packages: set[str]) -> None:
+    python, *words = shlex.split(installing(extra))
+    assert python == sys.executable
+    assert words[:3] == ["-m", "pip", "install"]
+    assert {re.split("[<>=]", word)[0] for word in words[3:]} == packages
+
+
+def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.extras.requires", lambda name: None)
+    assert installing("serve") == f"{shlex.quote(sys.executable)} -m pip install '.[serve]'"
+
+
+def test_nothing_says_to_install_tunesmith_by_its_name() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.py")]
+    assert [str(page) for page in pages if re.search(r"install\W+tunesmith\b", page.read_text("utf-8"))] == []
