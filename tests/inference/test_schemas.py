@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from inference.engines import Asked, engine_over, heard, says, two_runs
 from tunesmith.asking import Refused
@@ -66,6 +67,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"minimum": 5}, "minimum needs a type"),
     ({"type": "nonsense"}, "there is no type 'nonsense'"),
     ({"type": "string", "format": "nonsense"}, "format 'nonsense' is not kept"),
+    ({"type": "string", "format": "json-pointer"}, "format 'json-pointer' is not kept"),
     ({"type": "string", "pattern": "^(?!a).*$"}, "groups that begin with (?"),
     ({"type": "string", "pattern": "a$b"}, "at the ends alone"),
     ({"type": "string", "pattern": '^"$'}, "in it is not kept"),
@@ -160,6 +162,22 @@ def test_a_schema_is_kept_by_an_answer_and_compiled_once(asked: Asked) -> None:
     for _ in range(2):
         text = asked.answer(says("first", "hello", json_schema=schema, max_tokens=32)).texts[0]
         assert json.loads(text)["a"] in ("x", "y")
+
+
+@pytest.mark.parametrize("schema", [{"maxLength": 9}, {"minLength": 2}, {"format": "uri"}, {}], ids=str)
+def test_a_string_never_holds_a_control_character_as_it_is(schema: dict[str, Any]) -> None:
+    from tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    made = grammar.Grammars(tokenizer, vocab_size=len(tokenizer), stop_ids=[2])
+    one = made.compile({"type": "string", **schema}, lambda: True)()
+    [quote] = tokenizer.encode('"', add_special_tokens=False)
+    one.accept(quote)
+    logits_V = torch.zeros(len(tokenizer))
+    one.bar(logits_V)
+    allowed = [tokenizer.decode([i]) for i in torch.isfinite(logits_V).nonzero()[:, 0].tolist()]
+    assert allowed
+    assert [text for text in allowed if any(sign < " " for sign in text)] == []
 
 
 def test_a_schema_that_takes_too_long_is_given_up_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.asking import Refused
@@ -31,6 +34,7 @@ START_S = 120.0
 KEPT_BYTES = 64 * 1024**2
 """Of compiled schemas, for the next ask with the same one."""
 _LOOK_S = 0.05
+_CONTROL = re.compile(rb"[\x00-\x1f]")
 
 
 class Grammars:
@@ -50,6 +54,11 @@ class Grammars:
             tokenizer, vocab_size=vocab_size, stop_token_ids=list(stop_ids) or None
         )
         self._tokenizer: str = info.serialize_json()
+        # Its lengths and formats of strings let these through, which JSON writes as escapes.
+        self._controls = torch.tensor(
+            [i for i, text in enumerate(info.decoded_vocab) if i not in stop_ids and _CONTROL.search(text)],
+            dtype=torch.long,
+        )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
@@ -72,7 +81,7 @@ class Grammars:
         compiled = self._kept[text]
         while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
-        return lambda: _Matcher(self._xgrammar, compiled, self._vocab_size)
+        return lambda: _Matcher(self._xgrammar, compiled, self._vocab_size, self._controls)
 
 
 class _Trial:
@@ -153,14 +162,16 @@ def _listen(process: subprocess.Popen[str], said: SimpleQueue[str]) -> None:
 
 
 class _Matcher:
-    def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int) -> None:
+    def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int, controls: Tensor) -> None:
         self._xgrammar = xgrammar
+        self._controls = controls
         self._matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
 
     def bar(self, logits_V: Tensor) -> None:
         self._matcher.fill_next_token_bitmask(self._bits)
         self._xgrammar.apply_token_bitmask_inplace(logits_V[None], self._bits.to(logits_V.device))
+        logits_V[self._controls.to(logits_V.device)] = -math.inf
 
     def accept(self, token_id: int) -> None:
         self._matcher.accept_token(token_id)
