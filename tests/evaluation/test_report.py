@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -224,6 +225,23 @@ def test_the_summary_names_what_its_measure_was_counted_on(pages):
         line = f"Counted on {told}, 3 answers, 9,000 tokens of general text. Nothing was trained on these rows."
         assert line in pages[kind][0].text
         assert line in (pages[kind][1] / "report.md").read_text()
+
+
+def test_the_headline_is_by_a_measure_that_both_sides_have():
+    """A model that answers the same number to every row has no rank correlation."""
+    values = [{"loss": 9.0, "mse": 9.0, "spearman": math.nan}, {"loss": 4.0, "mse": 4.0, "spearman": 0.9}]
+    before, after = ({"rows": 40, "measures": {key: {"value": value} for key, value in one.items()}} for one in values)
+    change = {"value": -5.0, "low": -6.0, "high": -4.0, "is_clear": True}
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "is_clear": False}
+    told = headline({
+        "task": "classify", "metrics": {"before": before, "after": after}, "baseline": None, "flips": None,
+        "changes": {"loss": change, "mse": change, "spearman": nothing}, "details": {"after": {}},
+        "rows": {"overlap": 0, "held_out": 40},
+    })  # fmt: skip
+    assert next(told) == (
+        "On 40 rows it was not trained on, mean squared error went from 9.0000 to 4.0000: "
+        "−5.0000 (−6.0000 to −4.0000), better."
+    )
 
 
 def test_rows_that_were_trained_on_too_are_said(tmp_path):

@@ -157,7 +157,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     if after is None:
         yield "Nothing was held out, so nothing was measured."
         return
-    key = gist_keys(report)[0]
+    key = _leading_key(report)
     info, value, baseline = info_of(key), after["measures"][key], report["baseline"]
     now = with_bounds(info.text(value["value"]), info.bounds(value))
     where = f"On {_rested_on(report, key)}, "
@@ -165,7 +165,8 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         change = report["changes"].get(key)
         was = before["measures"][key]
         moved = f"{info.phrase} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
-        yield f"{where}{moved}{f': {verdict_words(key, change)}' if change else ''}."
+        worth = verdict_words(key, change) if change else ""
+        yield f"{where}{moved}{f': {worth}' if worth else ''}."
         yield from _without_pairs(report)
     elif baseline is None or baseline["key"] != key:
         yield f"{where}{info.phrase} is {now}."
@@ -181,6 +182,13 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
             f"{plural(flipped['num_gained'], 'row')} went from wrong to right, "
             f"{plural(flipped['num_lost'], 'row')} from right to wrong."
         )
+
+
+def _leading_key(report: Mapping[str, Any]) -> str:
+    """What says most and is a number on both sides: a model that always says the same has no rank correlation."""
+    keys, measured = gist_keys(report), [side["measures"] for side in report["metrics"].values() if side is not None]
+    are_finite = (key for key in keys if all(math.isfinite(measures[key]["value"]) for measures in measured))
+    return next(are_finite, keys[0])
 
 
 def _without_pairs(report: Mapping[str, Any]) -> Iterator[str]:
