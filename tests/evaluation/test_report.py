@@ -227,6 +227,17 @@ def test_the_summary_names_what_its_measure_was_counted_on(pages):
         assert line in (pages[kind][1] / "report.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["chat", "text", "classes"])
+def test_the_page_of_an_earlier_version_is_drawn_again(tmp_path, kind):
+    run, facts, progress = fake_run(tmp_path / "run", kind)
+    report = write_report(run, facts, progress)
+    new = ("headline", "changes", "baseline", "new_head", "short_answers")
+    run.write_json("report.json", {key: value for key, value in report.items() if key not in new})
+    (run.path / "report.html").unlink()
+    redraw(run)
+    assert "it was not trained on" in (run.path / "report.html").read_text()
+
+
 def test_the_headline_is_by_a_measure_that_both_sides_have():
     """A model that answers the same number to every row has no rank correlation."""
     values = [{"loss": 9.0, "mse": 9.0, "spearman": math.nan}, {"loss": 4.0, "mse": 4.0, "spearman": 0.9}]

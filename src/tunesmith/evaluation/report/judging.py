@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.evaluation.answers import are_short
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import answers_of, rows_of
 from tunesmith.evaluation.verdicts import against_baseline, against_usual_answer, changes
@@ -41,7 +42,8 @@ def up_to_date(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     if has_new_head(report):
         metrics, details = {**metrics, "before": None}, {**details, "before": {}}
         report = {**report, "flips": None, "worse_rows": []}
-    return judged(run, {**report, "metrics": metrics, "details": details})
+    short = are_short([sample.get("reference", "") for sample in report["samples"]])
+    return judged(run, {**report, "metrics": metrics, "details": details, "short_answers": short})
 
 
 def _constant(report: Mapping[str, Any]) -> Any:
