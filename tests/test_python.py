@@ -89,6 +89,24 @@ def test_a_pandas_table_leaves_missing_values_out(tmp_path: Path) -> None:
     assert write_rows(frame, tmp_path).read_text("utf-8") == '{"text":"a","label":1.5}\n{"text":"b"}\n'
 
 
+def test_a_pandas_table_from_parquet_holds_its_lists_as_arrays(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    pandas.DataFrame({"messages": [turns], "tags": [["a", "b"]]}).to_parquet(tmp_path / "rows.parquet")
+    path = write_rows(pandas.read_parquet(tmp_path / "rows.parquet"), tmp_path)
+    [row] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert row["tags"] == ["a", "b"]
+    assert [turn["content"] for turn in row["messages"]] == ["hi", "ho"]
+    with pytest.raises(DataError, match="column text: the table has several columns of this name"):
+        write_rows(pandas.DataFrame([["a", "b"]], columns=["text", "text"]), tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, 3, ({"text": "a"} for _ in "a"), [("a", "b")], {"train": [{"text": "a"}]}])
+def test_data_in_no_known_form_is_refused_in_words(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is neither files nor rows"):
+        tunesmith.train("model", given, root=tmp_path, offline=True)
+
+
 def test_a_value_that_json_cannot_hold_is_refused_by_row_and_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1: field image: bytes b'\\x00' cannot be written as JSON"):
         write_rows([{"text": "a"}, {"text": "b", "image": b"\0"}], tmp_path)
@@ -132,6 +150,10 @@ def test_a_progress_line_goes_through_all_phases_to_the_last_step(tmp_path: Path
     assert "loss" in bar.facts
     assert "loading the model" in {bar.desc for bar in made}
     assert not any(bar.open for bar in made)
+    later = ProgressLine(make=Bar)
+    later.run(run)
+    later.event(next(event for event in run.events() if event.kind == "step"))
+    assert made[-1].total == steps, "a resumed run shows of how many steps it is, too"
 
 
 def test_a_run_stops_when_it_is_asked_from_python(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
@@ -193,7 +193,7 @@ def _listening(
         on_event(event)
 
     try:
-        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop)
+        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop, on_run=line.run)
     finally:
         line.close()
 
@@ -201,8 +201,18 @@ def _listening(
 def _files(files: Files | Any, root: Path) -> list[Any]:
     if is_rows(files):
         return [str(write_rows(files, root / "data"))]
-    several = [files] if isinstance(files, (str, PathLike, Mapping)) else list(files)
+    is_one = isinstance(files, (str, PathLike, Mapping)) or not isinstance(files, Iterable)
+    several = [files] if is_one else list(files)
+    if not all(isinstance(file, (str, PathLike)) or _is_file(file) for file in several):
+        raise InputError(
+            f"data: {type(files).__name__} {' '.join(repr(files).split()):.60} is neither files nor rows. Give a path or several, a list of "
+            "mappings, or a pandas or a datasets table; of a dictionary of tables, one of them."
+        )
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
+
+
+def _is_file(given: Any) -> bool:
+    return isinstance(given, Mapping) and "path" in given
 
 
 def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

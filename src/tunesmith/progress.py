@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from tunesmith.errors import RunError
+from tunesmith.run import Run
 from tunesmith.types import Event
 
 WORDS = {
@@ -22,6 +25,7 @@ WORDS = {
     "general": "measuring general ability",
     "answer": "answering prompts",
     "tuned": "reading the tuned model",
+    "surprise": "looking for surprising training rows",
     "report": "writing the report",
 }
 
@@ -34,7 +38,7 @@ def is_wanted() -> bool:
 
 @dataclass
 class ProgressLine:
-    """One bar that moves on from phase to phase; `event` and `tick` are what a `Listener` takes."""
+    """One bar that moves on from phase to phase; `run`, `event` and `tick` are what a `Listener` takes."""
 
     make: Callable[..., Any] = tqdm
     _bar: Any = None
@@ -51,6 +55,13 @@ class ProgressLine:
         if total != self._bar.total:
             self._bar.total = total
         self._bar.update(done - self._bar.n)
+
+    def run(self, run: Run) -> None:
+        """The run, as soon as there is one: one that goes on has planned its steps before."""
+        with suppress(RunError):  # a damaged log is put right and heard later
+            for event in run.events():
+                if event.kind == "plan":
+                    self._steps = int(event.values["steps"])
 
     def event(self, event: Event) -> None:
         """Steps and their losses, held-out losses."""

@@ -54,6 +54,9 @@ def _is_table(given: Any) -> bool:
 
 def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
     if hasattr(rows, "iloc"):  # pandas
+        if not rows.columns.is_unique:
+            twice = rows.columns[rows.columns.duplicated()][0]
+            raise DataError(f"column {twice}: the table has several columns of this name. Give each its own.")
         return [{k: v for k, v in row.items() if not _is_missing(v)} for row in rows.to_dict("records")]
     if hasattr(rows, "column_names"):  # datasets: iterates over rows; None is its missing value
         return ({k: v for k, v in row.items() if v is not None} for row in rows)
@@ -86,4 +89,6 @@ def _line(i: int, row: Mapping[str, Any]) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, np.ndarray):  # of texts or mappings, as pandas reads a list from Parquet
+        return value.tolist()
     raise TypeError("no such type in JSON")
