@@ -8,7 +8,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -202,10 +202,11 @@ def _files(files: Files | Any, root: Path) -> list[Any]:
     if is_rows(files):
         return [str(write_rows(files, root / "data"))]
     is_one = isinstance(files, (str, PathLike, Mapping)) or not isinstance(files, Iterable)
-    several = [files] if is_one else list(files)
+    several: list[Any] = [files] if is_one else list(cast(Iterable[Any], files))
     if not all(isinstance(file, (str, PathLike)) or _is_file(file) for file in several):
+        shown = " ".join(repr(files).split())
         raise InputError(
-            f"data: {type(files).__name__} {' '.join(repr(files).split()):.60} is neither files nor rows. Give a path or several, a list of "
+            f"data: {type(files).__name__} {shown:.60} is neither files nor rows. Give a path or several, a list of "
             "mappings, or a pandas or a datasets table; of a dictionary of tables, one of them."
         )
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
