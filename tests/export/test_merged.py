@@ -122,6 +122,7 @@ def test_a_run_that_held_nothing_out_is_exported(tmp_path: Path, monkeypatch: py
 def test_a_measure_without_an_interval_stands_in_the_card() -> None:
     """As every run of a model with room to speak has one: the loss on the general text."""
     report = {
+        "headline": ["Loss 2.0000."],
         "metrics": {
             "before": {"measures": {"general_loss": {"value": 3.5}}},
             "after": {
