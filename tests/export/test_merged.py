@@ -128,7 +128,7 @@ def test_a_measure_without_an_interval_stands_in_the_card() -> None:
             "after": {
                 "measures": {"loss": {"value": 2.0, "low": 1.5, "high": 2.5}, "general_loss": {"value": 3.25}},
             },
-        }
+        },
     }
     table = card._measures(report)
     assert "| 3.5000 | 3.2500 | – |" in table
