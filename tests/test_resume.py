@@ -182,7 +182,8 @@ def test_a_run_of_an_earlier_order_is_refused_in_words(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_identity", lambda *a: {k: v for k, v in right(*a).items() if k != key})
         run = stopped_run(tmp_path)
-    with pytest.raises(RunError, match=r"order of rows was version 1 \(an earlier Tunesmith\), is version 2"):
+    monkeypatch.setattr("tunesmith.training.prepare", None)  # nothing is loaded for that
+    with pytest.raises(RunError, match=r"an earlier version of Tunesmith began this run, .* rows in another order"):
         resume(run)
 
 

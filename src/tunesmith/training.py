@@ -42,7 +42,6 @@ SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
 NAMED_LATER = {
     "setting train.group_by_length": "False",
     "setting data.date": "None",
-    "setting order of rows": "version 1 (an earlier Tunesmith)",
 }
 """What the identities of runs of earlier versions do not name, and the values that these runs began with."""
 
@@ -113,8 +112,9 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         _mend_log(run, newest, listener)
         recipe = _with_settings(run, settings)
-        setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         then = newest.state["identity"] if newest else run.identity()
+        _refuse_other_order(run, then)
+        setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
         unnamed: list[str] = []
         set_before: list[str] = []
         if then:
@@ -194,6 +194,16 @@ def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
     """A note for each of SAME_UPDATE that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
     pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
     return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
+
+
+def _refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
+    """Raise RunError for a run of a version that did not name the order of its rows, before anything is loaded."""
+    if then and "setting order of rows" not in then:
+        raise RunError(
+            f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
+            "some would be trained twice, others not at all. Resume it with the version that began it, or start a new "
+            "run with `tunesmith train`."
+        )
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
