@@ -117,7 +117,7 @@ def test_a_column_that_is_not_there_or_is_the_answers_own_cannot_be_kept(one: Pa
     path = tmp_path / "some.csv"
     path.write_text("idx,text,label\n7,the old,a\n")
     assert "no such field. Did you mean idx?" in predict(one, path, "--keep", "id", code=2).stderr
-    assert "a name of the line's own" in predict(one, path, "--keep", "label", code=2).stderr
+    assert "each line has a field of this name already" in predict(one, path, "--keep", "label", code=2).stderr
 
 
 def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_what_does_not_go_together_is_refused(one: Path, rows: Path, tmp_path: P
         ((one,), "give one of FILE and --text"),
         ((one, rows, "--text", "x"), "give one of FILE and --text"),
         ((one, rows, "--threshold", "0.5"), "any number of classes"),
-        ((one, rows, "--pair", "x"), "--pair stands beside --text"),
+        ((one, rows, "--pair", "x"), "--pair goes with --text"),
         ((tags, "--text", "x", "--pair", "y"), "--pair is for the task classify"),
         ((one, "-", "--out", tmp_path / "x"), "--out needs a file"),
         ((one, rows, "--task", "talk"), "there is no such task"),

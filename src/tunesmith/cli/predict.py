@@ -85,7 +85,7 @@ def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Se
     if keep and text is not None:
         raise InputError("predict: --keep names columns of a FILE; --text has none.")
     if pair is not None and text is None:
-        raise InputError("predict: --pair stands beside --text; in a file the second text is the field text_pair.")
+        raise InputError("predict: --pair goes with --text; in a file the second text is the field text_pair.")
 
 
 def _columns(words: Sequence[str]) -> list[str]:

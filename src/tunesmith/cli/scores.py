@@ -102,7 +102,7 @@ def score_lines(lines: Sequence[Line], columns: tuple[str, str]) -> Iterator[str
     """The same as whole lines."""
     for line in lines:
         after = f"{line.after} ({line.after_bounds})" if line.after_bounds else line.after
-        if not columns[0]:
+        if not columns[0] or line.other == "–":
             yield f"{line.label}: {after}"
             continue
         other = f"{line.other} ({line.other_bounds})" if line.other_bounds else line.other

@@ -265,7 +265,10 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     # A look is a forward pass, a half to a third of what training on a row costs.
-    return most, "all of them" if most == rows else f"of {rows:,} rows, so that this stays short beside training"
+    return (
+        most,
+        "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the time of the run",
+    )
 
 
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:

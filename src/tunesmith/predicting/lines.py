@@ -120,8 +120,8 @@ class Lines:
         line = answer if self._bare else as_row(item, answer)
         if taken := item.kept.keys() & {*line, "source", "error"}:
             raise InputError(
-                f"--keep {min(taken)}: that is a name of the line's own. The row's own answer stands there as "
-                "reference; call another column otherwise."
+                f"--keep {min(taken)}: each line has a field of this name already. The row's own answer is kept as "
+                "reference in any case; rename any other column."
             )
         return {"source": str(item.source), **_first(item.kept), **line, **_last(item.kept)}
 

@@ -204,7 +204,7 @@ def _refuse_no_numbers(measures: Mapping[str, Interval], speaker: Speaker, path:
     if loss is not None and not math.isfinite(loss["value"]):
         raise NonFiniteError(
             f"{path}: the loss of its rows is {loss['value']}: the weights of {speaker.result or speaker.located.path} "
-            "hold values that are no numbers, or make such. Nothing was measured."
+            "hold values that are not finite, or lead to them. Nothing was measured."
         )
 
 
