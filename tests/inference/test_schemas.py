@@ -41,6 +41,8 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"anyOf": [A, {"type": "string"}]}, [1, "a"], [True, None]),
     ({"oneOf": [A, {"type": "string"}]}, [1, "a"], [True, None]),
     ({"allOf": [A]}, [1], ["a"]),
+    ({"type": "array", "items": A, "uniqueItems": False}, [[1, 1]], [["a"]]),
+    ({"type": "object", "additionalProperties": A, "propertyNames": {"type": "string"}}, [{"a": 1}], [{"a": "b"}]),
     ({"$ref": "#/$defs/x", "$defs": {"x": A}}, [1], ["a"]),
     ({"$ref": "#/definitions/x", "definitions": {"x": A}, "title": "X", "description": "y"}, [1], ["a"]),
 ]  # fmt: skip

@@ -23,6 +23,8 @@ ANNOTATIONS = frozenset({
     "readOnly", "writeOnly", "discriminator",
 })  # fmt: skip
 """Keywords that ask for nothing. Definitions are read where something refers to them."""
+EMPTY: Mapping[str, Any] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+"""Keywords with a value by which they ask for nothing, as zod and others write them."""
 FORMATS = frozenset({
     "date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "uri-reference",
     "uri-template",
@@ -75,7 +77,9 @@ class _Walk:
             yield f"{place or 'the schema'}: should be an object"
             return
         here = f"{place}: " if place else ""
-        keywords = [name for name in schema if name not in ANNOTATIONS]
+        keywords = [
+            name for name, value in schema.items() if name not in ANNOTATIONS and value != EMPTY.get(name, _Walk)
+        ]
         if first := next((name for name in ALONE if name in schema), None):
             yield from (f"{here}{name} is not kept beside {first}" for name in keywords if name != first)
             yield from self._choice(first, schema[first], place)
