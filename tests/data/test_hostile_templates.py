@@ -198,3 +198,31 @@ def wait_until(holds: Any, *, seconds: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+PARENT = """
+import sys
+from tunesmith.data import template
+
+class Named:
+    name_or_path, special_tokens_map = "named", {}
+    chat_template = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (9 ** 9) }}{% endif %}a"
+
+made = template.ChatTemplate(Named())
+made.run([{"role": "user", "content": "a"}], (), False)
+print(template.PROCESS._child._process.pid, flush=True)
+made.run([{"role": "user", "content": "a"}] * 2, (), False)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere its processor time ends it")
+def test_a_busy_template_does_not_outlive_a_parent_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=for_child()) as parent:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        time.sleep(0.5)
+        parent.kill()
+    begun = time.monotonic()
+    while child.exists() and child.read_text("ascii").split()[2] != "Z":
+        assert time.monotonic() - begun < 5
+        time.sleep(0.05)

@@ -5,7 +5,7 @@
 A template is a program from the internet: nothing but the end of its process stops one that raises a number to the
 power of a power. This process reads requests from its standard input and writes an answer for each of their items to
 its standard output. It has little memory (`GROWTH_BYTES` above what it starts with), ends itself after `CPU_S` seconds
-of processor time for one item, and ends when its input does. It never imports torch.
+of processor time for one item, and ends when its input or its parent does. It never imports torch.
 
 Both are one byte that says what follows, the length of that in 8 bytes, and that: of a request the JSON of [settings of
 the template, op, items].
@@ -13,6 +13,7 @@ the template, op, items].
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ from tunesmith.data.template import DEEP, FAST_JSON, HEAD, LONG, MEMORY, READY, 
 FLUSH_S = 0.05
 """Answers that are ready wait at most this long for others."""
 MOST_REASON = 10_000
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h."""
 
 
 class _Templates(PreTrainedTokenizerBase):  # type: ignore[misc]
@@ -54,6 +57,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=1 << 16)
     os.dup2(2, 1)  # what libraries print goes with their warnings
     _limit_memory(growth)
+    _end_with_parent()
     _write(out, READY, b"")
     out.flush()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -140,6 +144,14 @@ def _limit_memory(growth: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _end_with_parent() -> None:
+    """On Linux at once, whatever runs here; elsewhere a template in a loop ends by its time. The kernel means the
+    thread that started this process: when another thread asks later, a new process is started."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_time(cpu_s: float) -> None:
