@@ -271,7 +271,10 @@ class Run:
         """
         path = self.path / RESULT
         if not path.is_file():
-            return f"{result}: its run is of an earlier version and noted no hashes, so its files were not checked"
+            return (
+                f"{self.path.name}: a run of an earlier version, which noted no hashes: the files of its {result.name} "
+                "were not checked"
+            )
         then, now = self.read_json(RESULT), _hashes(result)
         for name in then:
             if now.get(name) != then[name]:

@@ -27,6 +27,6 @@ def test_a_table_has_a_cell_for_every_kind_of_rows():
     lines = list(table(LINES, ((8, 16),), "rows a step"))
     assert len(lines) == 3
     assert all(line.count("|") == 2 + len(LINES) for line in lines)
-    assert lines[-1].startswith("| 8 | 28.3 % in 1.7 → ")
+    assert lines[-1].startswith("| 8 | 33.4 % in 1.5 → ")
     assert lines[-1].count("→") == len(LINES)
     assert all(seconds > 0 for seconds in planning_seconds(10_000))

@@ -153,7 +153,7 @@ def hostile_model(folder: Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp_path: Path) -> None:
-    code = "from tunesmith.data import template; template.RENDER_S = 5; from tunesmith.cli import main; main()"
+    code = "from tunesmith.data import template; template.RENDER_S = 15; from tunesmith.cli import main; main()"
     data = str(chats(tmp_path / "chats.jsonl", 12))
     command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]
     process = subprocess.Popen(command, env=for_child(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -161,9 +161,9 @@ def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp
         child = the_renderer_of(process)
         time.sleep(1.0)  # at the power by now
         process.send_signal(number)
-        process.wait(4)
+        process.wait(12)
         assert process.returncode != 0
-        wait_until(lambda: not is_there(child), seconds=60)  # it ends itself after twice its time on a processor
+        wait_until(lambda: not is_there(child), seconds=200)  # it ends itself after twice its time on a processor
     finally:
         process.kill()
         process.wait()

@@ -109,7 +109,7 @@ def test_empty_answers_score_nothing_and_no_answers_have_no_measures():
 
 def test_bleu_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(RecipeError, match=r"pip install 'tunesmith\[bleu\]'"):
+    with pytest.raises(RecipeError, match=r"pip install 'sacrebleu>=2\.4'"):
         answer_measures(["a"], ["a"], bleu=True)
 
 
