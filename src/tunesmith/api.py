@@ -122,7 +122,7 @@ def predict(
     `model`: where the model that a run was made from is now, if it was moved.
     """
     given = [rows] if isinstance(rows, (str, Mapping)) else rows
-    where = None if model is None else fspath(model)
+    where = _where(target, model)
     speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     return answers_to(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
 
@@ -148,7 +148,7 @@ def evaluate(
         raise InputError(
             f"tunesmith.evaluate: data: {data!r:.60} is neither a path nor rows. Give one file, or a list of rows."
         )
-    where = None if model is None else fspath(model)
+    where = _where(target, model)
     speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     if not is_rows(data):
         return evaluate_file(speaker, fspath(data), samples=samples).measures
@@ -173,6 +173,13 @@ def load(
 def _opened(run: Run | str | PathLike[str], root: str | PathLike[str], model: str | PathLike[str] | None) -> Run:
     found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
     return found if model is None else replace(found, base=fspath(model))
+
+
+def _where(target: Run | str | PathLike[str], model: str | PathLike[str] | None) -> str | None:
+    """Where the base of a run is now: as it is said here, or as the run was opened."""
+    if model is not None:
+        return fspath(model)
+    return target.base if isinstance(target, Run) else None
 
 
 def _name(target: Run | str | PathLike[str]) -> str:
