@@ -40,7 +40,7 @@ LEAK = """
 """
 MIXED = """
         right = adapters.Adapters.serving
-        adapters.Adapters.serving = lambda self, names: right(self, names[::-1])
+        adapters.Adapters.serving = lambda self, names, **how: right(self, names[::-1], **how)
 """
 
 

@@ -143,10 +143,10 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
     (data[section] if section else data)[name] = value
     checked = validate(data)
-    if not section:
-        return recipe.model_copy(update={name: getattr(checked, name)})
-    changed = getattr(recipe, section).model_copy(update={name: getattr(getattr(checked, section), name)})
-    return recipe.model_copy(update={section: changed})
+    # Which method it is decides its class, so all of it is made anew but the files, which know their places.
+    files = recipe.data.model_copy(update={name: getattr(checked.data, name)}) if section == "data" else recipe.data
+    checked = checked.model_copy(update={"data": files})
+    return checked if recipe.base is None else checked.on_base(recipe.base)
 
 
 def far_numbers(rows: Rows) -> list[str]:
