@@ -118,10 +118,10 @@ def test_where_memory_ends_a_pass_is_halved(tmp_path, monkeypatch):
     setup, calls = prepare(recipe, root=tmp_path), iter(range(1000))
     real = type(setup.feed).batch
 
-    def ending(feed: Any, members: Any, *, draw: int) -> Any:
+    def ending(feed: Any, members: Any, **how: Any) -> Any:
         if next(calls) == 0:
             raise MemoryError
-        return real(feed, members, draw=draw)
+        return real(feed, members, **how)
 
     monkeypatch.setattr(type(setup.feed), "batch", ending)
     assert losses(setup) == pytest.approx(expected, abs=1e-4)
