@@ -47,7 +47,7 @@ Data = Annotated[
 ]
 Eval = Annotated[
     list[str] | None,
-    typer.Option("--eval", metavar="DATA", help="Held-out rows; without, 5 % of DATA are held out."),
+    typer.Option("--eval", metavar="DATA", help="Held-out rows; without, a part of DATA: data.held_out."),
 ]
 Task = Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")]
 MethodName = Annotated[
