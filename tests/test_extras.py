@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        ("serve", {"fastapi", "uvicorn", "prometheus-client"}),
+        ("serve", {"fastapi", "uvicorn", "h11", "prometheus-client"}),
         ("bleu", {"sacrebleu"}),
         ("llama-cpp", {"llama-cpp-python"}),
         ("json", {"xgrammar"}),
