@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import training
 from tunesmith.data.in_memory import is_rows, write_rows
-from tunesmith.errors import InputError, RecipeError
+from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.export.planned import check_planned, export_planned
 from tunesmith.loading import load_run, load_target
@@ -29,6 +29,9 @@ from tunesmith.types import Event, TaskName
 
 Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
 """A path, {"path", "weight"}, or several of them; or rows: a list of mappings, a pandas or a `datasets` table."""
+
+MOST_PROBLEMS = 5
+"""Rows that the text of a refusal names."""
 
 
 def train(
@@ -70,7 +73,7 @@ def train(
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
     check_planned(chosen, root=Path(root), offline=offline)
-    with _listening(progress, on_event, should_stop) as listener:
+    with _problems_named(), _listening(progress, on_event, should_stop) as listener:
         place = Path(out) if out else None
         run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
         return _with_exports(run)
@@ -151,8 +154,9 @@ def evaluate(
     where = _where(target, model)
     speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     if not is_rows(data):
-        return evaluate_file(speaker, fspath(data), samples=samples).measures
-    with TemporaryDirectory(prefix="tunesmith-") as folder:
+        with _problems_named():
+            return evaluate_file(speaker, fspath(data), samples=samples).measures
+    with _problems_named(), TemporaryDirectory(prefix="tunesmith-") as folder:
         return evaluate_file(speaker, str(write_rows(data, Path(folder))), samples=samples).measures
 
 
@@ -184,6 +188,19 @@ def _where(target: Run | str | PathLike[str], model: str | PathLike[str] | None)
 
 def _name(target: Run | str | PathLike[str]) -> str:
     return str(target.path) if isinstance(target, Run) else fspath(target)
+
+
+@contextmanager
+def _problems_named() -> Iterator[None]:
+    """A refusal of rows names the first of them, as the command line does."""
+    try:
+        yield
+    except DataError as error:
+        listed = [str(problem) for problem in error.problems if str(problem) not in str(error)]
+        if not listed:
+            raise
+        more = [f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems"] if len(listed) > MOST_PROBLEMS else []
+        raise DataError("\n".join([str(error), *listed[:MOST_PROBLEMS], *more]), error.problems) from None
 
 
 @contextmanager

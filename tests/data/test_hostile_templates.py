@@ -156,7 +156,14 @@ def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp
     code = "from tunesmith.data import template; template.RENDER_S = 15; from tunesmith.cli import main; main()"
     data = str(chats(tmp_path / "chats.jsonl", 12))
     command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]
-    process = subprocess.Popen(command, env=for_child(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=for_child(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Tests that run in the background ignore Ctrl-C, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         child = the_renderer_of(process)
         time.sleep(1.0)  # at the power by now

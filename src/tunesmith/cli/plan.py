@@ -76,6 +76,7 @@ def plan(
     from tunesmith.cli.output import console, json_line
 
     values, fits = _foresee(found, root, offline=offline, device=device, probe=probe)
+    values.get("given", {}).pop("memory", None)  # it was set above, by nobody
     if as_json:
         json_line({"kind": "plan", **values})
     else:

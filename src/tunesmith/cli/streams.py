@@ -13,7 +13,7 @@ from typing import IO
 ERRORS = "tunesmith.symbols"
 """Name of the way in which characters are written that a stream's encoding lacks."""
 _SYMBOLS = {
-    **dict.fromkeys("–—─━═╌╴╶╸╺", "-"),
+    **dict.fromkeys("–—−─━═╌╴╶╸╺", "-"),
     **dict.fromkeys("│┃║╎", "|"),
     **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪┏┓┗┛┡┩╇╈", "+"),
     **dict.fromkeys("‘’", "'"),

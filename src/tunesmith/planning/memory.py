@@ -125,11 +125,13 @@ def highest(phase: str, base: Memory, segments: Iterator[Segment]) -> Memory:
         made = min(segment.gradients, segment.peak)
         inside = segment.peak - made
         is_head = (segment.place[0] == "between" and segment.gradients == 0) or segment.place[0] == "head"
+        in_use = alive - gradients + (0 if is_head else inside)
         now = replace(
             base,
             phase=phase,
-            gradients=base.gradients + gradients + made,
-            activations=alive - gradients + (0 if is_head else inside),
+            # Of a table whose rows learn, the gradient is smaller than it is counted: the sum is what the pass holds.
+            gradients=base.gradients + gradients + made + min(0, in_use),
+            activations=max(0, in_use),
             logits=inside if is_head else 0,
         )
         best = max(best, now, key=lambda memory: memory.total)
