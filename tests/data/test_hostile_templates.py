@@ -162,7 +162,7 @@ def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Tests that run in the background ignore Ctrl-C, and what they start would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         child = the_renderer_of(process)
