@@ -23,7 +23,7 @@ SHARE = 0.10
 QUIET_SHARE = 0.03
 QUIET_LOOKS = 8
 """Looks one after the other below `QUIET_SHARE` after which threads spin again."""
-TASKS = Path("/proc/self/task")
+TASKS = "/proc/self/task"
 
 _began = threading.Lock()
 
@@ -85,7 +85,8 @@ def _waited_s() -> dict[str, float] | None:
     try:
         for task in os.listdir(TASKS):
             try:
-                found[task] = int((TASKS / task / "schedstat").read_text("ascii").split()[1]) / 1e9
+                with open(f"{TASKS}/{task}/schedstat", encoding="ascii") as file:
+                    found[task] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):  # it has ended, or nothing is counted
                 continue
     except (OSError, ValueError, IndexError):
@@ -96,7 +97,8 @@ def _waited_s() -> dict[str, float] | None:
 def _libgomp() -> ctypes.CDLL | None:
     """The one that is loaded already; None where there is none."""
     try:
-        lines = Path("/proc/self/maps").read_text("utf-8", errors="replace").splitlines()
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
     except OSError:
         return None
     for line in lines:
