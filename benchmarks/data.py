@@ -61,7 +61,7 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
 
     from tunesmith.data.batch import Plan
     from tunesmith.data.store import build
-    from tunesmith.loading import make_renderer
+    from tunesmith.inference.load import make_renderer
     from tunesmith.models import load, locate
     from tunesmith.models.kind import model_kind
     from tunesmith.recipe import read

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tunesmith.export.comparing import Comparison
     from tunesmith.export.exporting import Exported
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 256
@@ -77,7 +77,7 @@ def tiny_tables(names: Sequence[str]) -> Iterator[str]:
 
 def real_table(path: Path) -> Iterator[str]:
     """Every target of one run, a line for each program that loaded it."""
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
     run = Run.open(str(path), path.parent)
     words = ["KL, mean (most)", "first choice", "of what tuning changed", "held-out loss, tuned and exported"]

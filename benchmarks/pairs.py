@@ -20,11 +20,11 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from benchmarks.measured import machine
-from tunesmith import preparing
-from tunesmith.gradients import gradients
 from tunesmith.planning import forecast
-from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.read import validate
+from tunesmith.training import setup as preparing
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.step import gradients
 
 WAYS = {"padded": ("encoder_decoder",), "packed": ("ragged_pairs", "encoder_decoder")}
 WARM = 2

@@ -18,8 +18,8 @@ from rich.text import Text
 from tunesmith.cli.live import Live
 from tunesmith.cli.story import Story
 from tunesmith.cli.talking import STYLES, open_speakers
-from tunesmith.generation import Sampling
-from tunesmith.run import Run
+from tunesmith.models.generation import Sampling
+from tunesmith.runs.folder import Run
 from tunesmith.types import Part
 
 WIDTH = 100

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 
 def main(name: str) -> None:

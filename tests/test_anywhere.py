@@ -14,7 +14,7 @@ import tunesmith
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RunError
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 KNOBS = {
     "method": {"name": "lora", "rank": 4},
@@ -159,7 +159,7 @@ def test_a_model_needs_no_base(home: Path) -> None:
 
 
 def test_recorded_places_of_windows_are_read_anywhere(tmp_path: Path) -> None:
-    from tunesmith.origin import Origin
+    from tunesmith.recipe.origin import Origin
 
     made = {"in": r"C:\w", "root": r"C:\w\runs", "places": {r".\base": r"C:\w\base", r"D:\x": r"D:\x"}}
     (tmp_path / "base").mkdir()
@@ -170,6 +170,6 @@ def test_recorded_places_of_windows_are_read_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("made", [None, [], {"places": []}, {"places": {"a": 1}}, {"in": 3, "places": {"a": "\0"}}])
 def test_a_record_that_makes_no_sense_is_passed_over(tmp_path: Path, made: object) -> None:
-    from tunesmith.origin import Origin
+    from tunesmith.recipe.origin import Origin
 
     assert Origin.of(tmp_path, {"made": made}, base=None).find("b") == "b"

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tunesmith.beside import Beside
+from tunesmith.runs.beside import Beside
 
 
 def test_work_begins_at_once_and_gives_its_result() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import RunError
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 
 
 def evaluation(run: Run, name: str) -> float:

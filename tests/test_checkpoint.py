@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith import checkpoint, files
 from tunesmith.errors import CheckpointError
+from tunesmith.runs import atomic as files
+from tunesmith.runs import checkpoint
 
 DTYPES = list(checkpoint._DTYPES)
 

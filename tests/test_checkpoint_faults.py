@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from faults import Faults, in_child
-from tunesmith import checkpoint, files
 from tunesmith.errors import StorageError
+from tunesmith.runs import atomic as files
+from tunesmith.runs import checkpoint
 
 NUM_KILLS = int(os.environ.get("TUNESMITH_KILLS", "50"))
 SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunesmith import checkpoint
+from tunesmith.runs import checkpoint
 
 
 def save(folder: Path, step: int) -> None:

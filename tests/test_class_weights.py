@@ -9,10 +9,10 @@ import pytest
 
 from tiny_tasks import task_recipe
 from tunesmith.evaluation import report
-from tunesmith.loading import load_run
-from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.inference.load import load_run
+from tunesmith.inference.measuring import evaluate_file
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux coun
 WAITING = """
 import json, sys, time
 import torch
-from tunesmith import contention
+from tunesmith.models import contention
 
 torch.set_num_threads(2)
 values = torch.ones(1 << 17)
@@ -63,7 +63,7 @@ def needs_libgomp() -> None:
 
     if "OpenMP" not in torch.__config__.parallel_info() or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("torch's threads are not libgomp's here, or there is one core")
-    from tunesmith.contention import _libgomp
+    from tunesmith.models.contention import _libgomp
 
     if _libgomp() is None:
         pytest.skip("torch's threads are not libgomp's here")
@@ -93,7 +93,8 @@ def test_threads_sleep_while_another_program_wants_their_cores() -> None:
 
 def test_what_a_person_has_set_stays() -> None:
     needs_libgomp()
-    script = "import torch, threading; from tunesmith.contention import watch; watch(); print(threading.active_count())"
+    watches = "from tunesmith.models.contention import watch; watch()"
+    script = f"import torch, threading; {watches}; print(threading.active_count())"
     env = {**os.environ, "GOMP_SPINCOUNT": "2000"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"

@@ -11,11 +11,11 @@ import pytest
 
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
-from tunesmith import training
 from tunesmith.cli.app import app
 from tunesmith.errors import RunError, Stopped
-from tunesmith.run import Run, runs
-from tunesmith.training import Listener, resume, train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training import trainer as training
+from tunesmith.training.trainer import Listener, resume, train
 
 Damage = Callable[[list[bytes]], bytes]
 

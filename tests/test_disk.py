@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import DoesNotFitError, Stopped
-from tunesmith.run import Run
-from tunesmith.training import Listener, resume, train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import Listener, resume, train
 
 
 class Usage(NamedTuple):

@@ -27,7 +27,7 @@ from tunesmith.environment import (
     refuse_ranks,
 )
 from tunesmith.errors import InputError, Stopped
-from tunesmith.training import Listener, train
+from tunesmith.training.trainer import Listener, train
 
 SHAPED = """
 import ctypes, torch

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faults import Faults, in_child
-from tunesmith import events
 from tunesmith.errors import RunError, StorageError
+from tunesmith.runs import events
 from tunesmith.types import Event
 
 

@@ -11,10 +11,10 @@ import pytest
 from tiny_run import values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import DataError, ModelError, Stopped
-from tunesmith.measures import MEASURES
-from tunesmith.run import Run, runs
+from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks import TASKS
-from tunesmith.training import Listener, resume, train
+from tunesmith.training.trainer import Listener, resume, train
 
 EVERY = [(task.name, kind) for task in TASKS.values() for kind in task.heads]
 KEYS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.extras import installing
+from tunesmith.environment import installing
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def test_the_command_names_the_packages_and_this_python(extra: str, packages: se
 
 
 def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.extras.requires", lambda name: None)
+    monkeypatch.setattr("tunesmith.environment.requires", lambda name: None)
     assert installing("serve") == f"{shlex.quote(sys.executable)} -m pip install '.[serve]'"
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faults import Faults, in_child, tree
-from tunesmith import files
 from tunesmith.errors import StorageError
+from tunesmith.runs import atomic as files
 
 DISK_ERRNOS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EMFILE")
 

@@ -15,10 +15,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from tiny import pair, tiny_tokenizer
 from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
-from tunesmith import generation, training
 from tunesmith.data.render import Renderer
-from tunesmith.generation import Answer, Sampling, answer
+from tunesmith.evaluation import generation
+from tunesmith.evaluation.generation import Answer, Sampling, answer
 from tunesmith.models.attention import use_ragged
+from tunesmith.training import trainer as training
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)

@@ -11,10 +11,10 @@ import pytest
 from tiny_run import tiny_recipe
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.evaluation import report
-from tunesmith.loading import load_run
-from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.run import Run
-from tunesmith.training import Listener, train
+from tunesmith.inference.load import load_run
+from tunesmith.inference.measuring import evaluate_file
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event, Example, Part, Source
 
 SAID = "I've been PRESCRIBED the   big red plum, it's fine."

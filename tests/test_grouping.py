@@ -10,13 +10,13 @@ import torch
 from tiny_run import model_folder, tiny_recipe, values_of
 from tiny_tasks import padded_folder, task_recipe
 from tunesmith.cli.panels import plan_facts
-from tunesmith.describing import foreseen_values, plan_values
 from tunesmith.errors import RunError, Stopped
-from tunesmith.forecasting import foresee
-from tunesmith.loop import training_steps
-from tunesmith.preparing import Setup, prepare
-from tunesmith.run import Run, runs
-from tunesmith.training import Listener, resume, train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training.loop import training_steps
+from tunesmith.training.resolve import foresee
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.summary import foreseen_values, plan_values
+from tunesmith.training.trainer import Listener, resume, train
 
 GROUPING = "train.group_by_length"
 
@@ -89,7 +89,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):  # trap: R1
 @pytest.fixture
 def of_before(tmp_path, monkeypatch) -> Run:
     """A run of a version that had no such knob, stopped."""
-    from tunesmith import preparing
+    from tunesmith.training import setup as preparing
 
     right = preparing._identity
     with monkeypatch.context() as patch:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.loop import training_steps
 from tunesmith.models import grouped, norms
-from tunesmith.preparing import prepare
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import prepare
 
 
 def losses(folder, **sections) -> list[float]:

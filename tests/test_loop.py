@@ -12,15 +12,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tiny_run import tiny_recipe
-from tunesmith import checkpoint
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import NonFiniteError
+from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.evaluation.measure import evaluate
-from tunesmith.generation import Sampling, answer
-from tunesmith.loop import training_steps
-from tunesmith.preparing import Setup, prepare
-from tunesmith.run import runs
-from tunesmith.training import train
+from tunesmith.runs import checkpoint
+from tunesmith.runs.folder import runs
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.trainer import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +72,7 @@ def test_twenty_losses_equal_the_flat_loop(twenty_steps, tmp_path):
 
 
 def test_flat_loop_test_catches_a_rate_that_is_one_step_late(twenty_steps, tmp_path, monkeypatch):  # trap: L12 planted
-    from tunesmith import loop
+    from tunesmith.training import loop
 
     theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
     right = loop.rate
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path, monkeypat
 def test_nan_test_catches_a_loop_that_goes_on(tmp_path, monkeypatch):  # trap: L8 planted
     recipe = tiny_recipe(tmp_path, train={"tokens_per_pass": 4096}, checkpoint={"every": 1})
     poison(monkeypatch, at=5)
-    monkeypatch.setattr("tunesmith.loop._require_finite", lambda *args, **kwargs: None)
+    monkeypatch.setattr("tunesmith.training.loop._require_finite", lambda *args, **kwargs: None)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         nan_stops_before_the_update(recipe, tmp_path / "runs", at=5)
 
@@ -195,7 +195,7 @@ def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11
 
 
 def test_looking_test_catches_random_numbers_shared_with_sampling(tmp_path, monkeypatch):  # trap: L11 planted
-    monkeypatch.setattr("tunesmith.loop.torch.manual_seed", lambda seed: None)
+    monkeypatch.setattr("tunesmith.training.loop.torch.manual_seed", lambda seed: None)
     with pytest.raises(AssertionError):
         looking_changes_nothing(tiny_recipe(tmp_path, dropout=0.5, train={"max_steps": 3}), tmp_path)
 

@@ -17,10 +17,10 @@ from tiny import tiny_tokenizer
 from tiny_run import model_folder, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.export.exporting import export_run
-from tunesmith.loading import load_base, load_run
+from tunesmith.inference.load import load_base, load_run
 from tunesmith.models import new_tokens
-from tunesmith.run import Run
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import resume, train
 
 TEXTS = ("quick brown", "tallest")
 

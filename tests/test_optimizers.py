@@ -21,16 +21,16 @@ from tiny_model import tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.errors import CheckpointError, RecipeError, Stopped
 from tunesmith.evaluation.measure import evaluate
-from tunesmith.loop import training_steps
 from tunesmith.methods import METHODS
 from tunesmith.methods.masters import Masters
 from tunesmith.optim import OPTIMIZERS, Update
-from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import LoraMethod
 from tunesmith.recipe.optim_knobs import USUAL, Optim, OptimizerName
 from tunesmith.recipe.read import validate
-from tunesmith.run import runs
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import runs
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import resume, train
 
 every = pytest.mark.parametrize("name", list(OPTIMIZERS))
 SHAPES = {

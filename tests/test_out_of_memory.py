@@ -13,13 +13,13 @@ import torch
 
 from test_resume import same_run
 from tiny_run import tiny_recipe
-from tunesmith import checkpoint
 from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped, is_out_of_memory
-from tunesmith.loop import training_steps
-from tunesmith.preparing import Setup, prepare
-from tunesmith.run import runs
-from tunesmith.session import Listener, Progress
-from tunesmith.training import resume, train
+from tunesmith.runs import checkpoint
+from tunesmith.runs.folder import runs
+from tunesmith.training.loop import training_steps
+from tunesmith.training.progress import Listener, Progress
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.trainer import resume, train
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 FOUND = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU)]
@@ -74,7 +74,7 @@ def test_passes_are_halved_and_the_update_is_the_same(tmp_path, method, inside_b
 def test_planted_a_retry_that_keeps_gradients_would_be_seen(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, train={"rows_per_step": 6, "tokens_per_pass": 400}, optim={"lr": 1e-3})
     expected = weights_after(prepare(recipe, root=tmp_path), 3)
-    monkeypatch.setattr("tunesmith.gradients._drop_gradients", lambda setup: None)
+    monkeypatch.setattr("tunesmith.training.step._drop_gradients", lambda setup: None)
     found = weights_after(bounded(prepare(recipe, root=tmp_path), 100, MemoryError(), inside_backward=True), 3)
     assert any(float((one - other).abs().max()) > 3e-4 for one, other in zip(found, expected, strict=True))
 
@@ -91,10 +91,10 @@ def test_what_happened_is_told_and_holds_from_there_on(tmp_path, monkeypatch):
 
 
 def patched(monkeypatch, act, folder, *, tokens: int):
-    from tunesmith.preparing import prepare as right
+    from tunesmith.training.setup import prepare as right
 
     monkeypatch.setattr(
-        "tunesmith.training.prepare", lambda *args, **how: bounded(right(*args, **how), tokens, MemoryError())
+        "tunesmith.training.trainer.prepare", lambda *args, **how: bounded(right(*args, **how), tokens, MemoryError())
     )
     return act(tiny_recipe(folder, train={"rows_per_step": 6, "tokens_per_pass": 400}))
 
@@ -164,7 +164,7 @@ class EndsOnce:
 
     def __init__(self, monkeypatch, step: int) -> None:
         self.at, self.steps, self.spent = step, list[int](), False
-        monkeypatch.setattr("tunesmith.training.prepare", self.prepare)
+        monkeypatch.setattr("tunesmith.training.trainer.prepare", self.prepare)
 
     def prepare(self, *args, **how) -> Setup:
         setup = prepare(*args, **how)

@@ -11,18 +11,18 @@ from typer.testing import CliRunner
 
 from tiny_run import values_of
 from tiny_tasks import encoder_decoder_folder, padded_folder, rows_of, task_recipe, write
-from tunesmith import preparing
 from tunesmith.cli.app import app
-from tunesmith.describing import foreseen_values, plan_values
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.general import speaks
-from tunesmith.forecasting import foresee
-from tunesmith.loop import training_steps
 from tunesmith.models import distances, grouped
-from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.run import Run, runs
-from tunesmith.training import Listener, resume, train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training import setup as preparing
+from tunesmith.training.loop import training_steps
+from tunesmith.training.resolve import foresee
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.summary import foreseen_values, plan_values
+from tunesmith.training.trainer import Listener, resume, train
 
 
 def recipe_of(folder: Path, *, model_dropout: float = 0.0, **sections: Any) -> Recipe:

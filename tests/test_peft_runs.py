@@ -13,19 +13,19 @@ from inference.batches import run as run_batch
 from inference.engines import says
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
-from tunesmith.asking import EngineOptions
 from tunesmith.errors import InputError, RecipeError, Stopped
+from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.export.exporting import export_run
-from tunesmith.generation import Sampling, answer
-from tunesmith.inference.batch import Batch
-from tunesmith.inference.serving import open_serving
-from tunesmith.loading import load_run, load_target
-from tunesmith.preparing import prepare
+from tunesmith.inference.load import load_run, load_target
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.method_knobs import PeftMethod
-from tunesmith.run import Run, runs
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.serve.batch import Batch
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.serving import open_serving
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import resume, train
 
 KINDS = {
     "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj", "down_proj"]},

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.forecasting import Foreseen, foresee
 from tunesmith.planning.work import KINDS, Duration, Work
-from tunesmith.probing import process
-from tunesmith.probing.correcting import SPREAD, corrected
-from tunesmith.probing.found import Found, Timed
-from tunesmith.probing.measuring import MORE, USUAL
-from tunesmith.probing.process import KILLED, probe
+from tunesmith.training.probing import process
+from tunesmith.training.probing.correcting import SPREAD, corrected
+from tunesmith.training.probing.found import Found, Timed
+from tunesmith.training.probing.measuring import MORE, USUAL
+from tunesmith.training.probing.process import KILLED, probe
+from tunesmith.training.resolve import Foreseen, foresee
 
 
 def foreseen(folder: Path, **sections: Any) -> Foreseen:
@@ -105,11 +105,11 @@ def test_what_a_child_said_last_is_told_where_it_fails(tmp_path, monkeypatch):
 
 def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
     from tunesmith.errors import OutOfMemoryError
-    from tunesmith.preparing import prepare
-    from tunesmith.probing import measuring
+    from tunesmith.training.probing import measuring
+    from tunesmith.training.setup import prepare
 
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
-    monkeypatch.setattr("tunesmith.gradients._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("tunesmith.training.step._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(OutOfMemoryError, match="memory ended in a pass of one row"):
         measuring.measure(setup, tmp_path, tell=lambda message: None, on_progress=lambda what, done, total: None)
 

@@ -12,7 +12,7 @@ import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RunError
-from tunesmith.progress import ProgressLine
+from tunesmith.runs.progress_line import ProgressLine
 
 
 class Table:
@@ -139,7 +139,7 @@ def test_a_progress_line_goes_through_all_phases_to_the_last_step(tmp_path: Path
             self.open = False
 
     line = ProgressLine(make=Bar)
-    from tunesmith import training
+    from tunesmith.training import trainer as training
 
     listener = training.Listener(on_event=line.event, on_progress=line.tick)
     run = training.train(tiny_recipe(tmp_path, train={"epochs": 1}), root=tmp_path, offline=True, listener=listener)

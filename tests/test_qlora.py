@@ -20,11 +20,11 @@ from tunesmith.export import verify
 from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.exporting import export_run
 from tunesmith.export.options import Options
-from tunesmith.inference.serving import open_serving
-from tunesmith.loading import Speaker, load_base, load_run
+from tunesmith.inference.load import Speaker, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
-from tunesmith.run import Run
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import Run
+from tunesmith.serve.serving import open_serving
+from tunesmith.training.trainer import resume, train
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_run import tiny_recipe
-from tunesmith import api, training
+from tunesmith import api
 from tunesmith.errors import ModelError, NonFiniteError, RunError
 from tunesmith.export.exporting import export_run
-from tunesmith.files import temporary_folder
-from tunesmith.loading import load_run, load_target
-from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.run import Run
+from tunesmith.inference.load import load_run, load_target
+from tunesmith.inference.measuring import evaluate_file
+from tunesmith.runs.atomic import temporary_folder
+from tunesmith.runs.folder import Run
+from tunesmith.training import trainer as training
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 HANGING = "(.*)*x"
@@ -166,7 +167,7 @@ def test_what_a_killed_writer_left_in_a_folder_of_the_run_is_removed_by_the_next
 
 
 def test_the_copy_of_a_killed_export_is_removed_by_the_next_export_and_that_of_a_living_one_is_not(run: Run) -> None:
-    from tunesmith.files import being_written
+    from tunesmith.runs.atomic import being_written
 
     exports = run.path / "exports"
     dead, alive = temporary_folder(exports, "merged"), temporary_folder(exports, "gguf-f16")

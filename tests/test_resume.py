@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_run import chats, tiny_recipe, values_of
-from tunesmith import checkpoint, forecasting, preparing
 from tunesmith.errors import ModelError, RunError, Stopped
-from tunesmith.predicting.trained import find_trained
+from tunesmith.inference.trained import find_trained
 from tunesmith.recipe.knobs import DataFile
 from tunesmith.recipe.show import as_yaml
-from tunesmith.run import Run, runs
-from tunesmith.training import Listener, resume, train
+from tunesmith.runs import checkpoint
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training import resolve as forecasting
+from tunesmith.training import setup as preparing
+from tunesmith.training.trainer import Listener, resume, train
 
 
 def last_tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -100,7 +102,7 @@ def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypat
     with pytest.raises(Stopped):
         train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
     run = runs(folder / "planted")[0]
-    monkeypatch.setattr("tunesmith.gradients._step_seed", lambda seed, step: seed + step + 12345)
+    monkeypatch.setattr("tunesmith.training.step._step_seed", lambda seed, step: seed + step + 12345)
     resume(run)
     with pytest.raises(AssertionError):
         same_run(run, straight)
@@ -171,7 +173,7 @@ def test_what_changed_refuses_to_resume_and_is_named(tmp_path, change, named):  
 def test_change_test_catches_a_resume_that_does_not_look(tmp_path, monkeypatch):  # trap: R4 planted
     run = stopped_run(tmp_path)
     changed_settings(run, tmp_path)
-    monkeypatch.setattr("tunesmith.training._refuse_changes", lambda *args: None)
+    monkeypatch.setattr("tunesmith.training.trainer._refuse_changes", lambda *args: None)
     with pytest.raises(pytest.fail.Exception), pytest.raises(RunError):
         resume(run)
 
@@ -182,7 +184,7 @@ def test_a_run_of_an_earlier_order_is_refused_in_words(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_identity", lambda *a: {k: v for k, v in right(*a).items() if k != key})
         run = stopped_run(tmp_path)
-    monkeypatch.setattr("tunesmith.training.prepare", None)  # nothing is loaded for that
+    monkeypatch.setattr("tunesmith.training.trainer.prepare", None)  # nothing is loaded for that
     with pytest.raises(RunError, match=r"an earlier version of Tunesmith began this run, .* rows in another order"):
         resume(run)
 
@@ -252,8 +254,8 @@ for name in Path(sys.argv[3]).read_text().split():  # the imports are not what i
     with contextlib.suppress(Exception):
         importlib.import_module(name)
 from tunesmith.recipe.read import load
-from tunesmith.run import Run, runs
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training.trainer import resume, train
 recipe, root = sys.argv[1], Path(sys.argv[2])
 print("ready", flush=True)
 for line in sys.stdin:

@@ -15,7 +15,7 @@ from faults import Faults, in_child
 from tunesmith.errors import RunError, StorageError
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.show import as_yaml
-from tunesmith.run import Run, runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.types import Event
 
 SOURCE = Path(__file__).parents[1] / "src"

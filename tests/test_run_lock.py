@@ -14,7 +14,7 @@ import pytest
 
 from faults import in_child
 from tunesmith.errors import RunError, StorageError
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -28,7 +28,7 @@ def run(tmp_path) -> Run:
 def writer(run: Run):
     """Another process that holds the lock until it is killed."""
     code = (
-        "import sys, time, pathlib\nfrom tunesmith.run import Run\n"
+        "import sys, time, pathlib\nfrom tunesmith.runs.folder import Run\n"
         "with Run(pathlib.Path(sys.argv[1])).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}

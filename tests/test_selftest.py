@@ -14,8 +14,8 @@ from tiny_run import model_folder
 from tiny_tasks import folder_of, task_recipe
 from tunesmith.cli.app import app
 from tunesmith.recipe.read import validate
-from tunesmith.selftest import _small, selftest
-from tunesmith.training import train
+from tunesmith.training.selftest import _small, selftest
+from tunesmith.training.trainer import train
 
 PROOFS = ("rows do not see each other", "passes do not change the update", "a resumed run is the same run")
 

@@ -11,11 +11,11 @@ import torch
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import DataError, ModelError, RunError
-from tunesmith.loading import load_run
+from tunesmith.inference.load import load_run
 from tunesmith.models.modes import evaluating
-from tunesmith.preparing import prepare
-from tunesmith.run import Run, runs
-from tunesmith.training import train
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import train
 
 FULL = {"name": "full"}
 
@@ -159,7 +159,7 @@ def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loade
 def test_full_tuning_in_bfloat16_moves_weights_that_a_rounded_update_would_not(tmp_path):  # trap: L9
     recipe = recipe_of(tmp_path, method="full", precision="bfloat16", optim={"lr": 1e-5}, train={"max_steps": 4})
     setup = prepare(recipe, root=tmp_path)
-    from tunesmith.loop import training_steps
+    from tunesmith.training.loop import training_steps
 
     before = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
     list(training_steps(setup))
@@ -222,7 +222,7 @@ def test_whatever_ends_a_run_is_the_last_line_of_its_log(tmp_path, monkeypatch):
     def broken(*args):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("tunesmith.training._take_steps", broken)
+    monkeypatch.setattr("tunesmith.training.trainer._take_steps", broken)
     with pytest.raises(MemoryError):
         train(recipe_of(tmp_path), root=tmp_path / "runs")
     run = runs(tmp_path / "runs")[0]
@@ -234,7 +234,7 @@ def test_a_result_that_cannot_be_saved_is_known_before_the_first_step(tmp_path, 
     def refuses(*args):
         raise ModelError("cannot be saved")
 
-    monkeypatch.setattr("tunesmith.preparing.Setup.save_result", refuses)
+    monkeypatch.setattr("tunesmith.training.setup.Setup.save_result", refuses)
     with pytest.raises(ModelError):
         train(recipe_of(tmp_path), root=tmp_path / "runs")
     assert max(event.step for event in runs(tmp_path / "runs")[0].events()) == 0

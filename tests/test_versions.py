@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-from tunesmith.describing import versions
 from tunesmith.recipe.read import validate
+from tunesmith.training.summary import versions
 
 
 @pytest.mark.parametrize(

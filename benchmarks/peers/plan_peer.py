@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.measure import evaluate
-from tunesmith.forecasting import foresee
-from tunesmith.loop import training_steps
 from tunesmith.planning.counting import seen_rows
-from tunesmith.preparing import prepare
-from tunesmith.probing.correcting import corrected
-from tunesmith.probing.process import probe
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.read import validate
+from tunesmith.training.loop import training_steps
+from tunesmith.training.probing.correcting import corrected
+from tunesmith.training.probing.process import probe
+from tunesmith.training.resolve import foresee
+from tunesmith.training.setup import prepare
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>")
 

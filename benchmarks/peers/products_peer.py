@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tunesmith.cli.options import chosen
-from tunesmith.loop import training_steps
 from tunesmith.planning.tracing import Call, Operand, Product, Segment, Tracer
-from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Recipe
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
 
 WARM = 6
 """Steps before the first that counts: products are compiled, the heap is as large as it gets."""

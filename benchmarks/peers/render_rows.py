@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.store import RowStore
-from tunesmith.preparing import prepare
 from tunesmith.recipe import read
+from tunesmith.training.setup import prepare
 
 
 def render(model: str, folder: Path) -> dict[str, list[dict[str, Any]]]:

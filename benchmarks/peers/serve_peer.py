@@ -69,10 +69,10 @@ def generate(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
 
 def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """The batch of the engine, every request at once."""
-    from tunesmith.inference.adapters import Adapters
-    from tunesmith.inference.batch import Batch, Job
-    from tunesmith.inference.decoder import Together
-    from tunesmith.loading import load_model
+    from tunesmith.inference.load import load_model
+    from tunesmith.serve.adapters import Adapters
+    from tunesmith.serve.batch import Batch, Job
+    from tunesmith.serve.decoder import Together
 
     speaker = load_model(job["model"], offline=True)
     decoder = Together(speaker.model, Adapters(speaker.model))

@@ -18,11 +18,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tunesmith.api import evaluate, load, predict, resume, train
     from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
-    from tunesmith.loop import training_steps
-    from tunesmith.preparing import prepare
     from tunesmith.recipe.knobs import Recipe
-    from tunesmith.run import Run
-    from tunesmith.training import Listener
+    from tunesmith.runs.folder import Run
+    from tunesmith.training.loop import training_steps
+    from tunesmith.training.setup import prepare
+    from tunesmith.training.trainer import Listener
     from tunesmith.types import Event
 
 __all__ = [
@@ -49,11 +49,11 @@ __all__ = [
 _HOMES = {
     "api": ("evaluate", "load", "predict", "resume", "train"),
     "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
-    "loop": ("training_steps",),
-    "preparing": ("prepare",),
+    "training.loop": ("training_steps",),
+    "training.setup": ("prepare",),
     "recipe.knobs": ("Recipe",),
-    "run": ("Run",),
-    "training": ("Listener",),
+    "runs.folder": ("Run",),
+    "training.trainer": ("Listener",),
     "types": ("Event",),
 }
 

@@ -12,19 +12,19 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith import training
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.evaluation.intervals import Interval
 from tunesmith.export.planned import check_planned, export_planned
-from tunesmith.loading import load_run, load_target
-from tunesmith.predicting.inputs import answers_to
-from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.predicting.predictor import Predictor
-from tunesmith.progress import ProgressLine, is_wanted
+from tunesmith.inference.inputs import answers_to
+from tunesmith.inference.load import load_run, load_target
+from tunesmith.inference.measuring import evaluate_file
+from tunesmith.inference.predictor import Predictor
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
+from tunesmith.runs.progress_line import ProgressLine, is_wanted
+from tunesmith.training import trainer as training
 from tunesmith.types import Event, TaskName
 
 Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]

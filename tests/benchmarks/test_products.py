@@ -15,7 +15,7 @@ from benchmarks import products
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.errors import TunesmithError
 from tunesmith.planning.tracing import Operand, Tracer
-from tunesmith.preparing import prepare
+from tunesmith.training.setup import prepare
 
 FOUND = {
     "precision": "bfloat16",

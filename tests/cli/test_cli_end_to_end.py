@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 Result = Any
 """Of typer's CliRunner; its name moves between versions."""

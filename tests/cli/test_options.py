@@ -10,7 +10,7 @@ from tunesmith.cli.doctor import EXTRAS
 from tunesmith.cli.options import OPTIONS, data_file, given
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.run import is_run
+from tunesmith.runs.folder import is_run
 
 
 @pytest.mark.parametrize(

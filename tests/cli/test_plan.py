@@ -83,7 +83,7 @@ def test_for_machines_a_probe_is_plain_values(tmp_path):
 def test_what_is_not_probed_is_said(tmp_path, monkeypatch, more, why):
     if not more:
         monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: 2**20)
-    monkeypatch.setattr("tunesmith.probing.process.probe", lambda *args, **how: pytest.fail("it was probed"))
+    monkeypatch.setattr("tunesmith.training.probing.process.probe", lambda *args, **how: pytest.fail("it was probed"))
     assert f"note: not probed: {why}" in plan(tmp_path, "--probe", *more, code=0 if more else 2)
 
 

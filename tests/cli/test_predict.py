@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from predicting.headed import MANY, ONE, TAGS, headed
 from tiny_tasks import rows_of, task_recipe, texts, write
 from tunesmith.cli.app import app
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 Result = Any
 
@@ -90,10 +90,10 @@ def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path
 
 def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
     """What a call leaves that is killed after some lines, in the middle of the next."""
-    from tunesmith.loading import load_model
-    from tunesmith.predicting.file import identity_of
-    from tunesmith.predicting.output import Output
-    from tunesmith.predicting.predictor import Predictor
+    from tunesmith.inference.file import identity_of
+    from tunesmith.inference.load import load_model
+    from tunesmith.inference.output import Output
+    from tunesmith.inference.predictor import Predictor
 
     predictor = Predictor(load_model(str(model), offline=True))
     Output.open(out, identity_of(predictor, str(rows), bare=False)).close()
@@ -135,7 +135,7 @@ def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path,
 def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(
     one: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.predicting import predictor
+    from tunesmith.inference import predictor
 
     out, passes = tmp_path / "out.jsonl", iter(range(3))
 
@@ -193,8 +193,8 @@ def test_what_does_not_go_together_is_refused(one: Path, rows: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from tunesmith import training
     from tunesmith.evaluation import report
+    from tunesmith.training import trainer as training
 
     folder = tmp_path_factory.mktemp("run")
     recipe = task_recipe(folder, "classify", "encoder", rows=40)
@@ -276,8 +276,8 @@ def test_eval_says_how_many_rows_the_run_was_trained_on(run: Run, tmp_path: Path
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that held out rows of its training file."""
-    from tunesmith import training
     from tunesmith.evaluation import report
+    from tunesmith.training import trainer as training
 
     folder = tmp_path_factory.mktemp("writer")
     sections = {"train": {"max_steps": 1}, "data": {"eval": [], "held_out": 0.3}, "evaluation": {"samples": 0}}
@@ -318,8 +318,8 @@ def test_eval_of_a_model_that_writes_nothing_refuses_samples(run: Run) -> None:
 
 def test_eval_makes_text_of_rows_only_where_it_is_kept(writer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of rows are measured without holding what they say."""
-    from tunesmith.loading import load_run
-    from tunesmith.predicting.measuring import evaluate_file
+    from tunesmith.inference.load import load_run
+    from tunesmith.inference.measuring import evaluate_file
 
     speaker, path = load_run(writer, offline=True), writer.recipe().data.train[0].path
     lines: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from evaluation.fake_runs import fake_run
 from tunesmith.cli.app import app
 from tunesmith.cli.panels import answers
 from tunesmith.evaluation import report
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
 

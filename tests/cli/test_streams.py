@@ -15,7 +15,7 @@ import pytest
 
 import tunesmith
 from tiny_run import chats, model_folder
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 SOURCE = Path(tunesmith.__file__).resolve().parents[1]
 QUICK = ("method.rank=4", "train.max_steps=2", "train.rows_per_step=3", "evaluation.samples=1", "threads=1")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tunesmith import values
+from tunesmith import formatting as values
 from tunesmith.cli import text
 
 

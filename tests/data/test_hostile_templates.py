@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 
 from tiny import CHATML, chat, template, tiny_tokenizer
 from tiny_run import chats, model_folder, tiny_recipe
-from tunesmith import training
-from tunesmith.asking import EngineOptions
 from tunesmith.cli.app import app
 from tunesmith.data import template as template_module
 from tunesmith.data.render import Renderer
 from tunesmith.data.template import ChatTemplate, TemplateRefusal
 from tunesmith.environment import for_child
 from tunesmith.errors import ModelError
-from tunesmith.inference.call_formats import call_format
-from tunesmith.inference.serving import open_serving
+from tunesmith.serve.call_formats import call_format
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.serving import open_serving
+from tunesmith.training import trainer as training
 
 MOST_S = 20.0
 TIME, MEMORY, DEEP = "did not finish one row in 1 s", "took more than 1,024 MiB of memory", "more deeply than Python"

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.files import to_json
-from tunesmith.run import Run
+from tunesmith.runs.atomic import to_json
+from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
 TASKS = ("chat", "text", "classes", "two", "sets", "number", "tag")

@@ -10,9 +10,9 @@ import pytest
 from evaluation.outcome_rows import classes, tokens
 from tunesmith.errors import InputError
 from tunesmith.evaluation.comparing import SCORES, compare, compare_answers
+from tunesmith.evaluation.metrics import MEASURES
 from tunesmith.evaluation.outcomes import row_facts
 from tunesmith.evaluation.scores import score
-from tunesmith.measures import MEASURES
 from tunesmith.types import Labels
 
 

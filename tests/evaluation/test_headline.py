@@ -9,8 +9,8 @@ import pytest
 from evaluation.fake_runs import fake_run, report_of
 from tunesmith.evaluation.comparing import SCORES
 from tunesmith.evaluation.report import write_report
-from tunesmith.files import to_json
-from tunesmith.run import Run
+from tunesmith.runs.atomic import to_json
+from tunesmith.runs.folder import Run
 
 pytestmark = pytest.mark.pages
 

@@ -19,6 +19,7 @@ from shape.tree import ROOT
 from tunesmith.errors import RunError
 from tunesmith.evaluation import statistics, verdicts
 from tunesmith.evaluation.intervals import intervals
+from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.log import Log
@@ -26,8 +27,7 @@ from tunesmith.evaluation.report.markdown import _fenced
 from tunesmith.evaluation.report.marking import differences, one_line, visible
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, headline, summary
-from tunesmith.measures import info_of
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 pytestmark = pytest.mark.pages
 

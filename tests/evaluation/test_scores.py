@@ -12,10 +12,10 @@ from seqeval.metrics import classification_report, f1_score, precision_score, re
 from evaluation.outcome_rows import classes, drawn, numbers, outcomes_of, sets, tokens
 from tunesmith.evaluation import scores
 from tunesmith.evaluation.intervals import resamples
+from tunesmith.evaluation.metrics import MEASURES
 from tunesmith.evaluation.outcomes import row_facts
 from tunesmith.evaluation.scores import score
-from tunesmith.files import from_json, to_json
-from tunesmith.measures import MEASURES
+from tunesmith.runs.atomic import from_json, to_json
 from tunesmith.types import Labels
 
 nan = math.nan

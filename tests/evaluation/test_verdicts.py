@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.verdicts import (
     against_baseline,
     against_usual_answer,
@@ -14,7 +15,6 @@ from tunesmith.evaluation.verdicts import (
     never_right,
     too_few,
 )
-from tunesmith.measures import info_of
 
 
 def rows_of(kind: str, pairs: list[tuple[Any, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from tiny_run import chats, tiny_recipe
 from tiny_tasks import piece_tokenizer, rows_of, task_recipe, word_tokenizer, write_pooling
 from tunesmith.export import probe, verify
 from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
-from tunesmith.loading import make_renderer, run_labels
+from tunesmith.inference.load import make_renderer, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load, locate
@@ -27,8 +27,8 @@ from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.read import validate
 from tunesmith.recipe.show import as_yaml
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 SHORT: dict[str, Any] = {

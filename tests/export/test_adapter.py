@@ -21,11 +21,11 @@ from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.servers import server_lines
 from tunesmith.export.source import open_source
-from tunesmith.files import sha256_file
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_format import WEIGHTS, save_adapter
 from tunesmith.models.locate import Located
 from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.runs.atomic import sha256_file
 
 
 def exported(name: str, tmp_path: Path, **words: Any) -> Exported:

@@ -14,10 +14,10 @@ from tunesmith.export import llama_cpp_read, loaders, verify
 from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source
-from tunesmith.loading import make_renderer
+from tunesmith.inference.load import make_renderer
 from tunesmith.recipe.read import validate
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 from tunesmith.types import Part
 
 PHRASE = "tallest mountain on Earth"

@@ -16,7 +16,7 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.export import pushing
 from tunesmith.export.exporting import EXPORTS, export_run
 from tunesmith.export.options import Options
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 
 class Bomb:

@@ -27,7 +27,7 @@ from tunesmith.export.source import open_source
 from tunesmith.models import save
 from tunesmith.models.headers import read_gguf
 from tunesmith.models.quiet import quiet
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 
 def exported(run: Run, target: str, folder: Path, *, proof: bool = False, **words: Any) -> Exported:

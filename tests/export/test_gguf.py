@@ -25,7 +25,7 @@ from tunesmith.export.pre_tokenizers import HASHES, find_rule, probe_hash, rule_
 from tunesmith.export.source import open_source
 from tunesmith.models import load, locate
 from tunesmith.models.headers import GgufHeader, read_gguf
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]
 

@@ -21,9 +21,9 @@ from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, find_architecture, in_halves, interleaved
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source, read_config
-from tunesmith.files import sha256_file
 from tunesmith.models.headers import read_gguf
-from tunesmith.run import Run
+from tunesmith.runs.atomic import sha256_file
+from tunesmith.runs.folder import Run
 
 
 def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True) -> Exported:

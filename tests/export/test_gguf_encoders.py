@@ -26,7 +26,7 @@ from tunesmith.export.probe import Seen
 from tunesmith.models import load
 from tunesmith.models.headers import read_gguf
 from tunesmith.recipe.read import validate
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 LLAMA_CPP = llama_cpp_read.is_installed()
 

@@ -27,8 +27,8 @@ from tunesmith.export.source import open_source, tuned_tensors
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.knobs import DataFile
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 
 KINDS = [
     "chat",

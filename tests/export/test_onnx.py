@@ -24,7 +24,7 @@ from tunesmith.export.onnx_read import load_onnx
 from tunesmith.export.source import open_source, tuned_tensors
 from tunesmith.models import load
 from tunesmith.models.forward import sequence_logits
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import Batch, Row
 from tunesmith.types import Source as Place
 

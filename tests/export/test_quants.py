@@ -14,14 +14,14 @@ import pytest
 
 from export.exports import of_architecture, quick
 from faults import limited_files
+from tunesmith.environment import installing
 from tunesmith.errors import ExportError, ModelError, StorageError
 from tunesmith.export import exporting, gguf_file, gguf_kinds, llama_cpp_read, quantiser, verify
 from tunesmith.export.exporting import EXPORTS, Exported, export_run
 from tunesmith.export.gguf_kinds import KINDS, number_of
 from tunesmith.export.options import Options
-from tunesmith.extras import installing
 from tunesmith.models.headers import read_gguf
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_read.is_installed(), reason="llama-cpp-python is not installed")
 OURS = [name for name, kind in KINDS.items() if not kind.by_llama_cpp]

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.asking import Begun, Ended, Piece, Refused, TokenChance
-from tunesmith.generation import Answer, Sampling, answer
-from tunesmith.inference.adapters import Adapters
-from tunesmith.inference.batch import Batch, Job, News
-from tunesmith.inference.decoder import Decoder, Together
+from tunesmith.evaluation.generation import Answer, Sampling, answer
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
 from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.serve.adapters import Adapters
+from tunesmith.serve.batch import Batch, Job, News
+from tunesmith.serve.decoder import Decoder, Together
+from tunesmith.serve.protocol import Begun, Ended, Piece, Refused, TokenChance
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)

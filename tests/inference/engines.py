@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from inference.batches import Heard, sharp
 from tiny_run import tiny_recipe
-from tunesmith import training
-from tunesmith.asking import Ask, EngineOptions, Told
-from tunesmith.inference.engine import ChildEngine, start_engine
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
+from tunesmith.serve.engine import ChildEngine, start_engine
+from tunesmith.serve.protocol import Ask, EngineOptions, Told
+from tunesmith.training import trainer as training
 
 T = TypeVar("T")
 OPTIONS = EngineOptions(max_new_tokens=32, streams=4, queue=8, threads=1, offline=True)

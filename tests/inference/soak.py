@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import median
 
 from tiny_run import WORDS
-from tunesmith import generation, loading
-from tunesmith.generation import Answer, Sampling
-from tunesmith.run import Run
+from tunesmith.evaluation import generation
+from tunesmith.evaluation.generation import Answer, Sampling
+from tunesmith.inference import load as loading
+from tunesmith.runs.folder import Run
 from tunesmith.types import Part
 
 CLIENTS = 16

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.asking import Refused
 from tunesmith.errors import ModelError
-from tunesmith.inference import ahead
-from tunesmith.inference.ahead import Ahead
+from tunesmith.serve import ahead
+from tunesmith.serve.ahead import Ahead
+from tunesmith.serve.protocol import Refused
 
 PLAIN = {"json_schema": None}
 
@@ -81,7 +81,7 @@ def test_what_is_made_is_not_wanted_once_it_is_cancelled() -> None:
 def test_the_end_of_a_thread_ends_the_process() -> None:
     code = """
 import time
-from tunesmith.inference.ahead import Ahead
+from tunesmith.serve.ahead import Ahead
 def told(made):
     raise SystemExit
 asks = Ahead(lambda *given: None, told)

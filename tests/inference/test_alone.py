@@ -11,12 +11,14 @@ import pytest
 from inference.batches import Heard, sharp
 from tiny_run import model_folder
 from tiny_tasks import task_recipe
-from tunesmith import generation, loading, training
-from tunesmith.asking import Ask, EngineOptions, Piece, Refused
 from tunesmith.cli.talking import Manner, Talk, Voice, open_voices
-from tunesmith.generation import Sampling
-from tunesmith.inference.alone import Alone
-from tunesmith.loading import Speaker
+from tunesmith.evaluation import generation
+from tunesmith.evaluation.generation import Sampling
+from tunesmith.inference import load as loading
+from tunesmith.inference.load import Speaker
+from tunesmith.serve.alone import Alone
+from tunesmith.serve.protocol import Ask, EngineOptions, Piece, Refused
+from tunesmith.training import trainer as training
 from tunesmith.types import Part
 
 OPTIONS = EngineOptions(max_new_tokens=12, streams=1)

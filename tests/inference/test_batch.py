@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from inference.batches import RENDERER, RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
-from tunesmith.generation import Sampling, answer
-from tunesmith.inference import cache, proofs
-from tunesmith.inference.adapters import Adapters, OtherRowsError, Path, SharedLinear
-from tunesmith.inference.batch import Batch
-from tunesmith.inference.choosing import How
-from tunesmith.inference.decoder import Apart, Together
+from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
 from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.serve import cache, proofs
+from tunesmith.serve.adapters import Adapters, OtherRowsError, Path, SharedLinear
+from tunesmith.serve.batch import Batch
+from tunesmith.serve.choosing import How
+from tunesmith.serve.decoder import Apart, Together
 
 WHO = (None, *RUNS)
 TOGETHER = (
@@ -60,8 +60,8 @@ def assert_ragged_answers_are_those_alone(arch: str, make: Callable[[str], Any],
 def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools of 4, 8, 16, ... tokens, so that texts move between them, and prompts that are read in parts."""
     monkeypatch.setattr(cache, "SMALLEST", 4)
-    monkeypatch.setattr("tunesmith.inference.batch.FILL_TOKENS", 7)
-    monkeypatch.setattr("tunesmith.inference.batch.FILL_TOKENS_ALONE", 16)
+    monkeypatch.setattr("tunesmith.serve.batch.FILL_TOKENS", 7)
+    monkeypatch.setattr("tunesmith.serve.batch.FILL_TOKENS_ALONE", 16)
 
 
 @pytest.mark.usefixtures("small_rooms")

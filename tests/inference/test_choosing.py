@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from tunesmith.inference import choosing
-from tunesmith.inference.choosing import Chooser, How, choose_all
+from tunesmith.serve import choosing
+from tunesmith.serve.choosing import Chooser, How, choose_all
 
 V = 50
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from inference.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
-from tunesmith import generation, loading
-from tunesmith.asking import Ask, Refused
 from tunesmith.errors import InputError
-from tunesmith.generation import Answer, Sampling
-from tunesmith.inference import engine
-from tunesmith.run import Run
+from tunesmith.evaluation import generation
+from tunesmith.evaluation.generation import Answer, Sampling
+from tunesmith.inference import load as loading
+from tunesmith.runs.folder import Run
+from tunesmith.serve import engine
+from tunesmith.serve.protocol import Ask, Refused
 from tunesmith.types import Part
 
 QUESTIONS = ("What is the tallest mountain?", "hello", "the quick brown fox jumps over a lazy dog please")
@@ -62,8 +63,8 @@ def test_runs_and_their_base_are_served(asked: Asked) -> None:
 def test_the_parent_holds_no_torch(root: Path) -> None:
     code = """
 import asyncio, pathlib, sys
-from tunesmith.asking import EngineOptions
-from tunesmith.inference.engine import start_engine
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.engine import start_engine
 from tunesmith.errors import InputError
 try:
     asyncio.run(start_engine(["no-such-run"], root=pathlib.Path(sys.argv[1]), options=EngineOptions(offline=True)))
@@ -333,8 +334,8 @@ def test_a_child_over_its_memory_is_ended_before_it_is_ready(root: Path) -> None
 def test_the_child_ends_with_its_parent(root: Path) -> None:
     code = f"""
 import asyncio, os, pathlib
-from tunesmith.asking import EngineOptions
-from tunesmith.inference.engine import start_engine
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.engine import start_engine
 async def main():
     engine = await start_engine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
     print(engine._life._process.pid, flush=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from inference.engines import Asked, engine_over, heard, says, two_runs
-from tunesmith.asking import Refused
-from tunesmith.inference import grammar, schemas
+from tunesmith.serve import grammar, schemas
+from tunesmith.serve.protocol import Refused
 
 xgrammar = pytest.importorskip("xgrammar", reason="xgrammar is not installed: pip install 'tunesmith[json]'")
 

@@ -15,13 +15,14 @@ from inference.batches import Heard, hear
 from inference.engines import OPTIONS, says
 from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
-from tunesmith import loading, training
 from tunesmith.api import predict
-from tunesmith.asking import Ask
 from tunesmith.errors import RunError
-from tunesmith.inference.batch import Batch
-from tunesmith.inference.serving import Serving, open_serving
-from tunesmith.run import Run
+from tunesmith.inference import load as loading
+from tunesmith.runs.folder import Run
+from tunesmith.serve.batch import Batch
+from tunesmith.serve.protocol import Ask
+from tunesmith.serve.serving import Serving, open_serving
+from tunesmith.training import trainer as training
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on")
 
@@ -163,7 +164,7 @@ class Clock:
                 return now.date()
 
         self._monkeypatch.setattr(chat_templates, "datetime", Then)
-        self._monkeypatch.setattr("tunesmith.starting.date", Day, raising=False)
+        self._monkeypatch.setattr("tunesmith.training.inputs.date", Day, raising=False)
 
 
 @pytest.fixture

@@ -18,19 +18,20 @@ from inference.batches import Heard, hear, sharp
 from inference.engines import OPTIONS, says, two_runs
 from tiny_run import tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
-from tunesmith import loading, training
-from tunesmith.asking import Ask, Refused
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.generation import Sampling, answer
-from tunesmith.inference import cache, proofs
-from tunesmith.inference.adapters import Adapters
-from tunesmith.inference.batch import Batch
-from tunesmith.inference.decoder import Apart, Together
-from tunesmith.inference.serving import Serving, open_serving
-from tunesmith.inference.voices import Voice
+from tunesmith.evaluation.generation import Sampling, answer
+from tunesmith.inference import load as loading
+from tunesmith.inference.predictor import Predictor
 from tunesmith.models.quiet import quiet
-from tunesmith.predicting.predictor import Predictor
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
+from tunesmith.serve import cache, proofs
+from tunesmith.serve.adapters import Adapters
+from tunesmith.serve.batch import Batch
+from tunesmith.serve.decoder import Apart, Together
+from tunesmith.serve.protocol import Ask, Refused
+from tunesmith.serve.serving import Serving, open_serving
+from tunesmith.serve.voices import Voice
+from tunesmith.training import trainer as training
 from tunesmith.types import Example, Part, Source
 
 

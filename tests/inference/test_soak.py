@@ -14,7 +14,7 @@ import pytest
 
 from inference.engines import OPTIONS, Asked, engine_over, heard, says, two_runs
 from inference.soak import CLIENTS, Case, Watch, cases
-from tunesmith.asking import Piece, Refused
+from tunesmith.serve.protocol import Piece, Refused
 
 RUNS, BASE = ("first", "second"), "model-llama"
 ROOMY = replace(OPTIONS, streams=8, queue=64)
@@ -24,11 +24,11 @@ HUGE = "please " * 600
 # What the child does wrong, as a module that Python imports before anything else.
 PLANTED = """
 import sys
-if "tunesmith.inference.child" in sys.orig_argv:
+if "tunesmith.serve.child" in sys.orig_argv:
     import threading
     def plant():
         {body}
-    from tunesmith.inference import adapters, batch, voices
+    from tunesmith.serve import adapters, batch, voices
     plant()
 """
 LEAK = """

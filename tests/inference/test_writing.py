@@ -10,10 +10,10 @@ import pytest
 
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
-from tunesmith.asking import TokenChance
-from tunesmith.generation import read_answer
-from tunesmith.inference.choosing import Chosen
-from tunesmith.inference.writing import Tokens, Writer
+from tunesmith.evaluation.generation import read_answer
+from tunesmith.serve.choosing import Chosen
+from tunesmith.serve.protocol import TokenChance
+from tunesmith.serve.writing import Tokens, Writer
 
 SAID = "Ça va très bien 🦊🦊, 今日はいい天気ですね。\n\n  The quick  brown fox end "
 

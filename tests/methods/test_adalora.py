@@ -17,19 +17,19 @@ from torch import Tensor
 from methods.test_peft_kinds import base_model, by_peft, ids_of, logits, saved
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
-from tunesmith import gradients
 from tunesmith.errors import RecipeError, Stopped
-from tunesmith.loop import training_steps
 from tunesmith.methods import carried, restore
 from tunesmith.methods.adalora import RankSteering, for_steps
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
 from tunesmith.methods.peft_saved import load_result
 from tunesmith.optim import OPTIMIZERS, Update, rate
-from tunesmith.preparing import Setup, prepare
 from tunesmith.recipe.knobs import Optim, Recipe
 from tunesmith.recipe.method_knobs import PeftMethod
-from tunesmith.run import runs
-from tunesmith.training import resume, train
+from tunesmith.runs.folder import runs
+from tunesmith.training import step as gradients
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.trainer import resume, train
 
 RANKS = {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj", "v_proj"]}
 STEPS = 10

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tiny_run import tiny_recipe
-from tunesmith import checkpoint
 from tunesmith.errors import ModelError, Stopped
-from tunesmith.loading import load_run
+from tunesmith.inference.load import load_run
 from tunesmith.methods.full import attach
 from tunesmith.methods.token_rows import sole_embedding
 from tunesmith.optim import OPTIMIZERS, Update
-from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import FullMethod, Optim
-from tunesmith.run import runs
-from tunesmith.training import Listener, train
+from tunesmith.runs import checkpoint
+from tunesmith.runs.folder import runs
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Labels
 
 VOCAB, PADDING = 64, 0

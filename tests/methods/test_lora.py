@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.inference.adapters import Adapters
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
 from tunesmith.optim import Update
 from tunesmith.recipe.knobs import LoraMethod, Optim
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
+from tunesmith.serve.adapters import Adapters
 
 VOCAB = 61
 

@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCa
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
 from tiny_run import tiny_recipe
-from tunesmith import loading
-from tunesmith.generation import Sampling, answer
-from tunesmith.inference import proofs
-from tunesmith.inference.adapters import Adapters
-from tunesmith.inference.decoder import Apart
+from tunesmith.evaluation.generation import Sampling, answer
+from tunesmith.inference import load as loading
 from tunesmith.models import agreement, recurrent, rope
 from tunesmith.models.agreement import ragged_agrees
-from tunesmith.preparing import prepare
-from tunesmith.training import train
+from tunesmith.serve import proofs
+from tunesmith.serve.adapters import Adapters
+from tunesmith.serve.decoder import Apart
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import train
 
 BORDER = 64
 COMMON: dict[str, Any] = {

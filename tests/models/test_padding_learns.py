@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tiny_tasks import WORDS, task_recipe, word_tokenizer, write
-from tunesmith.loop import training_steps
-from tunesmith.preparing import Setup, prepare
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

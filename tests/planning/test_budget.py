@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.forecasting import foresee
 from tunesmith.planning import budget
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.budget import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.read import validate
-from tunesmith.training import train
+from tunesmith.training.resolve import foresee
+from tunesmith.training.trainer import train
 from tunesmith.types import Choice
 
 

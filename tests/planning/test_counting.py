@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith import looking, training
 from tunesmith.evaluation import general
-from tunesmith.forecasting import foresee
 from tunesmith.planning.work import KINDS
-from tunesmith.training import train
+from tunesmith.training import evaluate as looking
+from tunesmith.training import trainer as training
+from tunesmith.training.resolve import foresee
+from tunesmith.training.trainer import train
 
 WAYS: dict[str, dict[str, Any]] = {
     "an epoch": {"train": {"epochs": 1}},

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
+from tunesmith.environment import installing
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
-from tunesmith.extras import installing
-from tunesmith.forecasting import foresee
 from tunesmith.planning import devices, fitting
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.devices import Device, named
@@ -18,9 +17,10 @@ from tunesmith.planning.heaviest import Heavy, heaviest
 from tunesmith.planning.memory import Memory
 from tunesmith.planning.sketch import Sketch
 from tunesmith.planning.work import Work
-from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.read import validate
+from tunesmith.training.resolve import foresee
+from tunesmith.training.setup import prepare
 from tunesmith.types import Choice
 
 LAYERS = 10

@@ -13,12 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder, tiny_recipe
-from tunesmith import forecasting, training
 from tunesmith.cli.app import app
 from tunesmith.errors import RecipeError
-from tunesmith.forecasting import foresee
 from tunesmith.planning import devices, fitting, forecast, sketch, trying
 from tunesmith.planning.tracing import Call, Operand, Product, Segment
+from tunesmith.training import resolve as forecasting
+from tunesmith.training import trainer as training
+from tunesmith.training.resolve import foresee
 
 ERRORS = (NotImplementedError, RuntimeError, KeyError, MemoryError, OSError, AttributeError)
 SAID = "memory and time could not be forecast: "
@@ -39,7 +40,7 @@ STEPS = [
     *functions_of(sketch.Sketch, "tunesmith.planning.sketch.Sketch", "tunesmith"),
     *functions_of(trying.Tried, "tunesmith.planning.trying.Tried", "tunesmith"),
     ("tunesmith.planning.devices", "_measured"),
-    *(("tunesmith.forecasting", name) for name in ("give_back", "fit", "Forecaster", "Tried", "_general_tokens")),
+    *(("tunesmith.training.resolve", name) for name in ("give_back", "fit", "Forecaster", "Tried", "_general_tokens")),
     *(("tunesmith.planning.sketch", name) for name in ("model_of_shapes", "attach", "bind", "_kept", "_cut")),
 ]
 
@@ -125,7 +126,7 @@ def test_an_interrupt_ends_a_forecast(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*args: Any, **how: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tunesmith.forecasting.fit", fail)
+    monkeypatch.setattr("tunesmith.training.resolve.fit", fail)
     with pytest.raises(KeyboardInterrupt):
         foresee(tiny_recipe(tmp_path), root=tmp_path)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.loop import training_steps
 from tunesmith.models import segments
 from tunesmith.planning.sharing import KEY
-from tunesmith.preparing import Setup, prepare
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
 
 SYSTEM = "the quick brown fox jumps over a lazy dog what is tallest mountain on Earth"
 

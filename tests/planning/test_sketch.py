@@ -20,10 +20,10 @@ from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.planning.memory import Pass, highest, step_peak, timeline
 from tunesmith.planning.sketch import Kept, Sketch, Stack
 from tunesmith.planning.tracing import Segment, Tracer
-from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.recipe.read import validate
+from tunesmith.training.setup import prepare
 from tunesmith.types import Batch, Row
 
 

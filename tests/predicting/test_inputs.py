@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import DataError
-from tunesmith.predicting.inputs import read_pipe, read_rows
-from tunesmith.predicting.lines import Line, Lines
+from tunesmith.inference.inputs import read_pipe, read_rows
+from tunesmith.inference.lines import Line, Lines
 from tunesmith.recipe.knobs import Data
 from tunesmith.types import Example
 

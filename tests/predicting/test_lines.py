@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tunesmith.predicting.lines import Line, Lines, fields_of, record_of
+from tunesmith.inference.lines import Line, Lines, fields_of, record_of
 from tunesmith.types import Example, Part, Problem, Source
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from faults import Faults, in_child
 from tunesmith.errors import InputError, StorageError
-from tunesmith.predicting.output import Output
+from tunesmith.inference.output import Output
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {"input a.jsonl": "0" * 64, "model": "m"}
@@ -164,8 +164,8 @@ def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from tunesmith.predicting.lines import Lines
-from tunesmith.predicting.output import Output
+from tunesmith.inference.lines import Lines
+from tunesmith.inference.output import Output
 from tunesmith.types import Example, Part, Source
 
 def answers(examples, done, warn):

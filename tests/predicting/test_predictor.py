@@ -12,10 +12,10 @@ from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
 from tunesmith.errors import InputError, ModelError
-from tunesmith.generation import Sampling, answer
-from tunesmith.loading import Speaker, load_model
-from tunesmith.predicting.inputs import answers_to
-from tunesmith.predicting.predictor import Predictor
+from tunesmith.evaluation.generation import Sampling, answer
+from tunesmith.inference.inputs import answers_to
+from tunesmith.inference.load import Speaker, load_model
+from tunesmith.inference.predictor import Predictor
 from tunesmith.types import Example, Labels, Part, Problem, Source
 
 ATOL = 1e-5

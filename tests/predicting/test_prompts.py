@@ -10,13 +10,13 @@ import pytest
 
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.evaluation import samples
-from tunesmith.generation import Answer
-from tunesmith.loading import Speaker
-from tunesmith.predicting import predictor
-from tunesmith.predicting.file import predict_stream
-from tunesmith.predicting.measuring import evaluate_file
-from tunesmith.predicting.predictor import Predictor
-from tunesmith.preparing import Setup, prepare
+from tunesmith.evaluation.generation import Answer
+from tunesmith.inference import predictor
+from tunesmith.inference.file import predict_stream
+from tunesmith.inference.load import Speaker
+from tunesmith.inference.measuring import evaluate_file
+from tunesmith.inference.predictor import Predictor
+from tunesmith.training.setup import Setup, prepare
 
 NEW_TOKENS = 4
 

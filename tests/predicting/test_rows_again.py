@@ -12,9 +12,9 @@ from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, rows_of, write
 from tunesmith.data.examples import examples
-from tunesmith.loading import Speaker, load_model
-from tunesmith.predicting.file import predict_to
-from tunesmith.predicting.predictor import Predictor
+from tunesmith.inference.file import predict_to
+from tunesmith.inference.load import Speaker, load_model
+from tunesmith.inference.predictor import Predictor
 from tunesmith.recipe.knobs import Data, DataFile
 from tunesmith.types import Problem, Row, TaskName
 

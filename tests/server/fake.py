@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tunesmith.asking import Ask, Begun, Ended, EngineState, Piece, Refused, Served, TokenChance, Told
+from tunesmith.serve.protocol import Ask, Begun, Ended, EngineState, Piece, Refused, Served, TokenChance, Told
 
 MODELS = (
     Served("support", "chat", "text", 512, is_base=False, created=1_700_000_000),

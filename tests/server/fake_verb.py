@@ -19,15 +19,15 @@ async def start_engine(names: Any, *, root: Any, options: Any, on_note: Any) -> 
     return FakeEngine()
 
 
-module = ModuleType("tunesmith.inference.engine")
+module = ModuleType("tunesmith.serve.engine")
 module.start_engine = start_engine  # type: ignore[attr-defined]
-sys.modules["tunesmith.inference.engine"] = module
+sys.modules["tunesmith.serve.engine"] = module
 
 
 def plant(bug: str) -> None:
     """What a server must not do, for tests that have to see it: PLANTED names it."""
     from tunesmith.cli import serving
-    from tunesmith.server import gate
+    from tunesmith.serve import gate
 
     if bug == "faults tell what was asked":
         gate._where = lambda error: f"RuntimeError at fake.py:1 ask: {error}"

@@ -15,9 +15,9 @@ from typing import Any
 from openai import OpenAI
 
 from server.fake import FakeEngine
-from tunesmith.server.app import make_app
-from tunesmith.server.gate import Answered, Rules
-from tunesmith.server.listening import Bound, bind, make_server, serve
+from tunesmith.serve.app import make_app
+from tunesmith.serve.gate import Answered, Rules
+from tunesmith.serve.listening import Bound, bind, make_server, serve
 
 
 @dataclass

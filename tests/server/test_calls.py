@@ -9,9 +9,9 @@ import pytest
 
 from server.running import Running
 from tiny import template, tiny_tokenizer
-from tunesmith.asking import Called, CallFormat
-from tunesmith.inference.call_formats import call_format
-from tunesmith.server.calls import Reader
+from tunesmith.serve.call_formats import call_format
+from tunesmith.serve.calls import Reader
+from tunesmith.serve.protocol import Called, CallFormat
 
 TOOLS = frozenset({"find", "look_up"})
 CALL = '<tool_call>\n{"name": "find", "arguments": {"word": "fox ä", "num": 2}}\n</tool_call>'

@@ -17,11 +17,11 @@ import pytest
 
 from server.running import wait_for
 from tiny_run import tiny_recipe
-from tunesmith import generation
-from tunesmith.generation import Sampling
-from tunesmith.loading import load_base, load_run
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.evaluation import generation
+from tunesmith.evaluation.generation import Sampling
+from tunesmith.inference.load import load_base, load_run
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 from tunesmith.types import Part
 
 SOURCE = str(Path(__file__).parents[2] / "src")

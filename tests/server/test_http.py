@@ -9,8 +9,8 @@ import pytest
 
 from server.fake import FakeEngine
 from server.running import Running, running
-from tunesmith.server import parameters
-from tunesmith.server.bodies import ChatBody, ClassifyBody, CompletionBody
+from tunesmith.serve import parameters
+from tunesmith.serve.bodies import ChatBody, ClassifyBody, CompletionBody
 
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
 VECTORS = {"model": "vectors", "input": "a"}

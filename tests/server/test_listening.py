@@ -12,7 +12,7 @@ import pytest
 from server.fake import FakeEngine
 from server.running import running, wait_for
 from tunesmith.errors import InputError
-from tunesmith.server.listening import bind
+from tunesmith.serve.listening import bind
 
 SLOW = [{"role": "user", "content": "SLOW one two three"}]
 

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from server.running import Running
-from tunesmith.asking import Ask
+from tunesmith.serve.protocol import Ask
 
 ASKED = [{"role": "user", "content": "one two three"}]
 

@@ -18,7 +18,7 @@ from tunesmith.cli import other_servers
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError
 from tunesmith.export.starting import start_llama_cpp, start_vllm
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 SAYS = """#!{python}
 import json, os, sys

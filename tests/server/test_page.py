@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from server.running import Running, running
-from tunesmith.server.gate import Rules
-from tunesmith.server.keys import Keys
+from tunesmith.serve.gate import Rules
+from tunesmith.serve.keys import Keys
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

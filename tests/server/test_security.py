@@ -15,11 +15,11 @@ from starlette.requests import Request
 
 from server.running import Running, running, wait_for
 from tunesmith.errors import InputError
-from tunesmith.server import gate, keys, listening, reading, routes
-from tunesmith.server.answers import Counted
-from tunesmith.server.gate import Gate, Rules
-from tunesmith.server.keys import Keys, read_keys
-from tunesmith.server.refusals import Refusal
+from tunesmith.serve import gate, keys, listening, request_body, routes
+from tunesmith.serve.answers import Counted
+from tunesmith.serve.gate import Gate, Rules
+from tunesmith.serve.keys import Keys, read_keys
+from tunesmith.serve.refusals import Refusal
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
@@ -154,7 +154,7 @@ def test_web_pages_stay_outside(server: Running, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AssertionError):
         web_pages_stay_outside(server)
     monkeypatch.undo()
-    monkeypatch.setattr(reading.StrictRequest, "_check_headers", lambda self: None)
+    monkeypatch.setattr(request_body.StrictRequest, "_check_headers", lambda self: None)
     with pytest.raises(AssertionError):
         web_pages_stay_outside(server)
 
@@ -271,7 +271,7 @@ def test_a_body_without_end_is_cut_off(server: Running) -> None:
             while sent < 1 << 30:
                 connection.sendall(piece)
                 sent += 0x10000
-    assert sent < 4 * reading.DRAINED_BYTES, "what the system's buffers hold comes on top"
+    assert sent < 4 * request_body.DRAINED_BYTES, "what the system's buffers hold comes on top"
 
 
 # trap: S6

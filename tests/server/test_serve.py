@@ -24,7 +24,7 @@ from rich.console import Console
 
 from server.fake import MODELS
 from tunesmith.cli.serving import Voice
-from tunesmith.server.listening import bind
+from tunesmith.serve.listening import bind
 
 FAKE = Path(__file__).with_name("fake_verb.py")
 PATHS = os.pathsep.join([str(FAKE.parents[1]), str(FAKE.parents[2] / "src")])

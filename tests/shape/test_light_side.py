@@ -19,8 +19,8 @@ LIGHT = (
     "tunesmith.recipe.knobs",
     "tunesmith.recipe.read",
     "tunesmith.recipe.show",
-    "tunesmith.files",
-    "tunesmith.run",
+    "tunesmith.runs.atomic",
+    "tunesmith.runs.folder",
     "tunesmith.cli",
     "tunesmith.cli.app",
 )
@@ -77,5 +77,5 @@ def test_layers_hold() -> None:
 def test_a_run_does_not_wait_for_measures_it_has_no_use_for() -> None:
     """nltk (of rouge-score), scikit-learn's metrics, seqeval and matplotlib: nearly a fifth of the time to import."""
     late = ("nltk", "rouge_score", "sklearn.metrics", "seqeval", "matplotlib")
-    done = python(f"import sys, tunesmith.training; print([m for m in {late} if m in sys.modules])")
+    done = python(f"import sys, tunesmith.training.trainer; print([m for m in {late} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 from tiny_tasks import WORDS, task_recipe, write
-from tunesmith.run import Run
-from tunesmith.training import train
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
 
 
 def after(run: Run) -> dict[str, float]:

@@ -18,15 +18,15 @@ from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import ModelError, RecipeError, Stopped
-from tunesmith.loop import training_steps
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.noise import EmbeddingNoise
-from tunesmith.preparing import prepare
 from tunesmith.recipe.knobs import Loss
-from tunesmith.run import runs
+from tunesmith.runs.folder import runs
 from tunesmith.tasks import bind
 from tunesmith.tasks._losses import target_losses
-from tunesmith.training import resume, train
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import resume, train
 from tunesmith.types import Batch, Labels, Row, Source
 
 VOCAB = 96

@@ -11,9 +11,9 @@ from transformers import (
 )
 
 from tiny_tasks import task_recipe
-from tunesmith.loop import training_steps
 from tunesmith.optim import rate
-from tunesmith.preparing import Setup, prepare
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, prepare
 
 STEPS = 8
 OWN = {

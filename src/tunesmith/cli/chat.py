@@ -33,8 +33,8 @@ def chat(
     tunesmith chat last --once "My screen is flickering."
     """
     remember_json(ctx, as_json)
-    from tunesmith.asking import Refused
     from tunesmith.cli.talking import Manner, Talk, open_voices
+    from tunesmith.serve.protocol import Refused
 
     voices = open_voices(target, root=root, base=base, compare=compare, model=model, offline=offline, note=_note)
     talk = Talk(voices, Manner(max_new_tokens, temperature, top_p), system=system, as_json=as_json)

@@ -69,7 +69,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     Raises ModelError where the model cannot learn the task.
     """
     from tunesmith.errors import DataError
-    from tunesmith.loading import make_renderer
+    from tunesmith.inference.load import make_renderer
     from tunesmith.models import locate
     from tunesmith.models.kind import model_kind
     from tunesmith.models.load import load_tokenizer

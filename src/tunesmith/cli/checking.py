@@ -12,7 +12,7 @@ from tunesmith.cli.output import console
 from tunesmith.cli.panels import ACCENT, sample_row
 from tunesmith.cli.scores import MUTED
 from tunesmith.cli.text import percent, visible
-from tunesmith.values import plural
+from tunesmith.formatting import plural
 
 if TYPE_CHECKING:
     from tunesmith.data.check_report import CheckReport, TokenStats

@@ -81,7 +81,7 @@ def compare(
 
 def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
     """Where the base of A and that of B are now. Raises InputError where nothing is loaded, or for a third one."""
-    from tunesmith.run import is_run
+    from tunesmith.runs.folder import is_run
 
     if given and data is None:
         raise InputError("--model: what the runs have measured is compared, and no model is loaded. Leave it out.")
@@ -94,8 +94,8 @@ def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: P
 
 def _kept(name: str, root: Path) -> list[dict[str, Any]]:
     """What the run found of its held-out rows when it had ended."""
-    from tunesmith.files import from_json
-    from tunesmith.run import Run
+    from tunesmith.runs.atomic import from_json
+    from tunesmith.runs.folder import Run
 
     run = Run.open(name, root)
     path = run.path / "evaluation" / "after.jsonl"
@@ -109,8 +109,8 @@ def _kept(name: str, root: Path) -> list[dict[str, Any]]:
 
 def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
     """The run's answers to held-out prompts with their scores; none where it gave none."""
-    from tunesmith.files import from_json
-    from tunesmith.run import Run
+    from tunesmith.runs.atomic import from_json
+    from tunesmith.runs.folder import Run
 
     path = Run.open(name, root).path / "evaluation" / "answers-after.jsonl"
     return [from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
@@ -119,7 +119,7 @@ def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
 def _kept_baseline(name: str, root: Path) -> dict[str, Any]:
     """The measures of a run's held-out rows, and what a constant answer gets there; nothing where it has no report."""
     from tunesmith.evaluation.report.judging import up_to_date
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
     run = Run.open(name, root)
     if not run.report_path.exists():
@@ -130,7 +130,7 @@ def _kept_baseline(name: str, root: Path) -> dict[str, Any]:
 
 def _task_of(name: str, root: Path) -> str | None:
     """What a run was tuned for: a model beside it is asked for the same."""
-    from tunesmith.run import Run, is_run
+    from tunesmith.runs.folder import Run, is_run
 
     return Run.open(name, root).recipe().task if is_run(name, root) else None
 
@@ -169,7 +169,7 @@ def _draw(
     from tunesmith.cli.output import console
     from tunesmith.cli.text import visible
     from tunesmith.evaluation.verdicts import baseline_sentence, too_few
-    from tunesmith.values import plural
+    from tunesmith.formatting import plural
 
     screen = console()
     unit = "document" if found.are_documents else "row"
@@ -211,7 +211,7 @@ def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str,
 
 def measure_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
     """Each measure as a line: both values, and the paired interval of what lies between."""
-    from tunesmith.measures import info_of
+    from tunesmith.evaluation.metrics import info_of
 
     for key, differs in measures.items():
         info = info_of(key)
@@ -227,7 +227,7 @@ def _table(measures: Mapping[str, Difference], a: str, b: str) -> Any:
 
     from tunesmith.cli.scores import BETTER, MUTED, WORSE
     from tunesmith.cli.text import one_line
-    from tunesmith.measures import info_of
+    from tunesmith.evaluation.metrics import info_of
 
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("", style=MUTED, overflow="fold")

@@ -13,8 +13,8 @@ from rich.console import Console
 from tunesmith.cli.scores import score_line, score_lines
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import knob, loss, size, visible
+from tunesmith.formatting import duration
 from tunesmith.types import Event
-from tunesmith.values import duration
 
 PHASES = {
     "read": "reading rows",

@@ -29,7 +29,7 @@ def doctor(as_json: Json = False) -> None:
     tunesmith doctor --json
     """
     from tunesmith.cli.output import console, json_page
-    from tunesmith.extras import installing
+    from tunesmith.environment import installing
 
     found = findings()
     if as_json:
@@ -52,8 +52,8 @@ def findings() -> dict[str, Any]:
     import torch
 
     from tunesmith.cli.text import size
-    from tunesmith.describing import versions
     from tunesmith.models.machine import choose_device, choose_precision
+    from tunesmith.training.summary import versions
 
     device = choose_device("auto")
     precision = choose_precision("auto", device.value)

@@ -13,7 +13,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tunesmith.predicting.measuring import Evaluation
+    from tunesmith.inference.measuring import Evaluation
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.output import json_line
-    from tunesmith.files import to_json, writing
+    from tunesmith.runs.atomic import to_json, writing
 
     def keep(lines: Iterator[dict[str, Any]]) -> None:
         if out is not None:
@@ -81,8 +81,8 @@ def measured(
     from tunesmith.cli.text import visible
 
     with importing():
-        from tunesmith.loading import load_target
-        from tunesmith.predicting.measuring import evaluate_file
+        from tunesmith.inference.load import load_target
+        from tunesmith.inference.measuring import evaluate_file
 
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
@@ -98,8 +98,8 @@ def _draw(found: Evaluation, out: Path | None) -> None:
     from tunesmith.cli.output import console
     from tunesmith.cli.scores import measures_table, with_bounds
     from tunesmith.cli.text import visible
-    from tunesmith.measures import info_of
-    from tunesmith.values import plural
+    from tunesmith.evaluation.metrics import info_of
+    from tunesmith.formatting import plural
 
     screen = console()
     title = f"{found.task}: {plural(found.num_rows, 'row')}; beside each value its 95 % interval"

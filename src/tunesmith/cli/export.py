@@ -11,7 +11,7 @@ from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, remember
 
 if TYPE_CHECKING:
     from tunesmith.export.exporting import Exported
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
 PHASES = {
     "tuned": "looking at the tuned model",
@@ -67,7 +67,7 @@ def export(
     from tunesmith.cli.progress import phases
     from tunesmith.export.exporting import export_run
     from tunesmith.export.options import Options
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
     options = Options(dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license)

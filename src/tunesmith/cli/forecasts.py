@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.cli.text import size
-from tunesmith.probing.found import usual
-from tunesmith.values import duration, plural, span
+from tunesmith.formatting import duration, plural, span
+from tunesmith.training.probing.found import usual
 
 Facts = list[tuple[str, str]]
 

@@ -17,8 +17,8 @@ from tunesmith.cli.panels import ACCENT, answers, plan_panel, sample_row, scores
 from tunesmith.cli.scores import MUTED, score_line
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import loss, size, sparkline, visible
+from tunesmith.formatting import duration
 from tunesmith.types import Event
-from tunesmith.values import duration
 
 MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8

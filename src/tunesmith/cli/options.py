@@ -101,7 +101,7 @@ def given(values: Mapping[str, Any]) -> list[str]:
 
     Values are JSON, which a recipe reads as it reads YAML. None and empty lists were not given.
     """
-    from tunesmith.files import to_json
+    from tunesmith.runs.atomic import to_json
 
     return [f"{key}={to_json(value).decode()}" for key, value in values.items() if value not in (None, [])]
 

@@ -57,8 +57,8 @@ def serve_elsewhere(
         raise InputError(f"{options}: for --engine own alone. {engine} has its own: start it by hand from --print.")
     check_extra()
     from tunesmith.export.starting import start_llama_cpp, start_vllm
-    from tunesmith.server.keys import read_keys
-    from tunesmith.server.listening import bind
+    from tunesmith.serve.keys import read_keys
+    from tunesmith.serve.listening import bind
 
     program = _program(engine, must_be_there=not how["only_print"])
     keys, _ = read_keys(access.key_file, os.environ)

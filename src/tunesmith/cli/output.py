@@ -42,7 +42,7 @@ def is_drawn(file: IO[str]) -> bool:
 
 def json_line(value: Mapping[str, Any]) -> None:
     """One JSON object on a line of stdout, at once."""
-    from tunesmith.files import to_json
+    from tunesmith.runs.atomic import to_json
 
     sys.stdout.write(_written(to_json(value).decode()) + "\n")
     sys.stdout.flush()

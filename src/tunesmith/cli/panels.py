@@ -14,7 +14,7 @@ from rich.text import Text
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
 from tunesmith.cli.text import count, knob, one_line, percent, visible
-from tunesmith.values import plural
+from tunesmith.formatting import plural
 
 ACCENT = "cyan"
 TRAINED = "bold green"

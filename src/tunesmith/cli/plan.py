@@ -94,9 +94,9 @@ def _foresee(
 
     with phases(console(stderr=True), PHASES) as tick:
         with importing():
-            from tunesmith.describing import foreseen_values
-            from tunesmith.forecasting import foresee
             from tunesmith.planning.devices import named
+            from tunesmith.training.resolve import foresee
+            from tunesmith.training.summary import foreseen_values
 
         card = named(device) if device else None
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
@@ -115,7 +115,7 @@ def _foresee(
 def _small_disk(forecast: Any, root: Path) -> str:
     """What to say where the disk has less room than the run takes; empty: it has enough."""
     from tunesmith.cli.text import size
-    from tunesmith.disk import free_bytes
+    from tunesmith.training.disk import free_bytes
 
     needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
     free = free_bytes(root)
@@ -139,8 +139,8 @@ def _why_not(seen: Any, *, fits: bool) -> str:
 
 
 def _probe(seen: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:
-    from tunesmith.probing.correcting import corrected
-    from tunesmith.probing.process import probe
+    from tunesmith.training.probing.correcting import corrected
+    from tunesmith.training.probing.process import probe
 
     found = probe(seen.recipe, root=root, offline=offline, on_progress=tick)
     return corrected(seen.forecast, found, mean_tokens=values["tokens_per_step"]).values()

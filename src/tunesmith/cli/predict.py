@@ -14,8 +14,8 @@ from tunesmith.errors import InputError, Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tunesmith.predicting.lines import Tally
-    from tunesmith.predicting.predictor import Predictor
+    from tunesmith.inference.lines import Tally
+    from tunesmith.inference.predictor import Predictor
 
 
 def predict(
@@ -98,8 +98,8 @@ def _predictor(
     target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
 ) -> Predictor:
     with importing():
-        from tunesmith.loading import load_target
-        from tunesmith.predicting.predictor import Predictor
+        from tunesmith.inference.load import load_target
+        from tunesmith.inference.predictor import Predictor
 
     speaker = load_target(target, **asked)
     if speaker.note:
@@ -114,8 +114,8 @@ def _predictor(
 
 def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
     from tunesmith.cli.output import data_line
-    from tunesmith.predicting.inputs import answers_to
-    from tunesmith.predicting.lines import record_of
+    from tunesmith.inference.inputs import answers_to
+    from tunesmith.inference.lines import record_of
 
     if pair is not None and predictor.task != "classify":
         raise InputError(f"predict: --pair is for the task classify; this model was tuned for {predictor.task}.")
@@ -130,7 +130,7 @@ def _file(
 ) -> Tally:
     from tunesmith.cli.output import console, data_line
     from tunesmith.cli.progress import progress_bar
-    from tunesmith.predicting.file import predict_stream, predict_to
+    from tunesmith.inference.file import predict_stream, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
         if out is not None:
@@ -151,7 +151,7 @@ def _file(
 def _tell(tally: Tally, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
     """Counts, and what a person should know; exit code 2 if no row could be answered."""
     from tunesmith.cli.output import json_line
-    from tunesmith.values import plural
+    from tunesmith.formatting import plural
 
     for note in tally.notes():
         say(f"note: {note}")

@@ -39,8 +39,8 @@ def push(
     from tunesmith.cli.text import size
     from tunesmith.export.exporting import default_folder, export_run
     from tunesmith.export.pushing import push as upload
-    from tunesmith.run import Run
-    from tunesmith.values import plural
+    from tunesmith.formatting import plural
+    from tunesmith.runs.folder import Run
 
     found = Run.open(run, root)
     if folder is None:

@@ -29,7 +29,7 @@ def resume(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.running import watched
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
     try:
@@ -38,5 +38,5 @@ def resume(
         earlier = []
     with watched(as_json=as_json, quiet=quiet, earlier=earlier) as watch:
         with importing():
-            from tunesmith import training
+            from tunesmith.training import trainer as training
         watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))

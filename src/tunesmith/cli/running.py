@@ -16,14 +16,14 @@ from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import visible
+from tunesmith.formatting import command
 from tunesmith.types import Event
-from tunesmith.values import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tunesmith.run import Run
-    from tunesmith.training import Listener
+    from tunesmith.runs.folder import Run
+    from tunesmith.training.trainer import Listener
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Watch:
     """The one at work, once its folder is there."""
 
     def listener(self) -> Listener:
-        from tunesmith.training import Listener
+        from tunesmith.training.trainer import Listener
 
         return Listener(self._hear, self.display.progress, self.should_stop, self.runs.append)
 

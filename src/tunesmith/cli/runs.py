@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
 DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
@@ -29,8 +29,8 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
     tunesmith runs --runs experiments
     """
     remember_json(ctx, as_json)
-    from tunesmith import run as run_folder
     from tunesmith.cli.output import console, json_page
+    from tunesmith.runs import folder as run_folder
 
     rows = sorted((facts(run) for run in run_folder.runs(root)), key=lambda row: -row["created"])
     screen = console()

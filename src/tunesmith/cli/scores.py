@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.story import Story, measures_of
-from tunesmith.measures import VERDICTS, info_of
+from tunesmith.evaluation.metrics import VERDICTS, info_of
+from tunesmith.formatting import plural
 from tunesmith.types import Event
-from tunesmith.values import plural
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.intervals import Interval

@@ -33,8 +33,8 @@ def selftest(
 
     chosen = recipe_of(target, settings or [], root=root)
     screen = console(stderr=as_json)
-    from tunesmith import selftest as proofs
-    from tunesmith.values import plural
+    from tunesmith.formatting import plural
+    from tunesmith.training import selftest as proofs
 
     failed = 0
     for proof in proofs.selftest(chosen, offline=offline):
@@ -49,9 +49,9 @@ def selftest(
 
 def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     """The recipe of a run, or a fresh one for a model."""
-    from tunesmith.origin import moved_to
     from tunesmith.recipe import read
-    from tunesmith.run import Run, is_run
+    from tunesmith.recipe.origin import moved_to
+    from tunesmith.runs.folder import Run, is_run
 
     if is_run(target, root):
         run = Run.open(target, root)

@@ -66,9 +66,9 @@ def serve(
     tunesmith serve support-3f2a sales-91c0 --port 8001 --host 0.0.0.0 --key-file keys
     """
     remember_json(ctx, as_json)
-    from tunesmith.asking import EngineOptions
     from tunesmith.cli.other_servers import ENGINES, serve_elsewhere
     from tunesmith.cli.serving import Access, serve_own
+    from tunesmith.serve.protocol import EngineOptions
 
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
     if engine not in ENGINES:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tunesmith.asking import EngineOptions, Served
 from tunesmith.cli.output import console, json_line
 from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.text import one_line, visible
+from tunesmith.environment import installing
 from tunesmith.errors import InputError
-from tunesmith.extras import installing
-from tunesmith.values import plural
+from tunesmith.formatting import plural
+from tunesmith.serve.protocol import EngineOptions, Served
 
 if TYPE_CHECKING:
-    from tunesmith.server.gate import Answered, Rules
-    from tunesmith.server.keys import Keys
-    from tunesmith.server.listening import Bound
+    from tunesmith.serve.gate import Answered, Rules
+    from tunesmith.serve.keys import Keys
+    from tunesmith.serve.listening import Bound
 
 PATH_WIDTH = 60
 
@@ -142,8 +142,8 @@ def serve_own(
 ) -> None:
     """Answer until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
     check_extra()
-    from tunesmith.server.keys import Keys, read_keys
-    from tunesmith.server.listening import bind
+    from tunesmith.serve.keys import Keys, read_keys
+    from tunesmith.serve.listening import bind
 
     voice = Voice(console(stderr=as_json), quiet, as_json)
     keys, notes = read_keys(access.key_file, os.environ)
@@ -162,7 +162,7 @@ def serve_own(
 def check_extra() -> None:
     """Raises InputError naming what the extra `serve` brings and is not here."""
     try:
-        from tunesmith.server import app, listening  # noqa: F401
+        from tunesmith.serve import app, listening  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
             f"serve needs the package {error.name}, which is not installed. Run {installing('serve')}"
@@ -170,7 +170,7 @@ def check_extra() -> None:
 
 
 def refuse_open_door(access: Access, bound: Bound, *, has_key: bool) -> None:
-    from tunesmith.server.keys import VARIABLE
+    from tunesmith.serve.keys import VARIABLE
 
     if not has_key and not bound.is_loopback:
         raise InputError(
@@ -180,7 +180,7 @@ def refuse_open_door(access: Access, bound: Bound, *, has_key: bool) -> None:
 
 
 def _rules(access: Access, bound: Bound, keys: Keys | None) -> Rules:
-    from tunesmith.server.gate import Rules
+    from tunesmith.serve.gate import Rules
 
     refuse_open_door(access, bound, has_key=keys is not None)
     own = {"localhost"} if bound.is_loopback else {"localhost", socket.gethostname().lower()}
@@ -197,9 +197,9 @@ async def _serve(
     should_stop: Callable[[], bool],
     **how: Any,
 ) -> None:
-    from tunesmith.inference.engine import start_engine
-    from tunesmith.server.app import make_app
-    from tunesmith.server.listening import make_server, serve
+    from tunesmith.serve.app import make_app
+    from tunesmith.serve.engine import start_engine
+    from tunesmith.serve.listening import make_server, serve
 
     voice.note(f"loading {', '.join(targets)}")
     engine = await start_engine(targets, root=how["root"], options=options, on_note=voice.note)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.cli.story import Story
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
 
 def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), as_json: Json = False) -> None:
@@ -30,7 +30,7 @@ def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), a
     from tunesmith.cli.output import console, json_page
     from tunesmith.cli.runs import facts
     from tunesmith.cli.story import Story
-    from tunesmith.run import Run
+    from tunesmith.runs.folder import Run
 
     found = Run.open(run, root)
     if as_json:
@@ -78,7 +78,7 @@ def _plan(screen: Console, story: Story, report: Mapping[str, Any] | None) -> No
 def took(report: Mapping[str, Any]) -> str:
     """The time and memory that a finished run took."""
     from tunesmith.cli.text import size
-    from tunesmith.values import duration
+    from tunesmith.formatting import duration
 
     parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
     spans = [f"{duration(report['seconds'][part])} {words}" for part, words in parts.items()]
@@ -88,7 +88,7 @@ def took(report: Mapping[str, Any]) -> str:
 def _measures(screen: Console, story: Story, report: Mapping[str, Any] | None) -> None:
     from tunesmith.cli.panels import answers, scores
     from tunesmith.cli.text import loss, sparkline
-    from tunesmith.values import plural
+    from tunesmith.formatting import plural
 
     if story.losses:
         first, last = story.losses[min(story.losses)], story.losses[max(story.losses)]
@@ -111,7 +111,7 @@ def _measures(screen: Console, story: Story, report: Mapping[str, Any] | None) -
 def _tail(screen: Console, run: Run) -> None:
     """What went wrong, if anything did, and what can be done next."""
     from tunesmith.cli.text import visible
-    from tunesmith.values import command
+    from tunesmith.formatting import command
 
     last = None
     for event in run.events():

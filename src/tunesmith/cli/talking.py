@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith import loading
-from tunesmith.asking import Ask, Ended, EngineOptions, Piece, Refused
 from tunesmith.cli.output import console, json_line, refuse_lost
 from tunesmith.cli.stopping import forget_interrupt
 from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
-from tunesmith.inference.alone import Alone
-from tunesmith.loading import Speaker
-from tunesmith.run import Run, is_run
-from tunesmith.values import command, plural
+from tunesmith.formatting import command, plural
+from tunesmith.inference import load as loading
+from tunesmith.inference.load import Speaker
+from tunesmith.runs.folder import Run, is_run
+from tunesmith.serve.alone import Alone
+from tunesmith.serve.protocol import Ask, Ended, EngineOptions, Piece, Refused
 
 HELP = """/reset  forget the conversation
 /help   these lines

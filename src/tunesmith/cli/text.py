@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith import values
+from tunesmith import formatting as values
 
 size = values.size
 _BARS = "▁▂▃▄▅▆▇█"

@@ -79,7 +79,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
 
     with watched(as_json=as_json, quiet=quiet) as watch:
         with importing():
-            from tunesmith import training
+            from tunesmith.training import trainer as training
         if recipe.export.to:
             from tunesmith.export.planned import check_planned
 

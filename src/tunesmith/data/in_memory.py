@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from tunesmith.errors import DataError
-from tunesmith.files import write_atomic
+from tunesmith.runs.atomic import write_atomic
 
 FIELDS_OF_FILES = {"path", "weight"}
 

@@ -18,7 +18,7 @@ from typing import IO, BinaryIO
 from tunesmith.data.findings import refusal
 from tunesmith.data.kinds import BOM, GZIP, HEAD_BYTES, NAMED, SAVE_AS, Kind, kind_and_delimiter, suffix_of
 from tunesmith.errors import DataError
-from tunesmith.files import storing
+from tunesmith.runs.atomic import storing
 from tunesmith.types import Problem, Source
 
 MOST_UNPACKED = 20

@@ -26,7 +26,6 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith import files as disk
 from tunesmith.data.encoders import how_many
 from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
 from tunesmith.data.folders import expand
@@ -36,6 +35,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.store_files import VERSION, Summary, arrow_path, as_problem, find, json_path, write
 from tunesmith.errors import DataError
 from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.runs import atomic as disk
 from tunesmith.types import Labels, Row, Source
 
 STALE_S = 3600.0

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import orjson
 import pyarrow as pa
 
-from tunesmith import files as disk
 from tunesmith.data.chunks import SCHEMA
 from tunesmith.data.collecting import collected_between
 from tunesmith.data.encoding import Encoding
+from tunesmith.runs import atomic as disk
 from tunesmith.types import Problem, Source
 
 VERSION = 4

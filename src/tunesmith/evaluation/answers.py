@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.comparing import SCORES
 from tunesmith.evaluation.intervals import Estimate, Interval, intervals
-from tunesmith.extras import installing
 
 _ROUGES = ("rouge1", "rouge2", "rougeL")
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words

@@ -19,7 +19,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.intervals import Interval, Statistic, interval, resamples
-from tunesmith.measures import LEAST_ROWS
+from tunesmith.evaluation.metrics import LEAST_ROWS
 
 Told = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl."""

@@ -24,8 +24,8 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError
 from tunesmith.evaluation import statistics
+from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.evaluation.intervals import Interval, intervals
-from tunesmith.generation import Sampling, answer
 from tunesmith.models.modes import evaluating
 from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task, TaskName
 

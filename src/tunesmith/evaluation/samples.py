@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tunesmith.data.render import Renderer
-from tunesmith.generation import Sampling, answer
+from tunesmith.evaluation.generation import Sampling, answer
+from tunesmith.formatting import plural
 from tunesmith.types import Example
-from tunesmith.values import plural
 
 ANSWERED_TOGETHER = 8
 FEW_ANSWERS = 16

@@ -19,7 +19,7 @@ from tunesmith.evaluation.comparing import (
     compare_answers,
     kind_of,
 )
-from tunesmith.measures import FEW_ROWS, LEAST_ROWS, info_of
+from tunesmith.evaluation.metrics import FEW_ROWS, LEAST_ROWS, info_of
 
 MOST_NAMED = 3
 """Classes named that are never right; of more the number is said."""

@@ -18,7 +18,6 @@ from tunesmith.export.merged import auto_class
 from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.servers import server_lines
 from tunesmith.export.source import Source, read_config
-from tunesmith.files import to_json
 from tunesmith.methods.patterns import CONFIG, spelled_out
 from tunesmith.methods.peft_config import by_patterns
 from tunesmith.methods.peft_format import PREFIX, WEIGHTS
@@ -26,6 +25,7 @@ from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES
 from tunesmith.models.quiet import quiet
 from tunesmith.models.save import save_generation_config
+from tunesmith.runs.atomic import to_json
 
 BASE_FILE = "base.json"
 """Which weights the adapter was made for, byte for byte."""

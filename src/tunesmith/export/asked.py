@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
+from tunesmith.evaluation.generation import Sampling, answer, read_answer
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER
-from tunesmith.generation import Sampling, answer, read_answer
-from tunesmith.loading import has_token_types
+from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located

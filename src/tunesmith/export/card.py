@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 
 from tunesmith import __version__
+from tunesmith.evaluation.metrics import MEASURES
 from tunesmith.evaluation.report.judging import up_to_date
 from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
-from tunesmith.measures import MEASURES
 from tunesmith.models.folder import read_json
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 UNKNOWN = "unknown"
 """The hub's own word for a licence that nobody has stated."""

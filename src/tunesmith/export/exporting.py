@@ -23,7 +23,9 @@ from tunesmith.export.onnx_file import ONNX
 from tunesmith.export.options import DTYPES, MERGE_INTO, QUANTIZED, ROUNDED, UNQUANTIZED_KL, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
-from tunesmith.files import (
+from tunesmith.methods.peft_kinds import MERGES
+from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.runs.atomic import (
     REPLACED,
     TEMPORARY,
     WRITER,
@@ -36,9 +38,7 @@ from tunesmith.files import (
     temporary_folder,
     to_json,
 )
-from tunesmith.methods.peft_kinds import MERGES
-from tunesmith.recipe.method_knobs import PeftMethod
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 
 EXPORTS: dict[str, Export] = {export.name: export for export in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
 

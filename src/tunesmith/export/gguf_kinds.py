@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.environment import installing
 from tunesmith.errors import ModelError
 from tunesmith.export.llama_cpp_read import is_installed
 from tunesmith.export.options import FIVE_BITS, FOUR_BITS, GGUF_EXACT, QUANTIZED, ROUNDED, SIX_BITS, Bounds
-from tunesmith.extras import installing
 from tunesmith.models.headers import read_gguf
 
 Number: TypeAlias = gguf.GGMLQuantizationType

@@ -23,7 +23,7 @@ from tunesmith.export.gguf_read import load_gguf, load_gguf_adapter
 from tunesmith.export.llama_cpp_read import LLAMA_CPP, LlamaLoaded, load_llama_cpp
 from tunesmith.export.onnx_read import OnnxLoaded, load_onnx
 from tunesmith.export.peft_read import PromptLoaded
-from tunesmith.loading import run_labels
+from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.models import locate
 from tunesmith.models.kind import model_kind

@@ -22,7 +22,7 @@ from tunesmith.errors import ModelError
 from tunesmith.export.onnx_read import FILE, check_installed
 from tunesmith.export.options import EXACT, Export, Options
 from tunesmith.export.source import Source
-from tunesmith.loading import has_token_types
+from tunesmith.inference.load import has_token_types
 from tunesmith.methods import merge
 from tunesmith.models import heads, padding
 from tunesmith.models.forward import has_cache

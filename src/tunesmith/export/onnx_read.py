@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
+from tunesmith.environment import installing
 from tunesmith.errors import ModelError
 from tunesmith.export.asked import ByRenderer, greedy
-from tunesmith.extras import installing
 from tunesmith.models import load
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located

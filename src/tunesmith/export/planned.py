@@ -14,8 +14,8 @@ from tunesmith.export.source import Source
 from tunesmith.models.locate import Located
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.method_knobs import LowRankMethod
-from tunesmith.run import Run
-from tunesmith.starting import Start, begin
+from tunesmith.runs.folder import Run
+from tunesmith.training.inputs import Start, begin
 
 
 @dataclass(frozen=True)

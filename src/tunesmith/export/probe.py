@@ -31,10 +31,10 @@ from tunesmith.export import loaders
 from tunesmith.export.asked import Asked, Asks
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
-from tunesmith.loading import make_renderer, run_labels
+from tunesmith.inference.load import make_renderer, run_labels
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Base
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import IGNORE, Batch, Example, Labels, Layout, Part, Row, Source
 
 MOST_TOKENS = 8192

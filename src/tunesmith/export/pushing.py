@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.errors import ExportError, InputError
 from tunesmith.export.exporting import PROOF
-from tunesmith.files import from_json
+from tunesmith.runs.atomic import from_json
 
 
 @dataclass(frozen=True, slots=True)

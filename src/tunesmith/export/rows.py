@@ -11,8 +11,8 @@ from tunesmith.data.folders import expand
 from tunesmith.errors import DataError
 from tunesmith.evaluation.general import GENERAL_INSTRUCTIONS, passages
 from tunesmith.export.source import Source
-from tunesmith.files import from_json
-from tunesmith.run import Run
+from tunesmith.runs.atomic import from_json
+from tunesmith.runs.folder import Run
 from tunesmith.types import Example, Part, TaskName
 from tunesmith.types import Source as Place
 

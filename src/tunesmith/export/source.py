@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
 from tunesmith.errors import RunError
-from tunesmith.loading import make_renderer, refuse_needless, refuse_other_base, run_labels
+from tunesmith.formatting import command
+from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.patterns import CONFIG
@@ -31,9 +32,8 @@ from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import QloraMethod
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import HeadName, Labels, ModelKind
-from tunesmith.values import command
 
 _A = ".lora_A.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

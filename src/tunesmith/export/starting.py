@@ -18,9 +18,9 @@ from tunesmith.export.gguf_read import TEMPLATE
 from tunesmith.export.options import Options
 from tunesmith.export.servers import not_for_vllm, vllm_rank
 from tunesmith.export.source import Source, open_source
-from tunesmith.loading import refuse_needless
+from tunesmith.inference.load import refuse_needless
 from tunesmith.models import locate
-from tunesmith.run import Run, is_run
+from tunesmith.runs.folder import Run, is_run
 
 LlamaServer = Literal["llama-server", "llama_cpp.server"]
 

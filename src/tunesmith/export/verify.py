@@ -17,10 +17,10 @@ from tunesmith.export.process import in_new_process
 from tunesmith.export.rows import MOST_ROWS, Probes
 from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
-from tunesmith.files import storing
-from tunesmith.loading import Speaker, load_base, load_run
+from tunesmith.inference.load import Speaker, load_base, load_run
 from tunesmith.models.pooling import find_pooling
 from tunesmith.models.size import size
+from tunesmith.runs.atomic import storing
 
 
 def look_at_tuned(source: Source, probes: Probes, asks: Asks) -> tuple[Seen, Seen | None]:

@@ -1,1 +1,1 @@
-"""Many answers at once from one base and its adapters: the batch, its cache, and the child process they live in."""
+"""A model's answers to a file of rows, one line a row, however large the file and however often it is interrupted."""

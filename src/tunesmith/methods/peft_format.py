@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, wrap
 from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.patterns import CONFIG
@@ -26,6 +25,7 @@ from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, we
 from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
 from tunesmith.recipe.method_knobs import DoraMethod
+from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer

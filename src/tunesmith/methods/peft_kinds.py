@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
+from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
-from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.method_knobs import PeftMethod
 

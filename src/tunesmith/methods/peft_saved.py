@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.methods.adalora import KIND
 from tunesmith.methods.patterns import CONFIG, PATTERNS, spelled_out
 from tunesmith.methods.peft_bridge import INSIDE, PeftAttachment, short_name, silent, tensors_of
@@ -22,6 +21,7 @@ from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.peft_kinds import import_peft, is_prompt
 from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
+from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer

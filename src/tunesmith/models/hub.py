@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
-from tunesmith.files import storing
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, shards
+from tunesmith.runs.atomic import storing
 
 _SMALL = (".json", ".jinja", ".model", ".txt")
 """Endings of configs, tokenizers and templates."""

@@ -30,12 +30,12 @@ from transformers import (
 )
 
 from tunesmith.errors import ModelError
-from tunesmith.files import sha256_file
 from tunesmith.models import gguf_tokenizer, heads, padding
 from tunesmith.models.folder import weight_files
 from tunesmith.models.locate import Located
 from tunesmith.models.machine import choose_device, choose_precision
 from tunesmith.models.source import blaming, load_config, source
+from tunesmith.runs.atomic import sha256_file
 from tunesmith.types import HeadName, Labels
 
 __all__ = ["choose_device", "choose_precision", "fingerprint", "load_config", "load_model", "load_tokenizer"]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
-from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.models.products import linear
 from tunesmith.recipe.method_knobs import Quant

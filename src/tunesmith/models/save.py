@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import StorageError
-from tunesmith.files import remove, replace_folder, storing, temporary_folder
 from tunesmith.models import heads, padding
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.locate import Located
 from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.quiet import quiet
+from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 SHARD_BYTES = 5 * 1000**3
 """Largest weights file; what the hub and most tools write."""

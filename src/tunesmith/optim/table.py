@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
-from tunesmith.extras import installing
 from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.optim_knobs import Optim, given

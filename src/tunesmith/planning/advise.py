@@ -14,6 +14,7 @@ from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
 from tunesmith.environment import cores
 from tunesmith.evaluation.samples import FEW_ANSWERS, MOST_SHORT, teach_short_answers
+from tunesmith.formatting import plural
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
@@ -21,7 +22,6 @@ from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, know
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
 from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
-from tunesmith.values import plural
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""

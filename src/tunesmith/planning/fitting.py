@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from tunesmith.environment import installing
 from tunesmith.errors import DoesNotFitError, TunesmithError
-from tunesmith.extras import installing
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.knobs import LoraMethod, Recipe, known

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunesmith.attaching import attach
 from tunesmith.data.store import RowStore
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.methods.attach import attach
 from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import compute_together
 from tunesmith.models import recurrent

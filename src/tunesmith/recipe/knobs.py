@@ -238,7 +238,7 @@ class Export(Section):
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Where the model of a run is now; see `tunesmith.origin`."""
+    """Where the model of a run is now; see `tunesmith.recipe.origin`."""
 
     model: str
     """As it was typed."""

@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.log import Log
 from tunesmith.evaluation.report.markdown import as_markdown
-from tunesmith.files import write_atomic
-from tunesmith.run import Run
+from tunesmith.runs.atomic import write_atomic
+from tunesmith.runs.folder import Run
 
 
 def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tunesmith.evaluation.answers import are_short
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.judging import judged
 from tunesmith.evaluation.report.log import Log
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import has_new_head
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation.comparing import SCORES, Told, by_key
-from tunesmith.files import from_json
-from tunesmith.run import Run
+from tunesmith.runs.atomic import from_json
+from tunesmith.runs.folder import Run
 
 MOST_LISTED = 40
 """Rows of each list that a report names; all are counted."""

@@ -15,7 +15,7 @@ from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.figure import Plot
 from tunesmith.evaluation.report.held_out import label_text, target_of
 from tunesmith.evaluation.report.marking import Marked, differences, one_line, visible
-from tunesmith.values import knob, plural
+from tunesmith.formatting import knob, plural
 
 _SECTION = re.compile(r'<section id="(\w+)"><h2>([^<]+)</h2>')
 FOLDED_FROM = 600

@@ -9,7 +9,7 @@ from tunesmith.evaluation.answers import are_short
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import answers_of, rows_of
 from tunesmith.evaluation.verdicts import against_baseline, against_usual_answer, changes
-from tunesmith.run import Run
+from tunesmith.runs.folder import Run
 from tunesmith.types import has_new_head
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.measures import MEASURES
+from tunesmith.evaluation.metrics import MEASURES
 from tunesmith.types import Event
 
 Interval = Mapping[str, float]

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tunesmith.evaluation.metrics import VERDICTS
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.report.marking import one_line, visible
-from tunesmith.measures import VERDICTS
-from tunesmith.values import knob, plural
+from tunesmith.formatting import knob, plural
 
 _MEANT = re.compile(r"([\\`*_\[\]<>|&~$#])")
 _IN_A_CELL = 160

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report.figure import ACCENT, INK, MUTED, PAPER, Plot, draw
 from tunesmith.evaluation.report.log import Log, measures_of
 from tunesmith.evaluation.report.marking import one_line
 from tunesmith.evaluation.report.wording import gist_keys, kept_step
-from tunesmith.measures import info_of
 
 # S steps, C classes
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.evaluation.answers import is_short
+from tunesmith.evaluation.metrics import BASELINES, FEW_ROWS, OF_ANSWERS, MeasureInfo, Verdict, info_of
 from tunesmith.evaluation.report.log import Interval
 from tunesmith.evaluation.verdicts import baseline_sentence, begun, never_right, too_few, verdict_words
-from tunesmith.measures import BASELINES, FEW_ROWS, OF_ANSWERS, MeasureInfo, Verdict, info_of
-from tunesmith.values import duration, plural
+from tunesmith.formatting import duration, plural
 
 _GIST: Mapping[str, tuple[str, ...]] = {
     "chat": ("perplexity", "token_accuracy", "rougeL"),

@@ -1,0 +1,394 @@
+"""A model ready to answer as it was trained to: a run's result, what an unfinished run knows so far, or any model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.data.render import Renderer
+from tunesmith.data.store import kept
+from tunesmith.errors import InputError, ModelError, RunError
+from tunesmith.formatting import command
+from tunesmith.methods import METHODS, carried, is_beside, restore, without
+from tunesmith.methods.attach import attach
+from tunesmith.methods.peft_kinds import num_virtual_tokens
+from tunesmith.models import heads, load, locate, new_tokens, padding, rope
+from tunesmith.models.kind import model_kind
+from tunesmith.models.locate import Located
+from tunesmith.models.size import size
+from tunesmith.planning.advise import choose_precision, with_choice
+from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.runs import checkpoint
+from tunesmith.runs.atomic import sha256_file
+from tunesmith.runs.beside import Beside
+from tunesmith.runs.folder import Run, is_run, no_such_run
+from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
+
+TOKENS_TO_ANSWER = 100
+"""Of a pass that answers or measures a few rows."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model and the renderer that puts questions to it as they were put in training."""
+
+    model: PreTrainedModel
+    renderer: Renderer
+    recipe: Recipe
+    """Of its run, or what a run would choose."""
+    head: HeadName
+    located: Located
+    labels: Labels | None = None
+    """What its head answers with."""
+    attachment: Any = None
+    """What its method put on the model."""
+    result: Path | None = None
+    """The folder that the adapter was read from."""
+    note: str = ""
+    """What a person should know before trusting an answer."""
+    packed: str = ""
+    """What was done to the base's weights, as the method of its run does; empty: nothing."""
+    run: Run | None = None
+    """Of which it is the result, or with `is_base` the untouched model."""
+    is_base: bool = False
+    base_hashes: Mapping[str, str] | None = None
+    """SHA-256 of the model's files, where they were read already."""
+
+    @property
+    def can_untune(self) -> bool:
+        """Whether the base is there too, under an adapter."""
+        return is_beside(self.attachment)
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Inside the block the model answers without its adapter."""
+        assert self.can_untune, "only an adapter that stands beside its base can be looked past"
+        with without(self.attachment):
+            yield
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the model tells the two texts of a pair apart by token types."""
+        return has_token_types(self.model, self.renderer.tokenizer)
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a text and its answer: what the model can attend to, less the virtual ones of its method."""
+        virtual = num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
+        return size(self.located).max_tokens - virtual
+
+    @property
+    def pad_id(self) -> int:
+        """The token that shorter rows are padded with."""
+        return padding.pad_id(self.model, self.renderer.tokenizer)
+
+    def tokens_per_pass(self, lengths: Collection[int]) -> int:
+        """Most tokens that go through the model at once where rows have these lengths."""
+        if rope.why(self.model.config, max(lengths, default=0)):
+            return 1
+        knob = self.recipe.train.tokens_per_pass
+        return knob if knob != "auto" else 8192 if self.model.device.type == "cuda" else 2048
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of all that an answer follows from beside the question, by name."""
+        hashes = load.fingerprint(self.located) if self.base_hashes is None else self.base_hashes
+        digests = {f"model {name}": digest for name, digest in hashes.items()}
+        if self.result is not None:
+            weights = [path for path in sorted(self.result.iterdir()) if path.is_file()]
+            digests |= {f"{self.result.name} {path.name}": sha256_file(path) for path in weights}
+        settings = {"task": self.recipe.task, "precision": self.recipe.precision, "renderer": self.renderer.fingerprint}
+        if self.packed:
+            settings["base"] = self.packed
+        limits = {"max_tokens": self.recipe.data.max_tokens, "prompt": self.recipe.data.prompt}
+        if self.renderer.date is not None:
+            limits["date"] = self.renderer.date
+        return digests | {name: str(value) for name, value in {**settings, **limits}.items()}
+
+
+def load_target(
+    target: str,
+    *,
+    root: Path,
+    base: bool = False,
+    task: TaskName | None = None,
+    model: str | None = None,
+    offline: bool = False,
+) -> Speaker:
+    """What RUN|MODEL names: the tuned model of a run, with `base` its untouched one, or a model. `model`: where that of
+    a run is now.
+
+    Raises InputError for what only the other of the two can do, and whatever the functions below raise.
+    """
+    if not is_run(target, root):
+        if base:
+            raise InputError(f"{target}: --base needs a run: a model has no untouched version beside it.")
+        refuse_needless(model, target)
+        refuse_unknown(target, root, offline=offline)
+        return load_model(target, task=task, offline=offline)
+    run = Run.open(target, root, base=model)
+    learnt = run.recipe().task
+    if task not in (None, learnt):
+        raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
+    speaker = load_base(run, offline=offline) if base else load_run(run, offline=offline)
+    return replace(speaker, run=run, is_base=base)
+
+
+def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Speaker:
+    """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
+
+    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is.
+
+    Raises:
+        ModelError: the base model is gone or cannot be read.
+        RunError: the run is at work, or has neither a result nor a checkpoint.
+    """
+    recipe = run.recipe()
+    if run.model_path.exists():
+        refuse_needless(run.base, str(run.path))
+        checking = Beside(partial(run.check_result, run.model_path))
+        try:
+            speaker = _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+        except ModelError:
+            checking.result()  # says which file is damaged
+            raise
+        note = "; ".join(filter(None, [checking.result(), speaker.note, assumed_date(run, speaker.renderer)]))
+        refuse_non_finite(dict(speaker.model.named_parameters()), run.model_path)
+        return replace(speaker, note=note)
+    speaker = tune(load_base(run, offline=offline, as_trained=as_trained), run)
+    return replace(speaker, note="; ".join(filter(None, [speaker.note, assumed_date(run, speaker.renderer)])))
+
+
+def assumed_date(run: Run, renderer: Renderer) -> str:
+    """What to say of a run of an earlier version, which does not record the day that its template writes."""
+    if renderer.date is None or run.records_date:
+        return ""
+    return f"its chat template writes the date, which its recipe does not record: {renderer.date}, the day it was made"
+
+
+def tune(base: Speaker, run: Run) -> Speaker:
+    """The untouched model of a run with what the run made of it; raises as `load_run` does."""
+    recipe = run.recipe()
+    method = METHODS[recipe.method.name]
+    if run.adapter_path.exists():
+        unchecked = run.check_result(run.adapter_path)
+        attachment = method.load_result(base.model, run.adapter_path)
+        refuse_non_finite(carried(attachment), run.adapter_path)
+        note = "; ".join(filter(None, [unchecked, base.packed]))
+        return replace(base, attachment=attachment, result=run.adapter_path, note=note)
+    # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
+    with run.lock():
+        newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
+    if newest is None:
+        way = command("resume", run.path)
+        raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on with: {way}")
+    attachment = attach(
+        recipe,
+        base.model,
+        head=base.head,
+        store=kept(run.rows_path / "train", run.identity().get("rows")),
+        pad_id=base.pad_id,
+    )
+    restore(attachment, newest.weights)
+    note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))
+    return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
+
+
+def load_base(
+    run: Run, *, offline: bool = False, as_trained: bool = True, hashes: Mapping[str, str] | None = None
+) -> Speaker:
+    """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with.
+
+    `hashes`: of its files, where they are known. Raises RunError where they are not those that the run was tuned on.
+    """
+    recipe = run.recipe()
+    labels = run_labels(recipe)
+    located = locate.locate_base(recipe, offline=offline)
+    hashing = Beside(partial(load.fingerprint, located) if hashes is None else partial(dict, hashes))
+    for folder in (run.adapter_path, run.model_path):
+        if folder.exists():
+            saved = Located("folder", folder, str(folder))
+            tokenizer = load.load_tokenizer(saved, None)
+            break
+    else:
+        tokenizer = load.load_tokenizer(located, recipe.data.template_at)
+        new_tokens.add(tokenizer, recipe.data.new_tokens)
+    try:
+        speaker = _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
+    except ModelError:
+        refuse_other_base(run, located, hashing.result())  # another model need not load as this one does
+        raise
+    refuse_other_base(run, located, hashing.result())
+    return replace(speaker, base_hashes=hashing.result())
+
+
+def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
+    """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
+    load on others without an error, and answer something else."""
+    then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
+    then = as_renamed(then, hashes)
+    weights = {name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))}
+    changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
+    if changed:
+        raise RunError(
+            f"{base.path}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
+            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back, "
+            "or pass its place with --model PATH."
+        )
+
+
+def as_renamed(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of files, those under another name now by that name: a GGUF is called as its owner likes."""
+    names = {digest: name for name, digest in now.items() if name.endswith(".gguf") and name not in then}
+    return {names.get(value, key) if key not in now else key: value for key, value in then.items()}
+
+
+def refuse_unknown(target: str, root: Path, *, offline: bool) -> None:
+    """Raise ModelError for what is neither a run nor a model, naming the runs that there are."""
+    try:
+        locate.locate(target, offline=offline)
+    except ModelError as error:
+        if any(mark in target for mark in "/\\.~"):
+            raise  # the path of a model
+        raise ModelError(f"{no_such_run(target, root)} And no such model: {error}") from error
+
+
+def refuse_non_finite(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise ModelError naming a weight that holds a value which is no number: every answer would be none."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{folder}: {name} holds NaN or infinite values, so it cannot answer. Take a copy of it.")
+
+
+def refuse_needless(base: str | None, model: str) -> None:
+    """Raise InputError where a base is given for what has none."""
+    if base is not None:
+        raise InputError(f"--model: says where the base of a run is, and {model} needs no base. Leave it out.")
+
+
+def run_labels(recipe: Recipe) -> Labels | None:
+    """What the head of a run answers with, by its resolved recipe; None where it has none."""
+    if recipe.task == "tag":
+        return Labels("tags", recipe.data.labels)
+    if recipe.task == "classify":
+        kind: LabelKind = known(recipe.data.label_kind)
+        return Labels(kind, () if kind == "number" else recipe.data.labels)
+    return None
+
+
+def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> Speaker:
+    """A model that was not tuned here, in the precision and on the device that a run would choose.
+
+    `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError where it
+    has no head for the task.
+    """
+    located = locate.locate(name, offline=offline)
+    recipe, tokenizer = as_it_is(located, task=task)
+    return _speaker(located, recipe, tokenizer=tokenizer)
+
+
+def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
+    """What a run of a model that was not tuned here would choose, and its tokenizer; see `load_model`."""
+    name = located.name
+    kind = model_kind(located)
+    tokenizer = load.load_tokenizer(located, None)
+    made_for = _made_for(located, kind, has_template=bool(tokenizer.chat_template))
+    chosen = task or made_for
+    if chosen in ("classify", "tag") and chosen != made_for:
+        raise ModelError(
+            f"{name}: it has no head for the task {chosen}. Tune one: "
+            f"{command('train', name, 'DATA', '--task', chosen)}"
+        )
+    found = size(located)
+    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)
+    choice = choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
+    return with_choice(recipe, choice), tokenizer
+
+
+def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:
+    """The task that a model can do as it is."""
+    architectures = (None if located.is_gguf else load.load_config(located).architectures) or [""]
+    for end, task in _HEADED.items():
+        if architectures[0].endswith(end):
+            return task
+    if kind == "encoder":
+        return "text"
+    return "chat" if has_template and kind == "causal" else "generate"
+
+
+_HEADED: dict[str, TaskName] = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
+
+
+def _speaker(
+    located: Located,
+    recipe: Recipe,
+    *,
+    labels: Labels | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    as_trained: bool = True,
+) -> Speaker:
+    """The model with a head for `labels`; None: with the head that it has, if its task needs one.
+
+    `as_trained` False leaves its weights as they are also where the method quantises them.
+    """
+    kind = model_kind(located)
+    head = find_head(recipe, located, kind)
+    device = load.choose_device(recipe.device).value
+    precision = load.choose_precision(recipe.precision, device).value
+    tokenizer = tokenizer or load.load_tokenizer(located, None)
+    notes: list[str] = []
+    model = load.load_model(
+        located,
+        dtype=getattr(torch, precision),
+        device="cpu",
+        head=head,
+        labels=labels,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        on_note=notes.append,
+    )
+    if recipe.data.new_tokens and located.name == recipe.model:
+        new_tokens.make_room(model, new_tokens.of_recipe(recipe, located))
+    method = recipe.method
+    packed = "; ".join(METHODS[method.name].ready(model, method, device=device)) if as_trained else ""
+    model.to(device)
+    note = "; ".join(filter(None, [packed, *notes]))
+    renderer = make_renderer(recipe, tokenizer, kind)
+    answered = _weighed(heads.labels_of(model), recipe)
+    return Speaker(model, renderer, recipe, head, located, answered, note=note, packed=packed)
+
+
+def _weighed(labels: Labels | None, recipe: Recipe) -> Labels | None:
+    """The labels with the weights of their classes, so that a loss counts as it did in training."""
+    weights = recipe.train.class_weights
+    if labels is None or isinstance(weights, str):
+        return labels
+    return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))
+
+
+def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:
+    """The renderer of a resolved recipe."""
+    return Renderer(
+        tokenizer,
+        known(recipe.task),
+        kind=kind,
+        max_tokens=known(recipe.data.max_tokens),
+        too_long=known(recipe.data.too_long),
+        control_tokens=recipe.data.control_tokens,
+        stride=None if recipe.data.stride == "auto" else recipe.data.stride,
+        prompt=recipe.data.prompt,
+        date=None if recipe.data.date == "auto" else recipe.data.date,
+    )
+
+
+def has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model tells the two texts of a pair apart by token types."""
+    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1

@@ -1,0 +1,196 @@
+"""The event log of a run: one JSON object a line, appended by one writer, read by anybody at any time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from tunesmith.errors import RunError
+from tunesmith.runs.atomic import from_json, storing, to_json, writing
+from tunesmith.types import Event
+
+Standing = Literal["new", "stopped", "failed", "done", "interrupted"]
+
+_DURABLE = {"checkpoint", "stopped", "failed", "end"}
+_MEASURES = {"evaluation", "sample", "answers", "general"}
+_DONE_AGAIN = _MEASURES | {"step", "checkpoint", "stopped", "failed", "end"}
+_ENDS: dict[str, Standing] = {"stopped": "stopped", "failed": "failed", "end": "done"}
+_KIND_AT = len('{"kind":"')
+
+
+def append(path: Path, event: Event) -> None:
+    """Add one line; it survives this process, and for checkpoints and ends the machine.
+
+    Raises StorageError where the disk refuses; what it took of the line is dropped by the next `append`.
+    """
+    fields = {"kind": event.kind, "step": event.step, "time": event.time}
+    line = to_json({**fields, "values": event.values, "timing": event.timing}) + b"\n"
+    with storing(path, num_bytes=len(line)), open(path, "a+b", buffering=0) as file:
+        _drop_half_line(file)
+        written = 0
+        while written < len(line):
+            written += os.write(file.fileno(), line[written:])
+        if event.kind in _DURABLE:
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> Iterator[Event]:
+    """Every event, oldest first. A half last line, which a killed writer leaves, is not an event.
+
+    Raises RunError naming the line that is whole and yet no event.
+    """
+    for number, line in enumerate(_whole_lines(path), start=1):
+        yield _event(line, f"{path}:{number}")
+
+
+def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
+    """Every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left.
+
+    What a resumed run takes back (`truncate_after`) comes again when it is written again.
+    """
+    file: BinaryIO | None = None
+    offset = 0
+    try:
+        while True:
+            stopping = stop()
+            if _is_elsewhere(path, file):
+                newer = open(path, "rb")  # noqa: SIM115 (held over many rounds, so that a swap shows)
+                if file is not None:
+                    offset = _end_of_seen(newer, file, offset)
+                    file.close()
+                file = newer
+            if file is not None:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    offset += len(line)
+                    yield _event(line, str(path))
+            if stopping:
+                return
+            time.sleep(poll_s)
+    finally:
+        if file is not None:
+            file.close()
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Take back what a run resumed from the checkpoint of `step` will do again; returns how many events were dropped.
+
+    Steps, evaluations, checkpoints, samples and ends past `step` go, and what was measured at `step` after its
+    checkpoint; starts, plans, notes and resumes stay. Below 0, a run that starts over, starts and plans go too.
+    The file is replaced as a whole: it is as it was or as it should be, also after a kill.
+    """
+    if not path.exists():
+        return 0
+    done_again = _DONE_AGAIN if step >= 0 else _DONE_AGAIN | {"start", "plan"}
+    num_dropped = 0
+    checkpoint_passed = False
+    with writing(path) as file:
+        for number, line in enumerate(_whole_lines(path), start=1):
+            event = _event(line, f"{path}:{number}")
+            is_last_look = event.values.get("name") == "after"  # it follows the last checkpoint, logged or not
+            measured_after = event.kind in _MEASURES and event.step == step and (checkpoint_passed or is_last_look)
+            if (event.step > step and event.kind in done_again) or measured_after:
+                num_dropped += 1
+            else:
+                file.write(line)
+            checkpoint_passed |= event.kind == "checkpoint" and event.step == step
+    return num_dropped
+
+
+def put_right(path: Path, saved: Path) -> str:
+    """Make a log that lost or changed lines what it was when the copy `saved` was made; what was wrong, or "".
+
+    Lines after those of the copy have to be events: if one is not, all of them go, as they will be written again.
+    A half last line is no damage.
+    """
+    number = _first_damage(path, saved)
+    if number is None:
+        return ""
+    with writing(path) as file, open(saved, "rb") as whole:
+        shutil.copyfileobj(whole, file)
+    return f"{path}: line {number} was lost or changed after it was written"
+
+
+def _first_damage(path: Path, saved: Path) -> int | None:
+    number = 0
+    lines = _whole_lines(path)
+    with open(saved, "rb") as whole:
+        for line in whole:
+            number += 1
+            if next(lines, None) != line:
+                return number
+    for line in lines:
+        number += 1
+        try:
+            _event(line, "")
+        except RunError:
+            return number
+    return None
+
+
+def standing(path: Path) -> Standing:
+    """How the run ended by what its events say last; "interrupted": it began, and did not say that it ended.
+
+    Reads kinds alone: a million events take a second.
+    """
+    result: Standing = "new"
+    for line in _whole_lines(path):
+        kind = line[_KIND_AT : line.find(b'"', _KIND_AT)].decode("ascii", "replace")
+        if kind in _ENDS:
+            result = _ENDS[kind]
+        elif result == "new" or kind in ("start", "resume"):
+            result = "interrupted"
+    return result
+
+
+def _event(line: bytes, where: str) -> Event:
+    try:
+        return Event(**from_json(line))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{where}: not an event ({error}): the file was changed by hand or by a fault.") from error
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _drop_half_line(file: BinaryIO) -> None:
+    """Cut what a killed or refused write left behind the last line end, lest the next event be glued to it."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _is_elsewhere(path: Path, file: BinaryIO | None) -> bool:
+    """Whether `path` is there and not the file that is open."""
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return file is None or not os.path.samestat(there, os.fstat(file.fileno()))
+
+
+def _end_of_seen(newer: BinaryIO, older: BinaryIO, offset: int) -> int:
+    """Where in `newer` the lines end that a reader of `older` up to `offset` has had; some of those may be gone."""
+    older.seek(0)
+    had = older.read(offset).splitlines(keepends=True)
+    end = at = 0
+    for line in newer:
+        try:
+            at = had.index(line, at) + 1
+        except ValueError:
+            break
+        end += len(line)
+    return end

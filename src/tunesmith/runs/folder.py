@@ -1,0 +1,419 @@
+"""The run folder: where everything a run knows is kept, and the only thing its processes share.
+
+    runs/support-3f2a/
+      run.json         format version, when made            recipe.yaml   complete and resolved
+      events.jsonl     one event a line                     rows/         encoded rows
+      checkpoints/     step-N/                              evaluation/    each held-out row's outcome
+      adapter/ or model/                                    report.json, report.md, report.html
+      result.json      SHA-256 of its files
+      lock, lock.json  who is writing                       stop          asks the writer to stop
+
+One process writes, holding `lock`; any number read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+import socket
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import filelock
+
+import tunesmith
+from tunesmith.runs import events
+from tunesmith.errors import RunError
+from tunesmith.runs.atomic import (
+    clean,
+    from_json,
+    remove,
+    replace_folder,
+    sha256_file,
+    storing,
+    temporary_folder,
+    to_json,
+    write_atomic,
+)
+from tunesmith.types import Event
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.knobs import Recipe
+
+FORMAT = 1
+"""Version of the folder's layout; a folder of a newer one is refused."""
+
+State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
+
+RESULT = "result.json"
+_OWN = ("evaluation", "checkpoints", "rows", "rows/train", "rows/held_out", "exports", "merged")
+"""Folders of a run that are written to."""
+
+_LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+    base: str | None = None
+    """Where the model that it was made from is now, where a person says so."""
+
+    @classmethod
+    def create(
+        cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None, recipe: Recipe | None = None
+    ) -> Run:
+        """A new folder `<name>-<4 hex digits>` in `root`, or just `out`; complete or absent. Of `recipe` it is noted
+        where its files are.
+
+        Raises RunError where `out` is there and not empty: a run never overwrites.
+        """
+        parent = root if out is None else out.parent
+        places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
+        clean(parent, name="new-run", older_than_s=3600)
+        temporary = temporary_folder(parent, "new-run")
+        facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__}
+        if recipe is not None:
+            from tunesmith.recipe.origin import record
+
+            facts["made"] = record(recipe, parent)
+        try:
+            write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
+            write_atomic(temporary / "run.json", to_json(facts, indent=True) + b"\n")
+            for path in places:
+                with suppress(OSError):
+                    path.rmdir()  # which takes an empty folder only
+                with suppress(FileExistsError):
+                    replace_folder(temporary, path)
+                    return cls(path)
+        except BaseException:
+            remove(temporary)
+            raise
+        remove(temporary)
+        taken = f"{out}: already exists" if out else f"{root}: 100 names such as {places[0].name} are taken"
+        raise RunError(f"{taken}, and a run never overwrites anything. Choose another folder, or resume the run in it.")
+
+    @classmethod
+    def open(cls, path_or_name: str | Path, root: Path, *, base: str | None = None) -> Run:
+        """The run at a path, or in `root` by its name, the beginning of its name, or "last". `base`: where its model is
+        now, if it was moved.
+
+        Raises RunError naming the near matches.
+        """
+        found = cls._find(path_or_name, root)
+        return found if base is None else replace(found, base=base)
+
+    @classmethod
+    def _find(cls, path_or_name: str | Path, root: Path) -> Run:
+        text = str(path_or_name)
+        if (Path(text) / "run.json").is_file():
+            return _known_format(cls(Path(text)))
+        present = {run.path.name: run for run in runs(root)}
+        if text == "last" and present:
+            return _known_format(max(present.values(), key=lambda run: (run.created, run.path.name)))
+        begins = [text] if text in present else [name for name in present if text and name.startswith(text)]
+        if len(begins) == 1:
+            return _known_format(present[begins[0]])
+        if begins:
+            several = f"the names of {len(begins)} runs in {root} begin with it: {_listed(begins)}"
+            raise RunError(f"{text}: {several}. Give more of the name.")
+        raise RunError(no_such_run(text, root))
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def rows_path(self) -> Path:
+        return self.path / "rows"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def created(self) -> float:
+        """Seconds since the epoch."""
+        return float(self.read_json("run.json").get("created", 0.0))
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Measures of the tuned model on the held-out rows, each {"value", "low", "high"}: its 95 % interval.
+
+        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names as in docs/measures.md. Those of the base: see
+        `report`. Empty where nothing was held out. Raises RunError where the run has not ended.
+        """
+        after = self.report["metrics"]["after"]
+        return {} if after is None else dict(after["measures"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json holds, see docs/report.md. Raises RunError where the run has not ended."""
+        if not self.report_path.exists():
+            raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")
+        return dict(self.read_json("report.json"))
+
+    def recipe(self) -> Recipe:
+        """The complete recipe of this run, which knows where its files are now."""
+        from tunesmith.recipe import read
+
+        return self.place(read.load(str(self.recipe_path)))
+
+    def place(self, recipe: Recipe) -> Recipe:
+        """A recipe of this run, knowing where its files are now and which day its template writes."""
+        from tunesmith.recipe.origin import Origin
+
+        facts: Any = {}
+        with suppress(RunError):
+            facts = self.read_json("run.json")
+        return Origin.of(self.path, facts, base=self.base).put(self.dated(recipe))
+
+    def dated(self, recipe: Recipe) -> Recipe:
+        """The recipe with the day that its template writes. One of an earlier version does not record it: its rows
+        were encoded when the run was made."""
+        if recipe.data.date != "auto":
+            return recipe
+        day = date.fromtimestamp(self.created).isoformat()
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
+
+    @property
+    def records_date(self) -> bool:
+        """Whether its recipe says which day its template writes."""
+        from tunesmith.recipe import read
+
+        return read.load(str(self.recipe_path)).data.date != "auto"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` to the file `name` of this folder, atomically."""
+        write_atomic(self.path / name, to_json(value, indent=True) + b"\n")
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` was given. Raises RunError where the file is missing or broken."""
+        path = self.path / name
+        try:
+            return from_json(path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise RunError(f"{path}: is not JSON: {error}.") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one writer of this folder. The lock is the system's: it ends with the process that holds it.
+
+        What a killed writer left half done is cleaned up first. Raises RunError naming the holder.
+        """
+        lock = filelock.FileLock(self.path / "lock", timeout=_LOCK_PATIENCE_S, thread_local=False)
+        with storing(self.path / "lock"):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise RunError(f"{self.path}: in use by {self._holder()}. Wait for it, or stop it.") from None
+        try:
+            self.refuse_links()
+            clean(self.path)
+            for name in ("checkpoints", "evaluation", "rows/train", "rows/held_out"):
+                clean(self.path / name)
+            self.write_json("lock.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+            yield
+        finally:
+            with suppress(OSError):
+                (self.path / "lock.json").unlink(missing_ok=True)
+            lock.release()
+
+    def refuse_links(self) -> None:
+        """Raise RunError where a folder of the run is a link: what is written there would land elsewhere."""
+        for name in _OWN:
+            path = self.path / name
+            if path.is_symlink():
+                raise RunError(
+                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a folder in "
+                    "its place."
+                )
+
+    def keep_hashes(self, result: Path) -> None:
+        """Note the SHA-256 of every file of the result, against which it is checked when it is loaded."""
+        self.write_json(RESULT, _hashes(result))
+
+    def check_result(self, result: Path) -> str:
+        """What to say of a result that cannot be checked, since its run noted no hashes; empty: it was checked.
+
+        Raises RunError naming a file that is not as the run left it.
+        """
+        path = self.path / RESULT
+        if not path.is_file():
+            return (
+                f"{self.path.name}: a run of an earlier version, which noted no hashes: the files of its {result.name} "
+                "were not checked"
+            )
+        then, now = self.read_json(RESULT), _hashes(result)
+        for name in then:
+            if now.get(name) != then[name]:
+                raise RunError(
+                    f"{result / name}: not as the run left it (its SHA-256 is {now.get(name, 'absent')[:16]}, was "
+                    f"{str(then[name])[:16]}). Put the file back from a copy. If you changed it yourself, remove "
+                    f"{path}: the result is then loaded as it is."
+                )
+        return ""
+
+    def _holder(self) -> str:
+        try:
+            facts = self.read_json("lock.json")
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))
+            return f"process {facts['pid']} on {facts['host']} since {since}"
+        except (RunError, KeyError, TypeError):
+            return "another process"
+
+    def is_locked(self) -> bool:
+        """Whether a living process writes here. Needs no right to write, and never turns a writer away."""
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not _could_lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def append(self, event: Event) -> None:
+        """Add one event; for the holder of the lock alone."""
+        events.append(self.events_path, event)
+
+    def events(self) -> Iterator[Event]:
+        """Every event so far, oldest first; see events.read."""
+        return events.read(self.events_path)
+
+    def identity(self) -> dict[str, str]:
+        """What the run said it rests on when it began; empty if it had not come so far."""
+        return next((dict(event.values["identity"]) for event in self.events() if event.kind == "start"), {})
+
+    def follow(self, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
+        """Every event, also those to come, until `stop()` holds; see events.follow."""
+        return events.follow(self.events_path, stop, poll_s=poll_s)
+
+    def truncate_after(self, step: int) -> int:
+        """Take back the events that a run resumed at `step` will write again; see events.truncate_after."""
+        return events.truncate_after(self.events_path, step)
+
+    def ask_stop(self) -> None:
+        """Ask the writer to stop after its step."""
+        write_atomic(self.path / "stop", b"")
+
+    def stop_asked(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def clear_stop(self) -> None:
+        """Forget the request."""
+        with storing(self.path / "stop"):
+            (self.path / "stop").unlink(missing_ok=True)
+
+    def state(self) -> State:
+        """Whether a living process holds the lock ("running"); else what the events say last.
+
+        "interrupted": it began and neither ended nor said why: it was killed, or the machine went down.
+        """
+        return "running" if self.is_locked() else events.standing(self.events_path)
+
+
+def runs(root: Path) -> list[Run]:
+    """Every run folder in `root`, by name. What is no run folder is passed over."""
+    if not root.is_dir():
+        return []
+    return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
+
+
+def made_from(run: Run) -> list[str]:
+    """Files and folders that a run was made from, as they were typed; none where it did not note them."""
+    try:
+        return list(run.read_json("run.json")["made"]["places"])
+    except (RunError, KeyError, TypeError):
+        return []
+
+
+def is_run(target: str, root: Path) -> bool:
+    """Whether a word that can mean a run or a model means a run: its folder, "last", or a name in `root`."""
+    if Path(target).exists():
+        return (Path(target) / "run.json").is_file()
+    if "/" in target:
+        return False
+    return target == "last" or any(run.path.name.startswith(target) for run in runs(root))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by its path in there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def _slug(name: str) -> str:
+    """A name that is safe as a folder's on every system, and still the person's own word."""
+    plain = unicodedata.normalize("NFKC", name).lower()
+    return re.sub(r"[\W_]+", "-", plain).strip("-")[:40].strip("-") or "run"
+
+
+def _known_format(run: Run) -> Run:
+    version = run.read_json("run.json").get("format")
+    if version != FORMAT:
+        raise RunError(f"{run.path}: format {version}, this version of tunesmith knows {FORMAT}. Use a newer version.")
+    return run
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def no_such_run(text: str, root: Path) -> str:
+    """What to say of a name that is none of a run in `root`."""
+    names = [run.path.name for run in runs(root)]
+    if text and Path(text).is_dir():
+        return f"{text}: not a run folder: it has no run.json."
+    if not names:
+        return f"{text}: no such run: {root} holds none. Start one with `tunesmith train`."
+    near = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{root} holds {_listed(names)}."
+    return f"{text}: no such run in {root}: {hint}"
+
+
+def _could_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows: its lock is mandatory, so that a byte which cannot be read is held
+        try:
+            return os.read(descriptor, 1) is not None
+        except PermissionError:
+            return False
+    try:
+        # Shared: two readers looking at once do not take each other for a writer.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,1 +1,0 @@
-"""A tuned model behind OpenAI's routes. Nothing here imports torch: the model lives in a child process (inference/)."""

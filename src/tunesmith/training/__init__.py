@@ -1,0 +1,1 @@
+"""A run: one fine-tuning job, from its resolved recipe to its result."""

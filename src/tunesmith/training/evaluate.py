@@ -1,0 +1,200 @@
+"""Looking at a model between steps: held-out rows measured, prompts answered, general ability, surprising rows.
+
+Nothing here changes a weight or draws from the loop's random numbers.
+"""
+
+# I rows
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.store import RowStore
+from tunesmith.errors import RecipeError
+from tunesmith.evaluation import general
+from tunesmith.evaluation.answers import answer_measures, answer_scores
+from tunesmith.evaluation.generation import Sampling
+from tunesmith.evaluation.intervals import Interval
+from tunesmith.evaluation.measure import constant_of, evaluate
+from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.outcomes import Outcomes
+from tunesmith.evaluation.row_lines import looked_through, most_surprising, row_lines
+from tunesmith.evaluation.samples import answer_samples
+from tunesmith.evaluation.scores import score
+from tunesmith.recipe.knobs import known
+from tunesmith.runs.atomic import storing, to_json, write_atomic
+from tunesmith.training.progress import Session
+from tunesmith.training.setup import answer_tokens
+
+_OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
+
+
+def look(session: Session, name: str) -> None:
+    """Everything that is compared before and after: held-out rows, sample prompts, general ability."""
+    measure_held_out(session, name)
+    begun = time.perf_counter()
+    _answer(session, name)
+    if known(session.setup.recipe.evaluation.general) and session.setup.speaks:
+        session.listener.on_progress("general", 0, 1)
+        _measure_general(session, name)
+        session.listener.on_progress("general", 1, 1)
+    session.progress.evaluate_seconds += time.perf_counter() - begun
+
+
+def measure_held_out(session: Session, name: str) -> None:
+    """An "evaluation" event; before and after, also each row's outcome in the run's folder `evaluation`."""
+    setup, progress = session.setup, session.progress
+    if len(setup.rows.held_rows) == 0:
+        return
+    begun = time.perf_counter()
+    outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
+    hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
+    measures, details = score(
+        setup.head,
+        setup.rows.labels,
+        outcomes,
+        task=setup.task.name,
+        hashes_I=hashes_I,
+        constant=constant_of(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
+    )
+    if setup.recipe.evaluation.every is not None:
+        _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
+    if name in ("before", "after"):
+        lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)
+        _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
+        _write(session, f"{name}.json", to_json(details))
+    seconds = time.perf_counter() - begun
+    progress.evaluate_seconds += seconds
+    documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
+    if name == "step":
+        _remember(session, _metric(measures, setup.recipe.evaluation.metric))
+    values = {
+        "name": name,
+        "loss": measures["loss"]["value"],
+        "rows": len(hashes_I),
+        **documents,
+        "targets": int(sum(len(targets) for targets in outcomes.targets)),
+        "measures": measures,
+    }
+    session.emit("evaluation", values, {"seconds": seconds})
+
+
+def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Outcomes:
+    return evaluate(
+        session.setup.model,
+        session.setup.task,
+        feed,
+        [int(i) for i in rows_I],
+        tokens_per_pass=session.setup.plan.tokens_per_pass,
+        progress=lambda done, total: session.listener.on_progress(what, done, total),
+    )
+
+
+def _lines(
+    session: Session, store: RowStore, rows_I: NDArray[np.int64], outcomes: Outcomes
+) -> Iterator[dict[str, Any]]:
+    setup = session.setup
+    known = setup.rows.texts(store, rows_I)
+    texts = [known.get(int(row)) for row in rows_I]
+    if (num := texts.count(None)) and setup.task.name != "text":
+        words = "row is shown as its tokens spell it" if num == 1 else "rows are shown as their tokens spell them"
+        session.emit("note", {"text": f"{num:,} {words}: the data files are gone or have changed"})
+    return row_lines(
+        store,
+        rows_I,
+        outcomes,
+        head=setup.head,
+        labels=setup.rows.labels,
+        tokenizer=setup.renderer.tokenizer,
+        texts=texts,
+    )
+
+
+def _metric(measures: Mapping[str, Interval], key: str) -> float:
+    if key not in measures:
+        raise RecipeError(f"evaluation.metric: {key} is not defined for these rows. There are: {', '.join(measures)}.")
+    return measures[key]["value"]
+
+
+def _remember(session: Session, value: float) -> None:
+    """Whether this evaluation is the best so far, by the metric that the recipe names."""
+    progress = session.progress
+    sign = -1.0 if MEASURES[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
+    best = progress.best.get("value")
+    if math.isfinite(value) and (best is None or sign * value < sign * best):
+        progress.best = {"step": progress.step, "value": value}
+        progress.without_best = 0
+    else:
+        progress.without_best += 1
+
+
+def _answer(session: Session, name: str) -> None:
+    """A "sample" event a prompt, then one "answers" event with the measures of all; each one's scores in a file."""
+    setup = session.setup
+    if not setup.samples:
+        return
+    how = Sampling(max_new_tokens=answer_tokens(setup.recipe, setup.rows))
+    told = []
+    samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
+    for index, sample in enumerate(samples):
+        told.append(sample)
+        session.emit("sample", {"name": name, "index": index, **sample})
+    answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
+    scored = zip(told, answer_scores(answers, references), strict=True)
+    lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
+    _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
+    measures = answer_measures(answers, references, bleu=setup.recipe.evaluation.bleu)
+    session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
+
+
+def _measure_general(session: Session, name: str) -> None:
+    """A "general" event: loss on the general text kept in the package, and general instructions answered."""
+    setup = session.setup
+    losses_P, counts_P = general.text_losses(
+        setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
+    )
+    loss = float(losses_P.sum() / counts_P.sum())
+    values = {
+        "name": name,
+        "loss": loss,
+        "tokens": int(counts_P.sum()),
+        "passages": {"losses": losses_P.tolist(), "tokens": counts_P.tolist()},
+        "answers": general.answers(setup.model, setup.renderer),
+    }
+    session.emit("general", values)
+    if name == "after":
+        told = (event.values for event in session.run.events() if event.kind == "general")
+        before = next((values for values in told if values["name"] == "before"), None)
+        if before is None:  # the log has lost it
+            return
+        moved = general.change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
+        text, past_bound = general.verdict(before["loss"], loss, moved)
+        if past_bound:
+            session.emit("note", {"text": text})
+
+
+def find_surprising(session: Session) -> None:
+    """The training rows that the tuned model still finds least likely, in `evaluation/surprising.json`."""
+    setup = session.setup
+    most = known(setup.recipe.evaluation.surprising)
+    if most == 0:
+        return
+    begun = time.perf_counter()
+    rows_I = looked_through(setup.rows.store, setup.rows.train_rows, most)
+    outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
+    lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
+    _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))
+    session.progress.evaluate_seconds += time.perf_counter() - begun
+
+
+def _write(session: Session, name: str, content: bytes) -> None:
+    folder = session.run.evaluation_path
+    with storing(folder):
+        folder.mkdir(exist_ok=True)
+    write_atomic(folder / name, content)

@@ -1,0 +1,121 @@
+"""What is known of a run before a row is encoded: its model, task, method, device and the longest row."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.data.render import Renderer
+from tunesmith.environment import refuse_ranks
+from tunesmith.errors import RecipeError
+from tunesmith.inference.load import make_renderer
+from tunesmith.methods.peft_kinds import num_virtual_tokens, resolved
+from tunesmith.models import load, locate, new_tokens
+from tunesmith.models.heads import own_classes
+from tunesmith.models.kind import model_kind
+from tunesmith.models.new_tokens import NewTokens
+from tunesmith.models.size import ModelSize, size
+from tunesmith.optim import check_installed
+from tunesmith.planning.advise import with_choice
+from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.training.init_from_run import start_from
+from tunesmith.types import Choice, HeadName, ModelKind
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before a row is encoded."""
+
+    recipe: Recipe
+    choices: list[Choice]
+    notes: list[str]
+    located: locate.Located
+    size: ModelSize
+    kind: ModelKind
+    head: HeadName
+    own_classes: tuple[str, ...]
+    """Of the head that the model has already."""
+    renderer: Renderer
+    added: NewTokens
+    """Tokens that the recipe adds."""
+
+
+def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
+    """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not cached
+    only the headers of the weights are fetched.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+    """
+    refuse_ranks(os.environ)
+    chained: str | None = None
+    if recipe.base is None:  # of a run that goes on it is decided
+        name, chained = start_from(recipe.model, root=root, offline=offline)
+        recipe = recipe.model_copy(update={"model": name})
+    check_installed(recipe.optim)
+    notes = [chained] if chained else []
+    located = locate.locate_base(recipe, offline=offline, weights=False)
+    tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
+    if isinstance(recipe.method, PeftMethod):
+        recipe = recipe.model_copy(update={"method": resolved(recipe.method)})
+    model_size, kind = _room_left(size(located), recipe), model_kind(located)
+    added = _add_tokens(recipe, tokenizer, kind)
+    notes += new_tokens.say(added, recipe.data.new_tokens)
+    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    head = find_head(recipe, located, kind)
+    recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
+    choices += dates
+    has_classes = head in ("sequence", "tokens") and not located.is_gguf
+    return Start(
+        recipe=recipe,
+        choices=choices,
+        notes=notes,
+        located=located,
+        size=model_size,
+        kind=kind,
+        head=head,
+        own_classes=own_classes(load.load_config(located), head) if has_classes else (),
+        renderer=renderer,
+        added=added,
+    )
+
+
+def _dated(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]
+) -> tuple[Recipe, Renderer, list[Choice]]:
+    """The recipe with the day that its template writes; None: it writes none."""
+    chosen = recipe.data.date == "auto"
+    if chosen:
+        recipe = with_choice(recipe, Choice("data.date", date.today().isoformat(), ""))
+    renderer = make_renderer(recipe, tokenizer, kind)
+    if renderer.date is None:
+        if recipe.data.date is not None and not chosen:
+            notes.append(f"data.date: {recipe.data.date}: no chat template here writes a date: it is left out")
+        return with_choice(recipe, Choice("data.date", None, "")), renderer, []
+    reason = "the chat template writes the date: training and every later use here show the model this day"
+    return recipe, renderer, [Choice("data.date", renderer.date, reason)] if chosen else []
+
+
+def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:
+    """Put the tokens of the recipe into the tokenizer."""
+    if recipe.data.new_tokens and (kind != "causal" or isinstance(recipe.method, PeftMethod)):
+        what = "method peft" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+        raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
+    return new_tokens.add(tokenizer, recipe.data.new_tokens)
+
+
+def _room_left(model_size: ModelSize, recipe: Recipe) -> ModelSize:
+    """The model as rows find it: virtual tokens stand before each of them."""
+    virtual = num_virtual_tokens(recipe.method)
+    if virtual >= model_size.max_tokens:
+        raise RecipeError(
+            f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {model_size.max_tokens:,} "
+            "tokens in all. Use fewer."
+        )
+    return replace(model_size, max_tokens=model_size.max_tokens - virtual)

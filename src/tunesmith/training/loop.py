@@ -1,0 +1,93 @@
+"""The loop: the whole method, once.
+
+A generator that makes one update a turn and holds no opinion about folders, progress or saving. Tasks, methods and
+optimizers enter as values; nothing else in this package takes an optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+
+from tunesmith.data.passes import Pass
+from tunesmith.errors import NonFiniteError
+from tunesmith.optim import excess, gradient_norm, rate
+from tunesmith.training.setup import Setup
+from tunesmith.training.step import gradients
+from tunesmith.training.summary import peak_memory_bytes
+from tunesmith.types import Event
+
+
+def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
+    """One "step" event for every optimizer update after step `start`.
+
+    Between two events the model is at rest: it may be looked at, measured or saved, and `break` leaves it whole.
+    The loss of a step is the sum over its targets divided once by their number, over all passes; random numbers
+    (dropout) are a function of seed and step alone, for which torch's own generator is seeded anew at every step, so
+    nothing done between steps can change the next one. What a method adds to the loss is told beside it.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not a number; the update was not made.
+        OutOfMemoryError: memory ended in a pass that cannot be made smaller; the weights are those of the step before.
+    """
+    recipe, plan, attachment, update = setup.recipe, setup.plan, setup.attachment, setup.update
+    for step in range(start + 1, setup.total_steps + 1):
+        begun = time.perf_counter()
+        if not setup.model.training:  # it takes as long as some of the layers of a small model
+            setup.model.train()
+        if update.begin():
+            attachment.publish()
+        done = gradients(setup, plan, step)
+        plan, passes = done.plan, done.passes
+        pass_losses = torch.stack(done.losses).cpu().double().tolist()
+        lr = rate(step, setup.total_steps, recipe.optim)
+        grad_norm = gradient_norm(attachment.trained.values())
+        _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
+        with attachment.steering.around_update(step) if attachment.steering else nullcontext():
+            update.step(lr, number=step, divisor=excess(grad_norm, recipe.optim.clip))
+        attachment.publish()
+
+        seconds = time.perf_counter() - begun
+        row_ids = [i for rows in passes for i in rows]
+        tokens = sum(int(setup.rows.store.lengths[i]) for i in row_ids)
+        yield Event(
+            kind="step",
+            step=step,
+            time=time.time(),
+            values={
+                "loss": math.fsum(pass_losses) / done.num_targets,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "computed": done.computed,
+                "targets": done.num_targets,
+                "passes": len(passes),
+                "rows": row_ids,
+                **({"penalty": done.penalty} if done.penalty is not None else {}),
+                **({"tokens_per_pass": plan.tokens_per_pass} if done.halved else {}),
+            },
+            timing={
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "peak_bytes": peak_memory_bytes(setup.device),
+            },
+        )
+
+
+def _require_finite(
+    setup: Setup, step: int, *, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
+) -> None:
+    if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
+        return
+    suspects = [rows for rows, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)] or passes
+    sources = [str(setup.rows.store.source(i)) for rows in suspects for i in rows]
+    listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+    loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
+    raise NonFiniteError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}: the update was not made. "
+        f"Rows of the step: {listed}. Lower optim.lr, set precision: float32, or look at these rows."
+    )

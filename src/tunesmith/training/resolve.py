@@ -1,0 +1,313 @@
+"""What can be said of a run before its model is loaded: what is decided, what it will need, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.batch import Plan
+from tunesmith.data.feed import Feed, Masking
+from tunesmith.data.filling import fills
+from tunesmith.data.rows import Places, Rows, encode_rows
+from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
+from tunesmith.evaluation import general
+from tunesmith.evaluation.metrics import MEASURED
+from tunesmith.evaluation.samples import new_tokens_for
+from tunesmith.inference.load import has_token_types
+from tunesmith.methods import adalora
+from tunesmith.models import load, rope
+from tunesmith.models.exhausted import give_back
+from tunesmith.models.padding import pad_id
+from tunesmith.optim import OPTIMIZERS
+from tunesmith.planning import devices
+from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
+from tunesmith.planning.budget import HELD, RunSize, decide_measuring
+from tunesmith.planning.devices import Device
+from tunesmith.planning.fitting import fit, refuse
+from tunesmith.planning.forecast import Forecast, Forecaster
+from tunesmith.planning.sharing import Ask, decide_sharing
+from tunesmith.planning.sketch import DTYPES
+from tunesmith.planning.trying import Tried
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.show import changed
+from tunesmith.runs.folder import Run
+from tunesmith.training.inputs import Start, begin
+from tunesmith.types import PAIRS, Choice, HeadName, Layout
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Foreseen:
+    """A run before its model is loaded."""
+
+    recipe: Recipe
+    """Resolved: no "auto" is left."""
+    choices: list[Choice]
+    notes: list[str]
+    """Of the prediction; those of the model and the rows are theirs."""
+    start: Start
+    rows: Rows
+    given: dict[str, Any]
+    """What the recipe said before anything was decided, where that is not the default."""
+    forecast: Forecast | None
+    """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
+
+
+def foresee(
+    recipe: Recipe,
+    *,
+    root: Path,
+    offline: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    run: Run | None = None,
+    device: Device | None = None,
+) -> Foreseen:
+    """Encode rows and decide. `device`: another machine's, for which a plan is asked.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+        DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
+    """
+    given = changed(recipe)
+    if device is not None:
+        recipe = _elsewhere(recipe)
+    start = begin(recipe, root=root, offline=offline)
+    places = _places(root, run)
+    rows = _rows(start, places, on_progress)
+    recipe = reduce(with_choice, rows.choices, start.recipe)
+    _check_evaluation(recipe, start.head, rows)
+    lengths_I = rows.store.lengths[rows.train_rows]
+    targets_I = rows.held_store.targets[rows.held_rows]
+    kind = device.kind if device else recipe.device
+    free_tokens = recipe.train.tokens_per_pass == "auto"
+    recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I, targets_I))
+    if reason := _why_alone(start, rows):
+        free_tokens = False
+        alone = Choice("train.tokens_per_pass", 1, reason)
+        recipe = with_choice(recipe, alone)
+        choices = [*(choice for choice in choices if choice.key != alone.key), alone]
+    recipe, counted = _count_steps(recipe, rows)
+    rows, recipe, measuring = _measuring(recipe, start, rows, kind, places=places, on_progress=on_progress)
+    known_of = {choice.key for choice in measuring}
+    choices = [choice for choice in choices if choice.key not in known_of]
+    choices = [*start.choices, *rows.choices, *choices, *counted, *measuring]
+    if device is not None:
+        choices = [choice for choice in choices if choice.key not in ("device", "threads")]
+    if run is not None:
+        return Foreseen(_without_layers(recipe), choices, [], start, rows, given, None)
+
+    on_progress("plan", 0, 1)
+    seen = Foreseen(recipe, choices, [], start, rows, given, None)
+    try:
+        _predict(seen, device, free_tokens=free_tokens)
+    except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
+        raise
+    except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
+        seen.recipe = _without_layers(recipe)
+        seen.notes.append(f"memory and time could not be forecast: {_reason(error)}")
+    on_progress("plan", 1, 1)
+    return seen
+
+
+def _why_alone(start: Start, rows: Rows) -> str:
+    """Why each row goes through the model alone; empty: it need not."""
+    sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
+    longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
+    why = "" if start.located.is_gguf else rope.why(load.load_config(start.located), longest)
+    return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
+
+
+def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
+    """Tell a method that is made for a number of steps how many there are.
+
+    Raises RecipeError where that leaves it none, or the optimizer would undo what it does.
+    """
+    method = recipe.method
+    if not isinstance(method, PeftMethod) or method.kind != adalora.KIND:
+        return recipe, []
+    if OPTIMIZERS[recipe.optim.name].counters:
+        raise RecipeError(
+            f"optim.name: {recipe.optim.name}: keeps means of the weights, which bring back the ranks that "
+            f"{method.kind} takes. Use another optimizer."
+        )
+    # Passes have no say in the number of steps, so any layout will do.
+    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
+    told = adalora.for_steps(method, steps)
+    choices = [Choice("method.settings.total_step", steps, "the run's own steps")] if told != method else []
+    return recipe.model_copy(update={"method": told}), choices
+
+
+def _measuring(
+    recipe: Recipe, start: Start, rows: Rows, device: str, *, places: Places, on_progress: OnProgress
+) -> tuple[Rows, Recipe, list[Choice]]:
+    """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
+    row = float(rows.store.lengths[rows.train_rows].mean())
+    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
+    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
+    size = RunSize(
+        num_parameters=start.size.num_params,
+        device=device,
+        trained=steps * known(recipe.train.rows_per_step) * row,
+        row=row,
+        held=int(rows.held_store.lengths[rows.held_rows].sum()),
+        held_rows=len(rows.held_rows),
+        prompts=len(rows.held_rows) if start.head == "next_token" else 0,
+        answer_tokens=new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens),
+        speaks=speaks,
+    )
+    recipe, choices = decide_measuring(recipe, start.recipe, size)
+    if any(choice.key == "evaluation.max_rows" for choice in choices):
+        fewer = start.recipe.model_copy(update={"evaluation": recipe.evaluation})
+        rows = _rows(replace(start, recipe=fewer), places, on_progress)
+    return rows, recipe, choices
+
+
+def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> None:
+    """Decide what memory decides, and what the run will need then. Raises DoesNotFitError; whatever else it raises
+    leaves `seen` as it was."""
+    start, rows, recipe = seen.start, seen.rows, seen.recipe
+    tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
+    device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
+    on = device.kind
+    give_back()  # what the machine's speed was tried with is no part of what the process holds
+    forecaster = Forecaster(
+        located=start.located,
+        kind=start.kind,
+        head=start.head,
+        rows=rows,
+        feeds=lambda recipe, model, plan: feeds(
+            recipe, start, rows, model, plan, device="cpu", on=on, ask=lambda model, rows: None
+        )[:2],
+        plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
+        device=device,
+        base=devices.resident(),
+        tried=tried,
+        general_tokens=_general_tokens(recipe, start),
+    )
+    longest = int(rows.store.lengths[rows.train_rows].max())
+    recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
+    notes = []
+    if not forecast.fits:
+        refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
+        if recipe.memory == "refuse":
+            raise refusal
+        notes.append(str(refusal))
+    if tried is not None and tried.refused:
+        names = ", ".join(sorted(tried.refused))
+        notes.append(f"the time is partly an estimate: {names} could not be tried on {recipe.device}")
+    replaced = {choice.key for choice in fitted}
+    seen.choices = [*(choice for choice in seen.choices if choice.key not in replaced), *fitted]
+    seen.notes.extend(notes)
+    seen.recipe, seen.forecast = recipe, forecast
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
+
+
+def _general_tokens(recipe: Recipe, start: Start) -> int:
+    """Of the general text, where it is measured."""
+    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
+    if not (known(recipe.evaluation.general) and speaks):
+        return 0
+    return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))
+
+
+def _without_layers(recipe: Recipe) -> Recipe:
+    if recipe.train.checkpointed_layers != "auto":
+        return recipe
+    return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
+
+
+def _elsewhere(recipe: Recipe) -> Recipe:
+    """A recipe for a card that is not here, which what is here can decide the rest of."""
+    precision = "bfloat16" if recipe.precision == "auto" else recipe.precision
+    return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
+
+
+def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
+    recipe = start.recipe
+    return encode_rows(
+        recipe.data,
+        start.renderer,
+        places=places,
+        max_held=HELD if recipe.evaluation.max_rows == "auto" else recipe.evaluation.max_rows,
+        task=known(recipe.task),
+        class_weights=recipe.train.class_weights,
+        own_classes=start.own_classes,
+        on_progress=on_progress,
+    )
+
+
+def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
+    if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
+        raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
+    keys = MEASURED[head if rows.labels is None else rows.labels.kind]
+    if recipe.evaluation.metric not in keys:
+        raise RecipeError(
+            f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
+        )
+
+
+def _places(root: Path, run: Run | None) -> Places:
+    """A new run shares encoded rows with others below `root`; a resumed one has its own."""
+    shared = root / ".rows"
+    return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
+
+
+def feeds(
+    recipe: Recipe, start: Start, rows: Rows, model: Any, plan: Plan, *, device: str, on: str, ask: Ask
+) -> tuple[Feed, Feed, list[Choice]]:
+    """The passes of training rows and of held-out rows, and what was decided of them.
+
+    Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
+    whole, as whoever measures the result again will. `device`: where their tensors are; `on`: the kind of device that
+    is to compute them, of which a plan for another machine has none here. `ask`: whether the model answers otherwise
+    where rows share what they begin with.
+    """
+    tokenizer = start.renderer.tokenizer
+    masks = start.head == "masked_token"
+    has_types = has_token_types(model, tokenizer)
+    choices = []
+    if start.kind == "causal" and plan.layout == "ragged" and not has_types:
+        choices = [decide_sharing(model, recipe, plan, rows.store, ask=ask)]
+
+    def feed(store: Any, seed: int, *, shares: bool) -> Feed:
+        return Feed(
+            store,
+            layout=plan.layout,
+            device=device,
+            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
+            decoder_start=getattr(model.config, "decoder_start_token_id", None),
+            has_types=has_types,
+            pad_id=pad_id(model, tokenizer),
+            shares=shares,
+            fills=fills(plan.layout, device=on, precision=known(recipe.precision)),
+        )
+
+    shares = any(choice.value for choice in choices)
+    return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
+
+
+def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
+    """Which rows make which step."""
+    weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
+    return Plan(
+        rows_I=rows.train_rows,
+        weights_I=weights[rows.store.file_index[rows.train_rows]],
+        lengths_I=rows.store.lengths[rows.train_rows],
+        rows_per_step=known(recipe.train.rows_per_step),
+        tokens_per_pass=known(recipe.train.tokens_per_pass),
+        layout=layout,
+        seed=recipe.seed,
+        targets_I=rows.store.targets[rows.train_rows] if layout in PAIRS else None,
+        groups_by_length=recipe.train.group_by_length,
+    )

@@ -1,0 +1,192 @@
+"""Proofs that a person can run on their own model: two ways to compute one number, compared.
+
+Each proof says what was compared, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor
+
+from tunesmith.environment import refuse_ranks
+from tunesmith.methods import carried, restore
+from tunesmith.models import load, locate
+from tunesmith.models.agreement import TOLERANCES
+from tunesmith.models.kind import model_kind
+from tunesmith.optim import Update
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.read import validate
+from tunesmith.runs import checkpoint
+from tunesmith.training.loop import training_steps
+from tunesmith.training.setup import Setup, packed_agrees, prepare
+from tunesmith.types import PACKED, TaskName
+
+STEPS = 4
+
+QUESTIONS = (
+    ("What is the capital of France?", "Paris."),
+    ("Name a colour.", "Blue, like the sky on a clear day."),
+    ("How many days has a week?", "Seven: Monday to Sunday."),
+    ("Say hello.", "Hello! How can I help you today?"),
+    ("What do bees make?", "Honey, and wax for their combs."),
+    ("Is water wet?", "People have argued about it for a long time, and they still do."),
+    ("2 + 2?", "4"),
+    ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet around the year 1600."),
+)
+"""What rows for a model without data are made of."""
+
+
+def _question_of(task: TaskName, question: str, answer: str) -> dict[str, Any]:
+    """A question and its answer as a row of the task: a class says whether it asks, a tag whether a word is long."""
+    words = answer.split()
+    rows: dict[TaskName, dict[str, Any]] = {
+        "chat": {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+        "generate": {"prompt": question, "completion": f" {answer}"},
+        "text": {"text": f"{question} {answer}"},
+        "summarize": {"document": f"{question} {answer}", "summary": answer},
+        "classify": {"text": f"{question} {answer}", "label": "question" if "?" in question else "order"},
+        "tag": {"tokens": words, "tags": ["long" if len(word) > 4 else "short" for word in words]},
+    }
+    return rows[task]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One comparison."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
+    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none."""
+    with tempfile.TemporaryDirectory(prefix="tunesmith-selftest-") as name:
+        folder = Path(name)
+        refuse_ranks(os.environ)
+        setup = prepare(_small(recipe, folder, offline=offline), root=folder, offline=offline)
+        setup = replace(setup, total_steps=STEPS)
+        yield _packing(setup)
+        if setup.samples:
+            yield _templates(setup)
+        yield _accumulation(setup)
+        yield _resume(setup, folder)
+
+
+def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
+    if recipe.data.train:  # which of a run are found where they are now
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"rows_per_step": 4})})
+    data = recipe.model_dump()
+    file = folder / "rows.jsonl"
+    task = _task_of(recipe, offline=offline) if recipe.task == "auto" else recipe.task
+    rows = [_question_of(task, question, answer) for question, answer in QUESTIONS]
+    file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
+    data["train"] |= {"rows_per_step": 4}
+    return validate({**data, "task": task})
+
+
+def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
+    """The task that is usual for the recipe's model."""
+    located = locate.locate_base(recipe, offline=offline, weights=False)
+    kind = model_kind(located)
+    if kind != "causal":
+        return "classify" if kind == "encoder" else "generate"
+    tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=lambda note: None)
+    return "chat" if tokenizer.chat_template else "generate"
+
+
+def _packing(setup: Setup) -> Proof:
+    rows = [setup.rows.store.row(int(i)) for i in setup.rows.train_rows[:4]]
+    plain = setup.recipe.kernels == "plain"
+    agreement = packed_agrees(setup.model, setup.kind, rows, tokenizer=setup.renderer.tokenizer, plain=plain)
+    if setup.plan.layout not in PACKED:
+        return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
+    allowed = TOLERANCES[setup.model.dtype]
+    found = f"answers packed and alone differ by {agreement.error:.1e} of their spread, allowed is {allowed:.0e}"
+    return Proof("rows do not see each other", agreement.ok, found)
+
+
+def _templates(setup: Setup) -> Proof:
+    """The tokens in front of each trained answer are those that serving would feed."""
+    wrong = [sample.source for sample in setup.samples if not _is_prefix(setup, sample.ids, sample.source)]
+    found = f"{len(setup.samples) - len(wrong)} of {len(setup.samples)} rows begin with the prompt as it is served"
+    return Proof("training prompts are serving prompts", not wrong, found)
+
+
+def _is_prefix(setup: Setup, prompt: Sequence[int], source: str) -> bool:
+    store = setup.rows.held_store
+    row = next(row for row in map(store.row, map(int, setup.rows.held_rows)) if str(row.source) == source)
+    return list(map(int, row.ids[: len(prompt)])) == list(prompt)
+
+
+def _accumulation(setup: Setup) -> Proof:
+    """Gradients of the same rows in one pass and in as many passes as rows."""
+    rows = [int(i) for i in setup.rows.train_rows[:4]]
+    together = _gradients(setup, [rows])
+    alone = _gradients(setup, [[row] for row in rows])
+    scale = max(float(g.norm()) for g in together.values())
+    worst = max(float((together[name] - alone[name]).norm()) for name in together) / scale
+    allowed = 1e-5 if setup.recipe.precision == "float32" else 5e-2
+    found = f"gradients of 1×{len(rows)} and {len(rows)}×1 rows differ by {worst:.1e}, allowed is {allowed:.0e}"
+    return Proof("passes do not change the update", worst <= allowed, found)
+
+
+def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    store = setup.rows.store
+    count = sum(float(store.denominators[i]) for rows in passes for i in rows)
+    setup.update.drop_gradients()
+    setup.model.eval()  # no dropout: it would differ between the two ways
+    for rows in passes:
+        batch = setup.feed.batch(rows, draw=0)
+        (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
+        setup.attachment.collect_gradients()
+    gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}
+    setup.update.drop_gradients()
+    return gradients
+
+
+def _resume(setup: Setup, folder: Path) -> Proof:
+    """Four steps in one go, and two steps, a checkpoint read back, and two more: equal bit for bit."""
+    fresh = {name: tensor.detach().clone() for name, tensor in carried(setup.attachment).items()}
+    straight_losses = _run(setup, start=0, stop=STEPS)
+    straight = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
+
+    _restart(setup, fresh, {})
+    losses = _run(setup, start=0, stop=STEPS // 2)
+    state = setup.update.state()
+    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=carried(setup.attachment), optimizer=state, state={})
+    _restart(setup, fresh, {})
+    saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
+    assert saved is not None
+    _restart(setup, saved.weights, saved.optimizer)
+    losses += _run(setup, start=STEPS // 2, stop=STEPS)
+
+    same = all(torch.equal(straight[name], tensor) for name, tensor in setup.attachment.trained.items())
+    passed = same and losses == straight_losses
+    found = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
+    return Proof("a resumed run is the same run", passed, found)
+
+
+def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    restore(setup.attachment, weights)
+    recipe, attachment = setup.recipe, setup.attachment
+    setup.update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    setup.update.load(optimizer)
+
+
+def _run(setup: Setup, *, start: int, stop: int) -> list[float]:
+    losses = []
+    for event in training_steps(setup, start=start):
+        losses.append(event.values["loss"])
+        if event.step == stop:
+            break
+    return losses

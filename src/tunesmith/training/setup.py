@@ -1,0 +1,271 @@
+"""From a recipe to a `Setup`: model, rows, method, plan; every "auto" decided, every check made before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tunesmith.data import order
+from tunesmith.data.batch import Plan
+from tunesmith.data.feed import Feed
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import Rows
+from tunesmith.evaluation.general import speaks
+from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, new_tokens_for, remarks_on, sample_prompts
+from tunesmith.inference.load import has_token_types
+from tunesmith.methods import METHODS
+from tunesmith.methods.attach import attach
+from tunesmith.methods.peft_bridge import PeftAttachment
+from tunesmith.methods.together import compute_together
+from tunesmith.models import attention, contention, load, locate
+from tunesmith.models.agreement import Agreement, encoder_agrees, pairs_agree, ragged_agrees
+from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.dropping import use_fast_dropout
+from tunesmith.models.encoder_kinds import use_fast_layers
+from tunesmith.models.heads import drawn_names, new_head_names
+from tunesmith.models.kind import layouts_of
+from tunesmith.models.new_tokens import make_room
+from tunesmith.models.noise import EmbeddingNoise
+from tunesmith.models.norms import use_fast_norms
+from tunesmith.models.output import Output, find_output
+from tunesmith.models.padding import pad_id
+from tunesmith.models.products import use_fast_linears
+from tunesmith.optim import Update
+from tunesmith.planning.advise import far_numbers, total_steps
+from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.sharing import disagreement, filled_by
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.runs.beside import Beside
+from tunesmith.runs.folder import Run
+from tunesmith.tasks import bind
+from tunesmith.training.inputs import Start
+from tunesmith.training.resolve import Foreseen, OnProgress, feeds, foresee, plan_of
+from tunesmith.types import PAIRS, Attachment, Choice, HeadName, Labels, Layout, ModelKind, Row, Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Setup:
+    """Everything the loop needs, ready to take its first step."""
+
+    recipe: Recipe
+    """Resolved: no "auto" is left."""
+    choices: list[Choice]
+    notes: list[str]
+    """What a person should know before the first step: fallbacks, cut rows, overlaps."""
+    located: locate.Located
+    model: PreTrainedModel
+    room: int
+    """Most tokens that the model can attend to."""
+    num_parameters: int
+    """Weights of the model itself, its head among them."""
+    renderer: Renderer
+    task: Task
+    noise: EmbeddingNoise
+    kind: ModelKind
+    head: HeadName
+    attachment: Attachment
+    update: Update
+    rows: Rows
+    feed: Feed
+    """Passes of `rows.store`."""
+    held_feed: Feed
+    """Passes of `rows.held_store`."""
+    plan: Plan
+    total_steps: int
+    device: str
+    samples: list[SamplePrompt]
+    new_head: bool
+    """Whether the head's weights are new, so that it answers at random before the first step."""
+    given: dict[str, Any]
+    """What the recipe said before anything was decided, where that is not the default."""
+    forecast: Forecast | None
+    """What the run was predicted to need, before its model was loaded; None if it could not be, or was resumed."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the model goes on with text, so that its general ability can be asked for."""
+        return speaks(self.head, is_causal=self.plan.layout not in PAIRS, room=self.room)
+
+    def save_result(self, folder: Path) -> None:
+        """What was tuned, as it is used later."""
+        method = METHODS[self.recipe.method.name]
+        method.save_result(self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located)
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    root: Path,
+    offline: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    run: Run | None = None,
+) -> Setup:
+    """Load, encode, decide and attach. Nothing is written but encoded rows: below `root`, or into `run` when resuming.
+
+    Raises:
+        RecipeError, DataError, ModelError: what was given cannot be used.
+        DoesNotFitError: it needs more memory than there is.
+    """
+    seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
+    recipe, start, rows = seen.recipe, seen.start, seen.rows
+    on_progress("load", 0, 1)
+    hashes = Beside(partial(load.fingerprint, start.located))
+    torch.set_num_threads(known(recipe.threads))
+    model, num_parameters = _load(recipe, start, rows.labels)
+    new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
+    pad = pad_id(model, start.renderer.tokenizer)
+    attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
+    with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
+        layout, padding_notes = _layout(model, recipe, rows, start)
+    output = _join_products(model, attachment) if recipe.kernels == "fast" else None
+    update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    on_progress("load", 1, 1)
+    plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
+    feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
+    plan = filled_by(plan, rows.store) if feed.shares else plan
+    samples, sample_notes = _samples(recipe, start, rows)
+    notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
+    return Setup(
+        recipe=recipe,
+        choices=[*seen.choices, *sharing, update.describe()],
+        notes=[*notes, *attachment.notes, *sample_notes],
+        located=start.located,
+        model=model,
+        room=start.size.max_tokens,
+        num_parameters=num_parameters,
+        renderer=start.renderer,
+        task=bind(known(recipe.task), rows.labels, recipe.loss, output),
+        noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
+        kind=start.kind,
+        head=start.head,
+        attachment=attachment,
+        update=update,
+        rows=rows,
+        feed=feed,
+        held_feed=held_feed,
+        plan=plan,
+        total_steps=total_steps(recipe, plan.steps_per_epoch),
+        device=recipe.device,
+        samples=samples,
+        new_head=new_head,
+        given=seen.given,
+        forecast=seen.forecast,
+        identity=_identity(recipe, rows, start.renderer, hashes.result()),
+    )
+
+
+def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> Foreseen:
+    """The run before its model is loaded, with the weights of the model here."""
+    seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    if seen.start.located.has_weights:
+        return seen
+    on_progress("download", 0, 1)  # it fits, so they are worth fetching
+    locate.locate_base(seen.start.recipe)
+    on_progress("download", 1, 1)
+    return foresee(recipe, root=root, on_progress=on_progress, run=run)
+
+
+def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
+    """The base of the method, and how many weights it has."""
+    contention.watch()
+    model = load.load_model(
+        start.located,
+        dtype=DTYPES[known(recipe.precision)],
+        device="cpu",
+        head=start.head,
+        labels=labels,
+        seed=recipe.seed,
+        tokenizer=start.renderer.tokenizer,
+        on_note=start.notes.append,
+    )
+    make_room(model, start.added)
+    num_parameters = model.num_parameters()  # what is packed is no parameter any more
+    method = recipe.method
+    start.notes.extend(METHODS[method.name].ready(model, method, device=recipe.device))
+    checkpoint_layers(model, known(recipe.train.checkpointed_layers))
+    if recipe.kernels == "fast":
+        use_fast_norms(model)
+        use_fast_dropout(model)
+    return model, num_parameters
+
+
+def _join_products(model: PreTrainedModel, attachment: Attachment) -> Output | None:
+    """The model with its products computed together where they can be; its output, if losses can be computed by it."""
+    compute_together(model)
+    return None if isinstance(attachment, PeftAttachment) else find_output(model)
+
+
+def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
+    """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
+    if start.head != "next_token":
+        return [], []
+    examples = rows.sample_examples(known(recipe.evaluation.samples))
+    new_tokens = answer_tokens(recipe, rows)
+    room = PromptRoom.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(start.renderer, examples, room=room, new_tokens=new_tokens)
+    return prompts, remarks_on(prompts, num_rows=len(examples))
+
+
+def answer_tokens(recipe: Recipe, rows: Rows) -> int:
+    """Tokens of an answer to a held-out prompt at most."""
+    return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+
+
+def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
+    """Packed if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
+    layout, *others = layouts_of(start.kind, torch.device(recipe.device).type)
+    if not others:
+        return layout, []
+    probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
+    plain = recipe.kernels == "plain"
+    agreement = packed_agrees(model, start.kind, probe, tokenizer=start.renderer.tokenizer, plain=plain)
+    if agreement.ok:
+        attention.use_ragged(model, plain=plain)
+        if not plain:
+            use_fast_layers(model)
+            use_fast_linears(model)
+        return layout, []
+    note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
+    return others[0], [note]
+
+
+def packed_agrees(
+    model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, tokenizer: Any, plain: bool
+) -> Agreement:
+    """Whether a model of this kind answers the same for rows that are packed as for each alone."""
+    if kind == "encoder":
+        return encoder_agrees(model, rows, has_types=has_token_types(model, tokenizer), plain=plain)
+    return (pairs_agree if kind == "encoder_decoder" else ragged_agrees)(model, rows, plain=plain)
+
+
+def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
+    settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
+    model = {f"model {name}": digest for name, digest in model_hashes.items()}
+    hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
+    data = {f"data {path}": digest for path, digest in hashes.items()}
+    own = {
+        "tokenizer and template": renderer.fingerprint,
+        "rows": rows.store.key,
+        "held-out rows": rows.held_store.key,
+        "setting order of rows": f"version {order.VERSION}",
+    }
+    return {**settings, **model, **data, **own}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves

@@ -1,0 +1,226 @@
+"""A prepared run in plain values: what its first events and its report say about it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith import __version__
+from tunesmith.data.filling import fills, padding_share
+from tunesmith.data.labels import count_classes
+from tunesmith.optim import OPTIMIZERS
+from tunesmith.planning.advise import total_steps
+from tunesmith.planning.forecast import Forecast
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.training.resolve import Foreseen, plan_of
+from tunesmith.training.setup import Setup
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def run_name(setup: Setup) -> str:
+    """What the run folder is called before its four hex digits: the recipe's name, or the first data file's."""
+    return setup.recipe.name or Path(setup.recipe.data.train[0].path).name.split(".")[0]
+
+
+def start_values(setup: Setup) -> dict[str, Any]:
+    """Values of the "start" event: what the run rests on."""
+    return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
+
+
+def plan_values(setup: Setup) -> dict[str, Any]:
+    """Values of the "plan" event: what will be done, and why."""
+    plan = setup.plan
+    return {
+        "model": setup.located.name,
+        "task": setup.task.name,
+        "method": setup.recipe.method.name,
+        "given": setup.given,
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in setup.choices],
+        "rows": row_counts(setup),
+        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
+        "longest_row": int(plan.lengths_I.max()),
+        "rows_per_step": plan.rows_per_step,
+        "tokens_per_pass": plan.tokens_per_pass,
+        "layout": plan.layout,
+        "padding": round(padding_share(plan, fills=setup.feed.fills), 4),
+        "steps": setup.total_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
+        "total_parameters": setup.num_parameters,
+        "precision": setup.recipe.precision,
+        "device": setup.device,
+        "labels": label_counts(setup),
+        "new_head": setup.new_head,
+        "windows": window_count(setup),
+        "sample": sample_spans(setup),
+        "warnings": setup.notes,
+    }
+
+
+def plan_timing(setup: Setup) -> dict[str, Any]:
+    """What the run was predicted to need; empty if it could not be predicted."""
+    return {} if setup.forecast is None else {"forecast": forecast_values(setup.forecast)}
+
+
+def foreseen_values(seen: Foreseen) -> dict[str, Any]:
+    """What `tunesmith plan` says: the values of a "plan" event that are known before the model is loaded."""
+    recipe, forecast = seen.recipe, seen.forecast
+    plan = plan_of(recipe, seen.rows, "padded")
+    padding: dict[str, float] = {}
+    if forecast is not None:
+        plan = forecast.plan
+        is_filled = fills(plan.layout, device=forecast.device.kind, precision=known(recipe.precision))
+        padding = {"padding": round(padding_share(plan, fills=is_filled), 4)}
+    return {
+        "model": seen.start.located.name,
+        "task": recipe.task,
+        "method": recipe.method.name,
+        "given": seen.given,
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
+        "rows": {
+            "train": len(seen.rows.train_rows),
+            "held_out": len(seen.rows.held_rows),
+            "skipped": seen.rows.skipped,
+        },
+        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
+        "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
+        **padding,
+        "steps": total_steps(recipe, plan.steps_per_epoch),
+        "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
+        "total_parameters": seen.start.size.num_params,
+        "precision": recipe.precision,
+        "device": recipe.device if forecast is None else forecast.device.name,
+        "warnings": [*seen.start.notes, *seen.notes, *seen.rows.notes],
+        "recipe": recipe.model_dump(mode="json"),
+        "forecast": None if forecast is None else forecast_values(forecast),
+    }
+
+
+def forecast_values(forecast: Forecast) -> dict[str, Any]:
+    """Bytes and seconds."""
+    memory, time, disk = forecast.memory, forecast.duration, forecast.disk
+    return {
+        "memory": {"total": memory.total, "phase": memory.phase, "parts": memory.parts()},
+        "phases": {phase.phase: phase.total for phase in forecast.phases},
+        "room": forecast.device.room,
+        "pass": {
+            "step": forecast.heavy.step,
+            "rows": len(forecast.heavy.rows),
+            "tokens": forecast.tokens,
+            "targets": forecast.targets,
+        },
+        "layers": {"all": forecast.num_layers, "recomputed": forecast.recomputed},
+        "seconds": None if time is None else time.values(),
+        "disk": {**asdict(disk), "total": disk.total},
+    }
+
+
+def report_facts(setup: Setup) -> dict[str, Any]:
+    """What the report says beside its measures."""
+    return {
+        "name": run_name(setup),
+        "task": setup.task.name,
+        "method": setup.recipe.method.name,
+        "model": setup.located.name,
+        "rows": row_counts(setup),
+        "precision": setup.recipe.precision,
+        "device": setup.device,
+        "threads": known(setup.recipe.threads),
+        "versions": versions(setup.recipe),
+        "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
+        "labels": label_counts(setup),
+        "new_head": setup.new_head,
+        "lengths": length_histogram(setup),
+        "notes": setup.notes,
+    }
+
+
+def label_counts(setup: Setup) -> dict[str, int]:
+    """Training rows (of tags: words) of each class, in the order of their ids; empty for other tasks."""
+    labels = setup.rows.labels
+    if labels is None or labels.kind == "number":
+        return {}
+    counts_C = count_classes(labels, setup.rows.store, setup.rows.train_rows)
+    return {name: int(num) for name, num in zip(labels.names, counts_C, strict=True)}
+
+
+def window_count(setup: Setup) -> str:
+    """How documents were cut, in words; empty for other tasks."""
+    if setup.task.name != "text":
+        return ""
+    store, rows_I = setup.rows.store, setup.rows.train_rows
+    places = np.stack([store.file_index[rows_I], store.lines[rows_I]])
+    documents = np.unique(places, axis=1).shape[1]
+    stride = setup.recipe.data.stride
+    apart = "" if stride == "auto" else f", {stride:,} tokens from one beginning to the next"
+    return (
+        f"{documents:,} documents in {len(rows_I):,} windows of at most {setup.recipe.data.max_tokens:,} tokens{apart}"
+    )
+
+
+def length_histogram(setup: Setup) -> dict[str, Any]:
+    """Tokens of the training rows in at most 40 bins of equal width."""
+    lengths_I = setup.plan.lengths_I
+    counts, edges = np.histogram(lengths_I, bins=min(40, int(np.ptp(lengths_I)) + 1))
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "max_tokens": known(setup.recipe.data.max_tokens)}
+
+
+def row_counts(setup: Setup) -> dict[str, int]:
+    """`overlap`: held-out rows that are trained on too."""
+    rows = setup.rows
+    return {
+        "train": len(rows.train_rows),
+        "held_out": len(rows.held_rows),
+        "skipped": rows.skipped,
+        "overlap": int(np.isin(rows.held_store.hashes[rows.held_rows], rows.store.hashes[rows.train_rows]).sum()),
+    }
+
+
+def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
+    """The first training row as (text, trained) pieces, so that a person can see what is learnt."""
+    row = setup.rows.store.row(int(setup.rows.train_rows[0]))
+    edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
+    return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
+
+
+def versions(recipe: Recipe | None = None) -> dict[str, str]:
+    """Of this package, Python and the libraries that numbers depend on; of those that not all need, what `recipe`
+    uses."""
+    used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
+    used |= {"bitsandbytes"} if recipe and isinstance(recipe.method, QloraMethod) else set()
+    return {
+        "tunesmith": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in (*LIBRARIES, *sorted(filter(None, used)))},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory held so far: on a CUDA device by tensors, else by this process."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def plain(value: Any) -> Any:
+    """A knob's value as JSON."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,391 @@
+"""A run: the loop inside a folder, with everything before, between and after its steps.
+
+What happens becomes an event; `train` and `resume` differ only in where they start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.environment import in_force
+from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
+from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.report import write_report
+from tunesmith.formatting import command
+from tunesmith.inference.load import as_renamed
+from tunesmith.methods import carried, restore
+from tunesmith.models.checkpointing import count_layers
+from tunesmith.recipe import read
+from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.show import as_yaml
+from tunesmith.runs import checkpoint, events
+from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
+from tunesmith.runs.beside import Beside
+from tunesmith.runs.folder import Run, made_from, runs
+from tunesmith.training.disk import refuse_small_disk
+from tunesmith.training.evaluate import find_surprising, look, measure_held_out
+from tunesmith.training.loop import training_steps
+from tunesmith.training.progress import Listener, OnEvent, Progress, Session
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
+from tunesmith.types import Event
+
+SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
+"""Knobs that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
+NAMED_LATER = {
+    "setting train.group_by_length": "False",
+    "setting data.date": "None",
+}
+"""What the identities of runs of earlier versions do not name, and the values that these runs began with."""
+
+RETOLD = {"plan", "evaluation", "sample", "answers", "general"}
+"""Kinds of events that what is told at the end of a run rests on."""
+
+__all__ = ["Listener", "OnEvent", "resume", "train"]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    root: Path = Path("runs"),
+    out: Path | None = None,
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> Run:
+    """Tune a model as the recipe says; the finished run.
+
+    Raises:
+        InputError: recipe, data or model cannot be used; no run folder was made.
+        Stopped: asked to stop; a checkpoint was written.
+        NonFiniteError, CheckpointError, StorageError: the run failed; its last checkpoint is whole.
+    """
+    listener = listener or Listener()
+    begun = time.perf_counter()
+    setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
+    refuse_small_disk(setup, out or root)
+    yaml = as_yaml(setup.recipe, comments=False)
+    run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe)
+    listener.on_run(run)
+    with run.lock():
+        setup.rows.keep(run.rows_path)
+        progress = Progress(prepare_seconds=time.perf_counter() - begun)
+        _drive(Session(setup, run, progress, listener), fresh=True)
+    return run
+
+
+def _name_among(setup: Setup, root: Path) -> str:
+    """The run's name; with the ending of its data file too, where another file of that name without it has a run."""
+    name, file = run_name(setup), Path(setup.recipe.data.train[0].path)
+    if setup.recipe.name is not None or not file.suffix:
+        return name
+    others = {Path(path).name for run in runs(root) for path in made_from(run)}
+    is_shared = any(other != file.name and other.split(".")[0] == name for other in others)
+    return f"{name}-{file.name.split('.')[1]}" if is_shared else name
+
+
+def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
+    """Go on with a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
+
+    `settings`: key=value of SAME_UPDATE, which change what a step needs and not what it learns, but for rounding and
+    what dropout draws.
+
+    Raises:
+        RecipeError: a setting that would make it another run.
+        RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
+        And whatever `train` raises.
+    """
+    if run.state() == "done":
+        raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
+    listener = listener or Listener()
+    listener.on_run(run)
+    begun = time.perf_counter()
+    with run.lock():
+        run.clear_stop()
+        damaged: list[str] = []
+        newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
+        _mend_log(run, newest, listener)
+        recipe = _with_settings(run, settings)
+        then = newest.state["identity"] if newest else run.identity()
+        _refuse_other_order(run, then)
+        setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
+        unnamed: list[str] = []
+        set_before: list[str] = []
+        if then:
+            unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
+            then = as_renamed(then, setup.identity)
+            same_update = {f"setting {key}" for key in SAME_UPDATE}
+            try:
+                _refuse_changes(run, _without(setup.identity, same_update), _without(then, same_update))
+            except RunError:
+                setup.rows.discard()
+                raise
+            set_before = [] if settings else _set_before(setup.identity, then)
+        refuse_small_disk(setup, run.path)
+        planned = next((event for event in run.events() if event.kind == "plan"), None)
+        run.truncate_after(newest.step if newest else -1)
+        seconds = time.perf_counter() - begun
+        progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
+        if any(setting.startswith("train.tokens_per_pass") for setting in [*settings, *set_before]):
+            progress.tokens_per_pass = None
+        elif progress.tokens_per_pass is not None:
+            setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
+        session = Session(setup, run, progress, listener)
+        for text in [*damaged, *set_before, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
+            session.emit("note", {"text": text})
+        if newest:
+            restore(setup.attachment, newest.weights)
+            setup.update.load(newest.optimizer)
+            session.emit("resume", {"from_step": newest.step})
+        if settings:
+            write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
+            session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
+            if newest:
+                _save(session)  # what the next resume finds goes with the recipe that it finds
+        _drive(session, fresh=newest is None, planned=planned)
+    return run
+
+
+def _mend_log(run: Run, newest: checkpoint.Loaded | None, listener: Listener) -> None:
+    """Put a damaged log of events right from the newest checkpoint, and say so in it and to the listener."""
+    said = ""
+    if newest is not None and newest.log is not None:
+        if wrong := events.put_right(run.events_path, newest.log):
+            said = f"{wrong}; the log is as the checkpoint of step {newest.step} has it"
+    elif newest is None:
+        try:
+            for _ in run.events():
+                pass
+        except RunError as error:
+            aside = run.path / "damaged-events.jsonl"
+            with storing(aside):
+                run.events_path.replace(aside)
+            said = f"{error} There is no checkpoint yet, so the run starts over; the old log is kept as {aside.name}"
+    if said:
+        for event in run.events():
+            if event.kind in RETOLD:
+                listener.on_event(event)  # whoever read the damaged log may not know it
+        note = Event("note", newest.step if newest else 0, time.time(), {"text": said}, {})
+        run.append(note)
+        listener.on_event(note)
+
+
+def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    if other := [key for key in keys if key not in SAME_UPDATE]:
+        raise RecipeError(
+            f"--set {other[0]}: it would be another run. Of one that goes on only {', '.join(SAME_UPDATE)} can change; "
+            "for anything else start a new one with `tunesmith train`."
+        )
+    return run.place(read.load(str(run.recipe_path), settings)) if settings else run.recipe()
+
+
+def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+    return {key: value for key, value in identity.items() if key not in keys}
+
+
+def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """A note for each of SAME_UPDATE that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
+    pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
+    return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
+
+
+def _refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
+    """Raise RunError for a run of a version that did not name the order of its rows, before anything is loaded."""
+    if then and "setting order of rows" not in then:
+        raise RunError(
+            f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
+            "some would be trained twice, others not at all. Resume it with the version that began it, or start a new "
+            "run with `tunesmith train`."
+        )
+
+
+def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
+    changed = [
+        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"{run.path}: cannot go on as if nothing had happened, since this changed: {'; '.join(changed)}. "
+            "Put it back, or start a new run with `tunesmith train`."
+        )
+
+
+def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
+    """Everything a run does once model and rows are ready; whatever ends it is the last event in its log.
+
+    `planned`: the plan of a run that begins anew, since it was killed before its first checkpoint.
+    """
+    setup, run = session.setup, session.run
+    try:
+        if fresh:
+            session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
+            session.emit("plan", *_plan(setup, planned))
+            look(session, "before")
+            rehearsal = Beside(partial(_rehearse_result, setup, run))  # which reads what is saved, and writes elsewhere
+            try:
+                _save(session)
+            finally:
+                rehearsal.result()
+        _take_steps(session)
+        _keep_best(session)
+        look(session, "after")
+        find_surprising(session)
+        _save_result(setup, run)
+        session.listener.on_progress("report", 0, 1)
+        session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
+    except Stopped as stopped:
+        session.emit("stopped", {"message": str(stopped)})
+        raise
+    except Exception as error:  # the outermost frame of a run: whatever ends it is told, and raised on
+        with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
+            session.emit("failed", {"code": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and timing of the "plan" event. What was chosen and predicted at the first start is not found again, since
+    the recipe is resolved by now: it is told again."""
+    values, timing = plan_values(setup), plan_timing(setup)
+    if planned is None:
+        return values, timing
+    warnings = dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]])
+    kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
+    kept["warnings"] = list(warnings)
+    return {**values, **kept}, {**planned.timing, **timing}
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    """What the report says beside its measures; the notes are those of the first start, also in a resumed run."""
+    plan = next((event.values for event in session.run.events() if event.kind == "plan"), {})
+    return {**report_facts(session.setup), "notes": plan.get("warnings", [])}
+
+
+def _take_steps(session: Session) -> None:
+    setup, progress = session.setup, session.progress
+    save_every = known(setup.recipe.checkpoint.every)
+    _stop_if_asked(session, saved=True)
+    if _patience_is_over(session):
+        return
+    for event in _steps_or_saved(session):
+        progress.step = event.step
+        progress.tokens += event.values["tokens"]
+        progress.targets += event.values["targets"]
+        progress.train_seconds += event.timing["seconds"]
+        session.pass_on(event)
+        if "tokens_per_pass" in event.values:
+            progress.tokens_per_pass = event.values["tokens_per_pass"]
+            session.emit("note", {"text": _halved(event)})
+        last = event.step == setup.total_steps
+        if _evaluation_is_due(setup, event.step):
+            measure_held_out(session, "step")
+        over = not last and _patience_is_over(session)
+        is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
+        due = last or over or is_best or event.step % save_every == 0
+        if due:
+            _save(session)
+        if over:
+            patience = setup.recipe.evaluation.patience
+            why = f"{patience} evaluations without a new best (evaluation.patience)"
+            session.emit("note", {"text": f"stopped early after step {event.step}: {why}"})
+            return
+        if not last:
+            _stop_if_asked(session, saved=due)
+
+
+def _steps_or_saved(session: Session) -> Iterator[Event]:
+    """The steps; where memory ends for good, what was learnt before is saved, and how to go on is said."""
+    try:
+        yield from training_steps(session.setup, start=session.progress.step)
+    except OutOfMemoryError as error:
+        _save(session)
+        num_layers = count_layers(session.setup.model)
+        settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
+        way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
+        told = f"{error} Saved: step {session.progress.step}. Go on where there is more memory, or with: {way}"
+        raise OutOfMemoryError(told, step=error.step, lengths=error.lengths, peak=error.peak) from error
+
+
+def _halved(event: Event) -> str:
+    tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
+    return (
+        f"memory ended in step {event.step} ({peak / 2**30:.2f} GiB at most): its passes were made anew, and are from "
+        f"here on, of at most {tokens:,} tokens; the update is the same, but for what dropout draws"
+    )
+
+
+def _evaluation_is_due(setup: Setup, step: int) -> bool:
+    """On the way, and at the last step when it may be the best."""
+    every = setup.recipe.evaluation.every
+    if every is None:
+        return False
+    return step % every == 0 if step < setup.total_steps else setup.recipe.evaluation.keep == "best"
+
+
+def _patience_is_over(session: Session) -> bool:
+    patience = session.setup.recipe.evaluation.patience
+    return patience is not None and session.progress.without_best >= patience
+
+
+def _keep_best(session: Session) -> None:
+    """Put the weights of the best evaluation back, where the recipe asks for them and they are not the last ones."""
+    setup, progress = session.setup, session.progress
+    best, metric = progress.best, setup.recipe.evaluation.metric
+    progress.kept = {"step": progress.step, "reason": "the last step"}
+    if setup.recipe.evaluation.keep != "best" or not best:
+        return
+    value = f"{MEASURES[metric].label} {MEASURES[metric].text(best['value'])}"
+    if best["step"] != progress.step:
+        try:
+            restore(setup.attachment, checkpoint.load(session.run.checkpoints_path / f"step-{best['step']}").weights)
+        except CheckpointError as error:
+            session.emit("note", {"text": f"the best step's checkpoint is lost, the last step is kept: {error}"})
+            return
+    progress.kept = {"step": best["step"], "reason": f"the best evaluation: {value}"}
+    session.emit("note", {"text": f"kept: step {best['step']}, {progress.kept['reason']}"})
+
+
+def _stop_if_asked(session: Session, *, saved: bool) -> None:
+    if session.listener.should_stop() or session.run.stop_asked():
+        if not saved:
+            _save(session)
+        done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
+        raise Stopped(f"{done}; go on with: {command('resume', session.run.path)}")
+
+
+def _save(session: Session) -> None:
+    setup, run, step = session.setup, session.run, session.progress.step
+    fsync_file(run.events_path)  # a checkpoint never knows of steps that its log has lost
+    folder = checkpoint.save(
+        run.checkpoints_path,
+        step,
+        weights=carried(setup.attachment),
+        optimizer=setup.update.state(),
+        state={"progress": asdict(session.progress), "identity": setup.identity},
+        log=run.events_path,
+    )
+    session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
+    checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
+
+
+def _rehearse_result(setup: Setup, run: Run) -> None:
+    """Save the result once and remove it, so that it cannot fail for the first time after the last step."""
+    folder = temporary_folder(run.path, "rehearsal")
+    try:
+        setup.save_result(folder)
+    finally:
+        remove(folder)
+
+
+def _save_result(setup: Setup, run: Run) -> None:
+    folder = run.model_path if setup.recipe.method.name == "full" else run.adapter_path
+    setup.save_result(folder)
+    run.keep_hashes(folder)
