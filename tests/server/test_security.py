@@ -255,7 +255,7 @@ def test_bombs_are_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> 
     bombs_are_refused(server)
     for name, value in (("MOST_DEPTH", 100), ("MOST_BYTES", 1 << 24)):
         with monkeypatch.context() as planted:
-            planted.setattr(reading, name, value)
+            planted.setattr(request_body, name, value)
             with pytest.raises(AssertionError):
                 bombs_are_refused(server)
 
@@ -303,7 +303,7 @@ def nothing_is_held_by_doing_nothing(server: Running) -> None:
 
 def test_nothing_is_held_by_doing_nothing(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "HEADERS_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(reading, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(request_body, "TIMEOUT_S", 0.3)
     nothing_is_held_by_doing_nothing(server)
     monkeypatch.setattr(listening.Connection, "_await_headers", lambda self: None)
     with pytest.raises(pytest.fail.Exception):
