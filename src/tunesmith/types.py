@@ -7,9 +7,10 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -227,46 +228,74 @@ class Task:
     """The same losses one by one, without gradient, and what the model answered."""
 
 
-class Steering(Protocol):
-    """What a method does at every step beside learning from its rows, and what it remembers of it."""
+class StepHook(Protocol):
+    """A method's part in every step besides learning from the rows, and its state."""
 
     def penalty(self) -> Tensor:
-        """What is added to the loss of a step, once, however its rows are cut into passes; with gradient."""
+        """The term that is added to the loss of a step, once, however its rows are split; with gradient."""
         ...
 
     def around_update(self, step: int) -> AbstractContextManager[None]:
-        """A block in which the update of a step is made: its gradients are whole before, the weights new after it."""
+        """Wrap the update of a step: its gradients are complete before, the weights new after it."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, not copied, by the same names and in the same shapes at every step."""
+        """Tensors for a checkpoint, not copied; names and shapes are the same at every step."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave, bit for bit."""
+        """Put back what `state` returned, bit for bit."""
         ...
 
 
 class Attachment(Protocol):
-    """What a method put on a model: the tensors it trains and how they become a result."""
+    """A method's hold on a model: the tensors that are trained, and their way into the model and out of it again.
+
+    Methods derive from it and override the defaults that do not fit them.
+    """
 
     method: str
     trained: Mapping[str, Tensor]
     """float32 leaves that the optimizer updates, by stable name, in a stable order."""
-    notes: tuple[str, ...]
-    """What a person should know about what is trained, such as layers that could not be adapted."""
-    rate_factors: Mapping[str, float]
-    """Of the tensors whose rate is not that of the schedule: what it is multiplied by, by name."""
-    steering: Steering | None
-    """None: all that is trained follows from gradients of the rows alone."""
+    notes: tuple[str, ...] = ()
+    """Facts about what is trained that a person should know, such as layers that could not be adapted."""
+    rate_factors: Mapping[str, float] = MappingProxyType({})
+    """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
+    step_hook: StepHook | None = None
+    """None: training follows from gradients of the rows alone."""
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the model without the adapter is the untouched base, so that `adapter_disabled` gives it."""
+        return False
 
     def collect_gradients(self) -> None:
-        """Add this pass's gradients to those of `trained` in float32. Call after every backward."""
+        """Add the gradients of one micro-batch to those of `trained`, in float32. Call after every backward."""
         ...
 
     def publish(self) -> None:
         """Copy `trained` into the model that computes. Call after an update or a load."""
         ...
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        """Run the model without its adapter inside the block; modules trained whole stay as they were trained."""
+        return nullcontext()
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Move a fresh adapter away from its start inside the block, if its start would hide how it computes."""
+        return nullcontext()
+
+    def merge(self) -> None:
+        """Add the adapter to the weights of its base and remove it, which leaves a plain model.
+
+        Raises InputError or ModelError if it is not a change of weights, or the base cannot hold it.
+        """
+        return None
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the tuned model by its name in a plain model, float32 and never rounded; tied ones under each
+        name. Removes the adapter. Empty if it is not a change of weights."""
+        return iter(())
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def assert_nothing_is_lost(done: Exported, run: Run) -> None:
     header = read_gguf(next(done.path.glob("*.gguf")))
     model, attachment = open_source(run, offline=True).load(torch.float32)
     assert attachment is not None
-    attachment.take_off()
+    attachment.unload()
     assert sum(int(np.prod(info.shape)) for info in header.tensors.values()) == model.num_parameters()
 
 

@@ -144,7 +144,7 @@ def test_without_a_proof_the_card_says_so(tmp_path: Path) -> None:
 
 
 def lost(attachment: LoraAttachment) -> None:
-    attachment.take_off()
+    attachment.unload()
 
 
 def doubled(attachment: LoraAttachment) -> None:

@@ -155,7 +155,7 @@ def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A1
     quick(monkeypatch)
-    monkeypatch.setattr(onnx_file, "merge", lambda attachment: attachment.take_off())
+    monkeypatch.setattr(onnx_file, "merge", lambda attachment: attachment.unload())
     with pytest.raises(ExportError, match=r"it carries 0\.0% .*\.weight differs by .* of its size"):
         exported(of_encoder("bert"), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,7 @@ def test_other_weights_are_past_the_bound_of_every_kind(tmp_path: Path, monkeypa
 
 
 def untuned(model: Any, attachment: Any) -> Iterator[tuple[str, Any]]:
-    attachment.take_off()
+    attachment.unload()
     yield from model.state_dict().items()
 
 

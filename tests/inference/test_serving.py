@@ -198,7 +198,7 @@ ALONE: list[tuple[str, dict[str, Any], str]] = [
     (
         "dora",
         {"method": {"name": "dora", "rank": 4, "alpha": 16}},
-        "method dora is more than low-rank paths beside layers",
+        "method dora is more than low-rank paths on layers",
     ),
     (
         "rows",

@@ -18,8 +18,8 @@ from methods.test_peft_kinds import base_model, by_peft, ids_of, logits, saved
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import RecipeError, Stopped
-from tunesmith.methods import carried, restore
-from tunesmith.methods.adalora import RankSteering, for_steps
+from tunesmith.methods import restore, state_dict
+from tunesmith.methods.adalora import RankAllocation, for_steps
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
 from tunesmith.methods.peft_saved import load_result
 from tunesmith.optim import OPTIMIZERS, Update, rate
@@ -119,10 +119,10 @@ def test_the_loop_learns_what_pefts_own_loop_learns(tmp_path: Path) -> None:
 def test_the_test_sees_ranks_that_move_at_another_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, late: bool
 ) -> None:
-    right = RankSteering.around_update
+    right = RankAllocation.around_update
     ours, theirs = setup_of(tmp_path), setup_of(tmp_path, tokens_per_pass=4096)
     shift = 1 if late else -1
-    monkeypatch.setattr(RankSteering, "around_update", lambda self, step: right(self, max(1, step - shift)))
+    monkeypatch.setattr(RankAllocation, "around_update", lambda self, step: right(self, max(1, step - shift)))
     with pytest.raises(AssertionError):
         assert_learns_what_peft_learns(ours, theirs)
 
@@ -181,8 +181,8 @@ def assert_sensitivities_are_of_the_whole_gradient(setup: Setup) -> None:
     setup.update.step = watched  # type: ignore[method-assign]
     event = next(training_steps(setup))
     assert event.values["passes"] > 1
-    assert attachment.steering
-    for name, part in attachment.steering.state().items():
+    assert attachment.step_hook
+    for name, part in attachment.step_hook.state().items():
         if name.endswith("/ipt"):
             weight = name.removesuffix("/ipt")
             assert torch.equal(part, (attachment.trained[weight] * seen[weight]).abs()), name
@@ -223,12 +223,12 @@ def test_resumed_it_is_uninterrupted(tmp_path: Path, at: int) -> None:
 def test_the_test_sees_what_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, at: int
 ) -> None:
-    right = RankSteering.load
+    right = RankAllocation.load
 
-    def buggy(self: RankSteering, tensors: dict[str, Tensor]) -> None:
+    def buggy(self: RankAllocation, tensors: dict[str, Tensor]) -> None:
         right(self, {**tensors, **{n: t for n, t in self.state().items() if n.endswith(forgotten)}})
 
-    monkeypatch.setattr(RankSteering, "load", buggy)
+    monkeypatch.setattr(RankAllocation, "load", buggy)
     with pytest.raises(AssertionError):
         assert_resumed_is_uninterrupted(tmp_path, at)
 
@@ -239,7 +239,7 @@ def test_an_earlier_step_that_is_put_back_has_its_own_ranks(tmp_path: Path) -> N
     attachment = attachment_of(setup)
     for event in training_steps(setup):
         if event.step == 2:
-            early = {name: tensor.detach().clone() for name, tensor in carried(attachment).items()}
+            early = {name: tensor.detach().clone() for name, tensor in state_dict(attachment).items()}
             tensors, ranks = attachment.tensors(), kept(attachment)
     assert kept(attachment) < ranks
     restore(attachment, early)
@@ -273,11 +273,11 @@ def test_a_layer_that_has_lost_every_rank_is_saved_and_loaded(tmp_path: Path) ->
 def test_a_layer_without_a_gradient_counts_for_nothing(tmp_path: Path) -> None:
     """An expert that no row came to."""
     attachment = attach(base_model(), PeftMethod(kind="ADALORA", settings={**RANKS, "total_step": 4}), seed=0)
-    assert attachment.steering
-    with attachment.steering.around_update(1):
+    assert attachment.step_hook
+    with attachment.step_hook.around_update(1):
         pass
     assert all(tensor.grad is None for tensor in attachment.trained.values())
-    assert all(not part.any() for name, part in attachment.steering.state().items() if not name.endswith("mask"))
+    assert all(not part.any() for name, part in attachment.step_hook.state().items() if not name.endswith("mask"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

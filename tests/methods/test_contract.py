@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import METHODS, Method, carried, merge, restore
+from tunesmith.methods import METHODS, Method, restore, state_dict
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_bridge import short_name
@@ -123,7 +123,7 @@ def made(arch: str, **how: Any) -> PreTrainedModel:
 
 def ready(model: PreTrainedModel, case: str) -> PreTrainedModel:
     """The base as the method trains on it."""
-    METHODS[CASES[case].name].ready(model, CASES[case], device="cpu")
+    METHODS[CASES[case].name].prepare_base(model, CASES[case], device="cpu")
     if "tokens" in case:  # GPT-2's head is its embedding, Llama's is not
         model.new_token_ids = (3, 500, 509)
     return model
@@ -169,9 +169,9 @@ def train(
         ids[:, 0] = torch.arange(8) + 64 * step + 1
         loss_of(model, ids).backward()
         attachment.collect_gradients()
-        if attachment.steering:
-            attachment.steering.penalty().backward()
-        with attachment.steering.around_update(step + 1) if attachment.steering else nullcontext():
+        if attachment.step_hook:
+            attachment.step_hook.penalty().backward()
+        with attachment.step_hook.around_update(step + 1) if attachment.step_hook else nullcontext():
             update.step(1e-2)
         attachment.publish()
     return update
@@ -306,17 +306,17 @@ def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtyp
     """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
     straight = attached(ready(made(arch, dtype=dtype), case), case)
     update = train(straight.model, straight, steps=2)
-    weights = {name: tensor.detach().clone() for name, tensor in carried(straight).items()}
+    weights = {name: tensor.detach().clone() for name, tensor in state_dict(straight).items()}
     state = {name: tensor.clone() for name, tensor in update.state().items()}
     train(straight.model, straight, steps=2, start=2, update=update)
     again = attached(ready(made(arch, dtype=dtype), case), case)
     restore(again, weights)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in carried(again).items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in state_dict(again).items())
     loaded = update_of(again)
     loaded.load(state)
     train(again.model, again, steps=2, start=2, update=loaded)
-    found = carried(again)
-    assert all(torch.equal(found[name], tensor) for name, tensor in carried(straight).items())
+    found = state_dict(again)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state_dict(straight).items())
     assert torch.equal(logits(again.model), logits(straight.model))
 
 
@@ -390,7 +390,7 @@ def assert_merged_is_live(case: str, arch: str, merge_it: Callable[[Any], None],
 @adapters
 @dtypes
 def test_merged_is_live(case: str, arch: str, dtype: torch.dtype) -> None:
-    assert_merged_is_live(case, arch, merge, dtype=dtype)
+    assert_merged_is_live(case, arch, lambda attachment: attachment.merge(), dtype=dtype)
 
 
 @torch.no_grad()
@@ -399,7 +399,7 @@ def merge_by_adding_the_product(attachment: LoraAttachment) -> None:
     for name, layer in attachment.layers.items():
         a_RI, b_OR = attachment.matrices(name)
         layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
-    attachment.take_off()
+    attachment.unload()
 
 
 @pytest.mark.parametrize("case", ["dora", "lora, pissa", "dora, pissa"])
@@ -421,7 +421,7 @@ for folder, settings, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]
     ids = load_file(folder / "ids.safetensors")["ids"]
     how = {"decoder_input_ids": ids} if auto == "AutoModelForSeq2SeqLM" else {}
     ours = kind.from_pretrained(folder / "base")
-    METHODS[method].ready(ours, METHOD_KNOBS[method].model_validate_json(settings), device="cpu")
+    METHODS[method].prepare_base(ours, METHOD_KNOBS[method].model_validate_json(settings), device="cpu")
     METHODS[method].load_result(ours, folder / "result")
     if method == "full":
         theirs = kind.from_pretrained(folder / "result")

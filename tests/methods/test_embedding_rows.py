@@ -115,7 +115,7 @@ def test_a_token_that_was_not_foreseen_is_an_error_and_no_lost_gradient() -> Non
 def test_taken_off_the_model_is_its_own_again() -> None:
     model = made("llama")
     attachment = tuned(model, SEEN)
-    attachment.take_off()
+    attachment.unload()
     model.requires_grad_(True)
     model(input_ids=torch.tensor([[3, 5]])).logits.square().mean().backward()
     assert model.get_input_embeddings().weight.grad[5].any()

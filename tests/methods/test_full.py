@@ -153,7 +153,7 @@ def test_a_float32_model_is_its_own_master() -> None:
 
 def test_taken_off_the_model_keeps_its_own_gradients() -> None:
     model = tiny_model("llama", vocab_size=VOCAB, dtype=torch.bfloat16)
-    attach(model, FullMethod(), seed=0).take_off()
+    attach(model, FullMethod(), seed=0).unload()
     backward(model)
     assert all(parameter.grad is not None for parameter in model.parameters())
 

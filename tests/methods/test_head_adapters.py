@@ -21,7 +21,7 @@ from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
-from tunesmith.methods.lora import LoraAttachment, attach, merge
+from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
@@ -186,7 +186,7 @@ def test_a_merged_model_is_a_plain_one_with_the_trained_head(arch: str, tmp_path
     how = {"decoder_input_ids": IDS} if arch in TRANSLATORS else {}
     with torch.no_grad():
         live = model(input_ids=IDS, **how).logits
-        merge(attachment)
+        attachment.merge()
         model.save_pretrained(tmp_path / "merged")
         again = type(model).from_pretrained(tmp_path / "merged").eval()(input_ids=IDS, **how).logits
     assert {name: type(module) for name, module in model.named_modules()} == layout
@@ -315,7 +315,7 @@ def test_padding_of_a_saved_model_is_no_end_token(method: str, tmp_path: Path) -
     METHODS[method].save_result(attachment, tmp_path / "result", model=model, renderer=renderer, located=located)
     assert renderer.tokenizer.pad_token == "<|im_end|>"  # the caller's own is as it was
     if method == "lora":
-        merge(attachment)  # type: ignore[arg-type]
+        attachment.merge()  # type: ignore[arg-type]
         model.save_pretrained(tmp_path / "merged")
         AutoTokenizer.from_pretrained(tmp_path / "result").save_pretrained(tmp_path / "merged")
         (tmp_path / "merged").rename(tmp_path / "result" / "merged")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import lora, targets
-from tunesmith.methods.lora import LoraAttachment, attach, merge, without_adapter
+from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.optim import Update
 from tunesmith.recipe.knobs import LoraMethod, Optim
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
@@ -111,7 +111,7 @@ def test_without_adapter_is_the_untouched_model() -> None:
     before = logits(model)
     attachment = attach(model, LoraMethod(), seed=0)
     randomise(attachment)
-    with without_adapter(attachment):
+    with attachment.adapter_disabled():
         assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(model), before, atol=1e-2)
 
@@ -188,7 +188,7 @@ def merge_without_scale(attachment: LoraAttachment) -> None:
     for name, layer in attachment.layers.items():
         a_RI, b_OR = attachment.matrices(name)
         layer.weight_OI.add_(b_OR @ a_RI)
-    attachment.take_off()
+    attachment.unload()
 
 
 @torch.no_grad()
@@ -196,16 +196,16 @@ def merge_by_way_of_bfloat16(attachment: LoraAttachment) -> None:
     for name, layer in attachment.layers.items():
         a_RI, b_OR = (matrix.bfloat16() for matrix in attachment.matrices(name))
         layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
-    attachment.take_off()
+    attachment.unload()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
 def test_merge_keeps_outputs(arch: str) -> None:
-    assert_merge_keeps_outputs(merge, arch=arch)
+    assert_merge_keeps_outputs(LoraAttachment.merge, arch=arch)
 
 
 def test_merge_in_bfloat16_keeps_outputs_beside_the_effect() -> None:
-    assert_merge_in_bfloat16_is_small_beside_the_effect(merge)
+    assert_merge_in_bfloat16_is_small_beside_the_effect(LoraAttachment.merge)
 
 
 @pytest.mark.parametrize("buggy", [merge_without_scale, merge_by_way_of_bfloat16])
@@ -223,7 +223,7 @@ def test_a_merged_model_is_plain_again() -> None:
     model = tiny_model("gpt2", vocab_size=VOCAB)
     layout = {name: type(module) for name, module in model.named_modules()}
     attachment = attach(model, LoraMethod(), seed=0)
-    merge(attachment)
+    attachment.merge()
     assert {name: type(module) for name, module in model.named_modules()} == layout
 
 
@@ -235,7 +235,7 @@ def assert_merged_weight_moves_by_scale_times_b_a(*, rank: int, alpha: float, sc
     randomise(attachment)
     a_RI, b_OR = attachment.matrices("model.layers.1.self_attn.o_proj")
     expected = scale * (b_OR.double() @ a_RI.double())
-    merge(attachment)
+    attachment.merge()
     moved = model.model.layers[1].self_attn.o_proj.weight.double() - before.double()
     # 1e-6: one float32 rounding of weights below 1.
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
@@ -265,7 +265,7 @@ def assert_adapters_merge_or_are_refused(model: PreTrainedModel, targets: tuple[
         return str(error)
     randomise(attachment)
     adapted = logits(model)
-    merge(attachment)
+    attachment.merge()
     assert (logits(model) - adapted).abs().max() <= 1e-5
     return ""
 
@@ -322,7 +322,7 @@ def test_loraplus_gives_b_its_own_rate() -> None:
 def test_an_adapter_knows_whether_it_can_share_its_base(settings: LowRankMethod, why: str | None) -> None:
     model = tiny_model("llama", vocab_size=VOCAB).eval()
     attachment = attach(model, settings, seed=0)
-    assert attachment.more_than_paths == why
+    assert attachment.unshareable == why
     randomise(attachment)
     live = logits(model)
     shared = Adapters(model)

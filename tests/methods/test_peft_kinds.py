@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RecipeError
-from tunesmith.methods import METHODS, merge, without
+from tunesmith.methods import METHODS
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
 from tunesmith.methods.peft_kinds import (
     MERGES,
@@ -134,7 +134,7 @@ def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Pat
     live = logits(model, input_ids=probe)
     effect = float((live - before).norm())
     assert effect > 0
-    with without(attachment):
+    with attachment.adapter_disabled():
         assert torch.equal(logits(model, input_ids=probe), before)
     assert torch.equal(logits(model, input_ids=probe), live)
 
@@ -147,10 +147,10 @@ def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Pat
 
     if kind not in MERGES:
         with pytest.raises(InputError, match="cannot be merged"):
-            merge(attachment)
+            attachment.merge()
         return
     layout = {name: type(module) for name, module in base_model().named_modules()}
-    merge(attachment)
+    attachment.merge()
     assert {name: type(module) for name, module in model.named_modules()} == layout
     assert float((logits(model, input_ids=probe) - live).norm()) <= 2e-4 * effect + 1e-5
 
@@ -179,7 +179,7 @@ def test_a_prompt_learns_what_peft_learns_with_labels(kind: str) -> None:
             found = model(input_ids=ids, attention_mask=mask).logits
             loss = F.cross_entropy(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         else:
-            with without(attachment):
+            with attachment.adapter_disabled():
                 loss = attachment.wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         losses.append(loss.item())
@@ -325,6 +325,6 @@ def test_on_every_architecture_a_prompt_is_what_peft_makes_of_it_or_refused(kind
             peft.get_peft_model(base_model(arch), config)(input_ids=ids, attention_mask=mask)
         return
     ours = logits(model, input_ids=ids, attention_mask=mask)
-    with without(attachment), torch.no_grad():
+    with attachment.adapter_disabled(), torch.no_grad():
         theirs = attachment.wrapped(input_ids=ids, attention_mask=mask).logits[:, -9:]
     assert (ours - theirs)[mask.bool()].abs().max() <= 1e-5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
-from tunesmith.methods.lora import LoraAttachment, merge
+from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.quantize import quantize_base
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.method_knobs import QloraMethod
@@ -89,7 +89,7 @@ def test_nothing_is_merged_into_quantised_weights() -> None:
     model, _ = base()
     attachment = tuned(METHODS["qlora"].attach(model, QloraMethod(rank=4), seed=0))
     with pytest.raises(ModelError, match=r"its weight is quantised.*export RUN --to merged"):
-        merge(attachment)
+        attachment.merge()
     assert attachment.layers
 
 
@@ -98,7 +98,7 @@ def assert_a_merge_keeps_the_delta(into_quantised: bool) -> None:
     model = tiny_model(vocab_size=512)
     settings = QloraMethod(rank=4)
     if into_quantised:
-        METHODS["qlora"].ready(model, settings, device="cpu")
+        METHODS["qlora"].prepare_base(model, settings, device="cpu")
     attachment = tuned(METHODS["qlora"].attach(model, settings, seed=0))
     name, layer = next(iter(attachment.layers.items()))
     before = layer.weight_OI.clone()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from packed import CAN, batch_of, rows_of, sharp
 from tunesmith.methods import together
-from tunesmith.methods.lora import LoraAttachment, attach, without_adapter
+from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.together import ACTIVATIONS, MLP, compute_together, siblings_forward
 from tunesmith.models.attention import use_ragged
@@ -176,13 +176,13 @@ def test_dropout_and_dora_and_adapters_that_are_off_go_layer_by_layer(monkeypatc
     model, attachment = tuned("llama", fast=True)
     untouched = sharp("llama")
     use_ragged(untouched)
-    with without_adapter(attachment):
+    with attachment.adapter_disabled():
         assert torch.equal(logits_at_targets(model, batch), logits_at_targets(untouched, batch))
 
 
 def test_adapters_that_are_taken_off_leave_a_plain_model():
     model, attachment = tuned("llama", fast=True)
-    attachment.take_off()
+    attachment.unload()
     untouched, batch = sharp("llama"), batch_of(rows_of())
     use_ragged(untouched)
     assert torch.equal(logits_at_targets(model, batch), logits_at_targets(untouched, batch))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.lora import attach, merge
+from tunesmith.methods.lora import attach
 from tunesmith.methods.peft_format import load_adapter, save_adapter
 from tunesmith.methods.token_rows import ROWS, TokenRows
 from tunesmith.models.new_tokens import NewTokens, make_room
@@ -102,7 +102,7 @@ def assert_live_is_merged_is_reloaded_is_peft(tied: bool, folder: Path, *, forge
         load_adapter(untouched, folder / "adapter")
         reloaded = untouched(ids()).logits
         by_peft = PeftModel.from_pretrained(theirs, str(folder / "adapter")).eval()(ids()).logits
-        merge(attachment)
+        attachment.merge()
         merged = model(ids()).logits
     for found in (merged, reloaded, by_peft):
         assert (found - live).abs().max() <= 1e-5  # float32, and for peft another order of two factors

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.lora import LoraAttachment, attach, merge
+from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.recipe.knobs import LoraMethod
@@ -62,7 +62,7 @@ def assert_live_is_merged_is_reloaded(
     assert (logits(again) - live).abs().max() <= 1e-5
     theirs = peft.PeftModel.from_pretrained(base(tied=tied), folder / "adapter").eval()
     assert (logits(theirs) - live).abs().max() <= 1e-5
-    merge(attachment)
+    attachment.merge()
     assert (logits(model) - live).abs().max() <= 1e-5
     model.save_pretrained(folder / "merged")
     assert model.config.tie_word_embeddings == tied
@@ -145,6 +145,6 @@ def test_biases_are_saved_as_peft_saves_them(tmp_path: Path) -> None:
 
 
 def test_a_base_that_changed_cannot_be_looked_past() -> None:
-    assert attach(base(), LoraMethod(), seed=0).is_beside
-    assert not attach(base(), LoraMethod(also_train=("norm",)), seed=0).is_beside
-    assert not attach(base("gpt2"), LoraMethod(bias="all"), seed=0).is_beside
+    assert attach(base(), LoraMethod(), seed=0).keeps_base
+    assert not attach(base(), LoraMethod(also_train=("norm",)), seed=0).keeps_base
+    assert not attach(base("gpt2"), LoraMethod(bias="all"), seed=0).keeps_base

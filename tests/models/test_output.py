@@ -168,7 +168,7 @@ def test_an_output_layer_with_a_forward_of_its_own_is_left_to_it():
     assert find_output(model) is not None
     rows = TokenRows(model, [3, 5])
     assert find_output(model) is None
-    rows.take_off()
+    rows.unload()
     assert find_output(model) is not None
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
     assert find_output(model) is None

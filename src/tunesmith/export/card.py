@@ -14,8 +14,8 @@ from tunesmith.evaluation.report.judging import up_to_date
 from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source
+from tunesmith.methods import METHODS
 from tunesmith.models.folder import read_json
-from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.runs.folder import Run
 
 UNKNOWN = "unknown"
@@ -118,12 +118,7 @@ def base_id(source: Source) -> str | None:
 
 def _what(source: Source) -> str:
     method = source.recipe.method
-    how = "Every weight was tuned."
-    if isinstance(method, LowRankMethod):
-        scaled = ", rank-stabilised" if method.rslora else ""
-        how = f"{'DoRA' if method.name == 'dora' else 'LoRA'} of rank {method.rank}, alpha {method.alpha:g}{scaled}."
-    elif isinstance(method, PeftMethod):
-        how = f"{method.kind} of the peft library, {method.settings or 'as it is'}."
+    how = METHODS[method.name].describe(method)
     base = base_id(source) or Path(source.recipe.model).name
     revision = f" at {source.base.revision}" if source.base.revision else ""
     labels = (

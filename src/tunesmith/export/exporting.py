@@ -23,8 +23,7 @@ from tunesmith.export.onnx_file import ONNX
 from tunesmith.export.options import DTYPES, MERGE_INTO, QUANTIZED, ROUNDED, UNQUANTIZED_KL, Bounds, Export, Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source, open_source
-from tunesmith.methods.peft_kinds import MERGES
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.methods import METHODS
 from tunesmith.runs.atomic import (
     REPLACED,
     TEMPORARY,
@@ -228,14 +227,16 @@ def check(source: Source, target: str, options: Options) -> list[str]:
 
 
 def _check_method(method: Any, target: str) -> None:
-    """Raise InputError where what peft's method made is not what a target takes."""
-    if not isinstance(method, PeftMethod) or target == ADAPTER.name:
+    """Raise InputError where the result of a method is not what a target takes."""
+    row = METHODS[method.name]
+    if target == ADAPTER.name or not row.is_adapter:
         return
-    if target == GGUF_ADAPTER.name:
-        raise InputError(f"--to {target}: method peft ({method.kind}): llama.cpp reads what --method lora leaves.")
-    if method.kind not in MERGES:
+    name = getattr(method, "kind", method.name)
+    if target == GGUF_ADAPTER.name and not row.low_rank:
+        raise InputError(f"--to {target}: method {row.name} ({name}): llama.cpp reads what --method lora leaves.")
+    if not row.can_merge(method):
         raise InputError(
-            f"--to {target}: {method.kind} is no change of the model's weights, so it cannot be merged into them. "
+            f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
             "Use --to adapter."
         )
 

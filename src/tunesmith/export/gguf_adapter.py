@@ -12,7 +12,7 @@ Source: llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 from torch import Tensor
@@ -51,8 +51,7 @@ def _check(source: Source, options: Options) -> list[str]:
 
 
 def _write(source: Source, folder: Path, options: Options) -> list[str]:
-    _, attachment = source.load(source.stored_dtype)
-    assert isinstance(attachment, LoraAttachment), "what has no adapter of ours was refused"
+    attachment = cast(LoraAttachment, source.load(source.stored_dtype)[1])  # `check` refuses other methods
     architecture = find_architecture(source.config, source.weights.name)
     names = tensor_names(
         architecture, [f"{name}.weight" for name in attachment.layers], source.config.num_hidden_layers

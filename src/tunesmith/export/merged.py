@@ -9,7 +9,6 @@ import torch
 
 from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source
-from tunesmith.methods import merge
 from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.save import save_model
 from tunesmith.models.size import size
@@ -47,7 +46,7 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
     # In float32 unless nothing would be gained: `merge` adds in float32 and rounds to what the weight has.
     model, attachment = source.load(dtype if dtype == source.stored_dtype else torch.float32)
     if attachment is not None:
-        merge(attachment)
+        attachment.merge()
     model.to(dtype)
     save_model(model, source.tokenizer, folder, located=source.result_located, stop_ids=source.renderer.stop_ids)
     if source.head == "masked_token":

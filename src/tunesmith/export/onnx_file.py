@@ -23,7 +23,6 @@ from tunesmith.export.onnx_read import FILE, check_installed
 from tunesmith.export.options import EXACT, Export, Options
 from tunesmith.export.source import Source
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import merge
 from tunesmith.models import heads, padding
 from tunesmith.models.forward import has_cache
 from tunesmith.models.heads import pools_last
@@ -82,7 +81,7 @@ def _check(source: Source, options: Options) -> list[str]:
 def _write(source: Source, folder: Path, options: Options) -> list[str]:
     model, attachment = source.load(torch.float32)
     if attachment is not None:
-        merge(attachment)
+        attachment.merge()
     has_types = has_token_types(model, source.tokenizer)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     _save(model, folder / FILE, pools=source.head == "sequence" and pools_last(model), has_types=has_types,

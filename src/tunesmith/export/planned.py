@@ -11,9 +11,9 @@ from tunesmith.errors import InputError, RecipeError
 from tunesmith.export.exporting import Exported, OnProgress, check, check_words, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.source import Source
+from tunesmith.methods import METHODS
 from tunesmith.models.locate import Located
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import LowRankMethod
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
 
@@ -78,22 +78,12 @@ def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what
 def _planned(start: Start) -> Source:
     run = Run(Path(start.recipe.name or "run"))
     recipe, method = start.recipe, start.recipe.method
-    config: dict[str, Any] = {}
-    if isinstance(method, LowRankMethod):
-        config = {
-            "peft_type": "LORA",
-            "r": method.rank,
-            "use_dora": method.name == "dora",
-            "use_rslora": method.rslora,
-            "bias": method.bias,
-            "modules_to_save": list(method.also_train),
-            "target_modules": list(method.targets),
-        }
+    config = METHODS[method.name].adapter_config(method)
     return Planned(
         run=run,
         recipe=recipe,
         base=start.located,
-        result=run.model_path if method.name == "full" else run.adapter_path,
+        result=run.adapter_path if METHODS[method.name].is_adapter else run.model_path,
         tokenizer=start.renderer.tokenizer,
         kind=start.kind,
         head=start.head,

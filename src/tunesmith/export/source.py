@@ -18,9 +18,7 @@ from tunesmith.errors import RunError
 from tunesmith.formatting import command
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
-from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.patterns import CONFIG
-from tunesmith.methods.peft_bridge import PeftAttachment
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.quantize import unpack_base
 from tunesmith.models import load, locate
@@ -31,9 +29,8 @@ from tunesmith.models.locate import Located
 from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.runs.folder import Run
-from tunesmith.types import HeadName, Labels, ModelKind
+from tunesmith.types import Attachment, HeadName, Labels, ModelKind
 
 _A = ".lora_A.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -68,7 +65,7 @@ class Source:
     @property
     def quant(self) -> str | None:
         """What the base was quantised to for tuning; None: it was tuned on as it is."""
-        return self.recipe.method.quant if isinstance(self.recipe.method, QloraMethod) else None
+        return METHODS[self.recipe.method.name].base_format(self.recipe.method).partition(" ")[0] or None
 
     @property
     def is_off_its_base(self) -> bool:
@@ -115,7 +112,7 @@ class Source:
         tensors = read_safetensors(self.result / WEIGHTS)
         return [name.removeprefix("base_model.model.").removesuffix(_A) for name in tensors if name.endswith(_A)]
 
-    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, LoraAttachment | PeftAttachment | None]:
+    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Attachment | None]:
         """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
         as_tuned_on = getattr(torch, known(self.recipe.precision))
         model = load.load_model(
@@ -125,11 +122,11 @@ class Source:
         if self.is_adapter:
             make_room(model, of_recipe(self.recipe, self.base))
         if self.merges_into_dequantized:
-            METHODS[self.recipe.method.name].ready(model, self.recipe.method, device="cpu")
+            METHODS[self.recipe.method.name].prepare_base(model, self.recipe.method, device="cpu")
             unpack_base(model).to(dtype)
         if not self.is_adapter:
             return model, None
-        return model, METHODS[self.recipe.method.name].load_result(model, self.result)  # type: ignore[return-value]
+        return model, METHODS[self.recipe.method.name].load_result(model, self.result)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -166,27 +163,14 @@ def open_source(run: Run, *, offline: bool) -> Source:
 
 
 @torch.no_grad()
-def tuned_tensors(
-    model: PreTrainedModel, attachment: LoraAttachment | PeftAttachment | None
-) -> Iterator[tuple[str, Tensor]]:
+def tuned_tensors(model: PreTrainedModel, attachment: Attachment | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the tuned model by its name in a plain model, float32: base plus delta, never rounded.
 
     The adapter is taken off the model, and packed weights are unpacked. Tied weights come under each of their names.
     None where it is no change of weights.
     """
-    if isinstance(attachment, PeftAttachment):
-        if not attachment.can_merge:
-            return
-        model.float()
-        attachment.merge()
-        attachment = None
-    layers = {}
     if attachment is not None:
-        layers = {f"{name}.weight": layer for name, layer in attachment.layers.items()}
-        attachment.take_off()
-    unpack_base(model)
+        yield from attachment.merged_weights()
+        return
     for name, weight in model.state_dict().items():
-        if attachment is not None and name in layers:
-            yield name, attachment.merged(name.removesuffix(".weight"), layers[name])
-        else:
-            yield name, weight.detach().float()
+        yield name, weight.detach().float()

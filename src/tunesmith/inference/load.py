@@ -17,9 +17,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.store import kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.formatting import command
-from tunesmith.methods import METHODS, carried, is_beside, restore, without
-from tunesmith.methods.attach import attach
-from tunesmith.methods.peft_kinds import num_virtual_tokens
+from tunesmith.methods import METHODS, attach, method_of, restore, state_dict
 from tunesmith.models import heads, load, locate, new_tokens, padding, rope
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
@@ -66,13 +64,13 @@ class Speaker:
     @property
     def can_untune(self) -> bool:
         """Whether the base is there too, under an adapter."""
-        return is_beside(self.attachment)
+        return self.attachment is not None and self.attachment.keeps_base
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
         """Inside the block the model answers without its adapter."""
         assert self.can_untune, "only an adapter that stands beside its base can be looked past"
-        with without(self.attachment):
+        with self.attachment.adapter_disabled():
             yield
 
     @property
@@ -83,7 +81,7 @@ class Speaker:
     @property
     def room(self) -> int:
         """Most tokens of a text and its answer: what the model can attend to, less the virtual ones of its method."""
-        virtual = num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
+        virtual = method_of(self.recipe).num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
         return size(self.located).max_tokens - virtual
 
     @property
@@ -181,7 +179,7 @@ def tune(base: Speaker, run: Run) -> Speaker:
     if run.adapter_path.exists():
         unchecked = run.check_result(run.adapter_path)
         attachment = method.load_result(base.model, run.adapter_path)
-        refuse_non_finite(carried(attachment), run.adapter_path)
+        refuse_non_finite(state_dict(attachment), run.adapter_path)
         note = "; ".join(filter(None, [unchecked, base.packed]))
         return replace(base, attachment=attachment, result=run.adapter_path, note=note)
     # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.
@@ -358,7 +356,7 @@ def _speaker(
     if recipe.data.new_tokens and located.name == recipe.model:
         new_tokens.make_room(model, new_tokens.of_recipe(recipe, located))
     method = recipe.method
-    packed = "; ".join(METHODS[method.name].ready(model, method, device=device)) if as_trained else ""
+    packed = "; ".join(METHODS[method.name].prepare_base(model, method, device=device)) if as_trained else ""
     model.to(device)
     note = "; ".join(filter(None, [packed, *notes]))
     renderer = make_renderer(recipe, tokenizer, kind)

@@ -1,12 +1,12 @@
-"""How weights change: one entry a method.
+"""Training methods, one row each in METHODS: add a method by writing its file and its row.
 
-A method attaches to a loaded model and gives an `Attachment`: what is trained, and how it reaches the model.
+A method attaches to a loaded model, which gives an `Attachment`: the tensors that are trained, and their way into the
+model. Everything that other rooms have to know about a method is a field of its row; none of them tests classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,115 +14,179 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunesmith.data.store import RowStore
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import full, lora, peft_bridge, peft_format, peft_saved
-from tunesmith.methods.quantize import quantize_base
-from tunesmith.recipe.sections import Section
-from tunesmith.types import Attachment
+from tunesmith.methods import adalora, full, lora, peft_bridge, peft_config, peft_format, peft_kinds, peft_saved
+from tunesmith.methods.quantize import base_format, quantize_base
+from tunesmith.optim import OPTIMIZERS
+from tunesmith.recipe.knobs import Recipe
+from tunesmith.types import Attachment, HeadName
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way to train a model."""
-
-    name: str
-    doc: str
-    ready: Callable[..., tuple[str, ...]]
-    """(model, settings, *, device) -> notes. Put a model that was just loaded on the device, as the method's base."""
-    attach: Callable[..., Attachment]
-    """(model, settings, *, seed) -> Attachment. Sets what is trained and what is frozen; outputs do not change."""
-    save_result: Callable[..., None]
-    """(attachment, folder, *, model, renderer, located) -> None. The result, whole or not at all."""
-    load_result: Callable[..., Attachment]
-    """(model, folder) -> Attachment. Put a saved result on its base model; strict."""
-
-
-def _as_it_is(model: PreTrainedModel, settings: Section, *, device: str) -> tuple[str, ...]:
+def _to_device(model: PreTrainedModel, settings: Any, *, device: str) -> tuple[str, ...]:
     model.to(device)
     return ()
 
 
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to train a model. `settings` is the recipe's `method` section, of the method's own class."""
+
+    name: str
+    doc: str
+    attach: Callable[..., Attachment]
+    """(model, settings, *, seed) -> Attachment. Freezes the model and adds what is trained; outputs do not change."""
+    save_result: Callable[..., None]
+    """(attachment, folder, *, model, renderer, located) -> None. Writes the result, completely or not at all."""
+    load_result: Callable[..., Attachment]
+    """(model, folder) -> Attachment. Puts a saved result on its base model; strict."""
+    learning_rate: Callable[[Any, str, int], tuple[float, str]]
+    """(settings, kind of model, number of its weights) -> (usual peak rate with AdamW, reason)."""
+    describe: Callable[[Any], str]
+    """(settings) -> one sentence for a model card."""
+    prepare_base: Callable[..., tuple[str, ...]] = _to_device
+    """(model, settings, *, device) -> notes. Moves a model that was just loaded to the device, as the method's base."""
+
+    is_adapter: bool = True
+    """The result is an adapter on an untouched base. False: a model folder, complete in itself."""
+    low_rank: bool = False
+    """The settings are a `LowRankMethod` (rank, alpha, targets), the result is LoRA or DoRA in PEFT's format."""
+    quantizes: bool = False
+    """The base is kept in 4 or 8 bits; no fused LoRA kernels."""
+    fused_loss: bool = True
+    """The output layer and the loss may be computed together, in pieces."""
+    new_tokens: bool = True
+    """Rows of tokens that the recipe adds can be trained."""
+    reads_tokens: bool = False
+    """`attach` takes `tokens`, all ids that training can meet, ascending; None where they are not known."""
+    package: str | None = None
+    """The optional package that it needs."""
+
+    resolve: Callable[[Any], Any] = lambda settings: settings
+    """(settings) -> settings, checked against what is installed, with its defaults filled in. Raises RecipeError."""
+    resolve_steps: Callable[..., tuple[Any, list[tuple[str, Any]]]] = lambda settings, optim, num_steps: (settings, [])
+    """(settings, optim settings, () -> number of steps) -> (settings, choices as (option, value)), for a method with a
+    schedule of its own. Raises RecipeError."""
+    required_precision: Callable[[Any], tuple[str, str] | None] = lambda settings: None
+    """(settings) -> (precision, reason); None: any."""
+    randomness: Callable[[Any], str | None] = lambda settings: None
+    """(settings) -> the option that makes a forward pass random in training, such as dropout; None: nothing does."""
+    num_virtual_tokens: Callable[[Any], int] = lambda settings: 0
+    """(settings) -> positions of every row that the method takes for itself."""
+    can_merge: Callable[[Any], bool] = lambda settings: True
+    """(settings) -> whether the result is a change of weights, so that it can be merged into its base."""
+    base_format: Callable[[Any], str] = lambda settings: ""
+    """(settings) -> how the weights of the base are stored, as in `nf4 with scales in 8 bits`; empty: as they are."""
+    unshareable: Callable[[Any], str | None] = lambda settings: None
+    """(settings) -> why the result cannot share one base in memory with other adapters; None: it can."""
+    adapter_config: Callable[[Any], dict[str, Any]] = lambda settings: {}
+    """(settings) -> the main entries of adapter_config.json before there is a result."""
+
+
+_LOW_RANK: dict[str, Any] = {
+    "attach": lora.attach,
+    "save_result": peft_format.save_result,
+    "load_result": peft_format.load_adapter,
+    "learning_rate": lora.learning_rate,
+    "describe": lora.describe,
+    "low_rank": True,
+    "randomness": lambda settings: "method.dropout" if settings.dropout else None,
+    "adapter_config": peft_config.planned_config,
+    "unshareable": lora.unshareable,
+}
+
 METHODS: dict[str, Method] = {
     "lora": Method(
         name="lora",
-        doc="Low-rank adapters beside the frozen linear layers; the result is an adapter in PEFT's format.",
-        ready=_as_it_is,
-        attach=lora.attach,
-        save_result=peft_format.save_result,
-        load_result=peft_format.load_adapter,
+        doc="Low-rank adapters on the frozen linear layers; the result is an adapter in PEFT's format.",
+        **_LOW_RANK,
     ),
     "dora": Method(
         name="dora",
         doc="LoRA that also trains the length of each row of a weight; the result is an adapter in PEFT's format.",
-        ready=_as_it_is,
-        attach=lora.attach,
-        save_result=peft_format.save_result,
-        load_result=peft_format.load_adapter,
+        **_LOW_RANK,
     ),
     "qlora": Method(
         name="qlora",
         doc="LoRA on a base that is kept in 4 or 8 bits; the result is an adapter in PEFT's format.",
-        ready=quantize_base,
-        attach=lora.attach,
-        save_result=peft_format.save_result,
-        load_result=peft_format.load_adapter,
+        prepare_base=quantize_base,
+        quantizes=True,
+        package="bitsandbytes",
+        base_format=base_format,
+        **_LOW_RANK,
     ),
     "full": Method(
         name="full",
         doc="Every weight is trained, with float32 masters; the result is a model folder.",
-        ready=_as_it_is,
         attach=full.attach,
         save_result=full.save_result,
         load_result=full.load_result,
+        learning_rate=full.learning_rate,
+        describe=lambda settings: "Every weight was tuned.",
+        is_adapter=False,
+        reads_tokens=True,
+        required_precision=full.required_precision,
+        unshareable=lambda settings: "every weight of it was tuned",
     ),
     "peft": Method(
         name="peft",
         doc="Any method of the installed peft library by its name; the result is an adapter in PEFT's format.",
-        ready=_as_it_is,
         attach=peft_bridge.attach,
         save_result=peft_saved.save_result,
         load_result=peft_saved.load_result,
+        learning_rate=peft_kinds.learning_rate,
+        describe=lambda settings: f"{settings.kind} of the peft library, {settings.settings or 'as it is'}.",
+        fused_loss=False,
+        new_tokens=False,
+        package="peft",
+        resolve=peft_kinds.resolved,
+        resolve_steps=adalora.resolve_steps,
+        randomness=peft_kinds.what_draws,
+        num_virtual_tokens=peft_kinds.num_virtual_tokens,
+        can_merge=lambda settings: settings.kind in peft_kinds.MERGES,
+        unshareable=lambda settings: "method peft is more than low-rank paths on layers",
     ),
 }
 
 
-def merge(attachment: Any) -> None:
-    """Put an adapter into the weights of its base and take it off: what is left is a plain model.
+def method_of(recipe: Recipe) -> Method:
+    """The row of a recipe's method; of `auto`, which becomes lora or full, that of lora."""
+    return METHODS["lora" if recipe.method.name == "auto" else recipe.method.name]
 
-    Raises InputError for one that is no change of weights.
+
+def attach(
+    recipe: Recipe, model: PreTrainedModel, *, head: HeadName, store: RowStore | None, pad_id: int
+) -> Attachment:
+    """Put a recipe's method on its model.
+
+    `store`: the rows that are trained on; None: unknown. Full tuning trains only the embeddings of their tokens, and of
+    `pad_id` where rows may be padded: the others get no gradient. Raises what the method's own `attach` raises.
     """
-    if isinstance(attachment, peft_bridge.PeftAttachment):
-        attachment.merge()
-    else:
-        lora.merge(attachment)
+    method = METHODS[recipe.method.name]
+    if not method.reads_tokens:
+        return method.attach(model, recipe.method, seed=recipe.seed)
+    # Masked words become any other at random; some optimizers' updates of a row depend on all rows.
+    is_known = store is not None and head != "masked_token" and OPTIMIZERS[recipe.optim.name].spares_zeros
+    tokens: Sequence[int] | None = store.tokens.tolist() if store is not None and is_known else None
+    if tokens is not None and head != "next_token":  # no padding precedes a token that is predicted from the left
+        tokens = sorted({*tokens, pad_id})
+    return method.attach(model, recipe.method, seed=recipe.seed, tokens=tokens)
 
 
-def without(attachment: Any) -> AbstractContextManager[None]:
-    """A block inside which the model answers without its adapter; what is trained whole stays as it was trained."""
-    if isinstance(attachment, peft_bridge.PeftAttachment):
-        return attachment.without()
-    return lora.without_adapter(attachment)
-
-
-def is_beside(attachment: Any) -> bool:
-    """Whether the base is there too, under an adapter that can be looked past."""
-    return isinstance(attachment, (lora.LoraAttachment, peft_bridge.PeftAttachment)) and attachment.is_beside
-
-
-def carried(attachment: Attachment) -> dict[str, Tensor]:
-    """What a checkpoint holds of a method, not copied: what is trained, and what steers it."""
-    steering = attachment.steering
-    return {**attachment.trained, **(steering.state() if steering is not None else {})}
+def state_dict(attachment: Attachment) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds of a method, not copied: trained tensors, and the state of its step hook."""
+    hook = attachment.step_hook
+    return {**attachment.trained, **(hook.state() if hook is not None else {})}
 
 
 @torch.no_grad()
 def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `carried` gave from a checkpoint, bit for bit, and publish it.
+    """Put back what `state_dict` gave from a checkpoint, bit for bit, and publish it.
 
     Raises:
         CheckpointError: a name or shape that does not fit; nothing was changed.
     """
-    expected = carried(attachment)
+    expected = state_dict(attachment)
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
         raise CheckpointError(f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}")
@@ -131,6 +195,6 @@ def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"weights: {name}: {tensors[name].dtype} {tuple(tensors[name].shape)} does not fit")
     for name, tensor in attachment.trained.items():
         tensor.copy_(tensors[name])
-    if attachment.steering is not None:
-        attachment.steering.load(tensors)
+    if attachment.step_hook is not None:
+        attachment.step_hook.load(tensors)
     attachment.publish()

@@ -11,7 +11,7 @@ al. 2023, "AdaLoRA", arXiv 2303.10512, section 3.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.methods.peft_kinds import import_peft
+from tunesmith.optim import OPTIMIZERS
+from tunesmith.recipe.knobs import Optim
 from tunesmith.recipe.method_knobs import PeftMethod
 
 KIND = "ADALORA"
@@ -41,6 +43,25 @@ def for_steps(method: PeftMethod, num_steps: int) -> PeftMethod:
     if problems:
         raise RecipeError("\n".join(f"method.settings.{problem}" for problem in problems))
     return method.model_copy(update={"settings": settings})
+
+
+def resolve_steps(
+    method: PeftMethod, optim: Optim, num_steps: Callable[[], int]
+) -> tuple[PeftMethod, list[tuple[str, Any]]]:
+    """AdaLoRA's settings for the run's number of steps, and what was chosen; those of other kinds as they are.
+
+    Raises RecipeError where the steps leave no schedule, or the optimizer would undo it.
+    """
+    if method.kind != KIND:
+        return method, []
+    if OPTIMIZERS[optim.name].counters:
+        raise RecipeError(
+            f"optim.name: {optim.name}: keeps means of the weights, which bring back the ranks that "
+            f"{method.kind} takes. Use another optimizer."
+        )
+    steps = num_steps()
+    resolved = for_steps(method, steps)
+    return resolved, [("method.settings.total_step", steps)] if resolved != method else []
 
 
 def _problems(given: Mapping[str, Any], num_steps: int) -> list[str]:
@@ -71,7 +92,7 @@ def freeze_scales(wrapped: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-class RankSteering:
+class RankAllocation:
     """What AdaLoRA does at every step beside learning from the rows."""
 
     def __init__(self, wrapped: Any, inside: Mapping[str, str]) -> None:

@@ -18,18 +18,17 @@ from tunesmith.methods.token_rows import ROWS, TokenRows, sole_embedding
 from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
 from tunesmith.recipe.knobs import FullMethod
-from tunesmith.types import Steering
+from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
     from tunesmith.models.locate import Located
 
 
-class FullAttachment:
+class FullAttachment(Attachment):
     """Parameters of a model by their own names, tied ones once; the others are frozen."""
 
-    method: str = "full"
-    steering: Steering | None = None
+    method = "full"
 
     def __init__(
         self,
@@ -56,7 +55,6 @@ class FullAttachment:
             for parameter in chosen.values():
                 parameter.requires_grad_(True).grad_dtype = torch.float32
         self.notes: tuple[str, ...] = (*notes(model, chosen), *remark)
-        self.rate_factors: Mapping[str, float] = {}
 
     def collect_gradients(self) -> None:
         self._masters.collect()
@@ -66,11 +64,11 @@ class FullAttachment:
         if self._rows is not None:
             self._rows.publish()
 
-    def take_off(self) -> None:
+    def unload(self) -> None:
         """Leave the model as it is and stop taking its gradients."""
         self._masters.release()
         if self._rows is not None:
-            self._rows.take_off()
+            self._rows.unload()
 
 
 def _rows_of(
@@ -107,6 +105,23 @@ def attach(
         )
     chosen = choose(model, train=settings.train, freeze=settings.freeze)
     return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)
+
+
+def learning_rate(settings: FullMethod, kind: str, num_parameters: int) -> tuple[float, str]:
+    """The usual peak rate with AdamW, and why."""
+    if kind != "causal":
+        rate = 1e-4 if num_parameters < 50e6 else 3e-5 if kind == "encoder" else 1e-4
+        return rate, f"usual for full tuning of an {kind.replace('_', '–')} of this size"
+    is_small = num_parameters < 1e9
+    where = "below" if is_small else "above"
+    return (5e-5 if is_small else 1e-5), f"usual for full tuning {where} a billion weights"
+
+
+def required_precision(settings: FullMethod) -> tuple[str, str] | None:
+    """The precision that the rounding of updates needs, and why; None: any."""
+    if settings.rounding == "stochastic":
+        return "bfloat16", "stochastic rounding is for weights in bfloat16"
+    return None
 
 
 def save_result(

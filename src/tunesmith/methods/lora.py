@@ -18,6 +18,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.dora import DoraLinear
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.masters import Masters
+from tunesmith.methods.quantize import unpack_base
 from tunesmith.methods.starts import draw
 from tunesmith.methods.targets import Target, by_pattern, find_targets, not_linear, replace_module
 from tunesmith.methods.token_rows import TokenRows
@@ -26,7 +27,7 @@ from tunesmith.models.heads import drawn_names, new_head_names
 from tunesmith.models.new_tokens import ids_of
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
-from tunesmith.types import Steering
+from tunesmith.types import Attachment
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -50,16 +51,14 @@ class Whole:
     biases: tuple[str, ...] = ()
 
 
-class LoraAttachment:
+class LoraAttachment(Attachment):
     """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and `<layer>.lora_B.weight`
     [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; behind them stands what is trained whole, by its own names.
     """
 
-    steering: Steering | None = None
-
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         layers: Sequence[tuple[Adapted, LoraLinear]],
         *,
         whole: Whole,
@@ -68,7 +67,7 @@ class LoraAttachment:
         rows: TokenRows | None = None,
     ) -> None:
         """`weights`: the parameters that `whole` names, found before the layers took their places."""
-        self.model = model
+        self.model: PreTrainedModel = model
         self.method = settings.name
         self.whole = whole
         self.settings = settings
@@ -105,12 +104,12 @@ class LoraAttachment:
         return self.whole.head
 
     @property
-    def is_beside(self) -> bool:
+    def keeps_base(self) -> bool:
         """Whether the model without adapters is the base: weights trained whole are then those of a head alone."""
         return not (self.whole.modules or self.whole.biases or self.rows)
 
     @property
-    def more_than_paths(self) -> str | None:
+    def unshareable(self) -> str | None:
         """What of the adapter is not a low-rank path beside a layer; None: nothing, so many can share one base."""
         if isinstance(self.settings, DoraMethod):
             return "its weights are rescaled row by row (DoRA)"
@@ -140,12 +139,50 @@ class LoraAttachment:
         merged_OI = layer.merged_OI(*self.matrices(name))
         return merged_OI.t() if layer.lies_transposed else merged_OI
 
-    def take_off(self) -> None:
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Run the model without its adapters inside the block; what is trained whole stays as it was trained."""
+        layers = list(self.layers.values())
+        for layer in layers:
+            layer.active = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.active = True
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add every adapter to its layer's weight, in float32 and rounded once, and remove the adapters: a plain model
+        is left, with all that was trained.
+
+        Raises ModelError on a quantised base: its weights cannot hold what an adapter adds to them.
+        """
+        if packed := [name for name, layer in self.layers.items() if isinstance(layer.base, QuantizedLinear)]:
+            raise ModelError(
+                f"{packed[0]}: its weight is quantised, and rounding would eat what the adapter adds. Put the saved "
+                "adapter on the base as it was before, and merge there: `tunesmith export RUN --to merged` does."
+            )
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self.merged(name, layer))
+        self.unload()
+
+    @torch.no_grad()
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        layers = {f"{name}.weight": layer for name, layer in self.layers.items()}
+        self.unload()
+        for name, weight in unpack_base(self.model).state_dict().items():
+            if name in layers:
+                yield name, self.merged(name.removesuffix(".weight"), layers[name])
+            else:
+                yield name, weight.detach().float()
+
+    def unload(self) -> None:
         """Give the model its own layers back; the attachment adapts nothing any more."""
         for adapted in self.sizes.values():
             replace_module(self.model, adapted.target, adapted.target.module)
         if self.rows is not None:
-            self.rows.take_off()
+            self.rows.unload()
         self.layers = {}
         self.sizes = {}
 
@@ -242,31 +279,24 @@ def wrap(
     return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings, rows=of_tokens)
 
 
-@torch.no_grad()
-def merge(attachment: LoraAttachment) -> None:
-    """Put every adapter into its layer's weight, in float32 and rounded once, and take the adapters off: what is left
-    is a plain model with all that was trained.
-
-    Raises ModelError on a quantised base: its weights cannot hold what an adapter adds to them.
-    """
-    if packed := [name for name, layer in attachment.layers.items() if isinstance(layer.base, QuantizedLinear)]:
-        raise ModelError(
-            f"{packed[0]}: its weight is quantised, and rounding would eat what the adapter adds. Put the saved "
-            "adapter on the base as it was before, and merge there: `tunesmith export RUN --to merged` does."
-        )
-    for name, layer in attachment.layers.items():
-        layer.weight.copy_(attachment.merged(name, layer))
-    attachment.take_off()
+def learning_rate(settings: LowRankMethod, kind: str, num_parameters: int) -> tuple[float, str]:
+    """The usual peak rate with AdamW, and why."""
+    is_small = num_parameters < 1e9
+    where = "below" if is_small else "above"
+    return (5e-4 if is_small else 2e-4), f"usual for LoRA on a model {where} a billion weights"
 
 
-@contextmanager
-def without_adapter(attachment: LoraAttachment) -> Iterator[None]:
-    """The model without its adapters, inside the block; what is trained whole stays as it was trained."""
-    layers = list(attachment.layers.values())
-    for layer in layers:
-        layer.active = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.active = True
+def describe(settings: LowRankMethod) -> str:
+    """One sentence for a model card."""
+    scaled = ", rank-stabilised" if settings.rslora else ""
+    name = "DoRA" if isinstance(settings, DoraMethod) else "LoRA"
+    return f"{name} of rank {settings.rank}, alpha {settings.alpha:g}{scaled}."
+
+
+def unshareable(settings: LowRankMethod) -> str | None:
+    """Why such an adapter cannot share one base in memory with others; None: it can."""
+    if isinstance(settings, DoraMethod):
+        return f"method {settings.name} is more than low-rank paths on layers"
+    if settings.also_train or settings.bias != "none":
+        return f"{', '.join(settings.also_train) or 'biases'} were trained whole"
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.methods.adalora import KIND, RankSteering, freeze_scales
+from tunesmith.methods.adalora import KIND, RankAllocation, freeze_scales
 from tunesmith.methods.masters import Masters
 from tunesmith.methods.peft_kinds import MERGES, import_peft, is_prompt, make_config, resolved
 from tunesmith.methods.peft_trial import base_sums, difference_by_mates, plain_name, probe, try_out
@@ -24,7 +24,7 @@ from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.method_knobs import PeftMethod
-from tunesmith.types import Steering
+from tunesmith.types import Attachment
 
 ADAPTER = "default"
 """What peft calls the only adapter there is."""
@@ -37,10 +37,10 @@ MATES = 1e-3
 product with other rows' tokens round otherwise, LILY moves by 0.01 and more."""
 
 
-class PeftAttachment:
+class PeftAttachment(Attachment):
     """What peft put on a model, by the names that peft's files give it, in the order of the model."""
 
-    method: str = "peft"
+    method = "peft"
 
     def __init__(self, model: PreTrainedModel, wrapped: Any, kind: str) -> None:
         """`wrapped`: peft's own model around `model`."""
@@ -51,9 +51,6 @@ class PeftAttachment:
         self.model = model
         self.wrapped = wrapped
         self.kind = kind
-        self.notes: tuple[str, ...] = ()
-        self.rate_factors: Mapping[str, float] = {}
-        self.steering: Steering | None = None
         self._full_names = {
             short_name(name): name for name, weight in wrapped.named_parameters() if weight.requires_grad
         }
@@ -77,7 +74,7 @@ class PeftAttachment:
         return self.wrapped.peft_config[ADAPTER]
 
     @property
-    def is_beside(self) -> bool:
+    def keeps_base(self) -> bool:
         """Whether the model without it is the base: a module that is trained whole is looked past too."""
         return not getattr(self.config, "modules_to_save", None)
 
@@ -93,13 +90,13 @@ class PeftAttachment:
         self._masters.publish()
 
     @contextmanager
-    def without(self) -> Iterator[None]:
+    def adapter_disabled(self) -> Iterator[None]:
         """Inside the block the model answers without it."""
         with self._prompt.without() if self._prompt is not None else self.wrapped.disable_adapter():
             yield
 
     @contextmanager
-    def disturbed(self) -> Iterator[None]:
+    def perturbed(self) -> Iterator[None]:
         """Inside the block all that is trained has moved, each tensor by a tenth of its size and a little more: what a
         fresh adapter does not show yet is seen."""
         kept = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
@@ -125,8 +122,8 @@ class PeftAttachment:
         """Begin what the method does at every step beside learning from its rows."""
         if self.kind == KIND:
             inside = {name: full.removeprefix(INSIDE) for name, full in self._full_names.items()}
-            self.steering = RankSteering(self.wrapped, inside)
-            self.notes = (*self.notes, self.steering.note())
+            self.step_hook = RankAllocation(self.wrapped, inside)
+            self.notes = (*self.notes, self.step_hook.note())
 
     def merge(self) -> None:
         """Put what it does into the model's own weights, in float32 and rounded once, and take it off: what is left is
@@ -146,6 +143,12 @@ class PeftAttachment:
             self.wrapped.merge_and_unload(safe_merge=True)
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(dtypes[name])
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        if self.can_merge:
+            self.model.float()
+            self.merge()
+            yield from ((name, weight.detach().float()) for name, weight in self.model.state_dict().items())
 
     def _unwrap_whole_modules(self) -> None:
         """Modules trained whole take their places: peft looks for a weight in each, which a pooler has not."""

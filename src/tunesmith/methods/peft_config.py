@@ -74,6 +74,19 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
     }
 
 
+def planned_config(settings: LowRankMethod) -> dict[str, Any]:
+    """The main entries of adapter_config.json of an adapter that is not trained yet."""
+    return {
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "use_dora": isinstance(settings, DoraMethod),
+        "use_rslora": settings.rslora,
+        "bias": settings.bias,
+        "modules_to_save": list(settings.also_train),
+        "target_modules": list(settings.targets),
+    }
+
+
 def _whole_number(value: float) -> float:
     return int(value) if value == int(value) else value
 

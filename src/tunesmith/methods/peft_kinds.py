@@ -91,9 +91,17 @@ def is_prompt(kind: str) -> bool:
     return issubclass(_config_class(kind), import_peft().PromptLearningConfig)
 
 
-def num_virtual_tokens(settings: Any) -> int:
+def learning_rate(method: PeftMethod, kind: str, num_parameters: int) -> tuple[float, str]:
+    """The usual peak rate with AdamW, and why."""
+    if method.kind in RATES:
+        rate, source = RATES[method.kind]
+        return rate, f"usual for {method.kind}: {source}"
+    return 5e-4 if num_parameters < 1e9 else 2e-4, f"that of LoRA: for {method.kind} none is known here, try others too"
+
+
+def num_virtual_tokens(settings: PeftMethod) -> int:
     """Positions of each row that a method takes for itself; 0 for all but prompts."""
-    if not isinstance(settings, PeftMethod) or not is_prompt(settings.kind):
+    if not is_prompt(settings.kind):
         return 0
     return int(settings.settings["num_virtual_tokens"])
 

@@ -52,7 +52,7 @@ def difference_by_mates(attachment: PeftAttachment) -> float:
     """How far the answer to a row moves when another row of the same length stands beside it, over the spread of its
     logits. As soon as it has learnt something: a fresh adapter may hide it."""
     inputs = _inputs(attachment.model, rows=3)
-    with attachment.disturbed(), evaluating(attachment.model):
+    with attachment.perturbed(), evaluating(attachment.model):
         both = [
             attachment.model(**{name: ids_3T[[0, mate]] for name, ids_3T in inputs.items()}).logits[0].float()
             for mate in (1, 2)

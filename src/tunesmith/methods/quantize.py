@@ -53,15 +53,19 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
         error += float(there.sub_(packed.weight).square_().sum())
     model.to(device)
     give_back()  # otherwise the heap stays as large as the weights that were packed
-    doubled = " with scales in 8 bits" if settings.double_quant else ""
     off_by = (error / max(size, 1e-30)) ** 0.5
     notes = [
-        f"the base is quantised to {settings.quant}{doubled}: {num} linear layers, {_mib(before)} become "
+        f"the base is quantised to {base_format(settings)}: {num} linear layers, {_mib(before)} become "
         f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
     ]
     if left_out:
         notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
     return tuple(notes)
+
+
+def base_format(settings: QloraMethod) -> str:
+    """How the weights of the base are stored, in words."""
+    return f"{settings.quant}{' with scales in 8 bits' if settings.double_quant else ''}"
 
 
 def unpack_base(model: PreTrainedModel) -> PreTrainedModel:

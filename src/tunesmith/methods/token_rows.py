@@ -62,7 +62,7 @@ class TokenRows:
         for name, (weight, ids_K) in self._weights.items():
             weight.index_copy_(0, ids_K, self.parameters[name].detach())
 
-    def take_off(self) -> None:
+    def unload(self) -> None:
         """Give the modules their own backward again; the rows stay in their weights."""
         for module in self._modules:
             del module.forward

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.data.store import RowStore
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.methods.attach import attach
+from tunesmith.methods import attach
 from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import compute_together
 from tunesmith.models import recurrent

@@ -91,7 +91,7 @@ class Adapters:
 
         Raises ModelError for an adapter that is more than low-rank paths, so that others could not share its base.
         """
-        if why := attachment.more_than_paths:
+        if why := attachment.unshareable:
             raise ModelError(
                 f"{name}: {why}, so its base cannot be shared with other adapters. Export it as merged and serve that."
             )
@@ -99,7 +99,7 @@ class Adapters:
             layer: Path(*module.with_start(module.lora_A.detach(), module.lora_B.detach()), module.scale)
             for layer, module in attachment.layers.items()
         }
-        attachment.take_off()
+        attachment.unload()
 
     def install(self) -> None:
         """Put the adapters that were taken beside the layers of the model."""

@@ -11,12 +11,12 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import Speaker
+from tunesmith.methods import METHODS
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.pooling import find_pooling
-from tunesmith.recipe.knobs import LoraMethod, Recipe, known
-from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve import proofs
 from tunesmith.serve.adapters import Adapters
@@ -76,11 +76,7 @@ def why_alone(run: Run) -> str | None:
         return "every weight of it was tuned"
     if recipe.data.new_tokens:
         return "it has tokens that its base has not"
-    if not isinstance(method, (LoraMethod, QloraMethod)):
-        return f"method {method.name} is more than low-rank paths beside layers"
-    if method.also_train or method.bias != "none":
-        return f"{', '.join(method.also_train) or 'biases'} were trained whole"
-    return None
+    return METHODS[method.name].unshareable(method)
 
 
 def _sorted_out(names: Sequence[str], root: Path, *, base: str | None) -> tuple[list[Run], list[str]]:
@@ -131,10 +127,8 @@ def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> t
 
 def _form(recipe: Recipe) -> str:
     """How a run has the weights of its base, in words; empty: as they are."""
-    method = recipe.method
-    if not isinstance(method, QloraMethod):
-        return ""
-    return f" in {method.quant}{' with scales in 8 bits' if method.double_quant else ''}"
+    form = METHODS[recipe.method.name].base_format(recipe.method)
+    return f" in {form}" if form else ""
 
 
 def _load_base(

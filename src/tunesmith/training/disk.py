@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunesmith.errors import DoesNotFitError
 from tunesmith.formatting import size
+from tunesmith.methods import METHODS
 from tunesmith.planning.counting import kept_checkpoints
 from tunesmith.training.setup import Setup
 
@@ -18,9 +19,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
     """
     trained = 4 * sum(tensor.numel() for tensor in setup.attachment.trained.values())
-    is_full = setup.recipe.method.name == "full"
+    is_adapter = METHODS[setup.recipe.method.name].is_adapter
     checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.update.state_bytes())
-    result = sum(tensor.nbytes for tensor in setup.model.parameters()) if is_full else trained
+    result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
     needed = checkpoints + result - min(checkpoints, held)
     free = free_bytes(folder)

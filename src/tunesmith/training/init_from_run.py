@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tunesmith.errors import RunError
 from tunesmith.inference.load import load_run
-from tunesmith.methods import merge
 from tunesmith.models import locate
 from tunesmith.models.save import save_model
 from tunesmith.runs.atomic import remove
@@ -52,7 +51,7 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
     with run.lock():
         remove(merged)
         speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
-        merge(speaker.attachment)
+        speaker.attachment.merge()
         adapter = locate.Located("folder", run.adapter_path, str(run.adapter_path))
         save_model(
             speaker.model, speaker.renderer.tokenizer, merged, located=adapter, stop_ids=speaker.renderer.stop_ids

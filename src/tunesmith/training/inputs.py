@@ -13,7 +13,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import RecipeError
 from tunesmith.inference.load import make_renderer
-from tunesmith.methods.peft_kinds import num_virtual_tokens, resolved
+from tunesmith.methods import method_of
 from tunesmith.models import load, locate, new_tokens
 from tunesmith.models.heads import own_classes
 from tunesmith.models.kind import model_kind
@@ -23,7 +23,6 @@ from tunesmith.optim import check_installed
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.training.init_from_run import start_from
 from tunesmith.types import Choice, HeadName, ModelKind
 
@@ -62,8 +61,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     notes = [chained] if chained else []
     located = locate.locate_base(recipe, offline=offline, weights=False)
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
-    if isinstance(recipe.method, PeftMethod):
-        recipe = recipe.model_copy(update={"method": resolved(recipe.method)})
+    recipe = recipe.model_copy(update={"method": method_of(recipe).resolve(recipe.method)})
     model_size, kind = _room_left(size(located), recipe), model_kind(located)
     added = _add_tokens(recipe, tokenizer, kind)
     notes += new_tokens.say(added, recipe.data.new_tokens)
@@ -104,15 +102,15 @@ def _dated(
 
 def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:
     """Put the tokens of the recipe into the tokenizer."""
-    if recipe.data.new_tokens and (kind != "causal" or isinstance(recipe.method, PeftMethod)):
-        what = "method peft" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+    if recipe.data.new_tokens and (kind != "causal" or not method_of(recipe).new_tokens):
+        what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
         raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
     return new_tokens.add(tokenizer, recipe.data.new_tokens)
 
 
 def _room_left(model_size: ModelSize, recipe: Recipe) -> ModelSize:
     """The model as rows find it: virtual tokens stand before each of them."""
-    virtual = num_virtual_tokens(recipe.method)
+    virtual = method_of(recipe).num_virtual_tokens(recipe.method)
     if virtual >= model_size.max_tokens:
         raise RecipeError(
             f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {model_size.max_tokens:,} "

@@ -47,7 +47,7 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
         lr = rate(step, setup.total_steps, recipe.optim)
         grad_norm = gradient_norm(attachment.trained.values())
         _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
-        with attachment.steering.around_update(step) if attachment.steering else nullcontext():
+        with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             update.step(lr, number=step, divisor=excess(grad_norm, recipe.optim.clip))
         attachment.publish()
 

@@ -19,11 +19,10 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import MEASURED
 from tunesmith.evaluation.samples import new_tokens_for
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import adalora
+from tunesmith.methods import METHODS
 from tunesmith.models import load, rope
 from tunesmith.models.exhausted import give_back
 from tunesmith.models.padding import pad_id
-from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning import devices
 from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
 from tunesmith.planning.budget import HELD, RunSize, decide_measuring
@@ -34,7 +33,6 @@ from tunesmith.planning.sharing import Ask, decide_sharing
 from tunesmith.planning.sketch import DTYPES
 from tunesmith.planning.trying import Tried
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import PeftMethod
 from tunesmith.recipe.show import changed
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
@@ -125,23 +123,18 @@ def _why_alone(start: Start, rows: Rows) -> str:
 
 
 def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
-    """Tell a method that is made for a number of steps how many there are.
+    """Fit a method that has a schedule of its own to the run's number of steps.
 
-    Raises RecipeError where that leaves it none, or the optimizer would undo what it does.
+    Raises RecipeError where the steps leave it none, or the optimizer would undo it.
     """
-    method = recipe.method
-    if not isinstance(method, PeftMethod) or method.kind != adalora.KIND:
-        return recipe, []
-    if OPTIMIZERS[recipe.optim.name].counters:
-        raise RecipeError(
-            f"optim.name: {recipe.optim.name}: keeps means of the weights, which bring back the ranks that "
-            f"{method.kind} takes. Use another optimizer."
-        )
-    # Passes have no say in the number of steps, so any layout will do.
-    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
-    told = adalora.for_steps(method, steps)
-    choices = [Choice("method.settings.total_step", steps, "the run's own steps")] if told != method else []
-    return recipe.model_copy(update={"method": told}), choices
+    method, chosen = METHODS[recipe.method.name].resolve_steps(
+        recipe.method,
+        recipe.optim,
+        # The layout of rows does not change the number of steps.
+        lambda: total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch),
+    )
+    choices = [Choice(option, value, "the run's own steps") for option, value in chosen]
+    return recipe.model_copy(update={"method": method}), choices
 
 
 def _measuring(

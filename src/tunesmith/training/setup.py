@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,7 @@ from tunesmith.data.rows import Rows
 from tunesmith.evaluation.general import speaks
 from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, new_tokens_for, remarks_on, sample_prompts
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import METHODS
-from tunesmith.methods.attach import attach
-from tunesmith.methods.peft_bridge import PeftAttachment
+from tunesmith.methods import METHODS, Method, attach
 from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, contention, load, locate
 from tunesmith.models.agreement import Agreement, encoder_agrees, pairs_agree, ragged_agrees
@@ -126,9 +123,9 @@ def prepare(
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, start.renderer.tokenizer)
     attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
-    with attachment.disturbed() if isinstance(attachment, PeftAttachment) else nullcontext():
+    with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, start)
-    output = _join_products(model, attachment) if recipe.kernels == "fast" else None
+    output = _join_products(model, METHODS[recipe.method.name]) if recipe.kernels == "fast" else None
     update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
@@ -192,7 +189,7 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     make_room(model, start.added)
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
-    start.notes.extend(METHODS[method.name].ready(model, method, device=recipe.device))
+    start.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, known(recipe.train.checkpointed_layers))
     if recipe.kernels == "fast":
         use_fast_norms(model)
@@ -200,10 +197,10 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     return model, num_parameters
 
 
-def _join_products(model: PreTrainedModel, attachment: Attachment) -> Output | None:
+def _join_products(model: PreTrainedModel, method: Method) -> Output | None:
     """The model with its products computed together where they can be; its output, if losses can be computed by it."""
     compute_together(model)
-    return None if isinstance(attachment, PeftAttachment) else find_output(model)
+    return find_output(model) if method.fused_loss else None
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:

@@ -72,9 +72,9 @@ def _pass(setup: Setup, rows: Pass, copies: Sequence[int], step: int, num_target
 
 def _penalise(setup: Setup) -> float | None:
     """Add the gradient of what the method adds to the loss: after the passes, so once however many they are."""
-    if setup.attachment.steering is None:
+    if setup.attachment.step_hook is None:
         return None
-    penalty = setup.attachment.steering.penalty()
+    penalty = setup.attachment.step_hook.penalty()
     penalty.backward()  # type: ignore[no-untyped-call]
     return float(penalty.detach())
 

@@ -17,11 +17,11 @@ import torch
 from tunesmith import __version__
 from tunesmith.data.filling import fills, padding_share
 from tunesmith.data.labels import count_classes
+from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import QloraMethod
 from tunesmith.training.resolve import Foreseen, plan_of
 from tunesmith.training.setup import Setup
 
@@ -198,7 +198,7 @@ def versions(recipe: Recipe | None = None) -> dict[str, str]:
     """Of this package, Python and the libraries that numbers depend on; of those that not all need, what `recipe`
     uses."""
     used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
-    used |= {"bitsandbytes"} if recipe and isinstance(recipe.method, QloraMethod) else set()
+    used |= {METHODS[recipe.method.name].package} if recipe else set()
     return {
         "tunesmith": __version__,
         "python": platform.python_version(),

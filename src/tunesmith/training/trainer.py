@@ -20,7 +20,7 @@ from tunesmith.evaluation.metrics import MEASURES
 from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
 from tunesmith.inference.load import as_renamed
-from tunesmith.methods import carried, restore
+from tunesmith.methods import METHODS, restore, state_dict
 from tunesmith.models.checkpointing import count_layers
 from tunesmith.recipe import read
 from tunesmith.recipe.knobs import Recipe, known
@@ -367,7 +367,7 @@ def _save(session: Session) -> None:
     folder = checkpoint.save(
         run.checkpoints_path,
         step,
-        weights=carried(setup.attachment),
+        weights=state_dict(setup.attachment),
         optimizer=setup.update.state(),
         state={"progress": asdict(session.progress), "identity": setup.identity},
         log=run.events_path,
@@ -386,6 +386,6 @@ def _rehearse_result(setup: Setup, run: Run) -> None:
 
 
 def _save_result(setup: Setup, run: Run) -> None:
-    folder = run.model_path if setup.recipe.method.name == "full" else run.adapter_path
+    folder = run.adapter_path if METHODS[setup.recipe.method.name].is_adapter else run.model_path
     setup.save_result(folder)
     run.keep_hashes(folder)

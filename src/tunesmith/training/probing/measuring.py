@@ -22,7 +22,7 @@ from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.evaluation.measure import evaluate
 from tunesmith.evaluation.report import rehearse
 from tunesmith.evaluation.samples import ANSWERED_TOGETHER
-from tunesmith.methods import carried
+from tunesmith.methods import state_dict
 from tunesmith.models.modes import evaluating
 from tunesmith.planning.counting import Amount, amount, seen_rows
 from tunesmith.planning.devices import CUDA_CONTEXT
@@ -185,7 +185,7 @@ def _word(setup: Setup) -> dict[str, Any]:
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
-    made = checkpoint.save(folder, 1, weights=carried(setup.attachment), optimizer=setup.update.state(), state={})
+    made = checkpoint.save(folder, 1, weights=state_dict(setup.attachment), optimizer=setup.update.state(), state={})
     seconds = time.perf_counter() - begun
     return {"saving": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
 
