@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import filelock
 
 import tunesmith
-from tunesmith.runs import events
 from tunesmith.errors import RunError
+from tunesmith.runs import events
 from tunesmith.runs.atomic import (
     clean,
     from_json,
