@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # B rows, T tokens, N targets, C classes
 
@@ -32,7 +32,8 @@ PACKED: frozenset[Layout] = frozenset({"ragged", "ragged_pairs"})
 """Without padding."""
 PAIRS: frozenset[Layout] = frozenset({"ragged_pairs", "encoder_decoder"})
 """A source, and a target apart from it."""
-TaskName = Literal["chat", "generate", "text", "summarize", "classify", "tag"]
+TaskName = str
+"""A key of `tasks.TASKS`."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
 """What a model answers: the next token, a masked token, something about a whole text, or about each of its words."""
@@ -214,7 +215,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is trained and how it is counted."""
+    """What is learnt, and everything that other files need to know about it: a row of `tasks.TASKS`."""
 
     name: TaskName
     doc: str
@@ -222,10 +223,39 @@ class Task:
     """Data shapes the task accepts."""
     heads: Mapping[ModelKind, HeadName]
     """The kinds of model that can learn it, and the head each needs."""
-    loss_sum: Callable[[nn.Module, Batch], Tensor]
-    """Sum of the targets' losses over the batch (nats, or squared error), float32; with gradient."""
-    measure: Callable[[nn.Module, Batch], Measured]
-    """The same losses one by one, without gradient, and what the model answered."""
+    loss_sum: Callable[..., Tensor]
+    """(model, batch) -> sum of the targets' losses over the batch (nats, or squared error), float32; with gradient.
+    A task that learns classes takes its `labels` too, see `tasks.bind`."""
+    measure: Callable[..., Measured]
+    """(model, batch) -> the same losses one by one, without gradient, and the model's outputs."""
+    record: Callable[..., dict[str, Any]]
+    """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
+    is_chat: bool = False
+    """Rows are conversations in the model's chat template."""
+    raw_text: bool = False
+    """No template is put around the text, and white space of answers counts."""
+    has_prompt: bool = False
+    """`data.prompt` is put in front of the text."""
+    writes_answers: bool = False
+    """The model answers a prompt with text that is compared with a reference."""
+    learns_classes: bool = False
+    """A new head learns the labels of the data."""
+    by_word: bool = False
+    """The head answers for each word."""
+    takes_pairs: bool = False
+    """A row may hold two texts."""
+    input_role: str = "user"
+    """Role of what is answered, as `Example.parts` name it."""
+    answer_key: str = ""
+    """Key of the answer in a line that `predict` writes; empty: the head's own keys."""
+    detected: str = ""
+    """Why rows of its shape choose this task, in words."""
+    on_overlong: tuple[Literal["error", "cut"], str] = ("error", "a cut answer would teach the model to break off")
+    """What `data.too_long: auto` becomes, and why."""
+    headline_metrics: tuple[str, ...] = ()
+    """The metrics that say most, in order."""
+    next_commands: tuple[tuple[str, ...], ...] = (("eval", "FILE"), ("show",))
+    """Commands for a finished run, without its name: the verb, and what follows the run."""
 
 
 class StepHook(Protocol):

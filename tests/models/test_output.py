@@ -14,8 +14,7 @@ from tunesmith.models import output as output_module
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.output import Output, find_output
 from tunesmith.recipe.knobs import Loss
-from tunesmith.tasks._losses import target_losses
-from tunesmith.tasks._tokens import token_loss_sum
+from tunesmith.tasks.losses import target_losses, token_loss_sum
 
 
 def layer(width: int, vocabulary: int, *, bias: bool, seed: int = 0) -> nn.Linear:

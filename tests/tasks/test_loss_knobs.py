@@ -23,7 +23,7 @@ from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.recipe.knobs import Loss
 from tunesmith.runs.folder import runs
 from tunesmith.tasks import bind
-from tunesmith.tasks._losses import target_losses
+from tunesmith.tasks.losses import target_losses
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train

@@ -116,9 +116,12 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
     from tunesmith.cli.output import data_line
     from tunesmith.inference.inputs import answers_to
     from tunesmith.inference.lines import record_of
+    from tunesmith.tasks import TASKS
 
-    if pair is not None and predictor.task != "classify":
-        raise InputError(f"predict: --pair is for the task classify; this model was tuned for {predictor.task}.")
+    if pair is not None and not TASKS[predictor.task].takes_pairs:
+        raise InputError(
+            f"predict: --pair is for tasks that take two texts; this model was tuned for {predictor.task}."
+        )
     [line] = answers_to(predictor, [record_of(predictor.task, text, pair)], bare=bare)
     if "error" in line:
         raise InputError(f"--text: {line['error']}")

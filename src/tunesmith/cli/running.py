@@ -17,6 +17,7 @@ from tunesmith.cli.stopping import stopping_on_signals
 from tunesmith.cli.story import Story
 from tunesmith.cli.text import visible
 from tunesmith.formatting import command
+from tunesmith.tasks import TASKS
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class Watch:
 
 def next_verbs(task: str) -> list[tuple[str, ...]]:
     """What to do with the result of a task: verbs, and what follows a run's name."""
-    if task in ("classify", "tag"):
-        return [("predict", "FILE"), ("show",)]
-    return [("chat", "--compare"), ("show",)] if task in ("chat", "generate") else [("eval", "FILE"), ("show",)]
+    return list(TASKS[task].next_commands)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from tunesmith.inference.load import Speaker
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.alone import Alone
 from tunesmith.serve.protocol import Ask, Ended, EngineOptions, Piece, Refused
+from tunesmith.tasks import TASKS
 
 HELP = """/reset  forget the conversation
 /help   these lines
@@ -110,7 +111,7 @@ class Talk:
         self.voices = voices
         self.manner = manner
         self.as_json = as_json
-        self.is_chat = voices[-1].alone.voice.renderer.task_name == "chat"
+        self.is_chat = TASKS[voices[-1].alone.voice.renderer.task_name].is_chat
         if system and not self.is_chat:
             raise InputError("--system: only conversations have one, and this one was tuned for single prompts.")
         self.begin = [{"role": "system", "content": system}] if system else []

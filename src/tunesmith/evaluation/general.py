@@ -27,7 +27,8 @@ from tunesmith.evaluation import statistics
 from tunesmith.evaluation.generation import Sampling, answer
 from tunesmith.evaluation.intervals import Interval, intervals
 from tunesmith.models.modes import evaluating
-from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task, TaskName
+from tunesmith.tasks import TASKS
+from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task
 
 MAX_TOKENS = 256
 """Of a row of general text."""
@@ -126,10 +127,10 @@ def answers(model: PreTrainedModel, renderer: Renderer) -> list[dict[str, str]]:
 
     Nothing where the tokenizer has neither a template nor a token that ends a text.
     """
-    asking = renderer if renderer.task_name == "chat" else _asking(renderer.tokenizer)
+    asking = renderer if TASKS[renderer.task_name].is_chat else _asking(renderer.tokenizer)
     if asking is None:
         return []
-    end = "" if asking.task_name == "chat" else "\n"
+    end = "" if TASKS[asking.task_name].is_chat else "\n"
     prompts = [asking.prompt_ids((Part("user", text + end, False),)) for text in GENERAL_INSTRUCTIONS]
     given = answer(model, asking, prompts, Sampling(max_new_tokens=ANSWER_TOKENS))
     return [{"prompt": text, "answer": one.text} for text, one in zip(GENERAL_INSTRUCTIONS, given, strict=True)]
@@ -137,7 +138,7 @@ def answers(model: PreTrainedModel, renderer: Renderer) -> list[dict[str, str]]:
 
 def _asking(tokenizer: Any) -> Renderer | None:
     """A way to ask a model that was not tuned for chats; None if there is none."""
-    ways: tuple[TaskName, ...] = ("chat", "generate") if tokenizer.chat_template else ("generate",)
+    ways = [task.name for task in TASKS.values() if task.is_chat or (task.raw_text and task.writes_answers)]
     for way in ways:
         try:
             return Renderer(tokenizer, way, max_tokens=None, too_long="error", control_tokens="allow")

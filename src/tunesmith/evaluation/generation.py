@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tunesmith.data.render import Renderer
 from tunesmith.models import rope
 from tunesmith.models.modes import evaluating
+from tunesmith.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
 
 def as_answer(renderer: Renderer, text: str) -> str:
     """What was written, as it is given: white space around a completion is its own, around other answers it is not."""
-    return text if renderer.task_name in ("generate", "text") else text.strip()
+    return text if TASKS[renderer.task_name].raw_text else text.strip()
 
 
 def read_answer(renderer: Renderer, before: Sequence[int], ids: list[int]) -> Answer:

@@ -17,6 +17,7 @@ from tunesmith.export.source import Source
 from tunesmith.methods import METHODS
 from tunesmith.models.folder import read_json
 from tunesmith.runs.folder import Run
+from tunesmith.tasks import TASKS
 
 UNKNOWN = "unknown"
 """The hub's own word for a licence that nobody has stated."""
@@ -87,7 +88,7 @@ def _head(
 ) -> dict[str, Any]:
     pipeline = str(fields.get("pipeline", _PIPELINES[source.head]))
     if source.kind == "encoder_decoder":
-        pipeline = "summarization" if source.recipe.task == "summarize" else "text2text-generation"
+        pipeline = "summarization" if TASKS[source.renderer.task_name].has_prompt else "text2text-generation"
     head: dict[str, Any] = {"license": license, "library_name": fields["library"], "pipeline_tag": pipeline}
     if (base := base_id(source)) is not None:
         head |= {"base_model": base, "base_model_relation": fields["relation"]}

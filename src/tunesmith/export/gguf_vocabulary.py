@@ -16,6 +16,7 @@ from tunesmith.export.gguf_word_pieces import add_word_pieces, as_there, check_w
 from tunesmith.export.pre_tokenizers import Rule, find_rule
 from tunesmith.export.source import Source
 from tunesmith.models.headers import read_gguf
+from tunesmith.tasks import TASKS
 from tunesmith.types import Part
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -94,7 +95,7 @@ def begins_with_bos(source: Source) -> bool:
     begins with another control token that is also called BOS (SmolLM2), it is left to the template.
     """
     bos = source.tokenizer.bos_token_id
-    role = "document" if source.recipe.task == "summarize" else "user"
+    role = TASKS[source.renderer.task_name].input_role
     prompt = source.renderer.prompt_ids([Part(role, "Hi", False)])
     return bos is not None and prompt[:1] == [bos] and source.tokenizer("a")["input_ids"][:1] == [bos]
 

@@ -15,6 +15,7 @@ from tunesmith.export.gguf_vocabulary import begins_with_bos
 from tunesmith.export.go_template import literal, render
 from tunesmith.export.options import Export, Options
 from tunesmith.export.source import Source
+from tunesmith.tasks import TASKS
 
 MODELFILE = "Modelfile"
 _ROLES = ("system", "user", "assistant")
@@ -31,7 +32,7 @@ def as_go(source: Source) -> tuple[str, list[str]]:
     A date that the template writes as Ollama's `currentDate` does, 2026-11-27, becomes that; any other stays the day
     that was trained with, which is said.
     """
-    if source.recipe.task in ("generate", "text") or not source.tokenizer.chat_template:
+    if TASKS[source.renderer.task_name].raw_text or not source.tokenizer.chat_template:
         return _PLAIN, []
     day = source.renderer.date
     go, notes = _on_day(source, day)
@@ -190,7 +191,7 @@ def _check(source: Source, options: Options) -> list[str]:
 
 
 def _prompt_note(source: Source) -> list[str]:
-    if source.recipe.task != "summarize":
+    if not TASKS[source.renderer.task_name].has_prompt:
         return []
     return ["it was tuned with a prompt around each document: write that prompt (data.prompt in recipe.yaml) yourself"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.errors import InputError
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Source
 
 Line = dict[str, Any]
@@ -162,9 +163,4 @@ def fields_of(example: Example) -> dict[str, Any]:
 
 def record_of(task: str, text: str, pair: str | None = None) -> Mapping[str, Any]:
     """A text as a row of the task."""
-    if task == "chat":
-        return {"messages": [{"role": "user", "content": text}]}
-    if task == "tag":
-        return {"tokens": text.split()}
-    name = {"generate": "prompt", "summarize": "document"}.get(task, "text")
-    return {name: text, **({} if pair is None else {"text_pair": pair})}
+    return {**TASKS[task].record(text), **({} if pair is None else {"text_pair": pair})}

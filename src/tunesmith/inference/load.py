@@ -29,6 +29,7 @@ from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.beside import Beside
 from tunesmith.runs.folder import Run, is_run, no_such_run
+from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 
 TOKENS_TO_ANSWER = 100
@@ -274,12 +275,11 @@ def refuse_needless(base: str | None, model: str) -> None:
 
 def run_labels(recipe: Recipe) -> Labels | None:
     """What the head of a run answers with, by its resolved recipe; None where it has none."""
-    if recipe.task == "tag":
-        return Labels("tags", recipe.data.labels)
-    if recipe.task == "classify":
-        kind: LabelKind = known(recipe.data.label_kind)
-        return Labels(kind, () if kind == "number" else recipe.data.labels)
-    return None
+    task = TASKS[known(recipe.task)]
+    if not task.learns_classes:
+        return None
+    kind: LabelKind = "tags" if task.by_word else known(recipe.data.label_kind)
+    return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 
 def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> Speaker:
@@ -300,7 +300,7 @@ def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe,
     tokenizer = load.load_tokenizer(located, None)
     made_for = _made_for(located, kind, has_template=bool(tokenizer.chat_template))
     chosen = task or made_for
-    if chosen in ("classify", "tag") and chosen != made_for:
+    if TASKS[chosen].learns_classes and chosen != made_for:
         raise ModelError(
             f"{name}: it has no head for the task {chosen}. Tune one: "
             f"{command('train', name, 'DATA', '--task', chosen)}"
@@ -314,15 +314,13 @@ def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe,
 def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:
     """The task that a model can do as it is."""
     architectures = (None if located.is_gguf else load.load_config(located).architectures) or [""]
-    for end, task in _HEADED.items():
-        if architectures[0].endswith(end):
-            return task
-    if kind == "encoder":
-        return "text"
-    return "chat" if has_template and kind == "causal" else "generate"
+    head: HeadName = "masked_token" if kind == "encoder" else "next_token"
+    head = next((head for end, head in _HEADED.items() if architectures[0].endswith(end)), head)
+    fitting = [task for task in TASKS.values() if task.heads.get(kind) == head]
+    return next(task.name for task in fitting if has_template or not task.is_chat)
 
 
-_HEADED: dict[str, TaskName] = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
+_HEADED: dict[str, HeadName] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "tokens"}
 
 
 def _speaker(

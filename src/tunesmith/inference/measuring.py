@@ -49,7 +49,7 @@ from tunesmith.formatting import plural
 from tunesmith.inference.load import Speaker
 from tunesmith.inference.trained import Trained, find_trained
 from tunesmith.recipe.knobs import Data, DataFile
-from tunesmith.tasks import bind
+from tunesmith.tasks import TASKS, bind
 from tunesmith.types import Layout, Problem
 
 OnProgress = Callable[[str, int, int], None]
@@ -251,7 +251,7 @@ def _answered(
     task = speaker.renderer.task_name
     if num is None:
         usual = MOST_SHORT if teach_short_answers(store.targets) else SAMPLES
-        num = usual if task in ("chat", "generate", "summarize") else 0
+        num = usual if TASKS[task].writes_answers else 0
     if num == 0:
         return [], []
     new_tokens = new_tokens_for(store.targets, speaker.recipe.evaluation.sample_tokens)

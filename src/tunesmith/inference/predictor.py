@@ -23,19 +23,12 @@ from tunesmith.inference.load import Speaker
 from tunesmith.models import contention
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import evaluating
+from tunesmith.tasks import TASKS
 from tunesmith.types import Batch, Example, Problem, Row, TaskName
 
 Done = Callable[[int], None]
 Warn = Callable[[Problem], None]
 
-ANSWER_KEYS: Mapping[TaskName, str] = {
-    "chat": "answer",
-    "generate": "completion",
-    "text": "continuation",
-    "summarize": "summary",
-}
-"""As in training rows, so that a line is a row; `Lines` puts an answer behind the messages that it answers. How a text
-goes on is no part of a row of text."""
 OUTSIDE = "O"
 """The tag of words outside of all spans."""
 THRESHOLD = 0.5
@@ -109,7 +102,7 @@ class Predictor:
         return self._label(examples, done, warn)
 
     def _write(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
-        key = ANSWER_KEYS[self.task]
+        key = TASKS[self.task].answer_key
         asked = [self._prompt(example, warn) for example in examples]
         results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in asked]
         prompts = {i: prompt for i, prompt in enumerate(asked) if not isinstance(prompt, Problem)}

@@ -21,7 +21,8 @@ from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, known
 from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
 from tunesmith.recipe.read import validate
-from tunesmith.types import Choice, Example, ModelKind, Shape, TaskName
+from tunesmith.tasks import TASKS, task_of
+from tunesmith.types import Choice, Example, ModelKind, TaskName
 
 SMALL_MODEL = 30_000_000
 """Weights up to which full tuning costs no more than LoRA's bookkeeping."""
@@ -40,12 +41,6 @@ class Facts:
     """Trained tokens of each held-out row."""
 
 
-_TASK_OF_SHAPE: dict[Shape, tuple[TaskName, str]] = {
-    "text": ("text", "rows are plain text, learnt as it stands"),
-    "document_summary": ("summarize", "rows are documents and their summaries"),
-    "text_label": ("classify", "rows are texts and their labels"),
-    "tokens_tags": ("tag", "rows are words and their tags"),
-}
 FAR = 10.0
 """Mean or deviation of numbers beyond which a head has far to go."""
 FEW_PRODUCTS = 2e9
@@ -68,8 +63,8 @@ UNBOUNDED_TOKENS = 512
 
 def choose_task(example: Example, kind: ModelKind) -> Choice:
     """The task that rows like this one are made for."""
-    if example.shape in _TASK_OF_SHAPE:
-        return Choice("task", *_TASK_OF_SHAPE[example.shape])
+    if (task := task_of(example.shape)) is not None and task.detected:
+        return Choice("task", task.name, task.detected)
     if example.plain or kind == "encoder_decoder":
         other = "; task: chat would put them into the chat template" if kind == "causal" else ""
         return Choice("task", "generate", f"rows are prompt and completion as plain text{other}")
@@ -108,11 +103,7 @@ def choose_stride(max_tokens: int) -> Choice:
 
 def choose_too_long(task: TaskName) -> Choice:
     """What happens to a row over the limit."""
-    if task in ("classify", "tag"):
-        return Choice("data.too_long", "cut", "the beginning of a text tells its class; cut rows are counted")
-    if task == "summarize":
-        return Choice("data.too_long", "cut", "the end of a document is cut, never its summary; cut rows are counted")
-    return Choice("data.too_long", "error", "a cut answer would teach the model to break off")
+    return Choice("data.too_long", *TASKS[task].on_overlong)
 
 
 def choose_method(num_parameters: int) -> Choice:
@@ -203,7 +194,7 @@ def _rate_of_adamw(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
-    if recipe.task in ("classify", "tag"):
+    if TASKS[known(recipe.task)].learns_classes:
         epochs = 5.0 if rows < 1000 else 3.0
         return epochs, f"{plural(rows, 'row')}, and a new head has to be learnt"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
@@ -272,7 +263,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    if recipe.task in ("classify", "tag") or facts.kind == "encoder":
+    if TASKS[known(recipe.task)].learns_classes or facts.kind == "encoder":
         return 0, "such a model writes no answers"
     if not teach_short_answers(facts.held_targets_I):
         return FEW_ANSWERS, "enough to look at"

@@ -43,7 +43,7 @@ def decide_before_rows(
     task: TaskName = known(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
-    if recipe.data.prompt is not None and task != "summarize":
+    if recipe.data.prompt is not None and not TASKS[task].has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task}. Leave it out.")
     if recipe.loss.neftune_alpha and kind == "encoder_decoder":
         raise RecipeError("loss.neftune_alpha: is for models that read one text; this one reads two. Leave it out.")

@@ -32,6 +32,7 @@ from tunesmith.serve.adapters import Adapters
 from tunesmith.serve.decoder import Apart, Together
 from tunesmith.serve.protocol import Ask, Refused
 from tunesmith.serve.voices import Voice
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Row
 
 MOST_ROWS = 32
@@ -121,7 +122,7 @@ def _ask(voice: Voice, example: Example) -> Ask:
     """The ask that has an example's last answer written."""
     last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
     before = example.parts[:last] or example.parts[:1]
-    if voice.renderer.task_name != "chat":
+    if not TASKS[voice.renderer.task_name].is_chat:
         return Ask(voice.served.name, prompt=before[0].text)
     messages = tuple({**part.fields, "role": part.role, "content": part.text} for part in before)
     return Ask(voice.served.name, messages=messages, tools=example.tools)
@@ -150,7 +151,7 @@ def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, R
         heard.get(problem.code, set()).add(str(problem.source))
 
     now: list[Encoded] = [[] for _ in found]
-    if known(run.recipe().task) not in ("text", "classify", "tag"):
+    if TASKS[known(run.recipe().task)].writes_answers:
         now = renderer.encode([example for _, example in found], on_warning=hear)
     kept_rows = (
         (example, store.row(rows[file, example.source.line]), _ids(encoded) if source in heard["cut"] else None)

@@ -18,6 +18,7 @@ from tunesmith.inference.predictor import Predictor
 from tunesmith.models.modes import evaluating
 from tunesmith.models.pooling import Pooling, pool
 from tunesmith.serve.protocol import Refused, Served
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Problem, Source
 
 
@@ -43,7 +44,7 @@ class Labeller:
 
 def _example(task: str, text: str | tuple[str, str], index: int) -> Example:
     source = Source("input", index + 1)
-    if task == "tag":
+    if TASKS[task].by_word:
         if not isinstance(text, str):
             raise Refused("a model that tags words takes one text, not a pair", status=400, code="invalid_value")
         return Example(tuple(Part("word", word, False) for word in text.split()), source, "tokens_tags")

@@ -25,6 +25,7 @@ from tunesmith.serve.decoder import Apart, Decoder, Together
 from tunesmith.serve.protocol import EngineOptions, Served
 from tunesmith.serve.reading import Embedder, Labeller
 from tunesmith.serve.voices import Voice
+from tunesmith.tasks import TASKS
 
 Note = Callable[[str], None]
 
@@ -70,7 +71,7 @@ def why_alone(run: Run) -> str | None:
     """Why a run has to have a model of its own; None: it is low-rank paths beside layers, so that many share one."""
     recipe = run.recipe()
     method = recipe.method
-    if known(recipe.task) in ("classify", "tag"):
+    if TASKS[known(recipe.task)].learns_classes:
         return "its head is its own"
     if run.model_path.exists():
         return "every weight of it was tuned"
@@ -249,7 +250,7 @@ def _served(speaker: Speaker, name: str, run: Run | None, answers: str) -> Serve
         is_base=run is None or run.model_path.exists(),
         created=int(created),
         labels=speaker.labels.names if speaker.labels is not None else (),
-        calls=call_format(speaker.renderer.tokenizer) if speaker.renderer.task_name == "chat" else None,
+        calls=call_format(speaker.renderer.tokenizer) if TASKS[speaker.renderer.task_name].is_chat else None,
     )
 
 

@@ -15,6 +15,7 @@ from tunesmith.serve.choosing import How
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.grammar import Grammars
 from tunesmith.serve.protocol import Ask, EngineOptions, Refused, Served
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Source
 
 MOST_LOGPROBS = 20
@@ -53,7 +54,7 @@ class Voice:
             stop_ids=frozenset(self.renderer.stop_ids),
             stops=tuple(filter(None, ask.stop)),
             n=ask.n,
-            trims=self.renderer.task_name not in ("generate", "text"),
+            trims=not TASKS[self.renderer.task_name].raw_text,
             grammar=None if ask.json_schema is None else self._grammars().compile(ask.json_schema, is_wanted),
         )
 
@@ -61,7 +62,7 @@ class Voice:
         """The ids that are fed, by the code that rendered the training rows. Raises Refused."""
         if isinstance(ask.prompt, tuple):
             return self._own_ids(ask.prompt)
-        if isinstance(ask.prompt, str) and self.renderer.task_name == "chat":
+        if isinstance(ask.prompt, str) and TASKS[self.renderer.task_name].is_chat:
             # A text to go on with, as it stands: nothing of a conversation is put around it.
             return list(self.renderer.tokenizer(ask.prompt).input_ids)
         try:
@@ -80,7 +81,7 @@ class Voice:
         return ids
 
     def _parts(self, ask: Ask) -> list[Part]:
-        if self.renderer.task_name != "chat":
+        if not TASKS[self.renderer.task_name].is_chat:
             if isinstance(ask.prompt, str):
                 return [Part("user", ask.prompt, trained=False)]
             if len(ask.messages) != 1 or ask.messages[0].get("role") != "user" or ask.tools:

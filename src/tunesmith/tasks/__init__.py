@@ -1,53 +1,56 @@
-"""What can be learnt. To add a task: one file here and one row below."""
+"""What can be learnt. To add a task: one file here and one row below.
+
+The rows import nothing heavy: torch and models come in when a loss is computed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import RecipeError
-from tunesmith.models.output import Output
 from tunesmith.recipe.knobs import Loss
-from tunesmith.tasks._losses import PLAIN
 from tunesmith.tasks.chat import CHAT
-from tunesmith.tasks.classify import classify
+from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
+from tunesmith.tasks.losses import PLAIN
 from tunesmith.tasks.summarize import SUMMARIZE
-from tunesmith.tasks.tag import tag
+from tunesmith.tasks.tag import TAG
 from tunesmith.tasks.text import TEXT
-from tunesmith.types import Labels, Task, TaskName
+from tunesmith.types import Labels, Shape, Task, TaskName
 
-_WITH_LABELS = {"classify": classify, "tag": tag}
+if TYPE_CHECKING:
+    from tunesmith.models.output import Output
 
-TASKS: dict[TaskName, Task] = {
-    "chat": CHAT,
-    "generate": GENERATE,
-    "text": TEXT,
-    "summarize": SUMMARIZE,
-    "classify": classify(Labels("one")),
-    "tag": tag(Labels("tags")),
-}
-"""Those with classes are bound to them by `bind` before they are used."""
+TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG)}
+"""By name. `bind` gives a task its classes and losses before it is trained."""
+
+
+def task_of(shape: Shape) -> Task | None:
+    """The task that rows of this shape are made for; None if several tasks learn from it."""
+    found = [task for task in TASKS.values() if shape in task.shapes]
+    return found[0] if len(found) == 1 else None
 
 
 def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: Output | None = None) -> Task:
-    """The task as it is trained: with the classes that its data has, and with what `loss` adds in training; what is
-    measured stays the plain loss. `output`: that of a model that learns tokens, if it is known.
+    """The task as it is trained: with the classes of its data and the additions of `loss`; its `measure` keeps the
+    plain loss. `output`: the output layer of a model that learns tokens, if its loss can be computed in pieces.
 
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.
     """
-    if name not in _WITH_LABELS:
-        task = TASKS[name]
-    elif labels is None:
-        raise AssertionError(f"{name} cannot be trained before its labels are decided")
-    else:
-        task = _WITH_LABELS[name](labels)
-        for knob in ("label_smoothing", "z_loss"):
-            if labels.kind in ("many", "number") and getattr(loss, knob):
+    task = TASKS[name]
+    if task.learns_classes:
+        if labels is None:
+            raise AssertionError(f"{name} cannot be trained before its labels are decided")
+        for option in ("label_smoothing", "z_loss"):
+            if labels.kind in ("many", "number") and getattr(loss, option):
                 what = "numbers" if labels.kind == "number" else "classes of which several can hold"
-                raise RecipeError(f"loss.{knob}: is for one class of several; these labels are {what}. Leave it out.")
+                raise RecipeError(f"loss.{option}: is for one class of several; these labels are {what}. Leave it out.")
+        task = replace(
+            task, loss_sum=partial(task.loss_sum, labels=labels), measure=partial(task.measure, labels=labels)
+        )
     added: dict[str, Any] = {} if output is None else {"output": output}
     if loss.label_smoothing or loss.z_loss:
         added["loss"] = loss

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from tunesmith.tasks._tokens import token_loss_sum, token_measure
+from typing import Any
+
+from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
+
+
+def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+    answers = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return {"messages": [{"role": "user", "content": text}, *answers]}
+
 
 CHAT = Task(
     name="chat",
@@ -12,4 +20,10 @@ CHAT = Task(
     heads={"causal": "next_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
+    record=_record,
+    is_chat=True,
+    writes_answers=True,
+    answer_key="answer",
+    headline_metrics=("perplexity", "token_accuracy", "rougeL"),
+    next_commands=(("chat", "--compare"), ("show",)),
 )

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
-from tunesmith.tasks._heads import sequence_loss_sum, sequence_measure
-from tunesmith.types import Labels, Task
+from tunesmith.tasks.losses import sequence_loss_sum, sequence_measure
+from tunesmith.types import Task
 
 
-def classify(labels: Labels) -> Task:
-    """The task of answering with these classes, or with a number."""
-    return Task(
-        name="classify",
-        doc="Classes of a text or of a pair of texts, or a number for it.",
-        shapes=("text_label",),
-        heads={"encoder": "sequence", "causal": "sequence"},
-        loss_sum=partial(sequence_loss_sum, labels=labels),
-        measure=partial(sequence_measure, labels=labels),
-    )
+def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+    return {"text": text} | ({} if answer is None else {"label": answer})
+
+
+CLASSIFY = Task(
+    name="classify",
+    doc="Classes of a text or of a pair of texts, or a number for it.",
+    shapes=("text_label",),
+    heads={"encoder": "sequence", "causal": "sequence"},
+    loss_sum=sequence_loss_sum,
+    measure=sequence_measure,
+    record=_record,
+    learns_classes=True,
+    takes_pairs=True,
+    detected="rows are texts and their labels",
+    on_overlong=("cut", "the beginning of a text tells its class; cut rows are counted"),
+    headline_metrics=("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
+    next_commands=(("predict", "FILE"), ("show",)),
+)

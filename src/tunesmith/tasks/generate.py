@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from tunesmith.tasks._tokens import token_loss_sum, token_measure
+from typing import Any
+
+from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
+
+
+def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+    return {"prompt": text} | ({} if answer is None else {"completion": f" {answer}"})
+
 
 GENERATE = Task(
     name="generate",
@@ -12,4 +19,10 @@ GENERATE = Task(
     heads={"causal": "next_token", "encoder_decoder": "next_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
+    record=_record,
+    raw_text=True,
+    writes_answers=True,
+    answer_key="completion",
+    headline_metrics=("perplexity", "token_accuracy", "rougeL"),
+    next_commands=(("chat", "--compare"), ("show",)),
 )

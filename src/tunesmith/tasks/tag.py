@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
-from tunesmith.tasks._heads import word_loss_sum, word_measure
-from tunesmith.types import Labels, Task
+from tunesmith.tasks.losses import word_loss_sum, word_measure
+from tunesmith.types import Task
 
 
-def tag(labels: Labels) -> Task:
-    """The task of answering with one of these classes for each word."""
-    return Task(
-        name="tag",
-        doc="A tag for each word, read at the word's first piece.",
-        shapes=("tokens_tags",),
-        heads={"encoder": "tokens", "causal": "tokens"},
-        loss_sum=partial(word_loss_sum, labels=labels),
-        measure=partial(word_measure, labels=labels),
-    )
+def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+    words = text.split()
+    return {"tokens": words} | ({} if answer is None else {"tags": [answer] * len(words)})
+
+
+TAG = Task(
+    name="tag",
+    doc="A tag for each word, read at the word's first token.",
+    shapes=("tokens_tags",),
+    heads={"encoder": "tokens", "causal": "tokens"},
+    loss_sum=word_loss_sum,
+    measure=word_measure,
+    record=_record,
+    learns_classes=True,
+    by_word=True,
+    detected="rows are words and their tags",
+    on_overlong=("cut", "the beginning of a text tells its class; cut rows are counted"),
+    headline_metrics=("span_f1", "span_recall", "tag_accuracy"),
+    next_commands=(("predict", "FILE"), ("show",)),
+)

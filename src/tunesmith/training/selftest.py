@@ -25,6 +25,7 @@ from tunesmith.optim import Update
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.recipe.read import validate
 from tunesmith.runs import checkpoint
+from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, packed_agrees, prepare
 from tunesmith.types import PACKED, TaskName
@@ -42,20 +43,6 @@ QUESTIONS = (
     ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet around the year 1600."),
 )
 """What rows for a model without data are made of."""
-
-
-def _question_of(task: TaskName, question: str, answer: str) -> dict[str, Any]:
-    """A question and its answer as a row of the task: a class says whether it asks, a tag whether a word is long."""
-    words = answer.split()
-    rows: dict[TaskName, dict[str, Any]] = {
-        "chat": {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
-        "generate": {"prompt": question, "completion": f" {answer}"},
-        "text": {"text": f"{question} {answer}"},
-        "summarize": {"document": f"{question} {answer}", "summary": answer},
-        "classify": {"text": f"{question} {answer}", "label": "question" if "?" in question else "order"},
-        "tag": {"tokens": words, "tags": ["long" if len(word) > 4 else "short" for word in words]},
-    }
-    return rows[task]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +74,18 @@ def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
     data = recipe.model_dump()
     file = folder / "rows.jsonl"
     task = _task_of(recipe, offline=offline) if recipe.task == "auto" else recipe.task
-    rows = [_question_of(task, question, answer) for question, answer in QUESTIONS]
+    rows = [_row_of(task, question, answer) for question, answer in QUESTIONS]
     file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
     data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
     data["train"] |= {"rows_per_step": 4}
     return validate({**data, "task": task})
+
+
+def _row_of(name: TaskName, question: str, answer: str) -> dict[str, Any]:
+    """A row of the task; its class says whether the text is a question."""
+    task = TASKS[name]
+    kind = "question" if "?" in question else "order"
+    return task.record(f"{question} {answer}", kind) if task.learns_classes else task.record(question, answer)
 
 
 def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:

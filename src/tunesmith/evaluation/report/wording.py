@@ -12,16 +12,8 @@ from tunesmith.evaluation.metrics import BASELINES, FEW_ROWS, OF_ANSWERS, Measur
 from tunesmith.evaluation.report.log import Interval
 from tunesmith.evaluation.verdicts import baseline_sentence, begun, never_right, too_few, verdict_words
 from tunesmith.formatting import duration, plural
+from tunesmith.tasks import TASKS
 
-_GIST: Mapping[str, tuple[str, ...]] = {
-    "chat": ("perplexity", "token_accuracy", "rougeL"),
-    "generate": ("perplexity", "token_accuracy", "rougeL"),
-    "text": ("perplexity", "bits_per_byte", "token_accuracy"),
-    "summarize": ("rougeL", "rouge1", "perplexity"),
-    "classify": ("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
-    "tag": ("span_f1", "span_recall", "tag_accuracy"),
-}
-"""Of each task the measures that say most, in order."""
 NUM_GIST = 3
 
 
@@ -67,7 +59,8 @@ def gist_keys(report: Mapping[str, Any]) -> list[str]:
     if after is None:
         return []
     shown = [key for key in after["measures"] if _is_shown(report, key)]
-    wanted = [key for key in _GIST.get(report["task"], ()) if key in shown] or shown
+    task = TASKS.get(report["task"])
+    wanted = [key for key in (task.headline_metrics if task else ()) if key in shown] or shown
     if not (report.get("short_answers") and "exact_match" in shown):
         return wanted
     others = [key for key in wanted if not key.startswith("rouge")]
