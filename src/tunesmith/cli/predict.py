@@ -119,9 +119,7 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
     from tunesmith.tasks import TASKS
 
     if pair is not None and not TASKS[predictor.task].takes_pairs:
-        raise InputError(
-            f"predict: --pair is for tasks that take two texts; this model was tuned for {predictor.task}."
-        )
+        raise InputError(f"--pair: the task {predictor.task} of this model takes one text. Leave it out.")
     [line] = answers_to(predictor, [record_of(predictor.task, text, pair)], bare=bare)
     if "error" in line:
         raise InputError(f"--text: {line['error']}")

@@ -92,10 +92,10 @@ def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
     """The task that is usual for the recipe's model."""
     located = locate.locate_base(recipe, offline=offline, weights=False)
     kind = model_kind(located)
-    if kind != "causal":
-        return "classify" if kind == "encoder" else "generate"
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=lambda note: None)
-    return "chat" if tokenizer.chat_template else "generate"
+    fitting = [task for task in TASKS.values() if kind in task.heads and (tokenizer.chat_template or not task.is_chat)]
+    # An encoder of sentences has no head for masked tokens, and every encoder can get one for classes.
+    return min(fitting, key=lambda task: kind == "encoder" and not task.learns_classes).name
 
 
 def _packing(setup: Setup) -> Proof:
