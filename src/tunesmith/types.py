@@ -26,12 +26,8 @@ IGNORE = -100
 Shape = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
 ]
-Layout = Literal["ragged", "padded", "ragged_pairs", "encoder_decoder"]
-"""How the rows of a pass lie: end to end, or one a line; and the same on each side of an encoder–decoder."""
-PACKED: frozenset[Layout] = frozenset({"ragged", "ragged_pairs"})
-"""Without padding."""
-PAIRS: frozenset[Layout] = frozenset({"ragged_pairs", "encoder_decoder"})
-"""A source, and a target apart from it."""
+Layout = Literal["ragged", "padded", "encoder_decoder"]
+"""How the rows of a pass lie: end to end; padded to one length; or sources and targets each padded on its own."""
 TaskName = str
 """A key of `tasks.TASKS`."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -185,8 +181,6 @@ class Batch:
     """Of a ragged pass tokens behind its rows, which belong to none: see `data.filling`."""
     targets_B: tuple[int, ...] = ()
     """Of an encoder–decoder how many of each example's tokens its decoder reads."""
-    decoder_filling: int = 0
-    """The same as `filling`, behind what the decoder reads."""
 
     @property
     def num_tokens(self) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tunesmith.data.order import POOL_STEPS, copies, grouped, pool_of, shuffled
 from tunesmith.data.passes import Pass, fill_passes, fill_sharing, places
 from tunesmith.data.sharing import num_computed
-from tunesmith.types import PACKED, PAIRS, Batch, Layout, Row
+from tunesmith.types import Batch, Layout, Row
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
@@ -77,19 +77,11 @@ class Plan:
         """Places that a pass over these rows computes, padding among them."""
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
-        return sum(self.lengths_of(rows)) if self.layout in PACKED else places(self._sides_of(rows))
-
-    def computed_sides(self, rows: Pass) -> tuple[int, ...]:
-        """The same of each side: of an encoder–decoder what either of them computes."""
-        if self.targets_I is None:
-            return (self.computed(rows),)
-        sides_BS = self._sides_of(rows)
-        found: list[int] = (sides_BS.sum(0) if self.layout in PACKED else len(rows) * sides_BS.max(0)).tolist()
-        return tuple(found)
+        return sum(self.lengths_of(rows)) if self.layout == "ragged" else places(self._sides_of(rows))
 
     def padding(self, most_steps: int = POOL_STEPS) -> float:
         """Share of the places computed in the first steps of a run that hold no token."""
-        if self.layout in PACKED:
+        if self.layout == "ragged":
             return 0.0
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
         tokens = sum(sum(self.lengths_of(rows)) for rows in passes)
@@ -150,7 +142,7 @@ def build_batch(
     and its decoder `decoder_start` and the target but for its last token. `has_types`: the model tells the two texts
     of a pair apart by token types. `pad_id`: the token that shorter rows are padded with.
     """
-    is_pair, is_packed = layout in PAIRS, layout in PACKED
+    is_pair, is_packed = layout == "encoder_decoder", layout == "ragged"
     read = [_source(row) if is_pair else row.ids for row in rows]
     lengths = [len(ids) for ids in read]
     longest = max(lengths)
@@ -167,7 +159,7 @@ def build_batch(
     if is_pair:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
-        decoder_ids_BU, learnt = _decoder(targets, decoder_start, is_packed=is_packed, pad_id=pad_id)
+        decoder_ids_BU, learnt = _decoder(targets, decoder_start, pad_id=pad_id)
     counts = [len(places) for places, _ in learnt]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
@@ -202,12 +194,11 @@ def _source(row: Row) -> NDArray[np.int32]:
 
 
 def _decoder(
-    targets: Sequence[NDArray[np.int32]], start_id: int, *, is_packed: bool, pad_id: int
+    targets: Sequence[NDArray[np.int32]], start_id: int, *, pad_id: int
 ) -> tuple[NDArray[np.generic], list[Learnt]]:
     """What a decoder reads, [B, U], and what it learns: each token of the target from those before it."""
-    starts, ids_BU = _laid_out(
-        [np.concatenate([[start_id], ids[:-1]]) for ids in targets], is_packed=is_packed, pad_id=pad_id
-    )
+    read = [np.concatenate([[start_id], ids[:-1]]) for ids in targets]
+    starts, ids_BU = _laid_out(read, is_packed=False, pad_id=pad_id)
     learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
     return ids_BU, learnt
 

@@ -18,7 +18,7 @@ from tunesmith.data.order import sort_keys
 from tunesmith.data.passes import Pass, fill_passes
 from tunesmith.data.sharing import share
 from tunesmith.data.store import RowStore
-from tunesmith.types import PAIRS, Batch, Layout, Row
+from tunesmith.types import Batch, Layout, Row
 
 RANDOM_BEYOND = 0.8
 KEPT_BEYOND = 0.9
@@ -127,6 +127,6 @@ class Feed:
 def passes_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[Pass]:
     """Rows of a store grouped into passes, where nobody asks in which order: to measure."""
     rows_I = np.asarray(rows, np.int64)
-    targets = store.targets[rows_I].tolist() if layout in PAIRS else ()
+    targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
     lengths = store.lengths[rows_I].tolist()
     return fill_passes(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout, targets=targets)

@@ -2,7 +2,7 @@
 
 In bfloat16 every product is compiled for its shape, and the number of tokens of a pass hardly ever comes again. So a
 few tokens are put behind its rows, as a row of their own that nothing is learnt from: on short rows of an encoder
-compiling was a quarter of a step. Of an encoder–decoder that row has tokens on both sides.
+compiling was a quarter of a step.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from tunesmith.data.batch import Plan
-from tunesmith.types import PACKED, Batch, Layout
+from tunesmith.types import Batch, Layout
 
 WHOLE = 32
 """Tokens that the size of a filled pass is a multiple of: an eighth of a pass of short rows, nothing of a large one."""
@@ -21,18 +20,12 @@ WHOLE = 32
 
 def fills(layout: Layout, *, device: str, precision: str) -> bool:
     """Whether passes are filled: where they are packed and products are compiled for their shapes."""
-    return layout in PACKED and device == "cpu" and precision == "bfloat16"
+    return layout == "ragged" and device == "cpu" and precision == "bfloat16"
 
 
 def filled(num_tokens: int) -> int:
     """Tokens of a pass once it is filled."""
     return -(-num_tokens // WHOLE) * WHOLE
-
-
-def filled_sides(sides: tuple[int, ...]) -> tuple[int, ...]:
-    """The same of each side. Where there are two, either gets one token at least: a target needs a source to read."""
-    least = len(sides) - 1
-    return tuple(filled(num_tokens + least) for num_tokens in sides)
 
 
 def padding_share(plan: Plan, *, fills: bool) -> float:
@@ -43,33 +36,25 @@ def padding_share(plan: Plan, *, fills: bool) -> float:
 def filling_share(plan: Plan, most_steps: int = 64) -> float:
     """Of the places computed in the first steps of a run, where passes are filled."""
     steps = range(1, min(most_steps, plan.steps_per_epoch) + 1)
-    sizes = [plan.computed_sides(rows) for step in steps for rows in plan.step(step)]
-    return 1.0 - sum(map(sum, sizes)) / sum(sum(filled_sides(sides)) for sides in sizes)
+    sizes = [plan.computed(rows) for step in steps for rows in plan.step(step)]
+    return 1.0 - sum(sizes) / sum(map(filled, sizes))
 
 
 def fill(batch: Batch) -> Batch:
-    """A packed batch with a row of at most `WHOLE` tokens a side behind it, which no target is in and no other row
-    reads.
+    """A packed batch with a row of fewer than `WHOLE` tokens behind it, which no target is in and no other row reads.
 
     They are the last token again, which is one of the data: others may have no row in an embedding that is trained in
     part.
     """
-    decoded = () if batch.decoder_ids_BU is None else (batch.decoder_ids_BU.shape[1],)
-    sides = (num_tokens := batch.ids_BT.shape[1], *decoded)
-    num, *num_decoded = (after - before for before, after in zip(sides, filled_sides(sides), strict=True))
+    num_tokens = batch.ids_BT.shape[1]
+    num = filled(num_tokens) - num_tokens
     if num == 0:
         return batch
     positions_T = batch.positions_BT.new_tensor(range(num))
     return replace(
         batch,
-        ids_BT=_longer(batch.ids_BT, num),
+        ids_BT=F.pad(batch.ids_BT, (0, num), value=int(batch.ids_BT[0, -1])),
         positions_BT=F.pad(batch.positions_BT, (0, num)).index_copy_(1, positions_T + num_tokens, positions_T[None]),
         types_BT=None if batch.types_BT is None else F.pad(batch.types_BT, (0, num)),
         filling=num,
-        decoder_ids_BU=None if batch.decoder_ids_BU is None else _longer(batch.decoder_ids_BU, *num_decoded),
-        decoder_filling=sum(num_decoded),
     )
-
-
-def _longer(ids_1T: Tensor, num: int) -> Tensor:
-    return F.pad(ids_1T, (0, num), value=int(ids_1T[0, -1]))

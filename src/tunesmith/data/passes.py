@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.sharing import families
-from tunesmith.types import PACKED, Layout
+from tunesmith.types import Layout
 
 Pass = tuple[int, ...]
 """Row indices that go through the model together."""
@@ -32,7 +32,7 @@ def fill_passes(
     length stand together, and passes count the padding. `targets`: of an encoder–decoder how many of a row's tokens its
     decoder reads, which are padded apart from the others.
     """
-    if layout in PACKED:
+    if layout == "ragged":
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
         passes = _fill_ragged([lengths[i] for i in by_length], tokens_per_pass)
         return [tuple(rows[by_length[at]] for at in members) for members in passes]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.models.products import times
 from tunesmith.models.quantized import QuantizedLinear, product
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
@@ -177,7 +176,7 @@ class _LoraForward(torch.autograd.Function):
         if needs_x or needs_a:
             glow_TR = (g_TO @ b_OR).mul_(ctx.scale)
         if needs_x:
-            gx = times(g_TO, dense(ctx.weight)).addmm_(glow_TR, a_RI).view(ctx.shape)
+            gx = (g_TO @ dense(ctx.weight)).addmm_(glow_TR, a_RI).view(ctx.shape)
         if needs_a:
             ga_RI = glow_TR.t() @ x_TI
         if needs_b:

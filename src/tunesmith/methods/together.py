@@ -21,12 +21,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models.activations import ACTIVATIONS, Activation
-from tunesmith.models.products import add_times_, linear, times
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input, in the order in which models call them."""
@@ -122,7 +122,7 @@ class _Siblings(torch.autograd.Function):
             weight_OI, bias_O, b_OR = weights[3 * i : 3 * i + 3]
             assert weight_OI is not None
             assert b_OR is not None
-            y_TO = linear(x_TI, weight_OI, bias_O)
+            y_TO = F.linear(x_TI, weight_OI, bias_O)
             y_TO.addmm_(low_TS[:, at : at + b_OR.shape[1]], b_OR.t(), alpha=scale)
             at += b_OR.shape[1]
             outs.append(y_TO.view(*x.shape[:-1], -1))
@@ -153,7 +153,7 @@ class _Siblings(torch.autograd.Function):
                 _of_b(low_TS[:, here], g_TO, scale) if needs_b else None,
             ]
             if needs_x:
-                gx_TI = times(g_TO, weight_OI) if gx_TI is None else add_times_(gx_TI, g_TO, weight_OI)
+                gx_TI = g_TO @ weight_OI if gx_TI is None else gx_TI.addmm_(g_TO, weight_OI)
         gx = None if gx_TI is None else gx_TI.addmm_(glow_TS, a_SI).view(ctx.shape)
         return gx, glow_TS.t() @ x_TI if needs_a else None, None, *found
 
@@ -207,11 +207,11 @@ class _Gated(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS = x_TI @ a_SI.t()
         rank = gate_b_FR.shape[1]
-        g_TF = linear(x_TI, gate_FI).addmm_(low_TS[:, :rank], gate_b_FR.t(), alpha=scales[0])
-        u_TF = linear(x_TI, up_FI).addmm_(low_TS[:, rank:], up_b_FR.t(), alpha=scales[1])
+        g_TF = F.linear(x_TI, gate_FI).addmm_(low_TS[:, :rank], gate_b_FR.t(), alpha=scales[0])
+        u_TF = F.linear(x_TI, up_FI).addmm_(low_TS[:, rank:], up_b_FR.t(), alpha=scales[1])
         h_TF = activation.value(g_TF).mul_(u_TF)
         low_TR = h_TF @ down_a_RF.t()
-        y_TO = linear(h_TF, down_OF).addmm_(low_TR, down_b_OR.t(), alpha=scales[2])
+        y_TO = F.linear(h_TF, down_OF).addmm_(low_TR, down_b_OR.t(), alpha=scales[2])
         matrices = a_SI, gate_FI, gate_b_FR, up_FI, up_b_FR, down_OF, down_b_OR, down_a_RF
         ctx.save_for_backward(x_TI, low_TS, g_TF, u_TF, low_TR, *matrices)
         ctx.scales, ctx.activation, ctx.shape = scales, activation, x.shape
@@ -226,7 +226,7 @@ class _Gated(torch.autograd.Function):
         g_TO = grad.reshape(-1, grad.shape[-1])
         glow_TR = (g_TO @ down_b_OR).mul_(scales[2])
         gdown_b_OR = _of_b(low_TR, g_TO, scales[2])
-        gh_TF = times(g_TO, down_OF).addmm_(glow_TR, down_a_RF)
+        gh_TF = (g_TO @ down_OF).addmm_(glow_TR, down_a_RF)
         act_TF = ctx.activation.value(g_TF)
         gdown_a_RF = glow_TR.t() @ (act_TF * u_TF)
         gu_TF = act_TF.mul_(gh_TF)
@@ -238,7 +238,7 @@ class _Gated(torch.autograd.Function):
         gup_b_FR = _of_b(low_TS[:, rank:], gu_TF, scales[1])
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = add_times_(times(gg_TF, gate_FI), gu_TF, up_FI).addmm_(glow_TS, a_SI).view(ctx.shape)
+            gx = (gg_TF @ gate_FI).addmm_(gu_TF, up_FI).addmm_(glow_TS, a_SI).view(ctx.shape)
         return gx, glow_TS.t() @ x_TI, None, ggate_b_FR, None, gup_b_FR, None, gdown_b_OR, gdown_a_RF, None, None
 
 

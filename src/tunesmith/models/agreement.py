@@ -1,6 +1,6 @@
 """Whether a model answers the same for rows packed end to end as for each row alone."""
 
-# L tokens of one row, T of all rows, U of all targets, N and K positions that are compared, V vocabulary, D hidden size
+# L tokens of one row, T of all rows, N and K positions that are compared, V vocabulary, D hidden size
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +20,7 @@ from tunesmith.models.heads import head_of
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
 from tunesmith.models.segments import Segments
-from tunesmith.types import PACKED, Batch, Layout, Row
+from tunesmith.types import Batch, Layout, Row
 
 PROBE_TOKENS = 128
 """Tokens of a row that are run: enough to see another row shine through, cheap enough for every start."""
@@ -117,22 +115,6 @@ def encoder_agrees(model: PreTrainedModel, rows: Sequence[Row], *, has_types: bo
     return Agreement(not reason, float(difference.abs().max()), error, reason)
 
 
-def pairs_agree(model: PreTrainedModel, rows: Sequence[Row], *, plain: bool = False) -> Agreement:
-    """The same for an encoder–decoder, by the logits of targets."""
-    pairs = _pairs(rows)
-
-    def logits(pairs: Sequence[Pair], layout: Layout) -> Tensor:
-        return logits_at_targets(model, _pair_batch(model, pairs, layout)).float()
-
-    with evaluating(model):
-        alone = [logits([pair], "encoder_decoder") for pair in pairs]
-        packed = _packed(model, lambda: logits(pairs, "ragged_pairs"), plain=plain)
-    if isinstance(packed, Agreement):
-        return packed
-    logits_NV, trace = packed
-    return _judge(alone, torch.split(logits_NV, [len(logits_KV) for logits_KV in alone]), trace, model.dtype)
-
-
 def _packed(model: PreTrainedModel, answer: Callable[[], Found], *, plain: bool) -> tuple[Found, Trace] | Agreement:
     """What packed rows are answered, and what was asked for meanwhile; or why the model does not take them."""
     if reason := recurrent.why(model):
@@ -149,48 +131,6 @@ def _packed(model: PreTrainedModel, answer: Callable[[], Found], *, plain: bool)
     finally:
         with quiet():
             model.set_attn_implementation(own)
-
-
-Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
-"""Source and target."""
-
-
-def _pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Three or more: some whose sources are of equal length and some not, and their targets in another way."""
-    starts = [int(np.argmax(row.trained)) for row in rows]
-    pairs = [
-        (row.ids[:start][:PROBE_TOKENS], row.ids[start:][:PROBE_TOKENS])
-        for row, start in zip(rows, starts, strict=True)
-    ]
-    (source, target), (_, last) = pairs[0], pairs[-1]
-    half = source[: max(1, len(source) // 2)]
-    return [*pairs, (source, last[: max(1, len(last) // 2)]), (half, target)]
-
-
-def _pair_batch(model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout) -> Batch:
-    """Of each target `PROBE_POSITIONS` are predicted at most."""
-    sources, targets = zip(*pairs, strict=True)
-    starts = [0, *accumulate(map(len, targets))]
-    places = [start + _positions(len(target)) for start, target in zip(starts, targets, strict=False)]
-    begin = [getattr(model.config, "decoder_start_token_id", None) or 0]
-
-    def tensor(values: Any) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(model.device)
-
-    ids_1T = tensor(np.concatenate(sources))[None]
-    return Batch(
-        layout=layout,
-        ids_BT=ids_1T,
-        positions_BT=tensor(np.concatenate([np.arange(len(source)) for source in sources]))[None],
-        mask_BT=None if layout in PACKED else torch.ones_like(ids_1T),
-        lengths=tuple(len(source) + len(target) for source, target in pairs),
-        predict_N=tensor(torch.cat(places)),
-        targets_N=tensor(np.concatenate(targets))[torch.cat(places)],
-        row_of_N=tensor(np.repeat(np.arange(len(pairs)), [len(some) for some in places])),
-        row_indices=tuple(range(len(pairs))),
-        decoder_ids_BU=tensor(np.concatenate([[*begin, *target[:-1]] for target in targets]))[None],
-        targets_B=tuple(map(len, targets)),
-    )
 
 
 def _answers(model: PreTrainedModel, rows: Sequence[Row], layout: Layout, *, has_types: bool) -> Tensor:

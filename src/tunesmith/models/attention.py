@@ -5,11 +5,11 @@ keyword `segments`, which transformers hands down to the attention function and 
 checkpointed layer. Without `segments` (generation, padded batches) it is transformers' own sdpa attention.
 
 Not every model can: whether the answer is the same as one example at a time is asked of the model itself, by
-`agreement.ragged_agrees` and `pairs_agree`.
+`agreement.ragged_agrees`.
 """
 
 # B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys,
-# G groups of heads that share keys, R queries of all heads of a group, M tokens of the longest piece
+# G groups of heads that share keys, R queries of all heads of a group
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tunesmith.models import distances, grouped, varlen
+from tunesmith.models import grouped, varlen
 from tunesmith.models.blocks import Layout, Row
-from tunesmith.models.segments import PairSegments, Segments
+from tunesmith.models.segments import Segments
 
 NAME, PLAIN = "tunesmith_ragged", "tunesmith_ragged_plain"
 
@@ -88,13 +88,10 @@ def use_ragged(model: PreTrainedModel, *, plain: bool = False) -> None:
     """Let the model run ragged batches. Generation and padded batches go on as before. `plain`: by torch's own kernels,
     to which the faster way is held equal.
 
-    Raises UnsupportedAttentionError for an encoder–decoder without biases for distances, since others count positions,
-    and for one whose experts turn tokens away: which ones depends on how many stand in a line.
+    Raises UnsupportedAttentionError for an encoder–decoder.
     """
-    if distances.use_short_biases(model) == 0 and model.config.is_encoder_decoder:
-        raise UnsupportedAttentionError("it counts its positions from the beginning of a pass, not of a row")
-    if model.config.is_encoder_decoder and getattr(model.config, "expert_capacity", None) is not None:
-        raise UnsupportedAttentionError("its experts take a limited number of a line's tokens")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedAttentionError("it is an encoder–decoder")
     register()
     model.set_attn_implementation(PLAIN if plain else NAME)
 
@@ -116,8 +113,7 @@ def ragged_attention(
     value_BHTD: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Segments | PairSegments | None = None,
-    position_bias: Tensor | None = None,
+    segments: Segments | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -127,10 +123,10 @@ def ragged_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[B, T, H, D]: each example of `segments` attended to alone; plain sdpa attention without `segments`. `products`:
-    short rows may go through `grouped`. `position_bias`: [1, H, M, M], of the longest example; see `distances`.
+    short rows may go through `grouped`.
 
-    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks,
-    and for position biases of another shape.
+    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks and
+    position biases.
     """
     if others.get("s_aux") is not None:
         raise UnsupportedAttentionError("its attention has sinks")
@@ -145,26 +141,16 @@ def ragged_attention(
         if softcap is not None:
             return _plain_capped(query_BHTD, key_BHTD, value_BHTD, attention_mask, how), None
         return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, position_bias, **others
+            module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout, scaling, causal, **others
         )
-    segments = segments.within(module)
-    bias_HMM = None if position_bias is None else _checked(position_bias, segments, how)
+    if others.get("position_bias") is not None:
+        raise UnsupportedAttentionError("its attention has position biases")
     if segments.shared is not None and not causal:
         raise UnsupportedAttentionError("pieces of rows that read both ways cannot share what they begin with")
     key_BHTD, value_BHTD = segments.keys(key_BHTD), segments.keys(value_BHTD)
-    if bias_HMM is None and varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
+    if varlen.can(query_BHTD, value_BHTD, causal=causal, dropout=dropout, softcap=softcap):
         return varlen.attend(query_BHTD, key_BHTD, value_BHTD, segments, scaling=scaling, window=sliding_window), None
-    return _by_pieces((query_BHTD, key_BHTD, value_BHTD), segments, how, bias_HMM), None
-
-
-def _checked(position_bias: Tensor, segments: Segments, how: How) -> Tensor:
-    """[H, M, M]."""
-    most = segments.longest
-    if position_bias.shape[0] != 1 or position_bias.shape[2:] != (most, most):
-        raise UnsupportedAttentionError("its position biases are not those of the longest row")
-    if segments.shared is not None or how.softcap is not None or how.window is not None:
-        raise UnsupportedAttentionError("its attention has position biases, and looks a limited way")
-    return position_bias[0]
+    return _by_pieces((query_BHTD, key_BHTD, value_BHTD), segments, how), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +169,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 """Queries [1, H, T, D], keys and values [1, G, K, D]."""
 
 
-def _by_pieces(three: Three, segments: Segments, how: How, bias_HMM: Tensor | None) -> Tensor:
+def _by_pieces(three: Three, segments: Segments, how: How) -> Tensor:
     """[1, T, H, D]: stretches of short pieces by grouped products, others by one kernel call for each run of equals."""
     query_1HTD, key_1GKD, value_1GKD = three
-    has_bias = bias_HMM is not None
-    products = how.products and grouped.can(
-        query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap, has_bias=has_bias
-    )
-    most = grouped.LONGEST_DROPPED if how.dropout or has_bias else grouped.LONGEST
+    products = how.products and grouped.can(query_1HTD, value_1GKD, dropout=how.dropout, softcap=how.softcap)
+    most = grouped.LONGEST_DROPPED if how.dropout else grouped.LONGEST
     longest = min(most, how.window or most) if products else 0
     stretches = [tuple(some) for _, some in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
@@ -201,20 +184,12 @@ def _by_pieces(three: Three, segments: Segments, how: How, bias_HMM: Tensor | No
     for some, query, key, value in zip(stretches, queries, keys, values, strict=True):
         if max(some[0]) <= longest:
             layout = _layout(segments, some, query, key, causal=how.causal)
-            scaling, dropout = how.scaling, how.dropout
-            out.append(grouped.attend(query, key, value, layout, scaling=scaling, dropout=dropout, bias_HMM=bias_HMM))
+            out.append(grouped.attend(query, key, value, layout, scaling=how.scaling, dropout=how.dropout))
             continue
         q_SHQD, k_SHKD, v_SHKD = (
             torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)
         )
-        attended = (
-            _attend(q_SHQD, k_SHKD, v_SHKD, segments, how)
-            if bias_HMM is None
-            else distances.attend(
-                (q_SHQD, k_SHKD, v_SHKD), bias_HMM, causal=how.causal, dropout=how.dropout, scaling=how.scaling
-            )
-        )
-        out.append(attended.transpose(1, 2).flatten(0, 1)[None])
+        out.append(_attend(q_SHQD, k_SHKD, v_SHKD, segments, how).transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.models import dropping, grouped
 from tunesmith.models.activations import Activation
 from tunesmith.models.blocks import Layout
-from tunesmith.models.products import linear, times
 from tunesmith.models.segments import Segments
 
 
@@ -79,13 +79,13 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, how: How, *weights: Tensor) -> Tensor:
         wq, bq, wk, bk, wv, bv, wo, bo, w1, b1, w2, b2, na, ba, ny, by = weights
         x_TH, shape_H = x[0], x.shape[2:]
-        qkv = linear(x_TH, torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv]))
+        qkv = F.linear(x_TH, torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv]))
         attended_TH, kept = _attend(qkv, how)
-        sum_TH, mask_o = _dropped_onto(x_TH, linear(attended_TH, wo, bo), how.dropouts[1])
+        sum_TH, mask_o = _dropped_onto(x_TH, F.linear(attended_TH, wo, bo), how.dropouts[1])
         a_TH, *stats_a = torch.native_layer_norm(sum_TH, shape_H, na, ba, how.epsilons[0])
-        inner_TF = linear(a_TH, w1, b1)
+        inner_TF = F.linear(a_TH, w1, b1)
         act_TF = how.activation.value(inner_TF)
-        end_TH, mask_2 = _dropped_onto(a_TH, linear(act_TF, w2, b2), how.dropouts[2])
+        end_TH, mask_2 = _dropped_onto(a_TH, F.linear(act_TF, w2, b2), how.dropouts[2])
         y_TH, *stats_y = torch.native_layer_norm(end_TH, shape_H, ny, by, how.epsilons[1])
         states = x_TH, attended_TH, sum_TH, *stats_a, a_TH, inner_TF, act_TF, end_TH, *stats_y
         ctx.save_for_backward(*weights, *states, mask_o, mask_2, *kept)
@@ -102,12 +102,12 @@ class _Layer(torch.autograd.Function):
         needs_x, _, *needs = ctx.needs_input_grad
         g_end, *g_norm_y = _norm_backward(grad[0], end_TH, (mean_y, rstd_y), norms[2:], needs[14:])
         g_2 = _through(g_end, mask_2, how.dropouts[2])
-        g_1 = how.activation.backward(times(g_2, w2), inner_TF)
-        g_a = times(g_1, w1).add_(g_end)
+        g_1 = how.activation.backward((g_2 @ w2), inner_TF)
+        g_a = (g_1 @ w1).add_(g_end)
         g_sum, *g_norm_a = _norm_backward(g_a, sum_TH, (mean_a, rstd_a), norms[:2], needs[12:14])
         g_o = _through(g_sum, mask_o, how.dropouts[1])
-        g_qkv = _attend_backward(times(g_o, wo), kept, how)
-        g_x = times(g_qkv, torch.cat([wq, wk, wv])).add_(g_sum)[None] if needs_x else None
+        g_qkv = _attend_backward((g_o @ wo), kept, how)
+        g_x = (g_qkv @ torch.cat([wq, wk, wv])).add_(g_sum)[None] if needs_x else None
         found = _three_linears(g_qkv, x_TH, needs[:6])
         for at, (g, read) in enumerate(((g_o, attended_TH), (g_1, a_TH), (g_2, act_TF)), 3):
             found += [g.t() @ read if needs[2 * at] else None, g.sum(0) if needs[2 * at + 1] else None]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.heads import pools_last
-from tunesmith.models.segments import PairSegments, Segments
-from tunesmith.types import PACKED, Batch, Piece
+from tunesmith.models.segments import Segments
+from tunesmith.types import Batch, Piece
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
@@ -58,19 +58,14 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         inputs["token_type_ids"] = batch.types_BT
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
-    if batch.layout not in PACKED:
+    if batch.layout != "ragged":
         return {**inputs, "attention_mask": batch.mask_BT}
-    if batch.layout == "ragged":  # no encoder–decoder takes the positions of both its sides
-        inputs["position_ids"] = batch.positions_BT + _first_position(model)
-    return {**inputs, "segments": _segments(batch)}
+    positions_BT = batch.positions_BT + _first_position(model)
+    return {**inputs, "position_ids": positions_BT, "segments": _segments(batch)}
 
 
-def _segments(batch: Batch) -> Segments | PairSegments:
+def _segments(batch: Batch) -> Segments:
     device, filling = batch.ids_BT.device, [batch.filling] if batch.filling else []
-    if batch.layout == "ragged_pairs":
-        sources = [num - num_targets for num, num_targets in zip(batch.lengths, batch.targets_B, strict=True)]
-        decoded = [batch.decoder_filling] if batch.decoder_filling else []
-        return PairSegments.of([*sources, *filling], [*batch.targets_B, *decoded], device=device)
     if batch.pieces:
         return Segments.sharing([*batch.pieces, *map(Piece, filling)], device=device)
     return Segments.of([*batch.lengths, *filling], device=device)
@@ -82,7 +77,7 @@ def has_cache(forward: Callable[..., Any]) -> bool:
 
 
 def _passing(batch: Batch) -> Any:
-    return ragged_pass() if batch.layout in PACKED else nullcontext()
+    return ragged_pass() if batch.layout == "ragged" else nullcontext()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ for each query head and key, with dropout two; filled ones among them.
 """
 
 # H heads, T tokens, D head size, S rows of a block, G groups of heads that share keys, R query heads a group,
-# L queries of a row, Q = R × L, K keys, N = S × G, M tokens of the longest row
+# L queries of a row, Q = R × L, K keys, N = S × G
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.models import dropping
-from tunesmith.models.blocks import WIDE, Block, Layout
+from tunesmith.models.blocks import WIDE, Layout
 
 LONGEST = 512
 """Keys of a row up to which this beats torch's kernel on CPU, in bfloat16."""
@@ -37,18 +37,15 @@ LONGEST_DROPPED = 1024
 """The same with dropout, which that kernel has not, so that torch takes some twenty operations for it."""
 
 
-def can(
-    query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None, has_bias: bool = False
-) -> bool:
-    """Whether this is the faster way: on CPU, in bfloat16, or with dropout or a bias, which torch's kernel leaves to
-    some twenty operations a row; equal head sizes, no cap."""
-    slow_elsewhere = query_1HTD.dtype == torch.float32 and (dropout > 0 or has_bias)
+def can(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None) -> bool:
+    """Whether this is the faster way: on CPU, in bfloat16, or with dropout, which torch's kernel leaves to some twenty
+    operations a row; equal head sizes, no cap."""
+    slow_elsewhere = query_1HTD.dtype == torch.float32 and dropout > 0
     return (
         query_1HTD.device.type == "cpu"
         and (query_1HTD.dtype == torch.bfloat16 or slow_elsewhere)
         and query_1HTD.shape[-1] == value_1GTD.shape[-1]
         and softcap is None
-        and not (has_bias and query_1HTD.shape[1] != value_1GTD.shape[1])
     )
 
 
@@ -60,20 +57,16 @@ def attend(
     *,
     scaling: float | None,
     dropout: float = 0.0,
-    bias_HMM: Tensor | None = None,
 ) -> Tensor:
-    """[1, T, H, D]: each row attended to alone; `layout` says where the rows stand, end to end, T and K in all.
-
-    `bias_HMM` is added to the scores, of each row the upper left corner that it fills; then H and G are equal.
-    """
+    """[1, T, H, D]: each row attended to alone; `layout` says where the rows stand, end to end, T and K in all."""
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     settings = layout, scale, dropout
-    out: Tensor = _Grouped.apply(query_1HTD, key_1GKD, value_1GKD, bias_HMM, *settings)  # type: ignore[no-untyped-call]
+    out: Tensor = _Grouped.apply(query_1HTD, key_1GKD, value_1GKD, *settings)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps Q, K, V as they were multiplied, of each block P, and M where there is dropout; of a bias its shape."""
+    """Keeps Q, K, V as they were multiplied, of each block P, and M where there is dropout."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
@@ -81,7 +74,6 @@ class _Grouped(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Tensor | None,
         layout: Layout,
         scale: float,
         dropout: float,
@@ -89,11 +81,10 @@ class _Grouped(torch.autograd.Function):
         num_heads, num_tokens, size = query.shape[1:]
         q = _lines(query).index_select(0, layout.query_index).to(layout.dtype)
         k, v = (_lines(tensor).index_select(0, layout.key_index).to(layout.dtype) for tensor in (key, value))
-        out, kept = multiply((q, k, v), layout, scale=scale, dropout=dropout, bias_HMM=bias)
+        out, kept = multiply((q, k, v), layout, scale=scale, dropout=dropout)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
         ctx.num_heads, ctx.num_groups = num_heads, key.shape[1]
-        ctx.bias_shape = None if bias is None else bias.shape
         return out.to(query.dtype).index_select(0, layout.query_place).view(1, num_tokens, num_heads, size)
 
     @staticmethod
@@ -103,34 +94,26 @@ class _Grouped(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         lines = grad_1THD.reshape(-1, grad_1THD.shape[-1])
-        g_bias = None
-        if ctx.needs_input_grad[3]:
-            g_bias = torch.zeros(ctx.bias_shape, dtype=torch.promote_types(grad_1THD.dtype, torch.float32))
-        how = {"scale": ctx.scale, "dropout": ctx.dropout, "grad_bias_HMM": g_bias}
-        multiply_backward(lines, (q, k, v), grads, kept, layout, **how)
+        multiply_backward(lines, (q, k, v), grads, kept, layout, scale=ctx.scale, dropout=ctx.dropout)
         places = layout.query_place, layout.key_place, layout.key_place
         gq, gk, gv = (
             grad.index_select(0, place).to(grad_1THD.dtype) for grad, place in zip(grads, places, strict=True)
         )
         heads = ctx.num_heads, ctx.num_groups, ctx.num_groups
-        g_bias = None if g_bias is None else g_bias.to(grad_1THD.dtype)
-        return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), g_bias, None, None, None
+        return *(_unlined(grad, num) for grad, num in zip((gq, gk, gv), heads, strict=True)), None, None, None
 
 
 Three = tuple[Tensor, Tensor, Tensor]
 """Lines of queries, keys and values, or their gradients, as they stand in the blocks."""
 
 
-def multiply(
-    lines: Three, layout: Layout, *, scale: float, dropout: float, bias_HMM: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+def multiply(lines: Three, layout: Layout, *, scale: float, dropout: float) -> tuple[Tensor, list[Tensor]]:
     """O in the lines of the queries, and what its backward needs: of each block P, and with dropout of each M."""
     q, k, v = lines
     out = torch.empty_like(q)
     weights, masks = [], []
     for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
-        bias_NQK = block.bias if bias_HMM is None else _with_bias(block, bias_HMM)
-        scores_NQK = torch.baddbmm(bias_NQK, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
+        scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
         p_NQK = torch.softmax(scores_NQK, -1)
         weights.append(p_NQK)
         if dropout:
@@ -143,13 +126,6 @@ def multiply(
     return out, [*weights, *masks]
 
 
-def _with_bias(block: Block, bias_HMM: Tensor) -> Tensor:
-    """[N, L, K]: what is added to the scores of a block."""
-    bars = block.bias if block.bias.dim() == 2 else block.bias.view(-1, len(bias_HMM), 1, block.keys)
-    both_SHLK = bars + bias_HMM[:, : block.queries, : block.keys].to(bars.dtype)
-    return both_SHLK.expand(block.num // len(bias_HMM), -1, -1, -1).reshape(block.num, block.queries, block.keys)
-
-
 def multiply_backward(
     grad: Tensor,
     lines: Three,
@@ -159,9 +135,8 @@ def multiply_backward(
     *,
     scale: float,
     dropout: float,
-    grad_bias_HMM: Tensor | None = None,
 ) -> None:
-    """Fills `grads` with those of `lines`, and adds to that of the bias; `grad` [T × H, D] is that of each query's
+    """Fills `grads` with those of `lines`; `grad` [T × H, D] is that of each query's
     answer, head by head."""
     q, k, v = lines
     gq, gk, gv = grads
@@ -174,16 +149,13 @@ def multiply_backward(
     if dropout:
         g.mul_(1 / dropping.share(dropout))
     for part, p_NQK, m_NQK in zip(layout.parts((q, g, gq), (k, v, gk, gv)), weights, masks, strict=True):
-        block, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD = part
+        _, q_NQD, g_NQD, gq_NQD, k_NKD, v_NKD, gk_NKD, gv_NKD = part
         used_NQK = p_NQK if m_NQK is None else p_NQK * m_NQK
         torch.bmm(used_NQK.transpose(1, 2), g_NQD, out=gv_NKD)
         gp_NQK = torch.bmm(g_NQD, v_NKD.transpose(1, 2))
         if m_NQK is not None:
             gp_NQK.mul_(m_NQK)
         gs_NQK = _softmax_backward(gp_NQK, p_NQK)
-        if grad_bias_HMM is not None:
-            gs_SHLK = gs_NQK.view(-1, len(grad_bias_HMM), block.queries, block.keys)
-            grad_bias_HMM[:, : block.queries, : block.keys] += gs_SHLK.sum(0, dtype=grad_bias_HMM.dtype)
         torch.bmm(gs_NQK, k_NKD, out=gq_NQD)
         torch.bmm(gs_NQK.transpose(1, 2), q_NQD, out=gk_NKD)
     gq.mul_(scale)

@@ -18,14 +18,9 @@ from tunesmith.models.source import load_config
 from tunesmith.types import Layout, ModelKind
 
 
-def layouts_of(kind: ModelKind, device: str) -> tuple[Layout, ...]:
-    """How rows of such a model may lie on a kind of device, the first that it can is taken; the last it can always.
-
-    Off processors pairs stay padded: torch's kernels there take rows of different lengths together only without biases.
-    """
-    if kind != "encoder_decoder":
-        return "ragged", "padded"
-    return ("ragged_pairs", "encoder_decoder") if device == "cpu" else ("encoder_decoder",)
+def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
+    """The layouts of a batch of such a model: the first one it can run is taken, the last one it can always run."""
+    return ("encoder_decoder",) if kind == "encoder_decoder" else ("ragged", "padded")
 
 
 def model_kind(located: Located) -> ModelKind:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
 from tunesmith.models.bnb import import_bitsandbytes
-from tunesmith.models.products import linear
 from tunesmith.recipe.method_knobs import Quant
 
 BLOCK = 64
@@ -42,11 +42,10 @@ def check_installed() -> None:
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """[T, I] → [T, O] as nn.Linear and Conv1D compute it, bit for bit but for the order of sums where `products` cuts:
-    Conv1D calls addmm with the weight as it lies."""
+    """[T, I] → [T, O] as nn.Linear and Conv1D compute it, bit for bit."""
     if bias_O is not None and not weight_OI.is_contiguous():
         return torch.addmm(bias_O, x, weight_OI.t())
-    return linear(x, weight_OI, bias_O)
+    return F.linear(x, weight_OI, bias_O)
 
 
 def _functional() -> Any:

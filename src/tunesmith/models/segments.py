@@ -1,8 +1,7 @@
 """Where the pieces of a ragged pass stand, and which keys each of them reads; made once a pass, used by every layer.
 
 A piece is a row, or where rows begin with the same tokens, their beginning or what is left of one of them: see
-`data.sharing`. A piece reads its prefix, which another piece computes, and itself. Of an encoder–decoder sources read
-themselves, targets themselves, and each target its source.
+`data.sharing`. A piece reads its prefix, which another piece computes, and itself.
 """
 
 # T tokens, K keys of all pieces one after the other, C pieces that share a prefix, P its tokens, Q queries, G groups of
@@ -16,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.types import Piece
@@ -48,15 +47,8 @@ class Segments:
     def sharing(cls, pieces: Sequence[Piece], *, device: torch.device) -> Segments:
         """Pieces, some of which read a prefix."""
         shared = Shared.of(pieces, device) if any(piece.prefix for piece in pieces) else None
-        return cls._of([(piece.tokens, piece.keys) for piece in pieces], device, shared)
+        sizes = [(piece.tokens, piece.keys) for piece in pieces]
 
-    @classmethod
-    def across(cls, queries: Sequence[int], keys: Sequence[int], *, device: torch.device) -> Segments:
-        """Pieces that read others: so many tokens of one side, so many of the other."""
-        return cls._of(list(zip(queries, keys, strict=True)), device, None)
-
-    @classmethod
-    def _of(cls, sizes: Sequence[tuple[int, int]], device: torch.device, shared: Shared | None) -> Segments:
         def starts(sizes: Sequence[int]) -> Tensor | None:
             if device.type != "cuda":
                 return None
@@ -64,10 +56,6 @@ class Segments:
 
         queries, keys = zip(*sizes, strict=True)
         return cls(tuple(sizes), device, starts(queries), starts(keys), shared)
-
-    def within(self, attention: nn.Module) -> Segments:
-        """What a module attends to: see `PairSegments.within`."""
-        return self
 
     @property
     def longest(self) -> int:
@@ -90,33 +78,6 @@ class Segments:
             keys_K = torch.arange(num_keys, device=self.device)
             self.bands[key] = (keys_K <= queries_Q1) & (keys_K > queries_Q1 - window)
         return self.bands[key]
-
-
-@dataclass(frozen=True, slots=True)
-class PairSegments:
-    """The pieces of one ragged batch of an encoder–decoder."""
-
-    sources: Segments
-    targets: Segments
-    across: Segments
-    """Targets that read their sources."""
-
-    @classmethod
-    def of(cls, sources: Sequence[int], targets: Sequence[int], *, device: torch.device) -> PairSegments:
-        """Whole rows, by the tokens of each side."""
-        return cls(
-            Segments.of(sources, device=device),
-            Segments.of(targets, device=device),
-            Segments.across(targets, sources, device=device),
-        )
-
-    def within(self, attention: nn.Module) -> Segments:
-        """What a module attends to, by the names that transformers' models have for it: a causal one stands in the
-        decoder and reads targets, one that is not and stands there reads sources from it. A model that means something
-        else by these names is found out by `agreement.pairs_agree`."""
-        if getattr(attention, "is_causal", False):
-            return self.targets
-        return self.across if getattr(attention, "is_decoder", False) else self.sources
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import Plan
-from tunesmith.data.filling import filled_sides
+from tunesmith.data.filling import filled
 from tunesmith.data.passes import Pass
 from tunesmith.planning.tracing import Segment
-from tunesmith.types import PACKED
 
 COMPILED = 650 * 1024
 """Bytes that are kept of each product."""
@@ -83,8 +82,8 @@ def in_bfloat16(
 
 
 def _size(plan: Plan, rows: Pass) -> int:
-    sides = plan.computed_sides(rows)
-    return sum(filled_sides(sides) if plan.layout in PACKED else sides)
+    num = plan.computed(rows)
+    return filled(num) if plan.layout == "ragged" else num
 
 
 def _compiled(sizes: Sequence[int], room: int) -> tuple[int, int]:

@@ -172,7 +172,7 @@ class Forecaster:
         return self._layouts[id(sketch)]
 
     def _layout(self, recipe: Recipe, sketch: Sketch) -> Layout:
-        packed, *others = layouts_of(self.kind, self.device.kind)
+        packed, *others = layouts_of(self.kind)
         if not others:
             return packed
         feed, _ = self.feeds(recipe, sketch.model, self.plan_of(recipe, packed))

@@ -28,7 +28,6 @@ from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.locate import Located
 from tunesmith.models.output import named_output
-from tunesmith.models.products import use_fast_linears
 from tunesmith.models.quiet import quiet
 from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_temporarily
 from tunesmith.optim import Update
@@ -36,7 +35,7 @@ from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
 from tunesmith.tasks import bind
-from tunesmith.types import PACKED, Attachment, Batch, HeadName, Labels, Layout
+from tunesmith.types import Attachment, Batch, HeadName, Labels, Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -94,7 +93,6 @@ class Sketch:
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             if not self._plain:
                 use_fast_layers(self.model, agrees=lambda layer, names, act: _alike(names.act(layer), act))
-                use_fast_linears(self.model)
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = named_output(self.model) if knows_output else None
             self._loss = bind(known(recipe.task), labels, recipe.loss, output)
@@ -161,7 +159,7 @@ class Sketch:
     @contextmanager
     def _laid_out(self, layout: Layout) -> Iterator[None]:
         with quiet():
-            if layout in PACKED:
+            if layout == "ragged":
                 use_ragged(self.model, plain=self._plain)
             else:
                 self.model.set_attn_implementation(self._own_attention)

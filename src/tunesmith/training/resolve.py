@@ -36,7 +36,7 @@ from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.recipe.show import changed
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
-from tunesmith.types import PAIRS, Choice, HeadName, Layout
+from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -301,6 +301,6 @@ def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
         tokens_per_pass=known(recipe.train.tokens_per_pass),
         layout=layout,
         seed=recipe.seed,
-        targets_I=rows.store.targets[rows.train_rows] if layout in PAIRS else None,
+        targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
         groups_by_length=recipe.train.group_by_length,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, Method, attach
 from tunesmith.methods.together import compute_together
 from tunesmith.models import attention, contention, load, locate
-from tunesmith.models.agreement import Agreement, encoder_agrees, pairs_agree, ragged_agrees
+from tunesmith.models.agreement import Agreement, encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
 from tunesmith.models.encoder_kinds import use_fast_layers
@@ -33,7 +34,6 @@ from tunesmith.models.noise import EmbeddingNoise
 from tunesmith.models.norms import use_fast_norms
 from tunesmith.models.output import Output, find_output
 from tunesmith.models.padding import pad_id
-from tunesmith.models.products import use_fast_linears
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
@@ -44,7 +44,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
 from tunesmith.training.inputs import Start
 from tunesmith.training.resolve import Foreseen, OnProgress, feeds, foresee, plan_of
-from tunesmith.types import PAIRS, Attachment, Choice, HeadName, Labels, Layout, ModelKind, Row, Task
+from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, ModelKind, Row, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,7 +92,7 @@ class Setup:
     @property
     def speaks(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
-        return speaks(self.head, is_causal=self.plan.layout not in PAIRS, room=self.room)
+        return speaks(self.head, is_causal=self.plan.layout != "encoder_decoder", room=self.room)
 
     def save_result(self, folder: Path) -> None:
         """What was tuned, as it is used later."""
@@ -221,7 +221,7 @@ def answer_tokens(recipe: Recipe, rows: Rows) -> int:
 
 def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
     """Packed if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
-    layout, *others = layouts_of(start.kind, torch.device(recipe.device).type)
+    layout, *others = layouts_of(start.kind)
     if not others:
         return layout, []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
@@ -231,7 +231,6 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
         attention.use_ragged(model, plain=plain)
         if not plain:
             use_fast_layers(model)
-            use_fast_linears(model)
         return layout, []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return others[0], [note]
@@ -243,7 +242,9 @@ def packed_agrees(
     """Whether a model of this kind answers the same for rows that are packed as for each alone."""
     if kind == "encoder":
         return encoder_agrees(model, rows, has_types=has_token_types(model, tokenizer), plain=plain)
-    return (pairs_agree if kind == "encoder_decoder" else ragged_agrees)(model, rows, plain=plain)
+    if kind == "encoder_decoder":
+        return Agreement(False, nan, nan, "an encoder–decoder takes sources and targets apart")
+    return ragged_agrees(model, rows, plain=plain)
 
 
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
