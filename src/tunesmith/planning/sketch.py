@@ -25,7 +25,6 @@ from tunesmith.models import recurrent
 from tunesmith.models.activations import Activation
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.locate import Located
 from tunesmith.models.output import named_output
 from tunesmith.models.quiet import quiet
@@ -91,8 +90,6 @@ class Sketch:
             self.attachment: Attachment = attach(recipe, self.model, head=head, store=store, pad_id=0)
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
-            if not self._plain:
-                use_fast_layers(self.model, agrees=lambda layer, names, act: _alike(names.act(layer), act))
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = named_output(self.model) if knows_output else None
             self._loss = bind(known(recipe.task), labels, recipe.loss, output)

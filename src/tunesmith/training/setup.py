@@ -26,7 +26,6 @@ from tunesmith.models import attention, contention, load, locate
 from tunesmith.models.agreement import Agreement, encoder_agrees, ragged_agrees
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.dropping import use_fast_dropout
-from tunesmith.models.encoder_kinds import use_fast_layers
 from tunesmith.models.heads import drawn_names, new_head_names
 from tunesmith.models.kind import layouts_of
 from tunesmith.models.new_tokens import make_room
@@ -229,8 +228,6 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
     agreement = packed_agrees(model, start.kind, probe, tokenizer=start.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_ragged(model, plain=plain)
-        if not plain:
-            use_fast_layers(model)
         return layout, []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return others[0], [note]
