@@ -11,7 +11,7 @@ import pytest
 from tiny_run import values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import DataError, ModelError, Stopped
-from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks import TASKS
 from tunesmith.training.trainer import Listener, resume, train
@@ -41,7 +41,7 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
     found = evaluations(run)
     assert found["after"]["loss"] < found["before"]["loss"]
     assert set(found["after"]["measures"]) >= KEYS[TASKS[task].heads[kind]]
-    assert set(found["after"]["measures"]) <= set(MEASURES)
+    assert set(found["after"]["measures"]) <= set(METRICS)
     for name in ("before", "after"):
         lines = [json.loads(line) for line in (run.path / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
         assert len(lines) == found[name]["rows"] == 8

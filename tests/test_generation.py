@@ -16,8 +16,8 @@ from tiny import pair, tiny_tokenizer
 from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
 from tunesmith.data.render import Renderer
-from tunesmith.evaluation import generation
-from tunesmith.evaluation.generation import Answer, Sampling, answer
+from tunesmith.evaluation import generate as generation
+from tunesmith.evaluation.generate import Answer, Sampling, generate
 from tunesmith.models.attention import use_ragged
 from tunesmith.training import trainer as training
 
@@ -61,7 +61,7 @@ def assert_the_head_reads_matrices() -> None:
     head, seen = model.get_output_embeddings(), []
     real = head.forward
     head.forward = lambda hidden: seen.append(hidden.is_contiguous()) or real(hidden)
-    answer(model, renderer(), PROMPTS, HOW)
+    generate(model, renderer(), PROMPTS, HOW)
     assert seen
     assert all(seen)
 
@@ -71,7 +71,7 @@ def test_the_output_layer_is_not_copied_for_each_prompt() -> None:
 
 
 def test_the_test_of_the_output_layer_sees_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "_head_reads_rows", nullcontext)
+    monkeypatch.setattr(generation, "_contiguous_head_input", nullcontext)
     with pytest.raises(AssertionError):
         assert_the_head_reads_matrices()
 
@@ -86,12 +86,12 @@ def assert_answers_together_are_those_alone(arch: str, ask: Any) -> None:
         expected.append(Answer(TOKENIZER.decode(ids, skip_special_tokens=True).strip(), stopped))
     assert len({one.text for one in expected}) == len(PROMPTS)
     assert ask(model, renderer(), PROMPTS, HOW) == expected
-    assert [answer(model, renderer(), [prompt], HOW)[0] for prompt in PROMPTS] == expected
+    assert [generate(model, renderer(), [prompt], HOW)[0] for prompt in PROMPTS] == expected
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_answers_together_are_those_alone(arch: str) -> None:
-    assert_answers_together_are_those_alone(arch, answer)
+    assert_answers_together_are_those_alone(arch, generate)
 
 
 def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: Sampling) -> list[Answer]:
@@ -99,8 +99,8 @@ def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any
     longest = max(map(len, prompts))
     fill = [TOKENIZER.pad_token_id]
     if model.config.is_encoder_decoder:
-        return answer(model, renderer, [fill * (longest - len(prompt)) + prompt for prompt in prompts], how)
-    return answer(model, renderer, [prompt + fill * (longest - len(prompt)) for prompt in prompts], how)
+        return generate(model, renderer, [fill * (longest - len(prompt)) + prompt for prompt in prompts], how)
+    return generate(model, renderer, [prompt + fill * (longest - len(prompt)) for prompt in prompts], how)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bart"])
@@ -112,18 +112,18 @@ def test_the_test_sees_prompts_that_are_padded_on_the_other_side(arch: str) -> N
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_the_models_own_settings_change_no_answer_and_stay(arch: str) -> None:
     model = sharp(arch)
-    before = answer(model, renderer(), PROMPTS, HOW)
+    before = generate(model, renderer(), PROMPTS, HOW)
     own = GenerationConfig(num_beams=3, repetition_penalty=5.0, forced_bos_token_id=7, max_length=3)
     model.generation_config = own
-    assert answer(model, renderer(), PROMPTS, HOW) == before
+    assert generate(model, renderer(), PROMPTS, HOW) == before
     assert model.generation_config is own
 
 
 def test_generating_leaves_ragged_training_and_the_mode_as_they_were() -> None:
     model = sharp("llama").train()
-    expected = answer(model, renderer(), PROMPTS, HOW)
+    expected = generate(model, renderer(), PROMPTS, HOW)
     use_ragged(model)
-    assert answer(model, renderer(), PROMPTS, HOW) == expected
+    assert generate(model, renderer(), PROMPTS, HOW) == expected
     assert model.training
 
 
@@ -146,15 +146,15 @@ class Writes:
 def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learnt comes back: the tokens that a row trains, written by a model, are its completion."""
     monkeypatch.setattr(generation, "evaluating", lambda model: nullcontext())
-    monkeypatch.setattr(generation, "_head_reads_rows", nullcontext)
+    monkeypatch.setattr(generation, "_contiguous_head_input", nullcontext)
     tokenizer = tiny_tokenizer(None, eos="</s>", metaspace=metaspace, adds_bos=metaspace)
     made = Renderer(tokenizer, "generate", max_tokens=None, too_long="error", control_tokens="error")
     example = pair("Is it you?", completion)
     [[row]] = made.encode([example])
-    [told] = answer(Writes(row.ids[row.trained].tolist()), made, [made.prompt_ids(example.parts[:1])], HOW)
+    [told] = generate(Writes(row.ids[row.trained].tolist()), made, [made.prompt_ids(example.parts[:1])], HOW)
     assert told == Answer(completion, stopped=True)
     talks = Renderer(tiny_tokenizer(), "chat", max_tokens=None, too_long="error", control_tokens="error")
-    assert generation.as_answer(talks, completion) == "yes"
+    assert generation.trimmed(talks, completion) == "yes"
 
 
 def test_a_model_that_nothing_stops_writes_to_the_end(tmp_path: Path) -> None:

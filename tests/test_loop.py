@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tiny_run import tiny_recipe
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import NonFiniteError
-from tunesmith.evaluation.generation import Sampling, answer
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import runs
 from tunesmith.training.loop import training_steps
@@ -186,8 +186,8 @@ def snapshot(setup: Setup) -> dict[str, torch.Tensor]:
 
 def look(setup: Setup) -> None:
     rows = [int(i) for i in setup.rows.held_rows]
-    evaluate(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=64)
-    answer(setup.model, setup.renderer, [s.ids for s in setup.samples], Sampling(max_new_tokens=2, temperature=1.0))
+    predict_rows(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=64)
+    generate(setup.model, setup.renderer, [s.ids for s in setup.samples], Sampling(max_new_tokens=2, temperature=1.0))
 
 
 def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import values_of
 from tiny_tasks import encoder_decoder_folder, task_recipe
 from tunesmith.errors import Stopped
-from tunesmith.evaluation.general import speaks
+from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.recipe.knobs import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps
@@ -72,5 +72,5 @@ def test_where_memory_ends_a_pass_is_halved(tmp_path, monkeypatch):
 
 def test_its_general_ability_is_not_measured(tmp_path):
     setup = prepare(recipe_of(tmp_path), root=tmp_path)
-    assert speaks(setup.head, is_causal=True, room=setup.room)
-    assert not setup.speaks
+    assert can_generate(setup.head, is_causal=True, max_tokens=setup.room)
+    assert not setup.can_generate

@@ -14,8 +14,8 @@ from inference.engines import says
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
-from tunesmith.evaluation.generation import Sampling, answer
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.exporting import export_run
 from tunesmith.inference.load import load_run, load_target
 from tunesmith.recipe.knobs import Recipe
@@ -79,7 +79,7 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
     setup = prepare(straight.recipe(), root=straight.path.parent)
     told = [event.values for event in straight.events() if event.kind == "evaluation"][-1]
     speaker = load_run(straight)
-    outcomes = evaluate(
+    outcomes = predict_rows(
         speaker.model, setup.task, setup.held_feed, [int(i) for i in setup.rows.held_rows], tokens_per_pass=256
     )
     found = float(outcomes.losses_I.sum() / outcomes.counts_I.sum())
@@ -144,7 +144,7 @@ def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     ask = says(voice.served.name, "hello dog", max_tokens=8)
     heard = run_batch(Batch(voice.decoder, streams=1), voice.job(0, ask, options))
     tuned = load_run(straight)
-    [alone] = answer(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
+    [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
     assert heard[0].texts[0] == alone.text
     apart = any("decoded one by one" in note and "virtual tokens" in note for note in notes)
     assert apart == (kind_of(straight) == "PROMPT_TUNING")

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.planning.counting import seen_rows
 from tunesmith.recipe.knobs import known
 from tunesmith.recipe.read import validate
@@ -100,7 +100,7 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     events = list(training_steps(setup))
     for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen_rows(setup.recipe, setup.rows))):
         tokens = known(setup.recipe.train.tokens_per_pass)
-        evaluate(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
+        predict_rows(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
     later = events[1:]
     per_token = sum(event.timing["seconds"] for event in later) / sum(event.values["tokens"] for event in later)
     return {

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError
-from tunesmith.evaluation.intervals import Interval
+from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.export.planned import check_planned, export_planned
 from tunesmith.inference.inputs import answers_to
 from tunesmith.inference.load import load_run, load_target

@@ -10,14 +10,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation.answers import Words, answer_measures, answer_scores, are_short, is_short
+from tunesmith.evaluation.scores import Words, answer_scores, are_short, is_short, score_answers
 
 ANSWERS = ["The cat sat on the mat.", "It rained all day in Rome", "", "No_one came: 3 of 10!"]
 REFERENCES = ["A cat sat on the mat.", "All day it rained", "Nothing", "no one came; 3 of 10"]
 
 
 def values(answers, references, *, bleu=False):
-    return {key: found["value"] for key, found in answer_measures(answers, references, bleu=bleu).items()}
+    return {key: found["value"] for key, found in score_answers(answers, references, bleu=bleu).items()}
 
 
 def test_answers_counted_by_hand():
@@ -68,15 +68,16 @@ def test_corpus_measures_are_those_of_sacrebleu():
 
 
 def test_corpus_measures_are_resampled_as_corpora(monkeypatch):
-    from tunesmith.evaluation import answers as module
+    from tunesmith.evaluation import scores as module
 
     monkeypatch.setattr(module, "intervals", lambda num, measures: measures)
-    estimates = answer_measures(ANSWERS, REFERENCES, bleu=True)
+    estimates = score_answers(ANSWERS, REFERENCES, bleu=True)
     weights_RI = np.array([[1, 1, 1, 1], [2, 0, 1, 1], [0, 3, 0, 1]], np.float64)
     for metric, key in ((BLEU(), "bleu"), (CHRF(), "chrf")):
-        for weights_I, found in zip(weights_RI, estimates[key][1](weights_RI), strict=True):
-            rows = np.repeat(np.arange(4), weights_I.astype(int))
-            drawn = [ANSWERS[i] for i in rows], [[REFERENCES[i] for i in rows]]
+        for weights_I, found in zip(weights_RI, estimates[key](weights_RI), strict=True):
+            pairs = sorted(zip(REFERENCES, ANSWERS, strict=True))  # the order in which answers are resampled
+            drawn = [pairs[i] for i in np.repeat(np.arange(4), weights_I.astype(int))]
+            drawn = [answer for _, answer in drawn], [[reference for reference, _ in drawn]]
             assert found == pytest.approx(metric.corpus_score(*drawn).score, rel=1e-12)
 
 
@@ -104,13 +105,13 @@ def test_words_are_those_of_rouge_score_for_every_ascii_character():
 def test_empty_answers_score_nothing_and_no_answers_have_no_measures():
     found = values([""], ["something said"], bleu=True)
     assert set(found.values()) == {0.0}
-    assert answer_measures([], [], bleu=True) == {}
+    assert score_answers([], [], bleu=True) == {}
 
 
 def test_bleu_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(RecipeError, match=r"pip install 'sacrebleu>=2\.4'"):
-        answer_measures(["a"], ["a"], bleu=True)
+        score_answers(["a"], ["a"], bleu=True)
 
 
 def test_pairs_of_words_are_not_counted_where_no_reference_has_one():

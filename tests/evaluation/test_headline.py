@@ -7,8 +7,8 @@ import random
 import pytest
 
 from evaluation.fake_runs import fake_run, report_of
-from tunesmith.evaluation.comparing import SCORES
 from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.scores import ANSWER_SCORES as SCORES
 from tunesmith.runs.atomic import to_json
 from tunesmith.runs.folder import Run
 

@@ -17,8 +17,8 @@ import pytest
 from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
 from shape.tree import ROOT
 from tunesmith.errors import RunError
-from tunesmith.evaluation import statistics, verdicts
-from tunesmith.evaluation.intervals import intervals
+from tunesmith.evaluation import verdicts
+from tunesmith.evaluation.bootstrap import intervals, ratio
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import redraw, write_report
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
@@ -182,7 +182,7 @@ def _token_row(i: int, loss: float) -> dict[str, Any]:
 
 
 def resampled_mean(values: list[float]) -> dict[str, float]:
-    return intervals(len(values), {"mean": (float(np.mean(values)), statistics.ratio(np.array(values)))})["mean"]
+    return intervals(len(values), {"mean": ratio(values)})["mean"]
 
 
 def unpaired(one: dict[str, float], other: dict[str, float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every measure against a case counted by hand, and every resampled one against its library on the drawn rows."""
+"""Every metric against a case counted by hand, and every resampled one against its library on the drawn rows."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
+from sklearn import metrics as sklearn
 
-from evaluation.outcome_rows import classes, drawn, numbers, outcomes_of, sets, tokens
-from tunesmith.evaluation import scores
-from tunesmith.evaluation.intervals import resamples
-from tunesmith.evaluation.metrics import MEASURES
-from tunesmith.evaluation.outcomes import row_facts
-from tunesmith.evaluation.scores import score
+from evaluation.predictions import classes, numbers, results, sets, tokens
+from tunesmith.evaluation.bootstrap import resamples
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.scores import kind_of, score, statistics_of
 from tunesmith.runs.atomic import from_json, to_json
 from tunesmith.types import Labels
 
 nan = math.nan
 
 
-def measured(head, labels, outcomes, *, task="classify", constant=None):
-    measures, details = score(head, labels, outcomes, task=task, constant=constant)
-    assert set(measures) <= set(MEASURES)
+def scored(head, labels, found, *, hashes=None, constant=None):
+    rows = results(head, labels, found, hashes)
+    metrics, details = score(rows, classes=() if labels is None else labels.names, constant=constant)
+    assert set(metrics) <= set(METRICS)
     assert from_json(to_json(details)) == details
-    return {key: interval["value"] for key, interval in measures.items()}, details
+    return metrics, details
+
+
+def measured(head, labels, found, **options):
+    metrics, details = scored(head, labels, found, **options)
+    return {key: interval["value"] for key, interval in metrics.items()}, details
 
 
 # Tokens
@@ -33,59 +39,60 @@ def measured(head, labels, outcomes, *, task="classify", constant=None):
 
 def test_loss_of_tokens_is_sum_over_sum_not_the_mean_of_rows():
     outcomes = tokens([[5, 6], [7]], [[5, 9], [8]], losses=[2.0, 3.0], counts=[2.0, 1.0])
-    values, _ = measured("next_token", None, outcomes, task="chat")
+    values, _ = measured("next_token", None, outcomes)
     assert values == pytest.approx({"loss": 5 / 3, "perplexity": math.exp(5 / 3), "token_accuracy": 1 / 3})
 
 
 def test_bits_per_byte_are_the_losses_in_bits_over_the_bytes_of_the_text():
     outcomes = tokens([[5], [6]], [[5], [6]], losses=[2 * math.log(2), 6 * math.log(2)], num_bytes=[1, 3])
-    values, _ = measured("next_token", None, outcomes, task="text")
+    values, _ = measured("next_token", None, outcomes)
     assert values["bits_per_byte"] == pytest.approx(2.0)
 
 
-def windows(num_windows: int, *, hashes_I=None):
+def windows(num_windows: int, *, hashes=None):
     """Sixty documents that differ in how hard they are, each in as many windows that are alike."""
     draw = np.random.default_rng(2)
     hard = np.repeat(draw.exponential(4, 60), num_windows)
     outcomes = tokens([[5]] * len(hard), [[5]] * len(hard), losses=hard, num_bytes=[3] * len(hard))
-    return score("next_token", None, outcomes, task="text", hashes_I=hashes_I)[0]
+    return scored("next_token", None, outcomes, hashes=hashes)[0]
 
 
 def test_windows_of_one_document_make_no_interval_narrower():
     """Ten equal windows say no more than one. Taken for independent they would narrow the interval by √10."""
-    whole, cut = windows(1), windows(10, hashes_I=np.repeat(np.arange(60, dtype=np.uint64), 10))
+    whole, cut = windows(1), windows(10, hashes=np.repeat(np.arange(60, dtype=np.uint64), 10))
     for key in ("loss", "perplexity", "bits_per_byte", "token_accuracy"):
         assert cut[key] == pytest.approx(whole[key], rel=1e-12)
     naive = windows(10)["loss"]
     assert (whole["loss"]["high"] - whole["loss"]["low"]) / (naive["high"] - naive["low"]) > 2.5
 
 
-def test_documents_are_the_sums_of_their_windows():
-    outcomes = tokens([[5, 6], [7], [8]], [[5, 9], [7], [1]], losses=[2, 3, 4], counts=[2, 1, 1], num_bytes=[7, 1, 0])
-    found = outcomes.by_document(np.array([9, 4, 9], np.uint64))
-    assert (found.losses_I.tolist(), found.counts_I.tolist(), found.num_bytes_I.tolist()) == ([3, 6], [1, 3], [1, 7])
-    assert (found.hits_I.tolist(), found.lengths_I.tolist()) == ([1, 1], [1, 3])
-
-
-def test_rows_of_other_tasks_are_drawn_one_by_one():
-    outcomes = tokens([[5], [6]], [[5], [6]], losses=[1.0, 3.0])
-    found = score("next_token", None, outcomes, task="chat", hashes_I=np.zeros(2, np.uint64))
-    assert found[0]["loss"]["low"] < found[0]["loss"]["high"]
+def test_the_order_of_rows_has_no_say():
+    """A run, an evaluation of its file and a comparison read the same rows in different orders."""
+    draw = np.random.default_rng(5)
+    hashes, order = draw.permutation(30).astype(np.uint64), draw.permutation(30)
+    losses = draw.exponential(4, 30)
+    found = tokens([[5]] * 30, [[5]] * 30, losses=losses)
+    moved = tokens([[5]] * 30, [[5]] * 30, losses=losses[order])
+    first, other = (
+        scored("next_token", None, found, hashes=hashes),
+        scored("next_token", None, moved, hashes=hashes[order]),
+    )
+    assert first == other
 
 
 def test_masked_tokens_have_no_bits_per_byte():
     """Only a share of the tokens is guessed, but the bytes are those of all."""
     outcomes = tokens([[5]], [[5]], num_bytes=[4])
-    assert set(measured("masked_token", None, outcomes, task="text")[0]) == {"loss", "perplexity", "token_accuracy"}
+    assert set(measured("masked_token", None, outcomes)[0]) == {"loss", "perplexity", "token_accuracy"}
 
 
 def test_perplexity_of_a_lost_model_is_a_number_still():
-    values, _ = measured("next_token", None, tokens([[1]], [[2]], losses=[1e6]), task="chat")
+    values, _ = measured("next_token", None, tokens([[1]], [[2]], losses=[1e6]))
     assert math.isfinite(values["perplexity"])
 
 
 def test_loss_that_is_not_a_number_is_said_so():
-    measures, _ = score("next_token", None, tokens([[1]], [[2]], losses=[nan]), task="chat")
+    measures, _ = scored("next_token", None, tokens([[1]], [[2]], losses=[nan]))
     assert all(math.isnan(measures["loss"][end]) for end in ("value", "low", "high"))
 
 
@@ -98,7 +105,7 @@ CERTAIN = np.eye(5) * 0.95 + 0.01
 def test_classes_counted_by_hand():
     """a: 1 right, 1 found, 2 true. b: 2 right, 3 found, 2 true. c is never found, d never true, e neither."""
     outcomes = classes(CERTAIN[[0, 1, 1, 1, 3]], [0, 0, 1, 1, 2])
-    values, details = measured("sequence", FIVE, outcomes, constant=1)
+    values, details = measured("sequence", FIVE, outcomes, constant="b")
     f1_a, f1_b = 2 * 1 / (1 + 2), 2 * 2 / (3 + 2)
     assert values["accuracy"] == pytest.approx(3 / 5)
     assert values["macro_f1"] == pytest.approx((f1_a + f1_b + 0 + 0) / 4)  # e is left out, as in scikit-learn
@@ -136,7 +143,7 @@ def test_area_under_the_curve_counted_by_hand():
 
 def test_area_under_the_curve_of_one_class_is_not_defined():
     two = Labels("one", ("no", "yes"))
-    measures, _ = score("sequence", two, classes([[0.1, 0.9]], [1]), task="classify")
+    measures, _ = scored("sequence", two, classes([[0.1, 0.9]], [1]))
     assert all(math.isnan(measures["roc_auc"][end]) for end in ("value", "low", "high"))
 
 
@@ -202,7 +209,7 @@ OUT, BP, IP, BL, IL = range(5)
 def test_spans_counted_by_hand():
     """True: PER 0–1, LOC 3, PER 0. Found: PER 0–1, PER 3, LOC 0–1. One of three is right both ways."""
     outcomes = tokens([[BP, IP, OUT, BP], [BL, IL]], [[BP, IP, OUT, BL], [BP, OUT]])
-    values, details = measured("tokens", TAGS, outcomes, task="tag")
+    values, details = measured("tokens", TAGS, outcomes)
     assert (values["span_precision"], values["span_recall"], values["span_f1"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert values["tag_accuracy"] == pytest.approx(3 / 6)
     assert details["per_type"] == [
@@ -229,19 +236,19 @@ def test_spans_are_those_of_seqeval(name):
     true, found = FIXTURES[name]
     names = tuple(dict.fromkeys(tag for row in [*true, *found] for tag in [*row, "B-A"]))
     ids = [[[names.index(tag) for tag in row] for row in rows] for rows in (found, true)]
-    values, details = measured("tokens", Labels("tags", names), tokens(*ids), task="tag")
-    assert values["span_f1"] == f1_score(true, found)
-    assert values["span_precision"] == precision_score(true, found)
-    assert values["span_recall"] == recall_score(true, found)
+    values, details = measured("tokens", Labels("tags", names), tokens(*ids))
+    assert values["span_f1"] == pytest.approx(f1_score(true, found))
+    assert values["span_precision"] == pytest.approx(precision_score(true, found))
+    assert values["span_recall"] == pytest.approx(recall_score(true, found))
     report = classification_report(true, found, output_dict=True) if details["per_type"] else {}
     for row in details["per_type"]:
-        assert row["f1"] == report[row["type"]]["f1-score"]
+        assert row["f1"] == pytest.approx(report[row["type"]]["f1-score"])
 
 
 def test_tags_that_are_no_spans_are_scored_one_by_one():
     """N: 2 right, 3 found, 2 true. V: 1 right, 1 found, 2 true."""
     outcomes = tokens([[0, 1], [0, 0]], [[0, 1], [0, 1]])
-    values, details = measured("tokens", Labels("tags", ("N", "V", "X")), outcomes, task="tag")
+    values, details = measured("tokens", Labels("tags", ("N", "V", "X")), outcomes)
     assert values["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert values["tag_accuracy"] == pytest.approx(3 / 4)
     assert "span_f1" not in values
@@ -254,48 +261,80 @@ def test_tags_that_are_no_spans_are_scored_one_by_one():
 def cases():
     draw = np.random.default_rng(3)
     num = 40
-    sums = {"losses": draw.exponential(size=num), "counts": draw.integers(1, 9, num), "num_bytes": [7] * num}
     lengths = draw.integers(1, 9, num)
     rows = [draw.integers(0, 5, n) for n in lengths]
     guesses = [np.where(draw.random(len(row)) < 0.6, row, draw.integers(0, 5, len(row))) for row in rows]
-    yield "tokens", ("next_token", None, tokens(guesses, rows, **sums), "text", None)
-    yield "spans", ("tokens", TAGS, tokens(guesses, rows, **sums), "tag", 0)
-    yield "tags", ("tokens", Labels("tags", tuple("NVADX")), tokens(guesses, rows, **sums), "tag", 2)
+    losses = {"losses": draw.exponential(size=num), "num_bytes": [7] * num}
+    yield "tokens", ("next_token", None, tokens(guesses, rows, **losses))
+    yield "spans", ("tokens", TAGS, tokens(guesses, rows))
+    yield "tags", ("tokens", Labels("tags", tuple("NVADX")), tokens(guesses, rows))
     for num_classes in (2, 12):  # with 12 many a resample lacks a class
         chances = draw.dirichlet(np.ones(num_classes), num).round(2) + 1e-3  # rounded: some are tied
-        true = draw.integers(0, num_classes, num)
-        labels = Labels("one", tuple(f"c{i}" for i in range(num_classes)))
-        yield f"{num_classes} classes", ("sequence", labels, classes(chances, true), "classify", 1)
+        labels = Labels("one", tuple(f"c{i:02}" for i in range(num_classes)))
+        yield f"{num_classes} classes", ("sequence", labels, classes(chances, draw.integers(0, num_classes, num)))
     chances = draw.uniform(0.05, 0.95, (num, 6))
-    many = Labels("many", tuple("abcdef"))
-    yield "sets", ("sequence", many, sets(chances, draw.integers(0, 2, (num, 6))), "classify", np.arange(6) < 2)
+    yield "sets", ("sequence", Labels("many", tuple("abcdef")), sets(chances, draw.integers(0, 2, (num, 6))))
     one = sets(chances[:, :1], draw.integers(0, 2, (num, 1)))
-    yield "sets of one class", ("sequence", Labels("many", ("a",)), one, "classify", None)
-    true, predicted = draw.integers(0, 9, num), draw.integers(0, 9, num)
-    yield "numbers", ("sequence", Labels("number"), numbers(predicted, true), "classify", 3.5)
+    yield "sets of one class", ("sequence", Labels("many", ("a",)), one)
+    found = numbers(draw.integers(0, 9, num), draw.integers(0, 9, num))
+    yield "numbers", ("sequence", Labels("number"), found)
 
 
 CASES = dict(cases())
 
 
-def estimates(case, outcomes):
-    head, labels, _, task, constant = case
-    return score(head, labels, outcomes, task=task, constant=constant)[0]
+def by_library(kind, rows, names):
+    """The metrics of some rows as scikit-learn, scipy and seqeval compute them, or as their definition."""
+    loss = sum(row["loss"] for row in rows) / sum(row["count"] for row in rows)
+    found = {"loss": loss}
+    if kind == "tokens":
+        bits = sum(row["loss"] for row in rows) / math.log(2) / sum(row["bytes"] for row in rows)
+        right = sum(row["correct"] for row in rows) / sum(row["count"] for row in rows)
+        return found | {"perplexity": math.exp(loss), "token_accuracy": right, "bits_per_byte": bits}
+    true, said = (
+        [row[key] for row in rows] for key in ({"numbers": "value", "tags": "tags"}.get(kind, "label"), "predicted")
+    )
+    if kind == "numbers":
+        return found | {"mse": sklearn.mean_squared_error(true, said), "spearman": spearmanr(true, said).statistic}
+    if kind == "tags":
+        flat = [tag for row in true for tag in row], [tag for row in said for tag in row]
+        found |= {"tag_accuracy": sklearn.accuracy_score(*flat)}
+        if "O" not in names:
+            return found | {"macro_f1": sklearn.f1_score(*flat, average="macro", zero_division=0)}
+        spans = {"span_f1": f1_score, "span_precision": precision_score, "span_recall": recall_score}
+        return found | {key: function(true, said, zero_division=0) for key, function in spans.items()}
+    if kind == "sets":
+        true, said = (np.array([[name in row for name in names] for row in rows]) for rows in (true, said))
+        found |= {"exact_rows": float((true == said).all(1).mean()), "label_accuracy": float((true == said).mean())}
+        options = {"zero_division": 0}
+        if len(names) == 1:
+            true, said, options = true[:, 0], said[:, 0], {"zero_division": 0, "labels": [True]}
+        return found | {f"{a}_f1": sklearn.f1_score(true, said, average=a, **options) for a in ("micro", "macro")}
+    found |= {
+        "accuracy": sklearn.accuracy_score(true, said),
+        "macro_f1": sklearn.f1_score(true, said, average="macro", zero_division=0),
+    }
+    if len(names) == 2:
+        second = [row["probability"] if row["predicted"] == names[1] else 1 - row["probability"] for row in rows]
+        found["roc_auc"] = sklearn.roc_auc_score(np.array(true) == names[1], second)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_statistic_is_the_value_on_the_rows_drawn(monkeypatch, name):
-    monkeypatch.setattr(scores, "intervals", lambda num, measures: measures)
-    case = CASES[name]
-    outcomes = case[2]
-    num = len(outcomes)
-    weights_RI = np.concatenate([np.ones((1, num)), next(iter(resamples(num)))[:12]])
-    of_all = {key: statistic(weights_RI) for key, (_, statistic) in estimates(case, outcomes).items()}
+@pytest.mark.filterwarnings("ignore")
+def test_statistic_is_that_of_its_library_on_the_rows_drawn(name):
+    head, labels, found = CASES[name]
+    rows = results(head, labels, found)
+    names = () if labels is None else labels.names
+    statistics = statistics_of(kind_of(rows[0]), rows, names, complete=True)
+    weights_RI = np.concatenate([np.ones((1, len(rows))), next(iter(resamples(len(rows))))[:12]])
+    of_all = {key: statistic(weights_RI) for key, statistic in statistics.items() if key != "calibration_error"}
     for r, weights_I in enumerate(weights_RI):
-        of_drawn = estimates(case, drawn(outcomes, np.repeat(np.arange(num), weights_I.astype(int))))
-        expected = {key: value for key, (value, _) in of_drawn.items()}
-        # 1e-12: the same sums in another order
-        assert {key: values_R[r] for key, values_R in of_all.items()} == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        drawn = [rows[i] for i in np.repeat(np.arange(len(rows)), weights_I.astype(int))]
+        # 1e-9: the same sums in another order
+        assert {key: values_R[r] for key, values_R in of_all.items()} == pytest.approx(
+            by_library(kind_of(rows[0]), drawn, names), rel=1e-9, abs=1e-9
+        )
 
 
 def test_thousand_rows_of_21_classes_take_less_than_a_second():
@@ -305,37 +344,6 @@ def test_thousand_rows_of_21_classes_take_less_than_a_second():
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
-        measured("sequence", labels, outcomes, constant=0)
+        measured("sequence", labels, outcomes, constant="0")
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 1
-
-
-# What is kept of each row
-
-
-def test_facts_of_rows_by_head():
-    def facts(head, labels, outcomes):
-        return [
-            {k: v for k, v in row.items() if k not in ("loss", "count")} for row in row_facts(head, labels, outcomes)
-        ]
-
-    assert facts("next_token", None, tokens([[5, 6]], [[5, 7]])) == [{"correct": 1}]
-    assert facts("tokens", TAGS, tokens([[OUT, BP]], [[OUT, BL]])) == [
-        {"tags": ["O", "B-LOC"], "predicted": ["O", "B-PER"]}
-    ]
-    assert facts("sequence", Labels("number"), numbers([2], [1])) == [{"value": 1, "predicted": 2}]
-    [one] = facts("sequence", FIVE, classes(CERTAIN[[3]], [1]))
-    assert one == {"label": "b", "predicted": "d", "probability": pytest.approx(0.96, abs=1e-6)}
-    [many] = facts("sequence", Labels("many", ("a", "b")), sets([[0.9, 0.2]], [[1, 1]]))
-    assert many == {"label": ["a", "b"], "predicted": ["a"], "probability": [pytest.approx(0.9, abs=1e-6)]}
-
-
-def test_facts_have_the_bytes_that_the_loss_is_of():
-    outcomes = tokens([[5], [6]], [[5], [6]], num_bytes=[4, 0])
-    assert [row.get("bytes") for row in row_facts("next_token", None, outcomes)] == [4, None]
-    assert [row.get("bytes") for row in row_facts("masked_token", None, outcomes)] == [None, None]
-
-
-def test_facts_start_with_loss_and_count():
-    outcomes = outcomes_of([np.array([1])], [np.array([1])], losses=[0.5], counts=[2.0])
-    assert list(row_facts("next_token", None, outcomes)) == [{"loss": 0.5, "count": 2.0, "correct": 1}]

@@ -9,10 +9,10 @@ import pytest
 
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.verdicts import (
-    against_baseline,
-    against_usual_answer,
+    answer_baseline,
     baseline_sentence,
     never_right,
+    row_baseline,
     too_few,
 )
 
@@ -45,14 +45,14 @@ def test_a_classifier_no_better_than_the_commonest_class_is_not_called_better() 
         assert accuracy["change"]["value"] == pytest.approx((255 - 248) / 379)
         assert info_of("accuracy").verdict(accuracy["change"]) == "unclear"
 
-    check(against_baseline(rows, {"answer": "pos", "from": "the training rows"}))
+    check(row_baseline(rows, {"answer": "pos", "from": "the training rows"}))
     with pytest.raises(AssertionError):  # compared with what random numbers answered
-        check(against_baseline(rows, {"answer": random_head[0]["predicted"], "from": "the training rows"}))
+        check(row_baseline(rows, {"answer": random_head[0]["predicted"], "from": "the training rows"}))
 
 
 def test_a_classifier_below_the_commonest_class_is_called_worse() -> None:
     pairs = [("pos", "pos")] * 150 + [("pos", "neg")] * 100 + [("neg", "neg")] * 40 + [("neg", "pos")] * 89
-    found = against_baseline(rows_of("classes", pairs), {"answer": "pos", "from": "the training rows"})
+    found = row_baseline(rows_of("classes", pairs), {"answer": "pos", "from": "the training rows"})
     assert found["measures"]["accuracy"]["change"]["high"] < 0
     sentence = baseline_sentence({"accuracy": {"value": 190 / 379, "low": 0.45, "high": 0.55}}, found)
     assert sentence.startswith(
@@ -67,17 +67,17 @@ def test_short_answers_are_compared_with_the_commonest_reference() -> None:
         {"reference": said, "answer": "positive", "exact_match": float(said == "positive")}
         for said in ["positive"] * 65 + ["negative"] * 35
     ]
-    found = against_usual_answer(answers)
+    found = answer_baseline(answers)
     assert (found["words"], found["measures"]["exact_match"]["value"]) == ("always answering `positive`", 0.65)
     assert found["measures"]["exact_match"]["change"]["value"] == 0
     names = [{"reference": f"name {i}", "answer": "x", "exact_match": 0.0} for i in range(100)]
-    assert against_usual_answer(names) is None
-    assert against_usual_answer([]) is None
+    assert answer_baseline(names) is None
+    assert answer_baseline([]) is None
 
 
 def test_every_kind_of_label_has_its_constant() -> None:
     def told(kind: str, pairs: list[tuple[Any, Any]], answer: Any) -> tuple[str, str, float]:
-        found = against_baseline(rows_of(kind, pairs), {"answer": answer, "from": "the training rows"})
+        found = row_baseline(rows_of(kind, pairs), {"answer": answer, "from": "the training rows"})
         return found["key"], found["words"], found["measures"][found["key"]]["value"]
 
     tags = [(["O", "B-PER"], ["O", "B-PER"]), (["O", "O"], ["O", "O"])]
@@ -86,8 +86,8 @@ def test_every_kind_of_label_has_its_constant() -> None:
     assert told("sets", sets, ["a"]) == ("label_accuracy", "always answering `a`", 3 / 4)
     assert told("sets", sets, []) == ("label_accuracy", "always answering no class", 1 / 4)
     assert told("number", [(1.0, 1.5), (3.0, 3.0)], 2.0) == ("mse", "always answering the mean, 2", 1.0)
-    assert against_baseline(rows_of("classes", []), {"answer": "a", "from": "the training rows"}) is None
-    assert against_baseline([{"correct": 1, "loss": 1.0, "count": 1}], None) is None
+    assert row_baseline(rows_of("classes", []), {"answer": "a", "from": "the training rows"}) is None
+    assert row_baseline([{"correct": 1, "loss": 1.0, "count": 1}], None) is None
 
 
 def test_classes_that_are_never_right_are_named_with_their_rows() -> None:
@@ -120,8 +120,8 @@ def test_what_few_rows_cannot_tell_is_said(num: int, words: str) -> None:
 
 
 def test_five_rows_never_make_a_verdict() -> None:
-    found = against_baseline(rows_of("classes", [("a", "a")] * 5), {"answer": "b", "from": "the training rows"})
+    found = row_baseline(rows_of("classes", [("a", "a")] * 5), {"answer": "b", "from": "the training rows"})
     change = found["measures"]["accuracy"]["change"]
     assert (change["low"], change["high"], change["is_clear"]) == (1.0, 1.0, False)
-    six = against_baseline(rows_of("classes", [("a", "a")] * 6), {"answer": "b", "from": "the training rows"})
+    six = row_baseline(rows_of("classes", [("a", "a")] * 6), {"answer": "b", "from": "the training rows"})
     assert six["measures"]["accuracy"]["change"]["is_clear"]

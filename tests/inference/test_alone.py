@@ -12,8 +12,8 @@ from inference.batches import Heard, sharp
 from tiny_run import model_folder
 from tiny_tasks import task_recipe
 from tunesmith.cli.talking import Manner, Talk, Voice, open_voices
-from tunesmith.evaluation import generation
-from tunesmith.evaluation.generation import Sampling
+from tunesmith.evaluation import generate
+from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import Speaker
 from tunesmith.serve.alone import Alone
@@ -35,9 +35,9 @@ def speaker_of(folder: Path, arch: str) -> Speaker:
     return loading.load_model(str(path), offline=True)
 
 
-def expected(speaker: Speaker, text: str) -> generation.Answer:
+def expected(speaker: Speaker, text: str) -> generate.Answer:
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-    return generation.answer(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))[0]
+    return generate.generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))[0]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])

@@ -10,7 +10,7 @@ import pytest
 
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
-from tunesmith.evaluation.generation import read_answer
+from tunesmith.evaluation.generate import read_answer
 from tunesmith.serve.choosing import Chosen
 from tunesmith.serve.protocol import TokenChance
 from tunesmith.serve.writing import Tokens, Writer

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCa
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
 from tiny_run import tiny_recipe
-from tunesmith.evaluation.generation import Sampling, answer
+from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
 from tunesmith.models import agreement, recurrent, rope
 from tunesmith.models.agreement import ragged_agrees
@@ -208,8 +208,8 @@ def test_answers_to_short_prompts_do_not_change_with_a_long_one_beside_them(tmp_
     speaker = loading.load_model(folder_of(tmp_path / "phi"), task="generate", offline=True)
     short, long = list(range(30, 40)), list(range(30, 30 + BORDER + 20))
     how = Sampling(max_new_tokens=8)
-    [alone] = answer(speaker.model, speaker.renderer, [short], how)
-    assert answer(speaker.model, speaker.renderer, [short, long], how)[0] == alone
+    [alone] = generate(speaker.model, speaker.renderer, [short], how)
+    assert generate(speaker.model, speaker.renderer, [short, long], how)[0] == alone
 
 
 def test_a_measure_of_rows_beyond_the_border_is_that_of_each_alone(tmp_path: Path) -> None:

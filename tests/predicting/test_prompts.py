@@ -10,7 +10,7 @@ import pytest
 
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.evaluation import samples
-from tunesmith.evaluation.generation import Answer
+from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import predictor
 from tunesmith.inference.file import predict_stream
 from tunesmith.inference.load import Speaker

@@ -17,8 +17,8 @@ import pytest
 
 from server.running import wait_for
 from tiny_run import tiny_recipe
-from tunesmith.evaluation import generation
-from tunesmith.evaluation.generation import Sampling
+from tunesmith.evaluation import generate
+from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -78,7 +78,7 @@ def offline_answers(run: Run) -> tuple[list[str], list[str]]:
         how = Sampling(max_new_tokens=NUM_TOKENS, temperature=0.0, top_p=1.0)
         parts = [[Part("user", text, trained=False)] for text in QUESTIONS]
         prompts = [speaker.renderer.prompt_ids(part) for part in parts]
-        found.append([generation.answer(speaker.model, speaker.renderer, [prompt], how)[0].text for prompt in prompts])
+        found.append([generate.generate(speaker.model, speaker.renderer, [prompt], how)[0].text for prompt in prompts])
     return found[0], found[1]
 
 

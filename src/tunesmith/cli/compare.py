@@ -14,7 +14,7 @@ from tunesmith.errors import InputError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.evaluation.comparing import Comparison, Difference
+    from tunesmith.evaluation.compare import Comparison, Difference
 
 SHOWN = 10
 """Rows listed on which one is better, of each side; all with --json."""
@@ -42,8 +42,7 @@ def compare(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.output import json_line
-    from tunesmith.evaluation.comparing import compare as compared
-    from tunesmith.evaluation.comparing import compare_answers
+    from tunesmith.evaluation.compare import compare_answers, compare_rows
 
     answers: list[list[dict[str, Any]]] = [[], []]
     bases = _bases(model or [], data, (a, b), root)
@@ -67,7 +66,7 @@ def compare(
         ]
         baselines = [{"measures": one.measures, "baseline": one.baseline} for one in both]
     try:
-        found = compared(*rows)
+        found = compare_rows(*rows)
     except InputError as error:
         raise InputError(f"{a} and {b}: {error} Or measure both now: tunesmith compare {a} {b} --data FILE") from error
     num_answers, of_answers = compare_answers(*answers)
@@ -144,7 +143,7 @@ def as_values(found: Comparison) -> dict[str, Any]:
         "only_b": found.only_b,
         "same_targets": found.same_targets,
         "loss_note": found.loss_note,
-        "measures": _as_values(found.measures),
+        "measures": _as_values(found.metrics),
         "ties": found.num_ties,
         "won": [{"a": was, "b": now} for was, now in found.won],
         "lost": [{"a": was, "b": now} for was, now in found.lost],
@@ -176,12 +175,12 @@ def _draw(
     only = [f"{num:,} only in {name}" for num, name in ((found.only_a, a), (found.only_b, b)) if num]
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     if not found.same_targets:
-        still = "; bits per byte do" if "bits_per_byte" in found.measures else ""
+        still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
         words = "loss, perplexity and tokens guessed right do not compare"
         screen.print(f"the two cut the text into different tokens: {words}{still}")
     if found.loss_note:
         screen.print(found.loss_note)
-    _print_measures(screen, found.measures, a, b)
+    _print_measures(screen, found.metrics, a, b)
     for name, one in zip((a, b), baselines, strict=True):
         if one["baseline"] is not None:
             screen.print(visible(f"{name}: {baseline_sentence(one['measures'], one['baseline'])}"))

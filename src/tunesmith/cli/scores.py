@@ -1,4 +1,4 @@
-"""Measures with their intervals in words and as a table, by what `MEASURES` says of each."""
+"""Measures with their intervals in words and as a table, by what `METRICS` says of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.formatting import plural
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
-    from tunesmith.evaluation.intervals import Interval
+    from tunesmith.evaluation.bootstrap import Interval
     from tunesmith.evaluation.report.wording import Line
 
 MUTED = "bright_black"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.types import Event, has_new_head
 
 if TYPE_CHECKING:
-    from tunesmith.evaluation.intervals import Interval
+    from tunesmith.evaluation.bootstrap import Interval
 
 RECENT_STEPS = 20
 """Steps that the time left is estimated from."""
@@ -118,7 +118,7 @@ class Story:
 
 
 def measures_of(event: Event) -> dict[str, Interval]:
-    """The measures by their keys in MEASURES that an "evaluation", "answers" or "general" event tells."""
+    """The measures by their keys in METRICS that an "evaluation", "answers" or "general" event tells."""
     if event.kind == "general":
         return {"general_loss": alone(event.values["loss"])}
     loss = {"loss": alone(event.values["loss"])} if event.kind == "evaluation" else {}

@@ -1,7 +1,7 @@
-"""The measures of a task, each with its interval, and what the report draws: all from the outcomes of held-out rows.
+"""Metrics of a task from the results of its rows, each with its interval, and metrics of generated answers.
 
-Values are the ecosystem's (scikit-learn, scipy, seqeval); only their intervals are computed here. Definitions:
-docs/measures.md.
+A row's result is one line of evaluation/<name>.jsonl. Values equal those of scikit-learn, scipy, seqeval, rouge-score
+and sacrebleu. Definitions: docs/measures.md.
 """
 
 # I rows, C classes
@@ -9,98 +9,411 @@ docs/measures.md.
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.evaluation import statistics
-from tunesmith.evaluation.intervals import Estimate, Interval, intervals
-from tunesmith.evaluation.outcomes import Constant, Outcomes, constant_words
-from tunesmith.types import HeadName, Labels, TaskName
+from tunesmith.environment import installing
+from tunesmith.errors import RecipeError
+from tunesmith.evaluation import bootstrap
+from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
 
+RowResult = Mapping[str, Any]
+"""One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
+Constant = str | float | list[str]
+"""One answer to every row: a class or tag, a number, or the classes that hold."""
+RowKind = Literal["tokens", "classes", "sets", "numbers", "tags"]
+OVER_CLASSES = ("label_accuracy", "macro_f1")
+"""Metrics of sets that are means over all classes of the head, also those that no row names."""
 MOST_DOTS = 500
 """Rows in the scatter of true and predicted numbers."""
+PREFIXES = ("B", "I", "E", "S")
+
+ANSWER_SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
+"""Scores of each answer in evaluation/answers-<name>.jsonl."""
+SHORT_WORDS = 3
+"""An answer of at most so many words is right or wrong: a class, a name, a date."""
+MOSTLY = 0.9
+_SUMS = ("loss", "count", "correct", "bytes")
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
 
 def score(
-    head: HeadName,
-    labels: Labels | None,
-    outcomes: Outcomes,
+    rows: Iterable[RowResult],
     *,
-    task: TaskName,
+    classes: Sequence[str] = (),
     constant: Constant | None = None,
     constant_from: str = "the training rows",
-    hashes_I: NDArray[np.uint64] | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Any]]:
-    """Measures of at least one row by the keys of `MEASURES`, and JSON-ready details by kind of label.
+    """Metrics of at least one row by the keys of `METRICS`, and JSON-ready details by kind of row.
 
-    `constant` is what is answered without reading, see `constant_of`, by the labels of `constant_from`; None: no
-    baseline. `hashes_I` tell the windows of one document, which are not independent: of task text, documents are
-    resampled.
+    `classes` are those of the head. `constant` is the baseline's answer to every row, by the labels of `constant_from`;
+    None: no baseline.
     """
-    if task == "text" and hashes_I is not None:
-        outcomes = outcomes.by_document(hashes_I)
-    measures = {"loss": _quotient(outcomes.losses_I, outcomes.counts_I)}
-    details: dict[str, Any] = {}
-    if labels is None:
-        measures |= _score_tokens(outcomes, bytes_told=task == "text" and head == "next_token")
+    results = list(rows)
+    kind, units = kind_of(results[0]), list(by_key(results).values())
+    statistics = statistics_of(kind, units, classes, complete=True)
+    details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
+    if constant is not None:
+        statistics |= _baseline(kind, units, classes, constant)
+        details["constant"] = {"answer": constant, "from": constant_from}
+    return intervals(len(units), statistics), details
+
+
+def kind_of(row: RowResult) -> RowKind:
+    """The kind of prediction that a row's result holds."""
+    if "correct" in row:
+        return "tokens"
+    if "value" in row:
+        return "numbers"
+    if "tags" in row:
+        return "tags"
+    return "sets" if isinstance(row["label"], list) else "classes"
+
+
+def by_key(rows: Iterable[RowResult]) -> dict[tuple[str, int], RowResult]:
+    """The units that are resampled, in the order of their hashes, whatever the order of the rows.
+
+    Keys are a row's hash and how many rows with that hash came before. The windows of a document, which share its hash,
+    are one unit: their sums are added up.
+    """
+    seen: Counter[str] = Counter()
+    found: dict[tuple[str, int], RowResult] = {}
+    for row in rows:
+        key = (row["hash"], 0 if "correct" in row else seen[row["hash"]])
+        if key in found:
+            sums = {name: found[key].get(name, 0) + row[name] for name in _SUMS if name in row}
+            found[key] = {**found[key], **sums}
+        else:
+            found[key] = row
+        seen[row["hash"]] += 1
+    return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+def num_right(row: RowResult) -> int:
+    """1 for a row whose class or classes are right, else 0; of tags how many are."""
+    if "tags" in row:
+        return sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True))
+    return int(row["label"] == row["predicted"])
+
+
+def sureness(row: RowResult) -> float:
+    """Probability of a row's prediction; of several classes that of the least sure one."""
+    chances = row.get("probability", 0.0)
+    return float(min(chances, default=0.0) if isinstance(chances, list) else chances)
+
+
+def statistics_of(
+    kind: RowKind, rows: Sequence[RowResult], classes: Sequence[str], *, complete: bool
+) -> dict[str, Statistic]:
+    """Every metric of some rows as a function of row weights, by the keys of `METRICS`.
+
+    `complete`: `classes` are all that the head has; else those that are known from rows.
+    """
+    loss = ratio(column(rows, "loss"), column(rows, "count"))
+    return {"loss": loss, **_STATISTICS[kind](rows, classes or names_in(rows), complete)}
+
+
+def names_in(rows: Iterable[RowResult]) -> list[str]:
+    """The classes that rows name, sorted."""
+    found: set[str] = set()
+    for row in rows:
+        for value in (row.get("label"), row.get("tags"), row.get("predicted")):
+            found.update(name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
+    return sorted(found)
+
+
+def column(rows: Sequence[RowResult], key: str) -> Floats:
+    return np.array([row[key] for row in rows], np.float64)
+
+
+def _token_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    loss = ratio(column(rows, "loss"), column(rows, "count"))
+    found: dict[str, Statistic] = {
+        "perplexity": lambda weights_RI: np.exp(np.minimum(loss(weights_RI), 700.0)),
+        "token_accuracy": ratio(column(rows, "correct"), column(rows, "count")),
+    }
+    if any("bytes" in row for row in rows):
+        num_bytes_I = np.array([row.get("bytes", 0) for row in rows])
+        found["bits_per_byte"] = ratio(column(rows, "loss") / math.log(2), num_bytes_I)
+    return found
+
+
+def _class_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    """One class a row; macro-F1 is over the classes that are true or predicted in some row."""
+    true_I, found_I = _class_ids(rows, classes)
+    true_IC, found_IC = (np.arange(len(classes)) == ids_I[:, None] for ids_I in (true_I, found_I))
+    hits_I = true_I == found_I
+    found = {
+        "accuracy": ratio(hits_I),
+        "macro_f1": bootstrap.macro_f1(true_IC & found_IC, true_IC.astype(int) + found_IC, absent_count=False),
+        "calibration_error": bootstrap.calibration_error(column(rows, "probability"), hits_I),
+    }
+    if complete and len(classes) == 2:
+        found["roc_auc"] = bootstrap.roc_auc(true_I == 1, _second_chances(rows, classes))
+    return found
+
+
+def _class_ids(rows: Sequence[RowResult], classes: Sequence[str]) -> list[NDArray[np.int64]]:
+    ids = {name: i for i, name in enumerate(classes)}
+    return [np.array([ids[row[key]] for row in rows], np.int64) for key in ("label", "predicted")]
+
+
+def _second_chances(rows: Sequence[RowResult], classes: Sequence[str]) -> Floats:
+    """Probability of the second of two classes; the probability of one is what the other leaves."""
+    pairs = ((row["probability"], row["predicted"] == classes[1]) for row in rows)
+    return np.array([chance if is_second else 1 - chance for chance, is_second in pairs], np.float64)
+
+
+def _set_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    """Any number of classes a row: those whose probability is above one half."""
+    true_IC, found_IC = _class_sets(rows, classes)
+    right_IC = true_IC & found_IC
+    counts_I3 = np.stack([right_IC.sum(1), found_IC.sum(1), true_IC.sum(1)], axis=1)
+    found = {
+        "micro_f1": bootstrap.precision_recall_f1(counts_I3)[2],
+        "exact_rows": ratio((true_IC == found_IC).all(1)),
+        "label_accuracy": ratio((true_IC == found_IC).sum(1) / max(len(classes), 1)),
+        "macro_f1": bootstrap.macro_f1(right_IC, true_IC.astype(int) + found_IC, absent_count=True),
+    }
+    return found if complete else {key: found[key] for key in found if key not in OVER_CLASSES}
+
+
+def _class_sets(rows: Sequence[RowResult], classes: Sequence[str]) -> list[NDArray[np.bool_]]:
+    shape = len(rows), len(classes)
+    sets = ([[name in row[key] for name in classes] for row in rows] for key in ("label", "predicted"))
+    return [np.array(of_rows, np.bool_).reshape(shape) for of_rows in sets]
+
+
+def _number_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    true_I, found_I = column(rows, "value"), column(rows, "predicted")
+    return {"mse": ratio((true_I - found_I) ** 2), "spearman": bootstrap.spearman(true_I, found_I)}
+
+
+def _tag_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    """Metrics of whole spans where every class is O or a tag of a span (B-PER, I-PER, ...), else macro-F1 of tags."""
+    words_I = np.array([len(row["tags"]) for row in rows])
+    found: dict[str, Statistic] = {"tag_accuracy": ratio([num_right(row) for row in rows], words_I)}
+    if mark_spans(classes):
+        statistics = bootstrap.precision_recall_f1(_span_counts(rows).sum(2))
+        return found | dict(zip(("span_precision", "span_recall", "span_f1"), statistics, strict=True))
+    right_IC, found_IC, true_IC = _tag_counts(rows, classes)
+    return found | {"macro_f1": bootstrap.macro_f1(right_IC, found_IC + true_IC, absent_count=False)}
+
+
+def mark_spans(names: Sequence[str]) -> bool:
+    """Whether these tags mark where spans begin and continue; parts of speech, for one, do not."""
+    marks = [name for name in names if name != "O"]
+    return bool(marks) and all(name in PREFIXES or (name[:1] in PREFIXES and name[1:2] == "-") for name in marks)
+
+
+def _span_counts(rows: Sequence[RowResult], types: Sequence[str] | None = None) -> NDArray[np.int64]:
+    """Spans of each row that are right, found and true, by type, int64 [I, 3, types]; seqeval's default mode, which
+    reads IOB1 and IOB2 as conlleval does."""
+    spans = [[_spans(row[key]) for row in rows] for key in ("tags", "predicted")]
+    kinds = types if types is not None else sorted({kind for side in spans for row in side for kind, _, _ in row})
+    counts = np.zeros((len(rows), 3, len(kinds)), np.int64)
+    for i, (true, found) in enumerate(zip(*spans, strict=True)):
+        for k, some in enumerate((true & found, found, true)):
+            for kind, _, _ in some:
+                counts[i, k, kinds.index(kind)] += 1
+    return counts
+
+
+def _spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    from seqeval.metrics.sequence_labeling import get_entities  # now: it imports scikit-learn
+
+    return set(get_entities(list(tags)))
+
+
+def _tag_counts(rows: Sequence[RowResult], classes: Sequence[str]) -> NDArray[np.int64]:
+    """Words of each row whose tag is right, found and true, by class: [3, I, C]."""
+    ids = {name: i for i, name in enumerate(classes)}
+    counts = np.zeros((3, len(rows), len(classes)), np.int64)
+    for i, row in enumerate(rows):
+        for tag, found in zip(row["tags"], row["predicted"], strict=True):
+            counts[0, i, ids[tag]] += tag == found
+            counts[1, i, ids[found]] += 1
+            counts[2, i, ids[tag]] += 1
+    return counts
+
+
+_STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool], dict[str, Statistic]]] = {
+    "tokens": _token_statistics,
+    "classes": _class_statistics,
+    "sets": _set_statistics,
+    "numbers": _number_statistics,
+    "tags": _tag_statistics,
+}
+
+
+def _baseline(kind: RowKind, rows: Sequence[RowResult], classes: Sequence[str], constant: Any) -> dict[str, Statistic]:
+    """The metric that a constant answer is best at, of that answer."""
+    if kind == "numbers":
+        return {"baseline_mse": ratio((column(rows, "value") - constant) ** 2)}
+    if kind == "tags":
+        hits_I = np.array([sum(tag == constant for tag in row["tags"]) for row in rows])
+        return {"majority": ratio(hits_I, np.array([len(row["tags"]) for row in rows]))}
+    if kind == "sets":
+        true_IC, _ = _class_sets(rows, classes)
+        return {"majority": ratio((true_IC == np.array([name in constant for name in classes])).mean(1))}
+    return {"majority": ratio(np.array([row["label"] == constant for row in rows]))}
+
+
+def _class_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+    true_I, found_I = _class_ids(rows, classes)
+    confusion_CC = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion_CC, (true_I, found_I), 1)
+    counts = confusion_CC.diagonal(), confusion_CC.sum(0), confusion_CC.sum(1)
+    details = {
+        "labels": list(classes),
+        "confusion": confusion_CC.tolist(),
+        "per_class": _table("label", classes, *counts),
+        "reliability": _reliability(column(rows, "probability"), true_I == found_I),
+    }
+    if len(classes) == 2:
+        details["threshold"] = _threshold_curve(true_I == 1, _second_chances(rows, classes))
+    return details
+
+
+def _set_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+    true_IC, found_IC = _class_sets(rows, classes)
+    counts = (true_IC & found_IC).sum(0), found_IC.sum(0), true_IC.sum(0)
+    return {"labels": list(classes), "per_class": _table("label", classes, *counts)}
+
+
+def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> dict[str, Any]:
+    shown = np.unique(np.linspace(0, len(rows) - 1, MOST_DOTS).astype(np.int64))
+    return {"scatter": [[rows[i]["value"], rows[i]["predicted"]] for i in shown]}
+
+
+def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+    if mark_spans(classes):
+        types = sorted({kind for row in rows for key in ("tags", "predicted") for kind, _, _ in _spans(row[key])})
+        table = _table("type", types, *_span_counts(rows, types).sum(0))
     else:
-        # Now: scikit-learn takes as long to import as a small model to load, and chats do without it.
-        from tunesmith.evaluation.class_scores import score_one, score_sets
-        from tunesmith.evaluation.tag_scores import score_tags
-
-        kinds = {"one": score_one, "many": score_sets, "number": _score_numbers, "tags": score_tags}
-        more, details = kinds[labels.kind](labels, outcomes, constant)
-        measures |= more
-        if constant is not None:
-            details["constant"] = {"answer": constant_words(labels, constant), "from": constant_from}
-    return intervals(len(outcomes), measures), details
+        table = _table("type", classes, *_tag_counts(rows, classes).sum(1))
+    return {"labels": list(classes), "per_type": table}
 
 
-def _quotient(tops_I: NDArray[np.generic], bottoms_I: NDArray[np.generic]) -> Estimate:
-    statistic = statistics.ratio(tops_I, bottoms_I)
-    return float(statistic(np.ones((1, len(tops_I))))[0]), statistic
+_DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[str, Any]]] = {
+    "classes": _class_details,
+    "sets": _set_details,
+    "numbers": _number_details,
+    "tags": _tag_details,
+}
 
 
-def _score_tokens(outcomes: Outcomes, *, bytes_told: bool) -> dict[str, Estimate]:
-    loss, losses = _quotient(outcomes.losses_I, outcomes.counts_I)
-    measures = {
-        "perplexity": (_exp(loss), lambda weights_RI: np.exp(np.minimum(losses(weights_RI), 700.0))),
-        "token_accuracy": _quotient(outcomes.hits_I, outcomes.lengths_I),
-    }
-    if bytes_told and outcomes.num_bytes_I.any():
-        measures["bits_per_byte"] = _quotient(outcomes.losses_I / math.log(2), outcomes.num_bytes_I)
-    return measures
+def _table(key: str, names: Sequence[str], right_C: Any, found_C: Any, true_C: Any) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and support of each class; 0 where one is not defined."""
+    scores = divide(right_C, found_C), divide(right_C, true_C), divide(2 * right_C, found_C + true_C)
+    rows = zip(names, *(column.tolist() for column in (*scores, true_C)), strict=True)
+    return [dict(zip((key, "precision", "recall", "f1", "support"), row, strict=True)) for row in rows]
 
 
-def _exp(loss: float) -> float:
-    """exp, at most what a float holds."""
-    return math.exp(min(loss, 700.0))
+def _reliability(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Mean confidence and accuracy in each bin; None in one without rows."""
+    bins_I = bootstrap.bins(confidences_I)
+    columns = [np.bincount(bins_I, weights, minlength=BINS) for weights in (None, confidences_I, hits_I)]
+    return [
+        {
+            "confidence": float(total / count) if count else None,
+            "accuracy": float(hits / count) if count else None,
+            "count": int(count),
+        }
+        for count, total, hits in zip(*columns, strict=True)
+    ]
 
 
-def _score_numbers(_: Labels, outcomes: Outcomes, mean: Constant | None) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    from sklearn.metrics import mean_squared_error
-
-    true_I, predicted_I = outcomes.values_I, outcomes.logits_IC[:, 0]
-    measures: dict[str, Estimate] = {
-        "mse": (mean_squared_error(true_I, predicted_I), statistics.ratio((true_I - predicted_I) ** 2)),
-        "spearman": (_spearman(true_I, predicted_I), statistics.spearman(true_I, predicted_I)),
-    }
-    if mean is not None:
-        constant_I = np.full(len(true_I), float(mean))
-        measures["baseline_mse"] = (
-            mean_squared_error(true_I, constant_I),
-            statistics.ratio((true_I - constant_I) ** 2),
-        )
-    shown = np.unique(np.linspace(0, len(true_I) - 1, MOST_DOTS).astype(np.int64))
-    return measures, {"scatter": np.stack([true_I, predicted_I], axis=1)[shown].tolist()}
+def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[dict[str, float]]:
+    """Precision, recall and F1 if rows were called positive from a probability of 0.01, 0.02, ... on."""
+    thresholds_K = np.arange(1, 100) / 100
+    called_KI = chances_I >= thresholds_K[:, None]
+    right_K, called_K, num = (called_KI & positive_I).sum(1), called_KI.sum(1), positive_I.sum()
+    columns = (
+        thresholds_K,
+        divide(right_K, called_K),
+        divide(right_K, np.full(len(right_K), num)),
+        divide(2 * right_K, called_K + num),
+    )
+    keys = ("threshold", "precision", "recall", "f1")
+    return [dict(zip(keys, row, strict=True)) for row in np.stack(columns, axis=1).tolist()]
 
 
-def _spearman(ones_I: NDArray[np.float64], others_I: NDArray[np.float64]) -> float:
-    """scipy's; NaN, without its warning, where either side is constant."""
-    if np.ptp(ones_I) == 0 or np.ptp(others_I) == 0:
-        return math.nan
-    from scipy.stats import spearmanr
+class Words:
+    """Words in lower case: those of rouge-score in ASCII text, where other letters would be lost in the original."""
 
-    return float(spearmanr(ones_I, others_I).statistic)
+    def tokenize(self, text: str) -> list[str]:
+        """Runs of letters and digits; each letter of a script without spaces is a word."""
+        return _WORD.findall(text.lower())
+
+
+def is_short(reference: str) -> bool:
+    """Whether an answer is so short that it is right or wrong as a whole."""
+    return len(Words().tokenize(reference)) <= SHORT_WORDS
+
+
+def are_short(references: Sequence[str]) -> bool:
+    """Whether most answers are."""
+    return bool(references) and sum(map(is_short, references)) >= MOSTLY * len(references)
+
+
+def score_answers(answers: Sequence[str], references: Sequence[str], *, bleu: bool) -> dict[str, Interval]:
+    """exact_match, rouge1, rouge2, rougeL, length_ratio, and with `bleu` also bleu and chrf; {} for no answers.
+
+    Without rouge2 where no reference has two words, since it is 0 for any answer then. The order of the answers has no
+    say. Raises RecipeError where `bleu` is set and sacrebleu is not installed.
+    """
+    if not answers:
+        return {}
+    pairs = sorted(zip(answers, references, strict=True), key=lambda pair: (pair[1], pair[0]))
+    answers, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    scores = answer_scores(answers, references)
+    words = Words().tokenize
+    keys = [key for key in ANSWER_SCORES if key != "rouge2" or any(len(words(text)) > 1 for text in references)]
+    statistics = {key: ratio([one[key] for one in scores]) for key in keys}
+    lengths_2I = [[len(words(text)) for text in texts] for texts in (answers, references)]
+    statistics["length_ratio"] = ratio(*map(np.array, lengths_2I))
+    if bleu:
+        statistics |= _corpus_statistics(answers, references)
+    return intervals(len(scores), statistics)
+
+
+def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """Each answer's own `ANSWER_SCORES`, from 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer  # now: its imports take as long as loading a model
+
+    scorer = RougeScorer(ANSWER_SCORES[1:], tokenizer=Words())
+    found = []
+    for answer, reference in zip(answers, references, strict=True):
+        rouges = {key: one.fmeasure for key, one in scorer.score(reference, answer).items()}
+        found.append({"exact_match": float(answer.strip() == reference.strip()), **rouges})
+    return found
+
+
+def _corpus_statistics(answers: Sequence[str], references: Sequence[str]) -> Iterator[tuple[str, Statistic]]:
+    """BLEU and chrF of a corpus from each answer's counts, which sacrebleu sums; there is no public way to them."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError as error:
+        raise RecipeError(
+            "evaluation.bleu: true needs the package sacrebleu, which is not installed. "
+            f"Run {installing('bleu')}, or set evaluation.bleu: false."
+        ) from error
+
+    def statistic(metric: Any) -> Statistic:
+        counts_IK = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]), np.float64)
+
+        def of_weights(weights_RI: Floats) -> Floats:
+            sums_RK = (weights_RI @ counts_IK).astype(np.int64)
+            return np.array([metric._compute_score_from_stats(sums_K.tolist()).score for sums_K in sums_RK])
+
+        return of_weights
+
+    # force: a warning about text that looks tokenized would be printed by sacrebleu's own logger.
+    yield from (("bleu", statistic(BLEU(force=True))), ("chrf", statistic(CHRF())))

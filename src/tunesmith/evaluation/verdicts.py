@@ -1,6 +1,6 @@
-"""What an evaluation proves: against the model as it was, and against one answer given to every row.
+"""Verdicts on an evaluation in sentences: against the model before training, and against one constant answer.
 
-A head that is new answers at random before it is trained, so that only the second says anything.
+A new head answers at random before it is trained, so that only the second comparison says anything.
 """
 
 from __future__ import annotations
@@ -9,61 +9,59 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tunesmith.evaluation.answers import are_short
-from tunesmith.evaluation.comparing import (
-    CONSTANT,
-    Told,
-    against_constant,
+from tunesmith.evaluation.compare import (
+    CONSTANT_METRICS,
     answers_against_constant,
-    compare,
     compare_answers,
-    kind_of,
+    compare_rows,
+    rows_against_constant,
 )
-from tunesmith.evaluation.metrics import FEW_ROWS, LEAST_ROWS, info_of
+from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
+from tunesmith.evaluation.scores import RowResult, are_short, kind_of
 
 MOST_NAMED = 3
-"""Classes named that are never right; of more the number is said."""
+"""Classes without a right row that are named; of more the number is said."""
 LIKE_A_CLASS = 0.1
-"""Share of short answers that are the same from which they are taken for classes."""
+"""Share of equal short answers from which they are taken for classes."""
 _MOST_CHARACTERS = 40
 
 
 def changes(
-    before: Sequence[Told],
-    after: Sequence[Told],
-    answers_before: Iterable[Told],
-    answers_after: Iterable[Told],
+    before: Sequence[RowResult],
+    after: Sequence[RowResult],
+    answers_before: Iterable[Mapping[str, Any]],
+    answers_after: Iterable[Mapping[str, Any]],
     *,
     classes: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """By measure {"value", "low", "high", "is_clear"} of after minus before, paired; {} where rows are not kept."""
-    found = compare(before, after, classes=classes).measures if before and after else {}
+    """By metric {"value", "low", "high", "is_clear"} of after minus before, paired; {} where rows are not kept."""
+    found = compare_rows(before, after, classes=classes).metrics if before and after else {}
     _, of_answers = compare_answers(answers_before, answers_after)
     return {key: differs.as_change() for key, differs in {**found, **of_answers}.items()}
 
 
-def against_baseline(rows: Sequence[Told], constant: Mapping[str, Any] | None, classes: Sequence[str] = ()) -> Any:
-    """What a constant answer gets on the same rows, JSON-ready; None for tasks without one, or if it is not known.
+def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, classes: Sequence[str] = ()) -> Any:
+    """Metrics of a constant answer on the same rows, JSON-ready; None for tasks without one, or if it is not known.
 
-    `constant`: {"answer", "from"} as `score` says. {"name", "words", "from", "rows", "key", "measures"}: `key` is the
-    measure that the verdict is by; each measure has the baseline's value and the paired change to the model.
+    `constant` is {"answer", "from"} of `score`. In {"name", "words", "from", "rows", "key", "measures"}, `key` is the
+    metric of the verdict; each metric has the baseline's value and the paired change to the model.
     """
     if constant is None or not rows:
         return None
     kind = kind_of(rows[0])
-    found = against_constant(rows, constant["answer"], classes=classes)
+    found = rows_against_constant(rows, constant["answer"], classes=classes)
     return {
         "name": "mean baseline" if kind == "numbers" else "majority baseline",
         "words": _words(constant["answer"]),
         "from": constant["from"],
         "rows": len(rows),
-        "key": CONSTANT[kind][0],
+        "key": CONSTANT_METRICS[kind][0],
         "measures": {key: {"value": differs.a, "change": differs.as_change()} for key, differs in found.items()},
     }
 
 
-def against_usual_answer(answers: Sequence[Told]) -> Any:
-    """The same of short answers that are classes in words, against their commonest reference; None for others."""
+def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
+    """The same for short answers that are classes in words, of their commonest reference; None for others."""
     if not are_short([one["reference"] for one in answers]):
         return None
     usual, num = Counter(one["reference"].strip() for one in answers).most_common(1)[0]
@@ -89,7 +87,7 @@ def _words(answer: Any) -> str:
 
 
 def named(label: str) -> str:
-    """A class in a sentence."""
+    """A class name in a sentence."""
     flat = " ".join(str(label).split())
     return f"`{flat}`" if len(flat) <= _MOST_CHARACTERS else f"`{flat[:_MOST_CHARACTERS]}…`"
 
@@ -106,19 +104,19 @@ def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mappi
     )
 
 
-def begun(sentence: str) -> str:
-    """With a capital at its beginning."""
+def capitalized(sentence: str) -> str:
+    """The sentence with a capital at its beginning."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def verdict_words(key: str, change: Mapping[str, Any]) -> str:
-    """A paired difference and what it is worth: +3.2 (+1.0 to +5.1) points, better."""
+    """A paired difference and its verdict: +3.2 (+1.0 to +5.1) points, better."""
     info = info_of(key)
     verdict = info.verdict(change)
     if change["value"] == 0:
         return "the same"
-    told = {"better": ", better", "worse": ", worse", "unclear": ", which may be chance"}
-    return info.difference(change) + told.get(verdict, "")
+    words = {"better": ", better", "worse": ", worse", "unclear": ", which may be chance"}
+    return info.difference(change) + words.get(verdict, "")
 
 
 def never_right(details: Mapping[str, Any]) -> Iterator[str]:
@@ -141,10 +139,10 @@ def never_right(details: Mapping[str, Any]) -> Iterator[str]:
 
 
 def too_few(num: int, unit: str) -> Iterator[str]:
-    """A sentence on what cannot be concluded from so few rows, if they are few."""
-    told = f"{num:,} {unit}{'' if num == 1 else 's'} {'is' if num == 1 else 'are'}"
+    """A sentence that warns of few rows, if they are few."""
+    count = f"{num:,} {unit}{'' if num == 1 else 's'} {'is' if num == 1 else 'are'}"
     way = "Hold out more: data.held_out, or a file with --eval."
-    if num < LEAST_ROWS:
-        yield f"{told} too few to conclude anything: below {LEAST_ROWS} nothing is called better or worse. {way}"
+    if num < FEWEST_ROWS:
+        yield f"{count} too few to conclude anything: below {FEWEST_ROWS} nothing is called better or worse. {way}"
     elif num < FEW_ROWS:
-        yield f"{told} few: on other {unit}s of the same kind this may turn out differently. {way}"
+        yield f"{count} few: on other {unit}s of the same kind this may turn out differently. {way}"

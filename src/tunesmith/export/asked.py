@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
-from tunesmith.evaluation.generation import Sampling, answer, read_answer
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
 from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
 from tunesmith.models.kind import model_kind
@@ -111,9 +110,9 @@ class TorchAsked(ByRenderer):
     def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
         how = Sampling(max_new_tokens=num_tokens)
         texts: list[str] = []
-        for start in range(0, len(prompts), ANSWERED_TOGETHER):
+        for start in range(0, len(prompts), ANSWER_BATCH):
             texts += [
-                given.text for given in answer(self.model, renderer, prompts[start : start + ANSWERED_TOGETHER], how)
+                given.text for given in generate(self.model, renderer, prompts[start : start + ANSWER_BATCH], how)
             ]
         return texts
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tunesmith import __version__
-from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report.judging import up_to_date
 from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
@@ -95,9 +95,9 @@ def _head(
     head["tags"] = ["tunesmith", source.recipe.method.name, str(source.recipe.task)]
     results = _measured(report, "after")
     metrics = [
-        {"type": key, "name": MEASURES[key].label, "value": round(float(interval["value"]), 6)}
+        {"type": key, "name": METRICS[key].label, "value": round(float(interval["value"]), 6)}
         for key, interval in results.items()
-        if key in MEASURES
+        if key in METRICS
     ]
     if metrics:
         dataset = {"name": "held-out rows", "type": "private"}
@@ -145,13 +145,13 @@ def _data(report: Mapping[str, Any]) -> str:
 
 def _measures(report: Mapping[str, Any]) -> str:
     before, after = (_measured(report, name) for name in ("before", "after"))
-    keys = [key for key in after if key in MEASURES]
+    keys = [key for key in after if key in METRICS]
     if not keys:
         return "Nothing was held out, so nothing was measured."
     columns = ["On held-out rows", *(["before", "after"] if before else ["tuned"]), "95 % interval"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for key in keys:
-        info, then = MEASURES[key], before.get(key)
+        info, then = METRICS[key], before.get(key)
         # The general text is one text: its loss has no interval.
         ends = [info.text(float(after[key][end])) for end in ("low", "high") if end in after[key]]
         was = [info.text(float(then["value"])) if then else "–"] if before else []

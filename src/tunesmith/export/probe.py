@@ -25,8 +25,8 @@ from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Masking
 from tunesmith.data.labels import targets
 from tunesmith.data.render import Renderer
-from tunesmith.evaluation.general import passages
-from tunesmith.evaluation.samples import PromptRoom, sample_prompts
+from tunesmith.evaluation.forgetting import passages
+from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import loaders
 from tunesmith.export.asked import Asked, Asks
 from tunesmith.export.pre_tokenizers import PROBE
@@ -165,8 +165,8 @@ def _losses(logits_NV: torch.Tensor, batch: Batch, labels: Labels | None) -> tor
 
 def _prompts(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]:
     longest = renderer.max_tokens or MOST_TOKENS
-    room = PromptRoom(longest, cut_to=longest)
-    made = sample_prompts(renderer, examples, room=room, new_tokens=ANSWER_TOKENS)
+    room = PromptLimit(longest, cut_to=longest)
+    made = sample_prompts(renderer, examples, limit=room, new_tokens=ANSWER_TOKENS)
     return [list(prompt.ids) for prompt in made]
 
 

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from tunesmith.data.examples import examples
 from tunesmith.data.folders import expand
 from tunesmith.errors import DataError
-from tunesmith.evaluation.general import GENERAL_INSTRUCTIONS, passages
+from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
 from tunesmith.export.source import Source
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run

@@ -21,28 +21,25 @@ from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, see,
 from tunesmith.data.rows import counted, refuse_bad
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import InputError, NonFiniteError
-from tunesmith.evaluation.answers import answer_measures, answer_scores
-from tunesmith.evaluation.generation import Sampling
-from tunesmith.evaluation.intervals import Interval
-from tunesmith.evaluation.measure import constant_of, evaluate
-from tunesmith.evaluation.outcomes import Outcomes, row_facts
-from tunesmith.evaluation.row_lines import row_lines
-from tunesmith.evaluation.samples import (
+from tunesmith.evaluation.bootstrap import Interval
+from tunesmith.evaluation.generate import (
     MOST_SHORT,
-    PromptRoom,
+    PromptLimit,
+    Sampling,
     answer_samples,
+    has_short_answers,
     new_tokens_for,
-    remarks_on,
+    sample_notes,
     sample_prompts,
-    teach_short_answers,
 )
-from tunesmith.evaluation.scores import score
+from tunesmith.evaluation.predict_rows import constant_answer, predict_rows, row_lines, row_results
+from tunesmith.evaluation.scores import RowResult, answer_scores, score, score_answers
 from tunesmith.evaluation.verdicts import (
-    against_baseline,
-    against_usual_answer,
+    answer_baseline,
     baseline_sentence,
-    begun,
+    capitalized,
     never_right,
+    row_baseline,
     too_few,
 )
 from tunesmith.formatting import plural
@@ -67,7 +64,7 @@ class Evaluation:
     num_rows: int
     measures: dict[str, Interval]
     baseline: dict[str, Any] | None
-    """What a constant answer gets on the same rows: see `against_baseline`."""
+    """What a constant answer gets on the same rows: see `row_baseline`."""
     headline: list[str]
     """What that proves, and on how few rows, in sentences."""
     details: dict[str, Any]
@@ -108,7 +105,7 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(speaker, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        outcomes = evaluate(
+        outcomes = predict_rows(
             speaker.model,
             bind(task, speaker.labels),
             _feed(speaker, store),
@@ -116,19 +113,19 @@ def evaluate_file(
             tokens_per_pass=speaker.tokens_per_pass(store.lengths.tolist()),
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
-        measures, details, baseline = _judged(speaker, trained, store, outcomes)
+        results = row_results(speaker.head, speaker.labels, outcomes, store.hashes)
+        measures, details, baseline = _judged(speaker, trained, store, results)
         _refuse_no_numbers(measures, speaker, path)
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
-        how: dict[str, Any] = {"labels": speaker.labels, "tokenizer": speaker.renderer.tokenizer}
-        keep(row_lines(store, rows_I, outcomes, head=speaker.head, texts=texts, **how))
+        keep(row_lines(store, rows_I, results, tokenizer=speaker.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or speaker.is_base else trained.count(store.hashes)
     notes = [*weight_notes, *counted([store], problems), *_trained_on(speaker, num_trained, len(rows_I))]
     told, remarks = _answered(speaker, data, store, samples, on_progress)
     answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
-    measures |= answer_measures(answers, references, bleu=speaker.recipe.evaluation.bleu)
+    measures |= score_answers(answers, references, bleu=speaker.recipe.evaluation.bleu)
     if baseline is None and told:
         scored = zip(told, answer_scores(answers, references), strict=True)
-        baseline = against_usual_answer([{**sample, **scores} for sample, scores in scored])
+        baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
     headline = _headline(task, measures, baseline, details, store)
     return Evaluation(task, len(rows_I), measures, baseline, headline, details, told, num_trained, [*notes, *remarks])
 
@@ -152,29 +149,25 @@ def _encoded(speaker: Speaker, data: Data, folder: Path, problems: list[Problem]
 
 
 def _judged(
-    speaker: Speaker, trained: Trained | None, store: RowStore, outcomes: Outcomes
+    speaker: Speaker, trained: Trained | None, store: RowStore, results: list[RowResult]
 ) -> tuple[dict[str, Interval], dict[str, Any], dict[str, Any] | None]:
     """Measures, details, and what a constant answer gets: by the training rows' labels, where they are known."""
     rows_I, labels = np.arange(len(store)), speaker.labels
-    constant = constant_of(labels, store, rows_I) if trained is None else trained.constant(labels)
+    constant = constant_answer(labels, store, rows_I) if trained is None else trained.constant(labels)
     measures, details = score(
-        speaker.head,
-        labels,
-        outcomes,
-        task=speaker.renderer.task_name,
+        results,
+        classes=() if labels is None else labels.names,
         constant=constant,
         constant_from="the rows measured" if trained is None else "the training rows",
-        hashes_I=store.hashes,
     )
-    facts = list(row_facts(speaker.head, labels, outcomes)) if constant is not None else []
-    return measures, details, against_baseline(facts, details.get("constant"), details.get("labels", ()))
+    return measures, details, row_baseline(results, details.get("constant"), details.get("labels", ()))
 
 
 def _headline(
     task: str, measures: dict[str, Interval], baseline: dict[str, Any] | None, details: dict[str, Any], store: RowStore
 ) -> list[str]:
     """What the measures prove, and on how few rows."""
-    sentence = [] if baseline is None else [f"{begun(baseline_sentence(measures, baseline))}."]
+    sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
     few = too_few(len(np.unique(store.hashes)), "document") if task == "text" else too_few(len(store), "row")
     return [*sentence, *never_right(details), *few]
 
@@ -250,17 +243,17 @@ def _answered(
     """The rows of smallest content hash, whatever their order in the file, answered; and what to say of that."""
     task = speaker.renderer.task_name
     if num is None:
-        usual = MOST_SHORT if teach_short_answers(store.targets) else SAMPLES
+        usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
         num = usual if TASKS[task].writes_answers else 0
     if num == 0:
         return [], []
     new_tokens = new_tokens_for(store.targets, speaker.recipe.evaluation.sample_tokens)
     rows = (example for _, example in examples(data.train, data, ignore, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
-    room = PromptRoom.of(speaker.renderer, model_tokens=speaker.room, new_tokens=new_tokens)
-    prompts = sample_prompts(speaker.renderer, chosen, room=room, new_tokens=new_tokens)
+    room = PromptLimit.of(speaker.renderer, model_tokens=speaker.room, new_tokens=new_tokens)
+    prompts = sample_prompts(speaker.renderer, chosen, limit=room, new_tokens=new_tokens)
     how = Sampling(max_new_tokens=new_tokens)
     told = list(answer_samples(speaker.model, speaker.renderer, prompts, how, on_progress))
     were = "was" if len(told) == 1 else "were"
     said = f"{plural(len(told), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
-    return told, [said, *remarks_on(prompts, num_rows=len(chosen))]
+    return told, [said, *sample_notes(prompts, num_rows=len(chosen))]

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from tunesmith.data.batch import build_batch
 from tunesmith.data.passes import fill_passes
 from tunesmith.errors import DataError, InputError
-from tunesmith.evaluation.generation import Sampling, answer
-from tunesmith.evaluation.outcomes import sigmoid, softmax
-from tunesmith.evaluation.samples import PromptRoom
+from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
+from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.lines import Answered, Line
 from tunesmith.inference.load import Speaker
 from tunesmith.models import contention
@@ -108,7 +107,7 @@ class Predictor:
         prompts = {i: prompt for i, prompt in enumerate(asked) if not isinstance(prompt, Problem)}
         how = Sampling(max_new_tokens=self.max_new_tokens)
         for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
-            told = answer(self.speaker.model, self.speaker.renderer, [prompts[i] for i in members], how)
+            told = generate(self.speaker.model, self.speaker.renderer, [prompts[i] for i in members], how)
             for i, given in zip(members, told, strict=True):
                 results[i] = {key: given.text}
                 if not given.stopped and self.task != "text":  # which never comes to an end by itself
@@ -121,9 +120,9 @@ class Predictor:
 
     def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """What the model is given, if that leaves room for an answer."""
-        room = PromptRoom.of(self.speaker.renderer, model_tokens=self.speaker.room, new_tokens=self.max_new_tokens)
+        room = PromptLimit.of(self.speaker.renderer, model_tokens=self.speaker.room, new_tokens=self.max_new_tokens)
         try:
-            ids, cut = room.ask(self.speaker.renderer, example)
+            ids, cut = room.encode(self.speaker.renderer, example)
         except DataError as error:
             return Problem(example.source, "no_prompt", str(error))
         if not ids:

@@ -13,8 +13,8 @@ from tunesmith.data.folders import expand
 from tunesmith.data.sides import split
 from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError
-from tunesmith.evaluation.measure import constant_of
-from tunesmith.evaluation.outcomes import Constant
+from tunesmith.evaluation.predict_rows import constant_answer
+from tunesmith.evaluation.scores import Constant
 from tunesmith.recipe.knobs import DataFile, known
 from tunesmith.runs.folder import Run
 from tunesmith.types import Labels
@@ -32,8 +32,8 @@ class Trained:
         return int(np.isin(hashes, self.store.hashes[self.rows_I]).sum())
 
     def constant(self, labels: Labels | None) -> Constant | None:
-        """What to answer without reading a row; see `constant_of`."""
-        return constant_of(labels, self.store, self.rows_I)
+        """What to answer without reading a row; see `constant_answer`."""
+        return constant_answer(labels, self.store, self.rows_I)
 
 
 def find_trained(run: Run) -> Trained | None:

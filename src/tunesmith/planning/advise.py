@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
 from tunesmith.environment import cores
-from tunesmith.evaluation.samples import FEW_ANSWERS, MOST_SHORT, teach_short_answers
+from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
@@ -265,7 +265,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if TASKS[known(recipe.task)].learns_classes or facts.kind == "encoder":
         return 0, "such a model writes no answers"
-    if not teach_short_answers(facts.held_targets_I):
+    if not has_short_answers(facts.held_targets_I):
         return FEW_ANSWERS, "enough to look at"
     num = min(len(facts.held_targets_I), MOST_SHORT)
     which = f"{num:,} of the" if num < len(facts.held_targets_I) else "all"

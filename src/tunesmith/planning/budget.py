@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER
+from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.generate import ANSWER_BATCH
 from tunesmith.planning.advise import operations_per_second, with_choice
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import Choice
@@ -64,7 +64,7 @@ def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Reci
     budget = max(TRAINED * size.trained * SHARE / (1 - SHARE), unnoticed)
 
     def answering(samples: int) -> float:
-        return 2.0 * WORD * math.ceil(min(samples, size.prompts) / ANSWERED_TOGETHER) * size.answer_tokens
+        return 2.0 * WORD * math.ceil(min(samples, size.prompts) / ANSWER_BATCH) * size.answer_tokens
 
     found: dict[str, tuple[int | bool, int | bool]] = {}  # name → what is chosen, what a longer run has
 

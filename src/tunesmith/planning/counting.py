@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from tunesmith.data.rows import Rows
 from tunesmith.data.store import RowStore
-from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.evaluation.row_lines import looked_through
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER, new_tokens_for
+from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
+from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.work import Kind
 from tunesmith.recipe.knobs import Recipe, known
 from tunesmith.types import HeadName
@@ -32,7 +32,7 @@ def amount(store: RowStore, rows_I: NDArray[np.int64]) -> Amount:
 
 def seen_rows(recipe: Recipe, rows: Rows) -> NDArray[np.int64]:
     """The training rows that are looked through at the end."""
-    return looked_through(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
+    return sample_rows(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
 
 
 def evaluations(recipe: Recipe, steps: int) -> int:
@@ -61,7 +61,7 @@ def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> in
     asked = min(known(recipe.evaluation.samples), len(rows.held_rows))
     general = ANSWER_TOKENS if is_general else 0
     tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
-    return 2 * (-(-asked // ANSWERED_TOGETHER) * tokens + general)
+    return 2 * (-(-asked // ANSWER_BATCH) * tokens + general)
 
 
 def counts(recipe: Recipe, rows: Rows, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:

@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 
 from tunesmith.data.store import RowStore
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import general
-from tunesmith.evaluation.answers import answer_measures, answer_scores
-from tunesmith.evaluation.generation import Sampling
-from tunesmith.evaluation.intervals import Interval
-from tunesmith.evaluation.measure import constant_of, evaluate
-from tunesmith.evaluation.metrics import MEASURES
-from tunesmith.evaluation.outcomes import Outcomes
-from tunesmith.evaluation.row_lines import looked_through, most_surprising, row_lines
-from tunesmith.evaluation.samples import answer_samples
-from tunesmith.evaluation.scores import score
+from tunesmith.evaluation import forgetting
+from tunesmith.evaluation.bootstrap import Interval
+from tunesmith.evaluation.generate import Sampling, answer_samples
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.predict_rows import (
+    Predictions,
+    constant_answer,
+    highest_loss,
+    predict_rows,
+    row_lines,
+    row_results,
+    sample_rows,
+)
+from tunesmith.evaluation.scores import RowResult, answer_scores, score, score_answers
 from tunesmith.recipe.knobs import known
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.progress import Session
@@ -40,7 +44,7 @@ def look(session: Session, name: str) -> None:
     measure_held_out(session, name)
     begun = time.perf_counter()
     _answer(session, name)
-    if known(session.setup.recipe.evaluation.general) and session.setup.speaks:
+    if known(session.setup.recipe.evaluation.general) and session.setup.can_generate:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)
@@ -55,18 +59,17 @@ def measure_held_out(session: Session, name: str) -> None:
     begun = time.perf_counter()
     outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
     hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
+    labels = setup.rows.labels
+    results = row_results(setup.head, labels, outcomes, hashes_I)
     measures, details = score(
-        setup.head,
-        setup.rows.labels,
-        outcomes,
-        task=setup.task.name,
-        hashes_I=hashes_I,
-        constant=constant_of(setup.rows.labels, setup.rows.store, setup.rows.train_rows),
+        results,
+        classes=() if labels is None else labels.names,
+        constant=constant_answer(labels, setup.rows.store, setup.rows.train_rows),
     )
     if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
     if name in ("before", "after"):
-        lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, outcomes)
+        lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, results)
         _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - begun
@@ -85,8 +88,8 @@ def measure_held_out(session: Session, name: str) -> None:
     session.emit("evaluation", values, {"seconds": seconds})
 
 
-def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Outcomes:
-    return evaluate(
+def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
+    return predict_rows(
         session.setup.model,
         session.setup.task,
         feed,
@@ -97,7 +100,7 @@ def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str)
 
 
 def _lines(
-    session: Session, store: RowStore, rows_I: NDArray[np.int64], outcomes: Outcomes
+    session: Session, store: RowStore, rows_I: NDArray[np.int64], results: list[RowResult]
 ) -> Iterator[dict[str, Any]]:
     setup = session.setup
     known = setup.rows.texts(store, rows_I)
@@ -105,15 +108,7 @@ def _lines(
     if (num := texts.count(None)) and setup.task.name != "text":
         words = "row is shown as its tokens spell it" if num == 1 else "rows are shown as their tokens spell them"
         session.emit("note", {"text": f"{num:,} {words}: the data files are gone or have changed"})
-    return row_lines(
-        store,
-        rows_I,
-        outcomes,
-        head=setup.head,
-        labels=setup.rows.labels,
-        tokenizer=setup.renderer.tokenizer,
-        texts=texts,
-    )
+    return row_lines(store, rows_I, results, tokenizer=setup.renderer.tokenizer, texts=texts)
 
 
 def _metric(measures: Mapping[str, Interval], key: str) -> float:
@@ -125,7 +120,7 @@ def _metric(measures: Mapping[str, Interval], key: str) -> float:
 def _remember(session: Session, value: float) -> None:
     """Whether this evaluation is the best so far, by the metric that the recipe names."""
     progress = session.progress
-    sign = -1.0 if MEASURES[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
+    sign = -1.0 if METRICS[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
     best = progress.best.get("value")
     if math.isfinite(value) and (best is None or sign * value < sign * best):
         progress.best = {"step": progress.step, "value": value}
@@ -149,14 +144,14 @@ def _answer(session: Session, name: str) -> None:
     scored = zip(told, answer_scores(answers, references), strict=True)
     lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
-    measures = answer_measures(answers, references, bleu=setup.recipe.evaluation.bleu)
+    measures = score_answers(answers, references, bleu=setup.recipe.evaluation.bleu)
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
 
 
 def _measure_general(session: Session, name: str) -> None:
     """A "general" event: loss on the general text kept in the package, and general instructions answered."""
     setup = session.setup
-    losses_P, counts_P = general.text_losses(
+    losses_P, counts_P = forgetting.text_losses(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
     )
     loss = float(losses_P.sum() / counts_P.sum())
@@ -165,7 +160,7 @@ def _measure_general(session: Session, name: str) -> None:
         "loss": loss,
         "tokens": int(counts_P.sum()),
         "passages": {"losses": losses_P.tolist(), "tokens": counts_P.tolist()},
-        "answers": general.answers(setup.model, setup.renderer),
+        "answers": forgetting.answers(setup.model, setup.renderer),
     }
     session.emit("general", values)
     if name == "after":
@@ -173,8 +168,8 @@ def _measure_general(session: Session, name: str) -> None:
         before = next((values for values in told if values["name"] == "before"), None)
         if before is None:  # the log has lost it
             return
-        moved = general.change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
-        text, past_bound = general.verdict(before["loss"], loss, moved)
+        moved = forgetting.loss_change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
+        text, past_bound = forgetting.assess(before["loss"], loss, moved)
         if past_bound:
             session.emit("note", {"text": text})
 
@@ -186,9 +181,10 @@ def find_surprising(session: Session) -> None:
     if most == 0:
         return
     begun = time.perf_counter()
-    rows_I = looked_through(setup.rows.store, setup.rows.train_rows, most)
+    rows_I = sample_rows(setup.rows.store, setup.rows.train_rows, most)
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
-    lines = most_surprising(_lines(session, setup.rows.store, rows_I, outcomes))
+    results = row_results(setup.head, setup.rows.labels, outcomes, setup.rows.store.hashes[rows_I])
+    lines = highest_loss(_lines(session, setup.rows.store, rows_I, results))
     _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))
     session.progress.evaluate_seconds += time.perf_counter() - begun
 

@@ -15,9 +15,9 @@ from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.filling import fills
 from tunesmith.data.rows import Places, Rows, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
-from tunesmith.evaluation import general
-from tunesmith.evaluation.metrics import MEASURED
-from tunesmith.evaluation.samples import new_tokens_for
+from tunesmith.evaluation import forgetting
+from tunesmith.evaluation.generate import new_tokens_for
+from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS
 from tunesmith.models import load, rope
@@ -143,7 +143,7 @@ def _measuring(
     """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
     row = float(rows.store.lengths[rows.train_rows].mean())
     steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
-    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
+    speaks = forgetting.can_generate(start.head, is_causal=start.kind == "causal", max_tokens=start.size.max_tokens)
     size = RunSize(
         num_parameters=start.size.num_params,
         device=device,
@@ -208,10 +208,10 @@ def _reason(error: Exception) -> str:
 
 def _general_tokens(recipe: Recipe, start: Start) -> int:
     """Of the general text, where it is measured."""
-    speaks = general.speaks(start.head, is_causal=start.kind == "causal", room=start.size.max_tokens)
+    speaks = forgetting.can_generate(start.head, is_causal=start.kind == "causal", max_tokens=start.size.max_tokens)
     if not (known(recipe.evaluation.general) and speaks):
         return 0
-    return sum(len(row.ids) for row in general.general_rows(start.renderer.tokenizer))
+    return sum(len(row.ids) for row in forgetting.general_rows(start.renderer.tokenizer))
 
 
 def _without_layers(recipe: Recipe) -> Recipe:
@@ -243,7 +243,7 @@ def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
 def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
     if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
-    keys = MEASURED[head if rows.labels is None else rows.labels.kind]
+    keys = HEAD_METRICS[head if rows.labels is None else rows.labels.kind]
     if recipe.evaluation.metric not in keys:
         raise RecipeError(
             f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."

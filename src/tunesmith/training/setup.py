@@ -17,8 +17,8 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
-from tunesmith.evaluation.general import speaks
-from tunesmith.evaluation.samples import PromptRoom, SamplePrompt, new_tokens_for, remarks_on, sample_prompts
+from tunesmith.evaluation.forgetting import can_generate
+from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, Method, attach
 from tunesmith.methods.together import compute_together
@@ -89,9 +89,9 @@ class Setup:
     """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
 
     @property
-    def speaks(self) -> bool:
+    def can_generate(self) -> bool:
         """Whether the model goes on with text, so that its general ability can be asked for."""
-        return speaks(self.head, is_causal=self.plan.layout != "encoder_decoder", room=self.room)
+        return can_generate(self.head, is_causal=self.plan.layout != "encoder_decoder", max_tokens=self.room)
 
     def save_result(self, folder: Path) -> None:
         """What was tuned, as it is used later."""
@@ -208,9 +208,9 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
         return [], []
     examples = rows.sample_examples(known(recipe.evaluation.samples))
     new_tokens = answer_tokens(recipe, rows)
-    room = PromptRoom.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
-    prompts = sample_prompts(start.renderer, examples, room=room, new_tokens=new_tokens)
-    return prompts, remarks_on(prompts, num_rows=len(examples))
+    room = PromptLimit.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(start.renderer, examples, limit=room, new_tokens=new_tokens)
+    return prompts, sample_notes(prompts, num_rows=len(examples))
 
 
 def answer_tokens(recipe: Recipe, rows: Rows) -> int:

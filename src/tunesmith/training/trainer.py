@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
-from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
 from tunesmith.inference.load import as_renamed
@@ -342,7 +342,7 @@ def _keep_best(session: Session) -> None:
     progress.kept = {"step": progress.step, "reason": "the last step"}
     if setup.recipe.evaluation.keep != "best" or not best:
         return
-    value = f"{MEASURES[metric].label} {MEASURES[metric].text(best['value'])}"
+    value = f"{METRICS[metric].label} {METRICS[metric].text(best['value'])}"
     if best["step"] != progress.step:
         try:
             restore(setup.attachment, checkpoint.load(session.run.checkpoints_path / f"step-{best['step']}").weights)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation import general
-from tunesmith.evaluation.answers import are_short
+from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
 from tunesmith.evaluation.report.judging import judged
 from tunesmith.evaluation.report.log import Log
+from tunesmith.evaluation.scores import are_short
 from tunesmith.runs.folder import Run
 from tunesmith.types import has_new_head
 
@@ -56,8 +56,8 @@ def _general_ability(log: Log) -> dict[str, Any] | None:
         return None
     before, after = log.general["before"], log.general["after"]
     told = before["passages"], after["passages"]
-    moved = general.change(told[0]["losses"], told[1]["losses"], told[1]["tokens"])
-    text, past_bound = general.verdict(before["loss"], after["loss"], moved)
+    moved = forgetting.loss_change(told[0]["losses"], told[1]["losses"], told[1]["tokens"])
+    text, past_bound = forgetting.assess(before["loss"], after["loss"], moved)
     pairs = zip(before["answers"], after["answers"], strict=True)
     return {
         "verdict": text,

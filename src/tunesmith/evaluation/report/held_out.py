@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation.comparing import SCORES, Told, by_key
+from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, by_key
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 
@@ -19,7 +19,7 @@ Key = tuple[str, int]
 """By which rows before and after are joined: see `by_key`."""
 
 
-def rows_of(run: Run, name: str) -> dict[tuple[str, int], Told]:
+def rows_of(run: Run, name: str) -> dict[tuple[str, int], RowResult]:
     """The held-out rows as the evaluation `name` left them, windows of a document added up; none where it left no file.
 
     Raises RunError naming the line that is no row.
@@ -28,13 +28,13 @@ def rows_of(run: Run, name: str) -> dict[tuple[str, int], Told]:
     return by_key(_lines(path)) if path.exists() else {}
 
 
-def answers_of(run: Run, name: str) -> list[Told]:
+def answers_of(run: Run, name: str) -> list[RowResult]:
     """The answers to held-out prompts of the evaluation `name`, with their scores; none where it left no file."""
     path = run.path / "evaluation" / f"answers-{name}.jsonl"
-    return list(_lines(path, ("source", "prompt", "reference", *SCORES))) if path.exists() else []
+    return list(_lines(path, ("source", "prompt", "reference", *ANSWER_SCORES))) if path.exists() else []
 
 
-def _lines(path: Path, keys: Sequence[str] = ("source", "hash", "loss", "count")) -> Iterator[Told]:
+def _lines(path: Path, keys: Sequence[str] = ("source", "hash", "loss", "count")) -> Iterator[RowResult]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = from_json(line)
@@ -46,7 +46,7 @@ def _lines(path: Path, keys: Sequence[str] = ("source", "hash", "loss", "count")
         yield row
 
 
-def flips(before: Mapping[Key, Told], after: Mapping[Key, Told]) -> dict[str, Any] | None:
+def flips(before: Mapping[Key, RowResult], after: Mapping[Key, RowResult]) -> dict[str, Any] | None:
     """Rows that were right and are wrong, and the other way round, surest first; None where no row is either."""
     lost: list[dict[str, Any]] = []
     gained: list[dict[str, Any]] = []
@@ -68,16 +68,16 @@ def flips(before: Mapping[Key, Told], after: Mapping[Key, Told]) -> dict[str, An
     }
 
 
-def _is_right(row: Told) -> bool | None:
+def _is_right(row: RowResult) -> bool | None:
     return bool(target_of(row) == row["predicted"]) if "label" in row or "tags" in row else None
 
 
-def target_of(row: Told) -> Any:
+def target_of(row: RowResult) -> Any:
     """What the row says is right: its class or classes, tags, or number; "" where it is text."""
     return next((row[key] for key in ("label", "tags", "value") if key in row), "")
 
 
-def _flip(was: Told, now: Told) -> dict[str, Any]:
+def _flip(was: RowResult, now: RowResult) -> dict[str, Any]:
     common = {"source": now["source"], "probability": _sureness(now), "text": now["text"]}
     if "tags" not in now:
         return common | {
@@ -90,7 +90,7 @@ def _flip(was: Told, now: Told) -> dict[str, Any]:
     return common | {key: ", ".join(f"word {i + 1} {tags[i]}" for i in moved) for key, tags in told.items()}
 
 
-def _sureness(row: Told) -> float:
+def _sureness(row: RowResult) -> float:
     """Of several classes the least sure one's probability."""
     chances = row.get("probability", 0.0)
     return float(min(chances, default=0.0) if isinstance(chances, list) else chances)
@@ -103,7 +103,7 @@ def label_text(label: Any) -> str:
     return f"{label:.6g}" if isinstance(label, float) else str(label)
 
 
-def worse_rows(before: Mapping[Key, Told], after: Mapping[Key, Told]) -> list[dict[str, Any]]:
+def worse_rows(before: Mapping[Key, RowResult], after: Mapping[Key, RowResult]) -> list[dict[str, Any]]:
     """The rows whose loss per target rose most: source, text where there is one, and the loss before and after."""
     found = []
     for key in before.keys() & after.keys():

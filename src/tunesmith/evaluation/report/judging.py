@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.answers import are_short
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import answers_of, rows_of
-from tunesmith.evaluation.verdicts import against_baseline, against_usual_answer, changes
+from tunesmith.evaluation.scores import are_short
+from tunesmith.evaluation.verdicts import answer_baseline, changes, row_baseline
 from tunesmith.runs.folder import Run
 from tunesmith.types import has_new_head
 
@@ -18,9 +18,9 @@ def judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     details = report["details"]["after"]
     classes = details.get("labels", ())
     after = list(rows_of(run, "after").values())
-    baseline = against_baseline(after, _constant(report), classes)
+    baseline = row_baseline(after, _constant(report), classes)
     if baseline is None and "answers" in (report["metrics"]["after"] or {}):
-        baseline = against_usual_answer(answers_of(run, "after"))
+        baseline = answer_baseline(answers_of(run, "after"))
     found: dict[str, Any] = {"changes": {}, "baseline": baseline}
     if report["metrics"]["before"] is not None:
         before = list(rows_of(run, "before").values())

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.evaluation.metrics import MEASURES
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.types import Event
 
 Interval = Mapping[str, float]
@@ -87,8 +87,8 @@ class Log:
         if name in self.general:
             measures["general_loss"] = {"value": self.general[name]["loss"]}
             rest_on["general_tokens"] = self.general[name]["tokens"]
-        known = [key for key in MEASURES if key in measures]
-        ordered = {key: measures[key] for key in (*known, *(key for key in measures if key not in MEASURES))}
+        known = [key for key in METRICS if key in measures]
+        ordered = {key: measures[key] for key in (*known, *(key for key in measures if key not in METRICS))}
         return {**{key: value for key, value in found.items() if key != "name"}, **rest_on, "measures": ordered}
 
 

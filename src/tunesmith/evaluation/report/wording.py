@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.evaluation.answers import is_short
-from tunesmith.evaluation.metrics import BASELINES, FEW_ROWS, OF_ANSWERS, MeasureInfo, Verdict, info_of
+from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
 from tunesmith.evaluation.report.log import Interval
-from tunesmith.evaluation.verdicts import baseline_sentence, begun, never_right, too_few, verdict_words
+from tunesmith.evaluation.scores import is_short
+from tunesmith.evaluation.verdicts import baseline_sentence, capitalized, never_right, too_few, verdict_words
 from tunesmith.formatting import duration, plural
 from tunesmith.tasks import TASKS
 
@@ -100,7 +100,7 @@ def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Map
     return (None, None) if its is None else ({"value": its["value"]}, its["change"])
 
 
-def _change(info: MeasureInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
+def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
     if other is None or not math.isfinite(difference := after["value"] - other["value"]):
         return ""
     if difference == 0 or (change is not None and change["value"] == 0):
@@ -165,7 +165,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}{info.phrase} is {now}."
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
-        yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{begun(sentence)}."
+        yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
     yield from never_right(report["details"]["after"])
     num, unit = _num_counted(after, key)
     yield from too_few(num, unit)
@@ -194,7 +194,7 @@ def _without_pairs(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _num_counted(after: Mapping[str, Any], key: str) -> tuple[int, str]:
     """How many of what a measure was counted on."""
-    if key in OF_ANSWERS:
+    if key in ANSWER_METRICS:
         return after["answers"], "answer"
     return (after["documents"], "document") if "documents" in after else (after["rows"], "row")
 
@@ -204,7 +204,7 @@ def _rested_on(report: Mapping[str, Any], key: str) -> str:
     after = report["metrics"]["after"]
     if key == "general_loss":
         return f"{after['general_tokens']:,} tokens of general text"
-    counted = plural(*_num_counted(after, key)) + (" to prompts" if key in OF_ANSWERS else "")
+    counted = plural(*_num_counted(after, key)) + (" to prompts" if key in ANSWER_METRICS else "")
     overlap = _overlap(report)
     return f"{counted} that were held out ({overlap})" if overlap else f"{counted} it was not trained on"
 

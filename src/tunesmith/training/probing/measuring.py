@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from tunesmith.data.feed import Feed, passes_of
 from tunesmith.data.passes import Pass
-from tunesmith.evaluation.general import general_rows, text_batches
-from tunesmith.evaluation.generation import Sampling, answer
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.forgetting import general_rows, text_batches
+from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
+from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import rehearse
-from tunesmith.evaluation.samples import ANSWERED_TOGETHER
 from tunesmith.methods import state_dict
 from tunesmith.models.modes import evaluating
 from tunesmith.planning.counting import Amount, amount, seen_rows
@@ -142,11 +141,11 @@ def _looks(setup: Setup, feed: Feed, rows_I: NDArray[np.int64]) -> Timed:
 
 
 def _look(setup: Setup, feed: Feed, members: Pass) -> None:
-    evaluate(setup.model, setup.task, feed, members, tokens_per_pass=setup.plan.tokens_per_pass)
+    predict_rows(setup.model, setup.task, feed, members, tokens_per_pass=setup.plan.tokens_per_pass)
 
 
 def _general(setup: Setup) -> dict[str, Any]:
-    if not (known(setup.recipe.evaluation.general) and setup.speaks):
+    if not (known(setup.recipe.evaluation.general) and setup.can_generate):
         return {}
     rows = general_rows(setup.renderer.tokenizer)
     batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]
@@ -174,11 +173,11 @@ def _word(setup: Setup) -> dict[str, Any]:
     """What an answer of more words takes longer than one of few."""
     if not setup.samples:
         return {}
-    prompts = [sample.ids for sample in setup.samples[:ANSWERED_TOGETHER]]
+    prompts = [sample.ids for sample in setup.samples[:ANSWER_BATCH]]
     taken = []
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the first answer of all is slower
         begun = time.perf_counter()
-        answer(setup.model, setup.renderer, prompts, Sampling(max_new_tokens=words))
+        generate(setup.model, setup.renderer, prompts, Sampling(max_new_tokens=words))
         taken.append(time.perf_counter() - begun)
     return {"answering": asdict(Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS))}
 

@@ -1,18 +1,21 @@
-"""Held-out loss: independent of batching, of dropout, and equal to a sum by hand."""
+"""Predictions of held-out rows: independent of batching and of dropout, equal to a sum by hand, written row by row."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
 from tunesmith.data.feed import Feed
-from tunesmith.evaluation.measure import evaluate
+from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
 from tunesmith.models.attention import use_ragged
 from tunesmith.tasks import TASKS
-from tunesmith.types import Row, Source
+from tunesmith.types import Labels, Row, Source
 
 VOCAB = 80
 
@@ -45,7 +48,7 @@ def model_of(arch: str, *, dropout: float = 0.0):
 
 def outcomes(model, tokens_per_pass: int, *, layout="ragged", rows=range(8)):
     feed = Feed(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
-    return evaluate(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
+    return predict_rows(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
 
 
 def loss(model, tokens_per_pass: int, *, layout="ragged") -> float:
@@ -127,3 +130,45 @@ def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
     batch = build_batch(SHELF.rows, range(8), layout="ragged", device="cpu")
     with pytest.raises(AssertionError):
         dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).losses_N.sum()))
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 40, 60, 100])
+def test_rows_of_the_smallest_hashes_are_looked_through_as_if_all_had_been_sorted(most: int):
+    generator = np.random.default_rng(0)
+    store = SimpleNamespace(hashes=generator.integers(2**62, size=80).astype(np.uint64) // np.uint64(2**57))
+    rows_I = generator.permutation(80)[:60]
+    assert len(np.unique(store.hashes)) < 40, "some are equal, so that the order of rows has a say"
+    expected = rows_I[np.argsort(store.hashes[rows_I], kind="stable")][:most]
+    assert sample_rows(store, rows_I, most).tolist() == expected.tolist()
+
+
+FIVE = Labels("one", ("a", "b", "c", "d", "e"))
+TAGS = Labels("tags", ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"))
+
+
+def test_results_of_rows_by_head():
+    def fields(head, labels, found):
+        return [
+            {k: v for k, v in row.items() if k not in ("hash", "loss", "count")} for row in results(head, labels, found)
+        ]
+
+    assert fields("next_token", None, tokens([[5, 6]], [[5, 7]])) == [{"correct": 1}]
+    assert fields("tokens", TAGS, tokens([[0, 1]], [[0, 3]])) == [{"tags": ["O", "B-LOC"], "predicted": ["O", "B-PER"]}]
+    assert fields("sequence", Labels("number"), numbers([2], [1])) == [{"value": 1, "predicted": 2}]
+    [one] = fields("sequence", FIVE, classes((np.eye(5) * 0.95 + 0.01)[[3]], [1]))
+    assert one == {"label": "b", "predicted": "d", "probability": pytest.approx(0.96, abs=1e-6)}
+    [many] = fields("sequence", Labels("many", ("a", "b")), sets([[0.9, 0.2]], [[1, 1]]))
+    assert many == {"label": ["a", "b"], "predicted": ["a"], "probability": [pytest.approx(0.9, abs=1e-6)]}
+
+
+def test_results_have_the_bytes_that_the_loss_is_of():
+    found = tokens([[5], [6]], [[5], [6]], num_bytes=[4, 0])
+    assert [row.get("bytes") for row in results("next_token", None, found)] == [4, None]
+    assert [row.get("bytes") for row in results("masked_token", None, found)] == [None, None]
+
+
+def test_results_begin_with_hash_loss_and_count():
+    found = tokens([[1]], [[1]], losses=[0.5], counts=[2.0])
+    assert row_results("next_token", None, found, np.array([255], np.uint64)) == [
+        {"hash": "00000000000000ff", "loss": 0.5, "count": 2.0, "correct": 1}
+    ]

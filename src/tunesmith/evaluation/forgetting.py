@@ -1,6 +1,6 @@
-"""How much of its general ability a model loses in tuning: loss on a text kept in the package, and fixed instructions.
+"""Forgetting probe: the loss of general text, and answers to fixed instructions, before and after training.
 
-The text is general.txt beside this file, in the public domain (CC0). It is measured in passes of one size on every
+The text is general.txt in this folder, in the public domain (CC0). It is measured in micro-batches of one size on every
 machine, so that two runs can be compared.
 """
 
@@ -23,20 +23,19 @@ from tunesmith.data.passes import fill_passes
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError
-from tunesmith.evaluation import statistics
-from tunesmith.evaluation.generation import Sampling, answer
-from tunesmith.evaluation.intervals import Interval, intervals
+from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
+from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.models.modes import evaluating
 from tunesmith.tasks import TASKS
 from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task
 
 MAX_TOKENS = 256
-"""Of a row of general text."""
+"""Most tokens of a row of general text."""
 TOKENS_PER_PASS = 512
 """Small, since every token is a target and the logits of all are held at once."""
 ANSWER_TOKENS = 48
 """Most new tokens in the answer to a general instruction."""
-ROOM_TO_SPEAK = 384
+TOKENS_NEEDED = 384
 """Positions that a passage of the general text, or an instruction and its answer, may need."""
 BOUND = 0.1
 """Rise of the general loss, in nats, beyond which a run is warned of. By the fit of Hoffmann et al. 2022 (equation 10:
@@ -59,9 +58,9 @@ GENERAL_INSTRUCTIONS: tuple[str, ...] = (
 """Facts, arithmetic, rewriting, lists, an explanation, a trick question, code and manners."""
 
 
-def speaks(head: HeadName, *, is_causal: bool, room: int) -> bool:
-    """Whether a model goes on with text in so many positions, so that its general ability can be asked for."""
-    return head == "next_token" and is_causal and room >= ROOM_TO_SPEAK
+def can_generate(head: HeadName, *, is_causal: bool, max_tokens: int) -> bool:
+    """Whether a model continues text within so many positions, so that its general ability can be measured."""
+    return head == "next_token" and is_causal and max_tokens >= TOKENS_NEEDED
 
 
 def passages() -> list[str]:
@@ -73,8 +72,8 @@ def passages() -> list[str]:
 def general_rows(tokenizer: Any) -> list[Row]:
     """The general text as rows of at most `MAX_TOKENS`: every token of a passage but its first is a target once.
 
-    Control tokens that the tokenizer writes around a text are read and not targets: whether a text ends says nothing
-    of the language. Raises ModelError for a tokenizer that cannot be used.
+    Control tokens that the tokenizer writes around a text are no targets: whether a text ends says nothing of the
+    language. Raises ModelError for a tokenizer that cannot be used.
     """
     control = ControlTokens(tokenizer, "")
     rows = []
@@ -93,7 +92,7 @@ def general_rows(tokenizer: Any) -> list[Row]:
 def text_losses(
     model: PreTrainedModel, task: Task, tokenizer: Any, *, layout: Layout, device: torch.device | str
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Of each passage its loss in nats, summed, and its number of targets, by a task that predicts next tokens: [P]."""
+    """Summed loss in nats and number of targets of each passage, by a task that predicts next tokens: [P], [P]."""
     rows = general_rows(tokenizer)
     passage_I = np.array([row.source.line - 1 for row in rows])
     losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
@@ -108,47 +107,46 @@ def text_losses(
 def text_batches(
     rows: Sequence[Row], *, layout: Layout, device: torch.device | str
 ) -> Iterator[tuple[Sequence[int], Batch]]:
-    """The passes over the rows of the general text: which rows, and the pass."""
+    """Micro-batches of the rows of the general text, each with the indices of its rows."""
     lengths = [len(row.ids) for row in rows]
     for members in fill_passes(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
         yield members, build_batch([rows[i] for i in members], members, layout=layout, device=device)
 
 
-def change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:
-    """How far the loss per token moved, in nats, by each passage's losses before and after; passages are resampled."""
+def loss_change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:
+    """Change of the loss per token, in nats, by each passage's losses before and after; passages are resampled."""
     moved_P = np.asarray(after_P, np.float64) - np.asarray(before_P, np.float64)
-    moved = statistics.ratio(moved_P, np.asarray(counts_P))
-    value = float(moved(np.ones((1, len(moved_P))))[0])
-    return intervals(len(moved_P), {"change": (value, moved)})["change"]
+    return intervals(len(moved_P), {"change": ratio(moved_P, np.asarray(counts_P))})["change"]
 
 
 def answers(model: PreTrainedModel, renderer: Renderer) -> list[dict[str, str]]:
-    """{"prompt", "answer"} of each general instruction: as a chat where the tokenizer has a template for one.
+    """{"prompt", "answer"} of each general instruction, as a chat where the tokenizer has a template for one.
 
-    Nothing where the tokenizer has neither a template nor a token that ends a text.
+    Empty where the tokenizer has neither a template nor a token that ends a text.
     """
-    asking = renderer if TASKS[renderer.task_name].is_chat else _asking(renderer.tokenizer)
-    if asking is None:
+    found = renderer if TASKS[renderer.task_name].is_chat else _instruction_renderer(renderer.tokenizer)
+    if found is None:
         return []
-    end = "" if TASKS[asking.task_name].is_chat else "\n"
-    prompts = [asking.prompt_ids((Part("user", text + end, False),)) for text in GENERAL_INSTRUCTIONS]
-    given = answer(model, asking, prompts, Sampling(max_new_tokens=ANSWER_TOKENS))
+    end = "" if TASKS[found.task_name].is_chat else "\n"
+    prompts = [found.prompt_ids((Part("user", text + end, False),)) for text in GENERAL_INSTRUCTIONS]
+    given = generate(model, found, prompts, Sampling(max_new_tokens=ANSWER_TOKENS))
     return [{"prompt": text, "answer": one.text} for text, one in zip(GENERAL_INSTRUCTIONS, given, strict=True)]
 
 
-def _asking(tokenizer: Any) -> Renderer | None:
-    """A way to ask a model that was not tuned for chats; None if there is none."""
-    ways = [task.name for task in TASKS.values() if task.is_chat or (task.raw_text and task.writes_answers)]
-    for way in ways:
+def _instruction_renderer(tokenizer: Any) -> Renderer | None:
+    """A renderer for a model that was not tuned on chats; None if there is none."""
+    for task in TASKS.values():
+        if not (task.is_chat or (task.raw_text and task.writes_answers)):
+            continue
         try:
-            return Renderer(tokenizer, way, max_tokens=None, too_long="error", control_tokens="allow")
+            return Renderer(tokenizer, task.name, max_tokens=None, too_long="error", control_tokens="allow")
         except ModelError:
             continue
     return None
 
 
-def verdict(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:
-    """One line on how much general ability moved, and whether that is past `BOUND`; then with the knobs that help."""
+def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:
+    """One line on the change of general ability, and whether it is past `BOUND`; then with the options that help."""
     if not math.isfinite(moved["value"]):
         return f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: it is not a number.", True
     value, low, high = (f"{moved[end]:+.4f}" for end in ("value", "low", "high"))

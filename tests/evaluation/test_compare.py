@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.outcome_rows import classes, tokens
+from evaluation.predictions import classes, results, tokens
 from tunesmith.errors import InputError
-from tunesmith.evaluation.comparing import SCORES, compare, compare_answers
-from tunesmith.evaluation.metrics import MEASURES
-from tunesmith.evaluation.outcomes import row_facts
-from tunesmith.evaluation.scores import score
+from tunesmith.evaluation.compare import compare_answers, compare_rows
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.scores import ANSWER_SCORES, score
 from tunesmith.types import Labels
 
 
@@ -31,7 +30,7 @@ def hashes(pairs):
 def test_rows_are_matched_by_content_whatever_their_order():
     a = [row("1", "x", "x"), row("2", "x", "y"), row("3", "y", "y")]
     b = [row("4", "x", "x"), row("3", "y", "x"), row("2", "x", "x")]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert (found.kind, found.num_rows, found.only_a, found.only_b) == ("classes", 2, 1, 1)
     assert hashes(found.won) == ["2"]
     assert hashes(found.lost) == ["3"]
@@ -41,21 +40,21 @@ def test_rows_are_matched_by_content_whatever_their_order():
 def test_rows_that_flipped_are_listed_surest_first():
     a = [row(str(i), "x", "x") for i in range(3)]
     b = [row(str(i), "x", "y", p) for i, p in enumerate((0.6, 0.9, 0.7))]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert hashes(found.lost) == ["1", "2", "0"]
     assert found.lost[0] == (a[1], b[1])
 
 
 def test_equal_rows_are_matched_one_by_one():
-    found = compare([row("1", "x", "x"), row("1", "x", "x")], [row("1", "x", "x")])
+    found = compare_rows([row("1", "x", "x"), row("1", "x", "x")], [row("1", "x", "x")])
     assert (found.num_rows, found.only_a) == (1, 1)
 
 
 def test_measures_of_classes_by_hand():
     a = [row("1", "x", "x"), row("2", "x", "y"), row("3", "y", "y"), row("4", "y", "x")]
     b = [row("1", "x", "x"), row("2", "x", "x"), row("3", "y", "y"), row("4", "y", "x")]
-    found = compare(a, b).measures
-    assert set(found) == {"loss", "accuracy", "macro_f1", "calibration_error"} <= set(MEASURES)
+    found = compare_rows(a, b).metrics
+    assert set(found) == {"loss", "accuracy", "macro_f1", "calibration_error"} <= set(METRICS)
     assert (found["accuracy"].a, found["accuracy"].b) == (0.5, 0.75)
     assert found["accuracy"].b_minus_a["value"] == 0.25
     assert found["macro_f1"].b == pytest.approx((4 / 5 + 2 / 3) / 2)
@@ -66,8 +65,8 @@ def test_difference_on_every_row_is_clear_and_on_one_is_not():
     a = [row(str(i), "x", "y" if i < 30 else "x") for i in range(100)]
     all_right = [row(str(i), "x", "x") for i in range(100)]
     one_more = [row(str(i), "x", "y" if i < 29 else "x") for i in range(100)]
-    assert compare(a, all_right).measures["accuracy"].is_clear
-    assert not compare(a, one_more).measures["accuracy"].is_clear
+    assert compare_rows(a, all_right).metrics["accuracy"].is_clear
+    assert not compare_rows(a, one_more).metrics["accuracy"].is_clear
 
 
 def test_pairing_shows_what_two_separate_intervals_hide():
@@ -75,36 +74,36 @@ def test_pairing_shows_what_two_separate_intervals_hide():
     losses = np.random.default_rng(0).exponential(5, 200)
     a = [told(str(i), loss, correct=0) for i, loss in enumerate(losses)]
     b = [told(str(i), loss - 0.05, correct=0) for i, loss in enumerate(losses)]
-    found = compare(a, b).measures["loss"]
+    found = compare_rows(a, b).metrics["loss"]
     assert found.b_minus_a == pytest.approx({"value": -0.05, "low": -0.05, "high": -0.05})
     assert found.is_clear
 
 
 def test_equal_evaluations_differ_by_nothing():
     rows = [row(str(i), "x", "xy"[i % 2]) for i in range(10)]
-    found = compare(rows, rows)
+    found = compare_rows(rows, rows)
     assert found.num_ties == 10
-    assert found.measures["accuracy"].b_minus_a == {"value": 0, "low": 0, "high": 0}
-    assert not any(difference.is_clear for difference in found.measures.values())
+    assert found.metrics["accuracy"].b_minus_a == {"value": 0, "low": 0, "high": 0}
+    assert not any(difference.is_clear for difference in found.metrics.values())
 
 
 def test_losses_of_tokens_tie_within_the_tolerance():
     """0.01 nats a token: 0.1 for ten."""
     a = [told(str(i), 20.0, 10.0, correct=5) for i in range(4)]
     b = [told(str(i), 20.0 + d, 10.0, correct=5) for i, d in enumerate((-0.2, 0.09, -0.09, 3.0))]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert (hashes(found.won), hashes(found.lost), found.num_ties) == (["0"], ["3"], 2)
 
 
 def test_windows_of_a_document_are_added_up():
     a = [told("1", 4.0, 2.0, correct=1), told("2", 9.0, 3.0, correct=0), told("1", 2.0, 1.0, correct=1)]
     b = [told("2", 9.0, 3.0, correct=0), told("1", 5.0, 4.0, correct=2)]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert found.num_rows == 2
     assert found.won[0][0]["loss"] == 6.0
-    assert found.measures["loss"].a == pytest.approx(15 / 6)
-    assert found.measures["perplexity"].b == pytest.approx(math.exp(14 / 7))
-    assert found.measures["token_accuracy"].a == pytest.approx(2 / 6)
+    assert found.metrics["loss"].a == pytest.approx(15 / 6)
+    assert found.metrics["perplexity"].b == pytest.approx(math.exp(14 / 7))
+    assert found.metrics["token_accuracy"].a == pytest.approx(2 / 6)
     assert not found.same_targets
 
 
@@ -113,48 +112,48 @@ def test_bits_per_byte_compare_where_tokens_do_not():
     a = [told("1", 4.0, 2.0, correct=1, bytes=4), told("2", 9.0, 3.0, correct=0, bytes=3)]
     a += [told("1", 2.0, 1.0, correct=1, bytes=2), told("1", 0.0, 1.0, correct=1)]  # its end is no text
     b = [told("2", 9.0, 3.0, correct=0, bytes=3), told("1", 5.0, 7.0, correct=2, bytes=6)]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert (found.are_documents, found.same_targets, found.num_rows) == (True, False, 2)
-    assert found.measures["bits_per_byte"].a == pytest.approx((6 + 9) / 9 / math.log(2))
-    assert found.measures["bits_per_byte"].b == pytest.approx((5 + 9) / 9 / math.log(2))
-    assert "bits_per_byte" in MEASURES
+    assert found.metrics["bits_per_byte"].a == pytest.approx((6 + 9) / 9 / math.log(2))
+    assert found.metrics["bits_per_byte"].b == pytest.approx((5 + 9) / 9 / math.log(2))
+    assert "bits_per_byte" in METRICS
 
 
 def test_numbers_tie_within_a_share_of_their_error():
     a = [told(str(i), 4.0, value=float(i), predicted=i + 2.0) for i in range(3)]
     b = [told(str(i), loss, value=float(i), predicted=i + loss**0.5) for i, loss in enumerate((4.03, 1.0, 9.0))]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert (hashes(found.won), hashes(found.lost), found.num_ties) == (["1"], ["2"], 1)
-    assert found.measures["mse"].b == pytest.approx((4.03 + 1 + 9) / 3)
-    assert found.measures["spearman"].a == pytest.approx(1)
+    assert found.metrics["mse"].b == pytest.approx((4.03 + 1 + 9) / 3)
+    assert found.metrics["spearman"].a == pytest.approx(1)
 
 
 def test_sets_are_right_when_whole():
     a = [row("1", ["x", "y"], ["x"], [0.8]), row("2", [], [], [])]
     b = [row("1", ["x", "y"], ["x", "y"], [0.8, 0.6]), row("2", [], ["x"], [0.7])]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert (found.kind, hashes(found.won), hashes(found.lost)) == ("sets", ["1"], ["2"])
-    assert found.measures["exact_rows"].a == 0.5
-    assert found.measures["micro_f1"].a == pytest.approx(2 * 1 / (1 + 2))
+    assert found.metrics["exact_rows"].a == 0.5
+    assert found.metrics["micro_f1"].a == pytest.approx(2 * 1 / (1 + 2))
 
 
 def test_sets_without_any_class_have_no_f1():
     rows = [row("1", [], [], []), row("2", [], [], [])]
-    assert compare(rows, rows).measures["micro_f1"].a == 0
+    assert compare_rows(rows, rows).metrics["micro_f1"].a == 0
 
 
 def test_tags_win_by_words_and_spans_are_counted():
     a = [told("1", tags=["B-P", "I-P", "O"], predicted=["B-P", "O", "O"])]
     b = [told("1", tags=["B-P", "I-P", "O"], predicted=["B-P", "I-P", "O"])]
-    found = compare(a, b)
+    found = compare_rows(a, b)
     assert hashes(found.won) == ["1"]
-    assert (found.measures["span_f1"].a, found.measures["span_f1"].b) == (0, 1)
-    assert found.measures["tag_accuracy"].a == pytest.approx(2 / 3)
+    assert (found.metrics["span_f1"].a, found.metrics["span_f1"].b) == (0, 1)
+    assert found.metrics["tag_accuracy"].a == pytest.approx(2 / 3)
 
 
 def test_tags_that_mark_no_spans_have_no_span_measures():
     rows = [told("1", tags=["N", "V"], predicted=["N", "N"])]
-    assert set(compare(rows, rows).measures) == {"loss", "tag_accuracy", "macro_f1"}
+    assert set(compare_rows(rows, rows).metrics) == {"loss", "tag_accuracy", "macro_f1"}
 
 
 def answered(number: int, score: float, *, prompt: str = "p", reference: str = "r"):
@@ -168,7 +167,7 @@ def test_answers_to_the_same_prompts_are_paired():
     b = [answered(n, n / 10 + 0.1) for n in range(8, -1, -1)]
     num, found = compare_answers(a, b)
     assert num == 8
-    assert set(found) == set(SCORES) <= set(MEASURES)
+    assert set(found) == set(ANSWER_SCORES) <= set(METRICS)
     assert (found["rougeL"].a, found["rougeL"].b) == pytest.approx((0.35, 0.45))
     assert found["rougeL"].b_minus_a == pytest.approx({"value": 0.1, "low": 0.1, "high": 0.1})
     assert found["rougeL"].is_clear
@@ -183,41 +182,35 @@ def test_answers_to_other_prompts_or_with_another_reference_do_not_compare():
 
 def test_no_common_row_says_the_way_out():
     with pytest.raises(InputError, match="no row in common"):
-        compare([row("1", "x", "x")], [row("2", "x", "x")])
+        compare_rows([row("1", "x", "x")], [row("2", "x", "x")])
 
 
 def test_two_tasks_do_not_compare():
     with pytest.raises(InputError, match="measured on classes, the second on tokens"):
-        compare([row("1", "x", "x")], [told("1", correct=1)])
+        compare_rows([row("1", "x", "x")], [told("1", correct=1)])
 
 
 def test_documents_are_resampled_as_the_evaluation_does():
     """Three windows each of 40 documents: the same number, and against zeros the same interval."""
     draw = np.random.default_rng(4)
-    hashes_I = np.repeat(np.arange(40, dtype=np.uint64), 3)
+    hashes = np.repeat(draw.permutation(40).astype(np.uint64), 3)
     sums = {"losses": np.repeat(draw.exponential(9, 40), 3), "counts": [5.0] * 120, "num_bytes": [20] * 120}
-    outcomes = tokens([[1, 2]] * 120, [[1, 3]] * 120, **sums)
-    measures, _ = score("next_token", None, outcomes, task="text", hashes_I=hashes_I)
-    facts = list(row_facts("next_token", None, outcomes))
-    rows = [{"source": "", "hash": str(h), **fact} for h, fact in zip(hashes_I, facts, strict=True)]
-    found = compare([{**row, "loss": 0.0} for row in rows], rows).measures
+    rows = results("next_token", None, tokens([[1, 2]] * 120, [[1, 3]] * 120, **sums), hashes)
+    metrics, _ = score(rows)
+    found = compare_rows([{**row, "loss": 0.0} for row in rows], rows[::-1]).metrics
     for key in ("loss", "bits_per_byte"):
-        assert found[key].b_minus_a == pytest.approx(measures[key], rel=1e-12)
+        assert found[key].b_minus_a == pytest.approx(metrics[key], rel=1e-12)
 
 
 def test_values_are_those_of_the_evaluation_itself():
     draw = np.random.default_rng(1)
     labels = Labels("one", ("p", "q", "r"))
-    rows, measures = [], []
     true = draw.integers(0, 3, 60)
-    for _ in range(2):
-        outcomes = classes(draw.dirichlet(np.ones(3), 60), true)
-        measures.append(score("sequence", labels, outcomes, task="classify")[0])
-        facts = row_facts("sequence", labels, outcomes)
-        rows.append([{"source": "", "hash": str(i), **fact} for i, fact in enumerate(facts)])
-    for key, difference in compare(*rows).measures.items():
-        assert difference.a == pytest.approx(measures[0][key]["value"], rel=1e-12)
-        assert difference.b == pytest.approx(measures[1][key]["value"], rel=1e-12)
+    rows = [results("sequence", labels, classes(draw.dirichlet(np.ones(3), 60), true)) for _ in range(2)]
+    metrics = [score(side, classes=labels.names)[0] for side in rows]
+    for key, difference in compare_rows(*rows).metrics.items():
+        assert difference.a == metrics[0][key]["value"]
+        assert difference.b == metrics[1][key]["value"]
 
 
 # trap: M3
@@ -230,10 +223,10 @@ def test_losses_of_other_class_weights_are_compared_without_them():
         assert (loss.a, loss.b) == pytest.approx((0.3, 0.3))
         assert not loss.is_clear
 
-    found = compare(a, b)
-    check(found.measures["loss"])
+    found = compare_rows(a, b)
+    check(found.metrics["loss"])
     with pytest.raises(AssertionError):  # the weighted loss of B is 1.4 / 4
-        check(compare(b, b).measures["loss"])
+        check(compare_rows(b, b).metrics["loss"])
     assert found.loss_note == (
         "the two weigh classes differently (train.class_weights): the loss is compared without weights"
     )
@@ -242,6 +235,6 @@ def test_losses_of_other_class_weights_are_compared_without_them():
 
 def test_losses_of_tags_with_other_weights_are_not_compared():
     a = [told("1", tags=["N", "V"], predicted=["N", "N"])]
-    found = compare(a, [{**a[0], "count": 4.0}])
-    assert "loss" not in found.measures
+    found = compare_rows(a, [{**a[0], "count": 4.0}])
+    assert "loss" not in found.metrics
     assert "so the losses do not compare" in found.loss_note

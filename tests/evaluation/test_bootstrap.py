@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.evaluation import intervals as module
-from tunesmith.evaluation.intervals import interval, intervals, resamples
-from tunesmith.evaluation.statistics import bins, ratio
+from tunesmith.evaluation import bootstrap as module
+from tunesmith.evaluation.bootstrap import bins, interval, intervals, ratio, resamples
 
 
 def shares(num: int):
@@ -18,7 +17,7 @@ def shares(num: int):
 
 def test_interval_of_a_share_is_as_wide_as_the_normal_approximation():
     """Half of 400 rows: 0.5 ± 1.96 · √(0.25 / 400) = ± 0.049. 0.006: the spread of percentiles of 1000 resamples."""
-    found = intervals(400, {"share": (0.5, shares(400))})["share"]
+    found = intervals(400, {"share": shares(400)})["share"]
     assert found["low"] == pytest.approx(0.451, abs=0.006)
     assert found["high"] == pytest.approx(0.549, abs=0.006)
 
@@ -36,7 +35,7 @@ def test_resamples_repeat_and_do_not_depend_on_how_many_are_held_at_once(monkeyp
 
 
 def test_one_row_has_no_width():
-    assert intervals(1, {"share": (0.0, shares(1))})["share"] == {"value": 0, "low": 0, "high": 0}
+    assert intervals(1, {"share": shares(1)})["share"] == {"value": 0, "low": 0, "high": 0}
 
 
 def test_resamples_where_a_measure_is_not_defined_are_left_out():

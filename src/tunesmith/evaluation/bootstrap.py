@@ -1,0 +1,185 @@
+"""Percentile intervals of the bootstrap, and the metrics as functions of row weights that it needs.
+
+Efron & Tibshirani 1993, §13.3. Rows are drawn with replacement, always the same ones for the same number of rows, so
+that a report repeats. A resample is a vector of weights: how often each row was drawn. A metric takes all resamples at
+once. With all weights 1 it is the number that scikit-learn, scipy or seqeval computes; with the weights of a resample
+it is that number for the rows drawn.
+"""
+
+# I rows, R resamples, C classes, G groups of equal values
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 1000
+COVERED = 0.95
+"""Share of the resamples' values that lie between `low` and `high`."""
+BINS = 10
+"""Bins of equal width in which confidence is compared with accuracy."""
+_CELLS = 1 << 22  # weights held at once: 32 MiB
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.generic]
+Statistic = Callable[[Floats], Floats]
+"""Weights [R, I] to the metric's value in each resample [R]; NaN where it is not defined there."""
+
+
+class Interval(TypedDict):
+    """A value and its 95 % interval; NaN where it is not defined, its ends also where it is infinite."""
+
+    value: float
+    low: float
+    high: float
+
+
+def intervals(num_rows: int, statistics: Mapping[str, Statistic]) -> dict[str, Interval]:
+    """Each statistic's value on all rows with its interval over resamples of these (at least one) rows."""
+    values = {key: value_of(statistic, num_rows) for key, statistic in statistics.items()}
+    return _spread(num_rows, values, statistics)
+
+
+def paired_intervals(
+    num_rows: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic], differences: Mapping[str, float]
+) -> dict[str, Interval]:
+    """Intervals of B minus A where both sides are drawn together; `differences` are the values on all rows."""
+
+    def difference(key: str) -> Statistic:
+        return lambda weights_RI: of_b[key](weights_RI) - of_a[key](weights_RI)
+
+    return _spread(num_rows, differences, {key: difference(key) for key in of_a})
+
+
+def value_of(statistic: Statistic, num_rows: int) -> float:
+    """The statistic of all rows, each counted once."""
+    return float(statistic(np.ones((1, num_rows)))[0])
+
+
+def _spread(num_rows: int, values: Mapping[str, float], statistics: Mapping[str, Statistic]) -> dict[str, Interval]:
+    drawn = [{key: statistic(weights) for key, statistic in statistics.items()} for weights in resamples(num_rows)]
+    return {key: interval(values[key], np.concatenate([some[key] for some in drawn])) for key in statistics}
+
+
+def interval(value: float, values_R: Floats) -> Interval:
+    """The value between the percentiles of the resamples in which it is defined."""
+    defined = values_R[~np.isnan(values_R)]
+    if not np.isfinite(value) or not len(defined):
+        return Interval(value=float(value), low=float("nan"), high=float("nan"))
+    low, high = np.quantile(defined, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return Interval(value=float(value), low=float(low), high=float(high))
+
+
+def resamples(num_rows: int) -> Iterator[Floats]:
+    """`RESAMPLES` times the weights of `num_rows` rows drawn with replacement, some resamples at a time: [R, I]."""
+    draw = np.random.default_rng(0)
+    at_once = max(1, _CELLS // num_rows)
+    for start in range(0, RESAMPLES, at_once):
+        num = min(at_once, RESAMPLES - start)
+        cells = draw.integers(0, num_rows, (num, num_rows)) + np.arange(num)[:, None] * num_rows
+        counts = np.bincount(cells.ravel(), minlength=num * num_rows)
+        yield counts.reshape(num, num_rows).astype(np.float64)
+
+
+def ratio(numerators_I: ArrayLike, denominators_I: ArrayLike | None = None) -> Statistic:
+    """Sum over sum, or the mean of the rows; NaN where the denominators' sum is 0."""
+    tops_I = np.asarray(numerators_I, np.float64)
+    bottoms_I = np.ones(len(tops_I)) if denominators_I is None else np.asarray(denominators_I, np.float64)
+    return lambda weights_RI: divide(weights_RI @ tops_I, weights_RI @ bottoms_I, otherwise=np.nan)
+
+
+def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statistic]:
+    """Of each row's counts of what is right, found and true; each 0 where its denominator is 0."""
+    right_I, found_I, true_I = np.asarray(counts_I3, np.float64).T
+    return (
+        lambda weights_RI: divide(weights_RI @ right_I, weights_RI @ found_I),
+        lambda weights_RI: divide(weights_RI @ right_I, weights_RI @ true_I),
+        lambda weights_RI: divide(2 * (weights_RI @ right_I), weights_RI @ (found_I + true_I)),
+    )
+
+
+def macro_f1(right_IC: Counts, both_IC: Counts, *, absent_count: bool) -> Statistic:
+    """Mean F1 of classes from what each row adds: how often a class is right, and how often it is found or true.
+
+    A class that is neither found nor true counts 0 (`absent_count`, as scikit-learn where a row has any number of
+    classes) or is left out of the mean (as where each item has one).
+    """
+    rights_IC, boths_IC = np.asarray(right_IC, np.float64), np.asarray(both_IC, np.float64)
+
+    def statistic(weights_RI: Floats) -> Floats:
+        both_RC = weights_RI @ boths_IC
+        counted_RC = np.ones_like(both_RC) if absent_count else both_RC > 0
+        return divide(divide(2 * (weights_RI @ rights_IC), both_RC).sum(1), counted_RC.sum(1))
+
+    return statistic
+
+
+def calibration_error(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> Statistic:
+    """Gap of mean confidence and accuracy in each bin, weighted by the bin's rows: ECE (Guo et al. 2017, §2)."""
+    gaps_IB = np.zeros((len(hits_I), BINS))
+    gaps_IB[np.arange(len(hits_I)), bins(confidences_I)] = confidences_I - hits_I
+    return lambda weights_RI: divide(np.abs(weights_RI @ gaps_IB).sum(1), weights_RI.sum(1))
+
+
+def bins(confidences_I: Floats) -> NDArray[np.int64]:
+    """The bin of each confidence: 0 for up to 0.1, 1 for more and up to 0.2, ..."""
+    return np.digitize(confidences_I, np.arange(1, BINS) / BINS, right=True).astype(np.int64)
+
+
+def roc_auc(positive_I: NDArray[np.bool_], scores_I: Floats) -> Statistic:
+    """Chance that a positive row scores above a negative one, ties half; NaN where all rows are of one class."""
+    order, starts, _ = _groups(scores_I)
+    positive_I = positive_I[order]
+
+    def statistic(weights_RI: Floats) -> Floats:
+        sorted_RI = weights_RI[:, order]
+        positive_RG = np.add.reduceat(sorted_RI * positive_I, starts, axis=1)
+        negative_RG = np.add.reduceat(sorted_RI * ~positive_I, starts, axis=1)
+        above_RG = np.cumsum(negative_RG, axis=1) - negative_RG / 2
+        pairs_R = positive_RG.sum(1) * negative_RG.sum(1)
+        return divide((positive_RG * above_RG).sum(1), pairs_R, otherwise=np.nan)
+
+    return statistic
+
+
+def spearman(ones_I: Floats, others_I: Floats) -> Statistic:
+    """Correlation of ranks, ties at their mean rank; NaN where either side is constant."""
+    groups = (_groups(ones_I), _groups(others_I))
+
+    def statistic(weights_RI: Floats) -> Floats:
+        one_RI, other_RI = (_ranks(weights_RI, *sorted_) for sorted_ in groups)
+        total_R1 = weights_RI.sum(1, keepdims=True)
+        one_RI -= (weights_RI * one_RI).sum(1, keepdims=True) / total_R1
+        other_RI -= (weights_RI * other_RI).sum(1, keepdims=True) / total_R1
+        spread_R = np.sqrt((weights_RI * one_RI**2).sum(1) * (weights_RI * other_RI**2).sum(1))
+        return divide((weights_RI * one_RI * other_RI).sum(1), spread_R, otherwise=np.nan)
+
+    return statistic
+
+
+def divide(tops: ArrayLike, bottoms: ArrayLike, *, otherwise: float = 0.0) -> Floats:
+    """tops / bottoms, and `otherwise` where bottoms is 0."""
+    above, below = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
+    return np.asarray(np.divide(above, below, out=np.full(above.shape, otherwise), where=below != 0))
+
+
+def _groups(values_I: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The order that sorts, where in it each group of equal values starts, and the group of each row: [I], [G], [I]."""
+    order = np.argsort(values_I, kind="stable")
+    new_I = np.ones(len(order), np.bool_)
+    new_I[1:] = np.diff(values_I[order]) != 0
+    group_I = np.empty(len(order), np.int64)
+    group_I[order] = np.cumsum(new_I) - 1
+    return order, np.flatnonzero(new_I), group_I
+
+
+def _ranks(
+    weights_RI: Floats, order: NDArray[np.int64], starts: NDArray[np.int64], group_I: NDArray[np.int64]
+) -> Floats:
+    """The mean rank of each row among all that were drawn: [R, I]."""
+    sizes_RG = np.add.reduceat(weights_RI[:, order], starts, axis=1)
+    ranks_RG = np.cumsum(sizes_RG, axis=1) - (sizes_RG - 1) / 2
+    return np.asarray(ranks_RG[:, group_I])

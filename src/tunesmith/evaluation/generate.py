@@ -1,0 +1,271 @@
+"""Answers of a model to prompts: batched generation, and the held-out prompts that a run answers before and after.
+
+Prompts are rendered by the code that renders training rows. Decoding is greedy unless a temperature is set.
+"""
+
+# B prompts, T tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from tunesmith.data.render import Renderer
+from tunesmith.formatting import plural
+from tunesmith.models import rope
+from tunesmith.models.modes import evaluating
+from tunesmith.tasks import TASKS
+from tunesmith.types import Example
+
+ANSWER_BATCH = 8
+"""Prompts that are answered in one batch."""
+FEW_ANSWERS = 16
+"""Prompts answered before and after a run for a person to read."""
+SHORT_TOKENS, SHORT_LIMIT, MOST_SHORT = 8, 16, 256
+"""Answers of at most 8 tokens, as a class, a name or a date, are right or wrong as a whole: 256 of those are answered
+and counted, with 16 tokens at most."""
+MOSTLY = 0.9
+PREFIX_TOKENS = 48
+"""Tokens of a document that are given as the prompt of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 is greedy: the most likely token."""
+    top_p: float = 1.0
+
+    def config(self, *, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+        """Every value is explicit, so that nothing left in the model's own generation config can change an answer."""
+        chosen: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=pad_id,
+            use_cache=True,
+            **chosen,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Text that a model wrote."""
+
+    text: str
+    stopped: bool
+    """False: cut off at max_new_tokens."""
+
+
+def generate(
+    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Answer]:
+    """One answer a prompt, decoded in one batch, each equal to its answer alone.
+
+    Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is padded
+    on the right, because BART and its like count positions from the first token.
+    """
+    longest = max(map(len, prompts))
+    if len(prompts) > 1 and rope.why(model.config, longest + sampling.max_new_tokens):
+        return [one for prompt in prompts for one in generate(model, renderer, [prompt], sampling)]
+    has_decoder = model.config.is_encoder_decoder
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for b, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if has_decoder else slice(longest - len(prompt), longest)
+        ids_BT[b, place] = torch.tensor(prompt)
+        mask_BT[b, place] = 1
+    out_BT = _generate(model, renderer, sampling, ids_BT, mask_BT)
+    return [
+        read_answer(renderer, [] if has_decoder else prompt, row[1 if has_decoder else longest :].tolist())
+        for prompt, row in zip(prompts, out_BT, strict=True)
+    ]
+
+
+def _generate(
+    model: PreTrainedModel, renderer: Renderer, sampling: Sampling, ids_BT: Tensor, mask_BT: Tensor
+) -> Tensor:
+    """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
+    # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
+    config = sampling.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
+    config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
+    with evaluating(model), _without_own_config(model), _contiguous_head_input(model):
+        out_BT: Tensor = model.generate(
+            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+        )
+    return out_BT
+
+
+@contextmanager
+def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the output layer gets the last tokens of prompts as a matrix of their own.
+
+    They are a slice of all tokens, and for a slice torch's matmul copies the layer's weights once for each prompt:
+    54 MiB each for SmolLM2, a GiB for 128,256 tokens of size 4,096.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
+    # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def trimmed(renderer: Renderer, text: str) -> str:
+    """An answer as it is shown: white space around a completion is part of it, around other answers it is not."""
+    return text if TASKS[renderer.task_name].raw_text else text.strip()
+
+
+def read_answer(renderer: Renderer, prompt: Sequence[int], ids: list[int]) -> Answer:
+    """Generated tokens as text. Decoded with their prompt, of which some tokenizers make the white space at the
+    beginning of the answer."""
+    end = next((i for i, token_id in enumerate(ids) if token_id in renderer.stop_ids), None)
+    before, whole = (
+        renderer.tokenizer.decode([*prompt, *written], skip_special_tokens=True) for written in ([], ids[:end])
+    )
+    if not whole.startswith(before):
+        before, whole = "", renderer.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return Answer(text=trimmed(renderer, whole[len(before) :]), stopped=end is not None)
+
+
+def has_short_answers(targets_I: NDArray[np.integer[Any]]) -> bool:
+    """Whether most rows have so few targets that their answers are right or wrong as a whole."""
+    return len(targets_I) > 0 and bool(np.mean(targets_I <= SHORT_TOKENS) >= MOSTLY)
+
+
+def new_tokens_for(targets_I: NDArray[np.integer[Any]], most: int) -> int:
+    """Most tokens of an answer to the prompts of rows with so many targets."""
+    return min(most, SHORT_LIMIT) if has_short_answers(targets_I) else most
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """A held-out row up to its last answer."""
+
+    ids: tuple[int, ...]
+    prompt: str
+    """The last turn before the answer, for a person to read."""
+    reference: str
+    source: str
+    cut: int = 0
+    """Tokens of its end that were left out to fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLimit:
+    """The longest prompts: for samples of a run, of an evaluation, and rows to predict."""
+
+    max_tokens: int
+    """Longest of any kind."""
+    cut_to: int
+    """Length to which prompts that can be cut are cut, as they were in training."""
+
+    @classmethod
+    def of(cls, renderer: Renderer, *, model_tokens: int, new_tokens: int) -> PromptLimit:
+        """The limit beside an answer of `new_tokens` where a model can attend to `model_tokens`. An encoder–decoder
+        keeps its answer apart from the prompt."""
+        left = model_tokens if renderer.kind == "encoder_decoder" else model_tokens - new_tokens
+        return cls(left, left if renderer.max_tokens is None else min(left, renderer.max_tokens))
+
+    def encode(self, renderer: Renderer, example: Example) -> tuple[list[int], int]:
+        """The prompt ids of an example's parts, and how many tokens were cut off. Raises DataError."""
+        cuts: list[int] = []
+        ids = renderer.prompt_ids(example.parts, example.tools, max_tokens=self.cut_to, on_cut=cuts.append)
+        return ids, sum(cuts)
+
+    def limit(self, cut: int) -> int:
+        """The longest prompt of which `cut` tokens were cut off: too long without its document, it asks nothing."""
+        return self.cut_to if cut else self.max_tokens
+
+
+def sample_prompts(
+    renderer: Renderer, examples: Sequence[Example], *, limit: PromptLimit, new_tokens: int
+) -> list[SamplePrompt]:
+    """The prompt of each example that has one within the limit: everything before its last trained part.
+
+    The prompt of a document is its first tokens, and the reference is the `new_tokens` that follow.
+    """
+    made = [
+        _document_prompt(renderer, example, new_tokens)
+        if example.shape == "text"
+        else _prompt(renderer, example, limit)
+        for example in examples
+    ]
+    return [prompt for prompt in made if prompt is not None and 0 < len(prompt.ids) <= limit.limit(prompt.cut)]
+
+
+def sample_notes(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]:
+    """Notes on the prompts that could be made of so many rows."""
+    num_cut, left_out = sum(prompt.cut > 0 for prompt in prompts), num_rows - len(prompts)
+    verb = "has" if left_out == 1 else "have"
+    was = "was" if num_cut == 1 else "were"
+    cut = f"{num_cut} of {plural(len(prompts), 'sample prompt')} {was} cut at the end, to the limit of training rows"
+    return [
+        *([cut] if num_cut else []),
+        *([f"{plural(left_out, 'held-out row')} {verb} no prompt to answer: empty or too long"] if left_out else []),
+    ]
+
+
+def _prompt(renderer: Renderer, example: Example, limit: PromptLimit) -> SamplePrompt | None:
+    last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+    if last == 0:
+        return None
+    before = example.parts[:last]
+    ids, cut = limit.encode(renderer, replace(example, parts=before))
+    reference = example.parts[last].text
+    return SamplePrompt(tuple(ids), before[-1].text, reference=reference, source=str(example.source), cut=cut)
+
+
+def _document_prompt(renderer: Renderer, example: Example, new_tokens: int) -> SamplePrompt | None:
+    ids = tuple(renderer.prompt_ids(example.parts, ()))
+    if len(ids) <= PREFIX_TOKENS:
+        return None
+    prefix, rest = ids[:PREFIX_TOKENS], ids[PREFIX_TOKENS : PREFIX_TOKENS + new_tokens]
+    prompt, reference = (renderer.tokenizer.decode(some, skip_special_tokens=True) for some in (prefix, rest))
+    return SamplePrompt(prefix, prompt, reference=reference, source=str(example.source))
+
+
+def answer_samples(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[SamplePrompt],
+    sampling: Sampling,
+    tick: Callable[[str, int, int], None],
+) -> Iterator[dict[str, Any]]:
+    """The values of one "sample" event a prompt, in order."""
+    for start in range(0, len(prompts), ANSWER_BATCH):
+        some = prompts[start : start + ANSWER_BATCH]
+        for sample, given in zip(some, generate(model, renderer, [s.ids for s in some], sampling), strict=True):
+            yield {
+                "prompt": sample.prompt,
+                "reference": sample.reference,
+                "answer": given.text,
+                "stopped": given.stopped,
+                "source": sample.source,
+            }
+        tick("answer", min(start + ANSWER_BATCH, len(prompts)), len(prompts))
