@@ -1,7 +1,7 @@
-"""The loop: the whole method, once.
+"""The training loop.
 
-A generator that makes one update a turn and holds no opinion about folders, progress or saving. Tasks, methods and
-optimizers enter as values; nothing else in this package takes an optimizer step.
+A generator that makes one optimizer update a turn and knows nothing of folders, progress or saving. Task, method and
+optimizer enter as values; nothing else in this package takes an optimizer step.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ import torch
 
 from tunesmith.data.passes import Pass
 from tunesmith.errors import NonFiniteError
+from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import excess, gradient_norm, rate
-from tunesmith.training.setup import Setup
-from tunesmith.training.step import gradients
-from tunesmith.training.summary import peak_memory_bytes
+from tunesmith.training.state import TrainState
+from tunesmith.training.step import compute_gradients
 from tunesmith.types import Event
 
 
-def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
-    """One "step" event for every optimizer update after step `start`.
+def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
+    """Yield one "step" event for every optimizer update after step `start`.
 
-    Between two events the model is at rest: it may be looked at, measured or saved, and `break` leaves it whole.
-    The loss of a step is the sum over its targets divided once by their number, over all passes; random numbers
-    (dropout) are a function of seed and step alone, for which torch's own generator is seeded anew at every step, so
-    nothing done between steps can change the next one. What a method adds to the loss is told beside it.
+    Between two events the model is at rest: it may be measured or saved, and `break` leaves it whole. The loss of a
+    step is the sum over its targets divided once by their number, over all micro-batches. Random numbers (dropout) are
+    a function of seed and step alone, since torch's generator is seeded anew at every step: nothing done between steps
+    can change the next one. A penalty that a method adds to the loss is reported separately.
 
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
-        OutOfMemoryError: memory ended in a pass that cannot be made smaller; the weights are those of the step before.
+        OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
-    recipe, plan, attachment, update = setup.recipe, setup.plan, setup.attachment, setup.update
-    for step in range(start + 1, setup.total_steps + 1):
-        begun = time.perf_counter()
-        if not setup.model.training:  # it takes as long as some of the layers of a small model
-            setup.model.train()
+    recipe, plan, attachment, update = state.recipe, state.plan, state.attachment, state.update
+    for step in range(start + 1, state.total_steps + 1):
+        started = time.perf_counter()
+        if not state.model.training:  # it takes as long as some of the layers of a small model
+            state.model.train()
         if update.begin():
             attachment.publish()
-        done = gradients(setup, plan, step)
+        done = compute_gradients(state, plan, step)
         plan, passes = done.plan, done.passes
         pass_losses = torch.stack(done.losses).cpu().double().tolist()
-        lr = rate(step, setup.total_steps, recipe.optim)
+        lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = gradient_norm(attachment.trained.values())
-        _require_finite(setup, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
+        _require_finite(state, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             update.step(lr, number=step, divisor=excess(grad_norm, recipe.optim.clip))
         attachment.publish()
 
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         row_ids = [i for rows in passes for i in rows]
-        tokens = sum(int(setup.rows.store.lengths[i]) for i in row_ids)
+        tokens = sum(int(state.store.lengths[i]) for i in row_ids)
         yield Event(
             kind="step",
             step=step,
@@ -73,18 +73,18 @@ def training_steps(setup: Setup, *, start: int = 0) -> Iterator[Event]:
             timing={
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
-                "peak_bytes": peak_memory_bytes(setup.device),
+                "peak_bytes": peak_memory_bytes(state.device),
             },
         )
 
 
 def _require_finite(
-    setup: Setup, step: int, *, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
+    state: TrainState, step: int, *, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
 ) -> None:
     if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
         return
     suspects = [rows for rows, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)] or passes
-    sources = [str(setup.rows.store.source(i)) for rows in suspects for i in rows]
+    sources = [str(state.store.source(i)) for rows in suspects for i in rows]
     listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
     loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
     raise NonFiniteError(

@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.data import order
-from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Rows
@@ -43,41 +42,32 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
 from tunesmith.training.inputs import Start
 from tunesmith.training.resolve import Foreseen, OnProgress, feeds, foresee, plan_of
-from tunesmith.types import Attachment, Choice, HeadName, Labels, Layout, ModelKind, Row, Task
+from tunesmith.training.state import TrainState
+from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
-class Setup:
-    """Everything the loop needs, ready to take its first step."""
+class Setup(TrainState):
+    """A run before its first step: the state of training, and everything that evaluation, report and result need."""
 
-    recipe: Recipe
-    """Resolved: no "auto" is left."""
+    model: PreTrainedModel
     choices: list[Choice]
     notes: list[str]
     """What a person should know before the first step: fallbacks, cut rows, overlaps."""
     located: locate.Located
-    model: PreTrainedModel
     room: int
     """Most tokens that the model can attend to."""
     num_parameters: int
     """Weights of the model itself, its head among them."""
     renderer: Renderer
-    task: Task
-    noise: EmbeddingNoise
     kind: ModelKind
     head: HeadName
-    attachment: Attachment
-    update: Update
     rows: Rows
-    feed: Feed
-    """Passes of `rows.store`."""
+    """The rows of `store` that are trained, those held out, and their labels."""
     held_feed: Feed
-    """Passes of `rows.held_store`."""
-    plan: Plan
-    total_steps: int
-    device: str
+    """Makes batches from rows of `rows.held_store`."""
     samples: list[SamplePrompt]
     new_head: bool
     """Whether the head's weights are new, so that it answers at random before the first step."""
@@ -148,6 +138,7 @@ def prepare(
         attachment=attachment,
         update=update,
         rows=rows,
+        store=rows.store,
         feed=feed,
         held_feed=held_feed,
         plan=plan,

@@ -1,4 +1,4 @@
-"""The gradients of one step, pass by pass; with smaller passes where memory ends."""
+"""The gradients of one step, micro-batch by micro-batch; smaller ones if memory runs out."""
 
 from __future__ import annotations
 
@@ -12,87 +12,90 @@ from tunesmith.data.batch import Plan
 from tunesmith.data.passes import Pass, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.exhausted import give_back
-from tunesmith.training.setup import Setup
-from tunesmith.training.summary import peak_memory_bytes
+from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The gradients of a step have been added up."""
+class StepGradients:
+    """The result of a step's forward and backward passes; the gradients themselves are in the attachment."""
 
     plan: Plan
-    """With smaller passes than before if memory asked for them."""
+    """The plan for the next step: with smaller micro-batches if memory ran out."""
     passes: list[Pass]
     losses: list[Tensor]
-    """Of each pass its loss sum."""
+    """Loss sum of each micro-batch."""
     penalty: float | None
-    """What the method adds to the loss of the step; None: nothing."""
+    """The method's addition to the loss of the step; None: nothing."""
     num_targets: float
     computed: int
     halved: bool
 
 
-def gradients(setup: Setup, plan: Plan, step: int) -> Gradients:
-    """Forward and backward of every pass of a step. Where memory ends, all of them again from nothing with passes half
-    as large: the same rows, and the same loss divided by the same number."""
+def compute_gradients(state: TrainState, plan: Plan, step: int) -> StepGradients:
+    """Run forward and backward for every micro-batch of a step.
+
+    If memory runs out, all of them run again with micro-batches half as large: the same rows, and the same loss
+    divided by the same number of targets.
+    """
     halved = False
     while True:
         passes = plan.step(step)
-        num_targets = sum(float(setup.rows.store.denominators[i]) for rows in passes for i in rows)
-        torch.manual_seed(_step_seed(setup.recipe.seed, step))
+        num_targets = sum(float(state.store.denominators[i]) for rows in passes for i in rows)
+        torch.manual_seed(_step_seed(state.recipe.seed, step))
         losses: list[Tensor] = []
         computed = 0
         try:
             for rows, copies in zip(passes, copies_in(passes), strict=True):
-                loss_sum, tokens = _pass(setup, rows, copies, step, num_targets)
+                loss_sum, tokens = _pass(state, rows, copies, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
-            return Gradients(plan, passes, losses, _penalise(setup), num_targets, computed, halved)
+            return StepGradients(plan, passes, losses, _penalise(state), num_targets, computed, halved)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, whose traceback holds the tensors of the pass.
-        _drop_gradients(setup)
+        _drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
-            raise _exhausted(setup, step, plan.lengths_of(passes[len(losses)]))
+            raise _exhausted(state, step, plan.lengths_of(passes[len(losses)]))
         largest = max(map(plan.computed, passes))
-        # Never more than before: a long row goes alone, whatever is said of passes.
+        # Never more than before: a row longer than the limit is a micro-batch of its own.
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
 
 
-def _pass(setup: Setup, rows: Pass, copies: Sequence[int], step: int, num_targets: float) -> tuple[Tensor, int]:
-    """Forward and backward; the loss sum, and the places that were computed."""
-    batch = setup.feed.batch(rows, draw=step, copies=copies)
-    with setup.noise.on(setup.model, batch, step):
-        loss_sum = setup.task.loss_sum(setup.model, batch)
+def _pass(state: TrainState, rows: Pass, copies: Sequence[int], step: int, num_targets: float) -> tuple[Tensor, int]:
+    """Run forward and backward; return the loss sum and the number of computed positions."""
+    batch = state.feed.batch(rows, draw=step, copies=copies)
+    with state.noise.on(state.model, batch, step):
+        loss_sum = state.task.loss_sum(state.model, batch)
     (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
-    setup.attachment.collect_gradients()
+    state.attachment.collect_gradients()
     return loss_sum.detach(), batch.num_computed
 
 
-def _penalise(setup: Setup) -> float | None:
-    """Add the gradient of what the method adds to the loss: after the passes, so once however many they are."""
-    if setup.attachment.step_hook is None:
+def _penalise(state: TrainState) -> float | None:
+    """Add the gradient of the method's penalty: once a step, however many micro-batches there are."""
+    if state.attachment.step_hook is None:
         return None
-    penalty = setup.attachment.step_hook.penalty()
+    penalty = state.attachment.step_hook.penalty()
     penalty.backward()  # type: ignore[no-untyped-call]
     return float(penalty.detach())
 
 
-def _drop_gradients(setup: Setup) -> None:
-    setup.update.drop_gradients()
-    for parameter in setup.model.parameters():
+def _drop_gradients(state: TrainState) -> None:
+    state.update.drop_gradients()
+    for parameter in state.model.parameters():
         parameter.grad = None
     give_back()
 
 
-def _exhausted(setup: Setup, step: int, lengths: list[int]) -> OutOfMemoryError:
-    setup.update.rest()
-    setup.attachment.publish()
-    peak = peak_memory_bytes(setup.device)
+def _exhausted(state: TrainState, step: int, lengths: list[int]) -> OutOfMemoryError:
+    state.update.rest()
+    state.attachment.publish()
+    peak = peak_memory_bytes(state.device)
     return OutOfMemoryError(
-        f"step {step}: memory ended in a pass of one row of {lengths[0]:,} tokens; {peak / 2**30:.2f} GiB were held at "
-        "most. The update was not made.",
+        f"step {step}: out of memory in a micro-batch of one row of {lengths[0]:,} tokens; {peak / 2**30:.2f} GiB were "
+        "allocated at most. The update was not made.",
         step=step,
         lengths=lengths,
         peak=peak,

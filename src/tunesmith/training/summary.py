@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -205,18 +204,6 @@ def versions(recipe: Recipe | None = None) -> dict[str, str]:
         **{name: version(name) for name in (*LIBRARIES, *sorted(filter(None, used)))},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     }
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Most memory held so far: on a CUDA device by tensors, else by this process."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 def plain(value: Any) -> Any:

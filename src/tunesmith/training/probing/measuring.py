@@ -22,6 +22,7 @@ from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import rehearse
 from tunesmith.methods import state_dict
+from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.models.modes import evaluating
 from tunesmith.planning.counting import Amount, amount, seen_rows
 from tunesmith.planning.devices import CUDA_CONTEXT
@@ -32,7 +33,7 @@ from tunesmith.training.loop import training_steps
 from tunesmith.training.probing.found import Timed
 from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup
-from tunesmith.training.summary import length_histogram, peak_memory_bytes
+from tunesmith.training.summary import length_histogram
 
 LONG_S = 60.0
 """A step that takes longer is the only one: what the first one has compiled weighs nothing in it."""

@@ -1,0 +1,41 @@
+"""The state of training: everything the loop needs, and nothing else of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunesmith.data.batch import Plan
+    from tunesmith.data.feed import Feed
+    from tunesmith.data.store import RowStore
+    from tunesmith.models.noise import EmbeddingNoise
+    from tunesmith.optim import Update
+    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.types import Attachment, Task
+
+
+@dataclass
+class TrainState:
+    """A model and its rows, ready for the next step. It knows no folder, no evaluation, no plan of memory."""
+
+    recipe: Recipe
+    """Resolved: no "auto" is left. The loop reads its seed and its optimizer's options."""
+    model: nn.Module
+    task: Task
+    """Gives the loss of a batch."""
+    attachment: Attachment
+    """What is trained, and how it reaches the model."""
+    update: Update
+    """The optimizer and its state."""
+    store: RowStore
+    """The encoded training rows."""
+    feed: Feed
+    """Makes a batch from rows of `store`."""
+    plan: Plan
+    """Says which rows make which step, and how they are cut into micro-batches."""
+    noise: EmbeddingNoise
+    total_steps: int
+    device: str
