@@ -121,11 +121,18 @@ def prepare(
     feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
     plan = filled_by(plan, rows.store) if feed.shares else plan
     samples, sample_notes = _samples(recipe, start, rows)
-    notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
         choices=[*seen.choices, *sharing, update.describe()],
-        notes=[*notes, *attachment.notes, *sample_notes],
+        notes=[
+            *start.notes,
+            *seen.notes,
+            *rows.notes,
+            *far_numbers(rows),
+            *padding_notes,
+            *attachment.notes,
+            *sample_notes,
+        ],
         located=start.located,
         model=model,
         room=start.size.max_tokens,
