@@ -99,9 +99,7 @@ def prepare(
 ) -> Setup:
     """Load, encode, decide and attach. Nothing is written but encoded rows: below `root`, or into `run` when resuming.
 
-    Raises:
-        RecipeError, DataError, ModelError: what was given cannot be used.
-        DoesNotFitError: it needs more memory than there is.
+    Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
     seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, start, rows = seen.recipe, seen.start, seen.rows
@@ -121,18 +119,11 @@ def prepare(
     feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
     plan = filled_by(plan, rows.store) if feed.shares else plan
     samples, sample_notes = _samples(recipe, start, rows)
+    notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
         choices=[*seen.choices, *sharing, update.describe()],
-        notes=[
-            *start.notes,
-            *seen.notes,
-            *rows.notes,
-            *far_numbers(rows),
-            *padding_notes,
-            *attachment.notes,
-            *sample_notes,
-        ],
+        notes=[*notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
         room=start.size.max_tokens,
