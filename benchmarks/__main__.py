@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=256, help="longer texts are cut")
     add("--max-rows", type=int, help="only the first rows of both files, to try it out")
     add("--method", default="full", help="ours: full or lora")
-    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="ours: any other knob of a recipe")
+    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="ours: any other option of a recipe")
     add("--threads", type=int, help="of every contestant; else each takes what it takes")
     add("--peers", nargs="*", default=["shipped", "tuned"], metavar="PEER", help="shipped, tuned")
     add("--ours-only", action="store_true", help="without the peers")

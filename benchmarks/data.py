@@ -64,11 +64,11 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
     from tunesmith.inference.load import make_renderer
     from tunesmith.models import load, locate
     from tunesmith.models.kind import model_kind
-    from tunesmith.recipe import read
+    from tunesmith.recipe.load import load as load_recipe
 
     given = {"model": model, "task": task, "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
     given |= {"data.num_proc": int(num_proc)}
-    recipe = read.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    recipe = load_recipe(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
     located = locate.locate(model, revision=None, offline=True)
     renderer = make_renderer(recipe, load.load_tokenizer(located, None), model_kind(located))
     watch = _Watch()

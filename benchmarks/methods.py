@@ -42,7 +42,7 @@ class Settings:
     data: Mapping[str, tuple[str, str]]
     """Training and test file of each data set."""
     extra: Sequence[str] = ()
-    """Any other knob of a recipe, as KNOB=VALUE."""
+    """Any other option of a recipe, as OPTION=VALUE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _run(settings: Settings, data: str, case: str, folder: Path, name: str) -> R
     train, test = settings.data[data]
     out = folder / f"{name}-run"
     shutil.rmtree(out, ignore_errors=True)
-    knobs = {
+    options = {
         **{f"method.{key}": value for key, value in CASES[case].items()},
         "train.max_steps": settings.steps[data],
         "train.rows_per_step": settings.rows_per_step,
@@ -134,7 +134,7 @@ def _run(settings: Settings, data: str, case: str, folder: Path, name: str) -> R
     }
     words = [sys.executable, "-m", "tunesmith", "train", settings.model, train, "--eval", test, "--json"]
     words += ["--out", str(out), "--runs", str(folder), "--offline"]
-    for key, value in knobs.items():
+    for key, value in options.items():
         words += ["--set", f"{key}={json.dumps(value)}"]
     for setting in settings.extra:
         words += ["--set", setting]

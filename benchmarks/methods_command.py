@@ -28,7 +28,7 @@ def add_methods(verbs: Any) -> None:
     add("--medical-steps", type=int, default=64, help="updates on texts")
     add("--rows-per-step", type=int, default=16, help="rows of one update")
     add("--only", nargs="*", default=[], metavar="CASE", help=f"of {'; '.join(methods.CASES)}")
-    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="any other knob of a recipe")
+    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="any other option of a recipe")
     add("--minutes", type=float, help="begin no case that would end later; run it again to go on")
     add("--folder", type=Path, required=True, help="of the results, one file a case: what is there is not run again")
     add(

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", nargs="+", default=["lora", "full"], help="one line of the table each")
     add("--rows-per-step", type=int, default=16)
     add("--task", help="of the rows, where they do not say")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other knob of a recipe")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other option of a recipe")
     add("--steps", type=int, default=6, help="timed before the products are, and as many after them")
     add("--operations", type=int, default=0, help="so many of each case, the longest first, by torch's profiler")
     add(

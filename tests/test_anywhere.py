@@ -16,7 +16,7 @@ from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RunError
 from tunesmith.runs.folder import Run
 
-KNOBS = {
+OPTIONS = {
     "method": {"name": "lora", "rank": 4},
     "optim": {"lr": 1e-2},
     "train": {"max_steps": 4, "rows_per_step": 3},
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(home / "deep")
     try:
-        tunesmith.train("../link", "../chats.jsonl", root="../runs", out="../runs/done", offline=True, **KNOBS)
+        tunesmith.train("../link", "../chats.jsonl", root="../runs", out="../runs/done", offline=True, **OPTIONS)
     finally:
         os.chdir(before)
     return home

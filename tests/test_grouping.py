@@ -22,9 +22,9 @@ GROUPING = "train.group_by_length"
 
 
 def recipe_of(folder, **settings):
-    train_knobs = {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64, "group_by_length": True, **settings}
+    train_options = {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64, "group_by_length": True, **settings}
     model = str(padded_folder(folder / "bart"))
-    return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_knobs, model=model)
+    return task_recipe(folder, "summarize", "encoder_decoder", rows=61, dropout=0.0, train=train_options, model=model)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bloom"])
@@ -88,7 +88,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):  # trap: R1
 
 @pytest.fixture
 def of_before(tmp_path, monkeypatch) -> Run:
-    """A run of a version that had no such knob, stopped."""
+    """A run of a version that had no such option, stopped."""
     from tunesmith.training import setup as preparing
 
     right = preparing._identity

@@ -1,4 +1,4 @@
-"""`kernels: fast` and `kernels: plain` are one training: the knob says how, not what."""
+"""`kernels: fast` and `kernels: plain` are one training: the option says how, not what."""
 
 from __future__ import annotations
 

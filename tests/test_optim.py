@@ -18,7 +18,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import CheckpointError
 from tunesmith.optim import SCHEDULES, Update, decays, excess, gradient_norm, rate, warmup_steps
 from tunesmith.optim.update import LARGE, PIECE
-from tunesmith.recipe.knobs import Optim
+from tunesmith.recipe.schema import Optim
 from tunesmith.training.setup import prepare
 
 Rate = Callable[[int, int, Optim], float]

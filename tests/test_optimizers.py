@@ -24,9 +24,9 @@ from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.methods import METHODS
 from tunesmith.methods.masters import Masters
 from tunesmith.optim import OPTIMIZERS, Update
-from tunesmith.recipe.knobs import LoraMethod
-from tunesmith.recipe.optim_knobs import USUAL, Optim, OptimizerName
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import LoraMethod
+from tunesmith.recipe.schema import USUAL, Optim, OptimizerName
 from tunesmith.runs.folder import runs
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import prepare
@@ -72,7 +72,7 @@ def optim(name: str, **settings: object) -> Optim:
     return Optim(name=name, lr=0.01, weight_decay=0.1, **settings)  # type: ignore[arg-type]
 
 
-def test_the_table_the_knobs_and_the_references_name_the_same_optimizers() -> None:
+def test_the_table_the_options_and_the_references_name_the_same_optimizers() -> None:
     names = ["adamw", "adamw_8bit", "lion", "adafactor", "muon", "schedule_free"]
     assert list(OPTIMIZERS) == list(USUAL) == list(get_args(OptimizerName)) == list(REFERENCES) == names
     assert all(row.name == name and row.doc for name, row in OPTIMIZERS.items())

@@ -11,7 +11,7 @@ from tiny_run import values_of
 from tiny_tasks import encoder_decoder_folder, task_recipe
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.forgetting import can_generate
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps
 from tunesmith.training.resolve import foresee

@@ -18,8 +18,8 @@ from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.exporting import export_run
 from tunesmith.inference.load import load_run, load_target
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.serve.batch import Batch
 from tunesmith.serve.protocol import EngineOptions

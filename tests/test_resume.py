@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.inference.trained import find_trained
-from tunesmith.recipe.knobs import DataFile
-from tunesmith.recipe.show import as_yaml
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training import resolve as forecasting
@@ -69,7 +69,7 @@ def reference(request, tmp_path_factory) -> tuple[Path, Run]:
 
 
 def tiny_method(method):
-    from tunesmith.recipe.knobs import FullMethod, LoraMethod
+    from tunesmith.recipe.methods import FullMethod, LoraMethod
 
     return FullMethod() if method.get("name") == "full" else LoraMethod(rank=4, alpha=8, dropout=0.1)
 
@@ -253,7 +253,7 @@ sys.path[:0] = sys.argv[4:]
 for name in Path(sys.argv[3]).read_text().split():  # the imports are not what is killed
     with contextlib.suppress(Exception):
         importlib.import_module(name)
-from tunesmith.recipe.read import load
+from tunesmith.recipe.load import load
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.trainer import resume, train
 recipe, root = sys.argv[1], Path(sys.argv[2])

@@ -13,8 +13,8 @@ import pytest
 
 from faults import Faults, in_child
 from tunesmith.errors import RunError, StorageError
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.show import as_yaml
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.types import Event
 

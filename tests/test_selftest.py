@@ -13,7 +13,7 @@ from tiny_model import tiny_model
 from tiny_run import model_folder
 from tiny_tasks import folder_of, task_recipe
 from tunesmith.cli.app import app
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 from tunesmith.training.selftest import _small, selftest
 from tunesmith.training.trainer import train
 

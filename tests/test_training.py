@@ -30,7 +30,7 @@ def recipe_of(folder: Path, *, arch="llama", method="lora", task="chat", precisi
     recipe = tiny_recipe(folder, arch=arch, precision=precision, **sections)
     changes: dict = {"task": task}
     if method == "full":
-        from tunesmith.recipe.knobs import FullMethod
+        from tunesmith.recipe.methods import FullMethod
 
         changes["method"] = FullMethod()
     if task == "generate":

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 from tunesmith.training.summary import versions
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Event
 
 WORDS = ("the quick brown fox jumps over a lazy dog what is tallest mountain", "on Earth yes please hello")

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from tiny_run import model_folder
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 
 WORDS = (
     "red", "green", "blue", "apple", "pear", "plum", "eats", "sells", "takes", "the", "a", "big", "small", "old",

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.planning.counting import seen_rows
-from tunesmith.recipe.knobs import known
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import resolved
 from tunesmith.training.loop import training_steps
 from tunesmith.training.probing.correcting import corrected
 from tunesmith.training.probing.process import probe
@@ -99,7 +99,7 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     plan = setup.plan
     events = list(training_steps(setup))
     for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen_rows(setup.recipe, setup.rows))):
-        tokens = known(setup.recipe.train.tokens_per_pass)
+        tokens = resolved(setup.recipe.train.tokens_per_pass)
         predict_rows(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
     later = events[1:]
     per_token = sum(event.timing["seconds"] for event in later) / sum(event.values["tokens"] for event in later)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tunesmith.cli.options import chosen
 from tunesmith.planning.tracing import Call, Operand, Product, Segment, Tracer
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.store import RowStore
-from tunesmith.recipe import read
+from tunesmith.recipe import load
 from tunesmith.training.setup import prepare
 
 
@@ -22,7 +22,7 @@ def render(model: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows in the order of their files."""
     files = {f"data.{side}": str(folder / f"{side}.jsonl") for side in ("train", "eval")}
     given = {"model": model, **files, "evaluation.samples": 0}
-    recipe = read.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    recipe = load.load(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
     with tempfile.TemporaryDirectory() as root:
         rows = prepare(recipe, root=Path(root), offline=True).rows
         return {"train": _listed(rows.store), "eval": _listed(rows.held_store)}

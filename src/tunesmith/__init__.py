@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tunesmith.api import evaluate, load, predict, resume, train
     from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
     from tunesmith.runs.folder import Run
     from tunesmith.training.loop import training_steps
     from tunesmith.training.setup import prepare
@@ -51,7 +51,7 @@ _HOMES = {
     "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
     "training.loop": ("training_steps",),
     "training.setup": ("prepare",),
-    "recipe.knobs": ("Recipe",),
+    "recipe.schema": ("Recipe",),
     "runs.folder": ("Run",),
     "training.trainer": ("Listener",),
     "types": ("Event",),

@@ -20,8 +20,9 @@ from tunesmith.inference.inputs import answers_to
 from tunesmith.inference.load import load_run, load_target
 from tunesmith.inference.measuring import evaluate_file
 from tunesmith.inference.predictor import Predictor
-from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.load import load as load_recipe
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.runs.progress_line import ProgressLine, is_wanted
 from tunesmith.training import trainer as training
@@ -46,20 +47,20 @@ def train(
     progress: bool | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
-    **knobs: Any,
+    **options: Any,
 ) -> Run:
     """Tune `model` on `data`; the finished run.
 
     `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
     or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
-    recipe or its file; `knobs` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
+    recipe or its file; `options` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
     seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called after every step.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
         Stopped: asked to stop; `tunesmith.resume(run)` goes on.
     """
-    given = dict(knobs)
+    given = dict(options)
     if model is not None:
         given["model"] = fspath(model)
     for key, files in (("train", _files(data, Path(root))), ("eval", _files(eval, Path(root)))):
@@ -67,8 +68,8 @@ def train(
             given["data"] = {**given.get("data", {}), key: files}
     base = recipe.model_dump() if isinstance(recipe, Recipe) else {}
     path = None if recipe is None or isinstance(recipe, Recipe) else fspath(recipe)
-    start = read.load(path, base=base).model_dump()
-    chosen = read.validate(_over(start, given), where="tunesmith.train")
+    start = load_recipe(path, base=base).model_dump()
+    chosen = validate(_over(start, given), where="tunesmith.train")
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")

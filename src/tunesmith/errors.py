@@ -2,7 +2,7 @@
 
     TunesmithError            exit 1: something failed
     ├── InputError            exit 2: what was given cannot be used
-    │   ├── RecipeError       a knob: unknown, of the wrong type, or out of range
+    │   ├── RecipeError       an option: unknown, of the wrong type, or out of range
     │   ├── DataError         rows: carries one `Problem` a finding
     │   ├── ModelError        a model, tokenizer or template
     │   ├── RunError          a run folder: missing, locked, or not the one to resume

@@ -73,15 +73,15 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def knob(value: Any) -> str:
-    """The value of a knob as it would be written: 0.0005, lora (rank 16, alpha 32); of a group what is not empty."""
+def option(value: Any) -> str:
+    """The value of an option as it would be written: 0.0005, lora (rank 16, alpha 32); of a group what is not empty."""
     if isinstance(value, Mapping):
         shown = {key: item for key, item in value.items() if key != "name" and item not in ((), [], {})}
-        rest = ", ".join(f"{key} {knob(item)}" for key, item in shown.items())
+        rest = ", ".join(f"{key} {option(item)}" for key, item in shown.items())
         name = str(value.get("name", ""))
         return f"{name} ({rest})" if name and rest else name or rest
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(knob, value))
+        return ", ".join(map(option, value))
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

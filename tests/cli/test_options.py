@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from tunesmith.cli.app import app
 from tunesmith.cli.doctor import EXTRAS
 from tunesmith.cli.options import OPTIONS, data_file, given
-from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe import load
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import is_run
 
 
@@ -45,7 +45,7 @@ def test_words_of_the_command_line_become_recipe_keys() -> None:
             "method.name": "lora",
         }
     )
-    recipe = read.load(None, [*words, "method.rank=8", "optim.lr=1e-4"])
+    recipe = load.load(None, [*words, "method.rank=8", "optim.lr=1e-4"])
     assert recipe.model == 'quo"te: [#👍]'
     assert [(file.path, file.weight) for file in recipe.data.train] == [("a b.jsonl", 2.0)]
     assert recipe.data.eval == ()
@@ -108,7 +108,7 @@ def test_version() -> None:
 def test_recipe_is_printed_ready_to_edit(tmp_path: Path) -> None:
     printed = CliRunner().invoke(app, ["recipe", "--set", "method.rank=8"]).output
     (tmp_path / "recipe.yaml").write_text(printed)
-    assert read.load(str(tmp_path / "recipe.yaml")) == read.load(None, ["method.rank=8"])
+    assert load.load(str(tmp_path / "recipe.yaml")) == load.load(None, ["method.rank=8"])
     assert "# " in printed
 
 

@@ -90,8 +90,8 @@ def test_sparkline_spans_lowest_to_highest() -> None:
         ("a\x1bb", "a\\x1bb"),
     ],
 )
-def test_knobs_as_they_would_be_written(value: object, shown: str) -> None:
-    assert text.knob(value) == shown
+def test_options_as_they_would_be_written(value: object, shown: str) -> None:
+    assert text.option(value) == shown
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from types import FrameType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.show import as_yaml
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.schema import Recipe
 
 PIECES = (
     *(b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\r\n", b"\t", b" ", b"\\", b"\\u", b"\x00", b";"),

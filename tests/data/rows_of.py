@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tunesmith.data.examples import examples
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Example, Problem, TaskName
 
 Record = Mapping[str, Any]
@@ -85,10 +85,10 @@ def rows_in(path: Path, *, limits: Limits | None = None) -> tuple[list[tuple[int
 
 
 def examples_in(
-    *paths: Path, task: TaskName | None = None, answered: bool = True, **knobs: Any
+    *paths: Path, task: TaskName | None = None, answered: bool = True, **options: Any
 ) -> tuple[list[Example], list[Problem]]:
-    """Examples of files, and everything said about them. `knobs` are those of the section `data`."""
-    data = Data(train=tuple(DataFile(path=str(path)) for path in paths), **knobs)
+    """Examples of files, and everything said about them. `options` are those of the section `data`."""
+    data = Data(train=tuple(DataFile(path=str(path)) for path in paths), **options)
     found: list[Example] = []
     problems: list[Problem] = []
     try:

@@ -17,7 +17,7 @@ from tunesmith.data.check import check
 from tunesmith.data.check_report import CheckReport, spans_of, token_stats
 from tunesmith.data.examples import content_hash
 from tunesmith.data.render import Renderer
-from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Example, Problem, Row, Source
 
 
@@ -25,15 +25,15 @@ def pair(text: str, answer: str = "b") -> dict[str, str]:
     return {"prompt": text, "completion": answer}
 
 
-def data_of(*train: Path, held: Sequence[Path] = (), **knobs: Any) -> Data:
+def data_of(*train: Path, held: Sequence[Path] = (), **options: Any) -> Data:
     return Data(
-        train=tuple(DataFile(path=str(p)) for p in train), eval=tuple(DataFile(path=str(p)) for p in held), **knobs
+        train=tuple(DataFile(path=str(p)) for p in train), eval=tuple(DataFile(path=str(p)) for p in held), **options
     )
 
 
-def renderer(task: Any = "chat", **knobs: Any) -> Renderer:
-    knobs = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs}
-    return Renderer(tiny_tokenizer(), task, **knobs)
+def renderer(task: Any = "chat", **options: Any) -> Renderer:
+    options = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
+    return Renderer(tiny_tokenizer(), task, **options)
 
 
 def places(problems: Sequence[Problem]) -> list[tuple[str, int, str]]:

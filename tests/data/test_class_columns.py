@@ -13,11 +13,11 @@ from data.rows_of import comma_separated, examples_in, json_lines, put
 from tunesmith.data.check import check
 from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 
 
-def data_of(path: Path, **knobs: Any) -> Data:
-    return Data(train=(DataFile(path=str(path)),), **knobs)
+def data_of(path: Path, **options: Any) -> Data:
+    return Data(train=(DataFile(path=str(path)),), **options)
 
 
 def texts(num: int = 40, **columns: Any) -> list[dict[str, Any]]:

@@ -29,8 +29,8 @@ def document(text: str) -> Example:
     return Example((Part("text", text, True),), Source("a.txt", 1), "text", plain=True)
 
 
-def renderer(name: str, **knobs: Any) -> Renderer:
-    settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs}
+def renderer(name: str, **options: Any) -> Renderer:
+    settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
     return Renderer(TOKENIZERS[name], "text", kind=KINDS[name], **settings)  # type: ignore[arg-type]
 
 
@@ -145,7 +145,7 @@ def test_a_text_that_gives_no_token_is_a_problem() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "said"),
+    ("name", "options", "said"),
     [
         ("byte level", {"max_tokens": 512, "stride": 512}, "data.stride: 512 .* to 511 or less"),
         ("bert", {"max_tokens": 512, "stride": 511}, "data.stride: 511 .* to 510 or less"),
@@ -153,9 +153,9 @@ def test_a_text_that_gives_no_token_is_a_problem() -> None:
         ("bert", {"max_tokens": 2}, "data.max_tokens: .* Raise it"),
     ],
 )
-def test_windows_that_leave_tokens_out_are_refused(name: str, knobs: dict[str, int], said: str) -> None:
+def test_windows_that_leave_tokens_out_are_refused(name: str, options: dict[str, int], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        renderer(name, **knobs)
+        renderer(name, **options)
 
 
 def test_a_tokenizer_without_mask_is_refused_for_masked_text() -> None:

@@ -26,7 +26,7 @@ from tunesmith.data.store import RowStore, build
 from tunesmith.data.store_files import arrow_path
 from tunesmith.environment import for_child
 from tunesmith.errors import DataError, ModelError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Part, Problem
 
 CHATS: dict[str, Any] = {"max_tokens": 60, "too_long": "cut", "control_tokens": "error"}

@@ -18,7 +18,7 @@ from tunesmith.data.batch import build_batch
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Row, Source
 
 BERT = bert_like()
@@ -85,8 +85,8 @@ def test_targets_know_their_row() -> None:
 # --- Masks
 
 
-def masking(**knobs: Any) -> Masking:
-    return Masking.of(BERT, **{"share": 0.15, "seed": 3, **knobs})
+def masking(**options: Any) -> Masking:
+    return Masking.of(BERT, **{"share": 0.15, "seed": 3, **options})
 
 
 LONG = row([2, *(5 + i % 100 for i in range(20_000)), 3], [0, *[1] * 20_000, 0])
@@ -118,19 +118,19 @@ def test_four_fifths_are_hidden_a_tenth_is_another_and_a_tenth_itself() -> None:
 
 
 def test_masks_follow_from_seed_draw_and_row_alone() -> None:
-    def places(**knobs: Any) -> list[int]:
-        asked = {"seed": 3, "draw": 1, "index": 0, **knobs}
+    def places(**options: Any) -> list[int]:
+        asked = {"seed": 3, "draw": 1, "index": 0, **options}
         made = masking(seed=asked.pop("seed")).apply(LONG, num=50, **asked)
         return [*made.trained.nonzero()[0].tolist(), *made.ids[made.trained].tolist()]
 
     assert places() == places()
-    assert len({str(places(**knobs)) for knobs in ({}, {"seed": 4}, {"draw": 2}, {"index": 1})}) == 4
+    assert len({str(places(**options)) for options in ({}, {"seed": 4}, {"draw": 2}, {"index": 1})}) == 4
 
 
-def store_of(path: Path, text: str, **knobs: Any) -> RowStore:
+def store_of(path: Path, text: str, **options: Any) -> RowStore:
     path.mkdir()
     (path / "a.jsonl").write_text(text, "utf-8")
-    settings = {"max_tokens": 12, "too_long": "cut", "control_tokens": "error", "kind": "encoder", **knobs}
+    settings = {"max_tokens": 12, "too_long": "cut", "control_tokens": "error", "kind": "encoder", **options}
     return build(
         path,
         data=Data(),

@@ -15,8 +15,8 @@ import pytest
 from data.mutations import at_most, data_seeds, mutants, recipe_seeds
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe import load
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem
 
 SEED = int(os.environ.get("TUNESMITH_FUZZ_SEED", "0"))
@@ -44,10 +44,10 @@ def outcome_of_file(path: Path) -> str:
 def outcome_of_recipe(path: Path) -> str:
     lines: list[str] = []
     try:
-        read.load(str(path))
+        load.load(str(path))
     except RecipeError as error:
         lines = str(error).splitlines() or ["without a word"]
-    assert len(lines) <= 45  # twenty of the text or of the knobs, and what one of them lists
+    assert len(lines) <= 45  # twenty of the text or of the options, and what one of them lists
     assert "without a word" not in lines
     return "refused" if lines else "accepted"
 

@@ -25,8 +25,8 @@ def labelled(*texts: str, labels: tuple[str, ...] = ("good",), many: bool = Fals
     return Example(parts, Source("a.csv", 2), "text_label", labels=labels, many=many)
 
 
-def renderer(name: str, **knobs: Any) -> Renderer:
-    settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **knobs}
+def renderer(name: str, **options: Any) -> Renderer:
+    settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **options}
     kind = "causal" if name == "causal" else "encoder"
     return Renderer(TOKENIZERS[name], "classify", kind=kind, **settings)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tunesmith.data.label_column import LabelColumn
 from tunesmith.data.labels import count_classes, decide_labels, is_number, order, remark_on, targets
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe.knobs import Data
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, Labels, Source, TaskName
 
 
@@ -53,14 +53,14 @@ def decided(
     task: TaskName = "classify",
     class_weights: Any = "equal",
     train_rows: Sequence[int] | None = None,
-    **knobs: Any,
+    **options: Any,
 ) -> tuple[Labels, list[Choice]]:
     store: Any = FakeStore(rows)
     held_store: Any = store if held is None else FakeStore(held, "test.csv")
     chosen = np.array(range(len(rows)) if train_rows is None else train_rows)
     return decide_labels(
         task=task,
-        data=Data(**knobs),
+        data=Data(**options),
         class_weights=class_weights,
         store=store,
         train_rows=chosen,
@@ -68,9 +68,9 @@ def decided(
     )
 
 
-def refused(*args: Any, **knobs: Any) -> list[str]:
+def refused(*args: Any, **options: Any) -> list[str]:
     with pytest.raises(DataError) as error:
-        decided(*args, **knobs)
+        decided(*args, **options)
     return [str(problem) for problem in error.value.problems] or [str(error.value)]
 
 
@@ -247,7 +247,7 @@ def test_lists_where_one_class_is_expected_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("rows", "knobs", "text"),
+    ("rows", "options", "text"),
     [
         (["a", "b"], {"labels": ("a", "b", "a")}, "data.labels: 'a' stands twice"),
         (["1.5", "2"], {"labels": ("1.5", "2"), "label_kind": "number"}, "data.labels: labels are numbers"),
@@ -256,9 +256,9 @@ def test_lists_where_one_class_is_expected_are_refused():
         (["eye", "ear"], {"class_weights": {"eyes": 2.0}}, "'eyes' is not one of the classes. Did you mean 'eye'?"),
     ],
 )
-def test_knobs_that_do_not_fit_the_labels_are_refused(rows: Sequence[Any], knobs: dict[str, Any], text: str):
+def test_options_that_do_not_fit_the_labels_are_refused(rows: Sequence[Any], options: dict[str, Any], text: str):
     with pytest.raises(RecipeError) as error:
-        decided(rows, **knobs)
+        decided(rows, **options)
     assert text in str(error.value)
 
 

@@ -13,7 +13,7 @@ from tunesmith import data
 from tunesmith.data.check import check
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem
 
 IDS = [case.name for case in CASES]

@@ -20,7 +20,7 @@ from data.rows_of import WRITERS, comma_separated, json_lines, parquet, put, row
 from tunesmith.data import read_text
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import DataFile, Limits
+from tunesmith.recipe.schema import DataFile, Limits
 
 PAIR = {"prompt": "a", "completion": "b"}
 # Surrogates are no text, and NUL is refused by name.

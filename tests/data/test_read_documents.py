@@ -16,14 +16,14 @@ from tunesmith.data.folders import expand
 from tunesmith.data.read import read
 from tunesmith.data.read_documents import _Sentence
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import DataFile, Limits
+from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Source
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=5)
 
 
-def records(path: Path, **knobs: Any) -> list[tuple[int, Any]]:
-    rows, problems = rows_in(path, **knobs)
+def records(path: Path, **options: Any) -> list[tuple[int, Any]]:
+    rows, problems = rows_in(path, **options)
     assert problems == []
     return rows
 

@@ -16,7 +16,7 @@ MIB = 1024 * 1024
 READ = """
 import resource, sys
 from tunesmith.data.read import read
-from tunesmith.recipe.knobs import DataFile, Limits
+from tunesmith.recipe.schema import DataFile, Limits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 problems, num = [], 0
 for row in read([DataFile(path=sys.argv[1])], limits=Limits(), on_problem=problems.append):

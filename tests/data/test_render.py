@@ -23,8 +23,8 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Part, Problem, Row, Source
 
 
-def renderer(tokenizer: Any, task: Any = "chat", **knobs: Any) -> Renderer:
-    return Renderer(tokenizer, task, **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs})
+def renderer(tokenizer: Any, task: Any = "chat", **options: Any) -> Renderer:
+    return Renderer(tokenizer, task, **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **options})
 
 
 def only_row(result: Encoded) -> Row:
@@ -296,9 +296,9 @@ def test_text_that_only_looks_like_a_control_token_is_text() -> None:
 LONG = chat(("user", "Hello " * 100), ("assistant", "fine " * 20))
 
 
-def cut_at(limit: int, **knobs: Any) -> tuple[Encoded, list[Problem]]:
+def cut_at(limit: int, **options: Any) -> tuple[Encoded, list[Problem]]:
     heard: list[Problem] = []
-    made = renderer(tiny_tokenizer(), max_tokens=limit, **knobs)
+    made = renderer(tiny_tokenizer(), max_tokens=limit, **options)
     return made.encode([LONG], on_warning=heard.append)[0], heard
 
 

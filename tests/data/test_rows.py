@@ -19,7 +19,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Places, Rows, encode_rows, first_example
 from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data
+from tunesmith.recipe.schema import Data
 from tunesmith.types import TaskName
 
 CLASSES = ("eye", "ear", "skin")
@@ -29,13 +29,15 @@ def labelled(num: int, label: str, *, start: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"{label} text {i}", "label": label} for i in range(start, start + num)]
 
 
-def rows_for(folder: Path, task: TaskName, *, max_tokens: int = 32, max_held: int | None = None, **knobs: Any) -> Rows:
+def rows_for(
+    folder: Path, task: TaskName, *, max_tokens: int = 32, max_held: int | None = None, **options: Any
+) -> Rows:
     renderer = Renderer(
         tiny_tokenizer(), task, kind="causal", max_tokens=max_tokens, too_long="cut", control_tokens="error"
     )
     places = Places(folder / ".rows", folder / ".rows")
     return encode_rows(
-        Data(**knobs),
+        Data(**options),
         renderer,
         places=places,
         max_held=max_held,

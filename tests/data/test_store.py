@@ -18,7 +18,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Problem, Row
 
 
@@ -31,10 +31,10 @@ def write(path: Path, *lines: str) -> DataFile:
     return DataFile(path=str(path))
 
 
-def make_renderer(**knobs: Any) -> Renderer:
-    text = knobs.pop("template", CHATML)
+def make_renderer(**options: Any) -> Renderer:
+    text = options.pop("template", CHATML)
     return Renderer(
-        tiny_tokenizer(text), "chat", **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **knobs}
+        tiny_tokenizer(text), "chat", **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **options}
     )
 
 

@@ -19,18 +19,18 @@ from tunesmith.data.labels import see
 from tunesmith.data.render import Renderer
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import IGNORE, Labels
 
 BERT = bert_like()
 
 
 def store_of(
-    folder: Path, rows: list[dict[str, Any]], task: Any = "classify", *, tokenizer: Any = BERT, **knobs: Any
+    folder: Path, rows: list[dict[str, Any]], task: Any = "classify", *, tokenizer: Any = BERT, **options: Any
 ) -> RowStore:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    settings = {"kind": "encoder", "max_tokens": 12, "too_long": "cut", "control_tokens": "error", **knobs}
+    settings = {"kind": "encoder", "max_tokens": 12, "too_long": "cut", "control_tokens": "error", **options}
     return build(
         folder / "store",
         data=Data(),
@@ -164,16 +164,16 @@ def test_rows_with_windows_and_labels_are_found_again(tmp_path: Path) -> None:
     assert labels_of(again) == labels_of(first)
 
 
-@pytest.mark.parametrize("knobs", [{"kind": "causal"}, {"stride": 3}])
-def test_kind_and_stride_change_the_key(tmp_path: Path, knobs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"kind": "causal"}, {"stride": 3}])
+def test_kind_and_stride_change_the_key(tmp_path: Path, options: dict[str, Any]) -> None:
     rows = [{"text": "the fox " * 9}]
-    one, other = (store_of(tmp_path, rows, "text", **some) for some in ({}, knobs))
+    one, other = (store_of(tmp_path, rows, "text", **some) for some in ({}, options))
     assert one.key != other.key
     assert not other.reused
 
 
 def test_a_prompt_changes_the_key(tmp_path: Path) -> None:
     rows = [{"document": "the fox", "summary": "fox"}]
-    knobs: dict[str, Any] = {"tokenizer": t5_like(), "kind": "encoder_decoder", "max_tokens": 60}
+    options: dict[str, Any] = {"tokenizer": t5_like(), "kind": "encoder_decoder", "max_tokens": 60}
     prompts = (None, "{document}!", "{document}?")
-    assert len({store_of(tmp_path, rows, "summarize", prompt=prompt, **knobs).key for prompt in prompts}) == 3
+    assert len({store_of(tmp_path, rows, "summarize", prompt=prompt, **options).key for prompt in prompts}) == 3

@@ -29,9 +29,9 @@ def summed_up(document: str = DOCUMENT, summary: str = SUMMARY) -> Example:
     return Example(parts, Source("a.jsonl", 4), "document_summary", plain=True)
 
 
-def renderer(tokenizer: Any, task: Any = "summarize", **knobs: Any) -> Renderer:
+def renderer(tokenizer: Any, task: Any = "summarize", **options: Any) -> Renderer:
     kind = "encoder_decoder" if tokenizer in (T5, BART) else "causal"
-    settings = {"max_tokens": None, "too_long": "cut", "control_tokens": "error", "kind": kind, **knobs}
+    settings = {"max_tokens": None, "too_long": "cut", "control_tokens": "error", "kind": kind, **options}
     return Renderer(tokenizer, task, **settings)
 
 

@@ -34,9 +34,9 @@ FAMILIES = {
 }
 
 
-def renderer(family: str, *, metaspace: bool = False, **knobs: object) -> tuple[Renderer, object]:
+def renderer(family: str, *, metaspace: bool = False, **options: object) -> tuple[Renderer, object]:
     tokenizer = tiny_tokenizer(template(family), eos="</s>", metaspace=metaspace)
-    settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **knobs}
+    settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
     return Renderer(tokenizer, "chat", **settings), tokenizer  # type: ignore[arg-type]
 
 
@@ -45,8 +45,8 @@ def three_turns() -> Example:
     return chat(*itertools.chain.from_iterable(turns))
 
 
-def row_of(example: Example, family: str, **knobs: object) -> tuple[Row, object]:
-    made, tokenizer = renderer(family, **knobs)
+def row_of(example: Example, family: str, **options: object) -> tuple[Row, object]:
+    made, tokenizer = renderer(family, **options)
     row = made.encode([example])[0][0]
     assert isinstance(row, Row), row
     return row, tokenizer

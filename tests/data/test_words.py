@@ -27,8 +27,8 @@ def sentence(*words: str, tags: tuple[str, ...] | None = None) -> Example:
     return Example(parts, Source("a.conll", 3), "tokens_tags", labels=labels)
 
 
-def renderer(tokenizer: Any, **knobs: Any) -> Renderer:
-    settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **knobs}
+def renderer(tokenizer: Any, **options: Any) -> Renderer:
+    settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **options}
     kind = "causal" if tokenizer is CAUSAL else "encoder"
     return Renderer(tokenizer, "tag", kind=kind, **settings)  # type: ignore[arg-type]
 

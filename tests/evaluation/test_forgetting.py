@@ -137,12 +137,12 @@ def test_verdict_says_how_far_the_loss_moved():
     assert "perplexity -4.9 %), within" in forgetting.assess(3.05, 3.0, moved(-0.05))[0]
 
 
-def test_verdict_past_the_bound_names_the_knobs_that_help():
+def test_verdict_past_the_bound_names_the_options_that_help():
     line, past = forgetting.assess(3.0, 3.2, moved(0.2, 0.15))
     assert past  # by its value: the interval says how sure that is
     assert "perplexity +22.1 %), past the bound of +0.1 nats" in line
-    for knob in ("optim.lr", "train.epochs", "method.targets=mlp", "data.replay"):
-        assert knob in line
+    for option in ("optim.lr", "train.epochs", "method.targets=mlp", "data.replay"):
+        assert option in line
     assert "\n" not in line
 
 
@@ -153,8 +153,9 @@ def test_verdict_of_a_lost_model_is_past_the_bound(after):
     assert len(line) < 400
 
 
-def test_verdict_names_knobs_that_exist():
-    from tunesmith.recipe.knobs import Data, LoraMethod, Optim, Train
+def test_verdict_names_options_that_exist():
+    from tunesmith.recipe.methods import LoraMethod
+    from tunesmith.recipe.schema import Data, Optim, Train
 
     assert "lr" in Optim.model_fields
     assert "epochs" in Train.model_fields

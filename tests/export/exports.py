@@ -24,9 +24,9 @@ from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.planning.before_rows import find_head
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.read import validate
-from tunesmith.recipe.show import as_yaml
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 

@@ -24,7 +24,7 @@ from tunesmith.export.source import open_source
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_format import WEIGHTS, save_adapter
 from tunesmith.models.locate import Located
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 from tunesmith.runs.atomic import sha256_file
 
 

@@ -15,7 +15,7 @@ from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source
 from tunesmith.inference.load import make_renderer
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 from tunesmith.types import Part

@@ -25,7 +25,7 @@ from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.probe import Seen
 from tunesmith.models import load
 from tunesmith.models.headers import read_gguf
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run
 
 LLAMA_CPP = llama_cpp_read.is_installed()

@@ -26,7 +26,7 @@ from tunesmith.export.rows import find_probes
 from tunesmith.export.source import open_source, tuned_tensors
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.quiet import quiet
-from tunesmith.recipe.knobs import DataFile
+from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 

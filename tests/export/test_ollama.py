@@ -123,8 +123,8 @@ def test_go_templates_as_go_renders_them() -> None:
 
 def on_day(head: str) -> Any:
     one = source("<|im_start|>system\n" + head + "<|im_end|>\n" + template("chatml"))
-    knobs: Any = {"max_tokens": None, "too_long": "error", "control_tokens": "error", "date": "2026-11-20"}
-    one.renderer = Renderer(one.tokenizer, "chat", **knobs)
+    options: Any = {"max_tokens": None, "too_long": "error", "control_tokens": "error", "date": "2026-11-20"}
+    one.renderer = Renderer(one.tokenizer, "chat", **options)
     return one
 
 

@@ -19,7 +19,7 @@ from tunesmith.cli.app import app
 from tunesmith.errors import InputError, ModelError, RecipeError, RunError
 from tunesmith.export import gguf_kinds
 from tunesmith.export.planned import check_planned, parse
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 
 
 def asking(folder: Path, *exports: str, arch: str = "llama", **sections: Any) -> Recipe:
@@ -90,9 +90,9 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     words = ["train", str(tmp_path / "model"), str(rows), "--method", "lora", "--out", str(tmp_path / "run")]
     fast = ["train.max_steps=2", "evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0",
             "precision=float32", "device=cpu", "threads=1"]  # fmt: skip
-    knobs = [word for knob in fast for word in ("--set", knob)]
+    options = [word for option in fast for word in ("--set", option)]
     exports = ["--export", "merged", "--export", "gguf:q8_0"]
-    result = CliRunner().invoke(app, [*words, *knobs, *exports, "--offline", "--json"])
+    result = CliRunner().invoke(app, [*words, *options, *exports, "--offline", "--json"])
     assert result.exit_code == 0, result.output
     told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"kind":"export"')]
     assert [(one["target"], one["verified"]) for one in told] == [("merged", True), ("gguf", True)]

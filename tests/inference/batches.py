@@ -18,7 +18,7 @@ from tunesmith.evaluation.generate import Answer, Sampling, generate
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.adapters import Adapters
 from tunesmith.serve.batch import Batch, Job, News
 from tunesmith.serve.decoder import Decoder, Together

@@ -16,7 +16,7 @@ from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve import cache, proofs
 from tunesmith.serve.adapters import Adapters, OtherRowsError, Path, SharedLinear
 from tunesmith.serve.batch import Batch

@@ -23,8 +23,8 @@ from tunesmith.methods.adalora import RankAllocation, for_steps
 from tunesmith.methods.peft_bridge import PeftAttachment, attach
 from tunesmith.methods.peft_saved import load_result
 from tunesmith.optim import OPTIMIZERS, Update, rate
-from tunesmith.recipe.knobs import Optim, Recipe
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
+from tunesmith.recipe.schema import Optim, Recipe
 from tunesmith.runs.folder import runs
 from tunesmith.training import step as gradients
 from tunesmith.training.loop import training_steps

@@ -8,8 +8,8 @@ import torch
 from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods.full import attach
-from tunesmith.recipe.knobs import FullMethod
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Labels
 
 

@@ -33,8 +33,16 @@ from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Optim
-from tunesmith.recipe.method_knobs import METHOD_KNOBS, DoraMethod, LowRankMethod, PeftMethod, QloraMethod
+from tunesmith.recipe.methods import (
+    METHOD_OPTIONS,
+    DoraMethod,
+    FullMethod,
+    LoraMethod,
+    LowRankMethod,
+    PeftMethod,
+    QloraMethod,
+)
+from tunesmith.recipe.schema import Optim
 from tunesmith.types import Attachment, Labels
 
 VOCAB = 512
@@ -183,7 +191,7 @@ def computing(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_method_has_a_contract() -> None:
-    assert list(SETTINGS) == list(METHODS) == [name for name in METHOD_KNOBS if name != "auto"]
+    assert list(SETTINGS) == list(METHODS) == [name for name in METHOD_OPTIONS if name != "auto"]
     assert all(name == method.name and method.doc for name, method in METHODS.items())
 
 
@@ -414,14 +422,14 @@ import json, sys, torch, transformers
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tunesmith.methods import METHODS
-from tunesmith.recipe.method_knobs import METHOD_KNOBS
+from tunesmith.recipe.methods import METHOD_OPTIONS
 from peft import PeftModel
 for folder, settings, auto in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
     folder, kind, method = Path(folder), getattr(transformers, auto), json.loads(settings)["name"]
     ids = load_file(folder / "ids.safetensors")["ids"]
     how = {"decoder_input_ids": ids} if auto == "AutoModelForSeq2SeqLM" else {}
     ours = kind.from_pretrained(folder / "base")
-    METHODS[method].prepare_base(ours, METHOD_KNOBS[method].model_validate_json(settings), device="cpu")
+    METHODS[method].prepare_base(ours, METHOD_OPTIONS[method].model_validate_json(settings), device="cpu")
     METHODS[method].load_result(ours, folder / "result")
     if method == "full":
         theirs = kind.from_pretrained(folder / "result")

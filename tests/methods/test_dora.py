@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from tunesmith.methods.dora import DoraLinear
 from tunesmith.methods.lora import attach
 from tunesmith.methods.peft_format import save_adapter
-from tunesmith.recipe.method_knobs import DoraMethod
+from tunesmith.recipe.methods import DoraMethod
 
 VOCAB = 61
 IDS = torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))

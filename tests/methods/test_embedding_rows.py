@@ -19,7 +19,8 @@ from tunesmith.inference.load import load_run
 from tunesmith.methods.full import attach
 from tunesmith.methods.token_rows import sole_embedding
 from tunesmith.optim import OPTIMIZERS, Update
-from tunesmith.recipe.knobs import FullMethod, Optim
+from tunesmith.recipe.methods import FullMethod
+from tunesmith.recipe.schema import Optim
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import runs
 from tunesmith.training.setup import prepare

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.methods.full import attach, load_result
-from tunesmith.recipe.knobs import FullMethod
+from tunesmith.recipe.methods import FullMethod
 
 VOCAB = 61
 

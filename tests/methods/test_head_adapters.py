@@ -28,7 +28,7 @@ from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.locate import Located, locate
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Section
+from tunesmith.recipe.methods import FullMethod, LoraMethod, Section
 from tunesmith.types import HeadName, Labels
 
 VOCAB = 512

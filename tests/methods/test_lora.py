@@ -18,8 +18,8 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import LoraMethod, Optim
-from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
+from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
+from tunesmith.recipe.schema import Optim
 from tunesmith.serve.adapters import Adapters
 
 VOCAB = 61

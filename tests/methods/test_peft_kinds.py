@@ -35,8 +35,8 @@ from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import locate
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import Optim
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
+from tunesmith.recipe.schema import Optim
 from tunesmith.types import Batch
 
 VOCAB = 512

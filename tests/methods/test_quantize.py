@@ -14,8 +14,8 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.quantize import quantize_base
 from tunesmith.models.quantized import QuantizedLinear
-from tunesmith.recipe.method_knobs import QloraMethod
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import QloraMethod
 
 
 def base(arch: str = "llama", **settings: object) -> tuple[nn.Module, tuple[str, ...]]:

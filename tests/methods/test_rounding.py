@@ -11,7 +11,8 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.full import FullAttachment, attach
 from tunesmith.optim import Update
 from tunesmith.optim.rounding import round_stochastically
-from tunesmith.recipe.knobs import FullMethod, Optim
+from tunesmith.recipe.methods import FullMethod
+from tunesmith.recipe.schema import Optim
 
 STOCHASTIC = FullMethod(rounding="stochastic")
 DRAWS = 40_000

@@ -11,7 +11,7 @@ from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.peft_config import shortest_ends
 from tunesmith.methods.targets import find_targets
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -192,9 +192,9 @@ def test_ranks_and_alphas_by_pattern() -> None:
         assert layer.scale == alpha / rank**0.5
 
 
-@pytest.mark.parametrize("knob", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_means_no_adapted_layer_is_refused(knob: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^method.{knob}: 'mpl' matches no adapted layer. There are: down_proj, "):
-        attach(tiny_model("llama", vocab_size=32), LoraMethod(**{knob: {"mpl": 4}}), seed=0)
-    with pytest.raises(RecipeError, match=rf"^method.{knob}: 'mlp' matches no adapted layer"):
-        attach(tiny_model("llama", vocab_size=32), LoraMethod(targets=("q_proj",), **{knob: {"mlp": 4}}), seed=0)
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_means_no_adapted_layer_is_refused(option: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^method.{option}: 'mpl' matches no adapted layer. There are: down_proj, "):
+        attach(tiny_model("llama", vocab_size=32), LoraMethod(**{option: {"mpl": 4}}), seed=0)
+    with pytest.raises(RecipeError, match=rf"^method.{option}: 'mlp' matches no adapted layer"):
+        attach(tiny_model("llama", vocab_size=32), LoraMethod(targets=("q_proj",), **{option: {"mlp": 4}}), seed=0)

@@ -21,7 +21,7 @@ from tunesmith.methods.together import ACTIVATIONS, MLP, compute_together, sibli
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.recipe.method_knobs import DoraMethod, LoraMethod
+from tunesmith.recipe.methods import DoraMethod, LoraMethod
 
 GATED = (
     *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),

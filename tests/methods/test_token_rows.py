@@ -18,7 +18,8 @@ from tunesmith.methods.peft_format import load_adapter, save_adapter
 from tunesmith.methods.token_rows import ROWS, TokenRows
 from tunesmith.models.new_tokens import NewTokens, make_room
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import LoraMethod, Optim
+from tunesmith.recipe.methods import LoraMethod
+from tunesmith.recipe.schema import Optim
 
 NEW = (60, 62)
 tied_or_not = pytest.mark.parametrize("tied", [False, True])

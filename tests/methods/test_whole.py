@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 
 VOCAB = 61
 IDS = torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))

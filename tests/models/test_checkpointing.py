@@ -19,7 +19,7 @@ from tunesmith.methods.lora import attach
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.checkpointing import checkpoint_layers
 from tunesmith.models.forward import logits_at_targets, sequence_logits
-from tunesmith.recipe.knobs import LoraMethod
+from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
 

@@ -23,7 +23,7 @@ from tunesmith.models.folder import read_tensors
 from tunesmith.models.locate import locate
 from tunesmith.models.size import size
 from tunesmith.planning import devices
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.setup import prepare
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,7 +13,7 @@ from tunesmith.methods.token_rows import TokenRows
 from tunesmith.models import output as output_module
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.output import Output, find_output
-from tunesmith.recipe.knobs import Loss
+from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.losses import target_losses, token_loss_sum
 
 

@@ -36,10 +36,10 @@ def setup_of(kind: str, folder: Path, *, pads_with: str) -> Setup:
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / kind)
     tokenizer.save_pretrained(folder / kind)
-    knobs = {"rows_per_step": 6, "tokens_per_pass": 512, "max_steps": 1}
+    options = {"rows_per_step": 6, "tokens_per_pass": 512, "max_steps": 1}
     rows = [{"text": " ".join(WORDS[: 2 + i % 7]), "label": "odd" if i % 2 else "even"} for i in range(24)]
     data = {"train": [str(write(folder / "rows.jsonl", rows))], "eval": [], "held_out": 0.0}
-    settings = {"model": str(folder / kind), "train": knobs, "data": data, "optim": {"clip": None}}
+    settings = {"model": str(folder / kind), "train": options, "data": data, "optim": {"clip": None}}
     recipe = task_recipe(folder, "classify", "encoder", **settings)
     return prepare(recipe, root=folder / "runs")
 

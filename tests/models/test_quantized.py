@@ -139,11 +139,11 @@ import gc, sys, torch
 sys.path[:0] = sys.argv[3:]
 from tiny_model import tiny_model
 from tunesmith.methods import METHODS
-from tunesmith.recipe.method_knobs import METHOD_KNOBS
+from tunesmith.recipe.methods import METHOD_OPTIONS
 torch.set_num_threads(1)
 name = sys.argv[2]
 model = tiny_model("llama", vocab_size=512, hidden=1024, layers=16, dtype=torch.bfloat16)
-METHODS[name].prepare_base(model, METHOD_KNOBS[name](rank=4), device="cpu")
+METHODS[name].prepare_base(model, METHOD_OPTIONS[name](rank=4), device="cpu")
 gc.collect()
 held = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
 in_tensors = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

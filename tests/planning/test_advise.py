@@ -7,7 +7,7 @@ import pytest
 
 from tunesmith.models import machine
 from tunesmith.planning.advise import Facts, decide
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 
 
 def decided(rows: int, **recipe):

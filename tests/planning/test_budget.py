@@ -15,8 +15,8 @@ from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.planning import budget
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.budget import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import foresee
 from tunesmith.training.trainer import train
 from tunesmith.types import Choice

@@ -17,8 +17,8 @@ from tunesmith.planning.heaviest import Heavy, heaviest
 from tunesmith.planning.memory import Memory
 from tunesmith.planning.sketch import Sketch
 from tunesmith.planning.work import Work
-from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.training.resolve import foresee
 from tunesmith.training.setup import prepare
 from tunesmith.types import Choice
@@ -35,7 +35,7 @@ def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
             asked.append(recipe)
         layers = recipe.train.checkpointed_layers
         recomputed = 0 if layers == "auto" else layers
-        share = known(recipe.train.tokens_per_pass) / 2048
+        share = resolved(recipe.train.tokens_per_pass) / 2048
         kept = int(share * (10 * (LAYERS - recomputed) + recomputed)) + (int(10 * share) if recomputed else 0)
         held = {"lora": 20, "qlora": 5}.get(recipe.method.name, 100)
         memory = Memory("step", weights=held, activations=kept)

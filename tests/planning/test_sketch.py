@@ -20,9 +20,9 @@ from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.planning.memory import Pass, highest, step_peak, timeline
 from tunesmith.planning.sketch import Kept, Sketch, Stack
 from tunesmith.planning.tracing import Segment, Tracer
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import QloraMethod
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import QloraMethod
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.setup import prepare
 from tunesmith.types import Batch, Row
 

@@ -10,7 +10,7 @@ import pytest
 from tunesmith.errors import DataError
 from tunesmith.inference.inputs import read_pipe, read_rows
 from tunesmith.inference.lines import Line, Lines
-from tunesmith.recipe.knobs import Data
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Example
 
 

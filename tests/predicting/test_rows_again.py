@@ -15,7 +15,7 @@ from tunesmith.data.examples import examples
 from tunesmith.inference.file import predict_to
 from tunesmith.inference.load import Speaker, load_model
 from tunesmith.inference.predictor import Predictor
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Row, TaskName
 
 KINDS = ("one", "many", "number", "tags", "chat", "generate", "text", "summarize", "summarize in words")

@@ -68,13 +68,13 @@ class Verbs(TyperGroup):
             raise typer.Exit(failing.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
 
-def _suggest(error: Any, options: set[str]) -> None:
-    from tunesmith.recipe.fields import knobs
-    from tunesmith.recipe.read import OTHER_NAMES, similar
+def _suggest(error: Any, flags: set[str]) -> None:
+    from tunesmith.recipe.docs import options
+    from tunesmith.recipe.load import OTHER_NAMES, similar
 
     name = error.option_name.lstrip("-").replace("-", "_")
-    option = next(iter(difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.8)), None)
-    key = next((key for key in similar(name) if key in knobs()), None)
+    option = next(iter(difflib.get_close_matches(error.option_name, flags, n=1, cutoff=0.8)), None)
+    key = next((key for key in similar(name) if key in options()), None)
     if option is None and key is None:
         return
     is_exact = key is not None and (name in OTHER_NAMES or key.rpartition(".")[2] == name)
@@ -83,7 +83,7 @@ def _suggest(error: Any, options: set[str]) -> None:
     else:
         key = next((key for key, one in OPTIONS.items() if one == option), None)
     own = f"{option} ({key})" if key else option
-    error.message += f", did you mean {own if option in options else f'--set {key}=...'}?"
+    error.message += f", did you mean {own if option in flags else f'--set {key}=...'}?"
     error.possibilities = None
 
 

@@ -13,7 +13,7 @@ from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 
 def check(
@@ -39,10 +39,10 @@ def check(
     tunesmith check a.csv --set 'data.columns={prompt: question, completion: answer}'
     """
     remember_json(ctx, as_json)
-    from tunesmith.recipe import read
+    from tunesmith.recipe import load
 
     explicit = {"model": model, "data.train": files(data), "data.eval": files(eval_), "task": task}
-    chosen = read.load(str(recipe) if recipe else None, [*given(explicit), *(settings or [])])
+    chosen = load.load(str(recipe) if recipe else None, [*given(explicit), *(settings or [])])
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 

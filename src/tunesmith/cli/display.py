@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tunesmith.cli.scores import score_line, score_lines
 from tunesmith.cli.story import Story
-from tunesmith.cli.text import knob, loss, size, visible
+from tunesmith.cli.text import loss, option, size, visible
 from tunesmith.formatting import duration
 from tunesmith.types import Event
 
@@ -63,7 +63,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     from tunesmith.cli.panels import plan_facts
 
     lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
-    lines += [f"chosen: {c['key']} = {knob(c['value'])}: {c['reason']}" for c in plan["choices"]]
+    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan["choices"]]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 

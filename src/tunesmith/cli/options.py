@@ -13,7 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.types import TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
@@ -121,11 +121,11 @@ def chosen(
 
     Raises InputError without a model or rows, and where an option and a setting name one key.
     """
-    from tunesmith.recipe import read
+    from tunesmith.recipe import load
 
     _refuse_twice(words, settings or ())
     explicit = {"model": model, "data.train": files(data), "data.eval": files(held_out), **words}
-    found = read.load(str(recipe) if recipe else None, [*given(explicit), *(FAST if fast else ()), *(settings or ())])
+    found = load.load(str(recipe) if recipe else None, [*given(explicit), *(FAST if fast else ()), *(settings or ())])
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.scores import MUTED, rows_and_targets, score_table
-from tunesmith.cli.text import count, knob, one_line, percent, visible
+from tunesmith.cli.text import count, one_line, option, percent, visible
 from tunesmith.formatting import plural
 
 ACCENT = "cyan"
@@ -55,7 +55,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
     ]
     if plan.get("given"):
-        facts.append(("given", given_knobs(plan["given"])))
+        facts.append(("given", given_options(plan["given"])))
     if plan.get("labels"):
         facts.append(("labels", label_counts(plan["labels"])))
     if plan.get("windows"):
@@ -72,9 +72,9 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [fact for fact in facts if fact[1]]
 
 
-def given_knobs(given: Mapping[str, Any]) -> str:
+def given_options(given: Mapping[str, Any]) -> str:
     """What a person set: optim.lr 0.0001, train.epochs 2."""
-    shown = [f"{key} {one_line(knob(value), 40)}" for key, value in list(given.items())[:MOST_GIVEN]]
+    shown = [f"{key} {one_line(option(value), 40)}" for key, value in list(given.items())[:MOST_GIVEN]]
     more = [f"{len(given) - MOST_GIVEN} more"] if len(given) > MOST_GIVEN else []
     return ", ".join([*shown, *more])
 
@@ -93,7 +93,7 @@ def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("", max_width=36)
     table.add_column("because", style=MUTED, overflow="fold")
     for choice in choices:
-        table.add_row(choice["key"], Text(knob(choice["value"])), Text(visible(choice["reason"])))
+        table.add_row(choice["key"], Text(option(choice["value"])), Text(visible(choice["reason"])))
     return table
 
 

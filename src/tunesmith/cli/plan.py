@@ -33,7 +33,7 @@ from tunesmith.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 
 def plan(

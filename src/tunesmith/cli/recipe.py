@@ -13,19 +13,19 @@ def recipe(
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="A recipe to complete.")] = None,
     settings: Settings = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of a recipe instead.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table of all knobs for the docs instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of all options, for the docs.")] = False,
 ) -> None:
-    """Print a complete recipe with a comment on every knob, ready to be edited.
+    """Print a complete recipe with a comment on every option, ready to be edited.
 
     tunesmith recipe > recipe.yaml
     """
-    from tunesmith.recipe import read, show
+    from tunesmith.recipe import docs, load
 
     if schema:
         from tunesmith.cli.output import json_page
 
-        typer.echo(json_page(show.schema()))
+        typer.echo(json_page(docs.schema()))
     elif markdown:
-        typer.echo(show.markdown())
+        typer.echo(docs.markdown())
     else:
-        typer.echo(show.as_yaml(read.load(file, settings or []), comments=True), nl=False)
+        typer.echo(docs.as_yaml(load.load(file, settings or []), comments=True), nl=False)

@@ -11,7 +11,7 @@ import typer
 from tunesmith.cli.options import Json, Offline, Root, Settings, given, remember_json
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 
 def selftest(
@@ -49,11 +49,11 @@ def selftest(
 
 def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     """The recipe of a run, or a fresh one for a model."""
-    from tunesmith.recipe import read
+    from tunesmith.recipe import load
     from tunesmith.recipe.origin import moved_to
     from tunesmith.runs.folder import Run, is_run
 
     if is_run(target, root):
         run = Run.open(target, root)
-        return moved_to(run.place(read.load(str(run.recipe_path), settings)))
-    return read.load(None, [*given({"model": target}), *settings])
+        return moved_to(run.place(load.load(str(run.recipe_path), settings)))
+    return load.load(None, [*given({"model": target}), *settings])

@@ -58,9 +58,9 @@ def percent(share: float) -> str:
     return f"{share * 100:.1f} %"
 
 
-def knob(value: Any) -> str:
-    """As `values.knob`, made harmless."""
-    return visible(values.knob(value))
+def option(value: Any) -> str:
+    """As `values.option`, made harmless."""
+    return visible(values.option(value))
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:

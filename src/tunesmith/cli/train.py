@@ -30,7 +30,7 @@ from tunesmith.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 
 def train(

@@ -33,7 +33,7 @@ from tunesmith.data.opening import FileFacts
 from tunesmith.data.repeats import conflicts, duplicates, input_overlap, overlap
 from tunesmith.data.split import few_note
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
 
 FIRST_ROWS = 3

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.opening import FileFacts
-from tunesmith.recipe.knobs import DataFile
+from tunesmith.recipe.schema import DataFile
 from tunesmith.types import LabelKind, Problem, Row, Shape, Source
 
 Span = tuple[str, bool]

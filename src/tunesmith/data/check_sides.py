@@ -24,7 +24,7 @@ from tunesmith.data.split import (
     stratified_note,
 )
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Example, LabelKind, Problem, Source, TaskName
 
 CHUNK_EXAMPLES = 512

@@ -11,7 +11,7 @@ from tunesmith.data.formats import find_shape
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Shape
 
 ROWS_LOOKED_AT = 1000

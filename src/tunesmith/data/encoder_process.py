@@ -61,7 +61,7 @@ def identity(renderer: Renderer) -> str:
 def _serve(source: BinaryIO, out: BinaryIO) -> None:
     given = orjson.loads(read_frame(source))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(given["folder"])
-    renderer = Renderer(tokenizer, given["task"], **given["knobs"])
+    renderer = Renderer(tokenizer, given["task"], **given["options"])
     write_frame(out, identity(renderer).encode())
     gc.collect()
     gc.freeze()  # what is there now stays: not to be looked through again and again

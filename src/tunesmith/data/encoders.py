@@ -79,7 +79,7 @@ class _Pool:
         self._free: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         self._processes: list[_Process] = []
         renderer.tokenizer.save_pretrained(self._folder.name)
-        knobs = {
+        options = {
             "kind": renderer.kind,
             "max_tokens": renderer.max_tokens,
             "too_long": renderer.too_long,
@@ -88,7 +88,7 @@ class _Pool:
             "prompt": renderer.prompt,
             "date": renderer.date,
         }
-        start = orjson.dumps({"folder": self._folder.name, "task": renderer.task_name, "knobs": knobs})
+        start = orjson.dumps({"folder": self._folder.name, "task": renderer.task_name, "options": options})
         expected = identity(renderer)
         for _ in range(num_proc):
             self._processes.append(_Process(start, expected))

@@ -15,7 +15,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.opening import FileFacts
 from tunesmith.data.render import Renderer
 from tunesmith.errors import TunesmithError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Source
 
 CHUNK_EXAMPLES = 512

@@ -19,7 +19,7 @@ from tunesmith.data.opening import FileFacts
 from tunesmith.data.read import read
 from tunesmith.data.remarks import remarks
 from tunesmith.errors import InputError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
 OnProblem = Callable[[Problem], None]

@@ -13,7 +13,7 @@ MOST = 50
 
 
 def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
-    """The error for a file in which nothing, or nothing more, can be read. No knob leaves it out."""
+    """The error for a file in which nothing, or nothing more, can be read. No option leaves it out."""
     problem = Problem(Source(path, line), code, message, fix)
     return DataError(str(problem), [problem])
 

@@ -11,7 +11,7 @@ from tunesmith.data.columns import names
 from tunesmith.data.findings import refusal
 from tunesmith.data.kinds import DOCUMENTS, NAMED, suffix_of
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import DataFile
+from tunesmith.recipe.schema import DataFile
 from tunesmith.types import Problem, Source
 
 _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.store import RowStore
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, TaskName
 
 

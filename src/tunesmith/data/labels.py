@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.columns import paste
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe.knobs import Data
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def decide(
     kind, choices = find_kind(task, data, sides)
     if kind == "number":
         if data.labels or class_weights != "equal":
-            knob = "data.labels" if data.labels else "train.class_weights"
+            option = "data.labels" if data.labels else "train.class_weights"
             raise RecipeError(
-                f"{knob}: labels are numbers, which have no classes. Leave it out, or set data.label_kind."
+                f"{option}: labels are numbers, which have no classes. Leave it out, or set data.label_kind."
             )
         _refuse(sides, lambda name: not is_number(name), _no_number)
         return Labels("number"), choices

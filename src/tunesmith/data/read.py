@@ -15,7 +15,7 @@ from tunesmith.data.read_tables import csv_rows
 from tunesmith.data.read_text import json_array, json_lines
 from tunesmith.data.strict_json import BadRow
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import DataFile, Limits
+from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Problem, Source
 
 OnProblem = Callable[[Problem], None]

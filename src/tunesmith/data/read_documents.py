@@ -8,7 +8,7 @@ from tunesmith.data.kinds import BOM, HEAD_BYTES, TAGGED, no_text
 from tunesmith.data.opening import FileFacts, Stream
 from tunesmith.data.read_text import OnBadRow, rest_of_line, too_long
 from tunesmith.data.strict_json import BadRow, decode, nul_character
-from tunesmith.recipe.knobs import Limits
+from tunesmith.recipe.schema import Limits
 
 
 def document(

@@ -13,7 +13,7 @@ from tunesmith.data.opening import FileFacts, distinct, opened_parquet
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, nul_character, strings
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Limits
+from tunesmith.recipe.schema import Limits
 
 BATCH_BYTES = 16 * 1024 * 1024
 MOST_ROWS = 1024

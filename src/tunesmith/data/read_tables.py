@@ -10,7 +10,7 @@ from tunesmith.data.opening import FileFacts, Stream, distinct
 from tunesmith.data.read_text import OnBadRow, too_long
 from tunesmith.data.strict_json import BadRow, invalid_utf8, nul_character
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Limits
+from tunesmith.recipe.schema import Limits
 
 
 def csv_rows(

@@ -10,7 +10,7 @@ from tunesmith.data.findings import refusal
 from tunesmith.data.opening import FileFacts, Stream
 from tunesmith.data.strict_json import BadRow, loads
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Limits
+from tunesmith.recipe.schema import Limits
 
 OnBadRow = Callable[[int, BadRow, int], None]
 """Line, what is wrong with it, and the byte at which the row begins."""

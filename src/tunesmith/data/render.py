@@ -48,9 +48,9 @@ class Answers(Way, Protocol):
 class Renderer:
     """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
-    `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the knobs of
-    `data`; None: as the knob's "auto" or null. `date`: the day that a chat template writes; None: today. Raises
-    `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for knobs that leave a row no
+    `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the options of
+    `data`; None: as the option's "auto" or null. `date`: the day that a chat template writes; None: today. Raises
+    `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for options that leave a row no
     room.
     """
 

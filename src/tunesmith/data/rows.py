@@ -22,7 +22,7 @@ from tunesmith.data.sides import choose_held_out, measured_rows, never_trained, 
 from tunesmith.data.split import few_note
 from tunesmith.data.store import RowStore, build
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.types import Choice, Example, Labels, Problem, TaskName
 

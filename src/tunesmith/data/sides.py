@@ -19,7 +19,7 @@ from tunesmith.data.split import (
 )
 from tunesmith.data.store import RowStore
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, known
+from tunesmith.recipe.schema import Data, resolved
 from tunesmith.types import Choice, Labels, TaskName
 
 
@@ -91,7 +91,7 @@ def _held_out(
     data: Data, store: RowStore, own: NDArray[np.int64], keys: NDArray[np.uint64], task: TaskName
 ) -> tuple[NDArray[np.bool_], list[str | None]]:
     """Which of the training files' own rows are held out, by keys of theirs, and what to say of it."""
-    share = known(data.held_out)
+    share = resolved(data.held_out)
     if task == "classify" and find_kind(task, data, [see(store)])[0] == "one":
         classes = store.first_labels[own]
         mask = stratified_mask(keys, store.hashes[own], classes, share)

@@ -34,7 +34,7 @@ from tunesmith.data.read import look_at_all
 from tunesmith.data.render import Renderer
 from tunesmith.data.store_files import VERSION, Summary, arrow_path, as_problem, find, json_path, write
 from tunesmith.errors import DataError
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic as disk
 from tunesmith.types import Labels, Row, Source
 

@@ -20,7 +20,7 @@ from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.modes import evaluating
 from tunesmith.models.pooling import Kind, pool
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
 
 Asks: TypeAlias = HeadName | Literal["vector"]

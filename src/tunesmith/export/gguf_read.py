@@ -34,7 +34,7 @@ from tunesmith.models.headers import GgufHeader, read_gguf
 from tunesmith.models.locate import Located
 from tunesmith.models.pooling import Kind
 from tunesmith.models.source import blaming, source
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import ModelKind
 
 UNREAD = "transformers reads no such file"

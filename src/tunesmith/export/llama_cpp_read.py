@@ -27,7 +27,7 @@ from tunesmith.export.gguf_read import TEMPLATE, read_tokenizer
 from tunesmith.models import locate
 from tunesmith.models.headers import read_gguf
 from tunesmith.models.quiet import quiet
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, ModelKind
 
 LLAMA_CPP = "llama.cpp"

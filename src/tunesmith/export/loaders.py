@@ -32,7 +32,7 @@ from tunesmith.models.locate import Located
 from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.models.quiet import quiet
 from tunesmith.planning.before_rows import find_head
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import HeadName
 
 

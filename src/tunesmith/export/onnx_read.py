@@ -26,7 +26,7 @@ from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.quiet import quiet
 from tunesmith.planning.before_rows import find_head
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
 
 FILE = "model.onnx"

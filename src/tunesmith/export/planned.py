@@ -13,7 +13,7 @@ from tunesmith.export.options import Options
 from tunesmith.export.source import Source
 from tunesmith.methods import METHODS
 from tunesmith.models.locate import Located
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
 

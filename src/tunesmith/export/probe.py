@@ -32,8 +32,8 @@ from tunesmith.export.asked import Asked, Asks
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.sketches import Sketches, sketch_all
 from tunesmith.inference.load import make_renderer, run_labels
-from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Base
+from tunesmith.recipe import load
+from tunesmith.recipe.schema import Base
 from tunesmith.runs.folder import Run
 from tunesmith.types import IGNORE, Batch, Example, Labels, Layout, Part, Row, Source
 
@@ -185,7 +185,7 @@ def write_job(
 def do_job(path: Path) -> None:
     """Load what a job names, look at it, and write down what was seen beside the job."""
     job = json.loads(path.read_text("utf-8"))
-    recipe = Run(Path(job["recipe"]).parent).dated(read.load(job["recipe"]))
+    recipe = Run(Path(job["recipe"]).parent).dated(load.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     loaded = loaders.load(job["loader"], Path(job["exported"]), recipe, base=job["base"] and Path(job["base"]))

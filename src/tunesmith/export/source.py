@@ -28,7 +28,7 @@ from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.new_tokens import make_room, of_recipe
 from tunesmith.planning.before_rows import find_head
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.types import Attachment, HeadName, Labels, ModelKind
 
@@ -114,7 +114,7 @@ class Source:
 
     def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Attachment | None]:
         """The tuned model on the CPU, its weights in `dtype`, and the adapter that sits on it."""
-        as_tuned_on = getattr(torch, known(self.recipe.precision))
+        as_tuned_on = getattr(torch, resolved(self.recipe.precision))
         model = load.load_model(
             self.weights, dtype=as_tuned_on if self.merges_into_dequantized else dtype, device="cpu", head=self.head,
             labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,

@@ -16,7 +16,7 @@ from tunesmith.inference.inputs import read_file, read_pipe
 from tunesmith.inference.lines import Line, Lines, Tally
 from tunesmith.inference.output import Output
 from tunesmith.inference.predictor import Predictor
-from tunesmith.recipe.knobs import DataFile
+from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.atomic import sha256_file
 
 STDIN = "-"

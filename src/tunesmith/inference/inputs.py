@@ -15,7 +15,7 @@ from tunesmith.data.read_text import json_lines, rest_of_line, too_long
 from tunesmith.data.strict_json import BadRow
 from tunesmith.inference.lines import Line, Lines, record_of
 from tunesmith.inference.predictor import Predictor
-from tunesmith.recipe.knobs import Data, DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Problem, Source, TaskName
 
 PIPE = "stdin"

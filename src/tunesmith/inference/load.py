@@ -24,7 +24,7 @@ from tunesmith.models.locate import Located
 from tunesmith.models.size import size
 from tunesmith.planning.advise import choose_precision, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.beside import Beside
@@ -94,8 +94,8 @@ class Speaker:
         """Most tokens that go through the model at once where rows have these lengths."""
         if rope.why(self.model.config, max(lengths, default=0)):
             return 1
-        knob = self.recipe.train.tokens_per_pass
-        return knob if knob != "auto" else 8192 if self.model.device.type == "cuda" else 2048
+        option = self.recipe.train.tokens_per_pass
+        return option if option != "auto" else 8192 if self.model.device.type == "cuda" else 2048
 
     def identity(self) -> dict[str, str]:
         """Hashes of all that an answer follows from beside the question, by name."""
@@ -275,10 +275,10 @@ def refuse_needless(base: str | None, model: str) -> None:
 
 def run_labels(recipe: Recipe) -> Labels | None:
     """What the head of a run answers with, by its resolved recipe; None where it has none."""
-    task = TASKS[known(recipe.task)]
+    task = TASKS[resolved(recipe.task)]
     if not task.learns_classes:
         return None
-    kind: LabelKind = "tags" if task.by_word else known(recipe.data.label_kind)
+    kind: LabelKind = "tags" if task.by_word else resolved(recipe.data.label_kind)
     return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 
@@ -374,10 +374,10 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
     """The renderer of a resolved recipe."""
     return Renderer(
         tokenizer,
-        known(recipe.task),
+        resolved(recipe.task),
         kind=kind,
-        max_tokens=known(recipe.data.max_tokens),
-        too_long=known(recipe.data.too_long),
+        max_tokens=resolved(recipe.data.max_tokens),
+        too_long=resolved(recipe.data.too_long),
         control_tokens=recipe.data.control_tokens,
         stride=None if recipe.data.stride == "auto" else recipe.data.stride,
         prompt=recipe.data.prompt,

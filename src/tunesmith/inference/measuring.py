@@ -45,7 +45,7 @@ from tunesmith.evaluation.verdicts import (
 from tunesmith.formatting import plural
 from tunesmith.inference.load import Speaker
 from tunesmith.inference.trained import Trained, find_trained
-from tunesmith.recipe.knobs import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS, bind
 from tunesmith.types import Layout, Problem
 

@@ -85,10 +85,10 @@ class Predictor:
 
     def identity(self) -> dict[str, str]:
         """What the answers follow from beside the rows, by name."""
-        knobs = {"--max-tokens": str(self.max_new_tokens)} if self.writes else {}
+        options = {"--max-tokens": str(self.max_new_tokens)} if self.writes else {}
         threshold = self.holds_above if self.is_many else self.threshold
-        knobs |= {} if threshold is None else {"--threshold": str(threshold)}
-        return {**self.speaker.identity(), **knobs}
+        options |= {} if threshold is None else {"--threshold": str(threshold)}
+        return {**self.speaker.identity(), **options}
 
     @property
     def task(self) -> TaskName:

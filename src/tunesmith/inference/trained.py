@@ -15,7 +15,7 @@ from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError
 from tunesmith.evaluation.predict_rows import constant_answer
 from tunesmith.evaluation.scores import Constant
-from tunesmith.recipe.knobs import DataFile, known
+from tunesmith.recipe.schema import DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.types import Labels
 
@@ -49,5 +49,5 @@ def find_trained(run: Run) -> Trained | None:
         return None
     own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
     data = recipe.data.model_copy(update={"train": own})
-    train, *_ = split(data, store, held_store, known(recipe.task))
+    train, *_ = split(data, store, held_store, resolved(recipe.task))
     return Trained(store, train)

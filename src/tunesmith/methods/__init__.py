@@ -19,7 +19,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.methods import adalora, full, lora, peft_bridge, peft_config, peft_format, peft_kinds, peft_saved
 from tunesmith.methods.quantize import base_format, quantize_base
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Attachment, HeadName
 
 

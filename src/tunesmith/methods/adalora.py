@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tunesmith.errors import RecipeError
 from tunesmith.methods.peft_kinds import import_peft
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.recipe.knobs import Optim
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
+from tunesmith.recipe.schema import Optim
 
 KIND = "ADALORA"
 SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")

@@ -17,7 +17,7 @@ from tunesmith.methods.masters import Masters
 from tunesmith.methods.token_rows import ROWS, TokenRows, sole_embedding
 from tunesmith.models.heads import check_labels
 from tunesmith.models.save import save_model
-from tunesmith.recipe.knobs import FullMethod
+from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Attachment
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from tunesmith.methods.whole import find_biases, find_modules, tied_notes, weigh
 from tunesmith.models.heads import drawn_names, new_head_names
 from tunesmith.models.new_tokens import ids_of
 from tunesmith.models.quantized import QuantizedLinear
-from tunesmith.recipe.method_knobs import DoraMethod, LowRankMethod
+from tunesmith.recipe.methods import DoraMethod, LowRankMethod
 from tunesmith.types import Attachment
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -204,8 +204,8 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
             "that it is. Use method: full, or a model whose masked-language head comes with it."
         )
     targets, left_out = find_targets(model, settings.targets, layers=settings.layers), not_linear(model)
-    ranks = by_pattern(model, targets, settings.rank_pattern, knob="method.rank_pattern")
-    alphas = by_pattern(model, targets, settings.alpha_pattern, knob="method.alpha_pattern")
+    ranks = by_pattern(model, targets, settings.rank_pattern, option="method.rank_pattern")
+    alphas = by_pattern(model, targets, settings.alpha_pattern, option="method.alpha_pattern")
     adapted = [
         Adapted(target, int(ranks.get(target.name, settings.rank)), alphas.get(target.name, settings.alpha))
         for target in targets

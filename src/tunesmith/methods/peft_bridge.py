@@ -23,7 +23,7 @@ from tunesmith.methods.virtual_tokens import VirtualTokens
 from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.quiet import quiet
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
 from tunesmith.types import Attachment
 
 ADAPTER = "default"

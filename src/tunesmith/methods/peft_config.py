@@ -20,7 +20,7 @@ from tunesmith.methods.patterns import CONFIG, fits, fits_end
 from tunesmith.methods.targets import Target, layer_of
 from tunesmith.methods.whole import tied_modules
 from tunesmith.models import heads
-from tunesmith.recipe.method_knobs import DoraMethod, LoraMethod, LowRankMethod
+from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base model's weights alone."""

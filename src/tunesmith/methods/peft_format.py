@@ -24,7 +24,7 @@ from tunesmith.methods.token_rows import ROWS, misfits
 from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of
 from tunesmith.models import heads, padding
 from tunesmith.models.save import save_tokenizer
-from tunesmith.recipe.method_knobs import DoraMethod
+from tunesmith.recipe.methods import DoraMethod
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:

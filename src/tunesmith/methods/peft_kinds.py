@@ -15,7 +15,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
 from tunesmith.models.bnb import import_bitsandbytes
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
 
 OWN_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",

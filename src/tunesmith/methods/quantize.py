@@ -12,7 +12,7 @@ from tunesmith.methods.targets import inner_linears, replace_module, shared_weig
 from tunesmith.methods.whole import find_modules
 from tunesmith.models.exhausted import give_back
 from tunesmith.models.quantized import QuantizedLinear, check_installed
-from tunesmith.recipe.method_knobs import QloraMethod
+from tunesmith.recipe.methods import QloraMethod
 
 _KNOWN = (nn.Linear.forward, Conv1D.forward)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models.heads import generator
-from tunesmith.recipe.method_knobs import Start
+from tunesmith.recipe.methods import Start
 
 _ITERATIONS = 8
 

@@ -126,7 +126,7 @@ def is_in_layers(word: str, name: str, counts: Mapping[str, int]) -> bool:
 
 
 def by_pattern(
-    model: nn.Module, targets: Sequence[Target], patterns: Mapping[str, float], *, knob: str
+    model: nn.Module, targets: Sequence[Target], patterns: Mapping[str, float], *, option: str
 ) -> dict[str, float]:
     """The value that `patterns` give each of `targets` by its name; of several that mean it, the last.
 
@@ -137,7 +137,7 @@ def by_pattern(
         found = [target.name for target in targets if _means(word, target, model)]
         if not found:
             names = [target.name for target in targets]
-            raise RecipeError(f"{knob}: {word!r} matches no adapted layer.{near_words(word, names)}")
+            raise RecipeError(f"{option}: {word!r} matches no adapted layer.{near_words(word, names)}")
         values |= dict.fromkeys(found, value)
     return values
 

@@ -10,7 +10,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.patterns import searches
 from tunesmith.methods.targets import Target, near_words
 from tunesmith.models.heads import new_head_names
-from tunesmith.recipe.method_knobs import Bias
+from tunesmith.recipe.methods import Bias
 
 
 def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:

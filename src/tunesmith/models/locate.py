@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.folder import PICKLES, check_folder, refuse_pickles
 from tunesmith.models.headers import read_gguf
 from tunesmith.models.hub import from_hub
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 
 _WHAT = " Give a folder, a .gguf file or a hub id."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.errors import RecipeError
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.locate import Located
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)

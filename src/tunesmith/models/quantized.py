@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
 from tunesmith.models.bnb import import_bitsandbytes
-from tunesmith.recipe.method_knobs import Quant
+from tunesmith.recipe.methods import Quant
 
 BLOCK = 64
 NESTED_BLOCK = 256

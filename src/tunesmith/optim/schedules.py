@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tunesmith.recipe.knobs import known
-from tunesmith.recipe.optim_knobs import Optim, given
+from tunesmith.recipe.schema import Optim, required, resolved
 
 
 def linear(progress: float) -> float:
@@ -39,7 +38,7 @@ def rate(step: int, total: int, optim: Optim) -> float:
     """
     if not 1 <= step <= total:
         raise ValueError(f"step {step} of {total}: steps are counted from 1 to the last")
-    warmup, peak = warmup_steps(total, optim), known(optim.lr)
+    warmup, peak = warmup_steps(total, optim), resolved(optim.lr)
     if step <= warmup:
         return peak * (step / warmup)
-    return peak * SCHEDULES[given(optim.schedule)]((step - 1 - warmup) / (total - warmup))
+    return peak * SCHEDULES[required(optim.schedule)]((step - 1 - warmup) / (total - warmup))

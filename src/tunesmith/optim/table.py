@@ -14,8 +14,7 @@ from torch import Tensor
 from tunesmith.environment import installing
 from tunesmith.errors import RecipeError
 from tunesmith.models.bnb import import_bitsandbytes
-from tunesmith.recipe.knobs import known
-from tunesmith.recipe.optim_knobs import Optim, given
+from tunesmith.recipe.schema import Optim, required, resolved
 
 Groups = list[dict[str, Any]]
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
@@ -90,8 +89,8 @@ def _like(tensor: Tensor) -> Slot:
 
 def _adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     device = groups[0]["params"][0][1].device.type
-    betas, eps = given(optim.betas), given(optim.eps)
-    return torch.optim.AdamW(groups, lr=known(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
+    betas, eps = required(optim.betas), required(optim.eps)
+    return torch.optim.AdamW(groups, lr=resolved(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
 
 
 def _adamw_kernel(device: str) -> tuple[str, str]:
@@ -111,8 +110,9 @@ def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
 
 
 def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    betas, eps = given(optim.betas), given(optim.eps)
-    return import_bitsandbytes().optim.AdamW8bit(groups, lr=known(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
+    betas, eps = required(optim.betas), required(optim.eps)
+    adamw = import_bitsandbytes().optim.AdamW8bit
+    return adamw(groups, lr=resolved(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
 
 
 def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -129,13 +129,13 @@ def _adamw_8bit_codes(optimizer: Any, tensor: Tensor) -> Mapping[str, Tensor]:
 
 
 def _lion(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    return import_bitsandbytes().optim.Lion32bit(groups, lr=known(optim.lr), betas=given(optim.betas))  # type: ignore[no-any-return]
+    return import_bitsandbytes().optim.Lion32bit(groups, lr=resolved(optim.lr), betas=required(optim.betas))  # type: ignore[no-any-return]
 
 
 def _adafactor(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     # An update is scaled by max(1, RMS of the weight) and not by the RMS alone: rates mean what they mean elsewhere,
     # and a matrix of zeros, as LoRA's B at its start, can move.
-    return torch.optim.Adafactor(groups, lr=known(optim.lr), eps=(None, 1.0))
+    return torch.optim.Adafactor(groups, lr=resolved(optim.lr), eps=(None, 1.0))
 
 
 def _adafactor_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -148,16 +148,16 @@ def _adafactor_state(tensor: Tensor) -> Mapping[str, Slot]:
 
 
 def _muon(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    momentum = given(optim.momentum)
-    return torch.optim.Muon(groups, lr=known(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    momentum = required(optim.momentum)
+    return torch.optim.Muon(groups, lr=resolved(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def _schedule_free(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
     # One tensor after another: updating all at once holds a second copy of every gradient.
-    betas, eps = given(optim.betas), given(optim.eps)
-    return AdamWScheduleFree(groups, lr=known(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
+    betas, eps = required(optim.betas), required(optim.eps)
+    return AdamWScheduleFree(groups, lr=resolved(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
 
 
 def _from(library: str) -> Callable[[str], tuple[str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.optim.rounding import StandIns
 from tunesmith.optim.table import OPTIMIZERS, Groups, Optimizer, Slot, is_embedding
-from tunesmith.recipe.knobs import Optim, known
+from tunesmith.recipe.schema import Optim, resolved
 from tunesmith.types import Choice
 
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})
@@ -61,7 +61,7 @@ def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mappi
         {
             "params": members[decay, factor],
             "weight_decay": optim.weight_decay if decay else 0.0,
-            "lr": known(optim.lr) * factor,
+            "lr": resolved(optim.lr) * factor,
             "rate_factor": factor,
         }
         for decay, factor in sorted(members, key=lambda key: (not key[0], key[1]))

@@ -18,9 +18,9 @@ from tunesmith.formatting import plural
 from tunesmith.methods.peft_kinds import RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.recipe.knobs import FullMethod, LoraMethod, Recipe, Section, known
-from tunesmith.recipe.method_knobs import LowRankMethod, PeftMethod
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import FullMethod, LoraMethod, LowRankMethod, PeftMethod, Section
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, task_of
 from tunesmith.types import Choice, Example, ModelKind, TaskName
 
@@ -128,7 +128,7 @@ def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
-    """The recipe with one knob set and checked; where a run's files are now, it still knows."""
+    """The recipe with one option set and checked; where a run's files are now, it still knows."""
     data = recipe.model_dump()
     section, _, name = choice.key.rpartition(".")
     value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
@@ -194,7 +194,7 @@ def _rate_of_adamw(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
-    if TASKS[known(recipe.task)].learns_classes:
+    if TASKS[resolved(recipe.task)].learns_classes:
         epochs = 5.0 if rows < 1000 else 3.0
         return epochs, f"{plural(rows, 'row')}, and a new head has to be learnt"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
@@ -220,8 +220,8 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
-    step = float(facts.lengths_I.mean()) * known(recipe.train.rows_per_step)
-    tokens = min(step, known(recipe.train.tokens_per_pass))
+    step = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
+    tokens = min(step, resolved(recipe.train.tokens_per_pass))
     choice = choose_precision(recipe, facts.num_parameters, facts.device, tokens=tokens)
     return choice.value, choice.reason
 
@@ -263,7 +263,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    if TASKS[known(recipe.task)].learns_classes or facts.kind == "encoder":
+    if TASKS[resolved(recipe.task)].learns_classes or facts.kind == "encoder":
         return 0, "such a model writes no answers"
     if not has_short_answers(facts.held_targets_I):
         return FEW_ANSWERS, "enough to look at"

@@ -12,7 +12,7 @@ from tunesmith.models.locate import Located
 from tunesmith.models.size import UNBOUNDED, ModelSize
 from tunesmith.planning import advise
 from tunesmith.planning.advise import with_choice
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
@@ -40,7 +40,7 @@ def decide_before_rows(
     choose("task", lambda: _choose_task(recipe, kind))
     choose("method", lambda: advise.choose_method(model_size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
-    task: TaskName = known(recipe.task)
+    task: TaskName = resolved(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
     choose("data.too_long", lambda: advise.choose_too_long(task))
     if recipe.data.prompt is not None and not TASKS[task].has_prompt:
@@ -48,7 +48,7 @@ def decide_before_rows(
     if recipe.loss.neftune_alpha and kind == "encoder_decoder":
         raise RecipeError("loss.neftune_alpha: is for models that read one text; this one reads two. Leave it out.")
     if task == "text" and kind == "causal":
-        choose("data.stride", lambda: advise.choose_stride(known(recipe.data.max_tokens)))
+        choose("data.stride", lambda: advise.choose_stride(resolved(recipe.data.max_tokens)))
     return recipe, choices
 
 
@@ -69,7 +69,7 @@ def _choose_task(recipe: Recipe, kind: ModelKind) -> Choice:
 
 def find_head(recipe: Recipe, located: Located, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
-    heads = TASKS[known(recipe.task)].heads
+    heads = TASKS[resolved(recipe.task)].heads
     if kind not in heads:
         others = " or ".join(_KINDS[name] for name in heads)
         can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)

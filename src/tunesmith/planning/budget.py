@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH
 from tunesmith.planning.advise import operations_per_second, with_choice
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import Choice
 
 HELD = 1000
@@ -76,7 +76,7 @@ def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Reci
             left = 0.0
         found["max_rows"] = (rows or HELD, HELD)
 
-    samples = most = known(evaluation.samples)
+    samples = most = resolved(evaluation.samples)
     if was.samples == "auto":
         while samples and answering(samples) > max(0.0, left):
             samples = samples // 2 if samples // 2 >= FEW_PROMPTS else 0
@@ -91,7 +91,7 @@ def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Reci
     left -= cost if general else 0.0
 
     if was.surprising == "auto":
-        most = known(evaluation.surprising)
+        most = resolved(evaluation.surprising)
         found["surprising"] = (min(most, max(0, math.floor(left / size.row))), most)
 
     choices = []

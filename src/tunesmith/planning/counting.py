@@ -13,7 +13,7 @@ from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
 from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.work import Kind
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName
 
 
@@ -32,7 +32,7 @@ def amount(store: RowStore, rows_I: NDArray[np.int64]) -> Amount:
 
 def seen_rows(recipe: Recipe, rows: Rows) -> NDArray[np.int64]:
     """The training rows that are looked through at the end."""
-    return sample_rows(rows.store, rows.train_rows, known(recipe.evaluation.surprising))
+    return sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
 
 
 def evaluations(recipe: Recipe, steps: int) -> int:
@@ -45,7 +45,7 @@ def evaluations(recipe: Recipe, steps: int) -> int:
 
 def saves(recipe: Recipe, steps: int) -> int:
     """Checkpoints, the one before the first step among them; those of a best evaluation cannot be foreseen."""
-    return 2 + (steps - 1) // known(recipe.checkpoint.every)
+    return 2 + (steps - 1) // resolved(recipe.checkpoint.every)
 
 
 def kept_checkpoints(recipe: Recipe, steps: int) -> int:
@@ -58,7 +58,7 @@ def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> in
     """Tokens written one after the other before and after, if no answer ends early."""
     if head != "next_token":
         return 0
-    asked = min(known(recipe.evaluation.samples), len(rows.held_rows))
+    asked = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
     general = ANSWER_TOKENS if is_general else 0
     tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
     return 2 * (-(-asked // ANSWER_BATCH) * tokens + general)

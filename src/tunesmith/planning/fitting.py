@@ -12,8 +12,8 @@ from tunesmith.environment import installing
 from tunesmith.errors import DoesNotFitError, TunesmithError
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.forecast import Forecast
-from tunesmith.recipe.knobs import LoraMethod, Recipe, known
-from tunesmith.recipe.method_knobs import LowRankMethod, QloraMethod
+from tunesmith.recipe.methods import LoraMethod, LowRankMethod, QloraMethod
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import Choice
 
 MARGIN = 0.08
@@ -54,12 +54,12 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     """
     automatic = recipe.train.checkpointed_layers == "auto"
     recipe = _with(recipe, "train.checkpointed_layers", 0) if automatic else recipe
-    asked = known(recipe.train.tokens_per_pass)
+    asked = resolved(recipe.train.tokens_per_pass)
     found = predict(recipe)
     smaller = recipe
     while True:
         best, forecast = _fewest_layers(smaller, predict) if automatic else (smaller, predict(smaller))
-        tokens = known(best.train.tokens_per_pass)
+        tokens = resolved(best.train.tokens_per_pass)
         if _easily(forecast) or not free_tokens or tokens <= max(longest, SMALLEST_PASS):
             break
         smaller = _with(recipe, "train.tokens_per_pass", max(longest, SMALLEST_PASS, tokens // 2))
@@ -159,12 +159,12 @@ def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tu
 
 def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
     least = max(longest, SMALLEST_PASS)
-    tokens = known(recipe.train.tokens_per_pass)
+    tokens = resolved(recipe.train.tokens_per_pass)
     for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
         if fewer < tokens:
             yield {"train.tokens_per_pass": fewer}
     for layers in (num_layers // 2, num_layers):
-        if layers > known(recipe.train.checkpointed_layers):
+        if layers > resolved(recipe.train.checkpointed_layers):
             yield {"train.checkpointed_layers": layers}
     smallest = {"train.tokens_per_pass": min(least, tokens), "train.checkpointed_layers": num_layers}
     yield smallest

@@ -33,7 +33,7 @@ from tunesmith.planning.sketch import DTYPES, Kept, Sketch
 from tunesmith.planning.tracing import Segment
 from tunesmith.planning.trying import Tried
 from tunesmith.planning.work import Duration, Kind, Work
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, Layout, ModelKind
 
 Feeds = Callable[[Recipe, Any, Plan], tuple[Feed, Feed]]
@@ -210,7 +210,7 @@ class Forecaster:
     def _look(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Looked | None:
         """The pass of the most targets over held-out rows and those that are looked through at the end; None where
         nothing is looked at."""
-        rows, tokens = self.rows, known(recipe.train.tokens_per_pass)
+        rows, tokens = self.rows, resolved(recipe.train.tokens_per_pass)
         looks = (rows.held_store, rows.held_rows, True), (rows.store, seen_rows(recipe, rows), False)
         found = [
             (store, heaviest_looked(store, [int(i) for i in rows_I], tokens_per_pass=tokens, layout=layout), is_held)
@@ -254,7 +254,7 @@ class Forecaster:
         looked: Looked | None,
         compiling: float,
     ) -> Duration:
-        dtype, segments = DTYPES[known(recipe.precision)], run[0]
+        dtype, segments = DTYPES[resolved(recipe.precision)], run[0]
         if self.tried is not None:
             self.tried.look(segments)
         per_token = pass_seconds(segments, self.device, dtype, self.tried) / run[1]

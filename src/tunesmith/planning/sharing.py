@@ -19,8 +19,8 @@ from tunesmith.models.agreement import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import evaluating
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import PeftMethod
+from tunesmith.recipe.methods import PeftMethod
+from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, Choice, Row
 
 LEAST_SAVED = 0.05

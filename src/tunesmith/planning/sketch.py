@@ -31,8 +31,8 @@ from tunesmith.models.quiet import quiet
 from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_temporarily
 from tunesmith.optim import Update
 from tunesmith.planning.tracing import Place, Segment, Tracer
-from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.method_knobs import PeftMethod, QloraMethod
+from tunesmith.recipe.methods import PeftMethod, QloraMethod
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import bind
 from tunesmith.types import Attachment, Batch, HeadName, Labels, Layout
 
@@ -82,7 +82,7 @@ class Sketch:
         self.mode = FakeTensorMode()
         self._plain = recipe.kernels == "plain" or on != "cpu"
         with _blaming(), self.mode, torch.random.fork_rng(devices=[]), quiet():
-            dtype = DTYPES[known(recipe.precision)]
+            dtype = DTYPES[resolved(recipe.precision)]
             self.model: PreTrainedModel = model_of_shapes(
                 located, dtype=dtype, head=head, labels=labels, kernels=recipe.kernels
             )
@@ -92,7 +92,7 @@ class Sketch:
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = named_output(self.model) if knows_output else None
-            self._loss = bind(known(recipe.task), labels, recipe.loss, output)
+            self._loss = bind(resolved(recipe.task), labels, recipe.loss, output)
             kept = _kept(self.model, self.attachment, recipe)
             self.kept = replace(kept, weights=kept.weights - saved)
             self.stacks = _cut(self.model)

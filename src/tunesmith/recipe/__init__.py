@@ -1,1 +1,1 @@
-"""The recipe: every knob of a run (knobs), read from files and dotted settings (read), printed with docs (show)."""
+"""The recipe: every option of a run (options), read from files and dotted settings (read), printed with docs (show)."""

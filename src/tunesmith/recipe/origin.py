@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from tunesmith.recipe.knobs import Base, Recipe
+from tunesmith.recipe.schema import Base, Recipe
 
 
 def record(recipe: Recipe, root: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from tunesmith.runs.atomic import (
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
 
 FORMAT = 1
 """Version of the folder's layout; a folder of a newer one is refused."""
@@ -184,9 +184,9 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The complete recipe of this run, which knows where its files are now."""
-        from tunesmith.recipe import read
+        from tunesmith.recipe import load
 
-        return self.place(read.load(str(self.recipe_path)))
+        return self.place(load.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
         """A recipe of this run, knowing where its files are now and which day its template writes."""
@@ -208,9 +208,9 @@ class Run:
     @property
     def records_date(self) -> bool:
         """Whether its recipe says which day its template writes."""
-        from tunesmith.recipe import read
+        from tunesmith.recipe import load
 
-        return read.load(str(self.recipe_path)).data.date != "auto"
+        return load.load(str(self.recipe_path)).data.date != "auto"
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name` of this folder, atomically."""

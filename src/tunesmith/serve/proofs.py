@@ -25,7 +25,7 @@ from tunesmith.models.agreement import TOLERANCES, leak_allowed, spread_error
 from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
 from tunesmith.models.modes import evaluating
 from tunesmith.models.quiet import quiet
-from tunesmith.recipe.knobs import known
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.folder import Run
 from tunesmith.serve.adapters import Adapters
@@ -151,7 +151,7 @@ def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, R
         heard.get(problem.code, set()).add(str(problem.source))
 
     now: list[Encoded] = [[] for _ in found]
-    if TASKS[known(run.recipe().task)].writes_answers:
+    if TASKS[resolved(run.recipe().task)].writes_answers:
         now = renderer.encode([example for _, example in found], on_warning=hear)
     kept_rows = (
         (example, store.row(rows[file, example.source.line]), _ids(encoded) if source in heard["cut"] else None)
@@ -173,7 +173,7 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     first = files[:1]
     if sha256_file(Path(first[0].at)) != store.summary.data_sha256[0]:
         raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
-    return examples(first, recipe.data, lambda problem: None, task=known(recipe.task))
+    return examples(first, recipe.data, lambda problem: None, task=resolved(recipe.task))
 
 
 def _prove_adapter(voice: Voice, run: Run) -> None:

@@ -16,7 +16,7 @@ from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.pooling import find_pooling
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve import proofs
 from tunesmith.serve.adapters import Adapters
@@ -71,7 +71,7 @@ def why_alone(run: Run) -> str | None:
     """Why a run has to have a model of its own; None: it is low-rank paths beside layers, so that many share one."""
     recipe = run.recipe()
     method = recipe.method
-    if TASKS[known(recipe.task)].learns_classes:
+    if TASKS[resolved(recipe.task)].learns_classes:
         return "its head is its own"
     if run.model_path.exists():
         return "every weight of it was tuned"

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.knobs import Loss
+from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE

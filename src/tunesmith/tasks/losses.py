@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe.knobs import Loss
+from tunesmith.recipe.schema import Loss
 from tunesmith.types import Batch, Labels, Measured
 
 if TYPE_CHECKING:

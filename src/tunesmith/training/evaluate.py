@@ -31,7 +31,7 @@ from tunesmith.evaluation.predict_rows import (
     sample_rows,
 )
 from tunesmith.evaluation.scores import RowResult, answer_scores, score, score_answers
-from tunesmith.recipe.knobs import known
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import answer_tokens
@@ -44,7 +44,7 @@ def look(session: Session, name: str) -> None:
     measure_held_out(session, name)
     begun = time.perf_counter()
     _answer(session, name)
-    if known(session.setup.recipe.evaluation.general) and session.setup.can_generate:
+    if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)
@@ -177,7 +177,7 @@ def _measure_general(session: Session, name: str) -> None:
 def find_surprising(session: Session) -> None:
     """The training rows that the tuned model still finds least likely, in `evaluation/surprising.json`."""
     setup = session.setup
-    most = known(setup.recipe.evaluation.surprising)
+    most = resolved(setup.recipe.evaluation.surprising)
     if most == 0:
         return
     begun = time.perf_counter()

@@ -22,7 +22,7 @@ from tunesmith.models.size import ModelSize, size
 from tunesmith.optim import check_installed
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.init_from_run import start_from
 from tunesmith.types import Choice, HeadName, ModelKind
 

@@ -32,8 +32,8 @@ from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.sharing import Ask, decide_sharing
 from tunesmith.planning.sketch import DTYPES
 from tunesmith.planning.trying import Tried
-from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.show import changed
+from tunesmith.recipe.docs import changed
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
 from tunesmith.types import Choice, HeadName, Layout
@@ -147,7 +147,7 @@ def _measuring(
     size = RunSize(
         num_parameters=start.size.num_params,
         device=device,
-        trained=steps * known(recipe.train.rows_per_step) * row,
+        trained=steps * resolved(recipe.train.rows_per_step) * row,
         row=row,
         held=int(rows.held_store.lengths[rows.held_rows].sum()),
         held_rows=len(rows.held_rows),
@@ -166,8 +166,9 @@ def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> Non
     """Decide what memory decides, and what the run will need then. Raises DoesNotFitError; whatever else it raises
     leaves `seen` as it was."""
     start, rows, recipe = seen.start, seen.rows, seen.recipe
-    tried = None if device else Tried(recipe.device, threads=known(recipe.threads))
-    device = device or devices.here(recipe.device, threads=known(recipe.threads), dtype=DTYPES[known(recipe.precision)])
+    tried = None if device else Tried(recipe.device, threads=resolved(recipe.threads))
+    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+    device = device or devices.here(recipe.device, threads=threads, dtype=dtype)
     on = device.kind
     give_back()  # what the machine's speed was tried with is no part of what the process holds
     forecaster = Forecaster(
@@ -209,7 +210,7 @@ def _reason(error: Exception) -> str:
 def _general_tokens(recipe: Recipe, start: Start) -> int:
     """Of the general text, where it is measured."""
     speaks = forgetting.can_generate(start.head, is_causal=start.kind == "causal", max_tokens=start.size.max_tokens)
-    if not (known(recipe.evaluation.general) and speaks):
+    if not (resolved(recipe.evaluation.general) and speaks):
         return 0
     return sum(len(row.ids) for row in forgetting.general_rows(start.renderer.tokenizer))
 
@@ -233,7 +234,7 @@ def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
         start.renderer,
         places=places,
         max_held=HELD if recipe.evaluation.max_rows == "auto" else recipe.evaluation.max_rows,
-        task=known(recipe.task),
+        task=resolved(recipe.task),
         class_weights=recipe.train.class_weights,
         own_classes=start.own_classes,
         on_progress=on_progress,
@@ -283,7 +284,7 @@ def feeds(
             has_types=has_types,
             pad_id=pad_id(model, tokenizer),
             shares=shares,
-            fills=fills(plan.layout, device=on, precision=known(recipe.precision)),
+            fills=fills(plan.layout, device=on, precision=resolved(recipe.precision)),
         )
 
     shares = any(choice.value for choice in choices)
@@ -297,8 +298,8 @@ def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
         rows_I=rows.train_rows,
         weights_I=weights[rows.store.file_index[rows.train_rows]],
         lengths_I=rows.store.lengths[rows.train_rows],
-        rows_per_step=known(recipe.train.rows_per_step),
-        tokens_per_pass=known(recipe.train.tokens_per_pass),
+        rows_per_step=resolved(recipe.train.rows_per_step),
+        tokens_per_pass=resolved(recipe.train.tokens_per_pass),
         layout=layout,
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,

@@ -22,8 +22,8 @@ from tunesmith.models import load, locate
 from tunesmith.models.agreement import TOLERANCES
 from tunesmith.models.kind import model_kind
 from tunesmith.optim import Update
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps

@@ -36,7 +36,7 @@ from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.sharing import disagreement, filled_by
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.beside import Beside
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
@@ -105,7 +105,7 @@ def prepare(
     recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
     hashes = Beside(partial(load.fingerprint, start.located))
-    torch.set_num_threads(known(recipe.threads))
+    torch.set_num_threads(resolved(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, start.renderer.tokenizer)
@@ -129,7 +129,7 @@ def prepare(
         room=start.size.max_tokens,
         num_parameters=num_parameters,
         renderer=start.renderer,
-        task=bind(known(recipe.task), rows.labels, recipe.loss, output),
+        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         kind=start.kind,
         head=start.head,
@@ -166,7 +166,7 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     contention.watch()
     model = load.load_model(
         start.located,
-        dtype=DTYPES[known(recipe.precision)],
+        dtype=DTYPES[resolved(recipe.precision)],
         device="cpu",
         head=start.head,
         labels=labels,
@@ -178,7 +178,7 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
     start.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
-    checkpoint_layers(model, known(recipe.train.checkpointed_layers))
+    checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if recipe.kernels == "fast":
         use_fast_norms(model)
         use_fast_dropout(model)
@@ -195,7 +195,7 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
     """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
     if start.head != "next_token":
         return [], []
-    examples = rows.sample_examples(known(recipe.evaluation.samples))
+    examples = rows.sample_examples(resolved(recipe.evaluation.samples))
     new_tokens = answer_tokens(recipe, rows)
     room = PromptLimit.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(start.renderer, examples, limit=room, new_tokens=new_tokens)

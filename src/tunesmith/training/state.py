@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tunesmith.data.store import RowStore
     from tunesmith.models.noise import EmbeddingNoise
     from tunesmith.optim import Update
-    from tunesmith.recipe.knobs import Recipe
+    from tunesmith.recipe.schema import Recipe
     from tunesmith.types import Attachment, Task
 
 

@@ -20,7 +20,7 @@ from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.forecast import Forecast
-from tunesmith.recipe.knobs import Recipe, known
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.training.resolve import Foreseen, plan_of
 from tunesmith.training.setup import Setup
 
@@ -79,7 +79,7 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
     padding: dict[str, float] = {}
     if forecast is not None:
         plan = forecast.plan
-        is_filled = fills(plan.layout, device=forecast.device.kind, precision=known(recipe.precision))
+        is_filled = fills(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
         padding = {"padding": round(padding_share(plan, fills=is_filled), 4)}
     return {
         "model": seen.start.located.name,
@@ -135,7 +135,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "rows": row_counts(setup),
         "precision": setup.recipe.precision,
         "device": setup.device,
-        "threads": known(setup.recipe.threads),
+        "threads": resolved(setup.recipe.threads),
         "versions": versions(setup.recipe),
         "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],
         "labels": label_counts(setup),
@@ -172,7 +172,7 @@ def length_histogram(setup: Setup) -> dict[str, Any]:
     """Tokens of the training rows in at most 40 bins of equal width."""
     lengths_I = setup.plan.lengths_I
     counts, edges = np.histogram(lengths_I, bins=min(40, int(np.ptp(lengths_I)) + 1))
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "max_tokens": known(setup.recipe.data.max_tokens)}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "max_tokens": resolved(setup.recipe.data.max_tokens)}
 
 
 def row_counts(setup: Setup) -> dict[str, int]:
@@ -207,7 +207,7 @@ def versions(recipe: Recipe | None = None) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A knob's value as JSON."""
+    """An option's value as JSON."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     return dict(value) if isinstance(value, Mapping) else value

@@ -22,9 +22,9 @@ from tunesmith.formatting import command
 from tunesmith.inference.load import as_renamed
 from tunesmith.methods import METHODS, restore, state_dict
 from tunesmith.models.checkpointing import count_layers
-from tunesmith.recipe import read
-from tunesmith.recipe.knobs import Recipe, known
-from tunesmith.recipe.show import as_yaml
+from tunesmith.recipe import load
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
 from tunesmith.runs.beside import Beside
@@ -38,7 +38,7 @@ from tunesmith.training.summary import plan_timing, plan_values, report_facts, r
 from tunesmith.types import Event
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
-"""Knobs that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
+"""Options that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
 NAMED_LATER = {
     "setting train.group_by_length": "False",
     "setting data.date": "None",
@@ -183,7 +183,7 @@ def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
             f"--set {other[0]}: it would be another run. Of one that goes on only {', '.join(SAME_UPDATE)} can change; "
             "for anything else start a new one with `tunesmith train`."
         )
-    return run.place(read.load(str(run.recipe_path), settings)) if settings else run.recipe()
+    return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
@@ -271,7 +271,7 @@ def _facts(session: Session) -> dict[str, Any]:
 
 def _take_steps(session: Session) -> None:
     setup, progress = session.setup, session.progress
-    save_every = known(setup.recipe.checkpoint.every)
+    save_every = resolved(setup.recipe.checkpoint.every)
     _stop_if_asked(session, saved=True)
     if _patience_is_over(session):
         return

@@ -15,7 +15,7 @@ from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.figure import Plot
 from tunesmith.evaluation.report.held_out import label_text, target_of
 from tunesmith.evaluation.report.marking import Marked, differences, one_line, visible
-from tunesmith.formatting import knob, plural
+from tunesmith.formatting import option, plural
 
 _SECTION = re.compile(r'<section id="(\w+)"><h2>([^<]+)</h2>')
 FOLDED_FROM = 600
@@ -38,7 +38,7 @@ def as_html(page: Mapping[str, Any], training: list[Plot], answers: list[Plot], 
         "data": data,
         "day": _day,
         "label": label_text,
-        "knob": knob,
+        "option": option,
         "line": one_line,
         "name": _name,
     }

@@ -10,7 +10,7 @@ from tunesmith.evaluation.metrics import VERDICTS
 from tunesmith.evaluation.report import wording
 from tunesmith.evaluation.report.held_out import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.report.marking import one_line, visible
-from tunesmith.formatting import knob, plural
+from tunesmith.formatting import option, plural
 
 _MEANT = re.compile(r"([\\`*_\[\]<>|&~$#])")
 _IN_A_CELL = 160
@@ -171,8 +171,8 @@ def _general(general: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    rows = [[inline(c["key"]), inline(knob(c["value"])), inline(c["reason"], width=400)] for c in choices]
-    yield from _table(["knob", "value", "why"], rows)
+    rows = [[inline(c["key"]), inline(option(c["value"])), inline(c["reason"], width=400)] for c in choices]
+    yield from _table(["option", "value", "why"], rows)
 
 
 def _repeat(page: Mapping[str, Any]) -> Iterator[str]:

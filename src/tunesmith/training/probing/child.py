@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
-from tunesmith.recipe.read import validate
+from tunesmith.recipe.load import validate
 from tunesmith.training.probing.found import Timed
 from tunesmith.training.probing.measuring import measure, peak
 from tunesmith.training.setup import prepare

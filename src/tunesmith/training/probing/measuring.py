@@ -27,7 +27,7 @@ from tunesmith.models.modes import evaluating
 from tunesmith.planning.counting import Amount, amount, seen_rows
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.heaviest import heaviest, heaviest_looked
-from tunesmith.recipe.knobs import known
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs import checkpoint
 from tunesmith.training.loop import training_steps
 from tunesmith.training.probing.found import Timed
@@ -146,7 +146,7 @@ def _look(setup: Setup, feed: Feed, members: Pass) -> None:
 
 
 def _general(setup: Setup) -> dict[str, Any]:
-    if not (known(setup.recipe.evaluation.general) and setup.can_generate):
+    if not (resolved(setup.recipe.evaluation.general) and setup.can_generate):
         return {}
     rows = general_rows(setup.renderer.tokenizer)
     batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]

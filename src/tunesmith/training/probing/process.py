@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.environment import for_child
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import remove, temporary_folder
 from tunesmith.training.probing.found import Found
 from tunesmith.training.resolve import OnProgress

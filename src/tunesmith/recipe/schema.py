@@ -1,4 +1,4 @@
-"""Every knob of a run, each declared once: name, type, default, unit and doc.
+"""Every option of a run, each declared once: name, type, default, unit and doc.
 
 The command line, `tunesmith recipe`, the JSON schema and docs/recipe.md are all derived from this file.
 "auto" is decided from model, data and machine before the run starts, printed with its reason, and written resolved
@@ -7,28 +7,14 @@ into the run's recipe.yaml.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tunesmith.recipe.method_knobs import METHOD_KNOBS, AutoMethod, FullMethod, LoraMethod, Method
-from tunesmith.recipe.optim_knobs import Optim
-from tunesmith.recipe.sections import Auto, Day, Fraction, Positive, Section
-
-__all__ = [
-    "METHOD_KNOBS",
-    "AutoMethod",
-    "Base",
-    "FullMethod",
-    "LoraMethod",
-    "Loss",
-    "Method",
-    "Optim",
-    "Recipe",
-    "Section",
-    "known",
-]
+from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, Positive, Section, Words
 
 T = TypeVar("T")
 
@@ -45,7 +31,7 @@ class DataFile(Section):
 
     @property
     def at(self) -> str:
-        """Where it is read: its path, or where a run's file is now; no knob."""
+        """Where it is read: its path, or where a run's file is now; no option."""
         return self._at or self.path
 
     def at_place(self, place: str) -> DataFile:
@@ -140,6 +126,70 @@ class Data(Section):
         return value
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "lion", "adafactor", "muon", "schedule_free"]
+_ADAM = {"schedule": "linear", "betas": (0.9, 0.999), "eps": 1e-8}
+USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "adamw": _ADAM,
+        "adamw_8bit": _ADAM,
+        "lion": {"schedule": "linear", "betas": (0.9, 0.99)},
+        "adafactor": {"schedule": "linear"},
+        "muon": {**_ADAM, "momentum": 0.95},
+        "schedule_free": {**_ADAM, "schedule": "constant"},
+    }
+)
+"""What each optimizer has of the options that not all have, and its value where the recipe says null."""
+
+
+class Optim(Section):
+    """The update: the optimizer and the rate of each step."""
+
+    name: OptimizerName = "adamw"
+    """Optimizer. adamw_8bit keeps its state in 8 bits, lion and adafactor keep less of it, muon makes the updates of
+    the matrices inside the layers orthogonal, schedule_free averages weights instead of lowering the rate."""
+    lr: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    """Shape of the rate after warm-up; linear and cosine end at zero after the last step. null: linear, of
+    schedule_free constant, which it has to be."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Warm-up: below 1 a share of all steps, from 1 up a number of steps. The first step's rate is not zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Decay of the running means of the gradient and of its square. null: 0.9 and 0.999, of lion 0.9 and 0.99;
+    adafactor has none."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the root of the second mean, so that no update divides by zero. null: 1e-8; lion and adafactor have
+    none."""
+    momentum: Fraction | None = None
+    """Of muon alone: decay of the running mean of the gradient that is made orthogonal. null: 0.95."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null never clips."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_usual(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        name, betas = data.get("name", "adamw"), data.get("betas")
+        usual = USUAL.get(name, {}) if isinstance(name, str) else {}
+        filled = {key: value for key, value in usual.items() if data.get(key) is None}
+        return {**data, **({"betas": tuple(betas)} if isinstance(betas, list) else {}), **filled}
+
+    @model_validator(mode="after")
+    def _has_what_it_is_given(self) -> Optim:
+        for option in ("betas", "eps", "momentum"):
+            if getattr(self, option) is not None and option not in USUAL[self.name]:
+                raise ValueError(f"optim.{option}: {self.name} has none: drop it or set optim.name: adamw")
+        if self.name == "schedule_free":
+            if self.schedule != "constant":
+                raise ValueError(f"optim.schedule: {self.schedule}: schedule_free needs constant: it averages instead")
+            if self.betas is not None and self.betas[0] == 0:
+                raise ValueError("optim.betas: schedule_free needs a first number above 0: its weights are such a mean")
+        return self
+
+
 class Loss(Section):
     """What is added to the loss in training. It stays a sum over targets divided once, and held-out rows are measured
     without any of it."""
@@ -209,8 +259,8 @@ class Evaluation(Section):
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Evaluation:
         if self.every is None and (self.patience is not None or self.keep == "best"):
-            knob = "patience" if self.patience is not None else "keep: best"
-            raise ValueError(f"{knob}: needs evaluations on the way: set evaluation.every too")
+            option = "patience" if self.patience is not None else "keep: best"
+            raise ValueError(f"{option}: needs evaluations on the way: set evaluation.every too")
         return self
 
 
@@ -226,14 +276,9 @@ class Checkpoint(Section):
 class Export(Section):
     """What the result becomes when the run is done."""
 
-    to: tuple[str, ...] = ()
+    to: Words = ()
     """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. What this model or method cannot become is
     said before the first step."""
-
-    @field_validator("to", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +332,7 @@ class Recipe(Section):
 
     @property
     def base(self) -> Base | None:
-        """Where the model is now, in the recipe of a run that was made from it; no knob."""
+        """Where the model is now, in the recipe of a run that was made from it; no option."""
         return None if self._base is None or self._base.model != self.model else self._base
 
     @property
@@ -303,11 +348,11 @@ class Recipe(Section):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _method_by_name_or_knob(cls, value: Any) -> Any:
+    def _method_by_name_or_option(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
-        lora_knobs = set(LoraMethod.model_fields) - {"name"}
-        if isinstance(value, dict) and value.get("name", "auto") == "auto" and set(value) & lora_knobs:
+        lora_options = set(LoraMethod.model_fields) - {"name"}
+        if isinstance(value, dict) and value.get("name", "auto") == "auto" and set(value) & lora_options:
             return {**value, "name": "lora"}
         return value
 
@@ -320,8 +365,15 @@ class Recipe(Section):
         return self
 
 
-def known(value: T | Auto) -> T:
-    """The value of a knob after "auto" has been decided."""
+def resolved(value: T | Auto) -> T:
+    """The value of an option after "auto" has been decided."""
     if value == "auto":
-        raise AssertionError("an undecided knob reached the run: planning.advise must resolve every auto")
+        raise AssertionError("an undecided option reached the run: planning.advise must resolve every auto")
+    return value
+
+
+def required(value: T | None) -> T:
+    """The value of an option that its section has filled in where it was null."""
+    if value is None:
+        raise AssertionError("an option that this optimizer does not have was asked for")
     return value

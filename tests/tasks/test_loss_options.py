@@ -20,7 +20,7 @@ from tunesmith.data.batch import build_batch
 from tunesmith.errors import ModelError, RecipeError, Stopped
 from tunesmith.models.attention import use_ragged
 from tunesmith.models.noise import EmbeddingNoise
-from tunesmith.recipe.knobs import Loss
+from tunesmith.recipe.schema import Loss
 from tunesmith.runs.folder import runs
 from tunesmith.tasks import bind
 from tunesmith.tasks.losses import target_losses
@@ -233,11 +233,11 @@ def test_class_weights_multiply_all_that_a_target_adds() -> None:
     assert F.cross_entropy(logits, batch.targets_N).isfinite()
 
 
-@pytest.mark.parametrize("knob", ["label_smoothing", "z_loss"])
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
 @pytest.mark.parametrize("kind", ["many", "number"])
-def test_what_is_not_defined_for_labels_is_refused(kind: Any, knob: str) -> None:
-    with pytest.raises(RecipeError, match=rf"loss.{knob}: is for one class of several"):
-        bind("classify", Labels(kind, ("a", "b")), Loss(**{knob: 0.1}))
+def test_what_is_not_defined_for_labels_is_refused(kind: Any, option: str) -> None:
+    with pytest.raises(RecipeError, match=rf"loss.{option}: is for one class of several"):
+        bind("classify", Labels(kind, ("a", "b")), Loss(**{option: 0.1}))
 
 
 def test_noise_on_a_model_of_two_texts_is_refused(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import text
-from tunesmith.recipe.fields import Knob, knobs, sections
-from tunesmith.recipe.knobs import Recipe
-from tunesmith.recipe.method_knobs import METHOD_KNOBS
+from tunesmith.recipe.docs import Option, options, sections
+from tunesmith.recipe.methods import METHOD_OPTIONS
+from tunesmith.recipe.schema import Recipe
 
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
@@ -53,7 +53,7 @@ OTHER_NAMES = {
     "label_smoothing_factor": "loss.label_smoothing",
     "neftune_noise_alpha": "loss.neftune_alpha",
 }
-"""What other tools call a knob, for suggestions."""
+"""What other tools call an option, for suggestions."""
 
 SETTING = "--set"
 
@@ -136,7 +136,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
     if not equals or not all(key.split(".")):
         raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
     if key.count(".") >= text.MAX_DEPTH:
-        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {text.MAX_DEPTH}: no knob is.")
+        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {text.MAX_DEPTH}: no option is.")
     try:
         value = text.parse(value_text, SETTING)
     except RecipeError as error:
@@ -152,7 +152,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
             inner = {}
         if not isinstance(inner, dict):
             name = ".".join(parents[:depth])
-            raise RecipeError(f"{SETTING} {key}: {name} has no knobs below it: set {name} as a whole.")
+            raise RecipeError(f"{SETTING} {key}: {name} has no options below it: set {name} as a whole.")
         section[parent] = inner
         section = inner
     section[last] = value
@@ -188,22 +188,22 @@ def _plain(value: Any) -> Any:
 
 
 def _place(location: Iterable[int | str]) -> tuple[str, str]:
-    """The key as a person writes it, and the key of the knob table; the branches of unions are not part of either."""
+    """The key as a person writes it, and the key of the option table; the branches of unions are not part of either."""
     shown = known = ""
     skip_method = False
     for part in location:
-        knob = knobs().get(known)
+        option = options().get(known)
         if isinstance(part, int):
-            if f"{known}[].path" not in knobs():
+            if f"{known}[].path" not in options():
                 break  # a list of plain values is shown as a whole
             shown, known = f"{shown}[{part}]", f"{known}[]"
-        elif known == "method" and part in METHOD_KNOBS and not skip_method:
+        elif known == "method" and part in METHOD_OPTIONS and not skip_method:
             skip_method = True
-        elif knob is not None and "mapping" not in knob.allowed:
+        elif option is not None and "mapping" not in option.allowed:
             break  # which member of a union was tried
         else:
             shown = f"{shown}.{part}" if shown else part
-            known = shown if knob is None or not known else known
+            known = shown if option is None or not known else known
             known = re.sub(r"\[\d+\]", "[]", known)
     return shown, known
 
@@ -218,24 +218,24 @@ def _problem(shown: str, known: str, errors: Sequence[ErrorDetails]) -> tuple[st
         return (key, rest) if rest else (shown, key)
     if first["type"] == "union_tag_invalid":
         tag = first["ctx"]["tag"]
-        return f"{shown}.name", _neither(_shown(tag), knobs()[f"{shown}.name"].kinds, tag)
-    return shown, _wrong_value(shown, knobs().get(known), errors)
+        return f"{shown}.name", _neither(_shown(tag), options()[f"{shown}.name"].kinds, tag)
+    return shown, _wrong_value(shown, options().get(known), errors)
 
 
 _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
-def _wrong_value(shown: str, knob: Knob | None, errors: Sequence[ErrorDetails]) -> str:
+def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetails]) -> str:
     given = errors[0]["input"]
     value = _shown(given)
-    if knob is None:
-        return f"{value} is not a section: write its knobs below it, or as {shown}.<knob>"
-    if errors[0]["type"] == "missing" and "list" not in knob.allowed:
-        return f"missing: {knob.doc}"
+    if option is None:
+        return f"{value} is not a section: write its options below it, or as {shown}.<option>"
+    if errors[0]["type"] == "missing" and "list" not in option.allowed:
+        return f"missing: {option.doc}"
     if any(error["type"] in _BOUNDS for error in errors):
-        return f"{value} is out of range: it must be {knob.allowed}"
-    in_mapping = "mapping" in knob.allowed and shown != knob.key
-    return _neither(value, ("text",) if in_mapping else knob.kinds, given)
+        return f"{value} is out of range: it must be {option.allowed}"
+    in_mapping = "mapping" in option.allowed and shown != option.key
+    return _neither(value, ("text",) if in_mapping else option.kinds, given)
 
 
 def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
@@ -252,7 +252,7 @@ def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
 
 
 def _unknown(shown: str, location: Sequence[int | str]) -> str:
-    other = next((knob for knob in knobs().values() if knob.methods and knob.key == shown), None)
+    other = next((option for option in options().values() if option.methods and option.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
     plain = re.sub(r"\[\d+\]", "[]", shown)
@@ -265,9 +265,9 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
 
 
 def similar(name: str) -> list[str]:
-    """Keys that a person may mean who writes `name`: a dotted key, or what another tool calls a knob."""
+    """Keys that a person may mean who writes `name`: a dotted key, or what another tool calls an option."""
     last = name.rpartition(".")[2]
-    everything = [*knobs(), *sections()]
+    everything = [*options(), *sections()]
     same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
     return (
         same_name

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.recipe import read, show
-from tunesmith.recipe.fields import knobs, sections
-from tunesmith.recipe.knobs import Recipe
+from tunesmith.recipe import docs, load
+from tunesmith.recipe.docs import options, sections
+from tunesmith.recipe.schema import Recipe
 from tunesmith.recipe.text import parse
 
 ROOT = Path(__file__).parents[2]
 
 UNREAD: set[str] = set()
-"""Knobs that nothing reads yet. It only ever shrinks."""
+"""Options that nothing reads yet. It only ever shrinks."""
 
 TEXT = st.text(max_size=20)
 RECIPES = st.fixed_dictionaries(
@@ -56,48 +56,48 @@ RECIPES = st.fixed_dictionaries(
 @settings(deadline=None)  # writes a file: how long that takes is the machine's
 @given(RECIPES, st.booleans())
 def test_yaml_round_trip_is_exact(tmp_path_factory, data, comments):
-    recipe = read.validate(data)
+    recipe = load.validate(data)
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(show.as_yaml(recipe, comments), encoding="utf-8", newline="")
-    back = read.load(str(path))
+    path.write_text(docs.as_yaml(recipe, comments), encoding="utf-8", newline="")
+    back = load.load(str(path))
     assert back == recipe
     assert repr(back) == repr(recipe)
 
 
 def check_round_trip(as_yaml, recipe: Recipe) -> None:
-    assert read.validate(parse(as_yaml(recipe, False), "r.yaml")) == recipe
+    assert load.validate(parse(as_yaml(recipe, False), "r.yaml")) == recipe
 
 
 def as_short_yaml(recipe: Recipe, comments: bool) -> str:
     """Planted bug: numbers as a person would write them."""
-    return re.sub(r"(lr: \d\.\d{3})\d*", r"\1", show.as_yaml(recipe, comments))
+    return re.sub(r"(lr: \d\.\d{3})\d*", r"\1", docs.as_yaml(recipe, comments))
 
 
 def test_the_check_catches_a_rounded_rate():  # planted
-    recipe = read.validate({"optim": {"lr": 1.00012345}})
-    check_round_trip(show.as_yaml, recipe)
+    recipe = load.validate({"optim": {"lr": 1.00012345}})
+    check_round_trip(docs.as_yaml, recipe)
     with pytest.raises(AssertionError):
         check_round_trip(as_short_yaml, recipe)
 
 
-def test_shown_is_every_knob_in_declared_order():
-    peft = show.as_yaml(read.validate({"method": {"name": "peft", "kind": "IA3"}}), False)
+def test_shown_is_every_option_in_declared_order():
+    peft = docs.as_yaml(load.validate({"method": {"name": "peft", "kind": "IA3"}}), False)
     assert "  kind: IA3\n  settings: {}\n" in peft
-    shown = show.as_yaml(read.validate({"method": "lora"}), False)
+    shown = docs.as_yaml(load.validate({"method": "lora"}), False)
     keys, stack = [], []
     for line in shown.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         stack[depth:] = [line.strip().partition(":")[0]]
         keys.append(".".join(stack))
     expected = [
-        key for key, knob in knobs().items() if "[]" not in key and (not knob.methods or "lora" in knob.methods)
+        key for key, option in options().items() if "[]" not in key and (not option.methods or "lora" in option.methods)
     ]
     assert sorted(key for key in keys if key not in sections()) == sorted(expected)
     assert keys[:5] == ["model", "revision", "name", "task", "method"]
 
 
-def test_default_recipe_shows_docs_and_the_other_methods_knobs():
-    shown = show.as_yaml(Recipe(), True)
+def test_default_recipe_shows_docs_and_the_other_methods_options():
+    shown = docs.as_yaml(Recipe(), True)
     assert parse(shown, "r.yaml")["method"] == {"name": "auto"}
     assert "  # Peak learning rate. " in shown
     assert "  schedule: linear  # linear, cosine, constant or null\n" in shown
@@ -108,35 +108,35 @@ def test_default_recipe_shows_docs_and_the_other_methods_knobs():
 
 def test_the_page_is_current():
     page = (ROOT / "docs" / "recipe.md").read_text("utf-8")
-    assert page == show.markdown(), "write it again: show.markdown() is docs/recipe.md"
+    assert page == docs.markdown(), "write it again: docs.markdown() is docs/recipe.md"
 
 
-def test_the_page_has_a_row_for_every_knob():
-    page = show.markdown()
-    for key in knobs():
+def test_the_page_has_a_row_for_every_option():
+    page = docs.markdown()
+    for key in options():
         assert f"\n| `{key}` | " in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
-def test_every_knob_and_section_is_documented():
-    assert [key for key, knob in knobs().items() if not knob.doc.endswith((".", ")"))] == []
+def test_every_option_and_section_is_documented():
+    assert [key for key, option in options().items() if not option.doc.endswith((".", ")"))] == []
     assert [key for key, doc in sections().items() if not doc] == []
 
 
-def test_every_knob_is_read():
+def test_every_option_is_read():
     code = "\n".join(
         path.read_text("utf-8")
         for path in sorted((ROOT / "src" / "tunesmith").rglob("*.py"))
         if path.parent.name != "recipe"
     )
-    names = {key: key.rpartition(".")[2] for key in knobs()}
+    names = {key: key.rpartition(".")[2] for key in options()}
     unread = {key for key, name in names.items() if not re.search(rf"\w\.{name}\b", code)}
     assert unread == UNREAD
 
 
-def test_schema_describes_every_knob():
-    schema = show.schema()
+def test_schema_describes_every_option():
+    schema = docs.schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["$defs"]["Optim"]["properties"]["lr"]["description"].startswith("Peak learning rate.")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import read
-from tunesmith.recipe.fields import knobs
-from tunesmith.recipe.knobs import AutoMethod, FullMethod, LoraMethod, Recipe
-from tunesmith.recipe.method_knobs import DoraMethod
+from tunesmith.recipe import load
+from tunesmith.recipe.docs import options
+from tunesmith.recipe.methods import AutoMethod, DoraMethod, FullMethod, LoraMethod
+from tunesmith.recipe.schema import Recipe
 
 PROBLEMS = [
     ({"method": {"name": "lora", "rank": "x"}}, "method.rank: 'x' is not a whole number"),
@@ -27,7 +27,7 @@ PROBLEMS = [
     ),
     ({"method": "lorra"}, "method.name: 'lorra' is none of auto, lora, dora, qlora, full, peft, did you mean lora?"),
     ({"method": {"name": 3}}, "method.name: '3' is none of auto, lora, dora, qlora, full, peft"),
-    ({"method": 5}, "method: 5 is not a section: write its knobs below it, or as method.<knob>"),
+    ({"method": 5}, "method: 5 is not a section: write its options below it, or as method.<option>"),
     ({"method": {"targets": [3]}}, "method.targets: 3 is not a list of texts"),
     ({"method": {"layers": ["lst:4"]}}, "method.layers: 'lst:4' is none of last:4, first:4, 7 or 0-3"),
     ({"method": {"layers": True}}, "method.layers: true is not a list of texts"),
@@ -54,7 +54,7 @@ PROBLEMS = [
     ({"seed": -1}, "seed: -1 is out of range: it must be a whole number of at least 0 and below 2^63"),
     ({"seed": 2**63}, f"seed: {2**63} is out of range: it must be a whole number of at least 0 and below 2^63"),
     ({"threads": [1]}, "threads: [1] is neither a whole number nor auto"),
-    ({"data": 3}, "data: 3 is not a section: write its knobs below it, or as data.<knob>"),
+    ({"data": 3}, "data: 3 is not a section: write its options below it, or as data.<option>"),
     ({"data": {"train": 5}}, "data.train: 5 is not a list of files"),
     ({"data": {"train": [{"weight": 1}]}}, "data.train[0].path: missing: "),
     ({"data": {"train": ["a", {"path": "b", "weigth": 1}]}}, "data.train[1].weigth: unknown key, did you mean "),
@@ -75,7 +75,7 @@ PROBLEMS = [
 @pytest.mark.parametrize(("data", "message"), PROBLEMS, ids=[message.partition(":")[0] for _, message in PROBLEMS])
 def test_problem_names_place_value_and_rule(data, message):
     with pytest.raises(RecipeError) as caught:
-        read.validate(data, "recipe.yaml")
+        load.validate(data, "recipe.yaml")
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"recipe.yaml: {message}")
     assert len(line) < 200
@@ -84,7 +84,7 @@ def test_problem_names_place_value_and_rule(data, message):
 def test_all_problems_come_at_once():
     data = {"seed": -1, "foo": 1, "method": {"name": "lora", "rank": "x", "alpha": 0}, "optim": {"lr": "x"}}
     with pytest.raises(RecipeError) as caught:
-        read.validate(data)
+        load.validate(data)
     keys = [line.split(": ")[1] for line in str(caught.value).splitlines()]
     assert sorted(keys) == ["foo", "method.alpha", "method.rank", "optim.lr", "seed"]
 
@@ -94,9 +94,9 @@ def names_a_branch(message: str) -> bool:
     return any(word in message for word in ("lora.rank", "literal", "constrained", "function", "[type="))
 
 
-def test_messages_speak_of_knobs_alone():
+def test_messages_speak_of_options_alone():
     with pytest.raises(RecipeError) as caught:
-        read.validate({"method": {"name": "lora", "rank": "x"}, "optim": {"lr": []}, "precision": 1, "threads": 0})
+        load.validate({"method": {"name": "lora", "rank": "x"}, "optim": {"lr": []}, "precision": 1, "threads": 0})
     assert not names_a_branch(str(caught.value))
 
 
@@ -106,18 +106,18 @@ def test_the_check_catches_plain_pydantic():  # planted
     assert names_a_branch(str(caught.value))
 
 
-def test_every_knob_refuses_nonsense_with_its_own_name():
-    for key in knobs():
+def test_every_option_refuses_nonsense_with_its_own_name():
+    for key in options():
         if "[]" in key or key in ("data.columns",):
             continue
         with pytest.raises(RecipeError) as caught:
-            read.load(None, [f"{key}={{x: {{y: z}}}}"])
+            load.load(None, [f"{key}={{x: {{y: z}}}}"])
         assert str(caught.value).startswith(f"--set: {key}"), key
 
 
-def test_other_tools_names_lead_to_knobs_that_exist():
-    assert set(read.OTHER_NAMES.values()) <= set(knobs())
-    assert not set(read.OTHER_NAMES) & {key.rpartition(".")[2] for key in knobs()}
+def test_other_tools_names_lead_to_options_that_exist():
+    assert set(load.OTHER_NAMES.values()) <= set(options())
+    assert not set(load.OTHER_NAMES) & {key.rpartition(".")[2] for key in options()}
 
 
 def recipe_file(folder: Path, content: str | bytes, name: str = "recipe.yaml") -> str:
@@ -129,7 +129,7 @@ def recipe_file(folder: Path, content: str | bytes, name: str = "recipe.yaml") -
 def test_file_over_base_and_settings_over_both(tmp_path):
     path = recipe_file(tmp_path, "seed: 2\noptim: {lr: 1e-4}\nmethod: {rank: 4}\n")
     base = {"model": "m", "seed": 1, "optim": {"lr": 1.0, "clip": 2}}
-    recipe = read.load(path, ["method.alpha=8", "optim.lr=1e-3", "optim.lr=2e-3", "data.train=a.jsonl"], base)
+    recipe = load.load(path, ["method.alpha=8", "optim.lr=1e-3", "optim.lr=2e-3", "data.train=a.jsonl"], base)
     assert (recipe.model, recipe.seed, recipe.optim.lr, recipe.optim.clip) == ("m", 2, 2e-3, 2.0)
     assert recipe.method == LoraMethod(rank=4, alpha=8)
     assert recipe.data.train[0].path == "a.jsonl"
@@ -137,13 +137,13 @@ def test_file_over_base_and_settings_over_both(tmp_path):
 
 
 def test_nothing_given_is_the_default():
-    assert read.load(None) == Recipe()
-    assert read.validate({}) == Recipe()
+    assert load.load(None) == Recipe()
+    assert load.validate({}) == Recipe()
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "optim:\n  # lr: 1\ndata:\n  limits:\n", "---\n"])
 def test_a_file_with_everything_commented_out_is_the_default(tmp_path, content):
-    assert read.load(recipe_file(tmp_path, content)) == Recipe()
+    assert load.load(recipe_file(tmp_path, content)) == Recipe()
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_a_file_with_everything_commented_out_is_the_default(tmp_path, content):
         ({}, ["method.also_train=norm"], LoraMethod(also_train=("norm",))),
     ],
 )
-def test_method_by_name_or_by_knob(base, settings, method):
-    assert read.load(None, settings, base).method == method
+def test_method_by_name_or_by_option(base, settings, method):
+    assert load.load(None, settings, base).method == method
 
 
 @pytest.mark.parametrize(
@@ -177,19 +177,19 @@ def test_method_by_name_or_by_knob(base, settings, method):
         ("name=[a", "--set name=[a: "),
         ("method.rnk=8", "--set: method.rnk: unknown key, did you mean method.rank?"),
         ("data.train=[{path: a, weigth: 1}]", "--set: data.train[0].weigth: unknown key"),
-        ("seed.x=3", "--set seed.x: seed has no knobs below it: set seed as a whole."),
+        ("seed.x=3", "--set seed.x: seed has no options below it: set seed as a whole."),
     ],
 )
 def test_setting_that_cannot_be_used_is_named(setting, message):
     with pytest.raises(RecipeError) as caught:
-        read.load(None, [setting], {"seed": 1})
+        load.load(None, [setting], {"seed": 1})
     assert str(caught.value).startswith(message)
 
 
 def test_problems_say_where_each_came_from(tmp_path):
     path = recipe_file(tmp_path, "seed: -1\nmethod: {name: lora, rank: 0}\n")
     with pytest.raises(RecipeError) as caught:
-        read.load(path, ["method.alpha=0", "nonsense"])
+        load.load(path, ["method.alpha=0", "nonsense"])
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("--set nonsense: ")
     assert {line.split(": ")[0] + ": " + line.split(": ")[1] for line in lines[1:]} == {
@@ -211,34 +211,34 @@ def test_problems_say_where_each_came_from(tmp_path):
 def test_file_that_is_no_recipe_is_named(tmp_path, content, message):
     path = recipe_file(tmp_path, content)
     with pytest.raises(RecipeError) as caught:
-        read.load(path)
+        load.load(path)
     assert str(caught.value).startswith(path + message)
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
     for path in (tmp_path / "absent.yaml", tmp_path):
         with pytest.raises(RecipeError, match=r": cannot be read: (No such file|Is a directory)"):
-            read.load(str(path))
+            load.load(str(path))
 
 
 def test_json_file_and_byte_order_mark(tmp_path):
-    assert read.load(recipe_file(tmp_path, '{"seed": 3}', "r.json")).seed == 3
-    assert read.load(recipe_file(tmp_path, b"\xef\xbb\xbfseed: 3\n")).seed == 3
+    assert load.load(recipe_file(tmp_path, '{"seed": 3}', "r.json")).seed == 3
+    assert load.load(recipe_file(tmp_path, b"\xef\xbb\xbfseed: 3\n")).seed == 3
 
 
 def test_python_values_are_taken():
     data = {"model": Path("m"), "seed": np.int64(3), "optim": {"lr": np.float32(0.5)}, "data": {"train": (Path("a"),)}}
-    recipe = read.validate(data)
+    recipe = load.validate(data)
     assert (recipe.model, recipe.seed, recipe.optim.lr) == ("m", 3, 0.5)
     with pytest.raises(RecipeError, match="of type object: give text, a number or a list"):
-        read.validate({"model": object()})
+        load.validate({"model": object()})
 
 
 def test_a_dumped_recipe_validates_to_itself():
-    recipe = read.validate(
+    recipe = load.validate(
         {"method": "lora", "data": {"train": ["a", {"path": "b", "weight": 0.3}]}, "train": {"epochs": 3}}
     )
-    assert read.validate(recipe.model_dump()) == recipe
+    assert load.validate(recipe.model_dump()) == recipe
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_dumped_recipe_validates_to_itself():
 def test_a_recipe_that_no_hand_wrote_is_refused_with_words(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=message):
-        read.load(str(tmp_path / name))
+        load.load(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_recipe_that_no_hand_wrote_is_refused_with_words(tmp_path, name, conte
 )
 def test_a_setting_that_no_hand_wrote_is_refused_with_words(setting, message):
     with pytest.raises(RecipeError, match=message):
-        read.load(None, [setting])
+        load.load(None, [setting])
 
 
 @pytest.mark.parametrize("template", ["k%d: 1", '"k%d": 1'])
@@ -270,7 +270,7 @@ def test_a_flood_of_unknown_keys_is_counted_in_seconds(tmp_path, template):
     (tmp_path / "r.yaml").write_text("{" + ", ".join(keys) + "}")
     begun = time.monotonic()
     with pytest.raises(RecipeError) as refusal:
-        read.load(str(tmp_path / "r.yaml"))
+        load.load(str(tmp_path / "r.yaml"))
     assert time.monotonic() - begun < 15  # 39 s before; a slow machine reads YAML in some 6
     lines = str(refusal.value).splitlines()
     assert len(lines) == 21

@@ -1,27 +1,70 @@
-"""Knobs of each method: part of knobs.py, in a file of its own for its length."""
+"""What every group of options is made of, and the options of each method."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from tunesmith.recipe.sections import Fraction, Positive, Section
+Auto: TypeAlias = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _is_day(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_is_day)]
+
+
+class Section(BaseModel):  # noqa: PLW1641 (pydantic gives frozen models a hash)
+    """A group of options: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same; where the files of a run are now is no part of it."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+
+def _as_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+
+def _as_texts(value: Any) -> Any:
+    entries = (value,) if type(value) is int else _as_list(value)
+    is_list = isinstance(entries, tuple)
+    return tuple(str(entry) if type(entry) is int else entry for entry in entries) if is_list else entries
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+"""One text or a list of texts."""
+LayerWords = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+"""The same, where a number is the number of a layer."""
 
 Start: TypeAlias = Literal["kaiming", "pissa", "orthogonal"]
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
 Quant: TypeAlias = Literal["nf4", "int8"]
 
 LAYER_WORD = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
-
-
-def _words(value: Any) -> Any:
-    """One word or several, numbers among them, as the words they are."""
-    entries = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return tuple(str(entry) if type(entry) is int else entry for entry in entries)
 
 
 class LowRankMethod(Section):
@@ -36,10 +79,10 @@ class LowRankMethod(Section):
     """Rank-stabilised: scale the update by alpha / √rank instead, so that a high rank learns as fast as a low one."""
     dropout: Fraction = 0.0
     """Dropout on the input of the low-rank path."""
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Words = ("all-linear",)
     """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression
     over whole module names (re:layers\\.[0-3]\\..*)."""
-    layers: tuple[str, ...] = ()
+    layers: LayerWords = ()
     """Of the targets only those in these layers: last:4, first:4, 7 or 0-3, counted from 0. Empty: all."""
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
@@ -48,7 +91,7 @@ class LowRankMethod(Section):
     """Other alphas by target, in the same words."""
     bias: Bias = "none"
     """Biases to train too: all of the model's, or those of the adapted layers."""
-    also_train: tuple[str, ...] = ()
+    also_train: Words = ()
     """Modules trained whole beside the adapters, such as embed_tokens: the end of a module's name, or re: and a
     regular expression over whole names."""
     init: Start = "kaiming"
@@ -57,17 +100,11 @@ class LowRankMethod(Section):
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
 
-    @field_validator("targets", "also_train", mode="before")
+    @field_validator("layers")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _numbers_are_words(cls, value: Any) -> Any:
-        words: Any = _words(value)
+    def _layers_are_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         for word in words:
-            if isinstance(word, str) and not LAYER_WORD.fullmatch(word):
+            if not LAYER_WORD.fullmatch(word):
                 raise ValueError(f"method.layers: {word!r} is none of last:4, first:4, 7 or 0-3")
         return words
 
@@ -127,19 +164,14 @@ class FullMethod(Section):
     """Full fine-tuning: every weight is trained, or those that are named."""
 
     name: Literal["full"] = "full"
-    train: tuple[str, ...] = ()
+    train: LayerWords = ()
     """Weights to train: layers counted from 0 (last:4, first:4, 7, 0-3), the end of a module's or weight's name
     (lm_head, norm.weight), or re: and a regular expression over whole names of weights. Empty: all."""
-    freeze: tuple[str, ...] = ()
+    freeze: LayerWords = ()
     """Of those, weights that stay as they are, in the same words."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How updates reach bfloat16 weights. nearest: from float32 masters. stochastic: without masters, up or down at
     random so that on average nothing is lost; 4 bytes a weight less, noisier."""
-
-    @field_validator("train", "freeze", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return _words(value)
 
 
 class AutoMethod(Section):
@@ -148,7 +180,7 @@ class AutoMethod(Section):
     name: Literal["auto"] = "auto"
 
 
-METHOD_KNOBS: Mapping[str, type[Section]] = MappingProxyType(
+METHOD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
     {
         "auto": AutoMethod,
         "lora": LoraMethod,

@@ -1,0 +1,293 @@
+"""What there is to say about each option, from its declaration in schema.py: YAML with comments, schema, docs page."""
+
+from __future__ import annotations
+
+import functools
+import html
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Union
+
+from pydantic.fields import FieldInfo
+
+from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, Section
+from tunesmith.recipe.schema import DataFile, Recipe
+from tunesmith.recipe.text import dump
+
+_WIDTH = 110
+
+_INTRODUCTION = """\
+# Recipe
+
+<!-- Written by tunesmith.recipe.docs.markdown from src/tunesmith/recipe/schema.py; a test compares. -->
+
+A recipe says everything about a run. `tunesmith recipe` prints this list as a commented YAML file, and
+`tunesmith recipe --schema` as a JSON schema. An option that is left out has its default.
+
+```
+tunesmith train --recipe recipe.yaml
+tunesmith train MODEL DATA --set method.rank=8 --set optim.lr=1e-4
+```
+
+`--set` takes a dotted key and a YAML value, and wins over the file. What is `auto` is decided before the run starts,
+printed with its reason, and written decided into the run's own `recipe.yaml`: that file repeats the run.
+An unknown key, a key twice, or a value of the wrong type or out of range ends in an error that names all of them.
+Files are YAML, with the types of YAML 1.2 (`no` and `2024-01-01` are text, `1e-4` is a number), or JSON.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as a person sees it."""
+
+    key: str
+    """Dotted; `[]` stands for any entry of a list."""
+    doc: str
+    default: Any
+    kinds: tuple[str, ...]
+    """Its alternatives without bounds: ("a number", "auto")."""
+    allowed: str
+    """The same with bounds: "a number above 0, or auto"."""
+    choices: tuple[str, ...]
+    """The words among them."""
+    required: bool = False
+    methods: tuple[str, ...] = ()
+    """The methods that have it; none: every run has it."""
+
+
+@functools.cache
+def options() -> Mapping[str, Option]:
+    """Every option by its dotted key, in the order of declaration."""
+    found: dict[str, Option] = {}
+    for option in _options_of(Recipe, "", ()):
+        before = found.get(option.key)
+        found[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
+    words = tuple(METHOD_OPTIONS)
+    doc = " ".join(f"{name}: {document(section)}" for name, section in METHOD_OPTIONS.items())
+    name = Option("method.name", doc, AutoMethod().name, words, _either(words), words)
+    at = next(number for number, key in enumerate(found) if key.startswith("method."))
+    items = list(found.items())
+    return types.MappingProxyType(dict([*items[:at], (name.key, name), *items[at:]]))
+
+
+@functools.cache
+def sections() -> Mapping[str, str]:
+    """Doc of every group of options by its dotted key, in the order of declaration."""
+    return types.MappingProxyType(dict(_sections_of(Recipe, "")))
+
+
+def document(section: type[Section]) -> str:
+    """The doc of a section as one line."""
+    return " ".join((section.__doc__ or "").split())
+
+
+def _sections_of(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        if name == "method":
+            yield name, " ".join((field.description or "").split())
+        elif inner is not None:
+            yield prefix + name, document(inner)
+            yield from _sections_of(inner, f"{prefix}{name}.")
+
+
+def _options_of(section: type[Section], prefix: str, methods: tuple[str, ...]) -> Iterator[Option]:
+    for name, field in section.model_fields.items():
+        key = prefix + name
+        inner = _section_in(field.annotation)
+        if key == "method":
+            for method_name, settings in METHOD_OPTIONS.items():
+                yield from _options_of(settings, "method.", (method_name,))
+        elif inner is not None:
+            yield from _options_of(inner, f"{key}.", methods)
+        elif key != "method.name":
+            yield _option(key, field, methods)
+            if key == "data.train":  # the entries of data.eval are the same
+                yield from _options_of(DataFile, f"{key}[].", methods)
+
+
+def _option(key: str, field: FieldInfo, methods: tuple[str, ...]) -> Option:
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    alternatives = list(_alternatives(field.annotation, field.metadata))
+    choices = tuple(kind for kind, _, is_word in alternatives if is_word)
+    return Option(
+        key=key,
+        doc=" ".join((field.description or "").split()),
+        default=default,
+        kinds=tuple(kind for kind, _, _ in alternatives),
+        allowed=_either([kind + bounds for kind, bounds, _ in alternatives]),
+        choices=choices,
+        required=field.is_required(),
+        methods=methods,
+    )
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, str, bool]]:
+    """(kind, its bounds, whether it is a word to be written as it is) of each member of a union."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from _alternatives(arguments[0], [*metadata, *arguments[1:]])
+    elif origin in (Union, types.UnionType):
+        for member in arguments:
+            yield from _alternatives(member, metadata)
+    elif origin is Literal:
+        for word in arguments:
+            yield str(word), "", True
+    elif origin is tuple and Ellipsis not in arguments:
+        bounds = next(_alternatives(arguments[0], []))[1]
+        yield f"a list of {len(arguments)} numbers", f", each{bounds}" if bounds else "", False
+    else:
+        names = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            type(None): "null",
+            bool: "true or false",
+            dict: "a mapping of names to " + _IN_MAPPINGS.get(arguments[1:], "numbers"),
+            tuple: "a list of files" if DataFile in arguments else "a list of texts",
+        }
+        yield names[origin or annotation], _bounds(metadata), False
+
+
+_IN_MAPPINGS: Mapping[tuple[Any, ...], str] = {(str,): "names", (Any,): "values"}
+
+
+def _bounds(metadata: list[Any]) -> str:
+    flat = [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+    found = [
+        f"{word} {_short(getattr(item, name))}" for item in flat for name, word in words.items() if hasattr(item, name)
+    ]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _short(number: float) -> str:
+    return f"2^{int(number).bit_length() - 1}" if number >= 2**53 else str(number)
+
+
+def _either(words: typing.Sequence[str]) -> str:
+    if len(words) < 2:
+        return "".join(words)
+    comma = "," if any(" " in word for word in words) else ""
+    return f"{', '.join(words[:-1])}{comma} or {words[-1]}"
+
+
+def as_yaml(recipe: Recipe, comments: bool) -> str:
+    """Every option of `recipe`; `read.load` makes the same recipe of it. With `comments`, each with its doc."""
+    lines = list(_section_lines(recipe, "", comments))
+    if comments:
+        lines.insert(
+            0, "# Every option of a run. Keep the lines you change; `tunesmith train --recipe FILE` reads this.\n"
+        )
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of a recipe file."""
+    found = Recipe.model_json_schema()
+    text = {"type": "string"}
+    files = found["$defs"]["Data"]["properties"]
+    for name in ("train", "eval"):  # as options.py reads them: one file or several, each a path or a mapping
+        entry = {"anyOf": [text, files[name]["items"]]}
+        files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
+    several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "layers", "also_train"))
+    for method, names in {**several, "FullMethod": ("train", "freeze")}.items():
+        for name in names:
+            found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
+    method = found["properties"]["method"]
+    method["anyOf"] = [text, *method.pop("oneOf")]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def markdown() -> str:
+    """The page docs/recipe.md."""
+    tables: dict[str, list[str]] = {"": []}
+    tables.update({key: [] for key in sections()})
+    for option in options().values():
+        section = max((key for key in tables if option.key.startswith(f"{key}.") or not key), key=len)
+        of_method = f"Method {', '.join(option.methods)}. " if option.methods else ""
+        default = "required" if option.required else f"`{dump(option.default)}`"
+        cells = (f"`{option.key}`", default, option.allowed, _prose(of_method + option.doc))
+        tables[section].append(f"| {' | '.join(cells)} |")
+    pages = [_INTRODUCTION]
+    for key, rows in tables.items():
+        title = f"## {key}\n\n{_prose(sections()[key])}" if key else "## The run"
+        pages.append("\n".join([f"{title}\n", "| Key | Default | Allowed | |", "|---|---|---|---|", *rows, ""]))
+    return "\n".join(pages)
+
+
+_IN_SIGHT = ("model", "name", "data.train", "data.eval")
+
+
+def changed(recipe: Recipe) -> dict[str, Any]:
+    """Options by their dotted keys that are not as they are by default, without model, name and files."""
+    start: dict[str, Any] = Recipe().model_dump()
+    fields = type(recipe.method).model_fields.items()
+    start["method"] = {key: field.get_default(call_default_factory=True) for key, field in fields}
+    start["method"]["name"] = Recipe().method.name
+
+    def leaves(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in now.items():
+            if prefix + name in sections():
+                yield from leaves(value, then[name], f"{prefix}{name}.")
+            elif value != then[name] and prefix + name not in _IN_SIGHT:
+                yield prefix + name, value
+
+    return dict(leaves(recipe.model_dump(), start, ""))
+
+
+def _section_lines(section: Section, prefix: str, comments: bool) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    after_section = False
+    for name in type(section).model_fields:
+        key, value = prefix + name, getattr(section, name)
+        if comments and after_section and not isinstance(value, Section):
+            yield ""
+        after_section = isinstance(value, Section)
+        if isinstance(value, Section):
+            if comments:
+                yield ""
+                yield from _comment(sections()[key], indent)
+            yield f"{indent}{name}:"
+            yield from _section_lines(value, f"{key}.", comments)
+            if key == "method" and comments:
+                yield from _other_methods(value)
+        else:
+            yield from _option_lines(options()[key], name, value, indent, comments)
+
+
+def _option_lines(option: Option, name: str, value: Any, indent: str, comments: bool) -> Iterator[str]:
+    allowed = f"  # {option.allowed}" if comments else ""
+    if comments:
+        yield from _comment(option.doc, indent)
+    if isinstance(value, tuple) and value and isinstance(value[0], Section):
+        yield f"{indent}{name}:{allowed}"
+        yield from (f"{indent}  - {dump(entry.model_dump())}" for entry in value)
+    else:
+        yield f"{indent}{name}: {dump(value)}{allowed}"
+
+
+def _other_methods(method: Any) -> Iterator[str]:
+    """The options that another method would have, as comments: switching is uncommenting."""
+    others = [option for option in options().values() if option.methods and method.name not in option.methods]
+    for number, option in enumerate(others):
+        if number == 0 or others[number - 1].methods != option.methods:
+            yield f"  # Of method {', '.join(option.methods)}:"
+        yield from _comment(option.doc, "  #   ")
+        yield f"  #   {option.key.removeprefix('method.')}: {dump(option.default)}  # {option.allowed}"
+
+
+def _comment(doc: str, indent: str) -> Iterator[str]:
+    yield from (f"{indent}# {line}" for line in textwrap.wrap(doc, _WIDTH, break_on_hyphens=False))
+
+
+def _prose(doc: str) -> str:
+    """A doc inside a Markdown table: what looks like HTML or a column is text."""
+    return html.escape(doc, quote=False).replace("|", "\\|").replace("*", "\\*")
