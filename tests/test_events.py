@@ -229,7 +229,7 @@ def test_the_sweep_catches_a_truncate_in_place(log):  # planted
 )
 def test_standing_follows_the_last_word(log, kinds, standing):
     appended(log, *(event(number, kind) for number, kind in enumerate(kinds)))
-    assert events.standing(log) == standing
+    assert events.logged_state(log) == standing
 
 
 class Follower(threading.Thread):

@@ -82,7 +82,7 @@ def test_planted_a_retry_that_keeps_gradients_would_be_seen(tmp_path, monkeypatc
 def test_what_happened_is_told_and_holds_from_there_on(tmp_path, monkeypatch):
     run = patched(monkeypatch, lambda recipe: train(recipe, root=tmp_path / "runs"), tmp_path, tokens=100)
     notes = [event.values["text"] for event in run.events() if event.kind == "note"]
-    told = [text for text in notes if text.startswith("memory ended in step 1 (")]
+    told = [text for text in notes if text.startswith("out of memory in step 1 (")]
     assert len(told) == 1
     assert "the update is the same" in told[0]
     steps = [event for event in run.events() if event.kind == "step"]

@@ -110,7 +110,7 @@ def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
 
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
     monkeypatch.setattr("tunesmith.training.step._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(OutOfMemoryError, match="memory ended in a pass of one row"):
+    with pytest.raises(OutOfMemoryError, match="out of memory in a micro-batch of one row"):
         measuring.measure(setup, tmp_path, tell=lambda message: None, on_progress=lambda what, done, total: None)
 
 

@@ -8,11 +8,11 @@
     │   ├── RunError          a run folder: missing, locked, or not the one to resume
     │   └── DoesNotFitError   a run that needs more memory or disk than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
-    ├── OutOfMemoryError      memory ended in a pass, however small; what was learnt before is saved
+    ├── OutOfMemoryError      a micro-batch of one row does not fit; earlier steps are saved
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
     ├── ExportError           what was exported is not what was tuned; nothing was kept
-    └── Stopped               exit 3: asked to stop; a checkpoint was written, `tunesmith resume` goes on
+    └── Stopped               exit 3: stopped on request; a checkpoint was written, `tunesmith resume` continues
 
 A message names the place, the value, the rule and the way out, in this order.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc")
-"""What torch's allocators write in a RuntimeError: DefaultCPUAllocator, oneDNN and others have no class for it."""
+"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN and others have no class for it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,7 +47,7 @@ class TunesmithError(Exception):
 
 
 class InputError(TunesmithError):
-    """What was given cannot be used; nothing was changed."""
+    """Input that cannot be used; nothing was changed."""
 
     exit_code = 2
 
@@ -69,7 +69,7 @@ class ModelError(InputError):
 
 
 class RunError(InputError):
-    """A run folder that is missing, in use, or does not match what is asked of it."""
+    """A run folder that is missing, in use, or does not match the request."""
 
 
 class DoesNotFitError(InputError):
@@ -103,7 +103,7 @@ class CheckpointError(TunesmithError):
 
 
 class ExportError(TunesmithError):
-    """What was exported is not what was tuned, or cannot be loaded. Nothing was kept of it."""
+    """An export that differs from the tuned model, or cannot be loaded. Nothing of it was kept."""
 
 
 class StorageError(TunesmithError):
@@ -120,6 +120,6 @@ class StorageError(TunesmithError):
 
 
 class Stopped(TunesmithError):
-    """The run was asked to stop, wrote a checkpoint and can be resumed."""
+    """The run stopped on request, wrote a checkpoint and can be resumed."""
 
     exit_code = 3

@@ -27,25 +27,25 @@ Shape = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
 ]
 Layout = Literal["ragged", "padded", "encoder_decoder"]
-"""How the rows of a pass lie: end to end; padded to one length; or sources and targets each padded on its own."""
+"""Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
-"""What a model answers: the next token, a masked token, something about a whole text, or about each of its words."""
+"""A head predicts the next token, a masked token, something about a whole text, or about each of its words."""
 LabelKind = Literal["one", "many", "number", "tags"]
 """One class a row, any number of classes a row, a number a row, or one class a word."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a head learns."""
+    """The classes or numbers that a head learns."""
 
     kind: LabelKind
     names: tuple[str, ...] = ()
     """Classes by id; empty for numbers."""
     weights_C: NDArray[np.float64] | None = None
-    """What an example of each class counts; None: all the same."""
+    """Weight of an example of each class; None: all the same."""
 
     @property
     def num_outputs(self) -> int:
@@ -55,7 +55,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row was read: a file and its 1-based line (JSON arrays and Parquet: 1-based row)."""
+    """The file and 1-based line that a row was read from (JSON arrays and Parquet: 1-based row)."""
 
     path: str
     line: int
@@ -86,7 +86,7 @@ class Part:
     text: str
     trained: bool
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else the message carried (`tool_calls`, `name`, ...), handed to the template as it is."""
+    """Further keys of the message (`tool_calls`, `name`, ...), handed to the template unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +105,14 @@ class Example:
     many: bool = False
     """`labels` came as a list: any number of them can hold, none too."""
     kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Of a row to be answered: what stands beside the answer as it is, such as an id."""
+    """Keys of a row to be answered that its answer repeats unchanged, such as an id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One encoded example: T token ids and, for each, whether something is learnt there. Not yet shifted.
 
-    Without `labels` the trained tokens themselves are learnt, each predicted by what stands before it. For an
+    Without `labels` the trained tokens themselves are learnt, each predicted from the tokens before it. For an
     encoder–decoder the tokens before the first trained one are the source, the others the target.
     """
 
@@ -120,27 +120,27 @@ class Row:
     trained: NDArray[np.bool_]
     source: Source
     labels: NDArray[np.generic] | None = None
-    """What is learnt at the trained positions, in their order, instead of the tokens that stand there: class ids
+    """Targets at the trained positions, in their order, instead of the tokens themselves: class ids
     int64 [N], numbers float32 [N], 0 or 1 for each class float32 [1, C], or the token under a mask int64 [N]."""
     second: int = 0
-    """Where the second text of a pair begins (token type 1); 0: there is none."""
+    """Index at which the second text of a pair begins (token type 1); 0: there is none."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that the trained tokens of a document spell; 0 for other tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of a ragged pass that stand together: a row, the beginning of several, or what is left of one of those."""
+    """A stretch of tokens in a ragged micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
 
     tokens: int
     prefix: int = 0
-    """Tokens that come before these in their row and stand elsewhere."""
+    """Tokens that precede these in their row and are computed elsewhere."""
     start: int = 0
-    """Where those stand."""
+    """Index of the first of those tokens."""
 
     @property
     def keys(self) -> int:
-        """Tokens that the last of these reads."""
+        """Number of tokens that the last of these attends to."""
         return self.prefix + self.tokens
 
 
@@ -158,9 +158,9 @@ class Batch:
     positions_BT: Tensor
     """int64, restarting at 0 with every example."""
     mask_BT: Tensor | None
-    """int64, 1 on real tokens; None when ragged: a mask beside restarting positions would join the examples."""
+    """int64, 1 on real tokens; None when ragged: a mask together with restarting positions would join the examples."""
     lengths: tuple[int, ...]
-    """Tokens of each example, in the order they stand."""
+    """Tokens of each example, in order."""
     predict_N: Tensor
     """int64, positions in the flattened [B * T] tokens; encoder–decoder: in the flattened [B * U] of the decoder."""
     targets_N: Tensor
@@ -170,17 +170,17 @@ class Batch:
     row_indices: tuple[int, ...]
     """Rows of the store that this pass holds, in order."""
     copies_B: tuple[int, ...] = ()
-    """Of each row how many copies of it stand before it in its step; empty: each is there once."""
+    """For each row, how many copies of it precede it in its step; empty: each occurs once."""
     types_BT: Tensor | None = None
     """int64, 1 in the second text of a pair; None for models without token types."""
     pieces: tuple[Piece, ...] = ()
-    """Of a ragged pass whose rows share what they begin with, in the order they stand; empty: the rows are whole."""
+    """Segments of a ragged micro-batch whose rows share prefixes, in order; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
     filling: int = 0
-    """Of a ragged pass tokens behind its rows, which belong to none: see `data.filling`."""
+    """Padding tokens after the rows of a ragged micro-batch, which belong to none: see `data.filling`."""
     targets_B: tuple[int, ...] = ()
-    """Of an encoder–decoder how many of each example's tokens its decoder reads."""
+    """Tokens of each example that the decoder of an encoder–decoder reads."""
 
     @property
     def num_tokens(self) -> int:
@@ -199,7 +199,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a model made of one batch, target by target."""
+    """Losses and outputs of a model for one batch, target by target."""
 
     losses_N: Tensor
     """float32, each target's share of the batch's loss sum."""
@@ -209,7 +209,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is learnt, and everything that other files need to know about it: a row of `tasks.TASKS`."""
+    """A task and everything that other files need to know about it: a row of `tasks.TASKS`."""
 
     name: TaskName
     doc: str
@@ -245,7 +245,7 @@ class Task:
     detected: str = ""
     """Why rows of its shape choose this task, in words."""
     on_overlong: tuple[Literal["error", "cut"], str] = ("error", "a cut answer would teach the model to break off")
-    """What `data.too_long: auto` becomes, and why."""
+    """The value that `data.too_long: auto` takes, and why."""
     headline_metrics: tuple[str, ...] = ()
     """The metrics that say most, in order."""
     next_commands: tuple[tuple[str, ...], ...] = (("eval", "FILE"), ("show",))

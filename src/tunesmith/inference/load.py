@@ -27,7 +27,7 @@ from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
-from tunesmith.runs.beside import Beside
+from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, is_run, no_such_run
 from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
@@ -153,7 +153,7 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Spe
     recipe = run.recipe()
     if run.model_path.exists():
         refuse_needless(run.base, str(run.path))
-        checking = Beside(partial(run.check_result, run.model_path))
+        checking = BackgroundCall(partial(run.check_result, run.model_path))
         try:
             speaker = _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
         except ModelError:
@@ -211,7 +211,7 @@ def load_base(
     recipe = run.recipe()
     labels = run_labels(recipe)
     located = locate.locate_base(recipe, offline=offline)
-    hashing = Beside(partial(load.fingerprint, located) if hashes is None else partial(dict, hashes))
+    hashing = BackgroundCall(partial(load.fingerprint, located) if hashes is None else partial(dict, hashes))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = Located("folder", folder, str(folder))

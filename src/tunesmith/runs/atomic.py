@@ -1,8 +1,8 @@
 """Files that are either as they were or complete, whenever the power goes.
 
-A file or folder is written beside its place under a temporary name, synced, and renamed; the rename is synced by its
-folder. What a killed process leaves behind (`.tmp-…`, `.old-…`) is dealt with by `clean`, which the owner of a folder
-calls when it starts.
+A file or folder is written next to its place under a temporary name, synced, and renamed; the rename is synced by its
+folder. A killed process leaves `.tmp-…` and `.old-…` behind; the owner of a folder calls `clean` when it starts, which
+removes them or puts them back.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import orjson
 from tunesmith.errors import StorageError
 
 TEMPORARY = ".tmp-"
-"""Prefix of what is being written; worthless once its writer is dead."""
+"""Prefix of files that are being written; worthless once their writer is dead."""
 WRITER = "writer.lock"
-"""In a temporary folder whose writer holds it."""
+"""Lock file in a temporary folder, held by its writer."""
 REPLACED = ".old-"
-"""Prefix of what is being replaced; put back by `clean` if its successor never arrived."""
+"""Prefix of files that are being replaced; `clean` puts them back if their successor never arrived."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "Free some space and try again.",
@@ -49,7 +49,7 @@ _WAYS_OUT = {
 def storing(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
     """Turn an OSError inside the block into a StorageError that names path, cause and bytes.
 
-    Where blocks are nested the outermost says what could not be written: it knows what a person asked for.
+    In nested blocks the outermost names the path: it knows what the user wanted written.
     """
     try:
         yield
@@ -87,9 +87,9 @@ def fsync_file(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write to. It takes `path`'s place when the block ends well; on any error nothing has changed.
+    """Open a file for writing. It takes `path`'s place when the block ends well; on any error nothing has changed.
 
-    Raises StorageError where the disk refuses; `num_bytes` is what that message says was needed.
+    Raises StorageError if the disk refuses, with `num_bytes` as the size needed.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     with storing(path, num_bytes=num_bytes):
@@ -113,7 +113,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def temporary_folder(parent: Path, name: str) -> Path:
-    """A fresh folder in `parent` for what will be `name`, to be filled and given to `replace_folder`."""
+    """Make a fresh folder in `parent`, to be filled and given to `replace_folder` as `name`."""
     path = parent / f"{TEMPORARY}{name}-{secrets.token_hex(4)}"
     with storing(path):
         parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def temporary_folder(parent: Path, name: str) -> Path:
 
 @contextmanager
 def being_written(folder: Path) -> Iterator[None]:
-    """Hold a lock in a temporary folder, which ends with this process: `abandoned` then tells at once."""
+    """Hold a lock in a temporary folder. It ends with this process, so `abandoned` finds a dead writer at once."""
     with storing(folder):
         lock = filelock.FileLock(folder / WRITER, timeout=1)
         lock.acquire()
@@ -146,7 +146,7 @@ def _is_held(path: Path) -> bool:
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
-    except (filelock.Timeout, OSError):  # where it cannot be tried, it may be at work
+    except (filelock.Timeout, OSError):  # a lock that cannot be tried may be held
         return True
     lock.release()
     return False
@@ -155,7 +155,7 @@ def _is_held(path: Path) -> bool:
 def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
     """Sync everything in `tmp`, then rename it to `final`, its sibling.
 
-    Where `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; a kill in
+    If `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; a kill in
     between leaves one of the two, which `clean` puts in place.
     """
     old = final.with_name(REPLACED + final.name)
@@ -182,7 +182,7 @@ def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder so that no half of it is ever seen under its name: it is renamed first."""
+    """Delete a file or folder. It is renamed first, so that no half of it is ever seen under its name."""
     if path.name.startswith(TEMPORARY):
         doomed = path
     else:
@@ -198,14 +198,14 @@ def remove(path: Path) -> None:
 
 
 def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -> list[Path]:
-    """Remove what killed writers left in `parent` and finish or undo half-done swaps; returns what was dealt with.
+    """Remove leftovers of killed writers in `parent` and finish or undo half-done swaps; return the paths handled.
 
-    Only for the one process that may write there, unless `older_than_s` keeps the work of the living safe.
-    In a folder that is not ours alone, `name` limits it to what `temporary_folder(parent, name)` made.
+    Only the one process that may write there calls this, unless `older_than_s` protects the work of living ones.
+    In a shared folder, `name` limits it to folders made by `temporary_folder(parent, name)`.
     """
     if not parent.is_dir():
         return []
-    dealt_with = []
+    handled = []
     ours = re.compile(rf"\.(tmp|old)-{'.+' if name is None else re.escape(name) + '-[0-9a-f]{8}'}")
     for path in sorted(parent.iterdir()):
         if not ours.fullmatch(path.name):
@@ -218,11 +218,11 @@ def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -
                 os.rename(path, final)
             else:
                 remove(path)
-            dealt_with.append(path)
-    if dealt_with:
+            handled.append(path)
+    if handled:
         with storing(parent):
             fsync_dir(parent)
-    return dealt_with
+    return handled
 
 
 def sha256_file(path: Path) -> str:
@@ -238,7 +238,7 @@ _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 
 
 def to_json(value: Any, *, indent: bool = False) -> bytes:
-    """JSON in which every float comes back bit for bit from `from_json`.
+    """Serialize as JSON so that every float comes back bit for bit from `from_json`.
 
     JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity". A real text of
     this form gets a backslash in front, so that the two never mix. Tuples come back as lists.
@@ -248,7 +248,7 @@ def to_json(value: Any, *, indent: bool = False) -> bytes:
 
 
 def from_json(text: bytes) -> Any:
-    """The value that `to_json` was given. Raises ValueError where the text is not JSON."""
+    """Restore a value written by `to_json`. Raises ValueError if the text is not JSON."""
     return _restored(orjson.loads(text))
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on bit for bit, complete or absent.
+"""Checkpoints: everything a run needs to resume bit for bit, complete or absent.
 
     checkpoints/step-200/
-      weights.safetensors     what is trained, and what a method remembers of its steps
-      optimizer.safetensors   state of the update, one or more tensors a trained tensor
+      weights.safetensors     trained tensors, and the state of a method
+      optimizer.safetensors   state of the optimizer, one or more tensors a trained tensor
       state.json              position, counters, best so far
-      events.jsonl            the run's log until then, which a damaged one is put right from
-      manifest.json           format, step, and of each file above its size and SHA-256; written last
+      events.jsonl            the run's log until then, from which a damaged log is repaired
+      manifest.json           format, step, size and SHA-256 of each file above; written last
 
-Written beside under a temporary name, synced, renamed. Only the holder of the run's lock calls what is here.
+A checkpoint is written under a temporary name, synced, and renamed. Only the holder of the run's lock writes here.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """One checkpoint, read and verified; tensors are on the CPU."""
+class Checkpoint:
+    """A checkpoint that was read and verified; tensors are on the CPU."""
 
     path: Path
     step: int
@@ -71,11 +71,11 @@ class Loaded:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     log: Path | None
-    """A copy of the run's log as it was when this was saved; None: an earlier version of tunesmith saved it."""
+    """A copy of the run's log at that time; None if an earlier version of tunesmith saved the checkpoint."""
 
 
 class _Damaged(Exception):
-    """Why a checkpoint cannot be trusted."""
+    """A checkpoint that cannot be trusted, with the reason."""
 
 
 def save(
@@ -87,9 +87,9 @@ def save(
     state: Mapping[str, Any],
     log: Path | None = None,
 ) -> Path:
-    """The complete checkpoint `folder/step-N`; one of the same step is replaced.
+    """Write the checkpoint `folder/step-N`, complete or not at all; it replaces one of the same step.
 
-    Raises StorageError where the disk refuses; the checkpoints that were there are then there still.
+    Raises StorageError if the disk refuses; earlier checkpoints are then untouched.
     """
     final = folder / f"{_PREFIX}{step}"
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*weights.values(), *optimizer.values()))
@@ -113,8 +113,8 @@ def save(
     return final
 
 
-def load(path: Path) -> Loaded:
-    """The checkpoint in `path`. Raises CheckpointError where a size, a hash or the format is not as it should be."""
+def load(path: Path) -> Checkpoint:
+    """Read the checkpoint in `path`. Raises CheckpointError for a wrong size, hash or format."""
     try:
         return _load(path)
     except _Damaged as damage:
@@ -122,7 +122,7 @@ def load(path: Path) -> Loaded:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of which `folder` has a checkpoint whose files are all there in full size, in numeric order."""
+    """List the steps of complete checkpoints in `folder`, in numeric order, by the sizes of their files."""
     found = []
     for step, path in _folders(folder):
         try:
@@ -133,11 +133,11 @@ def steps(folder: Path) -> list[int]:
     return found
 
 
-def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Loaded | None:
-    """The newest checkpoint that can be trusted, or None where there never was one.
+def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | None:
+    """Return the newest intact checkpoint, or None if there never was one.
 
-    A damaged one is renamed to damaged-step-N, never deleted, and `on_damaged` is told its new path and what is wrong.
-    Raises CheckpointError where all are damaged, or one was written by a newer version.
+    A damaged one is renamed to damaged-step-N, never deleted, and `on_damaged` gets its new path and the reason.
+    Raises CheckpointError if all are damaged, or one was written by a newer version.
     """
     clean(folder)
     damaged = []
@@ -158,7 +158,7 @@ def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Loaded | No
 
 
 def rotate(folder: Path, *, keep: int, best: int | None) -> list[int]:
-    """Delete all checkpoints but the `keep` newest and that of step `best`; returns the steps deleted.
+    """Delete all checkpoints but the `keep` newest and that of step `best`; return the deleted steps.
 
     Call after `save` has returned. Only complete checkpoints count as kept; incomplete ones are left for `newest`.
     """
@@ -176,7 +176,7 @@ def rotate(folder: Path, *, keep: int, best: int | None) -> list[int]:
     return doomed
 
 
-def _load(path: Path) -> Loaded:
+def _load(path: Path) -> Checkpoint:
     manifest = _manifest(path)
     _check_sizes(path, manifest)
     for name, facts in manifest["files"].items():
@@ -189,7 +189,7 @@ def _load(path: Path) -> Loaded:
     weights, optimizer = (_read_tensors(path / name) for name in _FILES[:2])
     state = from_json((path / _FILES[2]).read_bytes())
     log = path / _LOG if _LOG in manifest["files"] else None
-    return Loaded(path, manifest["step"], weights, optimizer, state, log)
+    return Checkpoint(path, manifest["step"], weights, optimizer, state, log)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -278,14 +278,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     num_bytes = 8 + len(head) + end
-    with writing(path, num_bytes=num_bytes) as file, ThreadPoolExecutor(1) as beside:
+    with writing(path, num_bytes=num_bytes) as file, ThreadPoolExecutor(1) as hasher:
         for block in (len(head).to_bytes(8, "little"), head):
             digest.update(block)
             file.write(block)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             content = flat.view(torch.uint8).numpy().data
-            hashing = beside.submit(digest.update, content)  # both take as long, and neither holds Python's lock
+            hashing = hasher.submit(digest.update, content)  # both take as long, and neither holds Python's lock
             file.write(content)
             hashing.result()
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}

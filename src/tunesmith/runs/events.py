@@ -13,19 +13,19 @@ from tunesmith.errors import RunError
 from tunesmith.runs.atomic import from_json, storing, to_json, writing
 from tunesmith.types import Event
 
-Standing = Literal["new", "stopped", "failed", "done", "interrupted"]
+LoggedState = Literal["new", "stopped", "failed", "done", "interrupted"]
 
 _DURABLE = {"checkpoint", "stopped", "failed", "end"}
 _MEASURES = {"evaluation", "sample", "answers", "general"}
 _DONE_AGAIN = _MEASURES | {"step", "checkpoint", "stopped", "failed", "end"}
-_ENDS: dict[str, Standing] = {"stopped": "stopped", "failed": "failed", "end": "done"}
+_ENDS: dict[str, LoggedState] = {"stopped": "stopped", "failed": "failed", "end": "done"}
 _KIND_AT = len('{"kind":"')
 
 
 def append(path: Path, event: Event) -> None:
-    """Add one line; it survives this process, and for checkpoints and ends the machine.
+    """Append one line. It survives this process; checkpoints and ends survive a power cut too.
 
-    Raises StorageError where the disk refuses; what it took of the line is dropped by the next `append`.
+    Raises StorageError if the disk refuses; the next `append` drops a partial line.
     """
     fields = {"kind": event.kind, "step": event.step, "time": event.time}
     line = to_json({**fields, "values": event.values, "timing": event.timing}) + b"\n"
@@ -39,18 +39,18 @@ def append(path: Path, event: Event) -> None:
 
 
 def read(path: Path) -> Iterator[Event]:
-    """Every event, oldest first. A half last line, which a killed writer leaves, is not an event.
+    """Yield every event, oldest first. A partial last line, left by a killed writer, is no event.
 
-    Raises RunError naming the line that is whole and yet no event.
+    Raises RunError naming a complete line that is no event.
     """
     for number, line in enumerate(_whole_lines(path), start=1):
         yield _event(line, f"{path}:{number}")
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
-    """Every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left.
+    """Yield every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left.
 
-    What a resumed run takes back (`truncate_after`) comes again when it is written again.
+    Events that a resumed run takes back (`truncate_after`) come again when they are written again.
     """
     file: BinaryIO | None = None
     offset = 0
@@ -79,11 +79,11 @@ def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iter
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Take back what a run resumed from the checkpoint of `step` will do again; returns how many events were dropped.
+    """Drop the events that a run resumed from the checkpoint of `step` will write again; return their number.
 
-    Steps, evaluations, checkpoints, samples and ends past `step` go, and what was measured at `step` after its
-    checkpoint; starts, plans, notes and resumes stay. Below 0, a run that starts over, starts and plans go too.
-    The file is replaced as a whole: it is as it was or as it should be, also after a kill.
+    Steps, evaluations, checkpoints, samples and ends past `step` go, and measurements at `step` after its checkpoint;
+    starts, plans, notes and resumes stay. With `step` below 0 the run starts over, so starts and plans go too.
+    The file is replaced as a whole: a kill leaves the old or the new one.
     """
     if not path.exists():
         return 0
@@ -103,11 +103,11 @@ def truncate_after(path: Path, step: int) -> int:
     return num_dropped
 
 
-def put_right(path: Path, saved: Path) -> str:
-    """Make a log that lost or changed lines what it was when the copy `saved` was made; what was wrong, or "".
+def repair(path: Path, saved: Path) -> str:
+    """Restore a log that lost or changed lines from the copy `saved`; return what was wrong, or "".
 
-    Lines after those of the copy have to be events: if one is not, all of them go, as they will be written again.
-    A half last line is no damage.
+    Lines after those of the copy must be events: if one is not, all of them go, as they will be written again.
+    A partial last line is no damage.
     """
     number = _first_damage(path, saved)
     if number is None:
@@ -134,12 +134,12 @@ def _first_damage(path: Path, saved: Path) -> int | None:
     return None
 
 
-def standing(path: Path) -> Standing:
-    """How the run ended by what its events say last; "interrupted": it began, and did not say that it ended.
+def logged_state(path: Path) -> LoggedState:
+    """Derive the state of a run from its events; "interrupted": it started and logged no end.
 
-    Reads kinds alone: a million events take a second.
+    Only the kinds are read: a million events take a second.
     """
-    result: Standing = "new"
+    result: LoggedState = "new"
     for line in _whole_lines(path):
         kind = line[_KIND_AT : line.find(b'"', _KIND_AT)].decode("ascii", "replace")
         if kind in _ENDS:
@@ -163,7 +163,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _drop_half_line(file: BinaryIO) -> None:
-    """Cut what a killed or refused write left behind the last line end, lest the next event be glued to it."""
+    """Cut a partial last line, so that the next event does not join it."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -174,7 +174,7 @@ def _drop_half_line(file: BinaryIO) -> None:
 
 
 def _is_elsewhere(path: Path, file: BinaryIO | None) -> bool:
-    """Whether `path` is there and not the file that is open."""
+    """Whether `path` exists and is another file than the open one."""
     try:
         there = os.stat(path)
     except FileNotFoundError:
@@ -183,7 +183,7 @@ def _is_elsewhere(path: Path, file: BinaryIO | None) -> bool:
 
 
 def _end_of_seen(newer: BinaryIO, older: BinaryIO, offset: int) -> int:
-    """Where in `newer` the lines end that a reader of `older` up to `offset` has had; some of those may be gone."""
+    """Find the offset in `newer` up to which a reader of `older[:offset]` has seen its lines; some may be gone."""
     older.seek(0)
     had = older.read(offset).splitlines(keepends=True)
     end = at = 0

@@ -3,10 +3,10 @@
     runs/support-3f2a/
       run.json         format version, when made            recipe.yaml   complete and resolved
       events.jsonl     one event a line                     rows/         encoded rows
-      checkpoints/     step-N/                              evaluation/    each held-out row's outcome
+      checkpoints/     step-N/                              evaluation/    the outcome of each held-out row
       adapter/ or model/                                    report.json, report.md, report.html
       result.json      SHA-256 of its files
-      lock, lock.json  who is writing                       stop          asks the writer to stop
+      lock, lock.json  the writing process                  stop          a request to stop
 
 One process writes, holding `lock`; any number read.
 """
@@ -66,16 +66,16 @@ class Run:
 
     path: Path
     base: str | None = None
-    """Where the model that it was made from is now, where a person says so."""
+    """Current place of its base model, if the user gave one."""
 
     @classmethod
     def create(
         cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None, recipe: Recipe | None = None
     ) -> Run:
-        """A new folder `<name>-<4 hex digits>` in `root`, or just `out`; complete or absent. Of `recipe` it is noted
-        where its files are.
+        """Make a new folder `<name>-<4 hex digits>` in `root`, or `out`; complete or absent. It records the places of
+        the files that `recipe` names.
 
-        Raises RunError where `out` is there and not empty: a run never overwrites.
+        Raises RunError if `out` exists and is not empty: a run never overwrites.
         """
         parent = root if out is None else out.parent
         places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
@@ -104,8 +104,8 @@ class Run:
 
     @classmethod
     def open(cls, path_or_name: str | Path, root: Path, *, base: str | None = None) -> Run:
-        """The run at a path, or in `root` by its name, the beginning of its name, or "last". `base`: where its model is
-        now, if it was moved.
+        """Find a run by its path, or in `root` by its name, the beginning of its name, or "last". `base`: the place of
+        its model, if it was moved.
 
         Raises RunError naming the near matches.
         """
@@ -120,11 +120,11 @@ class Run:
         present = {run.path.name: run for run in runs(root)}
         if text == "last" and present:
             return _known_format(max(present.values(), key=lambda run: (run.created, run.path.name)))
-        begins = [text] if text in present else [name for name in present if text and name.startswith(text)]
-        if len(begins) == 1:
-            return _known_format(present[begins[0]])
-        if begins:
-            several = f"the names of {len(begins)} runs in {root} begin with it: {_listed(begins)}"
+        matches = [text] if text in present else [name for name in present if text and name.startswith(text)]
+        if len(matches) == 1:
+            return _known_format(present[matches[0]])
+        if matches:
+            several = f"the names of {len(matches)} runs in {root} begin with it: {_listed(matches)}"
             raise RunError(f"{text}: {several}. Give more of the name.")
         raise RunError(no_such_run(text, root))
 
@@ -167,29 +167,29 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Measures of the tuned model on the held-out rows, each {"value", "low", "high"}: its 95 % interval.
+        """Metrics of the tuned model on the held-out rows, each {"value", "low", "high"} with its 95 % interval.
 
-        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names as in docs/measures.md. Those of the base: see
-        `report`. Empty where nothing was held out. Raises RunError where the run has not ended.
+        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names as in docs/measures.md. `report` has those of
+        the base. Empty if nothing was held out. Raises RunError if the run has not ended.
         """
         after = self.report["metrics"]["after"]
         return {} if after is None else dict(after["measures"])
 
     @property
     def report(self) -> dict[str, Any]:
-        """What report.json holds, see docs/report.md. Raises RunError where the run has not ended."""
+        """The content of report.json, see docs/report.md. Raises RunError if the run has not ended."""
         if not self.report_path.exists():
             raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")
         return dict(self.read_json("report.json"))
 
     def recipe(self) -> Recipe:
-        """The complete recipe of this run, which knows where its files are now."""
+        """Read the complete recipe of this run, with the current places of its files."""
         from tunesmith.recipe import load
 
         return self.place(load.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
-        """A recipe of this run, knowing where its files are now and which day its template writes."""
+        """Give a recipe of this run the current places of its files and the date that its chat template writes."""
         from tunesmith.recipe.origin import Origin
 
         facts: Any = {}
@@ -198,8 +198,8 @@ class Run:
         return Origin.of(self.path, facts, base=self.base).put(self.dated(recipe))
 
     def dated(self, recipe: Recipe) -> Recipe:
-        """The recipe with the day that its template writes. One of an earlier version does not record it: its rows
-        were encoded when the run was made."""
+        """Set the date that the chat template writes. Earlier versions did not record it: their rows were encoded on
+        the day the run was made."""
         if recipe.data.date != "auto":
             return recipe
         day = date.fromtimestamp(self.created).isoformat()
@@ -207,7 +207,7 @@ class Run:
 
     @property
     def records_date(self) -> bool:
-        """Whether its recipe says which day its template writes."""
+        """Whether its recipe records the date that its chat template writes."""
         from tunesmith.recipe import load
 
         return load.load(str(self.recipe_path)).data.date != "auto"
@@ -217,7 +217,7 @@ class Run:
         write_atomic(self.path / name, to_json(value, indent=True) + b"\n")
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` was given. Raises RunError where the file is missing or broken."""
+        """Read a value written by `write_json`. Raises RunError if the file is missing or broken."""
         path = self.path / name
         try:
             return from_json(path.read_bytes())
@@ -228,9 +228,9 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one writer of this folder. The lock is the system's: it ends with the process that holds it.
+        """Become the one writer of this folder. The operating system ends the lock with the process that holds it.
 
-        What a killed writer left half done is cleaned up first. Raises RunError naming the holder.
+        Leftovers of a killed writer are removed first. Raises RunError naming the holder.
         """
         lock = filelock.FileLock(self.path / "lock", timeout=_LOCK_PATIENCE_S, thread_local=False)
         with storing(self.path / "lock"):
@@ -251,7 +251,7 @@ class Run:
             lock.release()
 
     def refuse_links(self) -> None:
-        """Raise RunError where a folder of the run is a link: what is written there would land elsewhere."""
+        """Raise RunError if a folder of the run is a link: files would be written elsewhere."""
         for name in _OWN:
             path = self.path / name
             if path.is_symlink():
@@ -261,13 +261,13 @@ class Run:
                 )
 
     def keep_hashes(self, result: Path) -> None:
-        """Note the SHA-256 of every file of the result, against which it is checked when it is loaded."""
+        """Record the SHA-256 of every file of the result; loading checks them."""
         self.write_json(RESULT, _hashes(result))
 
     def check_result(self, result: Path) -> str:
-        """What to say of a result that cannot be checked, since its run noted no hashes; empty: it was checked.
+        """Check the files of the result against the recorded hashes; return a note if there are none, else "".
 
-        Raises RunError naming a file that is not as the run left it.
+        Raises RunError naming a file that has changed.
         """
         path = self.path / RESULT
         if not path.is_file():
@@ -313,15 +313,15 @@ class Run:
         return events.read(self.events_path)
 
     def identity(self) -> dict[str, str]:
-        """What the run said it rests on when it began; empty if it had not come so far."""
+        """Hashes and settings that the run logged when it started; empty if it did not get so far."""
         return next((dict(event.values["identity"]) for event in self.events() if event.kind == "start"), {})
 
     def follow(self, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
-        """Every event, also those to come, until `stop()` holds; see events.follow."""
+        """Yield every event, also future ones, until `stop()` holds; see events.follow."""
         return events.follow(self.events_path, stop, poll_s=poll_s)
 
     def truncate_after(self, step: int) -> int:
-        """Take back the events that a run resumed at `step` will write again; see events.truncate_after."""
+        """Drop the events that a run resumed at `step` will write again; see events.truncate_after."""
         return events.truncate_after(self.events_path, step)
 
     def ask_stop(self) -> None:
@@ -337,22 +337,22 @@ class Run:
             (self.path / "stop").unlink(missing_ok=True)
 
     def state(self) -> State:
-        """Whether a living process holds the lock ("running"); else what the events say last.
+        """ "running" if a living process holds the lock; else the state by its events.
 
-        "interrupted": it began and neither ended nor said why: it was killed, or the machine went down.
+        "interrupted": it started and logged no end: it was killed, or the machine went down.
         """
-        return "running" if self.is_locked() else events.standing(self.events_path)
+        return "running" if self.is_locked() else events.logged_state(self.events_path)
 
 
 def runs(root: Path) -> list[Run]:
-    """Every run folder in `root`, by name. What is no run folder is passed over."""
+    """List every run folder in `root`, by name; other folders are skipped."""
     if not root.is_dir():
         return []
     return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
 
 
 def made_from(run: Run) -> list[str]:
-    """Files and folders that a run was made from, as they were typed; none where it did not note them."""
+    """Files and folders that a run was made from, as typed; none if it did not record them."""
     try:
         return list(run.read_json("run.json")["made"]["places"])
     except (RunError, KeyError, TypeError):
@@ -375,7 +375,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _slug(name: str) -> str:
-    """A name that is safe as a folder's on every system, and still the person's own word."""
+    """Turn a name into one that is safe as a folder name on every system."""
     plain = unicodedata.normalize("NFKC", name).lower()
     return re.sub(r"[\W_]+", "-", plain).strip("-")[:40].strip("-") or "run"
 
@@ -392,7 +392,7 @@ def _listed(names: list[str]) -> str:
 
 
 def no_such_run(text: str, root: Path) -> str:
-    """What to say of a name that is none of a run in `root`."""
+    """Message for a name that no run in `root` has."""
     names = [run.path.name for run in runs(root)]
     if text and Path(text).is_dir():
         return f"{text}: not a run folder: it has no run.json."

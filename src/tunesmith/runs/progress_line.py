@@ -57,7 +57,7 @@ class ProgressLine:
         self._bar.update(done - self._bar.n)
 
     def run(self, run: Run) -> None:
-        """The run, as soon as there is one: one that goes on has planned its steps before."""
+        """Take the number of steps from the plan of a resumed run."""
         with suppress(RunError):  # a damaged log is put right and heard later
             for event in run.events():
                 if event.kind == "plan":

@@ -1,4 +1,4 @@
-"""What can be learnt. To add a task: one file here and one row below.
+"""Tasks. To add one: a file here and a row below.
 
 The rows import nothing heavy: torch and models come in when a loss is computed.
 """

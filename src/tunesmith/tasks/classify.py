@@ -23,7 +23,7 @@ CLASSIFY = Task(
     learns_classes=True,
     takes_pairs=True,
     detected="rows are texts and their labels",
-    on_overlong=("cut", "the beginning of a text tells its class; cut rows are counted"),
+    on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
     next_commands=(("predict", "FILE"), ("show",)),
 )

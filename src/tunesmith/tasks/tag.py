@@ -24,7 +24,7 @@ TAG = Task(
     learns_classes=True,
     by_word=True,
     detected="rows are words and their tags",
-    on_overlong=("cut", "the beginning of a text tells its class; cut rows are counted"),
+    on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("span_f1", "span_recall", "tag_accuracy"),
     next_commands=(("predict", "FILE"), ("show",)),
 )

@@ -39,24 +39,24 @@ from tunesmith.training.setup import answer_tokens
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
 
 
-def look(session: Session, name: str) -> None:
-    """Everything that is compared before and after: held-out rows, sample prompts, general ability."""
+def evaluate_run(session: Session, name: str) -> None:
+    """Measure everything that is compared before and after: held-out rows, sample prompts, general ability."""
     measure_held_out(session, name)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     _answer(session, name)
     if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)
-    session.progress.evaluate_seconds += time.perf_counter() - begun
+    session.progress.evaluate_seconds += time.perf_counter() - started
 
 
 def measure_held_out(session: Session, name: str) -> None:
-    """An "evaluation" event; before and after, also each row's outcome in the run's folder `evaluation`."""
+    """Emit an "evaluation" event; before and after, also write each row's outcome to the folder `evaluation`."""
     setup, progress = session.setup, session.progress
     if len(setup.rows.held_rows) == 0:
         return
-    begun = time.perf_counter()
+    started = time.perf_counter()
     outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
     hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
     labels = setup.rows.labels
@@ -72,7 +72,7 @@ def measure_held_out(session: Session, name: str) -> None:
         lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, results)
         _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
         _write(session, f"{name}.json", to_json(details))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
     if name == "step":
@@ -118,7 +118,7 @@ def _metric(measures: Mapping[str, Interval], key: str) -> float:
 
 
 def _remember(session: Session, value: float) -> None:
-    """Whether this evaluation is the best so far, by the metric that the recipe names."""
+    """Record this evaluation if it is the best so far by the recipe's metric."""
     progress = session.progress
     sign = -1.0 if METRICS[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
     best = progress.best.get("value")
@@ -130,18 +130,18 @@ def _remember(session: Session, value: float) -> None:
 
 
 def _answer(session: Session, name: str) -> None:
-    """A "sample" event a prompt, then one "answers" event with the measures of all; each one's scores in a file."""
+    """Emit a "sample" event for each prompt, then one "answers" event with the metrics of all; scores go to a file."""
     setup = session.setup
     if not setup.samples:
         return
     how = Sampling(max_new_tokens=answer_tokens(setup.recipe, setup.rows))
-    told = []
+    given = []
     samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
     for index, sample in enumerate(samples):
-        told.append(sample)
+        given.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
-    answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
-    scored = zip(told, answer_scores(answers, references), strict=True)
+    answers, references = [[sample[key] for sample in given] for key in ("answer", "reference")]
+    scored = zip(given, answer_scores(answers, references), strict=True)
     lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
     measures = score_answers(answers, references, bleu=setup.recipe.evaluation.bleu)
@@ -149,7 +149,7 @@ def _answer(session: Session, name: str) -> None:
 
 
 def _measure_general(session: Session, name: str) -> None:
-    """A "general" event: loss on the general text kept in the package, and general instructions answered."""
+    """Emit a "general" event: loss on the general text of this package, and answers to general instructions."""
     setup = session.setup
     losses_P, counts_P = forgetting.text_losses(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
@@ -164,8 +164,8 @@ def _measure_general(session: Session, name: str) -> None:
     }
     session.emit("general", values)
     if name == "after":
-        told = (event.values for event in session.run.events() if event.kind == "general")
-        before = next((values for values in told if values["name"] == "before"), None)
+        earlier = (event.values for event in session.run.events() if event.kind == "general")
+        before = next((values for values in earlier if values["name"] == "before"), None)
         if before is None:  # the log has lost it
             return
         moved = forgetting.loss_change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
@@ -174,19 +174,19 @@ def _measure_general(session: Session, name: str) -> None:
             session.emit("note", {"text": text})
 
 
-def find_surprising(session: Session) -> None:
-    """The training rows that the tuned model still finds least likely, in `evaluation/surprising.json`."""
+def find_high_loss_rows(session: Session) -> None:
+    """Write the training rows with the highest loss under the tuned model to `evaluation/surprising.json`."""
     setup = session.setup
     most = resolved(setup.recipe.evaluation.surprising)
     if most == 0:
         return
-    begun = time.perf_counter()
+    started = time.perf_counter()
     rows_I = sample_rows(setup.rows.store, setup.rows.train_rows, most)
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
     results = row_results(setup.head, setup.rows.labels, outcomes, setup.rows.store.hashes[rows_I])
     lines = highest_loss(_lines(session, setup.rows.store, rows_I, results))
     _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))
-    session.progress.evaluate_seconds += time.perf_counter() - begun
+    session.progress.evaluate_seconds += time.perf_counter() - started
 
 
 def _write(session: Session, name: str, content: bytes) -> None:

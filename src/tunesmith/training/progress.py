@@ -1,4 +1,4 @@
-"""One process at work on one run: what it holds, what it has done, and who hears of it."""
+"""A process that works on a run: its setup, its progress, and its listener."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass
 class Progress:
-    """What a run carries from checkpoint to checkpoint beside the tensors."""
+    """Counters that a checkpoint stores with the tensors."""
 
     step: int = 0
     tokens: int = 0
@@ -30,27 +30,27 @@ class Progress:
     without_best: int = 0
     """Evaluations since then."""
     tokens_per_pass: int | None = None
-    """What memory left of train.tokens_per_pass; None: all of it."""
+    """Reduced train.tokens_per_pass after running out of memory; None: not reduced."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """{"step", "reason"}: whose weights are the result."""
+    """{"step", "reason"} of the weights that are the result."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what happens, and who may ask to stop."""
+    """Callbacks of a run: they hear of events and progress, and may stop it."""
 
     on_event: OnEvent = lambda event: None
     on_progress: OnProgress = lambda what, done, total: None
-    """Of anything that takes seconds: what, how much is done, of how much."""
+    """(phase, done, total) of anything that takes seconds."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked after every step."""
+    """Called after every step."""
     on_run: Callable[[Run], None] = lambda run: None
-    """Told the run as soon as its folder is there."""
+    """Called with the run once its folder exists."""
 
 
 @dataclass
 class Session:
-    """A run being worked on."""
+    """A run in this process."""
 
     setup: Setup
     run: Run
@@ -58,7 +58,7 @@ class Session:
     listener: Listener
 
     def emit(self, kind: Any, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """Log an event of now and tell the listener."""
+        """Log an event with the current time and pass it to the listener."""
         self.pass_on(Event(kind, self.progress.step, time.time(), values, timing or {}))
 
     def pass_on(self, event: Event) -> None:

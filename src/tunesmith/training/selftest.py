@@ -42,7 +42,7 @@ QUESTIONS = (
     ("2 + 2?", "4"),
     ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet around the year 1600."),
 )
-"""What rows for a model without data are made of."""
+"""Texts for rows of a model without data."""
 
 
 @dataclass(frozen=True, slots=True)

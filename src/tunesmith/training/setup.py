@@ -1,4 +1,5 @@
-"""From a recipe to a `Setup`: model, rows, method, plan; every "auto" decided, every check made before step 1."""
+"""Set up a run: from a recipe to a `Setup` with model, rows, method and plan. Every "auto" is decided and every check
+made before step 1."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.sharing import disagreement, filled_by
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.runs.beside import Beside
+from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
 from tunesmith.training.inputs import Start
@@ -55,12 +56,12 @@ class Setup(TrainState):
     model: PreTrainedModel
     choices: list[Choice]
     notes: list[str]
-    """What a person should know before the first step: fallbacks, cut rows, overlaps."""
+    """Facts to know before the first step: fallbacks, cut rows, overlaps."""
     located: locate.Located
     room: int
-    """Most tokens that the model can attend to."""
+    """Maximum number of tokens that the model can attend to."""
     num_parameters: int
-    """Weights of the model itself, its head among them."""
+    """Weights of the model, including its head."""
     renderer: Renderer
     kind: ModelKind
     head: HeadName
@@ -70,21 +71,21 @@ class Setup(TrainState):
     """Makes batches from rows of `rows.held_store`."""
     samples: list[SamplePrompt]
     new_head: bool
-    """Whether the head's weights are new, so that it answers at random before the first step."""
+    """Whether the head has random weights before the first step."""
     given: dict[str, Any]
-    """What the recipe said before anything was decided, where that is not the default."""
+    """Options that the recipe gave, where they differ from the defaults."""
     forecast: Forecast | None
-    """What the run was predicted to need, before its model was loaded; None if it could not be, or was resumed."""
+    """Predicted memory and time; None for a resumed run, or if prediction failed."""
     identity: dict[str, str] = field(default_factory=dict)
-    """What must stay the same for a run to go on exactly: hashes of data, model, tokenizer and template; settings."""
+    """Hashes of data, model, tokenizer and template, and settings, that must stay the same for an exact resume."""
 
     @property
     def can_generate(self) -> bool:
-        """Whether the model goes on with text, so that its general ability can be asked for."""
+        """Whether the model writes text, so that its general ability can be measured."""
         return can_generate(self.head, is_causal=self.plan.layout != "encoder_decoder", max_tokens=self.room)
 
     def save_result(self, folder: Path) -> None:
-        """What was tuned, as it is used later."""
+        """Save the tuned adapter or model."""
         method = METHODS[self.recipe.method.name]
         method.save_result(self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located)
 
@@ -97,14 +98,14 @@ def prepare(
     on_progress: OnProgress = lambda what, done, total: None,
     run: Run | None = None,
 ) -> Setup:
-    """Load, encode, decide and attach. Nothing is written but encoded rows: below `root`, or into `run` when resuming.
+    """Load, encode, decide and attach. Only encoded rows are written: below `root`, or into `run` when resuming.
 
     Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
     seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, start, rows = seen.recipe, seen.start, seen.rows
     on_progress("load", 0, 1)
-    hashes = Beside(partial(load.fingerprint, start.located))
+    hashes = BackgroundCall(partial(load.fingerprint, start.located))
     torch.set_num_threads(resolved(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
     new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
@@ -151,7 +152,7 @@ def prepare(
 
 
 def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> Foreseen:
-    """The run before its model is loaded, with the weights of the model here."""
+    """Resolve the run, and download the weights of the model if they are missing."""
     seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
     if seen.start.located.has_weights:
         return seen
@@ -186,13 +187,13 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
 
 
 def _join_products(model: PreTrainedModel, method: Method) -> Output | None:
-    """The model with its products computed together where they can be; its output, if losses can be computed by it."""
+    """Fuse matrix products of the model where possible; return its output layer if losses can be computed from it."""
     compute_together(model)
     return find_output(model) if method.fused_loss else None
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
-    """Prompts that leave room for an answer in what the model can attend to, and what to say of cuts and the others."""
+    """Sample prompts that leave room for an answer in the model's context, and notes on those that do not."""
     if start.head != "next_token":
         return [], []
     examples = rows.sample_examples(resolved(recipe.evaluation.samples))
@@ -203,12 +204,12 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
 
 
 def answer_tokens(recipe: Recipe, rows: Rows) -> int:
-    """Tokens of an answer to a held-out prompt at most."""
+    """Maximum number of tokens of an answer to a held-out prompt."""
     return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
 
 
 def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
-    """Packed if the model answers the same for packed rows as for each alone, padded otherwise, and said."""
+    """Packed if the model computes the same for packed rows as for each alone; else padded, with a note."""
     layout, *others = layouts_of(start.kind)
     if not others:
         return layout, []
@@ -225,7 +226,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
 def packed_agrees(
     model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, tokenizer: Any, plain: bool
 ) -> Agreement:
-    """Whether a model of this kind answers the same for rows that are packed as for each alone."""
+    """Whether a model of this kind computes the same for packed rows as for each alone."""
     if kind == "encoder":
         return encoder_agrees(model, rows, has_types=has_token_types(model, tokenizer), plain=plain)
     if kind == "encoder_decoder":

@@ -27,7 +27,7 @@ class TrainState:
     task: Task
     """Gives the loss of a batch."""
     attachment: Attachment
-    """What is trained, and how it reaches the model."""
+    """The trained tensors, and the way they reach the model."""
     update: Update
     """The optimizer and its state."""
     store: RowStore

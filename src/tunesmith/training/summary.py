@@ -1,4 +1,4 @@
-"""A prepared run in plain values: what its first events and its report say about it."""
+"""A prepared run in plain values, for its first events and its report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_name(setup: Setup) -> str:
-    """What the run folder is called before its four hex digits: the recipe's name, or the first data file's."""
+    """Name of the run folder without its four hex digits: the recipe's name, or that of the first data file."""
     return setup.recipe.name or Path(setup.recipe.data.train[0].path).name.split(".")[0]
 
 
 def start_values(setup: Setup) -> dict[str, Any]:
-    """Values of the "start" event: what the run rests on."""
+    """Values of the "start" event: versions and hashes."""
     return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
 
 
@@ -68,12 +68,12 @@ def plan_values(setup: Setup) -> dict[str, Any]:
 
 
 def plan_timing(setup: Setup) -> dict[str, Any]:
-    """What the run was predicted to need; empty if it could not be predicted."""
+    """The predicted memory and time; empty if there is no prediction."""
     return {} if setup.forecast is None else {"forecast": forecast_values(setup.forecast)}
 
 
 def foreseen_values(seen: Foreseen) -> dict[str, Any]:
-    """What `tunesmith plan` says: the values of a "plan" event that are known before the model is loaded."""
+    """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = seen.recipe, seen.forecast
     plan = plan_of(recipe, seen.rows, "padded")
     padding: dict[str, float] = {}
@@ -126,7 +126,7 @@ def forecast_values(forecast: Forecast) -> dict[str, Any]:
 
 
 def report_facts(setup: Setup) -> dict[str, Any]:
-    """What the report says beside its measures."""
+    """Facts for the report, without its metrics."""
     return {
         "name": run_name(setup),
         "task": setup.task.name,
@@ -146,7 +146,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
 
 
 def label_counts(setup: Setup) -> dict[str, int]:
-    """Training rows (of tags: words) of each class, in the order of their ids; empty for other tasks."""
+    """Training rows (for tags: words) of each class, by id; empty for other tasks."""
     labels = setup.rows.labels
     if labels is None or labels.kind == "number":
         return {}
@@ -155,7 +155,7 @@ def label_counts(setup: Setup) -> dict[str, int]:
 
 
 def window_count(setup: Setup) -> str:
-    """How documents were cut, in words; empty for other tasks."""
+    """A sentence on how documents were cut; empty for other tasks."""
     if setup.task.name != "text":
         return ""
     store, rows_I = setup.rows.store, setup.rows.train_rows
@@ -187,15 +187,14 @@ def row_counts(setup: Setup) -> dict[str, int]:
 
 
 def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
-    """The first training row as (text, trained) pieces, so that a person can see what is learnt."""
+    """The first training row as (text, trained) pieces, so that users see what is learnt."""
     row = setup.rows.store.row(int(setup.rows.train_rows[0]))
     edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
     return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
 
 
 def versions(recipe: Recipe | None = None) -> dict[str, str]:
-    """Of this package, Python and the libraries that numbers depend on; of those that not all need, what `recipe`
-    uses."""
+    """Versions of this package, Python and the libraries that numbers depend on, with the extras that `recipe` uses."""
     used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
     used |= {METHODS[recipe.method.name].package} if recipe else set()
     return {

@@ -1,6 +1,6 @@
-"""A run: the loop inside a folder, with everything before, between and after its steps.
+"""Train a run: the loop inside a run folder, with everything before, between and after its steps.
 
-What happens becomes an event; `train` and `resume` differ only in where they start.
+Everything that happens becomes an event; `train` and `resume` differ only in where they start.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
-from tunesmith.runs.beside import Beside
+from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, made_from, runs
 from tunesmith.training.disk import refuse_small_disk
-from tunesmith.training.evaluate import find_surprising, look, measure_held_out
+from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
 from tunesmith.training.setup import Setup, prepare
@@ -38,15 +38,15 @@ from tunesmith.training.summary import plan_timing, plan_values, report_facts, r
 from tunesmith.types import Event
 
 SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
-"""Options that change what a step needs, and nothing of what it learns but rounding and what dropout draws."""
+"""Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
 NAMED_LATER = {
     "setting train.group_by_length": "False",
     "setting data.date": "None",
 }
-"""What the identities of runs of earlier versions do not name, and the values that these runs began with."""
+"""Settings that earlier versions did not record in a run's identity, with the values they used."""
 
 RETOLD = {"plan", "evaluation", "sample", "answers", "general"}
-"""Kinds of events that what is told at the end of a run rests on."""
+"""Kinds of events that the summary at the end of a run needs."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -59,15 +59,15 @@ def train(
     offline: bool = False,
     listener: Listener | None = None,
 ) -> Run:
-    """Tune a model as the recipe says; the finished run.
+    """Tune a model as the recipe says; return the finished run.
 
     Raises:
         InputError: recipe, data or model cannot be used; no run folder was made.
-        Stopped: asked to stop; a checkpoint was written.
+        Stopped: stopped on request; a checkpoint was written.
         NonFiniteError, CheckpointError, StorageError: the run failed; its last checkpoint is whole.
     """
     listener = listener or Listener()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
     refuse_small_disk(setup, out or root)
     yaml = as_yaml(setup.recipe, comments=False)
@@ -75,13 +75,13 @@ def train(
     listener.on_run(run)
     with run.lock():
         setup.rows.keep(run.rows_path)
-        progress = Progress(prepare_seconds=time.perf_counter() - begun)
+        progress = Progress(prepare_seconds=time.perf_counter() - started)
         _drive(Session(setup, run, progress, listener), fresh=True)
     return run
 
 
 def _name_among(setup: Setup, root: Path) -> str:
-    """The run's name; with the ending of its data file too, where another file of that name without it has a run."""
+    """The run's name; with the extension of its data file if a run of another file has the same name without it."""
     name, file = run_name(setup), Path(setup.recipe.data.train[0].path)
     if setup.recipe.name is not None or not file.suffix:
         return name
@@ -91,10 +91,9 @@ def _name_among(setup: Setup, root: Path) -> str:
 
 
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
-    """Go on with a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
+    """Continue a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
-    `settings`: key=value of SAME_UPDATE, which change what a step needs and not what it learns, but for rounding and
-    what dropout draws.
+    `settings`: key=value of SAME_UPDATE.
 
     Raises:
         RecipeError: a setting that would make it another run.
@@ -105,7 +104,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
     listener = listener or Listener()
     listener.on_run(run)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with run.lock():
         run.clear_stop()
         damaged: list[str] = []
@@ -130,7 +129,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         refuse_small_disk(setup, run.path)
         planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
         if any(setting.startswith("train.tokens_per_pass") for setting in [*settings, *set_before]):
             progress.tokens_per_pass = None
@@ -152,11 +151,11 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
     return run
 
 
-def _mend_log(run: Run, newest: checkpoint.Loaded | None, listener: Listener) -> None:
-    """Put a damaged log of events right from the newest checkpoint, and say so in it and to the listener."""
+def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener) -> None:
+    """Repair a damaged log of events from the newest checkpoint, and report it in the log and to the listener."""
     said = ""
     if newest is not None and newest.log is not None:
-        if wrong := events.put_right(run.events_path, newest.log):
+        if wrong := events.repair(run.events_path, newest.log):
             said = f"{wrong}; the log is as the checkpoint of step {newest.step} has it"
     elif newest is None:
         try:
@@ -170,7 +169,7 @@ def _mend_log(run: Run, newest: checkpoint.Loaded | None, listener: Listener) ->
     if said:
         for event in run.events():
             if event.kind in RETOLD:
-                listener.on_event(event)  # whoever read the damaged log may not know it
+                listener.on_event(event)  # a reader of the damaged log may not have seen it
         note = Event("note", newest.step if newest else 0, time.time(), {"text": said}, {})
         run.append(note)
         listener.on_event(note)
@@ -180,8 +179,8 @@ def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
     keys = [setting.partition("=")[0].strip() for setting in settings]
     if other := [key for key in keys if key not in SAME_UPDATE]:
         raise RecipeError(
-            f"--set {other[0]}: it would be another run. Of one that goes on only {', '.join(SAME_UPDATE)} can change; "
-            "for anything else start a new one with `tunesmith train`."
+            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(SAME_UPDATE)} can "
+            "change; for anything else start a new run with `tunesmith train`."
         )
     return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
@@ -191,13 +190,13 @@ def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
 
 
 def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """A note for each of SAME_UPDATE that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
+    """Notes on settings that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
     pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
     return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
 
 
 def _refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
-    """Raise RunError for a run of a version that did not name the order of its rows, before anything is loaded."""
+    """Raise RunError for a run of an earlier version with another order of rows, before anything is loaded."""
     if then and "setting order of rows" not in then:
         raise RunError(
             f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
@@ -214,46 +213,46 @@ def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -
     ]
     if changed:
         raise RunError(
-            f"{run.path}: cannot go on as if nothing had happened, since this changed: {'; '.join(changed)}. "
+            f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
             "Put it back, or start a new run with `tunesmith train`."
         )
 
 
 def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
-    """Everything a run does once model and rows are ready; whatever ends it is the last event in its log.
+    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log.
 
-    `planned`: the plan of a run that begins anew, since it was killed before its first checkpoint.
+    `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
     """
     setup, run = session.setup, session.run
     try:
         if fresh:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", *_plan(setup, planned))
-            look(session, "before")
-            rehearsal = Beside(partial(_rehearse_result, setup, run))  # which reads what is saved, and writes elsewhere
+            evaluate_run(session, "before")
+            trial = BackgroundCall(partial(_try_saving, setup, run))  # which reads what is saved, and writes elsewhere
             try:
                 _save(session)
             finally:
-                rehearsal.result()
+                trial.result()
         _take_steps(session)
         _keep_best(session)
-        look(session, "after")
-        find_surprising(session)
+        evaluate_run(session, "after")
+        find_high_loss_rows(session)
         _save_result(setup, run)
         session.listener.on_progress("report", 0, 1)
         session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
-    except Exception as error:  # the outermost frame of a run: whatever ends it is told, and raised on
-        with suppress(StorageError):  # a full disk may refuse the last line too: the cause counts
+    except Exception as error:  # the outermost frame of a run: log the reason and raise it again
+        with suppress(StorageError):  # a full disk may refuse the last line too: the first error counts
             session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
 
 
 def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values and timing of the "plan" event. What was chosen and predicted at the first start is not found again, since
-    the recipe is resolved by now: it is told again."""
+    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its first
+    start, because its recipe is resolved by now."""
     values, timing = plan_values(setup), plan_timing(setup)
     if planned is None:
         return values, timing
@@ -264,7 +263,7 @@ def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str
 
 
 def _facts(session: Session) -> dict[str, Any]:
-    """What the report says beside its measures; the notes are those of the first start, also in a resumed run."""
+    """Facts for the report; the notes are those of the first start, also in a resumed run."""
     plan = next((event.values for event in session.run.events() if event.kind == "plan"), {})
     return {**report_facts(session.setup), "notes": plan.get("warnings", [])}
 
@@ -272,7 +271,7 @@ def _facts(session: Session) -> dict[str, Any]:
 def _take_steps(session: Session) -> None:
     setup, progress = session.setup, session.progress
     save_every = resolved(setup.recipe.checkpoint.every)
-    _stop_if_asked(session, saved=True)
+    _stop_if_requested(session, saved=True)
     if _patience_is_over(session):
         return
     for event in _steps_or_saved(session):
@@ -298,11 +297,11 @@ def _take_steps(session: Session) -> None:
             session.emit("note", {"text": f"stopped early after step {event.step}: {why}"})
             return
         if not last:
-            _stop_if_asked(session, saved=due)
+            _stop_if_requested(session, saved=due)
 
 
 def _steps_or_saved(session: Session) -> Iterator[Event]:
-    """The steps; where memory ends for good, what was learnt before is saved, and how to go on is said."""
+    """Yield the steps. If memory runs out for good, save the steps so far and say how to continue."""
     try:
         yield from training_steps(session.setup, start=session.progress.step)
     except OutOfMemoryError as error:
@@ -310,20 +309,20 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         num_layers = count_layers(session.setup.model)
         settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
         way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
-        told = f"{error} Saved: step {session.progress.step}. Go on where there is more memory, or with: {way}"
-        raise OutOfMemoryError(told, step=error.step, lengths=error.lengths, peak=error.peak) from error
+        message = f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory, or with: {way}"
+        raise OutOfMemoryError(message, step=error.step, lengths=error.lengths, peak=error.peak) from error
 
 
 def _halved(event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
     return (
-        f"memory ended in step {event.step} ({peak / 2**30:.2f} GiB at most): its passes were made anew, and are from "
-        f"here on, of at most {tokens:,} tokens; the update is the same, but for what dropout draws"
+        f"out of memory in step {event.step} ({peak / 2**30:.2f} GiB at most): it was retried, and training continues, "
+        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout"
     )
 
 
 def _evaluation_is_due(setup: Setup, step: int) -> bool:
-    """On the way, and at the last step when it may be the best."""
+    """Every `evaluation.every` steps, and at the last step if it may be the best."""
     every = setup.recipe.evaluation.every
     if every is None:
         return False
@@ -336,7 +335,7 @@ def _patience_is_over(session: Session) -> bool:
 
 
 def _keep_best(session: Session) -> None:
-    """Put the weights of the best evaluation back, where the recipe asks for them and they are not the last ones."""
+    """Restore the weights of the best evaluation if the recipe wants them and they are not the last."""
     setup, progress = session.setup, session.progress
     best, metric = progress.best, setup.recipe.evaluation.metric
     progress.kept = {"step": progress.step, "reason": "the last step"}
@@ -353,17 +352,17 @@ def _keep_best(session: Session) -> None:
     session.emit("note", {"text": f"kept: step {best['step']}, {progress.kept['reason']}"})
 
 
-def _stop_if_asked(session: Session, *, saved: bool) -> None:
+def _stop_if_requested(session: Session, *, saved: bool) -> None:
     if session.listener.should_stop() or session.run.stop_asked():
         if not saved:
             _save(session)
         done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
-        raise Stopped(f"{done}; go on with: {command('resume', session.run.path)}")
+        raise Stopped(f"{done}; resume with: {command('resume', session.run.path)}")
 
 
 def _save(session: Session) -> None:
     setup, run, step = session.setup, session.run, session.progress.step
-    fsync_file(run.events_path)  # a checkpoint never knows of steps that its log has lost
+    fsync_file(run.events_path)  # a checkpoint must not contain steps that its log has lost
     folder = checkpoint.save(
         run.checkpoints_path,
         step,
@@ -376,9 +375,9 @@ def _save(session: Session) -> None:
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
 
 
-def _rehearse_result(setup: Setup, run: Run) -> None:
-    """Save the result once and remove it, so that it cannot fail for the first time after the last step."""
-    folder = temporary_folder(run.path, "rehearsal")
+def _try_saving(setup: Setup, run: Run) -> None:
+    """Save the result once and remove it, so that saving cannot fail for the first time after the last step."""
+    folder = temporary_folder(run.path, "trial-result")
     try:
         setup.save_result(folder)
     finally:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tunesmith.runs.beside import Beside
+from tunesmith.runs.background import BackgroundCall
 
 
 def test_work_begins_at_once_and_gives_its_result() -> None:
@@ -16,7 +16,7 @@ def test_work_begins_at_once_and_gives_its_result() -> None:
         begun.set()
         return 7
 
-    beside = Beside(work)
+    beside = BackgroundCall(work)
     assert begun.wait(10), "nobody has asked for the result yet"
     assert beside.result() == 7
     assert beside.result() == 7
@@ -27,4 +27,4 @@ def test_what_the_work_raises_reaches_whoever_asks_for_its_result() -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        Beside(work).result()
+        BackgroundCall(work).result()

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, beside what its caller does meanwhile: hashing and writing leave Python's lock alone."""
+"""One call in a thread of its own: hashing and writing release Python's lock, so the caller works on meanwhile."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
-    """Work that has begun. It must change nothing that its caller touches before `result`."""
+class BackgroundCall(Generic[T]):
+    """Start `work` at once in a daemon thread: a process that ends earlier does not wait for it, as it would for
+    `concurrent.futures`. `work` must change nothing that its caller uses before `result`."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
-        self._made: list[T] = []
+        self._results: list[T] = []
         self._failure: BaseException | None = None
-        # A process that ends in the meantime does not wait for it.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._made.append(self._work())
+            self._results.append(self._work())
         except BaseException as failure:  # a thread's outermost frame: `result` raises it
             self._failure = failure
 
     def result(self) -> T:
-        """What the work made, once it is done; raises what it raised."""
+        """Wait for the work; return its result, or raise its error."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
-        return self._made[0]
+        return self._results[0]
