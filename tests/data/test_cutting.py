@@ -124,7 +124,7 @@ def test_tokens_are_those_of_the_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "single digits", "llama 3", "o200k", "bert"])
 def test_words_are_those_of_the_tokenizer_for_each_character_that_is_known(kind: str) -> None:
-    """BackgroundCall a letter, a digit, a blank, an end of line, a mark and itself."""
+    """Beside a letter, a digit, a blank, an end of line, a mark and itself."""
     backend = tokenizer(kind).backend_tokenizer
     rule = find_rule(backend)
     assert rule is not None

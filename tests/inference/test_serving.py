@@ -211,7 +211,7 @@ ALONE: list[tuple[str, dict[str, Any], str]] = [
 
 
 def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp_path: Path) -> None:
-    """BackgroundCall one that can: each answers in the batch what its own model answers alone."""
+    """Beside one that can: each answers in the batch what its own model answers alone."""
     paths = [made / "runs" / "first"]
     for name, changed, _ in ALONE:
         recipe = tiny_recipe(made, optim={"lr": 3e-3}, train={"epochs": 1}, **changed)

@@ -71,7 +71,7 @@ class Story:
             self.report = values.get("report", {})
 
     def _hear_evaluation(self, event: Event) -> None:
-        # BackgroundCall the last step's own evaluation, "after" may be that of an earlier step's weights: the best.
+        # Beside the last step's own evaluation, "after" may be that of an earlier step's weights: the best.
         if event.values["name"] != "after" or event.step not in self.held_out:
             self.held_out[event.step] = event.values["loss"]
         if event.values["name"] == "before":

@@ -39,7 +39,7 @@ from tunesmith.types import ModelKind
 
 UNREAD = "transformers reads no such file"
 TEMPLATE = "chat_template.jinja"
-"""BackgroundCall an adapter, which carries no tokenizer."""
+"""Beside an adapter, which carries no tokenizer."""
 
 
 def load_gguf(folder: Path, recipe: Recipe) -> Loaded:

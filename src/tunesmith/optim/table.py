@@ -38,7 +38,7 @@ class Slot:
     shape: torch.Size
     dtype: torch.dtype
     place: Literal["beside", "cpu", "number"] = "beside"
-    """BackgroundCall its tensor, on the CPU, or as a number of Python, which is saved as a tensor."""
+    """Beside its tensor, on the CPU, or as a number of Python, which is saved as a tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ class Data(Section):
     and wherever the run is used here. auto: the day on which the run is made, null for other templates."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
-    spells in many pieces. BackgroundCall adapters these rows alone are trained. Of causal models."""
+    spells in many pieces. With adapters, only these rows of the embedding are trained. Causal models only."""
     max_tokens: Positive | Auto = "auto"
     """Longest row, in tokens. auto: what the model can attend to."""
     too_long: Literal["error", "drop", "cut"] | Auto = "auto"
