@@ -10,7 +10,7 @@ import pytest
 from tiny_tasks import task_recipe
 from tunesmith.evaluation import report
 from tunesmith.inference.load import load_run
-from tunesmith.inference.measuring import evaluate_file
+from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 

@@ -12,7 +12,7 @@ from tiny_run import tiny_recipe
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.evaluation import report
 from tunesmith.inference.load import load_run
-from tunesmith.inference.measuring import evaluate_file
+from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event, Example, Part, Source

@@ -17,7 +17,7 @@ from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.exporting import export_run
-from tunesmith.inference.load import load_run, load_target
+from tunesmith.inference.load import load_any, load_run
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
@@ -88,18 +88,18 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
 
 def test_its_room_is_what_virtual_tokens_leave(straight: Run) -> None:
     virtual = 4 if kind_of(straight) == "PROMPT_TUNING" else 0
-    assert load_run(straight).room == 512 - virtual
-    assert load_target(str(straight.path), root=Path("runs"), base=True).room == 512
+    assert load_run(straight).max_tokens == 512 - virtual
+    assert load_any(str(straight.path), root=Path("runs"), base=True).max_tokens == 512
 
 
 def test_the_base_is_looked_at_under_the_method(straight: Run) -> None:
     ids = torch.arange(3, 12)[None]
-    base = load_target(str(straight.path), root=Path("runs"), base=True)
-    tuned = load_target(str(straight.path), root=Path("runs"))
-    assert tuned.can_untune
+    base = load_any(str(straight.path), root=Path("runs"), base=True)
+    tuned = load_any(str(straight.path), root=Path("runs"))
+    assert tuned.has_base
     with torch.no_grad():
         expected, live = base.model(ids).logits, tuned.model(ids).logits
-        with tuned.untuned():
+        with tuned.adapter_disabled():
             assert torch.equal(tuned.model(ids).logits, expected)
     assert not torch.equal(live, expected)
 

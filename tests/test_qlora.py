@@ -20,7 +20,7 @@ from tunesmith.export import verify
 from tunesmith.export.comparing import Comparison, compare
 from tunesmith.export.exporting import export_run
 from tunesmith.export.options import Options
-from tunesmith.inference.load import Speaker, load_base, load_run
+from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.runs.folder import Run
 from tunesmith.serve.serving import open_serving
@@ -34,7 +34,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return train(tiny_recipe(folder, dropout=0.1, method=method), root=folder / "runs")
 
 
-def answers(speaker: Speaker) -> Tensor:
+def answers(speaker: LoadedModel) -> Tensor:
     with torch.no_grad():
         logits: Tensor = speaker.model(torch.arange(20)[None]).logits
     return logits
@@ -64,7 +64,7 @@ def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> No
     assert any(isinstance(module, QuantizedLinear) for module in live.model.modules())
     assert not any(isinstance(module, QuantizedLinear) for module in on_plain.model.modules())
     assert not torch.equal(answers(live), answers(on_plain))
-    with live.untuned():
+    with live.adapter_disabled():
         assert torch.equal(answers(live), answers(load_base(finished)))
 
 

@@ -16,8 +16,8 @@ from tiny_run import tiny_recipe
 from tunesmith import api
 from tunesmith.errors import ModelError, NonFiniteError, RunError
 from tunesmith.export.exporting import export_run
-from tunesmith.inference.load import load_run, load_target
-from tunesmith.inference.measuring import evaluate_file
+from tunesmith.inference.load import load_any, load_run
+from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.atomic import temporary_folder
 from tunesmith.runs.folder import Run
 from tunesmith.training import trainer as training
@@ -93,7 +93,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(run: Run) -> None:
 
 
 def test_an_evaluation_whose_loss_is_no_number_fails(done: Run) -> None:
-    speaker = load_target(str(done.path), root=done.path.parent, offline=True)
+    speaker = load_any(str(done.path), root=done.path.parent, offline=True)
     with torch.no_grad():
         next(iter(speaker.model.parameters())).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="loss of its rows is nan"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.errors import ModelError, RunError, Stopped
-from tunesmith.inference.trained import find_trained
+from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
@@ -200,7 +200,7 @@ def test_a_refused_resume_leaves_the_rows_of_the_run_alone(tmp_path):
         assert sorted(path.name for path in (run.rows_path / "train").iterdir()) == rows
     file.write_bytes(before)
     resume(run)
-    found = find_trained(run)
+    found = load_training_rows(run)
     assert found is not None
     assert len(found.store) == 18
 
@@ -216,7 +216,7 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
         )
         preparing.prepare(recipe, root=tmp_path, run=run)
     assert len(list((run.rows_path / "train").glob("*.json"))) == 7
-    found = find_trained(run)
+    found = load_training_rows(run)
     assert found is not None
     assert len(found.store) == 18
 

@@ -16,10 +16,9 @@ from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.export.planned import check_planned, export_planned
-from tunesmith.inference.inputs import answers_to
-from tunesmith.inference.load import load_run, load_target
-from tunesmith.inference.measuring import evaluate_file
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference.load import load_any, load_run
+from tunesmith.inference.measure import evaluate_file
+from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -127,8 +126,8 @@ def predict(
     """
     given = [rows] if isinstance(rows, (str, Mapping)) else rows
     where = _where(target, model)
-    speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
-    return answers_to(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
+    speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
+    return predict_list(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
 
 
 def evaluate(
@@ -153,7 +152,7 @@ def evaluate(
             f"tunesmith.evaluate: data: {data!r:.60} is neither a path nor rows. Give one file, or a list of rows."
         )
     where = _where(target, model)
-    speaker = load_target(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
+    speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     if not is_rows(data):
         with _problems_named():
             return evaluate_file(speaker, fspath(data), samples=samples).measures

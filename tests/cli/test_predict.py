@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from predicting.headed import MANY, ONE, TAGS, headed
+from predict.headed import MANY, ONE, TAGS, headed
 from tiny_tasks import rows_of, task_recipe, texts, write
 from tunesmith.cli.app import app
 from tunesmith.runs.folder import Run
@@ -90,13 +90,12 @@ def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path
 
 def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
     """What a call leaves that is killed after some lines, in the middle of the next."""
-    from tunesmith.inference.file import identity_of
     from tunesmith.inference.load import load_model
     from tunesmith.inference.output import Output
-    from tunesmith.inference.predictor import Predictor
+    from tunesmith.inference.predict import Predictor, fingerprint
 
     predictor = Predictor(load_model(str(model), offline=True))
-    Output.open(out, identity_of(predictor, str(rows), bare=False)).close()
+    Output.open(out, fingerprint(predictor, str(rows), bare=False)).close()
     out.write_bytes(b"".join(lines) + b'{"source": "ro')
 
 
@@ -319,7 +318,7 @@ def test_eval_of_a_model_that_writes_nothing_refuses_samples(run: Run) -> None:
 def test_eval_makes_text_of_rows_only_where_it_is_kept(writer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of rows are measured without holding what they say."""
     from tunesmith.inference.load import load_run
-    from tunesmith.inference.measuring import evaluate_file
+    from tunesmith.inference.measure import evaluate_file
 
     speaker, path = load_run(writer, offline=True), writer.recipe().data.train[0].path
     lines: list[dict[str, Any]] = []

@@ -91,5 +91,5 @@ def test_every_row_better_by_a_little_is_better_in_the_report(tmp_path) -> None:
         ]
         (run.path / "evaluation" / f"{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
     write_report(run, facts, progress)
-    [line] = [one for one in (run.path / "report.md").read_text().splitlines() if one.startswith("| held-out loss |")]
+    line, *_ = [one for one in (run.path / "report.md").read_text().splitlines() if one.startswith("| held-out loss |")]
     assert line.endswith("| −0.0500 (−0.0500 to −0.0500) | better |")

@@ -21,12 +21,18 @@ from tunesmith.evaluation import verdicts
 from tunesmith.evaluation.bootstrap import intervals, ratio
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import redraw, write_report
-from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
-from tunesmith.evaluation.report.log import Log
-from tunesmith.evaluation.report.markdown import _fenced
-from tunesmith.evaluation.report.marking import differences, one_line, visible
+from tunesmith.evaluation.report.build import RunSeries, flips, regressions, rows_of
+from tunesmith.evaluation.report.markdown import fenced
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
-from tunesmith.evaluation.report.wording import confused_pairs, gist_lines, headline, summary
+from tunesmith.evaluation.report.text import (
+    confused_pairs,
+    differences,
+    headline,
+    headline_lines,
+    one_line,
+    summary,
+    visible,
+)
 from tunesmith.runs.folder import Run
 
 pytestmark = pytest.mark.pages
@@ -96,7 +102,7 @@ def test_every_kind_of_run_gets_the_plots_that_fit_it(pages, kind):
     page, folder = pages[kind]
     assert {name.removesuffix("-title") for name in page.ids if name.endswith("-title")} == PLOTS[kind]
     assert page.seen.count("svg") >= len(PLOTS[kind])
-    for name in ("Measures", "Training", "Data", "Choices", "Repeat", "Surprising training rows"):
+    for name in ("Measures", "Training", "Data", "Choices", "Repeat", "High-loss training rows"):
         assert name in page.text
     assert f"tunesmith train --recipe {folder}/recipe.yaml" in page.text
     assert "usual for LoRA on a model below a billion weights" in page.text
@@ -212,7 +218,7 @@ def test_the_summary_is_one_paragraph_in_plain_words(pages):
         f"{report['flips']['num_lost']} rows from right to wrong. "
         "2 rows could not be used: rows/problems.jsonl lists them."
     )
-    assert [line.label for line in gist_lines(report)] == ["accuracy", "macro-F1"]
+    assert [line.label for line in headline_lines(report)] == ["accuracy", "macro-F1"]
 
 
 def test_the_summary_names_what_its_measure_was_counted_on(pages):
@@ -322,7 +328,7 @@ def test_windows_of_a_document_get_worse_together(tmp_path):
         (run.path / f"evaluation/{name}.jsonl").write_text("".join(line % (n, n, loss) for n, loss in told))
     before, after = rows_of(run, "before"), rows_of(run, "after")
     assert [(row["loss"], row["count"], row["bytes"]) for row in before.values()] == [(8.0, 4, 18), (5.0, 4, 18)]
-    [worse] = worse_rows(before, after)
+    [worse] = regressions(before, after)
     assert (worse["source"], worse["before"], worse["after"]) == ("held.txt:2", 1.25, 1.5)
 
 
@@ -342,7 +348,7 @@ def test_a_curve_has_one_point_a_step_each_of_that_steps_weights(pages):
     own = next(e for e in run.events() if e.kind == "evaluation" and (e.step, e.values["name"]) == (120, "step"))
     assert report["held_out_curve"][-1] == [120, own.values["loss"]]
     assert report["metrics"]["after"]["loss"] == 1.3
-    log = Log.of(run.events())
+    log = RunSeries.of(run.events())
     assert log.course(120)[-1][1]["name"] == "after"  # where the last step's weights are the result
     assert {values["name"] for _, values in log.course(90)} == {"before", "step"}
 
@@ -438,5 +444,5 @@ def test_no_row_can_write_into_the_report(tmp_path, kind):
 
 
 def test_a_fence_in_a_text_stays_inside_its_fence():
-    page = "".join(_fenced("Prompt", "````\n# not a title\n````"))
+    page = "".join(fenced("Prompt", "````\n# not a title\n````"))
     assert page == "Prompt:\n\n`````text\n````\n# not a title\n````\n`````\n"

@@ -15,7 +15,7 @@ from tunesmith.cli.talking import Manner, Talk, Voice, open_voices
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference import load as loading
-from tunesmith.inference.load import Speaker
+from tunesmith.inference.load import LoadedModel
 from tunesmith.serve.alone import Alone
 from tunesmith.serve.protocol import Ask, EngineOptions, Piece, Refused
 from tunesmith.training import trainer as training
@@ -29,13 +29,13 @@ def question(text: str, **how: Any) -> Ask:
     return Ask("", messages=({"role": "user", "content": text},), temperature=0.0, **how)
 
 
-def speaker_of(folder: Path, arch: str) -> Speaker:
+def speaker_of(folder: Path, arch: str) -> LoadedModel:
     path = model_folder(folder / arch, arch)
     sharp(arch).save_pretrained(path)
     return loading.load_model(str(path), offline=True)
 
 
-def expected(speaker: Speaker, text: str) -> generate.Answer:
+def expected(speaker: LoadedModel, text: str) -> generate.Answer:
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
     return generate.generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))[0]
 
@@ -87,7 +87,7 @@ class Interrupted(Alone):
                 raise KeyboardInterrupt
 
 
-def talk_with(speaker: Speaker, kind: type[Alone] = Alone, **how: Any) -> Talk:
+def talk_with(speaker: LoadedModel, kind: type[Alone] = Alone, **how: Any) -> Talk:
     alone = kind(speaker, lambda text: None)
     return Talk([Voice("", alone)], Manner(max_new_tokens=5, temperature=0.0, top_p=1.0), **how)
 

@@ -21,7 +21,7 @@ from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference.predict import Predictor
 from tunesmith.models.quiet import quiet
 from tunesmith.runs.folder import Run
 from tunesmith.serve import cache, proofs

@@ -117,7 +117,7 @@ def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
 
 def _kept_baseline(name: str, root: Path) -> dict[str, Any]:
     """The measures of a run's held-out rows, and what a constant answer gets there; nothing where it has no report."""
-    from tunesmith.evaluation.report.judging import up_to_date
+    from tunesmith.evaluation.report.build import up_to_date
     from tunesmith.runs.folder import Run
 
     run = Run.open(name, root)
@@ -204,11 +204,11 @@ def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str,
     if screen.is_terminal:
         screen.print(_table(measures, a, b))
         return
-    for line in measure_lines(measures):
+    for line in metric_lines(measures):
         screen.print(line)
 
 
-def measure_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
+def metric_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
     """Each measure as a line: both values, and the paired interval of what lies between."""
     from tunesmith.evaluation.metrics import info_of
 

@@ -152,6 +152,6 @@ class Plain(Silent):
         report = self.story.report
         if not report.get("headline") or report["metrics"]["after"] is None:
             return []
-        from tunesmith.evaluation.report.wording import measure_lines, sides
+        from tunesmith.evaluation.report.text import metric_lines, sides
 
-        return [" ".join(report["headline"]), *score_lines(measure_lines(report), sides(report))]
+        return [" ".join(report["headline"]), *score_lines(metric_lines(report), sides(report))]

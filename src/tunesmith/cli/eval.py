@@ -13,7 +13,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tunesmith.inference.measuring import Evaluation
+    from tunesmith.inference.measure import Evaluation
 
 
 def evaluate(
@@ -81,13 +81,13 @@ def measured(
     from tunesmith.cli.text import visible
 
     with importing():
-        from tunesmith.inference.load import load_target
-        from tunesmith.inference.measuring import evaluate_file
+        from tunesmith.inference.load import load_any
+        from tunesmith.inference.measure import evaluate_file
 
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        speaker = load_target(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
+        speaker = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
         found = evaluate_file(speaker, data, samples=samples, keep=keep, on_progress=progress)
     for note in filter(None, [speaker.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")

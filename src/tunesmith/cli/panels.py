@@ -112,11 +112,11 @@ def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
 
 def scores(report: Mapping[str, Any]) -> RenderableType:
     """What came of a run in a sentence or two, and each measure beside what it is compared with."""
-    from tunesmith.evaluation.report.wording import measure_lines, sides
+    from tunesmith.evaluation.report.text import metric_lines, sides
 
     after = report["metrics"]["after"]
     title = f"held out: {rows_and_targets(after)}; beside each value its 95 % interval"
-    table = score_table(measure_lines(report), title=title, columns=sides(report))
+    table = score_table(metric_lines(report), title=title, columns=sides(report))
     return Group(Text(visible(" ".join(report["headline"]))), Text(), table)
 
 
@@ -125,7 +125,7 @@ MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
 
 def answers(samples: Iterable[Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
     """Held-out prompts, their reference answers and the two answers to each, side by side."""
-    from tunesmith.evaluation.report.wording import mark
+    from tunesmith.evaluation.report.text import mark
 
     table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
     table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT)

@@ -14,8 +14,8 @@ from tunesmith.errors import InputError, Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tunesmith.inference.lines import Tally
-    from tunesmith.inference.predictor import Predictor
+    from tunesmith.inference.predict import Predictor
+    from tunesmith.inference.rows import Counts
 
 
 def predict(
@@ -98,10 +98,10 @@ def _predictor(
     target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
 ) -> Predictor:
     with importing():
-        from tunesmith.inference.load import load_target
-        from tunesmith.inference.predictor import Predictor
+        from tunesmith.inference.load import load_any
+        from tunesmith.inference.predict import Predictor
 
-    speaker = load_target(target, **asked)
+    speaker = load_any(target, **asked)
     if speaker.note:
         say(f"note: {speaker.note}")
     predictor = Predictor(speaker, max_new_tokens, threshold)
@@ -114,13 +114,13 @@ def _predictor(
 
 def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
     from tunesmith.cli.output import data_line
-    from tunesmith.inference.inputs import answers_to
-    from tunesmith.inference.lines import record_of
+    from tunesmith.inference.predict import predict_list
+    from tunesmith.inference.rows import record_of
     from tunesmith.tasks import TASKS
 
     if pair is not None and not TASKS[predictor.task].takes_pairs:
         raise InputError(f"--pair: the task {predictor.task} of this model takes one text. Leave it out.")
-    [line] = answers_to(predictor, [record_of(predictor.task, text, pair)], bare=bare)
+    [line] = predict_list(predictor, [record_of(predictor.task, text, pair)], bare=bare)
     if "error" in line:
         raise InputError(f"--text: {line['error']}")
     data_line(line)
@@ -128,10 +128,10 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
 
 def _file(
     predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
-) -> Tally:
+) -> Counts:
     from tunesmith.cli.output import console, data_line
     from tunesmith.cli.progress import progress_bar
-    from tunesmith.inference.file import predict_stream, predict_to
+    from tunesmith.inference.predict import predict_stream, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
         if out is not None:
@@ -149,7 +149,7 @@ def _file(
         )
 
 
-def _tell(tally: Tally, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
+def _tell(tally: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
     """Counts, and what a person should know; exit code 2 if no row could be answered."""
     from tunesmith.cli.output import json_line
     from tunesmith.formatting import plural

@@ -16,7 +16,7 @@ from tunesmith.types import Event
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
-    from tunesmith.evaluation.report.wording import Line
+    from tunesmith.evaluation.report.text import MetricLine
 
 MUTED = "bright_black"
 BETTER, WORSE = "green", "red"
@@ -71,7 +71,7 @@ def measures_table(measures: Mapping[str, Interval], *, title: str) -> Table:
     return table
 
 
-def score_table(lines: Sequence[Line], *, title: str, columns: tuple[str, str]) -> Table:
+def score_table(lines: Sequence[MetricLine], *, title: str, columns: tuple[str, str]) -> Table:
     """A row for each measure of a report: what it is compared with, if anything, the result, and the paired change."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.title, table.title_style, table.title_justify = title, MUTED, "left"
@@ -98,7 +98,7 @@ def _ends(value: str, ends: str, style: str) -> Text:
     return text.append(f" {ends}", style=f"not bold {MUTED}") if ends else text
 
 
-def score_lines(lines: Sequence[Line], columns: tuple[str, str]) -> Iterator[str]:
+def score_lines(lines: Sequence[MetricLine], columns: tuple[str, str]) -> Iterator[str]:
     """The same as whole lines."""
     for line in lines:
         after = f"{line.after} ({line.after_bounds})" if line.after_bounds else line.after

@@ -50,7 +50,7 @@ def _report(run: Run) -> dict[str, Any] | None:
     """The report of a finished run, judged as this version does; None before there is one."""
     if not run.report_path.exists():
         return None
-    from tunesmith.evaluation.report.judging import up_to_date
+    from tunesmith.evaluation.report.build import up_to_date
 
     return up_to_date(run, run.read_json("report.json"))
 

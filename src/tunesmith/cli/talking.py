@@ -15,7 +15,7 @@ from tunesmith.cli.text import visible
 from tunesmith.errors import InputError
 from tunesmith.formatting import command, plural
 from tunesmith.inference import load as loading
-from tunesmith.inference.load import Speaker
+from tunesmith.inference.load import LoadedModel
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.alone import Alone
 from tunesmith.serve.protocol import Ask, Ended, EngineOptions, Piece, Refused
@@ -61,15 +61,15 @@ def open_voices(
         task = speaker.renderer.task_name
         way = command(verb, target, "FILE")
         raise InputError(f"{target}: a model for the task {task} does not answer in words. Use: {way}")
-    if compare and speaker.can_untune:  # one model, with its adapter and past it
+    if compare and speaker.has_base:  # one model, with its adapter and past it
         alone = Alone(speaker, note)
-        return [Voice("before", alone, speaker.untuned), Voice("after", alone)]
+        return [Voice("before", alone, speaker.adapter_disabled), Voice("after", alone)]
     return [Voice(name, Alone(speaker, note)) for name, speaker in speakers]
 
 
 def _speakers(
     target: str, run: Run | None, *, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
-) -> list[tuple[str, Speaker]]:
+) -> list[tuple[str, LoadedModel]]:
     if run is None:
         if base or compare:
             raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version beside it.")
@@ -84,7 +84,7 @@ def _speakers(
         note(tuned.note)
     if not compare:
         return [("", tuned)]
-    before = [] if tuned.can_untune else [("before", loading.load_base(run, offline=offline))]
+    before = [] if tuned.has_base else [("before", loading.load_base(run, offline=offline))]
     return [*before, ("after", tuned)]
 
 

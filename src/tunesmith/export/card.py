@@ -10,7 +10,7 @@ import yaml
 
 from tunesmith import __version__
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.evaluation.report.judging import up_to_date
+from tunesmith.evaluation.report.build import up_to_date
 from tunesmith.export.comparing import COSINE, KL, Comparison
 from tunesmith.export.options import Bounds
 from tunesmith.export.source import Source

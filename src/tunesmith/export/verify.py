@@ -17,7 +17,7 @@ from tunesmith.export.process import in_new_process
 from tunesmith.export.rows import MOST_ROWS, Probes
 from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
-from tunesmith.inference.load import Speaker, load_base, load_run
+from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.pooling import find_pooling
 from tunesmith.models.size import size
 from tunesmith.runs.atomic import storing
@@ -32,8 +32,8 @@ def look_at_tuned(source: Source, probes: Probes, asks: Asks) -> tuple[Seen, See
         # An export is on the base as it is. What tuning changed cannot be told there from what quantising changed; that
         # every weight is base plus delta can.
         speaker = load_run(source.run, offline=True, as_trained=False)
-    elif speaker.can_untune:
-        with speaker.untuned():
+    elif speaker.has_base:
+        with speaker.adapter_disabled():
             base = _look(speaker, source, probes, asks, answered=False)
     elif speaker.attachment is not None:
         base = _look(load_base(source.run, offline=True), source, probes, asks, answered=False)
@@ -43,7 +43,7 @@ def look_at_tuned(source: Source, probes: Probes, asks: Asks) -> tuple[Seen, See
     return replace(tuned, weights=weights), base
 
 
-def _look(speaker: Speaker, source: Source, probes: Probes, asks: Asks, *, answered: bool) -> Seen:
+def _look(speaker: LoadedModel, source: Source, probes: Probes, asks: Asks, *, answered: bool) -> Seen:
     pooling = find_pooling(source.weights.path).kind if asks == "vector" else "mean"
     return probe.look(
         TorchAsked(speaker.model, speaker.renderer, asks, pooling),

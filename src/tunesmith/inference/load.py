@@ -1,4 +1,4 @@
-"""A model ready to answer as it was trained to: a run's result, what an unfinished run knows so far, or any model."""
+"""Models ready for use: the result of a run, the newest checkpoint of an unfinished run, or any model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tunesmith.data.store import kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.formatting import command
 from tunesmith.methods import METHODS, attach, method_of, restore, state_dict
-from tunesmith.models import heads, load, locate, new_tokens, padding, rope
+from tunesmith.models import heads, locate, new_tokens, padding, rope
+from tunesmith.models import load as files
 from tunesmith.models.kind import model_kind
 from tunesmith.models.locate import Located
 from tunesmith.models.size import size
@@ -33,55 +34,55 @@ from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 
 TOKENS_TO_ANSWER = 100
-"""Of a pass that answers or measures a few rows."""
+"""Tokens of a micro-batch that answers or measures a few rows."""
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model and the renderer that puts questions to it as they were put in training."""
+class LoadedModel:
+    """A model and the renderer of its prompts, as they were in training."""
 
     model: PreTrainedModel
     renderer: Renderer
     recipe: Recipe
-    """Of its run, or what a run would choose."""
+    """The recipe of its run, or the one that a run would resolve."""
     head: HeadName
     located: Located
     labels: Labels | None = None
-    """What its head answers with."""
+    """Classes of its head."""
     attachment: Any = None
-    """What its method put on the model."""
+    """The adapter that its method attached."""
     result: Path | None = None
-    """The folder that the adapter was read from."""
+    """Folder of the adapter."""
     note: str = ""
-    """What a person should know before trusting an answer."""
+    """A note for the person who reads its answers."""
     packed: str = ""
-    """What was done to the base's weights, as the method of its run does; empty: nothing."""
+    """How the base's weights were quantized, as the method of its run does; empty: they are not."""
     run: Run | None = None
-    """Of which it is the result, or with `is_base` the untouched model."""
+    """The run whose result it is, or with `is_base` whose untouched base."""
     is_base: bool = False
     base_hashes: Mapping[str, str] | None = None
-    """SHA-256 of the model's files, where they were read already."""
+    """SHA-256 of the model's files, if they are known."""
 
     @property
-    def can_untune(self) -> bool:
-        """Whether the base is there too, under an adapter."""
+    def has_base(self) -> bool:
+        """Whether the model without its adapter is the untouched base."""
         return self.attachment is not None and self.attachment.keeps_base
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
-        """Inside the block the model answers without its adapter."""
-        assert self.can_untune, "only an adapter that stands beside its base can be looked past"
+    def adapter_disabled(self) -> Iterator[None]:
+        """Run the model without its adapter inside the block."""
+        assert self.has_base, "only an adapter that keeps its base can be disabled"
         with self.attachment.adapter_disabled():
             yield
 
     @property
     def has_types(self) -> bool:
-        """Whether the model tells the two texts of a pair apart by token types."""
+        """Whether the model marks the second text of a pair by token types."""
         return has_token_types(self.model, self.renderer.tokenizer)
 
     @property
-    def room(self) -> int:
-        """Most tokens of a text and its answer: what the model can attend to, less the virtual ones of its method."""
+    def max_tokens(self) -> int:
+        """Most tokens of a text and its answer: the model's positions less the virtual tokens of its method."""
         virtual = method_of(self.recipe).num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
         return size(self.located).max_tokens - virtual
 
@@ -91,15 +92,15 @@ class Speaker:
         return padding.pad_id(self.model, self.renderer.tokenizer)
 
     def tokens_per_pass(self, lengths: Collection[int]) -> int:
-        """Most tokens that go through the model at once where rows have these lengths."""
+        """Most tokens of a micro-batch of rows of these lengths."""
         if rope.why(self.model.config, max(lengths, default=0)):
             return 1
-        option = self.recipe.train.tokens_per_pass
-        return option if option != "auto" else 8192 if self.model.device.type == "cuda" else 2048
+        limit = self.recipe.train.tokens_per_pass
+        return limit if limit != "auto" else 8192 if self.model.device.type == "cuda" else 2048
 
     def identity(self) -> dict[str, str]:
-        """Hashes of all that an answer follows from beside the question, by name."""
-        hashes = load.fingerprint(self.located) if self.base_hashes is None else self.base_hashes
+        """Hashes of model, adapter and settings, by name: with a prompt they determine an answer."""
+        hashes = files.fingerprint(self.located) if self.base_hashes is None else self.base_hashes
         digests = {f"model {name}": digest for name, digest in hashes.items()}
         if self.result is not None:
             weights = [path for path in sorted(self.result.iterdir()) if path.is_file()]
@@ -113,7 +114,7 @@ class Speaker:
         return digests | {name: str(value) for name, value in {**settings, **limits}.items()}
 
 
-def load_target(
+def load_any(
     target: str,
     *,
     root: Path,
@@ -121,11 +122,10 @@ def load_target(
     task: TaskName | None = None,
     model: str | None = None,
     offline: bool = False,
-) -> Speaker:
-    """What RUN|MODEL names: the tuned model of a run, with `base` its untouched one, or a model. `model`: where that of
-    a run is now.
+) -> LoadedModel:
+    """Load a run's tuned model, or its untouched base, or any model. `model` is the place of a run's base, if it moved.
 
-    Raises InputError for what only the other of the two can do, and whatever the functions below raise.
+    Raises InputError for options that only runs or only models have, and what the functions below raise.
     """
     if not is_run(target, root):
         if base:
@@ -137,11 +137,11 @@ def load_target(
     learnt = run.recipe().task
     if task not in (None, learnt):
         raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
-    speaker = load_base(run, offline=offline) if base else load_run(run, offline=offline)
-    return replace(speaker, run=run, is_base=base)
+    loaded = load_base(run, offline=offline) if base else load_run(run, offline=offline)
+    return replace(loaded, run=run, is_base=base)
 
 
-def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Speaker:
+def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> LoadedModel:
     """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
 
     On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is.
@@ -155,15 +155,15 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Spe
         refuse_needless(run.base, str(run.path))
         checking = BackgroundCall(partial(run.check_result, run.model_path))
         try:
-            speaker = _speaker(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+            loaded = _load(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
         except ModelError:
             checking.result()  # says which file is damaged
             raise
-        note = "; ".join(filter(None, [checking.result(), speaker.note, assumed_date(run, speaker.renderer)]))
-        refuse_non_finite(dict(speaker.model.named_parameters()), run.model_path)
-        return replace(speaker, note=note)
-    speaker = tune(load_base(run, offline=offline, as_trained=as_trained), run)
-    return replace(speaker, note="; ".join(filter(None, [speaker.note, assumed_date(run, speaker.renderer)])))
+        note = "; ".join(filter(None, [checking.result(), loaded.note, assumed_date(run, loaded.renderer)]))
+        refuse_non_finite(dict(loaded.model.named_parameters()), run.model_path)
+        return replace(loaded, note=note)
+    loaded = load_adapter(load_base(run, offline=offline, as_trained=as_trained), run)
+    return replace(loaded, note="; ".join(filter(None, [loaded.note, assumed_date(run, loaded.renderer)])))
 
 
 def assumed_date(run: Run, renderer: Renderer) -> str:
@@ -173,8 +173,8 @@ def assumed_date(run: Run, renderer: Renderer) -> str:
     return f"its chat template writes the date, which its recipe does not record: {renderer.date}, the day it was made"
 
 
-def tune(base: Speaker, run: Run) -> Speaker:
-    """The untouched model of a run with what the run made of it; raises as `load_run` does."""
+def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
+    """Attach the result of a run, or its newest checkpoint, to its base; raises as `load_run` does."""
     recipe = run.recipe()
     method = METHODS[recipe.method.name]
     if run.adapter_path.exists():
@@ -203,30 +203,30 @@ def tune(base: Speaker, run: Run) -> Speaker:
 
 def load_base(
     run: Run, *, offline: bool = False, as_trained: bool = True, hashes: Mapping[str, str] | None = None
-) -> Speaker:
-    """The untouched model of a run, asked as the tuned one is: with the tokenizer and template it was tuned with.
+) -> LoadedModel:
+    """The untouched base of a run, with the tokenizer and template that the run used.
 
     `hashes`: of its files, where they are known. Raises RunError where they are not those that the run was tuned on.
     """
     recipe = run.recipe()
     labels = run_labels(recipe)
     located = locate.locate_base(recipe, offline=offline)
-    hashing = BackgroundCall(partial(load.fingerprint, located) if hashes is None else partial(dict, hashes))
+    hashing = BackgroundCall(partial(files.fingerprint, located) if hashes is None else partial(dict, hashes))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = Located("folder", folder, str(folder))
-            tokenizer = load.load_tokenizer(saved, None)
+            tokenizer = files.load_tokenizer(saved, None)
             break
     else:
-        tokenizer = load.load_tokenizer(located, recipe.data.template_at)
+        tokenizer = files.load_tokenizer(located, recipe.data.template_at)
         new_tokens.add(tokenizer, recipe.data.new_tokens)
     try:
-        speaker = _speaker(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
+        loaded = _load(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
     except ModelError:
         refuse_other_base(run, located, hashing.result())  # another model need not load as this one does
         raise
     refuse_other_base(run, located, hashing.result())
-    return replace(speaker, base_hashes=hashing.result())
+    return replace(loaded, base_hashes=hashing.result())
 
 
 def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
@@ -282,22 +282,22 @@ def run_labels(recipe: Recipe) -> Labels | None:
     return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 
-def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> Speaker:
+def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> LoadedModel:
     """A model that was not tuned here, in the precision and on the device that a run would choose.
 
     `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError where it
     has no head for the task.
     """
     located = locate.locate(name, offline=offline)
-    recipe, tokenizer = as_it_is(located, task=task)
-    return _speaker(located, recipe, tokenizer=tokenizer)
+    recipe, tokenizer = untuned_recipe(located, task=task)
+    return _load(located, recipe, tokenizer=tokenizer)
 
 
-def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
-    """What a run of a model that was not tuned here would choose, and its tokenizer; see `load_model`."""
+def untuned_recipe(located: Located, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
+    """The recipe that a run of this model would resolve, and the model's tokenizer; see `load_model`."""
     name = located.name
     kind = model_kind(located)
-    tokenizer = load.load_tokenizer(located, None)
+    tokenizer = files.load_tokenizer(located, None)
     made_for = _made_for(located, kind, has_template=bool(tokenizer.chat_template))
     chosen = task or made_for
     if TASKS[chosen].learns_classes and chosen != made_for:
@@ -313,7 +313,7 @@ def as_it_is(located: Located, *, task: TaskName | None = None) -> tuple[Recipe,
 
 def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:
     """The task that a model can do as it is."""
-    architectures = (None if located.is_gguf else load.load_config(located).architectures) or [""]
+    architectures = (None if located.is_gguf else files.load_config(located).architectures) or [""]
     head: HeadName = "masked_token" if kind == "encoder" else "next_token"
     head = next((head for end, head in _HEADED.items() if architectures[0].endswith(end)), head)
     fitting = [task for task in TASKS.values() if task.heads.get(kind) == head]
@@ -323,25 +323,25 @@ def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskN
 _HEADED: dict[str, HeadName] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "tokens"}
 
 
-def _speaker(
+def _load(
     located: Located,
     recipe: Recipe,
     *,
     labels: Labels | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     as_trained: bool = True,
-) -> Speaker:
+) -> LoadedModel:
     """The model with a head for `labels`; None: with the head that it has, if its task needs one.
 
     `as_trained` False leaves its weights as they are also where the method quantises them.
     """
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
-    device = load.choose_device(recipe.device).value
-    precision = load.choose_precision(recipe.precision, device).value
-    tokenizer = tokenizer or load.load_tokenizer(located, None)
+    device = files.choose_device(recipe.device).value
+    precision = files.choose_precision(recipe.precision, device).value
+    tokenizer = tokenizer or files.load_tokenizer(located, None)
     notes: list[str] = []
-    model = load.load_model(
+    model = files.load_model(
         located,
         dtype=getattr(torch, precision),
         device="cpu",
@@ -359,7 +359,7 @@ def _speaker(
     note = "; ".join(filter(None, [packed, *notes]))
     renderer = make_renderer(recipe, tokenizer, kind)
     answered = _weighed(heads.labels_of(model), recipe)
-    return Speaker(model, renderer, recipe, head, located, answered, note=note, packed=packed)
+    return LoadedModel(model, renderer, recipe, head, located, answered, note=note, packed=packed)
 
 
 def _weighed(labels: Labels | None, recipe: Recipe) -> Labels | None:
@@ -386,5 +386,5 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
 
 
 def has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a model tells the two texts of a pair apart by token types."""
+    """Whether a model marks the second text of a pair by token types."""
     return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1

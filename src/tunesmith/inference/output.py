@@ -1,8 +1,9 @@
-"""A file of answers that grows by whole lines, and can be gone on with by a later call.
+"""The file that `predict --out` writes: resumable by whole lines, and under its own name only when it is complete.
 
-FILE                 a line for each row so far
-FILE.progress.json   what it is made from; once it is complete also the SHA-256 of it, so that the same command again
-                     finds nothing to do
+FILE.part            a line for each row so far
+FILE                 the same, complete
+FILE.progress.json   the identity of model, rows and options; of a complete file also its SHA-256, so that the same
+                     command again finds nothing to do
 """
 
 from __future__ import annotations
@@ -10,96 +11,101 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
 from tunesmith.errors import InputError, StorageError
-from tunesmith.runs import atomic as files
+from tunesmith.runs import atomic
 
 COMPLETE = "complete: its SHA-256"
 
 
-class Output:
-    """An open file of answers. `num_lines` of them stood there before, `num_errors` of these without an answer."""
+class OutputFile:
+    """An open file of answers. `num_lines` were written before, `num_errors` of these without an answer."""
 
     def __init__(
-        self,
-        path: Path,
-        file: BinaryIO,
-        identity: Mapping[str, str],
-        *,
-        kept: Sequence[str] = (),
-        is_complete: bool = False,
+        self, path: Path, identity: Mapping[str, str], *, kept: Sequence[str] = (), overwrite: bool = False
     ) -> None:
-        self.path = path
-        self._unanswered = {"source", "error", "reference", *kept}
-        self.is_complete = is_complete
-        self._file = file
-        self._identity = identity
-        self.num_lines, self.num_errors = 0, 0
-        self.last_source = ""
-        self._read_lines()
+        """Open the file to continue it, without its half last line, or a new one.
 
-    @classmethod
-    def open(
-        cls, path: Path, identity: Mapping[str, str], *, kept: Sequence[str] = (), overwrite: bool = False
-    ) -> Output:
-        """The file to go on with, its half last line dropped, or a new one.
-
-        `identity` is what the answers follow from, by name. Raises InputError where the file that is there follows
-        from something else, or does not say from what; StorageError. `kept`: columns that lines without an answer
-        have too.
+        `kept` are columns that lines without an answer have too. Raises InputError where an existing file has another
+        identity, or none; StorageError.
         """
-        progress = _progress(path)
-        with files.storing(path):
-            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (it is closed by `close`)
+        self.path, self.part = path, path.with_name(path.name + ".part")
+        self._identity, self._unanswered = identity, {"source", "error", "reference", *kept}
+        self.is_complete, self.num_lines, self.num_errors, self.last_source = False, 0, 0, ""
+        with atomic.storing(path):
+            self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115 (`close` closes it)
         try:
-            _be_alone(file, path)
-            with files.storing(path):
-                files.clean(path.parent, name=progress.name)
-                if overwrite:
-                    file.truncate(0)  # first: the progress file of an empty one says nothing
-                is_begun = os.fstat(file.fileno()).st_size > 0
-                if is_begun and not progress.exists():
-                    raise InputError(
-                        f"{path}: is there already, and nothing says what it was made from. Choose another --out, or "
-                        "write over it with --overwrite."
-                    )
-                if not is_begun:
-                    files.write_atomic(progress, files.to_json(identity, indent=True) + b"\n")
-                    return cls(path, file, identity, kept=kept)
-                then = files.from_json(progress.read_bytes())
-                whole = then.pop(COMPLETE, None)
-                _refuse_changes(path, identity, then)
-                if whole is not None and files.sha256_file(path) != whole:
-                    raise InputError(
-                        f"{path}: was changed since it was complete. Choose another --out, or write over it with "
-                        "--overwrite."
-                    )
-                return cls(path, file, identity, kept=kept, is_complete=whole is not None)
+            _lock(self._file.fileno(), path)
         except BaseException:
-            file.close()
+            self._file.close()
+            raise
+        try:
+            with atomic.storing(path):
+                atomic.clean(path.parent, name=self._progress.name)
+                if overwrite:
+                    path.unlink(missing_ok=True)
+                    self._file.truncate(0)
+                self._check_identity()
+                self._read_lines()
+        except BaseException:
+            if not os.fstat(self._file.fileno()).st_size:
+                self.part.unlink(missing_ok=True)
+            self._file.close()
             raise
 
+    @property
+    def _progress(self) -> Path:
+        return self.path.with_name(self.path.name + ".progress.json")
+
+    def _check_identity(self) -> None:
+        exists = self.path.exists()
+        if not exists and os.fstat(self._file.fileno()).st_size == 0:
+            atomic.write_atomic(self._progress, atomic.to_json(self._identity, indent=True) + b"\n")
+            return
+        if not self._progress.exists():
+            raise InputError(
+                f"{self.path}: is there already, and nothing says what it was made from. Choose another --out, or "
+                "write over it with --overwrite."
+            )
+        then = atomic.from_json(self._progress.read_bytes())
+        whole = then.pop(COMPLETE, None)
+        _refuse_changes(self.path, self._identity, then)
+        if exists and whole is not None and atomic.sha256_file(self.path) != whole:
+            raise InputError(
+                f"{self.path}: was changed since it was complete. Choose another --out, or write over it with "
+                "--overwrite."
+            )
+        self.is_complete = exists and whole is not None
+        if exists and whole is None:  # of an earlier version, or killed before the last line of `finish`
+            os.replace(self.path, self.part)
+            self._file.close()
+            self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115
+
     def _read_lines(self) -> None:
-        """Count the lines that are there, and drop what a killed writer left behind the last line end."""
-        self._file.seek(0)
+        """Count the lines, and drop what a killed process left behind the last line end."""
         end = 0
-        for line in _lines(self._file):
-            end += len(line)
-            self.num_lines += 1
-            value = orjson.loads(line)
-            self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
-            self.last_source = str(value.get("source", ""))
-        self._file.truncate(end)
+        with open(self.path if self.is_complete else self.part, "rb") as reader:
+            for line in reader:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                value = orjson.loads(line)
+                self.num_lines += 1
+                self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
+                self.last_source = str(value.get("source", ""))
+        if not self.is_complete:
+            self._file.truncate(end)
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines; when this returns they survive the machine. Refused by the disk, none of them is there."""
-        content = memoryview(b"".join(as_bytes(line) for line in lines))
+        """Add lines that are on the disk when this returns. Where the disk refuses them, none of them is there."""
+        # Plain JSON, in which a number that is none is null.
+        content = memoryview(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
         start = self._file.seek(0, os.SEEK_END)
         try:
-            with files.storing(self.path, num_bytes=len(content)):
+            with atomic.storing(self.path, num_bytes=len(content)):
                 while content:
                     content = content[self._file.write(content) :]
                 os.fsync(self._file.fileno())
@@ -108,44 +114,32 @@ class Output:
             raise
 
     def finish(self) -> None:
-        """All rows are answered: nothing is left to go on with, and the same command again is told so."""
-        with files.storing(self.path):
-            facts = {**self._identity, COMPLETE: files.sha256_file(self.path)}
-            files.write_atomic(_progress(self.path), files.to_json(facts, indent=True) + b"\n")
+        """Give the complete file its name."""
+        with atomic.storing(self.path):
+            facts = {**self._identity, COMPLETE: atomic.sha256_file(self.part)}
+            atomic.write_atomic(self._progress, atomic.to_json(facts, indent=True) + b"\n")
+            os.replace(self.part, self.path)
         self.close()
 
     def close(self) -> None:
-        """Leave the file as it is, to be gone on with."""
+        """Close the file, to be continued by a later call."""
+        if self.is_complete:
+            self.part.unlink(missing_ok=True)
         self._file.close()
 
 
-def _be_alone(file: BinaryIO, path: Path) -> None:
+def _lock(descriptor: int, path: Path) -> None:
     """Raise InputError where another process writes the file: the lines of both would be mixed."""
     try:
         import fcntl
     except ImportError:  # Windows
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{path}: another process is writing it. Wait for it, or choose another --out.") from None
     except OSError:  # a file system without locks
         return
-
-
-def as_bytes(line: Mapping[str, Any]) -> bytes:
-    """One line of the file, its line end included: plain JSON, in which a number that is none is null."""
-    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _progress(path: Path) -> Path:
-    return path.with_name(path.name + ".progress.json")
-
-
-def _lines(file: BinaryIO) -> Any:
-    # A buffer of its own beside the unbuffered file: read by line, it would be a system call a byte.
-    with open(file.fileno(), "rb", closefd=False) as reader:
-        yield from (line for line in reader if line.endswith(b"\n"))
 
 
 def _refuse_changes(path: Path, now: Mapping[str, str], then: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 
-from tunesmith.inference.load import Speaker
+from tunesmith.inference.load import LoadedModel
 from tunesmith.serve.adapters import Adapters
 from tunesmith.serve.batch import Batch
 from tunesmith.serve.protocol import Ask, EngineOptions, Refused, Told
@@ -15,7 +15,7 @@ from tunesmith.serve.serving import Note, choose_decoder, make_voice
 class Alone:
     """Answers as the server does: prompts, limits and choices are those of the engine."""
 
-    def __init__(self, speaker: Speaker, note: Note) -> None:
+    def __init__(self, speaker: LoadedModel, note: Note) -> None:
         decoder = choose_decoder(speaker, Adapters(speaker.model), note, streams=1)
         self.voice = make_voice(speaker, "", decoder)
         self._batch = Batch(decoder, streams=1)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.passes import fill_passes
-from tunesmith.inference.lines import Line
-from tunesmith.inference.load import Speaker
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference.load import LoadedModel
+from tunesmith.inference.predict import Predictor
+from tunesmith.inference.rows import Line
 from tunesmith.models.modes import evaluating
 from tunesmith.models.pooling import Pooling, pool
 from tunesmith.serve.protocol import Refused, Served
@@ -27,7 +27,7 @@ class Labeller:
     """A model whose head answers with classes, a number, or a tag a word."""
 
     served: Served
-    speaker: Speaker
+    speaker: LoadedModel
 
     def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Line]:
         """A line a text. Raises Refused for the first text that cannot be answered."""
@@ -58,7 +58,7 @@ class Embedder:
     """An encoder without a head: what it makes of a text's tokens, pooled as its files say."""
 
     served: Served
-    speaker: Speaker
+    speaker: LoadedModel
     pooling: Pooling
 
     def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import load as loading
-from tunesmith.inference.load import Speaker
+from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
 from tunesmith.models import load, locate
 from tunesmith.models.kind import model_kind
@@ -147,7 +147,7 @@ def _load_base(
     if speaker.head != "next_token":
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
-        _add(serving, speaker if first is None else loading.tune(speaker, first), first, note)
+        _add(serving, speaker if first is None else loading.load_adapter(speaker, first), first, note)
         return
     adapters = Adapters(speaker.model)
     tuned = [_take(adapters, speaker, run, note) for run in runs]
@@ -163,12 +163,12 @@ def _load_base(
     proofs.prove([voice for voice in serving.voices.values() if voice.decoder is decoder], note)
 
 
-def _take(adapters: Adapters, base: Speaker, run: Run, note: Note) -> Speaker:
+def _take(adapters: Adapters, base: LoadedModel, run: Run, note: Note) -> LoadedModel:
     """One run's adapter, taken off its base; how the run is spoken to."""
     recipe = run.recipe()
     if recipe.precision != base.recipe.precision:
         note(f"{run.path}: tuned in {recipe.precision}, served in {base.recipe.precision}, as the first run was")
-    tuned = loading.tune(base, run)
+    tuned = loading.load_adapter(base, run)
     if tuned.note:
         note(f"{run.path}: {tuned.note}")
     adapters.take(run.path.resolve().name, tuned.attachment)
@@ -187,7 +187,7 @@ def _add_alone(serving: Serving, run: Run, why: str, options: EngineOptions, not
     _add(serving, speaker, run, note)
 
 
-def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> None:
+def _add(serving: Serving, speaker: LoadedModel, run: Run | None, note: Note) -> None:
     """A model with nothing beside it."""
     name = _name_of(speaker.located) if run is None else run.path.resolve().name
     # Of a model that gives vectors, what is told is about a head for masked words, which is not asked.
@@ -207,12 +207,12 @@ def _add(serving: Serving, speaker: Speaker, run: Run | None, note: Note) -> Non
 
 
 def _add_base(
-    serving: Serving, speaker: Speaker, base: Located, decoder: Decoder, *, is_named: bool, note: Note
+    serving: Serving, speaker: LoadedModel, base: Located, decoder: Decoder, *, is_named: bool, note: Note
 ) -> None:
     """The untouched model, asked with its own tokenizer and template."""
     name = _name_of(base)
     try:
-        recipe, tokenizer = loading.as_it_is(base)
+        recipe, tokenizer = loading.untuned_recipe(base)
         renderer: Renderer = loading.make_renderer(recipe, tokenizer, model_kind(base))
     except ModelError as error:
         if is_named:
@@ -232,7 +232,7 @@ def _add_voice(serving: Serving, voice: Voice) -> None:
 
 
 def make_voice(
-    speaker: Speaker, name: str, decoder: Decoder, *, adapter: str | None = None, run: Run | None = None
+    speaker: LoadedModel, name: str, decoder: Decoder, *, adapter: str | None = None, run: Run | None = None
 ) -> Voice:
     """What is asked by a name, of a model whose texts `decoder` goes on with."""
     vocab_size = int(speaker.model.get_output_embeddings().weight.shape[0])
@@ -240,13 +240,13 @@ def make_voice(
     return Voice(served, speaker.renderer, vocab_size, decoder, adapter, run)
 
 
-def _served(speaker: Speaker, name: str, run: Run | None, answers: str) -> Served:
+def _served(speaker: LoadedModel, name: str, run: Run | None, answers: str) -> Served:
     created = run.created if run is not None else _written(speaker.located)
     return Served(
         name=name,
         task=speaker.renderer.task_name,
         answers=answers,  # type: ignore[arg-type]
-        max_tokens=speaker.room,
+        max_tokens=speaker.max_tokens,
         is_base=run is None or run.model_path.exists(),
         created=int(created),
         labels=speaker.labels.names if speaker.labels is not None else (),
@@ -265,13 +265,13 @@ def _name_of(base: Located) -> str:
     return base.path.stem if base.is_gguf else base.path.resolve().name
 
 
-def choose_decoder(speaker: Speaker, adapters: Adapters, note: Note, *, streams: int | None = None) -> Decoder:
+def choose_decoder(speaker: LoadedModel, adapters: Adapters, note: Note, *, streams: int | None = None) -> Decoder:
     """All texts in one pass, where the model answers so as it does alone; else one by one. `streams`: how many texts at
     once; None: several. Raises ModelError for a model that keeps the state of a text in itself, of several texts."""
     model = speaker.model
     reason = "it is an encoder–decoder"
     if not model.config.is_encoder_decoder:
-        reason = proofs.why_apart(model, adapters, longest=speaker.room)
+        reason = proofs.why_apart(model, adapters, longest=speaker.max_tokens)
     if not reason:
         return Together(model, adapters)
     note(f"answers are decoded one by one, not together: {reason}")

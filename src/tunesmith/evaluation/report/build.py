@@ -1,69 +1,289 @@
-"""The report as plain values: all of it that repeats when the run is repeated, and a few times and sizes."""
+"""The report as plain values: the run's events and its folder `evaluation`, joined and judged."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from tunesmith.evaluation import forgetting
-from tunesmith.evaluation.report.held_out import flips, rows_of, worse_rows
-from tunesmith.evaluation.report.judging import judged
-from tunesmith.evaluation.report.log import Log
-from tunesmith.evaluation.scores import are_short
+from tunesmith.errors import RunError
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.report.text import headline
+from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, sureness
+from tunesmith.evaluation.verdicts import answer_baseline, changes, row_baseline
+from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
-from tunesmith.types import has_new_head
+from tunesmith.types import Event, has_new_head
+
+MOST_LISTED = 40
+"""Rows of each list that a report names; all are counted."""
+MOST_WORSE = 10
+RowsByKey = Mapping[tuple[str, int], RowResult]
+"""Rows by hash, and how many with that hash came before."""
 
 
-def build(run: Run, log: Log, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+class Step(NamedTuple):
+    """One update."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens_per_second: float
+    peak_bytes: int
+
+
+@dataclass
+class RunSeries:
+    """The events of a run, gathered by kind. A resumed run starts and plans again: the later event counts."""
+
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of model, data and settings."""
+    steps: list[Step] = field(default_factory=list)
+    evaluations: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
+    """Step and values, in order."""
+    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Values of the "answers" events by their name."""
+    general: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> RunSeries:
+        series = cls()
+        for event in events:
+            series._add(event)
+        return series
+
+    def _add(self, event: Event) -> None:
+        values, timing = event.values, event.timing
+        if event.kind == "start":
+            self.identity = values.get("identity", {})
+        elif event.kind == "plan":
+            self.plan = values
+        elif event.kind == "step":
+            speed, peak = timing["tokens_per_second"], timing["peak_bytes"]
+            self.steps.append(Step(event.step, values["loss"], values["lr"], speed, peak))
+        elif event.kind == "evaluation":
+            self.evaluations.append((event.step, values))
+        elif event.kind == "answers":
+            self.answers[values["name"]] = values
+        elif event.kind == "general":
+            self.general[values["name"]] = values
+        elif event.kind == "sample":
+            given = {key: values[key] for key in ("prompt", "reference", "source")}
+            sample = self.samples.setdefault(values["index"], given)
+            sample[values["name"]] = values["answer"]
+            sample[f"{values['name']}_stopped"] = values["stopped"]
+        elif event.kind == "note":
+            self.notes.append(values["text"])
+
+    def course(self, kept: int) -> list[tuple[int, Mapping[str, Any]]]:
+        """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where those
+        of step `kept` were put back, is left out."""
+        return list({s: values for s, values in self.evaluations if values["name"] != "after" or s == kept}.items())
+
+    def score(self, name: str) -> dict[str, Any] | None:
+        """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
+        of `general_tokens` behind them; None if nothing was held out."""
+        found = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
+        if found is None:
+            return None
+        measures, counts = measures_of(found), {}
+        if name in self.answers:
+            measures |= self.answers[name]["measures"]
+            counts["answers"] = self.answers[name]["num"]
+        if name in self.general:
+            measures["general_loss"] = {"value": self.general[name]["loss"]}
+            counts["general_tokens"] = self.general[name]["tokens"]
+        order = sorted(measures, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
+        rest = {key: value for key, value in found.items() if key != "name"}
+        return {**rest, **counts, "measures": {key: measures[key] for key in order}}
+
+
+def measures_of(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Every metric of an evaluation as {"value", "low", "high"}; the loss has no interval where none was made."""
+    return {"loss": {"value": evaluation["loss"]}, **evaluation.get("measures", {})}
+
+
+def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
     """Values of report.json; see docs/report.md."""
-    new_head = has_new_head({**log.plan, **facts})  # what a head of random numbers answers is no "before"
+    new_head = has_new_head({**series.plan, **facts})  # a head of random numbers has no meaningful "before"
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
     kept = facts.get("kept") or progress.get("kept") or {}
     report = {
         **facts,
         "new_head": new_head,
-        "metrics": {"before": None if new_head else log.score("before"), "after": log.score("after")},
+        "metrics": {"before": None if new_head else series.score("before"), "after": series.score("after")},
         "tokens": {"processed": progress["tokens"], "trained": progress["targets"]},
         "steps": progress["step"],
         "seconds": {part: round(progress[f"{part}_seconds"], 3) for part in ("prepare", "train", "evaluate")},
         "tokens_per_second": round(progress["tokens"] / max(progress["train_seconds"], 1e-9), 2),
-        "peak_memory_bytes": max((step.peak_bytes for step in log.steps), default=0),
+        "peak_memory_bytes": max((step.peak_bytes for step in series.steps), default=0),
         "best": progress["best"],
         "kept": kept,
-        "held_out_curve": [[step, values["loss"]] for step, values in log.course(kept.get("step", progress["step"]))],
-        "samples": [log.samples[index] for index in sorted(log.samples)],
-        "short_answers": are_short([sample["reference"] for sample in log.samples.values()]),
+        "held_out_curve": [
+            [step, values["loss"]] for step, values in series.course(kept.get("step", progress["step"]))
+        ],
+        "samples": [series.samples[index] for index in sorted(series.samples)],
+        "short_answers": are_short([sample["reference"] for sample in series.samples.values()]),
         "details": {
             "before": {} if new_head else _optional(run, "evaluation/before.json", {}),
             "after": _optional(run, "evaluation/after.json", {}),
         },
         "flips": flipped,
-        "worse_rows": worse_rows(before, after) if flipped is None else [],
+        "worse_rows": regressions(before, after) if flipped is None else [],
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
-        "general": _general_ability(log),
+        "general": _general_ability(series),
     }
-    return judged(run, report)
+    return _judged(run, report)
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:
     return run.read_json(name) if (run.path / name).exists() else absent
 
 
-def _general_ability(log: Log) -> dict[str, Any] | None:
-    """How general ability moved; None where it was not measured on both sides."""
-    if not {"before", "after"} <= set(log.general):
+def _general_ability(series: RunSeries) -> dict[str, Any] | None:
+    """Change of general ability; None where it was not measured on both sides."""
+    if not {"before", "after"} <= set(series.general):
         return None
-    before, after = log.general["before"], log.general["after"]
-    told = before["passages"], after["passages"]
-    moved = forgetting.loss_change(told[0]["losses"], told[1]["losses"], told[1]["tokens"])
-    text, past_bound = forgetting.assess(before["loss"], after["loss"], moved)
+    from tunesmith.evaluation.forgetting import assess, loss_change
+
+    before, after = series.general["before"], series.general["after"]
+    change = loss_change(before["passages"]["losses"], after["passages"]["losses"], after["passages"]["tokens"])
+    text, past_bound = assess(before["loss"], after["loss"], change)
     pairs = zip(before["answers"], after["answers"], strict=True)
     return {
         "verdict": text,
         "past_bound": past_bound,
         "before": before["loss"],
         "after": after["loss"],
-        "change": moved,
+        "change": change,
         "answers": [{"prompt": a["prompt"], "before": a["answer"], "after": b["answer"]} for a, b in pairs],
     }
+
+
+def _judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with its `changes`, `baseline` and `headline`. Raises RunError for a broken file of the evaluation."""
+    details = report["details"]["after"]
+    classes = details.get("labels", ())
+    after = list(rows_of(run, "after").values())
+    baseline = row_baseline(after, _constant(report), classes)
+    if baseline is None and "answers" in (report["metrics"]["after"] or {}):
+        baseline = answer_baseline(answers_of(run, "after"))
+    found: dict[str, Any] = {"changes": {}, "baseline": baseline}
+    if report["metrics"]["before"] is not None:
+        before = list(rows_of(run, "before").values())
+        answers = [answers_of(run, name) for name in ("before", "after")]
+        found["changes"] = changes(before, after, *answers, classes=classes)
+        if report.get("general"):
+            change = report["general"]["change"]
+            found["changes"]["general_loss"] = {**change, "is_clear": change["low"] > 0 or change["high"] < 0}
+    whole = {**report, **found}
+    return {**whole, "headline": list(headline(whole))}
+
+
+def up_to_date(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as this version writes it: one of an earlier version is judged anew from the run's folder."""
+    if "headline" in report:
+        return dict(report)
+    metrics, details = report["metrics"], report["details"]
+    if has_new_head(report):
+        metrics, details = {**metrics, "before": None}, {**details, "before": {}}
+        report = {**report, "flips": None, "worse_rows": []}
+    short = are_short([sample.get("reference", "") for sample in report["samples"]])
+    return _judged(run, {**report, "metrics": metrics, "details": details, "short_answers": short})
+
+
+def _constant(report: Mapping[str, Any]) -> Any:
+    """The constant answer; of an earlier version's report by the counts of the training rows' labels."""
+    details, counts = report["details"]["after"], report.get("labels") or {}
+    if "constant" in details or not counts or not details:
+        return details.get("constant")
+    are_sets = "per_class" in details and "confusion" not in details
+    usual = [name for name, num in counts.items() if 2 * num > report["rows"]["train"]]
+    return {"answer": usual if are_sets else max(counts, key=counts.__getitem__), "from": "the training rows"}
+
+
+def rows_of(run: Run, name: str) -> dict[tuple[str, int], RowResult]:
+    """Results of the held-out rows in the evaluation `name`, windows of a document added up; none without its file.
+
+    Raises RunError naming the line that is no row.
+    """
+    path = run.path / "evaluation" / f"{name}.jsonl"
+    return by_key(_lines(path, ("source", "hash", "loss", "count"))) if path.exists() else {}
+
+
+def answers_of(run: Run, name: str) -> list[RowResult]:
+    """The answers to held-out prompts in the evaluation `name`, with their scores; none without its file."""
+    path = run.path / "evaluation" / f"answers-{name}.jsonl"
+    return list(_lines(path, ("source", "prompt", "reference", *ANSWER_SCORES))) if path.exists() else []
+
+
+def _lines(path: Path, keys: Sequence[str]) -> Iterator[RowResult]:
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = from_json(line)
+            _ = [row[key] for key in keys]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}:{number}: not a row ({error!r}): the file was changed by hand or by a fault."
+            ) from error
+        yield row
+
+
+def flips(before: RowsByKey, after: RowsByKey) -> dict[str, Any] | None:
+    """Rows that were right and are wrong, and the reverse, surest first; None where no row is right or wrong."""
+    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for key in before.keys() & after.keys():
+        was, now = _is_right(before[key]), _is_right(after[key])
+        if was is None or now is None:
+            return None
+        if was != now:
+            found[was].append(_flip(before[key], after[key]))
+    if not after:
+        return None
+    for rows in found.values():
+        rows.sort(key=lambda flip: (-flip["probability"], flip["source"]))
+    lost, gained = found[True], found[False]
+    counts = {"num_lost": len(lost), "num_gained": len(gained)}
+    return {**counts, "lost": lost[:MOST_LISTED], "gained": gained[:MOST_LISTED]}
+
+
+def _is_right(row: RowResult) -> bool | None:
+    return bool(target_of(row) == row["predicted"]) if "label" in row or "tags" in row else None
+
+
+def target_of(row: RowResult) -> Any:
+    """The right answer of a row: its class or classes, tags, or number; "" where it is text."""
+    return next((row[key] for key in ("label", "tags", "value") if key in row), "")
+
+
+def _flip(was: RowResult, now: RowResult) -> dict[str, Any]:
+    common = {"source": now["source"], "probability": sureness(now), "text": now["text"]}
+    if "tags" not in now:
+        values = {"label": now["label"], "before": was["predicted"], "after": now["predicted"]}
+        return common | {key: label_text(value) for key, value in values.items()}
+    moved = [i for i, pair in enumerate(zip(was["predicted"], now["predicted"], strict=True)) if pair[0] != pair[1]]
+    words = {"label": now["tags"], "before": was["predicted"], "after": now["predicted"]}
+    return common | {key: ", ".join(f"word {i + 1} {tags[i]}" for i in moved) for key, tags in words.items()}
+
+
+def label_text(label: Any) -> str:
+    """A class, several of them, or a number in one text."""
+    if isinstance(label, list):
+        return ", ".join(map(str, label)) or "none"
+    return f"{label:.6g}" if isinstance(label, float) else str(label)
+
+
+def regressions(before: RowsByKey, after: RowsByKey) -> list[dict[str, Any]]:
+    """The rows whose loss per target rose most: source, text where there is one, and the loss before and after."""
+    found = []
+    for key in before.keys() & after.keys():
+        was, now = (row["loss"] / row["count"] if row["count"] else 0.0 for row in (before[key], after[key]))
+        if now > was:
+            found.append({"source": after[key]["source"], "text": after[key]["text"], "before": was, "after": now})
+    found.sort(key=lambda row: (row["before"] - row["after"], row["source"]))
+    return found[:MOST_WORSE]

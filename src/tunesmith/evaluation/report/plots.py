@@ -1,53 +1,157 @@
-"""The plots of a report. Lines differ by style and bars by hatching, so that none needs its colour."""
+"""The plots of a report as inline SVG: drawn by matplotlib, coloured by the page, the same bytes for the same numbers.
+
+Lines differ by style and bars by hatching, so that none needs its colour. matplotlib takes most of a second to import:
+this module is imported only where a report is drawn.
+"""
+
+# S steps, C classes
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.backends import backend_svg  # noqa: F401 (now, and not inside the first savefig)
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.report.figure import ACCENT, INK, MUTED, PAPER, Plot, draw
-from tunesmith.evaluation.report.log import Log, measures_of
-from tunesmith.evaluation.report.marking import one_line
-from tunesmith.evaluation.report.wording import gist_keys, kept_step
+from tunesmith.evaluation.report.build import RunSeries, measures_of
+from tunesmith.evaluation.report.text import headline_metrics, one_line, selected_step
 
-# S steps, C classes
+INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
+"""Placeholder colours, which the page replaces by its own, light or dark."""
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", PAPER: "--paper"}
+
+WIDTH, HEIGHT = 480, 250
+"""Size of a plot in CSS pixels, at which its text has the size below."""
+NARROW = 620
+"""Width up to which two plots fit in one row of the page."""
+_TEXT = 10.5
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+    "svg.hashsalt": "tunesmith",  # ids follow from content alone
+    "text.parse_math": False,  # a dollar sign in a label is one
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout everywhere
+    "font.size": _TEXT,
+    "axes.titlesize": _TEXT,
+    "axes.labelsize": _TEXT,
+    "xtick.labelsize": _TEXT,
+    "ytick.labelsize": _TEXT,
+    "legend.fontsize": _TEXT,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "hatch.color": PAPER,
+    "hatch.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.handlelength": 2.4,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
 
 MOST_POINTS = 2000
-"""Of a line; beyond, of each stretch its lowest and highest point are drawn."""
+"""Most points of a line; beyond, the lowest and highest point of each part are drawn."""
 MOST_MATRIX = 40
-"""Classes of a confusion matrix; beyond, the pairs that are confused most are listed alone."""
+"""Most classes of a confusion matrix; beyond, only the pairs that are confused most are listed."""
 MOST_NUMBERED = 25
 MOST_BARS = 40
 COURSE_FROM = 3
-"""Evaluations from which their course is drawn: two are the table's before and after."""
+"""Fewest evaluations whose course is drawn: two are the before and after of the table."""
 Floats = NDArray[np.float64]
 
 
-def training_plots(log: Log, report: Mapping[str, Any]) -> list[Plot]:
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure of the report."""
+
+    name: str
+    title: str
+    description: str
+    """What is drawn and how to read it, also for screen readers."""
+    svg: str
+    wide: bool = False
+
+
+def draw(
+    name: str,
+    title: str,
+    description: str,
+    paint: Callable[[Any], None],
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+) -> Plot:
+    """The plot that `paint` makes of empty axes."""
+    file = io.StringIO()
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A script that DejaVu lacks is no fault: the browser has the font, only the space set aside is a guess.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        paint(figure.add_subplot())
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(description)}</desc>'
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = f'<svg role="img" aria-labelledby="{name}-title {name}-text" {size}>{words}'
+    return Plot(name, title, description, head + _inline(file.getvalue(), name), wide=width > NARROW)
+
+
+def _inline(svg: str, name: str) -> str:
+    """Only what a page needs of an SVG file, its ids made the page's own and its colours the page's."""
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
+    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", body).replace("xlink:href", "href")
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub("|".join(_VARIABLES), lambda m: f"var({_VARIABLES[m[0]]})", body)
+    body = re.sub(r">\s+<(?!/?t)", "><", body)
+    return body.rstrip()
+
+
+def training_plots(series: RunSeries, report: Mapping[str, Any]) -> list[Plot]:
     """Loss, learning rate, speed and memory over the steps."""
-    if not log.steps:
+    if not series.steps:
         return []
-    columns = (np.asarray(column, np.float64) for column in zip(*log.steps, strict=True))
+    columns = (np.asarray(column, np.float64) for column in zip(*series.steps, strict=True))
     steps_S, losses_S, rates_S, speeds_S, peaks_S = columns
     rates, speeds, peaks = (thinned(steps_S, values_S) for values_S in (rates_S, speeds_S, peaks_S / 2**30))
     return [
-        _loss(log, steps_S, losses_S, kept_step(report)),
-        *_measure(log, gist_keys(report)[:1], kept_step(report)),
+        _loss(series, steps_S, losses_S, selected_step(report)),
+        *_measure(series, headline_metrics(report)[:1], selected_step(report)),
         _line("rate", "Learning rate", "Of each update.", points=rates, unit="rate"),
         _line("speed", "Speed", "Tokens of each update over its seconds.", points=speeds, unit="tokens/s"),
         _line("memory", "Memory", "The most that was held so far.", points=peaks, unit="GiB"),
     ]
 
 
-def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
+def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
     window = max(1, len(steps_S) // 25)
-    held = np.asarray([(step, values["loss"]) for step, values in log.course(kept)], np.float64).reshape(-1, 2)
+    held = np.asarray([(step, values["loss"]) for step, values in series.course(kept)], np.float64).reshape(-1, 2)
 
     def paint(axes: Any) -> None:
         raw = thinned(steps_S, losses_S)
@@ -69,10 +173,12 @@ def _loss(log: Log, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
     return draw("loss", "Loss", f"Of training rows{smoothed} and held-out rows.", paint)
 
 
-def _measure(log: Log, keys: Sequence[str], kept: int) -> list[Plot]:
-    """The measure that says most, where it was taken on the way and is no other form of the loss."""
-    told = [(step, measures_of(values).get(key)) for key in keys for step, values in log.course(kept)]
-    found = [(step, interval) for step, interval in told if interval is not None and math.isfinite(interval["value"])]
+def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
+    """The most important metric, where it was measured during training and is no other form of the loss."""
+    measured = [(step, measures_of(values).get(key)) for key in keys for step, values in series.course(kept)]
+    found = [
+        (step, interval) for step, interval in measured if interval is not None and math.isfinite(interval["value"])
+    ]
     if len(found) < COURSE_FROM or keys[0] in ("loss", "perplexity", "bits_per_byte"):
         return []
     info = info_of(keys[0])
@@ -132,7 +238,7 @@ def _finite(values: Floats) -> Floats:
 
 
 def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
-    """What `evaluation.scores` left of the tuned model's answers: classes, types of spans, or numbers."""
+    """Plots of the details that `evaluation.scores` keeps: classes, types of spans, or numbers."""
     plots = []
     if 2 <= len(details.get("labels", ())) <= MOST_MATRIX and "confusion" in details:
         plots.append(_confusion(details["labels"], np.asarray(details["confusion"], np.float64)))

@@ -20,7 +20,7 @@ from tunesmith.data.passes import Pass
 from tunesmith.evaluation.forgetting import general_rows, text_batches
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
-from tunesmith.evaluation.report import rehearse
+from tunesmith.evaluation.report import smoke_test
 from tunesmith.methods import state_dict
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.models.modes import evaluating
@@ -191,9 +191,9 @@ def _save(setup: Setup, folder: Path) -> dict[str, Any]:
 
 
 def _finish(setup: Setup, folder: Path) -> dict[str, Any]:
-    """The result, which is rehearsed and written, and a report without its numbers."""
+    """The result, which is smoke_testd and written, and a report without its numbers."""
     begun = time.perf_counter()
     setup.save_result(folder / "result")
     written = time.perf_counter() - begun
-    rehearse(length_histogram(setup))
+    smoke_test(length_histogram(setup))
     return {"finishing": asdict(Timed(written + time.perf_counter() - begun))}

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from tiny_tasks import task_recipe, texts, write
-from tunesmith.evaluation import samples
+from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Answer
-from tunesmith.inference import predictor
-from tunesmith.inference.file import predict_stream
-from tunesmith.inference.load import Speaker
-from tunesmith.inference.measuring import evaluate_file
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference import predict
+from tunesmith.inference.load import LoadedModel
+from tunesmith.inference.measure import evaluate_file
+from tunesmith.inference.predict import Predictor, predict_stream
 from tunesmith.training.setup import Setup, prepare
 
 NEW_TOKENS = 4
@@ -45,9 +44,9 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
         asked.extend(list(prompt) for prompt in prompts)
         return [Answer("x", stopped=True) for _ in prompts]
 
-    for module in (predictor, samples):
-        monkeypatch.setattr(module, "answer", answer)
-    speaker = Speaker(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
+    for module in (predict, generate):
+        monkeypatch.setattr(module, "generate", answer)
+    speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
     held = setup.recipe.data.eval[0].path
     tally = predict_stream(lambda lines: None, Predictor(speaker, NEW_TOKENS), held)
     evaluated = evaluate_file(speaker, held, samples=1)

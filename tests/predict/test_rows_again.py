@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
+from predict.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, rows_of, write
 from tunesmith.data.examples import examples
-from tunesmith.inference.file import predict_to
-from tunesmith.inference.load import Speaker, load_model
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference.load import LoadedModel, load_model
+from tunesmith.inference.predict import Predictor, predict_to
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Row, TaskName
 
@@ -22,7 +21,7 @@ KINDS = ("one", "many", "number", "tags", "chat", "generate", "text", "summarize
 INPUTS = {"chat": "messages", "generate": "prompt", "text": "text", "summarize": "document", "tag": "tokens"}
 
 
-def speaker_for(kind: str, path: Path) -> Speaker:
+def speaker_for(kind: str, path: Path) -> LoadedModel:
     labels = {"one": ONE, "many": MANY, "number": NUMBER, "tags": TAGS}.get(kind)
     if labels is not None:
         return load_model(str(headed(path, labels)), offline=True)

@@ -1,25 +1,28 @@
-"""What a report says in words and numbers, the same in every form it takes."""
+"""Sentences and formatted metrics of a report, the same in every form it takes."""
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
-from tunesmith.evaluation.report.log import Interval
 from tunesmith.evaluation.scores import is_short
 from tunesmith.evaluation.verdicts import baseline_sentence, capitalized, never_right, too_few, verdict_words
 from tunesmith.formatting import duration, plural
 from tunesmith.tasks import TASKS
 
-NUM_GIST = 3
+NUM_HEADLINE = 3
+Interval = Mapping[str, float]
+"""{"value"} and, where rows were resampled, {"low", "high"} of its 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One measure of the tuned model beside what it is compared with, as it is printed."""
+class MetricLine:
+    """One metric of the tuned model and of its comparison, formatted."""
 
     label: str
     doc: str
@@ -36,25 +39,25 @@ class Line:
 
 
 def sides(report: Mapping[str, Any]) -> tuple[str, str]:
-    """What the two columns of the measures are called; the first is empty where there is nothing to compare with."""
+    """Titles of the two columns of metrics; the first is empty where there is no comparison."""
     if report["metrics"]["before"] is not None:
         return "before", "after"
     return (report["baseline"]["name"] if report["baseline"] else ""), "tuned"
 
 
-def measure_lines(report: Mapping[str, Any]) -> list[Line]:
-    """Every measure of the result."""
+def metric_lines(report: Mapping[str, Any]) -> list[MetricLine]:
+    """Every metric of the result."""
     after = report["metrics"]["after"]
     return [] if after is None else [_line(report, key) for key in after["measures"] if _is_shown(report, key)]
 
 
-def gist_lines(report: Mapping[str, Any]) -> list[Line]:
-    """The few of them that say most about this task."""
-    return [_line(report, key) for key in gist_keys(report)[:NUM_GIST]]
+def headline_lines(report: Mapping[str, Any]) -> list[MetricLine]:
+    """The few metrics that matter most for this task."""
+    return [_line(report, key) for key in headline_metrics(report)[:NUM_HEADLINE]]
 
 
-def gist_keys(report: Mapping[str, Any]) -> list[str]:
-    """What was measured of the result, as far as it says much about this task, what says most first."""
+def headline_metrics(report: Mapping[str, Any]) -> list[str]:
+    """Keys of the metrics that matter for this task, most important first."""
     after = report["metrics"]["after"]
     if after is None:
         return []
@@ -64,22 +67,22 @@ def gist_keys(report: Mapping[str, Any]) -> list[str]:
     if not (report.get("short_answers") and "exact_match" in shown):
         return wanted
     others = [key for key in wanted if not key.startswith("rouge")]
-    leads = after["answers"] >= min(after["rows"], FEW_ROWS)  # two answers that were asked for say less than all rows
+    leads = after["answers"] >= min(after["rows"], FEW_ROWS)  # two answers are less evidence than all rows
     return ["exact_match", *others] if leads else [*others[:1], "exact_match", *others[1:]]
 
 
 def _is_shown(report: Mapping[str, Any], key: str) -> bool:
-    """Not a constant's measure, which stands beside the model's, nor one that was not taken before."""
+    """Neither a constant's metric, which is in the other column, nor one that was not measured before."""
     before = report["metrics"]["before"]
     if key in BASELINES and report["baseline"]:
         return False
     return before is None or key in before["measures"]
 
 
-def _line(report: Mapping[str, Any], key: str) -> Line:
+def _line(report: Mapping[str, Any], key: str) -> MetricLine:
     info, after, before = info_of(key), report["metrics"]["after"]["measures"][key], report["metrics"]["before"]
     other, change = _compared(report, key)
-    return Line(
+    return MetricLine(
         label=info.label,
         doc=info.doc,
         other="–" if other is None else info.text(other["value"]),
@@ -93,7 +96,7 @@ def _line(report: Mapping[str, Any], key: str) -> Line:
 
 
 def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Mapping[str, Any] | None]:
-    """What a measure of the result is compared with, and the paired difference."""
+    """The value that a metric is compared with, and the paired difference."""
     if report["metrics"]["before"] is not None:
         return report["metrics"]["before"]["measures"][key], report["changes"].get(key)
     its = (report["baseline"] or {"measures": {}})["measures"].get(key)
@@ -129,7 +132,7 @@ def _whiskers(
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """What was done and what came of it, in one paragraph."""
+    """The run and its result in one paragraph."""
     return " ".join(_sentences(report))
 
 
@@ -145,7 +148,7 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def headline(report: Mapping[str, Any]) -> Iterator[str]:
-    """What came of it, in sentences: by the measure that says most, against what it can fairly be compared with."""
+    """The result in sentences: its most important metric, against the comparisons that are fair."""
     after, before = report["metrics"]["after"], report["metrics"]["before"]
     if after is None:
         yield "Nothing was held out, so nothing was measured."
@@ -153,7 +156,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     key = _leading_key(report)
     info, value, baseline = info_of(key), after["measures"][key], report["baseline"]
     now = with_bounds(info.text(value["value"]), info.bounds(value))
-    where = f"On {_rested_on(report, key)}, "
+    where = f"On {_counted_on(report, key)}, "
     if before is not None:
         change = report["changes"].get(key)
         was = before["measures"][key]
@@ -178,8 +181,11 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _leading_key(report: Mapping[str, Any]) -> str:
-    """What says most and is a number on both sides: a model that always says the same has no rank correlation."""
-    keys, measured = gist_keys(report), [side["measures"] for side in report["metrics"].values() if side is not None]
+    """The most important metric that is a number on both sides: a constant model has no rank correlation."""
+    keys, measured = (
+        headline_metrics(report),
+        [side["measures"] for side in report["metrics"].values() if side is not None],
+    )
     are_finite = (key for key in keys if all(math.isfinite(measures[key]["value"]) for measures in measured))
     return next(are_finite, keys[0])
 
@@ -193,14 +199,14 @@ def _without_pairs(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _num_counted(after: Mapping[str, Any], key: str) -> tuple[int, str]:
-    """How many of what a measure was counted on."""
+    """Number and unit of the items behind a metric."""
     if key in ANSWER_METRICS:
         return after["answers"], "answer"
     return (after["documents"], "document") if "documents" in after else (after["rows"], "row")
 
 
-def _rested_on(report: Mapping[str, Any], key: str) -> str:
-    """What a measure was counted on, and whether that was trained on."""
+def _counted_on(report: Mapping[str, Any], key: str) -> str:
+    """The items behind a metric, and whether they were trained on."""
     after = report["metrics"]["after"]
     if key == "general_loss":
         return f"{after['general_tokens']:,} tokens of general text"
@@ -217,8 +223,8 @@ def _overlap(report: Mapping[str, Any]) -> str:
     return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out {verb} also in the training files"
 
 
-def reading(report: Mapping[str, Any]) -> str:
-    """How the table of measures is read."""
+def reading_text(report: Mapping[str, Any]) -> str:
+    """How to read the table of metrics."""
     if not sides(report)[0]:
         return "Each value has its 95 % interval."
     return (
@@ -227,8 +233,8 @@ def reading(report: Mapping[str, Any]) -> str:
     )
 
 
-def basis(report: Mapping[str, Any]) -> str:
-    """What all measures were counted on."""
+def sample_text(report: Mapping[str, Any]) -> str:
+    """The items behind all metrics."""
     after, overlap = report["metrics"]["after"], _overlap(report)
     windows = f" in {plural(after['rows'], 'window')}" if "documents" in after else ""
     parts = [plural(*_num_counted(after, "loss")) + windows]
@@ -238,16 +244,16 @@ def basis(report: Mapping[str, Any]) -> str:
     return f"Counted on {', '.join(parts)}. {fair}."
 
 
-def kept(report: Mapping[str, Any]) -> str:
-    """Which step's weights are the result, and why."""
-    best, step = report["best"], kept_step(report)
+def selected_step_text(report: Mapping[str, Any]) -> str:
+    """The step whose weights are the result, and why."""
+    best, step = report["best"], selected_step(report)
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
     return f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}"
 
 
-def effort(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """What was trained, how fast, and what it took."""
+def cost_text(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Trained parameters, tokens, speed, time and memory."""
     tokens, seconds = report["tokens"], report["seconds"]
     trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
     parts = [f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%})"] if total else []
@@ -268,13 +274,13 @@ def mark(answer: str, reference: str | None) -> str:
     return "right" if answer.strip() == reference.strip() else "wrong" if is_short(reference) else ""
 
 
-def looked_at(report: Mapping[str, Any]) -> str:
-    """How the surprising rows were chosen."""
+def high_loss_text(report: Mapping[str, Any]) -> str:
+    """How the high-loss rows were chosen."""
     rows, looked = plural(len(report["surprising"]["rows"]), "training row"), report["surprising"]["looked_at"]
     return f"The {rows} that the tuned model finds least likely, of {looked:,} that were measured."
 
 
-def kept_step(report: Mapping[str, Any]) -> int:
+def selected_step(report: Mapping[str, Any]) -> int:
     return int(report["kept"].get("step", report["steps"]))
 
 
@@ -283,7 +289,7 @@ def with_bounds(value: str, bounds: str) -> str:
 
 
 def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:
-    """(class, taken for, rows, share of the class's rows), most rows first; none of two classes: the matrix says it."""
+    """(class, taken for, rows, share of the class's rows), most rows first; none of two classes: see the matrix."""
     labels, counts = details.get("labels", ()), details.get("confusion", ())
     if len(labels) <= 2:
         return []
@@ -294,3 +300,61 @@ def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str
         if i != j and count
     ]
     return sorted(pairs, key=lambda pair: (-pair[2], -pair[3], pair[0], pair[1]))[:most]
+
+
+# What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction, spaces
+# without width, line ends that are none in a file, and halves of characters.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_WORDS = re.compile(r"\s*\S+\s*")
+_MOST_WORDS = 2000
+_SAME_ENOUGH = 0.2
+
+Marked = list[tuple[str, bool]]
+"""Spans of a text, and whether the other text lacks them."""
+
+
+def visible(text: str) -> str:
+    """The text with a sign for every character that a reader cannot see or a display acts on: ␀, ␛, ⟨U+202E⟩."""
+    return _UNSEEN.sub(_sign, text)
+
+
+def _sign(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def one_line(text: str, width: int) -> str:
+    """The text on one line, at most `width` characters."""
+    flat = " ".join(visible(text[: 8 * width]).split())
+    return flat if len(flat) <= width and len(text) <= 8 * width else flat[: width - 1].rstrip() + "…"
+
+
+def differences(before: str, after: str) -> tuple[Marked, Marked] | None:
+    """Both texts as spans of words, those that only one text has marked (difflib).
+
+    None where they have so little in common, or are so long, that marks would not help.
+    """
+    words, others = _WORDS.findall(before), _WORDS.findall(after)
+    if max(len(words), len(others)) > _MOST_WORDS:
+        return None
+    matcher = difflib.SequenceMatcher(None, [w.strip() for w in words], [w.strip() for w in others], autojunk=False)
+    if matcher.ratio() < _SAME_ENOUGH or not words or not others:
+        return None
+    codes = matcher.get_opcodes()
+    left = _joined((words[a:b], tag != "equal") for tag, a, b, _, _ in codes)
+    right = _joined((others[a:b], tag != "equal") for tag, _, _, a, b in codes)
+    return left, right
+
+
+def _joined(stretches: Iterator[tuple[list[str], bool]]) -> Marked:
+    joined = []
+    for words, marked in stretches:
+        text = "".join(words)
+        end = len(text.rstrip())
+        joined += [(text[:end], marked), (text[end:], False)]
+    return [(text, marked) for text, marked in joined if text]

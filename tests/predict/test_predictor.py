@@ -8,21 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-from predicting.headed import MANY, NUMBER, ONE, TAGS, headed
+from predict.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
 from tunesmith.errors import InputError, ModelError
 from tunesmith.evaluation.generate import Sampling, generate
-from tunesmith.inference.inputs import answers_to
-from tunesmith.inference.load import Speaker, load_model
-from tunesmith.inference.predictor import Predictor
+from tunesmith.inference.load import LoadedModel, load_model
+from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.types import Example, Labels, Part, Problem, Source
 
 ATOL = 1e-5
 """float32; padded in one pass and alone in another sum in another order."""
 
 
-def speaker_of(path: Path) -> Speaker:
+def speaker_of(path: Path) -> LoadedModel:
     speaker = load_model(str(path), offline=True)
     speaker.model.float()
     return speaker
@@ -49,7 +48,7 @@ def test_classes_are_those_of_the_model_alone(folders: dict[str, Path]) -> None:
     """Texts and pairs of many lengths, answered together: each as transformers answers it by itself."""
     rows = [{"text": text} for text in texts(9)]
     rows += [{"text": one, "text_pair": other} for one, other in zip(texts(4), texts(4, seed=1), strict=True)]
-    lines = answers_to(Predictor(speaker_of(folders["one"])), rows)
+    lines = predict_list(Predictor(speaker_of(folders["one"])), rows)
     for row, line, logits in zip(rows, lines, logits_alone(folders["one"], rows), strict=True):
         assert {key: line[key] for key in row} == row
         chances = dict(zip(ONE.names, logits.softmax(-1).tolist(), strict=True))
@@ -62,9 +61,9 @@ def test_classes_are_those_of_the_model_alone(folders: dict[str, Path]) -> None:
 def test_a_causal_head_answers_in_company_as_alone(folders: dict[str, Path]) -> None:
     predictor = Predictor(speaker_of(folders["causal"]))
     rows = [{"text": text} for text in texts(9)]
-    together = answers_to(predictor, rows, bare=True)
+    together = predict_list(predict, rows, bare=True)
     for row, line in zip(rows, together, strict=True):
-        [alone] = answers_to(predictor, [row], bare=True)
+        [alone] = predict_list(predict, [row], bare=True)
         assert alone["probabilities"] == pytest.approx(line["probabilities"], abs=ATOL)
 
 
@@ -72,7 +71,7 @@ def test_any_number_of_classes_hold_above_the_threshold(folders: dict[str, Path]
     rows = [{"text": text} for text in texts(6)]
     speaker = speaker_of(folders["many"])
     for threshold in (0.3, 0.5, 0.9):
-        lines = answers_to(Predictor(speaker, threshold=threshold), rows, bare=True)
+        lines = predict_list(Predictor(speaker, threshold=threshold), rows, bare=True)
         for line, logits in zip(lines, logits_alone(folders["many"], rows), strict=True):
             assert line["probabilities"] == pytest.approx(
                 dict(zip(MANY.names, logits.sigmoid().tolist(), strict=True)), abs=ATOL
@@ -82,7 +81,7 @@ def test_any_number_of_classes_hold_above_the_threshold(folders: dict[str, Path]
 
 def test_a_number_is_the_output_itself(folders: dict[str, Path]) -> None:
     rows = [{"text": text} for text in texts(4)]
-    lines = answers_to(Predictor(speaker_of(folders["number"])), rows, bare=True)
+    lines = predict_list(Predictor(speaker_of(folders["number"])), rows, bare=True)
     expected = [{"label": float(logits[0])} for logits in logits_alone(folders["number"], rows)]
     for line, wanted in zip(lines, expected, strict=True):
         assert line == pytest.approx(wanted, abs=1e-4)  # logits of weights five times as large
@@ -90,7 +89,7 @@ def test_a_number_is_the_output_itself(folders: dict[str, Path]) -> None:
 
 def test_tags_stand_beside_their_words(folders: dict[str, Path]) -> None:
     rows = [{"tokens": text.split()} for text in texts(5)]
-    lines = answers_to(Predictor(speaker_of(folders["tags"])), rows)
+    lines = predict_list(Predictor(speaker_of(folders["tags"])), rows)
     model = AutoModelForTokenClassification.from_pretrained(folders["tags"])
     tokenizer = AutoTokenizer.from_pretrained(folders["tags"])
     for row, line in zip(rows, lines, strict=True):
@@ -121,9 +120,9 @@ def test_a_word_without_a_token_is_tagged_outside_and_counted(tmp_path: Path, ha
 def test_a_threshold_says_when_the_second_of_two_classes_is_answered(tmp_path: Path) -> None:
     speaker = speaker_of(headed(tmp_path / "two", Labels("one", ("no", "yes"))))
     rows = [{"text": text} for text in texts(9)]
-    chances = [line["probabilities"]["yes"] for line in answers_to(Predictor(speaker), rows)]
+    chances = [line["probabilities"]["yes"] for line in predict_list(Predictor(speaker), rows)]
     for threshold in (0.0, 0.5, sorted(chances)[4] + 1e-4, 1.0):
-        lines = answers_to(Predictor(speaker, threshold=threshold), rows, bare=True)
+        lines = predict_list(Predictor(speaker, threshold=threshold), rows, bare=True)
         assert [line["label"] for line in lines] == ["yes" if chance >= threshold else "no" for chance in chances]
     assert Predictor(speaker, threshold=0.3).identity()["--threshold"] == "0.3"
     assert "--threshold" not in Predictor(speaker).identity()
@@ -138,12 +137,12 @@ def test_a_threshold_is_refused_where_it_says_nothing(folders: dict[str, Path]) 
 def test_written_answers_are_those_of_one_alone(folders: dict[str, Path]) -> None:
     speaker = speaker_of(folders["chat"])
     rows = [{"messages": [{"role": "user", "content": text}]} for text in texts(5)]
-    lines = answers_to(Predictor(speaker, max_new_tokens=6), rows)
+    lines = predict_list(Predictor(speaker, max_new_tokens=6), rows)
     for row, line in zip(rows, lines, strict=True):
         prompt = speaker.renderer.prompt_ids([Part("user", row["messages"][0]["content"], False)])
         [alone] = generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=6))
         assert line == {"messages": [*row["messages"], {"role": "assistant", "content": alone.text}]}
-    assert answers_to(Predictor(speaker, max_new_tokens=6), rows[:1], bare=True) == [
+    assert predict_list(Predictor(speaker, max_new_tokens=6), rows[:1], bare=True) == [
         {"answer": lines[0]["messages"][-1]["content"]}
     ]
 
@@ -152,23 +151,23 @@ def test_rows_that_bring_an_answer_are_asked_without_it(folders: dict[str, Path]
     predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=4)
     asked = [{"role": "user", "content": "the old apple"}]
     told = {"messages": [*asked, {"role": "assistant", "content": "a secret"}]}
-    assert answers_to(predictor, [told]) == answers_to(predictor, [{"messages": asked}])
+    assert predict_list(predict, [told]) == predict_list(predict, [{"messages": asked}])
 
 
 def test_rows_without_room_or_text_say_why(folders: dict[str, Path]) -> None:
     predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=500)
-    [line] = answers_to(predictor, ["red " * 20])
+    [line] = predict_list(predict, ["red " * 20])
     assert line["error"].startswith("too_long: its ")
     assert "12 that leave this model room for an answer" in line["error"]
 
 
 def test_text_and_summaries_are_written_under_their_names(folders: dict[str, Path], tmp_path: Path) -> None:
     text = load_model(str(folders["chat"]), task="text", offline=True)
-    [line] = answers_to(Predictor(text, max_new_tokens=3), ["the old"])
+    [line] = predict_list(Predictor(text, max_new_tokens=3), ["the old"])
     assert list(line) == ["text", "continuation"]
     path = encoder_decoder_folder(tmp_path / "t5")
     summary = load_model(str(path), task="summarize", offline=True)
-    [line] = answers_to(Predictor(summary, max_new_tokens=3), ["the old apple in Rome"])
+    [line] = predict_list(Predictor(summary, max_new_tokens=3), ["the old apple in Rome"])
     assert list(line) == ["document", "summary"]
     assert load_model(str(path), offline=True).recipe.task == "generate"
 

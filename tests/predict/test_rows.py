@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tunesmith.inference.lines import Line, Lines, fields_of, record_of
+from tunesmith.inference.rows import Line, RowStream, input_fields, record_of
 from tunesmith.types import Example, Part, Problem, Source
 
 
@@ -34,12 +34,12 @@ class Model:
         ]
 
 
-def lines_of(items: Sequence[Example | Problem], **options: Any) -> tuple[list[Line], Lines, Model]:
+def lines_of(items: Sequence[Example | Problem], **options: Any) -> tuple[list[Line], RowStream, Model]:
     written: list[Line] = []
     model = Model()
-    lines = Lines(model, written.extend, **{"chunk_rows": 4, **options})
+    lines = RowStream(model, written.extend, **{"chunk_rows": 4, **options})
     for item in items:
-        lines.take(item) if isinstance(item, Example) else lines.hear(item)
+        lines.add(item) if isinstance(item, Example) else lines.report(item)
     lines.flush()
     return written, lines, model
 
@@ -54,14 +54,14 @@ def test_every_row_has_one_line_in_its_place() -> None:
         {"source": "a.jsonl:4", "error": "bad_json: no JSON. Mend it."},
         {"source": "a.jsonl:5", "text": "abc", "value": 3},
     ]
-    assert (lines.tally.answered, lines.tally.errors) == (2, 3)
+    assert (lines.counts.answered, lines.counts.errors) == (2, 3)
 
 
 def test_warnings_are_counted_and_write_nothing() -> None:
     noted = problem(7, "ignored_fields", "warning")
     written, lines, _ = lines_of([text(1), noted, noted, text(2)], bare=True)
     assert written == [{"source": "a.jsonl:1", "value": 10}, {"source": "a.jsonl:2", "value": 10}]
-    assert lines.tally.notes() == ["a.jsonl:7: ignored_fields: no JSON. Mend it. (2 in all)"]
+    assert lines.counts.notes() == ["a.jsonl:7: ignored_fields: no JSON. Mend it. (2 in all)"]
 
 
 def test_no_more_than_a_chunk_is_held() -> None:
@@ -71,9 +71,9 @@ def test_no_more_than_a_chunk_is_held() -> None:
     _, _, model = lines_of([text(n, "x" * 3_000_000) for n in range(5)])
     assert model.asked == [2, 2, 1]
     written: list[int] = []
-    lines = Lines(Model(), lambda some: written.append(len(some)), chunk_rows=4)
+    lines = RowStream(Model(), lambda some: written.append(len(some)), chunk_rows=4)
     for n in range(100):
-        lines.hear(problem(n))
+        lines.report(problem(n))
         assert sum(written) >= n - 3
 
 
@@ -103,7 +103,7 @@ def test_lines_can_be_read_as_rows_again() -> None:
                        {"role": "user", "content": "hi"}]}),
     ]  # fmt: skip
     for example, fields in cases:
-        assert fields_of(example) == fields
+        assert input_fields(example) == fields
 
 
 def test_a_text_becomes_a_row_of_the_task() -> None:

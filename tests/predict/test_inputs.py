@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import DataError
-from tunesmith.inference.inputs import read_pipe, read_rows
-from tunesmith.inference.lines import Line, Lines
+from tunesmith.inference.rows import Line, RowStream, read_list, read_pipe
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Example
 
@@ -21,7 +20,7 @@ class Heard:
         self.written: list[Line] = []
         self.chunks: list[int] = []
         self.said: list[str] = []
-        self.lines = Lines(self._answers, self.written.extend, chunk_rows=chunk_rows)
+        self.lines = RowStream(self._answers, self.written.extend, chunk_rows=chunk_rows)
 
     def _answers(self, examples: Sequence[Example], *rest: Any) -> list[Line]:
         self.chunks.append(len(examples))
@@ -110,7 +109,7 @@ def test_rows_that_are_there_are_answered_before_waiting_for_more() -> None:
 
 def test_rows_at_hand_are_texts_or_have_names() -> None:
     heard = Heard()
-    read_rows(["a", {"text": "b"}, {"words": "c"}], Data(), "classify", heard.lines)
+    read_list(["a", {"text": "b"}, {"words": "c"}], Data(), "classify", heard.lines)
     heard.lines.flush()
     assert heard.texts[:2] == ["a", "b"]
     assert heard.written[2]["source"] == "rows:3"

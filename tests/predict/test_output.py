@@ -14,7 +14,7 @@ import pytest
 
 from faults import Faults, in_child
 from tunesmith.errors import InputError, StorageError
-from tunesmith.inference.output import Output
+from tunesmith.inference.output import OutputFile
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {"input a.jsonl": "0" * 64, "model": "m"}
@@ -29,7 +29,7 @@ WHOLE = [line(n) for n in range(1, 41)]
 
 def go_on(path: Path, *, most: int = 1000) -> None:
     """What a call does: the lines that are missing, in chunks of five."""
-    output = Output.open(path, IDENTITY)
+    output = OutputFile(path, IDENTITY)
     if output.is_complete:
         output.close()
         return
@@ -43,6 +43,15 @@ def go_on(path: Path, *, most: int = 1000) -> None:
         output.close()
 
 
+def part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def size(path: Path) -> int:
+    """Bytes that were written so far."""
+    return next((one.stat().st_size for one in (path, part(path)) if one.exists()), 0)
+
+
 def lines_in(path: Path) -> list[dict[str, object]]:
     return [json.loads(text) for text in path.read_text("utf-8").splitlines()]
 
@@ -51,45 +60,54 @@ def lines_in(path: Path) -> list[dict[str, object]]:
 def test_a_file_is_gone_on_with_after_its_last_whole_line(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "out.jsonl"
     go_on(path, most=20)
-    begun = path.read_bytes()
-    path.write_bytes(begun[: max(0, len(begun) - cut)])
+    assert not path.exists()
+    begun = part(path).read_bytes()
+    part(path).write_bytes(begun[: max(0, len(begun) - cut)])
     go_on(path)
     assert lines_in(path) == WHOLE
     assert sorted(tmp_path.iterdir()) == [path, path.with_name("out.jsonl.progress.json")]
 
 
 def test_lines_without_an_answer_are_counted_again(tmp_path: Path) -> None:
-    output = Output.open(tmp_path / "out", IDENTITY)
+    output = OutputFile(tmp_path / "out", IDENTITY)
     output.write([line(1), {"source": "a.jsonl:2", "error": "x"}, {"source": "a.jsonl:3", "error": "x", "value": 1}])
     output.close()
-    output = Output.open(tmp_path / "out", IDENTITY)
+    output = OutputFile(tmp_path / "out", IDENTITY)
     assert (output.num_lines, output.num_errors, output.last_source) == (3, 1, "a.jsonl:3")
 
 
 def test_what_was_made_from_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "out"
     go_on(path, most=5)
-    before = path.read_bytes()
+    before = part(path).read_bytes()
     with pytest.raises(InputError, match=r"input a.jsonl was 000000000000…, is 1; threshold was absent, is 0.5"):
-        Output.open(path, {**IDENTITY, "input a.jsonl": "1", "threshold": "0.5"})
-    assert path.read_bytes() == before
-    Output.open(path, {"input": "1"}, overwrite=True).close()
-    assert path.read_bytes() == b""
+        OutputFile(path, {**IDENTITY, "input a.jsonl": "1", "threshold": "0.5"})
+    assert part(path).read_bytes() == before
+    OutputFile(path, {"input": "1"}, overwrite=True).close()
+    assert part(path).read_bytes() == b""
+
+
+def test_a_file_that_an_earlier_version_left_unfinished_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    go_on(path, most=20)
+    part(path).rename(path)
+    go_on(path)
+    assert lines_in(path) == WHOLE
 
 
 def test_a_complete_file_is_known_as_complete_and_never_written_over_unasked(tmp_path: Path) -> None:
     path = tmp_path / "out"
     go_on(path)
-    again = Output.open(path, IDENTITY)
+    again = OutputFile(path, IDENTITY)
     assert again.is_complete
     again.close()
     with pytest.raises(InputError, match="model was m, is other"):
-        Output.open(path, {**IDENTITY, "model": "other"})
+        OutputFile(path, {**IDENTITY, "model": "other"})
     assert lines_in(path) == WHOLE
     path.write_bytes(path.read_bytes() + b'{"source": "mine"}\n')
     with pytest.raises(InputError, match="was changed since it was complete"):
-        Output.open(path, IDENTITY)
-    go_on_anew = Output.open(path, IDENTITY, overwrite=True)
+        OutputFile(path, IDENTITY)
+    go_on_anew = OutputFile(path, IDENTITY, overwrite=True)
     assert go_on_anew.num_lines == 0
 
 
@@ -97,16 +115,16 @@ def test_a_file_that_says_nothing_of_itself_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("mine\n")
     with pytest.raises(InputError, match="nothing says what it was made from"):
-        Output.open(path, IDENTITY)
+        OutputFile(path, IDENTITY)
     assert path.read_text() == "mine\n"
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    output = Output.open(tmp_path / "out", IDENTITY)
+    output = OutputFile(tmp_path / "out", IDENTITY)
     with pytest.raises(InputError, match="another process is writing it"):
-        Output.open(tmp_path / "out", IDENTITY)
+        OutputFile(tmp_path / "out", IDENTITY)
     output.close()
-    Output.open(tmp_path / "out", IDENTITY).close()
+    OutputFile(tmp_path / "out", IDENTITY).close()
 
 
 def test_what_a_kill_left_of_the_progress_file_is_removed_at_once(tmp_path: Path) -> None:
@@ -130,7 +148,9 @@ def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
             except OSError:
                 assert faults.failed == "ftruncate"  # the disk fails twice: nothing can be put right
         if path.exists():
-            assert all(json.loads(text) for text in path.read_text("utf-8").splitlines())
+            assert lines_in(path) == WHOLE, "under its own name it is complete"
+        elif part(path).exists():
+            assert all(json.loads(text) for text in part(path).read_text("utf-8").splitlines())
         if faults.failed is None:
             break
         go_on(path)
@@ -153,8 +173,8 @@ def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
-        if path.exists() and path.read_bytes():
-            *whole, _ = path.read_bytes().split(b"\n")
+        if part(path).exists() and part(path).read_bytes():
+            *whole, _ = part(path).read_bytes().split(b"\n")
             assert [json.loads(text) for text in whole] == WHOLE[: len(whole)]
         go_on(path)
         assert lines_in(path) == WHOLE
@@ -164,20 +184,20 @@ def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from tunesmith.inference.lines import Lines
-from tunesmith.inference.output import Output
+from tunesmith.inference.rows import RowStream
+from tunesmith.inference.output import OutputFile
 from tunesmith.types import Example, Part, Source
 
 def answers(examples, done, warn):
     time.sleep(0.002)
     return [{"value": len(e.parts[0].text)} for e in examples]
 
-output = Output.open(Path(sys.argv[1]), {"input": "same"})
+output = OutputFile(Path(sys.argv[1]), {"input": "same"})
 if output.is_complete:
     sys.exit(0)
-lines = Lines(answers, output.write, chunk_rows=8, skip=output.num_lines)
+lines = RowStream(answers, output.write, chunk_rows=8, skip=output.num_lines)
 for n in range(1, 801):
-    lines.take(Example((Part("text", "word " * (n % 50), False),), Source("a", n), "text_label", plain=True))
+    lines.add(Example((Part("text", "word " * (n % 50), False),), Source("a", n), "text_label", plain=True))
 lines.flush()
 assert str(lines.last_skipped or "") == output.last_source
 output.finish()
@@ -192,16 +212,17 @@ def test_killed_again_and_again_the_end_is_the_same(tmp_path: Path) -> None:
     subprocess.run([*command, str(whole)], env=environment, check=True)
     draw = random.Random(0)
     num_kills = 0
-    while not (path.exists() and path.stat().st_size == whole.stat().st_size):
-        before = path.stat().st_size if path.exists() else 0
+    while size(path) < whole.stat().st_size:
+        before = size(path)
         work = subprocess.Popen([*command, str(path)], env=environment)
-        while work.poll() is None and (not path.exists() or path.stat().st_size == before):
+        while work.poll() is None and size(path) == before:
             time.sleep(0.001)
         time.sleep(draw.uniform(0.0, 0.15))
         work.kill()
         work.wait()
         num_kills += 1
-        assert whole.read_bytes().startswith(path.read_bytes())
+        written = path if path.exists() else part(path)
+        assert whole.read_bytes().startswith(written.read_bytes())
     assert num_kills >= 2
     # At whichever moment it was killed, the same command ends well, and so it does once more.
     for _ in range(2):

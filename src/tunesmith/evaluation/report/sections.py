@@ -1,0 +1,299 @@
+"""The page of a report as sections of blocks: one value, from which both renderers write."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunesmith.evaluation.metrics import VERDICTS
+from tunesmith.evaluation.report import text
+from tunesmith.evaluation.report.build import MOST_LISTED, RunSeries, label_text, target_of
+from tunesmith.evaluation.report.plots import Plot, answer_plots, length_plot, training_plots
+from tunesmith.formatting import option, plural
+from tunesmith.runs.folder import Run
+
+Whiskers = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    note: str = ""
+    """An interval, in small print."""
+    mark: str = ""
+    """right, wrong, better, worse, unclear, or none."""
+    whiskers: Whiskers | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column; `kind` says how its cells are set: text of the data, a class, a number, or a drawing."""
+
+    title: str
+    kind: Literal["text", "name", "source", "number", "result", "head", "verdict", "whiskers"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    look: str = ""
+    """CSS classes."""
+    shown: int = 1000
+    """Rows before the fold."""
+    kind: str = "table"
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    text: str
+    is_warning: bool = False
+    kind: str = "paragraph"
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    text: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list of notes."""
+
+    items: Sequence[str]
+    kind: str = "items"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    plots: Sequence[Plot]
+    kind: str = "figures"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Prompts with their answers before and after, differences marked."""
+
+    samples: Sequence[Mapping[str, Any]]
+    kind: str = "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and what they stand for."""
+
+    facts: Sequence[tuple[str, str]]
+    kind: str = "facts"
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Blocks behind their summary."""
+
+    summary: str
+    blocks: Sequence[Any]
+    kind: str = "fold"
+
+
+Block = Table | Paragraph | Heading | Items | Figures | Answers | Facts | Code | Fold
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    name: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Everything that a report shows."""
+
+    report: Mapping[str, Any]
+    created: float
+    summary: str
+    cards: Sequence[text.MetricLine]
+    columns: tuple[str, str]
+    sections: Sequence[Section]
+
+
+def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
+    """The page of a report; sections that would be empty are left out."""
+    made = {
+        ("measures", "Measures"): _metrics(report),
+        ("notes", "Worth knowing"): _notes(series, report),
+        ("training", "Training"): _training(series, report),
+        ("details", "Right and wrong"): _classes(report["details"]["after"]),
+        ("answers", "Answers"): _answers(report),
+        ("flips", "Rows that flipped" if report["flips"] else "Rows that got worse"): _changed_rows(report),
+        ("surprising", "High-loss training rows"): _high_loss(report),
+        ("general", "General ability"): _general(report["general"]),
+        ("data", "Data"): _data(report),
+        ("choices", "Choices"): _choices(series.plan.get("choices", [])),
+        ("repeat", "Repeat"): _repeat(run, series, report),
+    }
+    sections = [Section(name, title, list(blocks)) for (name, title), blocks in made.items()]
+    lines, columns = text.headline_lines(report), text.sides(report)
+    return Page(report, run.created, text.summary(report), lines, columns, [one for one in sections if one.blocks])
+
+
+def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
+    lines, (other, ours) = text.metric_lines(report), text.sides(report)
+    if not lines:
+        return
+    circles = " ○ before, ● after." if report["metrics"]["before"] else ""
+    yield Paragraph(f"{text.sample_text(report)} {text.reading_text(report)}{circles}")
+    compared = [Column(other, "number")] if other else []
+    columns = [Column("measure", "head"), *compared, Column(ours, "result")]
+    columns += [Column("difference", "number"), Column("", "whiskers"), Column("", "verdict")] if other else []
+    rows = []
+    for line in lines:
+        cells = [Cell(line.label), *([Cell(line.other, line.other_bounds)] if other else [])]
+        cells.append(Cell(line.after, line.after_bounds))
+        if other:
+            verdict = Cell(VERDICTS[line.verdict], mark=line.verdict)
+            cells += [Cell(line.change), Cell("", whiskers=line.whiskers), verdict]
+        rows.append(cells)
+    yield Table(columns, rows, "stack")
+    yield Fold("What each measure is", [Facts([(line.label, line.doc) for line in lines])])
+
+
+def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+    general = report["general"]
+    forgotten = [general["verdict"]] if general and general["past_bound"] else []
+    notes = list(dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes]))
+    if notes:
+        yield Items(notes)
+
+
+def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+    yield Paragraph(text.selected_step_text(report))
+    yield Figures(training_plots(series, report))
+    yield Paragraph(text.cost_text(report, series.plan))
+
+
+def _classes(details: Mapping[str, Any]) -> Iterator[Block]:
+    plots = answer_plots(details)
+    if plots:
+        yield Figures(plots)
+    if pairs := text.confused_pairs(details):
+        columns = [Column("true", "name"), Column("taken for", "name")]
+        columns += [Column("rows", "number"), Column("of its rows", "number")]
+        yield Heading("Confused most")
+        rows = [[Cell(true), Cell(taken), Cell(str(num)), Cell(f"{share:.0%}")] for true, taken, num, share in pairs]
+        yield Table(columns, rows, "fit")
+    if table := details.get("per_class") or details.get("per_type"):
+        columns = [Column("", "name"), *(Column(title, "number") for title in ("precision", "recall", "F1", "rows"))]
+        cells = [
+            [
+                Cell(str(row.get("label", row.get("type")))),
+                *(Cell(f"{row[key]:.3f}") for key in ("precision", "recall", "f1")),
+                Cell(f"{row['support']:,}"),
+            ]
+            for row in table
+        ]
+        yield Fold("Each class in numbers", [Table(columns, cells, "fit")])
+
+
+def _answers(report: Mapping[str, Any]) -> Iterator[Block]:
+    samples = report["samples"]
+    if not samples:
+        return
+    if not report.get("short_answers"):
+        yield Paragraph(
+            "Held-out prompts, answered before and after. Words that are gone are struck out, new ones underlined; "
+            "✓ is equal to the reference."
+        )
+        yield Answers(samples)
+        return
+    yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
+    columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
+    rows = []
+    for sample in samples:
+        marks = {when: text.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
+        given = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
+        rows.append([*given, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
+    yield Table(columns, rows, "rows answered stack", shown=MOST_LISTED)
+
+
+def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block]:
+    flips, worse = report["flips"], report["worse_rows"]
+    if flips:
+        names = [Column(title, "name") for title in ("true", "before", "after")]
+        columns = [Column("row", "source"), Column("text"), *names, Column("sure", "number")]
+        for key, words in (("lost", "from right to wrong"), ("gained", "from wrong to right")):
+            num, listed = flips[f"num_{key}"], flips[key]
+            yield Heading(f"{plural(num, 'row')} went {words}")
+            if len(listed) < num:
+                yield Paragraph(f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all.")
+            rows = [
+                [
+                    *(Cell(row[name]) for name in ("source", "text", "label", "before", "after")),
+                    Cell(f"{row['probability']:.0%}" if row["probability"] else ""),
+                ]
+                for row in listed
+            ]
+            if rows:
+                yield Table(columns, rows, "rows stack", shown=12)
+    elif worse:
+        unit = "documents" if "documents" in report["metrics"]["after"] else "rows"
+        yield Paragraph(f"The held-out {unit} whose loss per target rose most.")
+        columns = [Column("row", "source"), Column("text"), Column("before", "number"), Column("after", "number")]
+        losses = [(row, [Cell(f"{row[when]:.4f}") for when in ("before", "after")]) for row in worse]
+        yield Table(columns, [[Cell(row["source"]), Cell(row["text"]), *cells] for row, cells in losses], "rows stack")
+
+
+def _high_loss(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = report["surprising"]["rows"]
+    if not rows:
+        return
+    yield Paragraph(f"{text.high_loss_text(report)} Wrong labels and broken rows are often among them.")
+    has_labels = "predicted" in rows[0]
+    names = [Column("label", "name"), Column("model says", "name")] if has_labels else []
+    cells = []
+    for row in rows:
+        labels = [Cell(label_text(target_of(row))), Cell(label_text(row["predicted"]))] if has_labels else []
+        cells.append([Cell(row["source"]), Cell(row["text"]), *labels, Cell(f"{row['loss'] / row['count']:.2f}")])
+    yield Table([Column("row", "source"), Column("text"), *names, Column("loss", "number")], cells, "rows stack")
+
+
+def _general(general: Mapping[str, Any] | None) -> Iterator[Block]:
+    if general:
+        yield Paragraph(general["verdict"], general["past_bound"])
+        if answers := general["answers"]:
+            title = f"{plural(len(answers), 'general instruction')}, answered before and after"
+            yield Fold(title, [Answers(answers)])
+
+
+def _data(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = report["rows"]
+    counts = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out, {rows['skipped']:,} skipped."
+    yield Paragraph(counts)
+    if report.get("lengths"):
+        yield Figures([length_plot(report["lengths"])])
+
+
+def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
+    if choices:
+        yield Paragraph("Settings that were chosen for you, and why.")
+        rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]
+        yield Table([Column("option", "head"), Column("value"), Column("why")], rows, "fit")
+
+
+def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+    hashes = [(key, digest) for key, digest in series.identity.items() if not key.startswith("setting ")]
+    yield Code(f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}")
+    yield Fold("Recipe", [Code(run.recipe_path.read_text("utf-8"))])
+    yield Fold("Versions", [Facts(list(report["versions"].items()))])
+    yield Fold("Hashes of model, data and tokenizer", [Facts(hashes)])

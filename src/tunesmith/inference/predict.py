@@ -1,0 +1,352 @@
+"""Predictions for rows: classes, numbers, tags or text, each row encoded as it was in training."""
+
+# B rows, C classes
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.data.batch import build_batch
+from tunesmith.data.folders import expand
+from tunesmith.data.opening import FileFacts
+from tunesmith.data.passes import fill_passes
+from tunesmith.errors import DataError, InputError
+from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
+from tunesmith.evaluation.predict_rows import sigmoid, softmax
+from tunesmith.inference.load import LoadedModel
+from tunesmith.inference.output import OutputFile
+from tunesmith.inference.rows import Answered, Counts, Line, RowStream, read_file, read_list, read_pipe
+from tunesmith.models import contention
+from tunesmith.models.forward import sequence_logits, token_logits
+from tunesmith.models.modes import evaluating
+from tunesmith.recipe.schema import DataFile
+from tunesmith.runs.atomic import sha256_file
+from tunesmith.tasks import TASKS
+from tunesmith.types import Batch, Example, Problem, Row, TaskName
+
+Done = Callable[[int], None]
+Warn = Callable[[Problem], None]
+Progress = Callable[[int, int], None]
+"""Bytes of the file that are done, and all."""
+
+STDIN = "-"
+
+OUTSIDE = "O"
+"""The tag of words outside of all spans."""
+THRESHOLD = 0.5
+"""Probability above which a class holds, where any number of them can and nothing else is asked for."""
+DIGITS = 6
+"""Of probabilities, after the point."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts rows in their order, in micro-batches of similar lengths."""
+
+    loaded: LoadedModel
+    max_new_tokens: int = 256
+    threshold: float | None = None
+    """Probability above which a class holds where any number can, or from which on the second of two is answered."""
+
+    def __post_init__(self) -> None:
+        contention.watch()
+        if self.loaded.head == "masked_token":
+            raise InputError(
+                "predict: this model fills in masked tokens: it has no answer to a row. Its measures: tunesmith eval."
+            )
+        if self.threshold is not None and not (self.is_many or self.positive):
+            raise InputError(
+                "predict: --threshold is for models that answer with any number of classes, or with one of two; this "
+                "one does not."
+            )
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk: few where each takes long, because a killed call loses its chunk."""
+        return 64 if self.writes else 512
+
+    @property
+    def writes(self) -> bool:
+        """Whether predictions are text."""
+        return self.loaded.head == "next_token"
+
+    @property
+    def is_many(self) -> bool:
+        """Whether predictions are any number of classes, those above the threshold."""
+        return self.loaded.labels is not None and self.loaded.labels.kind == "many"
+
+    @property
+    def positive(self) -> str | None:
+        """The second of two classes, whose threshold can be set; None where there are not two."""
+        labels = self.loaded.labels
+        return labels.names[1] if labels is not None and labels.kind == "one" and len(labels.names) == 2 else None
+
+    @property
+    def holds_above(self) -> float:
+        """The threshold of each class where any number can hold."""
+        return THRESHOLD if self.threshold is None else self.threshold
+
+    def identity(self) -> dict[str, str]:
+        """Hashes and options that determine the predictions besides the rows, by name."""
+        options = {"--max-tokens": str(self.max_new_tokens)} if self.writes else {}
+        threshold = self.holds_above if self.is_many else self.threshold
+        options |= {} if threshold is None else {"--threshold": str(threshold)}
+        return {**self.loaded.identity(), **options}
+
+    @property
+    def task(self) -> TaskName:
+        return self.loaded.renderer.task_name
+
+    def __call__(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
+        """A line or a problem for each example."""
+        if self.writes:
+            return self._write(examples, done, warn)
+        return self._label(examples, done, warn)
+
+    def _write(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
+        key = TASKS[self.task].answer_key
+        encoded = [self._prompt(example, warn) for example in examples]
+        results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in encoded]
+        prompts = {i: prompt for i, prompt in enumerate(encoded) if not isinstance(prompt, Problem)}
+        how = Sampling(max_new_tokens=self.max_new_tokens)
+        for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
+            given = generate(self.loaded.model, self.loaded.renderer, [prompts[i] for i in members], how)
+            for i, one in zip(members, given, strict=True):
+                results[i] = {key: one.text}
+                if not one.stopped and self.task != "text":  # which never comes to an end by itself
+                    warn(self._cut_off(examples[i]))
+        return results
+
+    def _cut_off(self, example: Example) -> Problem:
+        message = f"its answer was cut off at {self.max_new_tokens} tokens."
+        return Problem(example.source, "answer_cut", message, "Raise --max-tokens.", severity="warning")
+
+    def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
+        """The ids of the prompt, if they leave room for an answer."""
+        room = PromptLimit.of(self.loaded.renderer, model_tokens=self.loaded.max_tokens, new_tokens=self.max_new_tokens)
+        try:
+            ids, cut = room.encode(self.loaded.renderer, example)
+        except DataError as error:
+            return Problem(example.source, "no_prompt", str(error))
+        if not ids:
+            return Problem(example.source, "no_prompt", "it holds no text: there is nothing to answer.")
+        limit = room.limit(cut)
+        if len(ids) > limit:
+            message = f"its {len(ids):,} tokens are more than the {limit:,} that leave this model room for an answer."
+            return Problem(example.source, "too_long", message, "Shorten it, or lower --max-tokens.")
+        if cut:
+            message = (
+                f"its prompt has {cut:,} tokens more than the {room.cut_to:,} there is room for: they were cut off."
+            )
+            warn(Problem(example.source, "cut", message, severity="warning"))
+        return ids
+
+    def _label(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
+        is_tags = self.loaded.head == "tokens"
+        numbered = [_numbered(example) for example in examples] if is_tags else examples
+        # The words of a row are its classes here: the labels of the encoded row then say which words have a token.
+        words = {str(i): i for i in range(max((len(example.parts) for example in numbered), default=0))}
+        encoded = self.loaded.renderer.encode(numbered, on_warning=warn, vocabulary=words)
+        results: list[Answered] = [{} for _ in examples]
+        rows: dict[int, Row] = {}
+        for i, found in enumerate(encoded):
+            first = found[0]
+            if isinstance(first, Problem):
+                results[i] = first
+            else:
+                rows[i] = first
+        with evaluating(self.loaded.model):
+            for members in self._passes({i: len(row.ids) for i, row in rows.items()}, done):
+                batch = self._batch([rows[i] for i in members], members)
+                lines = self._tags(batch, rows, examples, warn) if is_tags else self._classes(batch)
+                for i, line in zip(members, lines, strict=True):
+                    results[i] = line
+        return results
+
+    def _passes(self, lengths: Mapping[int, int], done: Done) -> Iterator[tuple[int, ...]]:
+        """Indices of rows of similar length; `done` gets how many rows are, after each micro-batch."""
+        most = self.loaded.tokens_per_pass(lengths.values())
+        num_done = 0
+        for members in fill_passes(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
+            yield members
+            num_done += len(members)
+            done(num_done)
+
+    def _batch(self, rows: Sequence[Row], members: Sequence[int]) -> Batch:
+        return build_batch(
+            rows,
+            members,
+            layout="padded",
+            device=self.loaded.model.device,
+            has_types=self.loaded.has_types,
+            pad_id=self.loaded.pad_id,
+        )
+
+    def _classes(self, batch: Batch) -> Iterator[Line]:
+        labels = self.loaded.labels
+        assert labels is not None, "a sequence head answers with labels"
+        logits_BC = self._logits(sequence_logits, batch)
+        if labels.kind == "number":
+            yield from ({"label": float(value)} for value in logits_BC[:, 0])
+            return
+        chances_BC = sigmoid(logits_BC) if labels.kind == "many" else softmax(logits_BC)
+        for chances_C in chances_BC:
+            probabilities = {name: round(float(p), DIGITS) for name, p in zip(labels.names, chances_C, strict=True)}
+            answer: str | list[str]
+            if labels.kind == "many":
+                answer = [name for name, p in zip(labels.names, chances_C, strict=True) if p > self.holds_above]
+            elif self.threshold is not None:
+                answer = labels.names[int(chances_C[1] >= self.threshold)]
+            else:
+                answer = labels.names[int(chances_C.argmax())]
+            yield {"label": answer, "probabilities": probabilities}
+
+    def _tags(
+        self, batch: Batch, rows: Mapping[int, Row], examples: Sequence[Example], warn: Warn
+    ) -> Iterator[Answered]:
+        """A tag a word: `OUTSIDE` for one without a token; a problem where the model has no such tag."""
+        labels = self.loaded.labels
+        assert labels is not None, "a head for words answers with labels"
+        best_N = self._logits(token_logits, batch).argmax(-1)
+        cuts = np.cumsum([int(rows[i].trained.sum()) for i in batch.row_indices])[:-1]
+        for i, of_row in zip(batch.row_indices, np.split(best_N, cuts), strict=True):
+            word_ids = rows[i].labels
+            assert word_ids is not None, "each word was given as a label"
+            num_silent = len(examples[i].parts) - len(word_ids)
+            if num_silent and OUTSIDE not in labels.names:
+                message = f"{num_silent} of its words have no token that was read, and no tag stands for none."
+                yield Problem(examples[i].source, "no_tag", message, "Shorten it, or leave such words out.")
+                continue
+            if num_silent:
+                message = f"{num_silent} of its words have no token that was read: they are tagged {OUTSIDE}."
+                warn(Problem(examples[i].source, "no_tag", message, severity="warning"))
+            tags = [OUTSIDE] * len(examples[i].parts)
+            for word, tag in zip(word_ids.tolist(), of_row.tolist(), strict=True):
+                tags[word] = labels.names[tag]
+            yield {"tags": tags}
+
+    @torch.no_grad()
+    def _logits(self, forward: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> NDArray[np.float64]:
+        return forward(self.loaded.model, batch).double().cpu().numpy()
+
+
+def _numbered(example: Example) -> Example:
+    return replace(example, labels=tuple(str(i) for i in range(len(example.parts))))
+
+
+def predict_to(
+    out: Path,
+    predictor: Predictor,
+    path: str,
+    *,
+    bare: bool = False,
+    keep: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Counts:
+    """Predict all rows of a file into the file `out`, from where an earlier call left off.
+
+    Raises:
+        InputError: `out` holds something else, was made from another file or model, or is the file itself.
+        DataError: the file, or what is left of it, cannot be read; the lines before are kept. StorageError.
+    """
+    if path == STDIN:
+        raise InputError("predict: --out needs a file of rows: a pipe cannot be continued.")
+    if out.exists() and Path(path).exists() and out.samefile(path):
+        raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
+    output = OutputFile(out, fingerprint(predictor, path, bare=bare, keep=keep), kept=keep, overwrite=overwrite)
+    if output.is_complete:
+        output.close()
+        say(f"{out}: complete already")
+        return Counts(answered=output.num_lines - output.num_errors, errors=output.num_errors)
+    try:
+        if output.num_lines:
+            say(f"{out}: continues after {output.num_lines:,} rows")
+        rows = _stream(
+            predictor, path, output.write, bare=bare, keep=keep, skip=output.num_lines, progress=progress, say=say
+        )
+        if str(rows.last_skipped or "") != output.last_source:
+            raise InputError(f"{out}: its last line is not of {rows.last_skipped}. Start anew with --overwrite.")
+        output.finish()
+    finally:
+        output.close()
+    rows.counts.errors += output.num_errors
+    rows.counts.answered += output.num_lines - output.num_errors
+    return rows.counts
+
+
+def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
+    """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
+    found = expand([DataFile(path=path)], lambda warning: None)
+    # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
+    hashes = [f"{file.path} {sha256_file(Path(file.path))}\n" for file in found if Path(file.path).is_file()]
+    rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
+    fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
+    return {**predictor.identity(), "fields": fields, "rows": rows}
+
+
+def predict_stream(
+    write: Callable[[Sequence[Line]], None],
+    predictor: Predictor,
+    path: str,
+    *,
+    bare: bool = False,
+    keep: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Counts:
+    """Predict the rows of a file, or of "-", the standard input, and pass lines to `write` as they are made."""
+    return _stream(predictor, path, write, bare=bare, keep=keep, skip=0, progress=progress, say=say).counts
+
+
+def _stream(
+    predictor: Predictor,
+    path: str,
+    write: Callable[[Sequence[Line]], None],
+    *,
+    bare: bool,
+    keep: Sequence[str],
+    skip: int,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> RowStream:
+    data = predictor.loaded.recipe.data
+    facts: list[FileFacts] = []
+
+    def tick(within: int, of_chunk: int) -> None:
+        if facts:
+            progress(*_position(facts[-1], left=of_chunk - within))
+
+    stream = RowStream(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
+    if path == STDIN:
+        read_pipe(cast(BufferedIOBase, sys.stdin.buffer), data, predictor.task, stream, say, keep=keep)
+    else:
+        read_file(path, data, predictor.task, stream, facts, keep=keep)
+    stream.flush()
+    return stream
+
+
+def _position(facts: FileFacts, *, left: int) -> tuple[int, int]:
+    """Bytes of the file that are done, and all, where `left` of the rows that were read are not answered yet."""
+    read = max(facts.rows, 1)
+    return round(facts.done_bytes * (read - left) / read), facts.total_bytes
+
+
+def predict_list(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:
+    """A line for each of some texts or rows, in their order and without a source."""
+    found: list[Line] = []
+    stream = RowStream(predictor, found.extend, chunk_rows=predictor.chunk_rows, bare=bare)
+    read_list(rows, predictor.loaded.recipe.data, predictor.task, stream)
+    stream.flush()
+    return [{name: value for name, value in line.items() if name != "source"} for line in found]

@@ -1,0 +1,277 @@
+"""Rows to be answered, from a file, a pipe or a list, and a line for each in their order, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BufferedIOBase
+from typing import Any, cast
+
+from tunesmith.data.examples import FileExamples, examples
+from tunesmith.data.findings import kind_of, refusal
+from tunesmith.data.kinds import BOM
+from tunesmith.data.opening import FileFacts, Stream
+from tunesmith.data.read_text import json_lines, rest_of_line, too_long
+from tunesmith.data.strict_json import BadRow
+from tunesmith.errors import InputError
+from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.tasks import TASKS
+from tunesmith.types import Example, Problem, Source, TaskName
+
+Line = dict[str, Any]
+Answered = Line | Problem
+Answers = Callable[[Sequence[Example], Callable[[int], None], Callable[[Problem], None]], Sequence[Answered]]
+"""(examples, done, warn) -> the line or problem of each example; `done` gets how many are, `warn` warnings."""
+
+PIPE = "stdin"
+"""Source of the rows of a pipe."""
+CHUNK_CHARS = 4_000_000
+"""Characters at which a chunk of rows ends, if it does not end by its number of rows."""
+
+
+@dataclass
+class Counts:
+    """Numbers of rows answered and not, and the warnings."""
+
+    answered: int = 0
+    errors: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+    """By code."""
+    first: dict[str, Problem] = field(default_factory=dict)
+    """The first problem of each code, errors too."""
+
+    def notes(self) -> list[str]:
+        """A line for each kind of warning: the first one, and how many there are."""
+        counts = sorted(self.warnings.items())
+        return [f"{self.first[code]}" + (f" ({num:,} in all)" if num > 1 else "") for code, num in counts]
+
+
+class RowStream:
+    """Collects examples and problems as they are read, and writes lines in the same order, a chunk at a time.
+
+    `skip` is the number of lines that an earlier call wrote: their rows are read again, but not answered, and
+    `last_skipped` is the source of the last one.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        write: Callable[[Sequence[Line]], None],
+        *,
+        chunk_rows: int,
+        bare: bool = False,
+        skip: int = 0,
+        tick: Callable[[int, int], None] = lambda rows, within: None,
+    ) -> None:
+        self.counts = Counts()
+        self.last_skipped: Source | None = None
+        self._answers, self._write, self._tick = answers, write, tick
+        self._chunk_rows, self._bare, self._skip = chunk_rows, bare, skip
+        self._chunk: list[Example | Problem] = []
+        self._num_chars = 0
+        self._last: Source | None = None
+        """Source of the newest row: all problems of one row come one after the other."""
+
+    def add(self, example: Example) -> None:
+        """Add a row that can be answered."""
+        self._add(example, sum(len(part.text) for part in example.parts))
+
+    def report(self, problem: Problem) -> None:
+        """Add a row that cannot be answered, or count a warning."""
+        if problem.severity == "warning":
+            self.warn(problem)
+        elif problem.source != self._last:
+            self._add(problem, 0)
+
+    def warn(self, problem: Problem) -> None:
+        """Count a warning."""
+        self.counts.warnings[problem.code] += 1
+        self.counts.first.setdefault(problem.code, problem)
+
+    def flush(self) -> None:
+        """Answer the collected rows and write their lines."""
+        if not self._chunk:
+            return
+        rows = [item for item in self._chunk if isinstance(item, Example)]
+        tick = self._tick
+        answers = iter(self._answers(rows, lambda done: tick(done, len(self._chunk)), self.warn) if rows else ())
+        self._write([self._line(one, next(answers) if isinstance(one, Example) else one) for one in self._chunk])
+        self._chunk, self._num_chars = [], 0
+
+    def _add(self, item: Example | Problem, num_chars: int) -> None:
+        self._last = item.source
+        if self._skip:
+            self._skip -= 1
+            self.last_skipped = item.source
+            return
+        if len(self._chunk) >= self._chunk_rows or self._num_chars >= CHUNK_CHARS:
+            self.flush()
+        self._chunk.append(item)
+        self._num_chars += num_chars
+
+    def _line(self, item: Example | Problem, answer: Line | Problem) -> Line:
+        if isinstance(answer, Problem):
+            self.counts.errors += 1
+            self.counts.first.setdefault(answer.code, answer)
+            kept = item.kept if isinstance(item, Example) else {}
+            error = f"{answer.code}: {answer.message} {answer.fix}".strip()
+            return {"source": str(answer.source), **kept, "error": error}
+        assert isinstance(item, Example)
+        self.counts.answered += 1
+        line = answer if self._bare else as_row(item, answer)
+        if taken := item.kept.keys() & {*line, "source", "error"}:
+            raise InputError(
+                f"--keep {min(taken)}: each line has a field of this name already. The row's own answer is kept as "
+                "reference in any case; rename any other column."
+            )
+        first = {name: value for name, value in item.kept.items() if name != "reference"}
+        last = {"reference": item.kept["reference"]} if "reference" in item.kept else {}
+        return {"source": str(item.source), **first, **line, **last}
+
+
+def as_row(example: Example, answer: Line) -> Line:
+    """The input of a row with its answer, as a row that can be trained on."""
+    line = {**input_fields(example), **answer}
+    if "messages" in line and "answer" in line:
+        line["messages"] = [*line["messages"], {"role": "assistant", "content": line.pop("answer")}]
+    return line
+
+
+def input_fields(example: Example) -> dict[str, Any]:
+    """The input of a row under the names of its shape, so that it can be read as a row again."""
+    texts = [part.text for part in example.parts]
+    if example.shape == "tokens_tags":
+        return {"tokens": texts}
+    if example.shape == "text":
+        return {"text": texts[0]}
+    if example.shape == "text_label":
+        return dict(zip(("text", "text_pair"), texts, strict=False))
+    if example.shape == "document_summary":
+        return {"document": texts[0]}
+    if example.plain:
+        return {"prompt": texts[0]}
+    messages = [{"role": part.role, "content": part.text, **part.fields} for part in example.parts]
+    return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
+
+
+def record_of(task: TaskName, text: str, pair: str | None = None) -> Mapping[str, Any]:
+    """A text as a row of the task."""
+    return {**TASKS[task].record(text), **({} if pair is None else {"text_pair": pair})}
+
+
+def read_file(
+    path: str, data: Data, task: TaskName, stream: RowStream, facts: list[FileFacts], *, keep: Sequence[str] = ()
+) -> None:
+    """Add every row of a file to the stream, with the fields `keep`; `data` has the names of columns and the limits.
+
+    Raises DataError where the file, or the rest of it, cannot be read.
+    """
+    options = cast(Any, {"task": task, "answered": False, "keep": keep})
+    for _, example in examples([DataFile(path=path)], data, stream.report, facts=facts, **options):
+        stream.add(example)
+
+
+def read_pipe(
+    source: BufferedIOBase,
+    data: Data,
+    task: TaskName,
+    stream: RowStream,
+    say: Callable[[str], None],
+    *,
+    keep: Sequence[str] = (),
+) -> None:
+    """Add every row of a pipe to the stream; rows that have arrived are answered before it waits for more.
+
+    The pipe holds JSON lines, or, where the first line is no JSON object, lines of plain text, which `say` reports.
+    """
+    pipe = _Pipe(source, stream.flush)
+    reader = io.BufferedReader(pipe, 1 << 16)
+    head = reader.peek(1)
+    facts = FileFacts(PIPE, "JSON lines", has_bom=head.startswith(BOM))
+    if facts.has_bom:
+        reader.read(len(BOM))
+    opened = Stream(cast(Any, reader), cast(Any, pipe), facts)
+
+    def on_bad(line: int, bad: BadRow, begin: int) -> None:
+        stream.report(Problem(Source(PIPE, line), bad.code, f"{bad.message}.", bad.fix))
+
+    if head.removeprefix(BOM).lstrip()[:1] in (b"{", b""):
+        records: Iterator[tuple[int, Any]] = json_lines(opened, facts, limits=data.limits, on_bad=on_bad)
+    else:
+        say("stdin: its first line is no JSON object: each line is read as one text")
+        texts = _plain_lines(opened, facts, limits=data.limits, on_bad=on_bad)
+        records = ((number, record_of(task, text)) for number, text in texts)
+    _read_records(records, data, task, stream, facts=facts, keep=keep)
+    if facts.rows == 0:
+        raise refusal(PIPE, 1, "empty_dataset", "it holds no row.")
+
+
+def read_list(rows: Iterable[str | Mapping[str, Any]], data: Data, task: TaskName, stream: RowStream) -> None:
+    """Add texts, or rows with named fields, to the stream."""
+    records = (record_of(task, row) if isinstance(row, str) else dict(row) for row in rows)
+    _read_records(enumerate(records, start=1), data, task, stream, facts=FileFacts("rows", "JSON lines"))
+
+
+def _read_records(
+    records: Iterable[tuple[int, Any]],
+    data: Data,
+    task: TaskName,
+    stream: RowStream,
+    *,
+    facts: FileFacts,
+    keep: Sequence[str] | None = None,
+) -> None:
+    of_file = FileExamples(facts, data, stream.report, task, answered=False, keep=keep)
+    for number, record in records:
+        source = Source(facts.path, number)
+        if not isinstance(record, dict):
+            message = f"the row is {kind_of(record)}, not an object with named fields."
+            stream.report(Problem(source, "not_an_object", message, 'Write {"text": ..., ...}.'))
+            continue
+        example = of_file.example(record, source)
+        if example is not None:
+            stream.add(example)
+    of_file.finish()
+
+
+def _plain_lines(
+    stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: Callable[[int, BadRow, int], None]
+) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank."""
+    limit = limits.line_bytes
+    while raw := stream.readline(limit + 2):
+        facts.line += 1
+        text = raw.rstrip(b"\r\n")
+        if not text.strip():
+            continue
+        facts.rows += 1
+        if len(text) > limit:
+            on_bad(facts.line, too_long(len(raw) + rest_of_line(stream, raw), limit), 0)
+            continue
+        try:
+            yield facts.line, text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            on_bad(facts.line, BadRow("wrong_encoding", f"it is not UTF-8 ({error})", "Convert it with iconv."), 0)
+
+
+class _Pipe(io.RawIOBase):
+    """Reads the bytes that have arrived; calls `before_wait` before it waits for more."""
+
+    def __init__(self, source: BufferedIOBase, before_wait: Callable[[], None]) -> None:
+        super().__init__()
+        self._source, self._before_wait, self._num_bytes = source, before_wait, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._before_wait()
+        content = self._source.read1(len(buffer))
+        buffer[: len(content)] = content
+        self._num_bytes += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        return self._num_bytes
