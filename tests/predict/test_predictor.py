@@ -61,9 +61,9 @@ def test_classes_are_those_of_the_model_alone(folders: dict[str, Path]) -> None:
 def test_a_causal_head_answers_in_company_as_alone(folders: dict[str, Path]) -> None:
     predictor = Predictor(speaker_of(folders["causal"]))
     rows = [{"text": text} for text in texts(9)]
-    together = predict_list(predict, rows, bare=True)
+    together = predict_list(predictor, rows, bare=True)
     for row, line in zip(rows, together, strict=True):
-        [alone] = predict_list(predict, [row], bare=True)
+        [alone] = predict_list(predictor, [row], bare=True)
         assert alone["probabilities"] == pytest.approx(line["probabilities"], abs=ATOL)
 
 
@@ -151,12 +151,12 @@ def test_rows_that_bring_an_answer_are_asked_without_it(folders: dict[str, Path]
     predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=4)
     asked = [{"role": "user", "content": "the old apple"}]
     told = {"messages": [*asked, {"role": "assistant", "content": "a secret"}]}
-    assert predict_list(predict, [told]) == predict_list(predict, [{"messages": asked}])
+    assert predict_list(predictor, [told]) == predict_list(predictor, [{"messages": asked}])
 
 
 def test_rows_without_room_or_text_say_why(folders: dict[str, Path]) -> None:
     predictor = Predictor(speaker_of(folders["chat"]), max_new_tokens=500)
-    [line] = predict_list(predict, ["red " * 20])
+    [line] = predict_list(predictor, ["red " * 20])
     assert line["error"].startswith("too_long: its ")
     assert "12 that leave this model room for an answer" in line["error"]
 
