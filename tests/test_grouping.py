@@ -9,7 +9,7 @@ import torch
 
 from tiny_run import model_folder, tiny_recipe, values_of
 from tiny_tasks import padded_folder, task_recipe
-from tunesmith.cli.panels import plan_facts
+from tunesmith.cli.render import plan_facts
 from tunesmith.errors import RunError, Stopped
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps

@@ -11,6 +11,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+PHASES = {
+    "read": "reading rows",
+    "hash": "fingerprinting data",
+    "encode": "encoding rows",
+    "load": "loading the model",
+    "plan": "predicting memory and time",
+    "probe": "trying the heaviest step",
+    "train": "training",
+    "evaluate": "measuring held-out rows",
+    "answer": "answering held-out prompts",
+    "check": "checking rows",
+    "general": "measuring general ability",
+    "tuned": "reading the tuned model",
+    "report": "drawing the report",
+    "surprise": "looking for high-loss training rows",
+    "download": "downloading the model",
+}
+"""Words for the phases whose progress is reported; an unknown phase is shown by its key."""
+
 
 def duration(seconds: float) -> str:
     """A time span: 42 s, 3:05 min, 2:10:00 h."""

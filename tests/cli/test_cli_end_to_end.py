@@ -316,7 +316,7 @@ def test_a_second_signal_leaves_at_once_and_says_the_way_on(place: Place) -> Non
     work.send_signal(signal.SIGTERM)
     _, said = work.communicate(timeout=120)
     assert work.returncode in (-signal.SIGINT, -signal.SIGTERM), said
-    assert "left at once; go on from its last checkpoint with: " in said
+    assert "stopped at once; continue from its last checkpoint with: " in said
     assert f"resume {place.folder / 'left'}" in said
 
 

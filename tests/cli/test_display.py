@@ -9,10 +9,9 @@ from rich.console import Console
 
 from cli import fake_events
 from tunesmith.cli import runs as cli_runs
-from tunesmith.cli.display import Plain, Silent, display_for
-from tunesmith.cli.live import Live
-from tunesmith.cli.scores import gist, with_bounds
-from tunesmith.cli.story import Story, alone
+from tunesmith.cli.display import Live, Plain, Silent, display_for
+from tunesmith.cli.history import RunHistory, alone
+from tunesmith.cli.render import headline_metric, with_bounds
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"
@@ -27,7 +26,7 @@ def terminal(width: int = 100) -> Console:
 
 
 def told(console: Console, events: Iterable[Event], *, quiet: bool = False) -> str:
-    with display_for(console, quiet=quiet, story=Story()) as display:
+    with display_for(console, quiet=quiet, history=RunHistory()) as display:
         for event in events:
             display.event(event)
     assert isinstance(console.file, io.StringIO)
@@ -74,7 +73,7 @@ def test_plain_log_of_a_long_run_is_short() -> None:
     events = [Event("plan", 0, 0.0, fake_events.plan(steps=10_000))]
     events += [fake_events.step(number, 1.0) for number in range(1, 10_001)]
     console = plain_console()
-    display = Plain(console, Story(), clock=lambda: 0.0)
+    display = Plain(console, RunHistory(), clock=lambda: 0.0)
     for event in events:
         display.event(event)
     assert isinstance(console.file, io.StringIO)
@@ -87,7 +86,7 @@ def test_plain_log_of_a_long_run_is_short() -> None:
 def test_slow_steps_are_each_told() -> None:
     now = iter(range(0, 10_000, 40))
     console = plain_console()
-    display = Plain(console, Story(), clock=lambda: float(next(now)))
+    display = Plain(console, RunHistory(), clock=lambda: float(next(now)))
     display.event(Event("plan", 0, 0.0, fake_events.plan(steps=10_000)))
     for number in range(1, 8):
         display.event(fake_events.step(number, 1.0))
@@ -97,7 +96,7 @@ def test_slow_steps_are_each_told() -> None:
 
 def test_quiet_says_nothing() -> None:
     assert told(plain_console(), fake_events.whole_run(), quiet=True) == ""
-    assert isinstance(display_for(terminal(), quiet=True, story=Story()), Silent)
+    assert isinstance(display_for(terminal(), quiet=True, history=RunHistory()), Silent)
 
 
 def test_terminal_shows_plan_difference_and_answers() -> None:
@@ -141,7 +140,7 @@ def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
 
 def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
     console = terminal(120)
-    live = Live(console, Story())
+    live = Live(console, RunHistory())
     for event in list(fake_events.whole_run())[:17]:
         live.event(event)
     console.file = io.StringIO()
@@ -154,7 +153,7 @@ def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
 
 def test_progress_of_a_phase_is_a_bar() -> None:
     console = terminal(120)
-    live = Live(console, Story())
+    live = Live(console, RunHistory())
     live.progress("encode", 50, 200)
     console.print(live.moving())
     assert isinstance(console.file, io.StringIO)
@@ -174,8 +173,8 @@ def test_run_without_held_out_rows_is_shown() -> None:
 def test_resumed_run_keeps_what_it_had() -> None:
     """The final comparison needs the measure of the first session; a step told twice counts once."""
     events = list(fake_events.whole_run())
-    story = Story.of(events[:12])
-    with display_for(plain_console(), quiet=True, story=story) as display:
+    story = RunHistory.of(events[:12])
+    with display_for(plain_console(), quiet=True, history=story) as display:
         display.event(Event("resume", 2, 0.0, {"from_step": 2}))
         assert story.step == 2
         for event in events[10:]:
@@ -187,19 +186,19 @@ def test_resumed_run_keeps_what_it_had() -> None:
 
 def test_curve_ends_with_the_last_steps_own_weights() -> None:
     """The result is that of step 6, measured after step 12."""
-    story = Story()
+    story = RunHistory()
     for name, step, loss in (("before", 0, 3.5), ("step", 6, 2.0), ("step", 12, 2.4), ("after", 12, 2.0)):
-        story.hear(fake_events.evaluation(name, step, loss))
+        story.update(fake_events.evaluation(name, step, loss))
     assert story.curve == [3.5, 2.0, 2.4]
     assert story.after["loss"] == 2.0
 
 
 def test_time_left_follows_recent_steps() -> None:
-    story = Story()
+    story = RunHistory()
     assert story.seconds_left is None
-    story.hear(Event("plan", 0, 0.0, fake_events.plan(steps=100)))
+    story.update(Event("plan", 0, 0.0, fake_events.plan(steps=100)))
     for number in range(1, 51):
-        story.hear(fake_events.step(number, 1.0))
+        story.update(fake_events.step(number, 1.0))
     assert story.seconds_left == 100.0  # 50 steps of 2 s
 
 
@@ -209,7 +208,7 @@ def test_a_new_head_has_no_before() -> None:
     assert (
         lines[-1] == "held out at step 0: loss 3.5000 (60 rows, 1,234 targets; the head is new and answers at random)"
     )
-    story = Story.of(events[:3])
+    story = RunHistory.of(events[:3])
     assert (story.before, story.measures, story.curve) == ({}, {}, [3.5])
 
 
@@ -222,9 +221,9 @@ def test_measures_are_written_with_their_intervals() -> None:
 
 def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:
     before, after = ({"loss": fake_events.interval(x), "accuracy": fake_events.interval(x)} for x in (0.4, 0.6))
-    assert gist(before, after) == "accuracy 40.0% → 60.0%"
-    assert gist({"loss": before["loss"]}, after) == ""
-    assert gist({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0% (majority 58.0%)"
+    assert headline_metric(before, after) == "accuracy 40.0% → 60.0%"
+    assert headline_metric({"loss": before["loss"]}, after) == ""
+    assert headline_metric({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0% (majority 58.0%)"
 
 
 def test_a_plan_of_classes_counts_them_and_shows_no_tokens() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from evaluation.fake_runs import fake_run
 from tunesmith.cli.app import app
-from tunesmith.cli.panels import answers
+from tunesmith.cli.render import answers
 from tunesmith.evaluation import report
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event

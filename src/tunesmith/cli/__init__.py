@@ -9,7 +9,7 @@ def main() -> None:
     import sys
     import warnings
 
-    from tunesmith.cli.stopping import leave_at_once
+    from tunesmith.cli.signals import leave_at_once
     from tunesmith.cli.streams import closing_words, prepare_streams
 
     leave_at_once()

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import failing
+from tunesmith.cli import errors
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check
 from tunesmith.cli.compare import compare
@@ -27,7 +27,7 @@ from tunesmith.cli.runs import runs
 from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
-from tunesmith.cli.stopping import interruptible, was_interrupted
+from tunesmith.cli.signals import interruptible, was_interrupted
 from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 
@@ -64,8 +64,8 @@ class Verbs(TyperGroup):
             if _is_usage(error):
                 raise
             if was_interrupted() and not isinstance(error, TunesmithError):
-                raise typer.Exit(failing.report(KeyboardInterrupt())) from None
-            raise typer.Exit(failing.report(error, as_json=bool(ctx.meta.get("json")))) from None
+                raise typer.Exit(errors.report(KeyboardInterrupt())) from None
+            raise typer.Exit(errors.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
 
 def _suggest(error: Any, flags: set[str]) -> None:

@@ -48,7 +48,7 @@ def chat(
 
 
 def _note(text: str) -> None:
-    from tunesmith.cli.output import console
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
 
     console(stderr=True).print(visible(text), style="bright_black")

@@ -47,8 +47,8 @@ def check(
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
     from tunesmith.cli.checking import draw
-    from tunesmith.cli.output import console, json_line
-    from tunesmith.cli.progress import progress_bar
+    from tunesmith.cli.display import progress_bar
+    from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
 
     with progress_bar(console(stderr=True), "checking rows") as tick:

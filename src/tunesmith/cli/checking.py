@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.cli.failing import print_problems
-from tunesmith.cli.output import console
-from tunesmith.cli.panels import ACCENT, sample_row
-from tunesmith.cli.scores import MUTED
-from tunesmith.cli.text import percent, visible
+from tunesmith.cli.errors import print_problems
+from tunesmith.cli.render import ACCENT, MUTED, percent, sample_row, visible
+from tunesmith.cli.streams import console
 from tunesmith.formatting import plural
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,45 +42,72 @@ def compare(
     tunesmith compare last HuggingFaceTB/SmolLM2-135M-Instruct --data held-out.jsonl
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import json_line
+    from tunesmith.cli.streams import json_line
     from tunesmith.evaluation.compare import compare_answers, compare_rows
 
-    answers: list[list[dict[str, Any]]] = [[], []]
     bases = _bases(model or [], data, (a, b), root)
     if data is None:
-        rows: list[list[dict[str, Any]]] = [_kept(name, root) for name in (a, b)]
-        answers = [_kept_answers(name, root) for name in (a, b)]
-        baselines = [_kept_baseline(name, root) for name in (a, b)]
+        sides = [_kept(name, root) for name in (a, b)]
     else:
-        from tunesmith.cli.eval import measured
-
-        asked: dict[str, Any] = {
-            "root": root,
-            "base": False,
-            "task": _task_of(a, root) or _task_of(b, root),
-            "offline": offline,
-        }
-        rows = [[], []]
-        both = [
-            measured(name, data, samples=0, keep=lines.extend, model=base, **asked)
-            for name, base, lines in zip((a, b), bases, rows, strict=True)
-        ]
-        baselines = [{"measures": one.measures, "baseline": one.baseline} for one in both]
+        task = _task_of(a, root) or _task_of(b, root)
+        sides = [_measured(name, data, base, task, root, offline) for name, base in zip((a, b), bases, strict=True)]
     try:
-        found = compare_rows(*rows)
+        found = compare_rows(*(side.rows for side in sides))
     except InputError as error:
         raise InputError(f"{a} and {b}: {error} Or measure both now: tunesmith compare {a} {b} --data FILE") from error
-    num_answers, of_answers = compare_answers(*answers)
+    num_answers, of_answers = compare_answers(*(side.answers for side in sides))
     if as_json:
-        told = {"num": num_answers, "measures": _as_values(of_answers)}
-        beside = {side: one["baseline"] for side, one in zip("ab", baselines, strict=True)}
-        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), "baseline": beside, "answers": told})
+        values = {
+            "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
+            "answers": {"num": num_answers, "measures": _as_values(of_answers)},
+        }
+        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), **values})
     else:
-        _draw(found, a, b, num_answers, of_answers, baselines)
+        _print(found, (a, b), sides, num_answers, of_answers)
+
+
+@dataclass
+class _Side:
+    """One of the two evaluations."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
+
+
+def _kept(name: str, root: Path) -> _Side:
+    """The evaluation that a run made of its held-out rows when it ended."""
+    from tunesmith.evaluation.report.build import up_to_date
+    from tunesmith.runs.atomic import from_json
+    from tunesmith.runs.folder import Run
+
+    run = Run.open(name, root)
+    paths = [run.path / "evaluation" / f"{file}.jsonl" for file in ("after", "answers-after")]
+    if not paths[0].exists():
+        raise RunError(
+            f"{run.path}: it has not measured held-out rows: no {paths[0].name} in its folder evaluation. Compare on a "
+            "file with --data FILE, or continue it with `tunesmith resume`."
+        )
+    lines = [[from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else [] for path in paths]
+    if not run.report_path.exists():
+        return _Side(lines[0], lines[1])
+    report = up_to_date(run, run.read_json("report.json"))
+    return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
+
+
+def _measured(name: str, data: str, base: str | None, task: str | None, root: Path, offline: bool) -> _Side:
+    from tunesmith.cli.eval import measured
+
+    side = _Side()
+    options: dict[str, Any] = {"root": root, "base": False, "task": task, "model": base, "offline": offline}
+    found = measured(name, data, samples=0, keep=side.rows.extend, **options)
+    side.metrics, side.baseline = found.measures, found.baseline
+    return side
 
 
 def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
-    """Where the base of A and that of B are now. Raises InputError where nothing is loaded, or for a third one."""
+    """Places of the bases of A and B. Raises InputError where nothing is loaded, or for a third one."""
     from tunesmith.runs.folder import is_run
 
     if given and data is None:
@@ -91,44 +119,8 @@ def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: P
     return [left.pop(0) if is_one and left else None for is_one in runs]
 
 
-def _kept(name: str, root: Path) -> list[dict[str, Any]]:
-    """What the run found of its held-out rows when it had ended."""
-    from tunesmith.runs.atomic import from_json
-    from tunesmith.runs.folder import Run
-
-    run = Run.open(name, root)
-    path = run.path / "evaluation" / "after.jsonl"
-    if not path.exists():
-        raise RunError(
-            f"{run.path}: it has not measured held-out rows: no {path.name} in its folder evaluation. Compare on a "
-            "file with --data FILE, or go on with `tunesmith resume`."
-        )
-    return [from_json(line) for line in path.read_bytes().splitlines()]
-
-
-def _kept_answers(name: str, root: Path) -> list[dict[str, Any]]:
-    """The run's answers to held-out prompts with their scores; none where it gave none."""
-    from tunesmith.runs.atomic import from_json
-    from tunesmith.runs.folder import Run
-
-    path = Run.open(name, root).path / "evaluation" / "answers-after.jsonl"
-    return [from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
-def _kept_baseline(name: str, root: Path) -> dict[str, Any]:
-    """The measures of a run's held-out rows, and what a constant answer gets there; nothing where it has no report."""
-    from tunesmith.evaluation.report.build import up_to_date
-    from tunesmith.runs.folder import Run
-
-    run = Run.open(name, root)
-    if not run.report_path.exists():
-        return {"measures": {}, "baseline": None}
-    report = up_to_date(run, run.read_json("report.json"))
-    return {"measures": report["metrics"]["after"]["measures"], "baseline": report["baseline"]}
-
-
 def _task_of(name: str, root: Path) -> str | None:
-    """What a run was tuned for: a model beside it is asked for the same."""
+    """The task of a run: a model that it is compared with is measured on the same."""
     from tunesmith.runs.folder import Run, is_run
 
     return Run.open(name, root).recipe().task if is_run(name, root) else None
@@ -157,38 +149,36 @@ def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
     }
 
 
-def _draw(
+def _print(
     found: Comparison,
-    a: str,
-    b: str,
+    names: tuple[str, str],
+    sides: Sequence[_Side],
     num_answers: int,
     of_answers: Mapping[str, Difference],
-    baselines: Sequence[Mapping[str, Any]],
 ) -> None:
-    from tunesmith.cli.output import console
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
     from tunesmith.evaluation.verdicts import baseline_sentence, too_few
     from tunesmith.formatting import plural
 
-    screen = console()
-    unit = "document" if found.are_documents else "row"
-    only = [f"{num:,} only in {name}" for num, name in ((found.only_a, a), (found.only_b, b)) if num]
+    screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
+    only = [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     if not found.same_targets:
         still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
-        words = "loss, perplexity and tokens guessed right do not compare"
-        screen.print(f"the two cut the text into different tokens: {words}{still}")
+        words = "loss, perplexity and token accuracy do not compare"
+        screen.print(f"the two split the text into different tokens: {words}{still}")
     if found.loss_note:
         screen.print(found.loss_note)
-    _print_measures(screen, found.metrics, a, b)
-    for name, one in zip((a, b), baselines, strict=True):
-        if one["baseline"] is not None:
-            screen.print(visible(f"{name}: {baseline_sentence(one['measures'], one['baseline'])}"))
+    _print_metrics(screen, found.metrics, names)
+    for name, side in zip(names, sides, strict=True):
+        if side.baseline is not None:
+            screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
     for sentence in too_few(found.num_rows, unit):
         screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
-        _print_measures(screen, of_answers, a, b)
+        _print_metrics(screen, of_answers, names)
     screen.print(
         f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
         f"and as good on {found.num_ties:,}"
@@ -200,63 +190,44 @@ def _draw(
             screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
 
 
-def _print_measures(screen: Console, measures: Mapping[str, Difference], a: str, b: str) -> None:
+def _print_metrics(screen: Console, metrics: Mapping[str, Difference], names: tuple[str, str]) -> None:
+    from tunesmith.cli.render import comparison_table
+
     if screen.is_terminal:
-        screen.print(_table(measures, a, b))
+        screen.print(comparison_table(metrics, *names))
         return
-    for line in metric_lines(measures):
+    for line in difference_lines(metrics):
         screen.print(line)
 
 
-def metric_lines(measures: Mapping[str, Difference]) -> Iterator[str]:
-    """Each measure as a line: both values, and the paired interval of what lies between."""
+def difference_lines(metrics: Mapping[str, Difference]) -> Iterator[str]:
+    """Each metric as a line: both values, and the paired difference with its interval."""
     from tunesmith.evaluation.metrics import info_of
 
-    for key, differs in measures.items():
+    for key, differs in metrics.items():
         info = info_of(key)
-        sure = "" if differs.is_clear else ", may be chance"
-        between = info.difference(differs.b_minus_a)
-        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {between}{sure}"
-
-
-def _table(measures: Mapping[str, Difference], a: str, b: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    from tunesmith.cli.scores import BETTER, MUTED, WORSE
-    from tunesmith.cli.text import one_line
-    from tunesmith.evaluation.metrics import info_of
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False)
-    table.add_column("", style=MUTED, overflow="fold")
-    for name in (f"A: {one_line(a, 30)}", f"B: {one_line(b, 30)}", "B − A, 95 %"):
-        table.add_column(name, justify="right", overflow="fold")
-    for key, differs in measures.items():
-        info = info_of(key)
-        colour = {"better": BETTER, "worse": WORSE}.get(info.verdict(differs.as_change()), MUTED)
-        between = Text(info.difference(differs.b_minus_a), style=colour)
-        table.add_row(info.label, info.text(differs.a), info.text(differs.b), between)
-    return table
+        chance = "" if differs.is_clear else ", may be chance"
+        difference = info.difference(differs.b_minus_a)
+        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {difference}{chance}"
 
 
 def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What happened to one row: bad → good where good is right, or the loss of both."""
-    from tunesmith.cli.text import loss, one_line
+    """A row in both evaluations: bad → good, right is good; or the loss of both."""
+    from tunesmith.cli.render import loss, one_line
 
     text = one_line(str(now.get("text", "")), 60)
     if "label" in now:
-        told = f"{_named(was['predicted'])} → {_named(now['predicted'])}, right is {_named(now['label'])}"
+        words = f"{_named(was['predicted'])} → {_named(now['predicted'])}, right is {_named(now['label'])}"
     elif "value" in now:
-        told = f"{was['predicted']:g} → {now['predicted']:g}, right is {now['value']:g}"
+        words = f"{was['predicted']:g} → {now['predicted']:g}, right is {now['value']:g}"
     elif "tags" in now:
         hits = [
             sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True)) for row in (was, now)
         ]
-        told = f"{hits[0]} → {hits[1]} of {len(now['tags'])} words right"
+        words = f"{hits[0]} → {hits[1]} of {len(now['tags'])} words right"
     else:
-        told = f"loss {loss(was['loss'] / was['count'])} → {loss(now['loss'] / now['count'])}"
-    return f"{told}: {text}" if text else told
+        words = f"loss {loss(was['loss'] / was['count'])} → {loss(now['loss'] / now['count'])}"
+    return f"{words}: {text}" if text else words
 
 
 def _named(label: str | Sequence[str]) -> str:

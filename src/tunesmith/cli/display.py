@@ -1,114 +1,94 @@
-"""A run on the screen, drawn from its events: live on a terminal, plain lines elsewhere, or nothing."""
+"""The display of a run at work: live on a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+import rich.live
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
-from tunesmith.cli.scores import score_line, score_lines
-from tunesmith.cli.story import Story
-from tunesmith.cli.text import loss, option, size, visible
-from tunesmith.formatting import duration
+from tunesmith.cli.history import RunHistory
+from tunesmith.cli.render import (
+    ACCENT,
+    MUTED,
+    answers_table,
+    loss,
+    metric_line,
+    metric_lines,
+    option,
+    plan_facts,
+    plan_panel,
+    result,
+    sample_row,
+    size,
+    sparkline,
+    visible,
+)
+from tunesmith.cli.signals import stopping_on_signals
+from tunesmith.cli.streams import console, json_line
+from tunesmith.formatting import PHASES, command, duration
 from tunesmith.types import Event
 
-PHASES = {
-    "read": "reading rows",
-    "hash": "fingerprinting data",
-    "encode": "encoding rows",
-    "load": "loading the model",
-    "plan": "predicting memory and time",
-    "probe": "trying the heaviest step",
-    "evaluate": "measuring held-out rows",
-    "answer": "answering held-out prompts",
-    "check": "checking rows",
-    "general": "measuring general ability",
-    "report": "drawing the report",
-    "surprise": "looking for surprising training rows",
-    "download": "downloading the model",
-}
-"""Words for what the engine reports progress of; an unknown name is shown as it is."""
+if TYPE_CHECKING:
+    from tunesmith.runs.folder import Run
+    from tunesmith.training.trainer import Listener
+
 PLAIN_STEP_LINES = 50
-"""Most step lines of a plain log, beside one every PLAIN_SECONDS."""
+"""Most step lines of a plain log, besides one every PLAIN_SECONDS."""
 PLAIN_SECONDS = 30.0
+MOST_ANSWERS = 4
+REFRESH_PER_SECOND = 8
+MEASURED = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
 
 
-class Display(AbstractContextManager["Display"], Protocol):
-    """Hears everything that happens, in order."""
+class Silent(AbstractContextManager["Silent"]):
+    """Shows nothing. Displays derive from it: they get every event, progress and note, in order."""
 
-    def event(self, event: Event) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-    def say(self, text: str) -> None:
-        """A line to the person, above whatever is live."""
-        ...
-
-
-def display_for(console: Console, *, quiet: bool, story: Story) -> Display:
-    """The display that suits the console. `story` may already hold what an earlier part of the run told."""
-    if quiet:
-        return Silent(story)
-    if console.is_terminal:
-        from tunesmith.cli.live import Live  # drawing is not imported where nothing is drawn
-
-        return Live(console, story)
-    return Plain(console, story)
-
-
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """A plan as whole lines: facts, choices, notes."""
-    from tunesmith.cli.panels import plan_facts
-
-    lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
-    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan["choices"]]
-    return lines + [f"note: {text}" for text in plan.get("warnings", ())]
-
-
-class Silent:
-    """Nothing is shown."""
-
-    def __init__(self, story: Story) -> None:
-        self.story = story
-
-    def __enter__(self) -> Silent:
-        return self
+    def __init__(self, history: RunHistory) -> None:
+        self.history = history
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
 
     def event(self, event: Event) -> None:
-        self.story.hear(event)
+        self.history.update(event)
 
     def progress(self, what: str, done: int, total: int) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Show a line to the person, above whatever is live."""
 
 
 class Plain(Silent):
     """Whole lines, one a fact, that read well in a log."""
 
-    def __init__(self, console: Console, story: Story, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(story)
-        self.console = console
-        self.clock = clock
-        self.phase = ""
-        self.last_line = -PLAIN_SECONDS
+    def __init__(self, console: Console, history: RunHistory, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(history)
+        self.console, self.clock = console, clock
+        self.phase, self.last_line = "", -PLAIN_SECONDS
 
     def say(self, text: str) -> None:
         self.console.print(visible(text))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        now = self.clock()
+        now, words = self.clock(), PHASES.get(what, what)
         if what != self.phase:
-            self.phase = what
-            self.say(PHASES.get(what, what))
-            self.last_line = now
+            self.phase, self.last_line = what, now
+            self.say(words)
         elif now - self.last_line >= PLAIN_SECONDS and total:
-            self.say(f"{PHASES.get(what, what)}: {done / total:.0%}")
             self.last_line = now
+            self.say(f"{words}: {done / total:.0%}")
 
     def event(self, event: Event) -> None:
         super().event(event)
@@ -116,23 +96,27 @@ class Plain(Silent):
             self.say(line)
 
     def _lines(self, event: Event) -> list[str]:
-        words: dict[str, Callable[[], list[str]]] = {
-            "plan": self._plan_lines,
-            "evaluation": lambda: [f"held out at step {event.step}: {score_line(event, self.story)}"],
-            "answers": lambda: [f"answers at step {event.step}: {score_line(event)}"],
-            "general": lambda: [f"general ability at step {event.step}: {score_line(event)}"],
-            "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
-            "note": lambda: [f"note: {event.values['text']}"],
-            "resume": lambda: [f"resumed after step {event.step}"],
-            "end": self._end_lines,
-        }
-        return words.get(event.kind, list)()
-
-    def _plan_lines(self) -> list[str]:
-        return plan_lines(self.story.plan)
+        match event.kind:
+            case "plan":
+                return plan_lines(self.history.plan)
+            case "evaluation":
+                return [f"held out at step {event.step}: {metric_line(event, self.history)}"]
+            case "answers":
+                return [f"answers at step {event.step}: {metric_line(event)}"]
+            case "general":
+                return [f"general ability at step {event.step}: {metric_line(event)}"]
+            case "step":
+                return [self.step_line()] if self._step_is_due(event) else []
+            case "note":
+                return [f"note: {event.values['text']}"]
+            case "resume":
+                return [f"resumed after step {event.step}"]
+            case "end":
+                return self._end_lines()
+        return []
 
     def _step_is_due(self, event: Event) -> bool:
-        total, now = self.story.total_steps, self.clock()
+        total, now = self.history.total_steps, self.clock()
         regular = event.step in (1, total) or event.step % max(1, total // PLAIN_STEP_LINES) == 0
         if regular or now - self.last_line >= PLAIN_SECONDS:
             self.last_line = now
@@ -140,18 +124,229 @@ class Plain(Silent):
         return False
 
     def step_line(self) -> str:
-        story = self.story
-        left = story.seconds_left
+        history, left = self.history, self.history.seconds_left
         return (
-            f"step {story.step}/{story.total_steps}: loss {loss(story.last['loss'])}, rate {story.last['lr']:.3g}, "
-            f"{story.tokens_per_second:,.0f} tokens/s, {size(story.peak_bytes)}"
-            + (f", {duration(left)} left" if left is not None and story.step < story.total_steps else "")
+            f"step {history.step}/{history.total_steps}: loss {loss(history.last['loss'])}, "
+            f"rate {history.last['lr']:.3g}, {history.tokens_per_second:,.0f} tokens/s, {size(history.peak_bytes)}"
+            + (f", {duration(left)} left" if left is not None and history.step < history.total_steps else "")
         )
 
     def _end_lines(self) -> list[str]:
-        report = self.story.report
+        report = self.history.report
         if not report.get("headline") or report["metrics"]["after"] is None:
             return []
-        from tunesmith.evaluation.report.text import metric_lines, sides
+        return [" ".join(report["headline"]), *metric_lines(report)]
 
-        return [" ".join(report["headline"]), *score_lines(metric_lines(report), sides(report))]
+
+class Live(Silent):
+    """Prints what stays, and keeps what moves in a live area below it."""
+
+    def __init__(self, console: Console, history: RunHistory) -> None:
+        super().__init__(history)
+        self.console = console
+        self.phase: tuple[str, int, int] | None = None
+        self.area = rich.live.Live(
+            console=console, get_renderable=self.moving, refresh_per_second=REFRESH_PER_SECOND, transient=True
+        )
+
+    def __enter__(self) -> Live:
+        self.area.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.phase = None
+        self.area.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(visible(text), style=MUTED))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.phase = (what, done, total)
+
+    def event(self, event: Event) -> None:
+        super().event(event)
+        self.phase = None
+        values, console = event.values, self.console
+        if event.kind == "plan":
+            console.print(plan_panel(self.history.plan))
+            if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
+                console.print(sample_row([tuple(span) for span in values["sample"]]), "")
+            for text in values.get("warnings", ()):
+                self._note(text)
+        elif event.kind in MEASURED and values["name"] != "after":
+            when = "untouched model" if values["name"] == "before" else f"step {event.step}"
+            line = metric_line(event, self.history)
+            console.print(Text.assemble((f"{when}: ", "bold"), (MEASURED[event.kind], MUTED), line))
+        elif event.kind == "note":
+            self._note(values["text"])
+        elif event.kind == "resume":
+            console.print(Text(f"resumed after step {event.step} of {self.history.total_steps}", style=ACCENT))
+        elif event.kind == "end":
+            self._end()
+
+    def _note(self, text: str) -> None:
+        self.console.print(Text.assemble(("note: ", "yellow"), visible(text)))
+
+    def _end(self) -> None:
+        history = self.history
+        self.area.stop()
+        if history.report.get("headline") and history.report["metrics"]["after"] is not None:
+            self.console.print(result(history.report))
+        if history.samples:
+            self.console.print(answers_table(history.samples, width=self.console.width, most=MOST_ANSWERS))
+
+    def moving(self) -> RenderableType:
+        """The live area below the last printed line."""
+        parts: list[RenderableType] = []
+        if self.history.last:
+            parts += [self._bar(), self._curves()]
+        if self.phase:
+            parts.append(_phase(*self.phase))
+        elif not self.history.last:
+            parts.append(Spinner("dots", Text("getting ready", style=MUTED), style=ACCENT))
+        return Group(*parts)
+
+    def _bar(self) -> Table:
+        """Step, loss, learning rate, tokens/s, memory, time left."""
+        history, left = self.history, self.history.seconds_left
+        table = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=max(history.total_steps, 1), completed=history.step, width=24, complete_style=ACCENT)
+        facts = Text.assemble(
+            (f"loss {loss(history.last['loss'])}", "bold"),
+            (f"  rate {history.last['lr']:.2e}", MUTED),
+            f"  {history.tokens_per_second:,.0f} tokens/s",
+            (f"  {size(history.peak_bytes)}", MUTED),
+            f"  {duration(left)} left" if left is not None else "",
+        )
+        table.add_row(Text(f"step {history.step}/{history.total_steps}"), bar, facts)
+        return table
+
+    def _curves(self) -> Text:
+        text = Text("training ", style=MUTED)
+        text.append(sparkline(self.history.smoothed(), 24), style=ACCENT)
+        curve = self.history.curve
+        if len(curve) > 1:
+            text.append("   held out ", style=MUTED)
+            text.append(f"{loss(curve[0])} ")
+            text.append(sparkline(curve, 24), style="green")
+            text.append(f" {loss(curve[-1])}")
+        return text
+
+
+def _phase(what: str, done: int, total: int) -> RenderableType:
+    words = PHASES.get(what, what)
+    if total <= 1:
+        return Spinner("dots", Text(words, style=MUTED), style=ACCENT)
+    share = TextColumn("{task.percentage:.0f} %")
+    progress = Progress(TextColumn("{task.description}"), BarColumn(24), share)
+    progress.add_task(words, total=total, completed=done)
+    return progress.make_tasks_table(progress.tasks)
+
+
+def display_for(console: Console, *, quiet: bool, history: RunHistory) -> Silent:
+    """The display that suits the console. `history` may already hold an earlier part of the run."""
+    if quiet:
+        return Silent(history)
+    return Live(console, history) if console.is_terminal else Plain(console, history)
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """A plan as whole lines: facts, choices, notes."""
+    lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
+    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan["choices"]]
+    return lines + [f"note: {text}" for text in plan.get("warnings", ())]
+
+
+@contextmanager
+def progress_bar(screen: Console, words: str) -> Iterator[Callable[[int, int], None]]:
+    """The progress of one thing, on a terminal and nowhere else."""
+    with phases(screen, {words: words}) as progress:
+        yield lambda done, total: progress(words, done, total)
+
+
+@contextmanager
+def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar that moves from each phase to the next, on a terminal and nowhere else."""
+    if not screen.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:.0f} %")
+    with Progress(*columns, TimeRemainingColumn(), console=screen, transient=True) as progress:
+        bar = progress.add_task("")
+        now = ""
+
+        def tick(what: str, done: int, total: int) -> None:
+            nonlocal now
+            if what != now:
+                now = what
+                progress.reset(bar, description=words.get(what, what))
+            progress.update(bar, completed=done, total=total)
+
+        yield tick
+
+
+@dataclass
+class RunDisplay:
+    """The display of one run with its signals and last words, for `train` and `resume`."""
+
+    display: Silent
+    console: Console
+    history: RunHistory
+    should_stop: Callable[[], bool]
+    as_json: bool
+    quiet: bool
+    runs: list[Run]
+    """The run at work, once its folder is there."""
+
+    def listener(self) -> Listener:
+        from tunesmith.training.trainer import Listener
+
+        return Listener(self._on_event, self.display.progress, self.should_stop, self.runs.append)
+
+    def _on_event(self, event: Event) -> None:
+        if self.as_json:
+            json_line(asdict(event))
+        self.display.event(event)
+
+    def note(self, text: str) -> None:
+        """Print a note before the run begins."""
+        if not self.quiet:
+            self.console.print(visible(f"note: {text}"), style="bright_black")
+
+    def done(self, run: Run) -> None:
+        """Print where the result is and what to do with it, and make the exports of the recipe."""
+        from tunesmith.cli.export import make_planned
+        from tunesmith.tasks import TASKS
+
+        self.display.__exit__(None, None, None)
+        if self.as_json:
+            json_line({"kind": "result", "run": str(run.path), "report": str(run.report_path)})
+        elif self.quiet:
+            self.console.print(str(run.path))
+        else:
+            self.console.print(f"\nThe result is in {run.path}, its report in report.html. Next:\n")
+            for verb, *more in TASKS[self.history.plan["task"]].next_commands:
+                self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
+        make_planned(run, as_json=self.as_json)
+
+
+@contextmanager
+def run_display(*, as_json: bool, quiet: bool, earlier: Iterable[Event] = ()) -> Iterator[RunDisplay]:
+    """A display for one run; `earlier` are the events of a run that is resumed."""
+    history = RunHistory.of(earlier)
+    history.started = False
+    screen = console(stderr=as_json)
+    display = display_for(screen, quiet=quiet, history=history)
+    runs: list[Run] = []
+
+    def leave() -> None:
+        screen.show_cursor(True)
+        for run in runs:
+            words = f"\nstopped at once; continue from its last checkpoint with: {command('resume', run.path)}\n"
+            os.write(2, words.encode("utf-8", "backslashreplace"))  # the display may be in the middle of a line
+
+    with (
+        display,
+        stopping_on_signals(has_begun=lambda: history.started, say=display.say, at_once=leave) as should_stop,
+    ):
+        yield RunDisplay(display, screen, history, should_stop, as_json, quiet, runs)

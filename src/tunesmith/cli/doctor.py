@@ -28,7 +28,7 @@ def doctor(as_json: Json = False) -> None:
 
     tunesmith doctor --json
     """
-    from tunesmith.cli.output import console, json_page
+    from tunesmith.cli.streams import console, json_page
     from tunesmith.environment import installing
 
     found = findings()
@@ -51,7 +51,7 @@ def findings() -> dict[str, Any]:
 
     import torch
 
-    from tunesmith.cli.text import size
+    from tunesmith.cli.render import size
     from tunesmith.models.machine import choose_device, choose_precision
     from tunesmith.training.summary import versions
 

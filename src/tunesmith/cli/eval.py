@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def evaluate(
     tunesmith eval HuggingFaceTB/SmolLM2-135M-Instruct held-out.jsonl --samples 8 --json
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import json_line
+    from tunesmith.cli.streams import json_line
     from tunesmith.runs.atomic import to_json, writing
 
     def keep(lines: Iterator[dict[str, Any]]) -> None:
@@ -51,8 +50,8 @@ def evaluate(
             with writing(out) as file:
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
-    asked: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
-    found = measured(target, data, samples=samples, keep=keep, **asked)
+    options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
+    found = measured(target, data, samples=samples, keep=keep, **options)
     if as_json:
         values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
         values |= {"measures": found.measures, "baseline": found.baseline, "headline": found.headline}
@@ -74,37 +73,34 @@ def measured(
     offline: bool,
     keep: Callable[[Iterator[dict[str, Any]]], None],
 ) -> Evaluation:
-    """The evaluation of what RUN|MODEL names, with its progress and notes on stderr; `keep` is given its lines."""
-    from tunesmith.cli.display import PHASES
-    from tunesmith.cli.output import console
-    from tunesmith.cli.progress import phases
-    from tunesmith.cli.text import visible
-
-    with importing():
-        from tunesmith.inference.load import load_any
-        from tunesmith.inference.measure import evaluate_file
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows."""
+    from tunesmith.cli.display import phases
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
+    from tunesmith.formatting import PHASES
+    from tunesmith.inference.load import load_any
+    from tunesmith.inference.measure import evaluate_file
 
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        speaker = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
-        found = evaluate_file(speaker, data, samples=samples, keep=keep, on_progress=progress)
-    for note in filter(None, [speaker.note, *found.notes]):
+        loaded = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
+        found = evaluate_file(loaded, data, samples=samples, keep=keep, on_progress=progress)
+    for note in filter(None, [loaded.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found
 
 
 def _draw(found: Evaluation, out: Path | None) -> None:
-    from tunesmith.cli.output import console
-    from tunesmith.cli.scores import measures_table, with_bounds
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import metrics_table, visible, with_bounds
+    from tunesmith.cli.streams import console
     from tunesmith.evaluation.metrics import info_of
     from tunesmith.formatting import plural
 
     screen = console()
-    title = f"{found.task}: {plural(found.num_rows, 'row')}; beside each value its 95 % interval"
+    title = f"{found.task}: {plural(found.num_rows, 'row')}; each value with its 95 % interval"
     if screen.is_terminal:
-        screen.print(measures_table(found.measures, title=title))
+        screen.print(metrics_table(found.measures, title=title))
     else:
         screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
         for key, interval in found.measures.items():

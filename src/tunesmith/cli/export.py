@@ -63,8 +63,8 @@ def export(
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import console
-    from tunesmith.cli.progress import phases
+    from tunesmith.cli.display import phases
+    from tunesmith.cli.streams import console
     from tunesmith.export.exporting import export_run
     from tunesmith.export.options import Options
     from tunesmith.runs.folder import Run
@@ -80,8 +80,8 @@ def export(
 
 def make_planned(run: Run, *, as_json: bool) -> None:
     """The exports that a finished run's recipe asks for, each told when it is there."""
-    from tunesmith.cli.output import console
-    from tunesmith.cli.progress import phases
+    from tunesmith.cli.display import phases
+    from tunesmith.cli.streams import console
     from tunesmith.export.planned import export_planned
 
     for word in run.recipe().export.to:
@@ -93,7 +93,7 @@ def make_planned(run: Run, *, as_json: bool) -> None:
 def _tell(done: Exported, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from tunesmith.cli.output import json_line
+    from tunesmith.cli.streams import json_line
 
     if not as_json:
         _draw(done)
@@ -104,8 +104,8 @@ def _tell(done: Exported, *, as_json: bool) -> None:
 
 
 def _draw(done: Exported) -> None:
-    from tunesmith.cli.output import console
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
     from tunesmith.export.card import proof_lines
 
     screen = console()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.cli.text import size
-from tunesmith.formatting import duration, plural, span
+from tunesmith.formatting import duration, plural, size, span
 from tunesmith.training.probing.found import usual
 
 Facts = list[tuple[str, str]]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.cli.output import console, json_line
+from tunesmith.cli.render import visible
 from tunesmith.cli.serving import Access, check_extra, refuse_open_door
-from tunesmith.cli.text import visible
+from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def _print(start: Start, program: str, *, has_key: bool, as_json: bool) -> None:
 
 
 def _export(start: Start, *, offline: bool) -> None:
+    from tunesmith.cli.display import phases
     from tunesmith.cli.export import PHASES
-    from tunesmith.cli.progress import phases
     from tunesmith.export.exporting import export_run
 
     for need in start.needs:

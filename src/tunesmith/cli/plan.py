@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
     BatchSize,
     Data,
@@ -73,7 +72,7 @@ def plan(
     settings = [*(settings or []), "memory=warn"]
     found = chosen("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
 
-    from tunesmith.cli.output import console, json_line
+    from tunesmith.cli.streams import console, json_line
 
     values, fits = _foresee(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody
@@ -88,15 +87,13 @@ def plan(
 def _foresee(
     recipe: Recipe, root: Path, *, offline: bool, device: str | None, probe: bool
 ) -> tuple[dict[str, Any], bool]:
-    from tunesmith.cli.display import PHASES
-    from tunesmith.cli.output import console
-    from tunesmith.cli.progress import phases
+    from tunesmith.cli.display import phases
+    from tunesmith.cli.streams import console
 
-    with phases(console(stderr=True), PHASES) as tick:
-        with importing():
-            from tunesmith.planning.devices import named
-            from tunesmith.training.resolve import foresee
-            from tunesmith.training.summary import foreseen_values
+    with phases(console(stderr=True)) as tick:
+        from tunesmith.planning.devices import named
+        from tunesmith.training.resolve import foresee
+        from tunesmith.training.summary import foreseen_values
 
         card = named(device) if device else None
         seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
@@ -114,7 +111,7 @@ def _foresee(
 
 def _small_disk(forecast: Any, root: Path) -> str:
     """What to say where the disk has less room than the run takes; empty: it has enough."""
-    from tunesmith.cli.text import size
+    from tunesmith.cli.render import size
     from tunesmith.training.disk import free_bytes
 
     needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
@@ -126,7 +123,7 @@ def _small_disk(forecast: Any, root: Path) -> str:
 
 def _why_not(seen: Any, *, fits: bool) -> str:
     """Why a plan for this machine is not tried; empty: it is."""
-    from tunesmith.cli.text import size
+    from tunesmith.cli.render import size
     from tunesmith.models.folder import weight_files
 
     if not fits:
@@ -148,8 +145,7 @@ def _probe(seen: Any, values: Mapping[str, Any], root: Path, *, offline: bool, t
 
 def _draw(screen: Console, values: Mapping[str, Any]) -> None:
     from tunesmith.cli.display import plan_lines
-    from tunesmith.cli.panels import plan_panel
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import plan_panel, visible
 
     if screen.is_terminal:
         screen.print(plan_panel(values))

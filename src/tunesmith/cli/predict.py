@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.importing import importing
 from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
 from tunesmith.errors import InputError, Stopped
 
@@ -60,8 +59,8 @@ def predict(
     """
     remember_json(ctx, as_json)
     _refuse_mixed(data, text, pair, keep)
-    from tunesmith.cli.output import console
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
 
     screen = console(stderr=True)
 
@@ -97,9 +96,8 @@ def _columns(words: Sequence[str]) -> list[str]:
 def _predictor(
     target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
 ) -> Predictor:
-    with importing():
-        from tunesmith.inference.load import load_any
-        from tunesmith.inference.predict import Predictor
+    from tunesmith.inference.load import load_any
+    from tunesmith.inference.predict import Predictor
 
     speaker = load_any(target, **asked)
     if speaker.note:
@@ -113,7 +111,7 @@ def _predictor(
 
 
 def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
-    from tunesmith.cli.output import data_line
+    from tunesmith.cli.streams import data_line
     from tunesmith.inference.predict import predict_list
     from tunesmith.inference.rows import record_of
     from tunesmith.tasks import TASKS
@@ -129,8 +127,8 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
 def _file(
     predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
 ) -> Counts:
-    from tunesmith.cli.output import console, data_line
-    from tunesmith.cli.progress import progress_bar
+    from tunesmith.cli.display import progress_bar
+    from tunesmith.cli.streams import console, data_line
     from tunesmith.inference.predict import predict_stream, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
@@ -151,7 +149,7 @@ def _file(
 
 def _tell(tally: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
     """Counts, and what a person should know; exit code 2 if no row could be answered."""
-    from tunesmith.cli.output import json_line
+    from tunesmith.cli.streams import json_line
     from tunesmith.formatting import plural
 
     for note in tally.notes():

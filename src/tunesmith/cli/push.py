@@ -33,10 +33,10 @@ def push(
     remember_json(ctx, as_json)
     from dataclasses import asdict
 
+    from tunesmith.cli.display import phases
     from tunesmith.cli.export import PHASES
-    from tunesmith.cli.output import console, json_line
-    from tunesmith.cli.progress import phases
-    from tunesmith.cli.text import size
+    from tunesmith.cli.render import size
+    from tunesmith.cli.streams import console, json_line
     from tunesmith.export.exporting import default_folder, export_run
     from tunesmith.export.pushing import push as upload
     from tunesmith.formatting import plural

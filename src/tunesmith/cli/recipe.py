@@ -22,7 +22,7 @@ def recipe(
     from tunesmith.recipe import docs, load
 
     if schema:
-        from tunesmith.cli.output import json_page
+        from tunesmith.cli.streams import json_page
 
         typer.echo(json_page(docs.schema()))
     elif markdown:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import typer
 
-from tunesmith.cli.importing import importing
 from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, RunName, Settings, remember_json
 from tunesmith.errors import RunError
 
@@ -28,7 +27,7 @@ def resume(
     tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.running import watched
+    from tunesmith.cli.display import run_display
     from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
@@ -36,7 +35,7 @@ def resume(
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
         earlier = []
-    with watched(as_json=as_json, quiet=quiet, earlier=earlier) as watch:
-        with importing():
-            from tunesmith.training import trainer as training
+    with run_display(as_json=as_json, quiet=quiet, earlier=earlier) as watch:
+        from tunesmith.training import trainer as training
+
         watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))

@@ -29,7 +29,7 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
     tunesmith runs --runs experiments
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import console, json_page
+    from tunesmith.cli.streams import console, json_page
     from tunesmith.runs import folder as run_folder
 
     rows = sorted((facts(run) for run in run_folder.runs(root)), key=lambda row: -row["created"])
@@ -48,31 +48,30 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
 
 def facts(run: Run) -> dict[str, Any]:
     """One run in plain values; one that cannot be read says why instead of hiding the others."""
-    from tunesmith.cli.story import Story
+    from tunesmith.cli.history import RunHistory
     from tunesmith.errors import TunesmithError
 
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
-        recipe, story = run.recipe(), Story.of(run.events())
+        recipe, history = run.recipe(), RunHistory.of(run.events())
         return known | {
             "created": run.created,
             "state": run.state(),
             "model": recipe.model,
             "task": recipe.task,
             "method": recipe.method.name,
-            "step": story.step,
-            "steps": story.total_steps,
-            "before": story.before.get("loss"),
-            "after": story.after.get("loss", story.curve[-1] if len(story.curve) > 1 else None),
-            "measures": story.measures,
+            "step": history.step,
+            "steps": history.total_steps,
+            "before": history.before.get("loss"),
+            "after": history.after.get("loss", history.curve[-1] if len(history.curve) > 1 else None),
+            "measures": history.measures,
         }
     except TunesmithError as error:
         return known | {"problem": str(error)}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    from tunesmith.cli.scores import gist
-    from tunesmith.cli.text import age, loss, visible
+    from tunesmith.cli.render import age, headline_metric, loss, visible
 
     if "problem" in row:
         return [row["name"], row["state"], visible(row["problem"]), "", "", "", "", "", ""]
@@ -84,16 +83,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["method"],
         f"{row['step']}/{row['steps']}",
         f"{loss(row['before'])} → {loss(row['after'])}",
-        gist(row["measures"].get("before", {}), row["measures"].get("after", {})),
+        headline_metric(row["measures"].get("before", {}), row["measures"].get("after", {})),
         age(time.time() - row["created"]),
     ]
 
 
 def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:
-    """As many columns as there is room for; what makes a run unreadable stands below."""
+    """As many columns as fit; below them why a run cannot be read."""
     from rich.measure import Measurement
 
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
 
     shown = list(COLUMNS)
     anything = screen.options.update(width=100_000)

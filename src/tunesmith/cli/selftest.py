@@ -29,7 +29,7 @@ def selftest(
     tunesmith selftest sentence-transformers/all-MiniLM-L6-v2 --set task=tag
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import console, json_line
+    from tunesmith.cli.streams import console, json_line
 
     chosen = recipe_of(target, settings or [], root=root)
     screen = console(stderr=as_json)

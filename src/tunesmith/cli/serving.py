@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tunesmith.cli.output import console, json_line
-from tunesmith.cli.stopping import stopping_on_signals
-from tunesmith.cli.text import one_line, visible
+from tunesmith.cli.render import one_line, visible
+from tunesmith.cli.signals import stopping_on_signals
+from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import installing
 from tunesmith.errors import InputError
 from tunesmith.formatting import plural

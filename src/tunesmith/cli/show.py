@@ -17,7 +17,7 @@ MOST_ANSWERS = 16
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.cli.story import Story
+    from tunesmith.cli.history import RunHistory
     from tunesmith.runs.folder import Run
 
 
@@ -27,9 +27,9 @@ def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), a
     tunesmith show last
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.output import console, json_page
+    from tunesmith.cli.history import RunHistory
     from tunesmith.cli.runs import facts
-    from tunesmith.cli.story import Story
+    from tunesmith.cli.streams import console, json_page
     from tunesmith.runs.folder import Run
 
     found = Run.open(run, root)
@@ -38,11 +38,11 @@ def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), a
         return
     screen = console()
     _head(screen, found)
-    story = Story.of(found.events())
+    history = RunHistory.of(found.events())
     report = _report(found)
-    if story.plan:
-        _plan(screen, story, report)
-    _measures(screen, story, report)
+    if history.plan:
+        _plan(screen, history, report)
+    _measures(screen, history, report)
     _tail(screen, found)
 
 
@@ -56,18 +56,17 @@ def _report(run: Run) -> dict[str, Any] | None:
 
 
 def _head(screen: Console, run: Run) -> None:
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
 
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
     screen.print(f"{visible(str(run.path))}: {run.state()}, made {made}")
 
 
-def _plan(screen: Console, story: Story, report: Mapping[str, Any] | None) -> None:
-    """What was planned; of a finished run what it took instead of what was predicted."""
-    from tunesmith.cli.panels import plan_facts, plan_panel
-    from tunesmith.cli.text import visible
+def _plan(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
+    """The plan; of a finished run with the time and memory it took instead of the forecast."""
+    from tunesmith.cli.render import plan_facts, plan_panel, visible
 
-    plan = story.plan if report is None else {**story.plan, "forecast": None, "took": took(report)}
+    plan = history.plan if report is None else {**history.plan, "forecast": None, "took": took(report)}
     if screen.is_terminal:
         screen.print(plan_panel(plan))
         return
@@ -77,7 +76,7 @@ def _plan(screen: Console, story: Story, report: Mapping[str, Any] | None) -> No
 
 def took(report: Mapping[str, Any]) -> str:
     """The time and memory that a finished run took."""
-    from tunesmith.cli.text import size
+    from tunesmith.cli.render import size
     from tunesmith.formatting import duration
 
     parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
@@ -85,32 +84,32 @@ def took(report: Mapping[str, Any]) -> str:
     return f"{', '.join(spans)}; at most {size(report['peak_memory_bytes'])} of memory"
 
 
-def _measures(screen: Console, story: Story, report: Mapping[str, Any] | None) -> None:
-    from tunesmith.cli.panels import answers, scores
-    from tunesmith.cli.text import loss, sparkline
+def _measures(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
+    from tunesmith.cli.render import answers_table, loss, result, sparkline
     from tunesmith.formatting import plural
 
-    if story.losses:
-        first, last = story.losses[min(story.losses)], story.losses[max(story.losses)]
+    if history.losses:
+        first, last = history.losses[min(history.losses)], history.losses[max(history.losses)]
         screen.print(
-            f"training loss {loss(first)} {sparkline(story.smoothed())} {loss(last)}, {plural(story.step, 'step')}"
+            f"training loss {loss(first)} {sparkline(history.smoothed())} {loss(last)}, {plural(history.step, 'step')}"
         )
-    if len(story.curve) > 1:
-        kept = story.report.get("kept", {}).get("step", story.step)
-        aside = "" if kept == story.step else f", kept: step {kept:,}"
-        screen.print(f"held-out loss {loss(story.curve[0])} {sparkline(story.curve)} {loss(story.curve[-1])}{aside}")
+    if len(history.curve) > 1:
+        kept = history.report.get("kept", {}).get("step", history.step)
+        aside = "" if kept == history.step else f", kept: step {kept:,}"
+        screen.print(
+            f"held-out loss {loss(history.curve[0])} {sparkline(history.curve)} {loss(history.curve[-1])}{aside}"
+        )
     if report is not None and report["metrics"]["after"] is not None:
-        screen.print(scores(report))
-    if story.samples:
-        samples = [story.samples[index] for index in sorted(story.samples)]
-        if len(samples) > MOST_ANSWERS:
-            screen.print(f"{MOST_ANSWERS} of {len(samples):,} answers; the report has all")
-        screen.print(answers(samples, width=min(screen.width, 120), most=MOST_ANSWERS))
+        screen.print(result(report))
+    if history.samples:
+        if len(history.samples) > MOST_ANSWERS:
+            screen.print(f"{MOST_ANSWERS} of {len(history.samples):,} answers; the report has all")
+        screen.print(answers_table(history.samples, width=min(screen.width, 120), most=MOST_ANSWERS))
 
 
 def _tail(screen: Console, run: Run) -> None:
-    """What went wrong, if anything did, and what can be done next."""
-    from tunesmith.cli.text import visible
+    """The error, if there was one, and what to do next."""
+    from tunesmith.cli.render import visible
     from tunesmith.formatting import command
 
     last = None

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.cli.output import console, json_line, refuse_lost
-from tunesmith.cli.stopping import forget_interrupt
-from tunesmith.cli.text import visible
+from tunesmith.cli.render import visible
+from tunesmith.cli.signals import forget_interrupt
+from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
 from tunesmith.formatting import command, plural
 from tunesmith.inference import load as loading

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.importing import importing
 from tunesmith.cli.options import (
     BatchSize,
     Data,
@@ -75,11 +74,11 @@ def train(
 
 
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
-    from tunesmith.cli.running import watched
+    from tunesmith.cli.display import run_display
 
-    with watched(as_json=as_json, quiet=quiet) as watch:
-        with importing():
-            from tunesmith.training import trainer as training
+    with run_display(as_json=as_json, quiet=quiet) as watch:
+        from tunesmith.training import trainer as training
+
         if recipe.export.to:
             from tunesmith.export.planned import check_planned
 

@@ -11,23 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from tunesmith.errors import RunError
+from tunesmith.formatting import PHASES
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
-
-WORDS = {
-    "download": "downloading the model",
-    "load": "loading the model",
-    "encode": "encoding rows",
-    "plan": "planning",
-    "probe": "trying steps",
-    "train": "training",
-    "evaluate": "measuring",
-    "general": "measuring general ability",
-    "answer": "answering prompts",
-    "tuned": "reading the tuned model",
-    "surprise": "looking for surprising training rows",
-    "report": "writing the report",
-}
 
 
 def is_wanted() -> bool:
@@ -51,7 +37,7 @@ class ProgressLine:
         if what != self._phase or self._bar is None:
             self.close()
             self._phase = what
-            self._bar = self.make(total=total, desc=WORDS.get(what, what), leave=False)
+            self._bar = self.make(total=total, desc=PHASES.get(what, what), leave=False)
         if total != self._bar.total:
             self._bar.total = total
         self._bar.update(done - self._bar.n)

@@ -1,4 +1,4 @@
-"""What a run's events have told so far: the one thing that every display and `show` draw from."""
+"""A run's events so far: what every display, `runs` and `show` draw from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
 
 RECENT_STEPS = 20
-"""Steps that the time left is estimated from."""
+"""Newest steps, from which the time left is estimated."""
 
 
 @dataclass
-class Story:
-    """Updated by `hear`, one event at a time. A resumed run tells some of it again: the later telling counts."""
+class RunHistory:
+    """The state of a run after its events so far. A resumed run repeats some of them: the later event counts."""
 
     plan: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -30,7 +30,7 @@ class Story:
     before: Mapping[str, Any] = field(default_factory=dict)
     after: Mapping[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    """"before" and "after" → every measure of rows, answers and general text, in the order they were told."""
+    """"before" and "after" → every metric of rows, answers and general text, in the order of the events."""
     held_out: dict[int, float] = field(default_factory=dict)
     """Step → held-out loss."""
     losses: dict[int, float] = field(default_factory=dict)
@@ -41,28 +41,28 @@ class Story:
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> Story:
-        story = cls()
+    def of(cls, events: Iterable[Event]) -> RunHistory:
+        history = cls()
         for event in events:
-            story.hear(event)
-        return story
+            history.update(event)
+        return history
 
-    def hear(self, event: Event) -> None:
+    def update(self, event: Event) -> None:
         values = event.values
         if event.kind in ("start", "resume"):
             self.started = True
             self.step = event.step
         elif event.kind == "plan":
-            # What is predicted does not repeat bit for bit: it rests on what the machine has free at the moment.
+            # A forecast does not repeat bit for bit: it depends on the memory that is free at the moment.
             self.plan = {**values, "forecast": event.timing.get("forecast")}
         elif event.kind == "evaluation" and values["name"] == "before" and self.has_new_head:
-            self.held_out[event.step] = values["loss"]  # what random numbers answer is no "before"
+            self.held_out[event.step] = values["loss"]  # random answers are no "before"
         elif event.kind in ("evaluation", "answers", "general"):
             self.measures.setdefault(values["name"], {}).update(measures_of(event))
             if event.kind == "evaluation":
-                self._hear_evaluation(event)
+                self._add_evaluation(event)
         elif event.kind == "step":
-            self._hear_step(event)
+            self._add_step(event)
         elif event.kind == "sample":
             answer = values["answer"] if values.get("stopped", True) else values["answer"].rstrip() + " …"
             sample = self.samples.setdefault(values["index"], {})
@@ -70,8 +70,8 @@ class Story:
         elif event.kind == "end":
             self.report = values.get("report", {})
 
-    def _hear_evaluation(self, event: Event) -> None:
-        # Beside the last step's own evaluation, "after" may be that of an earlier step's weights: the best.
+    def _add_evaluation(self, event: Event) -> None:
+        # "after" may be the evaluation of an earlier step's weights, the best; the last step then has its own.
         if event.values["name"] != "after" or event.step not in self.held_out:
             self.held_out[event.step] = event.values["loss"]
         if event.values["name"] == "before":
@@ -79,7 +79,7 @@ class Story:
         elif event.values["name"] == "after":
             self.after = event.values
 
-    def _hear_step(self, event: Event) -> None:
+    def _add_step(self, event: Event) -> None:
         self.step, self.last, self.timing = event.step, event.values, event.timing
         self.losses[event.step] = event.values["loss"]
         self._seconds.append(event.timing.get("seconds", 0.0))
@@ -99,7 +99,7 @@ class Story:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of training, by the mean of the newest steps; None before the first."""
+        """Seconds of training left, by the mean of the newest steps; None before the first."""
         if not self._seconds or not self.total_steps:
             return None
         return sum(self._seconds) / len(self._seconds) * (self.total_steps - self.step)
@@ -110,15 +110,15 @@ class Story:
         return [self.held_out[step] for step in sorted(self.held_out)]
 
     def smoothed(self, width: int = 24) -> list[float]:
-        """Training losses as `width` means of equal stretches, for a curve of few characters."""
+        """Training losses as `width` means of equal parts, for a curve of few characters."""
         losses = [self.losses[step] for step in sorted(self.losses)]
-        stretch = max(1, -(-len(losses) // width))
-        parts = [losses[i : i + stretch] for i in range(0, len(losses), stretch)]
+        part_size = max(1, -(-len(losses) // width))
+        parts = [losses[i : i + part_size] for i in range(0, len(losses), part_size)]
         return [sum(part) / len(part) for part in parts]
 
 
 def measures_of(event: Event) -> dict[str, Interval]:
-    """The measures by their keys in METRICS that an "evaluation", "answers" or "general" event tells."""
+    """The metrics of an "evaluation", "answers" or "general" event, by their keys in METRICS."""
     if event.kind == "general":
         return {"general_loss": alone(event.values["loss"])}
     loss = {"loss": alone(event.values["loss"])} if event.kind == "evaluation" else {}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tunesmith import formatting as values
-from tunesmith.cli import text
+from tunesmith.cli import render
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ from tunesmith.cli import text
     ],
 )
 def test_control_characters_are_spelled_out(given: str, shown: str) -> None:
-    assert text.visible(given) == shown
-    assert text.visible(shown) == shown
+    assert render.visible(given) == shown
+    assert render.visible(shown) == shown
 
 
 def test_one_line_is_cut_with_an_ellipsis() -> None:
-    assert text.one_line("a\n  b\tc", 10) == "a b c"
-    assert text.one_line("0123456789abc", 10) == "012345678…"
+    assert render.one_line("a\n  b\tc", 10) == "a b c"
+    assert render.one_line("0123456789abc", 10) == "012345678…"
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_durations(seconds: float, shown: str) -> None:
     ],
 )
 def test_counts(number: float, shown: str) -> None:
-    assert text.count(number) == shown
+    assert render.count(number) == shown
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "shown"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (2.5 * 2**30, "2.5 GiB")]
 )
 def test_sizes(num_bytes: float, shown: str) -> None:
-    assert text.size(num_bytes) == shown
+    assert render.size(num_bytes) == shown
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_sizes(num_bytes: float, shown: str) -> None:
     [(3, "just now"), (60, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"), (900_000, "10 days ago")],
 )
 def test_ages(seconds: float, shown: str) -> None:
-    assert text.age(seconds) == shown
+    assert render.age(seconds) == shown
 
 
 def test_sparkline_spans_lowest_to_highest() -> None:
-    assert text.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert text.sparkline([5.0, 5.0]) == "▄▄"
-    assert text.sparkline([]) == ""
-    assert text.sparkline([1.0, math.nan, 2.0]) == "▁ █"
-    assert text.sparkline(list(range(100)), width=3) == "▁▅█"
+    assert render.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert render.sparkline([5.0, 5.0]) == "▄▄"
+    assert render.sparkline([]) == ""
+    assert render.sparkline([1.0, math.nan, 2.0]) == "▁ █"
+    assert render.sparkline(list(range(100)), width=3) == "▁▅█"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_sparkline_spans_lowest_to_highest() -> None:
     ],
 )
 def test_options_as_they_would_be_written(value: object, shown: str) -> None:
-    assert text.option(value) == shown
+    assert render.option(value) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An error as one clean block on stderr and an exit code; no traceback unless TUNESMITH_DEBUG=1 asks for it."""
+"""Errors as one block on stderr and an exit code; no traceback unless TUNESMITH_DEBUG=1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.stopping import INTERRUPTED
+from tunesmith.cli.signals import INTERRUPTED
 from tunesmith.errors import DataError, Stopped, TunesmithError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error, file=sys.stderr)
     if as_json and not isinstance(error, KeyboardInterrupt):
-        from tunesmith.cli.output import json_line
+        from tunesmith.cli.streams import json_line
 
         json_line(as_values(error))
     if isinstance(error, KeyboardInterrupt):
@@ -123,7 +123,7 @@ def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
 def _print(text: str, *, style: str, stderr: bool = True) -> None:
     from rich.text import Text
 
-    from tunesmith.cli.output import console
-    from tunesmith.cli.text import visible
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
 
     console(stderr=stderr).print(Text(visible(text), style=style), soft_wrap=True)

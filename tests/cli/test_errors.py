@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from tunesmith import errors
-from tunesmith.cli import failing, stopping
+from tunesmith.cli import errors as cli_errors
+from tunesmith.cli import signals
 from tunesmith.cli.app import Verbs
 from tunesmith.types import Problem, Source
 
@@ -114,18 +115,18 @@ def test_machines_are_told_every_problem() -> None:
 
 
 def test_escapes_in_messages_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
-    failing.report(errors.InputError("file \x1b[31m.jsonl"))
+    cli_errors.report(errors.InputError("file \x1b[31m.jsonl"))
     assert capsys.readouterr().err == "error: file \\x1b[31m.jsonl\n"
 
 
 def test_long_messages_stay_on_one_line_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    failing.report(errors.InputError("word " * 200 + "end"))
+    cli_errors.report(errors.InputError("word " * 200 + "end"))
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory.", "DefaultCPUAllocator: not enough memory: you tried"])
 def test_out_of_memory_names_the_way_out(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    failing.report(MemoryError(text))
+    cli_errors.report(MemoryError(text))
     assert "train.tokens_per_pass" in capsys.readouterr().err
 
 
@@ -142,7 +143,7 @@ def test_out_of_memory_names_the_way_out(text: str, capsys: pytest.CaptureFixtur
 def test_failed_allocations_of_others_are_told_as_the_end_of_memory(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.report(error)
+    cli_errors.report(error)
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: ")
     assert "fault in tunesmith" not in said
@@ -157,7 +158,7 @@ def test_an_interrupt_that_a_library_swallowed_is_still_one() -> None:
     @app.command()
     def imports() -> None:
         with contextlib.suppress(KeyboardInterrupt):
-            stopping._interrupt(2, None)
+            signals._interrupt(2, None)
         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.")
 
     result = CliRunner().invoke(app, ["imports"])
@@ -166,7 +167,7 @@ def test_an_interrupt_that_a_library_swallowed_is_still_one() -> None:
 
 
 def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert failing.report(KeyError("weights")) == 1
+    assert cli_errors.report(KeyError("weights")) == 1
     said = capsys.readouterr().err
     assert "KeyError: 'weights'" in said
     assert "TUNESMITH_DEBUG=1" in said
@@ -178,7 +179,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     try:
         raise errors.InputError("no")
     except errors.InputError as error:
-        failing.report(error)
+        cli_errors.report(error)
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -192,7 +193,7 @@ def stoppable() -> Start:
     def start(has_begun: str) -> subprocess.Popen[str]:
         code = f"""
 import time
-from tunesmith.cli.stopping import stopping_on_signals
+from tunesmith.cli.signals import stopping_on_signals
 say = lambda text: print(text, flush=True)
 with stopping_on_signals(has_begun=lambda: {has_begun}, say=say, at_once=lambda: say('at once')) as should_stop:
     say('ready')

@@ -1,0 +1,329 @@
+"""Values as text, and parts of the screen: each a function from values to something that rich can print."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith import formatting
+from tunesmith.cli.forecasts import forecast_facts, probe_facts
+from tunesmith.cli.history import RunHistory, measures_of
+from tunesmith.evaluation.metrics import VERDICTS, info_of
+from tunesmith.formatting import plural
+from tunesmith.types import Event
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.bootstrap import Interval
+    from tunesmith.evaluation.compare import Difference
+
+size = formatting.size
+_BARS = "▁▂▃▄▅▆▇█"
+ACCENT, MUTED, TRAINED = "cyan", "bright_black", "bold green"
+BETTER, WORSE = "green", "red"
+COLOURS = {"better": BETTER, "worse": WORSE}
+MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
+LIST_METRICS = ("accuracy", "macro_f1", "micro_f1", "span_f1", "spearman", "rougeL", "token_accuracy")
+"""A list of runs shows the first of these that was measured."""
+MOST_LABELS = 12
+"""Classes named in the plan."""
+MOST_GIVEN = 12
+"""Options of the person named in the plan."""
+MAX_SPAN = 600
+"""Most characters shown of one span of the sample row."""
+
+# Everything that a terminal acts on instead of showing: C0 but tab and newline, DEL, C1, and marks of direction.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with every control character spelled out, so that no row of data can drive the terminal."""
+    return _CONTROLS.sub(_spelled, text)
+
+
+def _spelled(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def one_line(text: str, width: int) -> str:
+    """The text on one line, at most `width` characters."""
+    flat = " ".join(visible(text).split())
+    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"
+
+
+def count(number: float) -> str:
+    """A large number: 134.5 M."""
+    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= divisor * 10 or (number >= divisor and unit != "k"):
+            return f"{number / divisor:.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            number = int(seconds // length)
+            return f"{number} {unit}{'s' if number > 1 else ''} ago"
+    return "just now"
+
+
+def loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.1f} %"
+
+
+def option(value: Any) -> str:
+    """The value of an option as text, without control characters."""
+    return visible(formatting.option(value))
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Values as bars, lowest to highest of those shown; the newest `width` of them. Not finite: a gap."""
+    shown = list(values)[-width:]
+    finite = [value for value in shown if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    top = len(_BARS) - 1
+
+    def bar(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        return _BARS[round((value - low) / span * top)] if span else _BARS[top // 2]
+
+    return "".join(map(bar, shown))
+
+
+def metric_line(event: Event, history: RunHistory | None = None) -> str:
+    """An "evaluation", "answers" or "general" event in one line; of a new head before its training the loss alone."""
+    values = event.values
+    if history is not None and history.has_new_head and values["name"] == "before":
+        loss = info_of("loss").text(values["loss"])
+        return f"loss {loss} ({_counts(event)}; the head is new and answers at random)"
+    shown = [
+        f"{info_of(key).label.removeprefix('held-out ')} {info_of(key).text(interval['value'])}"
+        for key, interval in measures_of(event).items()
+    ]
+    return f"{', '.join(shown)} ({_counts(event)})"
+
+
+def _counts(event: Event) -> str:
+    if event.kind == "answers":
+        return plural(event.values["num"], "answer")
+    return f"{event.values['tokens']:,} tokens" if event.kind == "general" else rows_and_targets(event.values)
+
+
+def rows_and_targets(values: Mapping[str, Any]) -> str:
+    """The size of an evaluation: 60 rows, 1,234 targets; or 9 documents in 60 windows, 1,234 targets."""
+    rows = plural(values["rows"], "row")
+    if "documents" in values:
+        rows = f"{plural(values['documents'], 'document')} in {plural(values['rows'], 'window')}"
+    return rows if values["targets"] == values["rows"] else f"{rows}, {values['targets']:,.0f} targets"
+
+
+def with_bounds(key: str, interval: Interval) -> str:
+    """A value and its 95 % interval: 71.2% (69.0–73.1)."""
+    info = info_of(key)
+    value, ends = info.text(interval["value"]), info.bounds(interval)
+    return f"{value} ({ends})" if ends else value
+
+
+def _table(title: str, *, columns: Sequence[str] = ()) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, show_header=bool(columns))
+    table.title, table.title_style, table.title_justify = title or None, MUTED, "left"
+    table.add_column("", style=MUTED, overflow="fold")
+    for name in columns or [""]:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def metrics_table(metrics: Mapping[str, Interval], *, title: str) -> Table:
+    """A row for each metric of one model."""
+    table = _table(title)
+    for key, interval in metrics.items():
+        info = info_of(key)
+        table.add_row(info.label, _value(info.text(interval["value"]), info.bounds(interval), "bold"))
+    return table
+
+
+def comparison_table(metrics: Mapping[str, Difference], a: str, b: str) -> Table:
+    """A row for each metric of two evaluations, and the paired difference."""
+    table = _table("", columns=(f"A: {one_line(a, 30)}", f"B: {one_line(b, 30)}", "B − A, 95 %"))
+    for key, differs in metrics.items():
+        info = info_of(key)
+        colour = COLOURS.get(info.verdict(differs.as_change()), MUTED)
+        table.add_row(
+            info.label, info.text(differs.a), info.text(differs.b), Text(info.difference(differs.b_minus_a), colour)
+        )
+    return table
+
+
+def _result_table(report: Mapping[str, Any], title: str) -> Table:
+    """A row for each metric of a report: its comparison, if any, the result, and the paired change."""
+    from tunesmith.evaluation.report import text
+
+    columns = text.sides(report)
+    table = _table(title, columns=[*filter(None, columns), *(["difference"] if columns[0] else [])])
+    for line in text.metric_lines(report):
+        other, after = _value(line.other, line.other_bounds, ""), _value(line.after, line.after_bounds, "bold")
+        words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
+        change = Text(words, style=COLOURS.get(line.verdict, MUTED))
+        table.add_row(line.label, *((other, after, change) if columns[0] else (after,)))
+    return table
+
+
+def _value(value: str, ends: str, style: str) -> Text:
+    text = Text(value, style=style)
+    return text.append(f" {ends}", style=f"not bold {MUTED}") if ends else text
+
+
+def metric_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """The metrics of a report as whole lines."""
+    from tunesmith.evaluation.report import text
+
+    columns = text.sides(report)
+    for line in text.metric_lines(report):
+        after = text.with_bounds(line.after, line.after_bounds)
+        if not columns[0] or line.other == "–":
+            yield f"{line.label}: {after}"
+            continue
+        other = text.with_bounds(line.other, line.other_bounds)
+        words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
+        yield f"{line.label}: {columns[0]} {other}, {columns[1]} {after}" + (f"; difference {words}" if words else "")
+
+
+def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
+    """The most important metric, before and after, or with that of the majority baseline; "" if there is none."""
+    key = next((key for key in LIST_METRICS if key in after and (key in before or not before)), None)
+    if key is None:
+        return ""
+    info = info_of(key)
+    if key in before:
+        return f"{info.label} {info.text(before[key]['value'])} → {info.text(after[key]['value'])}"
+    usual = after.get("majority") if key == "accuracy" else None
+    baseline = f" (majority {info.text(usual['value'])})" if usual else ""
+    return f"{info.label} {info.text(after[key]['value'])}{baseline}"
+
+
+def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
+    """Facts of the plan, then each choice that was made for the person."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style=MUTED, no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in plan_facts(plan):
+        facts.add_row(name, Text(text))
+    parts: list[RenderableType] = [facts]
+    if plan.get("choices"):
+        parts += [Text(), choices_table(plan["choices"])]
+    return Panel(Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT, padding=(1, 2))
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of the facts of a plan besides its choices."""
+    rows, trained, total = plan["rows"], plan["trained_parameters"], plan["total_parameters"]
+    share = f"{count(trained)} weights are trained ({percent(trained / total)})" if trained else "adapted"
+    held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
+    skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
+    padded = ""
+    if "padding" in plan:
+        padded = f", {percent(plan['padding'])} of what is computed is padding" if plan["padding"] else ", no padding"
+    facts = [
+        ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
+        ("task", f"{plan['task']}, by {plan['method']}: {share}"),
+        ("rows", held_out + skipped),
+        ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
+    ]
+    if plan.get("given"):
+        facts.append(("given", given_options(plan["given"])))
+    if plan.get("labels"):
+        facts.append(("labels", label_counts(plan["labels"])))
+    if plan.get("windows"):
+        facts.append(("windows", visible(str(plan["windows"]))))
+    if plan.get("device"):
+        facts.append(("runs on", f"{plan['device']} in {plan.get('precision', '')}".removesuffix(" in ")))
+    if plan.get("took"):
+        facts.append(("took", plan["took"]))
+    if plan.get("forecast"):
+        facts += forecast_facts(plan["forecast"], plan.get("probe"))
+    if plan.get("probe"):
+        found = probe_facts(plan["probe"], plan.get("forecast"), plan["tokens_per_step"])
+        facts += [(f"measured {name}", text) for name, text in found]
+    return [fact for fact in facts if fact[1]]
+
+
+def given_options(given: Mapping[str, Any]) -> str:
+    """The options that a person set: optim.lr 0.0001, train.epochs 2."""
+    shown = [f"{key} {one_line(option(value), 40)}" for key, value in list(given.items())[:MOST_GIVEN]]
+    more = [f"{len(given) - MOST_GIVEN} more"] if len(given) > MOST_GIVEN else []
+    return ", ".join([*shown, *more])
+
+
+def label_counts(rows_of: Mapping[str, int]) -> str:
+    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
+    by_size = sorted(rows_of.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{one_line(name, 40)} {rows:,}" for name, rows in by_size[:MOST_LABELS])
+    more = f", … and {len(by_size) - MOST_LABELS} more" if len(by_size) > MOST_LABELS else ""
+    return f"{plural(len(rows_of), 'class')}: {shown}{more}"
+
+
+def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED, show_header=True, pad_edge=False)
+    table.add_column("chosen for you", style=ACCENT, no_wrap=True)
+    table.add_column("", max_width=36)
+    table.add_column("because", style=MUTED, overflow="fold")
+    for choice in choices:
+        table.add_row(choice["key"], Text(option(choice["value"])), Text(visible(choice["reason"])))
+    return table
+
+
+def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
+    """One row of tokens, its targets coloured."""
+    text = Text("one row of your data: ", style=MUTED)
+    text.append("what is learnt", style=TRAINED)
+    text.append(" and what is only read\n", style=MUTED)
+    for piece, trained in spans:
+        shown = visible(piece)
+        if len(shown) > MAX_SPAN:
+            shown = f"{shown[: MAX_SPAN // 2]} … {shown[-MAX_SPAN // 2 :]}"
+        text.append(shown, style=TRAINED if trained else "default")
+    return text
+
+
+def result(report: Mapping[str, Any]) -> RenderableType:
+    """The result of a run in a sentence or two, and a table of its metrics."""
+    title = f"held out: {rows_and_targets(report['metrics']['after'])}; each value with its 95 % interval"
+    headline = Text(visible(" ".join(report["headline"])))
+    return Group(headline, Text(), _result_table(report, title))
+
+
+def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
+    """Held-out prompts, their reference answers and the two answers to each, side by side."""
+    from tunesmith.evaluation.report.text import mark
+
+    table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
+    table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT)
+    table.add_column("reference", ratio=2, overflow="fold")
+    table.add_column("before", ratio=3, overflow="fold")
+    table.add_column("after", ratio=3, overflow="fold", style=TRAINED)
+    longest = 44 if width < 100 else 110
+    for index in sorted(samples)[:most]:
+        sample = samples[index]
+        reference = sample.get("reference", "")
+        cells = [Text(one_line(sample.get(key, ""), longest) or "(nothing)") for key in ("prompt", "reference")]
+        for when in ("before", "after"):
+            answer = one_line(sample.get(when, ""), longest) or "(nothing)"
+            cells.append(Text.assemble(MARKS[mark(sample.get(when, ""), reference)], answer))
+        table.add_row(*cells)
+    return table
