@@ -114,6 +114,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads() -> tuple[int, str]:
+    """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted), "OMP_NUM_THREADS is set"
+    num = cores()
+    return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
+
+
 _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>[^\"']+)[\"']")
 
 

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from tunesmith import errors
 from tunesmith.cli import errors as cli_errors
 from tunesmith.cli import signals
-from tunesmith.cli.app import Verbs
+from tunesmith.cli.app import Commands
 from tunesmith.types import Problem, Source
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
 def failing_app(error: BaseException) -> typer.Typer:
-    app = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
     @app.callback()
     def about() -> None: ...
@@ -150,7 +150,7 @@ def test_failed_allocations_of_others_are_told_as_the_end_of_memory(
 
 
 def test_an_interrupt_that_a_library_swallowed_is_still_one() -> None:
-    app = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
     @app.callback()
     def about() -> None: ...

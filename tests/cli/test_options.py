@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
 from tunesmith.cli.doctor import EXTRAS
-from tunesmith.cli.options import OPTIONS, data_file, given
+from tunesmith.cli.options import OPTIONS, data_file, to_overrides
 from tunesmith.recipe import load
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import is_run
@@ -36,7 +36,7 @@ def test_a_file_whose_whole_name_exists_wins(tmp_path: Path) -> None:
 
 
 def test_words_of_the_command_line_become_recipe_keys() -> None:
-    words = given(
+    words = to_overrides(
         {
             "model": 'quo"te: [#👍]',
             "data.train": [{"path": "a b.jsonl", "weight": 2.0}],

@@ -1,4 +1,4 @@
-"""The app: its verbs, and the one place where errors end."""
+"""The app: its commands, and the one place where errors are caught."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 
 
-class Verb(TyperCommand):
-    """One verb. Its help has no type after a flag, which takes no value; of an unknown option it says what is meant."""
+class Command(TyperCommand):
+    """One command. Its help shows no type after a flag; an unknown option gets a suggestion."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
@@ -51,8 +51,8 @@ class Verb(TyperCommand):
             raise
 
 
-class Verbs(TyperGroup):
-    """Every verb's errors become one block of text and an exit code."""
+class Commands(TyperGroup):
+    """Turns the errors of every command into one block of text and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -88,13 +88,13 @@ def _suggest(error: Any, flags: set[str]) -> None:
 
 
 def _is_usage(error: BaseException) -> bool:
-    """Whether the words of the command line were wrong: typer says so itself, with the verb's usage."""
+    """Whether the command line is wrong: typer reports it itself, with the usage of the command."""
     return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
 
 
 app = typer.Typer(
     name="tunesmith",
-    cls=Verbs,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -131,6 +131,6 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "More": (selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
-for group, verbs in GROUPS.items():
-    for verb in verbs:
-        app.command(NAMES.get(verb), cls=Verb, rich_help_panel=group)(verb)
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(NAMES.get(command), cls=Command, rich_help_panel=group)(command)

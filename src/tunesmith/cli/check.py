@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import TASKS, Json, Offline, Settings, files, given, remember_json
+from tunesmith.cli.options import Json, Offline, Settings, files, remember_json, to_overrides
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def check(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Also check tokens: lengths, template."),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Task to learn (default: detected from DATA).")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: Settings = None,
     offline: Offline = False,
@@ -42,7 +44,7 @@ def check(
     from tunesmith.recipe import load
 
     explicit = {"model": model, "data.train": files(data), "data.eval": files(eval_), "task": task}
-    chosen = load.load(str(recipe) if recipe else None, [*given(explicit), *(settings or [])])
+    chosen = load.load(str(recipe) if recipe else None, [*to_overrides(explicit), *(settings or [])])
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 

@@ -26,16 +26,18 @@ def compare(
     ctx: typer.Context,
     a: Target,
     b: Target,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Measure both on these rows now.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Evaluate both on this data file first.")
+    ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="With --data: where the model of the runs is now; twice: of each."),
+        typer.Option(metavar="PATH", help="With --data: place of the base of the runs; give it twice for one each."),
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Put two runs side by side on the rows they share: measures, what differs beyond chance, rows that flipped.
+    """Compare two runs on the rows they share: metrics, clear differences, and rows that one gets right.
 
     tunesmith compare support-3f2a support-77b0
 

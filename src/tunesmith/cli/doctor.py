@@ -20,11 +20,11 @@ EXTRAS = {
     "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),
     "onnx": ("onnxscript onnxruntime", "exports to ONNX"),
 }
-"""Extra → its modules, what it brings."""
+"""Extra → its modules and its use."""
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine offers: versions, device, precision, threads, disk, extras.
+    """Show versions, device, precision, threads, disk space and installed extras of this machine.
 
     tunesmith doctor --json
     """
@@ -45,25 +45,25 @@ def doctor(as_json: Json = False) -> None:
 
 
 def findings() -> dict[str, Any]:
-    """What a training on this machine would rest on."""
+    """Versions, and the device, precision and threads of a training on this machine."""
     import shutil
     from importlib.util import find_spec
 
-    import torch
-
-    from tunesmith.cli.render import size
+    from tunesmith.environment import default_threads
+    from tunesmith.formatting import size
     from tunesmith.models.machine import choose_device, choose_precision
     from tunesmith.training.summary import versions
 
     device = choose_device("auto")
     precision = choose_precision("auto", device.value)
+    threads, why = default_threads()
     return {
         **versions(),
         "interpreter": sys.executable,
         "platform": platform.platform(),
         "device": f"{device.value}: {device.reason}",
         "precision": f"{precision.value}: {precision.reason}",
-        "threads": torch.get_num_threads(),
+        "threads": f"{threads}: {why}",
         "disk free": size(shutil.disk_usage(".").free),
         "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }

@@ -18,24 +18,22 @@ if TYPE_CHECKING:
 def evaluate(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file of answered rows.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data file with labels or answers.")],
     task: TaskOf = None,
     base: Base = False,
     model: BaseAt = None,
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Have this many prompts answered, and the answers measured. [50 for chat, generate, summarize]"
-        ),
+        typer.Option(min=0, help="Prompts to answer and score (default: 50 for tasks that write answers)."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a JSON line a row: its loss, and what was answered.")
+        Path | None, typer.Option(metavar="FILE", help="Write a JSON line a row with its loss and prediction.")
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on rows of your own: the measures of its task, with their 95 % intervals.
+    """Evaluate a model on a data file: the metrics of its task, with 95 % intervals.
 
     tunesmith eval last later.csv
 

@@ -1,21 +1,19 @@
-"""Arguments that several verbs share, and how they become a recipe."""
+"""Options that several commands share, and the recipe that they make."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.types import TaskName
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
-
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 Root = Annotated[
     Path,
@@ -27,31 +25,29 @@ RunName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything for people on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
-Base = Annotated[bool, typer.Option("--base", help="Ask the untouched model of the run.")]
+Base = Annotated[bool, typer.Option("--base", help="Use the untouched base of the run.")]
 BaseAt = Annotated[
     str | None,
-    typer.Option("--model", metavar="PATH", help="Where the model of the run is now, if it was moved."),
+    typer.Option("--model", metavar="PATH", help="Place of the run's base model, if it was moved."),
 ]
-TaskOf = Annotated[
-    str | None, typer.Option("--task", metavar="|".join(TASKS), help="What to ask of a MODEL; a run knows.")
-]
+TaskOf = Annotated[str | None, typer.Option("--task", metavar="TASK", help="Task of a MODEL; a run has its own.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A recipe key, dotted: method.rank=8. May be given many times."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),
 ]
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")]
 Data = Annotated[
     list[str] | None,
-    typer.Argument(metavar="DATA", help="Files of rows. [bold]a.jsonl:2[/]: each row twice an epoch."),
+    typer.Argument(metavar="DATA", help="Data files. [bold]a.jsonl:2[/]: each row twice an epoch."),
 ]
 Eval = Annotated[
     list[str] | None,
-    typer.Option("--eval", metavar="DATA", help="Held-out rows; without, a part of DATA: data.held_out."),
+    typer.Option("--eval", metavar="DATA", help="Held-out rows (default: a part of DATA, see data.held_out)."),
 ]
-Task = Annotated[str | None, typer.Option(metavar="auto|" + "|".join(TASKS), help="What is learnt.")]
+Task = Annotated[str | None, typer.Option(metavar="TASK", help="Task to learn (default: detected from DATA).")]
 MethodName = Annotated[
-    str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="How weights change.")
+    str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="Training method.")
 ]
 Rate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate: optim.lr.")]
 Epochs = Annotated[
@@ -66,11 +62,11 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Measure only the loss of held-out rows: evaluation.samples=0, .general=false, .surprising=0.",
+        help="Measure nothing but held-out rows: evaluation.samples=0, .general=false, .surprising=0.",
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe; other options count more.")
+    Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe file; options on the command line override it.")
 ]
 
 OPTIONS = {
@@ -96,17 +92,19 @@ def data_file(text: str) -> dict[str, Any]:
     return {"path": match["path"], "weight": float(match["weight"])}
 
 
-def given(values: Mapping[str, Any]) -> list[str]:
-    """Settings that were given on the command line, as `key=value` in the form `--set` takes.
+def to_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Options of the command line as `key=value` in the form of `--set`.
 
-    Values are JSON, which a recipe reads as it reads YAML. None and empty lists were not given.
+    Values are JSON, which a recipe reads as YAML. None and empty lists are left out.
     """
     from tunesmith.runs.atomic import to_json
 
-    return [f"{key}={to_json(value).decode()}" for key, value in values.items() if value not in (None, [])]
+    given = {key: value for key, value in values.items() if value not in (None, [])}
+    whole = {key: int(value) for key, value in given.items() if isinstance(value, float) and value.is_integer()}
+    return [f"{key}={to_json(value).decode()}" for key, value in {**given, **whole}.items()]
 
 
-def chosen(
+def build_recipe(
     verb: str,
     model: str | None,
     data: Sequence[str] | None,
@@ -117,7 +115,7 @@ def chosen(
     settings: Sequence[str] | None,
     fast: bool = False,
 ) -> Recipe:
-    """The recipe that a command line means: a file, and what was given with it, of which `settings` count most.
+    """The recipe of a command line: a file, overridden by options, overridden by `settings`.
 
     Raises InputError without a model or rows, and where an option and a setting name one key.
     """
@@ -125,12 +123,17 @@ def chosen(
 
     _refuse_twice(words, settings or ())
     explicit = {"model": model, "data.train": files(data), "data.eval": files(held_out), **words}
-    found = load.load(str(recipe) if recipe else None, [*given(explicit), *(FAST if fast else ()), *(settings or ())])
+    overrides = [*to_overrides(explicit), *(FAST if fast else ()), *(settings or ())]
+    try:
+        found = load.load(str(recipe) if recipe else None, overrides)
+    except RecipeError as error:  # an option is named as it was typed
+        message = str(error)
+        for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
+            message = message.replace(f"--set: {key}: ", f"{OPTIONS[key]}: ")
+        raise RecipeError(message) from error
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
-        raise InputError(
-            f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe that has it."
-        )
+        raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
     return found
 
 
@@ -143,14 +146,15 @@ def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:
 
 def as_task(name: str | None) -> TaskName | None:
     """The task of that name. Raises InputError where there is none."""
-    found = next((task for task in TASKS if task == name), None)
-    if name is not None and found is None:
+    from tunesmith.tasks import TASKS
+
+    if name is not None and name not in TASKS:
         raise InputError(f"--task: {name}: there is no such task. One of {', '.join(TASKS)}.")
-    return found
+    return name
 
 
 def remember_json(ctx: typer.Context, as_json: bool) -> None:
-    """Errors are told to machines too where a machine is listening."""
+    """Report errors as JSON too, if --json is given."""
     ctx.find_root().meta["json"] = as_json
 
 

@@ -24,7 +24,7 @@ from tunesmith.cli.options import (
     Root,
     Settings,
     Task,
-    chosen,
+    build_recipe,
     remember_json,
 )
 from tunesmith.errors import InputError
@@ -70,7 +70,7 @@ def plan(
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
-    found = chosen("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    found = build_recipe("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
 
     from tunesmith.cli.streams import console, json_line
 

@@ -21,29 +21,30 @@ def predict(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     data: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="Rows, answered or not; - reads the standard input.")
+        str | None,
+        typer.Argument(metavar="FILE", help="Data file, with or without answers; - reads the standard input."),
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this one text.")] = None,
-    pair: Annotated[str | None, typer.Option(metavar="TEXT", help="The second text beside --text.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Predict this one text.")] = None,
+    pair: Annotated[str | None, typer.Option(metavar="TEXT", help="Second text of a pair, with --text.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write here, and go on with what is there of an earlier call.")
+        Path | None, typer.Option(metavar="FILE", help="Output file; an interrupted call continues in FILE.part.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --out anew.")] = False,
-    bare: Annotated[bool, typer.Option("--bare", help="Leave the input out of the lines.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --out from the beginning.")] = False,
+    bare: Annotated[bool, typer.Option("--bare", help="Write predictions without their input.")] = False,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMN[,COLUMN]", help="Write these columns beside the answer, such as an id."),
+        typer.Option(metavar="COLUMN[,COLUMN]", help="Columns of the data to copy into the output, such as an id."),
     ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Where any number of classes can hold: those above this probability [0.5]. Of two classes: the second "
-            "by order from this probability on.",
+            help="Least probability of a class where a row has any number of them (default: 0.5), or of the second of "
+            "two classes.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
     base: Base = False,
     model: BaseAt = None,
     task: TaskOf = None,
@@ -51,7 +52,7 @@ def predict(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Answer rows: one JSON line each with label and probabilities, tags, a number, or text.
+    """Predict rows: one JSON line each, with label and probabilities, tags, a number, or text.
 
     tunesmith predict last unlabelled.csv --out labelled.jsonl
 
@@ -67,18 +68,18 @@ def predict(
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    asked = {"root": root, "base": base, "model": model, "task": as_task(task), "offline": offline}
-    predictor = _predictor(target, threshold, max_new_tokens, say, asked)
+    options = {"root": root, "base": base, "model": model, "task": as_task(task), "offline": offline}
+    predictor = _predictor(target, threshold, max_new_tokens, say, options)
     if text is not None:
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        tally = _file(predictor, data, out, say, {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite})
-        _tell(tally, out, say, as_json=as_json)
+        counts = _file(predictor, data, out, say, {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite})
+        _summarize(counts, out, say, as_json=as_json)
 
 
 def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Sequence[str] | None) -> None:
-    """Raise InputError for what a FILE and --text do not share."""
+    """Raise InputError for options of a FILE with --text, and the reverse."""
     if (text is None) == (data is None):
         raise InputError("predict: give one of FILE and --text.")
     if keep and text is not None:
@@ -88,21 +89,21 @@ def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Se
 
 
 def _columns(words: Sequence[str]) -> list[str]:
-    """Each column once; the reference is kept anyway."""
+    """Each column once, without the reference, which is kept anyway."""
     names = dict.fromkeys(name.strip() for word in words for name in word.split(","))
     return [name for name in names if name not in ("", "reference")]
 
 
 def _predictor(
-    target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], asked: dict[str, Any]
+    target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], options: dict[str, Any]
 ) -> Predictor:
     from tunesmith.inference.load import load_any
     from tunesmith.inference.predict import Predictor
 
-    speaker = load_any(target, **asked)
-    if speaker.note:
-        say(f"note: {speaker.note}")
-    predictor = Predictor(speaker, max_new_tokens, threshold)
+    loaded = load_any(target, **options)
+    if loaded.note:
+        say(f"note: {loaded.note}")
+    predictor = Predictor(loaded, max_new_tokens, threshold)
     if predictor.is_many:
         say(f"a class holds where its probability is above {predictor.holds_above:g} (--threshold)")
     elif threshold is not None:
@@ -136,7 +137,7 @@ def _file(
             try:
                 return predict_to(out, predictor, data, progress=progress, say=say, **options)
             except KeyboardInterrupt:
-                raise Stopped(f"{out}: stopped; the same command goes on with it") from None
+                raise Stopped(f"{out}: stopped; the same command continues it") from None
 
         def write(lines: Any) -> None:
             for line in lines:
@@ -147,21 +148,21 @@ def _file(
         )
 
 
-def _tell(tally: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
-    """Counts, and what a person should know; exit code 2 if no row could be answered."""
+def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
+    """Print counts and warnings; exit code 2 if no row could be answered."""
     from tunesmith.cli.streams import json_line
     from tunesmith.formatting import plural
 
-    for note in tally.notes():
+    for note in counts.notes():
         say(f"note: {note}")
     if out is not None and as_json:
-        json_line({"kind": "result", "out": str(out), "answered": tally.answered, "errors": tally.errors})
-    done = plural(tally.answered, "row") + " answered" + (f", in {out}" if out is not None else "")
-    if tally.errors:
-        done += f"; {plural(tally.errors, 'row')} could not be, and {'says' if tally.errors == 1 else 'say'} why"
+        json_line({"kind": "result", "out": str(out), "answered": counts.answered, "errors": counts.errors})
+    done = plural(counts.answered, "row") + " answered" + (f", in {out}" if out is not None else "")
+    if counts.errors:
+        done += f"; {plural(counts.errors, 'row')} could not be, and {'says' if counts.errors == 1 else 'say'} why"
     say(done)
-    if not tally.answered:
-        reasons = [problem for problem in tally.first.values() if problem.severity == "error"]
+    if not counts.answered:
+        reasons = [problem for problem in counts.first.values() if problem.severity == "error"]
         raise InputError(
             f"no row could be answered. The first: {reasons[0]}" if reasons else "no row could be answered."
         )

@@ -20,7 +20,7 @@ def resume(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a run that was stopped, failed or killed, as if it had never stopped.
+    """Continue a run that was stopped, failed or killed, with the same result as if it had not been.
 
     tunesmith resume runs/support-3f2a
 

@@ -24,7 +24,7 @@ COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "
 
 
 def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -> None:
-    """List runs, newest first: how far each came and what it gained.
+    """List runs, newest first, with their state and metrics.
 
     tunesmith runs --runs experiments
     """

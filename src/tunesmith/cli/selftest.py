@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, Settings, given, remember_json
+from tunesmith.cli.options import Json, Offline, Root, Settings, remember_json, to_overrides
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -22,7 +22,7 @@ def selftest(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Prove on your own model that packing, templates, passes and resume change nothing.
+    """Check on your own model that packing, templates, micro-batches and resuming change no result.
 
     tunesmith selftest HuggingFaceTB/SmolLM2-135M-Instruct
 
@@ -31,19 +31,19 @@ def selftest(
     remember_json(ctx, as_json)
     from tunesmith.cli.streams import console, json_line
 
-    chosen = recipe_of(target, settings or [], root=root)
+    recipe = recipe_of(target, settings or [], root=root)
     screen = console(stderr=as_json)
     from tunesmith.formatting import plural
     from tunesmith.training import selftest as proofs
 
     failed = 0
-    for proof in proofs.selftest(chosen, offline=offline):
+    for proof in proofs.selftest(recipe, offline=offline):
         failed += not proof.passed
         if as_json:
             json_line(asdict(proof))
         screen.print(f"{'✓' if proof.passed else '✗'} {proof.name}: {proof.found}", style="" if proof.passed else "red")
     if failed:
-        screen.print(f"{plural(failed, 'proof')} failed: do not trust a training of this model here.", style="red")
+        screen.print(f"{plural(failed, 'proof')} failed: training this model here is not reliable.", style="red")
         raise typer.Exit(1)
 
 
@@ -56,4 +56,4 @@ def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     if is_run(target, root):
         run = Run.open(target, root)
         return moved_to(run.place(load.load(str(run.recipe_path), settings)))
-    return load.load(None, [*given({"model": target}), *settings])
+    return load.load(None, [*to_overrides({"model": target}), *settings])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), as_json: Json = False) -> None:
-    """Show a run: its plan, its curves, what it measured and what it answered.
+    """Show a run: plan, loss curves, metrics and answers.
 
     tunesmith show last
     """

@@ -24,7 +24,7 @@ from tunesmith.cli.options import (
     Root,
     Settings,
     Task,
-    chosen,
+    build_recipe,
     remember_json,
 )
 
@@ -58,7 +58,7 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune MODEL on DATA: check the rows, plan, measure, train, measure again, and leave a run folder.
+    """Fine-tune MODEL on DATA: check the data, plan, measure, train, measure again, and write a run folder.
 
     tunesmith train HuggingFaceTB/SmolLM2-135M-Instruct support.jsonl --eval held-out.jsonl
 
@@ -69,7 +69,7 @@ def train(
     remember_json(ctx, as_json)
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
-    found = chosen("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
     _tune(found, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
 
 

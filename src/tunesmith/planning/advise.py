@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.labels import see
 from tunesmith.data.rows import Rows
-from tunesmith.environment import cores
+from tunesmith.environment import default_threads
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural
 from tunesmith.methods.peft_kinds import RATES
@@ -233,8 +233,7 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    num = cores()
-    return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
+    return default_threads()
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
