@@ -96,24 +96,17 @@ class Plain(Silent):
             self.say(line)
 
     def _lines(self, event: Event) -> list[str]:
-        match event.kind:
-            case "plan":
-                return plan_lines(self.history.plan)
-            case "evaluation":
-                return [f"held out at step {event.step}: {metric_line(event, self.history)}"]
-            case "answers":
-                return [f"answers at step {event.step}: {metric_line(event)}"]
-            case "general":
-                return [f"general ability at step {event.step}: {metric_line(event)}"]
-            case "step":
-                return [self.step_line()] if self._step_is_due(event) else []
-            case "note":
-                return [f"note: {event.values['text']}"]
-            case "resume":
-                return [f"resumed after step {event.step}"]
-            case "end":
-                return self._end_lines()
-        return []
+        lines: dict[str, Callable[[], list[str]]] = {
+            "plan": lambda: plan_lines(self.history.plan),
+            "evaluation": lambda: [f"held out at step {event.step}: {metric_line(event, self.history)}"],
+            "answers": lambda: [f"answers at step {event.step}: {metric_line(event)}"],
+            "general": lambda: [f"general ability at step {event.step}: {metric_line(event)}"],
+            "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
+            "note": lambda: [f"note: {event.values['text']}"],
+            "resume": lambda: [f"resumed after step {event.step}"],
+            "end": self._end_lines,
+        }
+        return lines.get(event.kind, list)()
 
     def _step_is_due(self, event: Event) -> bool:
         total, now = self.history.total_steps, self.clock()
