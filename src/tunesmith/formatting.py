@@ -67,9 +67,9 @@ def _program() -> list[str]:
     """`tunesmith` where the shell finds it; else the script or the interpreter that this process was started with."""
     script = Path(sys.argv[0])
     found = shutil.which("tunesmith")
-    beside = found is not None and Path(found).parent == Path(sys.executable).parent
+    same_place = found is not None and Path(found).parent == Path(sys.executable).parent
     if script.name == "__main__.py" and script.parent.name == "tunesmith":
-        return ["tunesmith"] if beside else [shlex.quote(_short(Path(sys.executable))), "-m", "tunesmith"]
+        return ["tunesmith"] if same_place else [shlex.quote(_short(Path(sys.executable))), "-m", "tunesmith"]
     if script.stem != "tunesmith" or (found is not None and Path(found).resolve() == script.resolve()):
         return ["tunesmith"]
     return [shlex.quote(_short(script))]

@@ -24,7 +24,7 @@ DEBUG = "TUNESMITH_DEBUG"
 
 
 def report(error: BaseException, *, as_json: bool = False) -> int:
-    """Tell the person (and with `as_json` the machine on stdout) what went wrong; the exit code."""
+    """Print an error on stderr, with `as_json` also as JSON on stdout; returns the exit code."""
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error, file=sys.stderr)
     if as_json and not isinstance(error, KeyboardInterrupt):
@@ -47,7 +47,7 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
 
 
 def explained(error: BaseException) -> list[str]:
-    """What to tell a person: our own errors speak for themselves, others get a name and a way out."""
+    """The lines for a person: our own errors as they are, others with a name and a way out."""
     if isinstance(error, TunesmithError):
         return [f"error: {error}"]
     kind = type(error).__name__
@@ -93,21 +93,21 @@ def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | Non
     for problem in problems:
         groups.setdefault((problem.source.path, problem.code), []).append(problem)
     codes = Counter(code for _, code in groups)
-    told: list[tuple[int, str, str]] = []
+    shown: list[tuple[int, str, str]] = []
     for (_, code), group in groups.items():
         num = max(len(group), nums[code]) if nums and codes[code] == 1 else len(group)
-        told += [(1, str(one), one.severity) for one in group] if num <= MOST_ALIKE else [_together(group, num)]
-    for _, text, severity in told[:SHOWN_LINES]:
+        shown += [(1, str(one), one.severity) for one in group] if num <= MOST_ALIKE else [_together(group, num)]
+    for _, text, severity in shown[:SHOWN_LINES]:
         _print(text, style="red" if severity == "error" else "yellow", stderr=stderr)
     num = sum(nums.values()) if nums else len(problems)
-    left = num - sum(number for number, *_ in told[:SHOWN_LINES])
+    left = num - sum(number for number, *_ in shown[:SHOWN_LINES])
     if left > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
 
 
 def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
-    """How many problems of one kind in one file there are, the line that stands for them, and how bad they are."""
+    """Number, line and severity of all problems of one kind in one file."""
     first = group[0]
     lines = [problem.source.line for problem in group]
     if lines == list(range(lines[0], lines[0] + num)):

@@ -68,7 +68,7 @@ def count(number: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago, in one unit."""
+    """A past time in one unit: 3 hours ago."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
             number = int(seconds // length)

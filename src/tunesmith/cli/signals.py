@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a good end, the second ends the process at once."""
+"""Ctrl-C and SIGTERM: the first stops after a checkpoint, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def was_interrupted() -> bool:
 
 
 def forget_interrupt() -> None:
-    """It was dealt with, and what fails from here on fails by itself."""
+    """The interrupt was handled; later errors have other causes."""
     _interrupted.clear()
 
 
@@ -54,31 +54,30 @@ def stopping_on_signals(
     words: str = "stopping: a checkpoint is written after this step. Once more to leave at once.",
     at_once: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], bool]]:
-    """Gives the question "was it asked to stop?".
+    """Yields a function that is true once a signal wants a stop.
 
-    Before the run has begun there is nothing to keep, and the first signal interrupts like any other program's. `words`
-    are said of the first one.
-    `at_once` is called before a second signal ends the process, to put the terminal right.
+    Before the run has begun there is nothing to keep, and the first signal interrupts it like any program. The first
+    one after that says `words`. A second signal calls `at_once`, to put the terminal right, and ends the process.
     """
-    asked = threading.Event()
+    requested = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if requested.is_set():
             at_once()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif has_begun():
-            asked.set()
+            requested.set()
             say(words)
         else:
             _interrupt(number, frame)
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # only the main thread may take signals: whoever runs us in another one asks in other ways
+        yield requested.is_set  # only the main thread may take signals: another thread has other ways to stop
         return
     earlier = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

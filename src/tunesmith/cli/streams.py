@@ -17,7 +17,7 @@ import orjson
 from rich.console import Console
 
 ERRORS = "tunesmith.symbols"
-"""Name of the way in which characters are written that a stream's encoding lacks."""
+"""Name of the error handler for characters that a stream's encoding lacks."""
 _SYMBOLS = {
     **dict.fromkeys("–—−─━═╌╴╶╸╺", "-"),
     **dict.fromkeys("│┃║╎", "|"),
@@ -27,11 +27,11 @@ _SYMBOLS = {
     **dict(zip("▁▂▃▄▅▆▇█", "_..--==#", strict=True)),
     **{"→": "->", "…": "...", "✓": "+", "✗": "x", "▸": ">", "·": ".", "×": "x", "±": "+/-", "≥": ">=", "≤": "<="},
 }
-"""What the program's own symbols become; anything else is spelled out, as \\u4f60."""
+"""Replacements of the program's own symbols; anything else is escaped, as \\u4f60."""
 
 
 class _Lasting(io.FileIO):
-    """A descriptor whose faults are remembered instead of raised: what it cannot take is dropped."""
+    """A descriptor whose errors are remembered instead of raised; output that it cannot take is dropped."""
 
     lost: OSError | None = None
 
@@ -63,7 +63,7 @@ def lost_output(stream: IO[str]) -> OSError | None:
 
 
 def closing_words() -> str:
-    """What to say at the end of output that was lost; empty where all is written, or where nobody reads on."""
+    """The last line if output was lost; empty if all is written, or if the reader has closed the pipe."""
     sys.stdout.flush()
     lost = lost_output(sys.stdout)
     if lost is None or lost.errno == errno.EPIPE:

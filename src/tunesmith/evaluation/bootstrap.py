@@ -92,7 +92,7 @@ def ratio(numerators_I: ArrayLike, denominators_I: ArrayLike | None = None) -> S
 
 
 def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statistic]:
-    """Of each row's counts of what is right, found and true; each 0 where its denominator is 0."""
+    """Precision, recall and F1 by each row's counts of what is right, found and true; 0 for a denominator of 0."""
     right_I, found_I, true_I = np.asarray(counts_I3, np.float64).T
     return (
         lambda weights_RI: divide(weights_RI @ right_I, weights_RI @ found_I),

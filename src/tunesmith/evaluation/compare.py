@@ -144,7 +144,7 @@ def compare_rows(
 
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
-    """How much better B is on a row, 0 for a tie: more right first, then the probability that B gives it."""
+    """Gain of B on a row, 0 for a tie: by what is right, then by the probability that B gives it."""
     if kind not in ("tokens", "numbers"):
         return (num_right(now) - num_right(was)) * (1 + sureness(now))
     gain = float(was["loss"] - now["loss"])  # of the whole row, so that models with other tokens compare

@@ -39,7 +39,7 @@ PREFIX_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Rule by which the next token is chosen."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -187,8 +187,10 @@ class PromptLimit:
 
     @classmethod
     def of(cls, renderer: Renderer, *, model_tokens: int, new_tokens: int) -> PromptLimit:
-        """The limit beside an answer of `new_tokens` where a model can attend to `model_tokens`. An encoder–decoder
-        keeps its answer apart from the prompt."""
+        """The limit with room for an answer of `new_tokens` where a model can attend to `model_tokens`.
+
+        An encoder–decoder keeps its answer apart from the prompt.
+        """
         left = model_tokens if renderer.kind == "encoder_decoder" else model_tokens - new_tokens
         return cls(left, left if renderer.max_tokens is None else min(left, renderer.max_tokens))
 
@@ -199,7 +201,7 @@ class PromptLimit:
         return ids, sum(cuts)
 
     def limit(self, cut: int) -> int:
-        """The longest prompt of which `cut` tokens were cut off: too long without its document, it asks nothing."""
+        """The longest prompt of which `cut` tokens were cut off."""
         return self.cut_to if cut else self.max_tokens
 
 

@@ -61,7 +61,7 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
 
 
 def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
-    """The same for short answers that are classes in words, of their commonest reference; None for others."""
+    """Metrics of always giving the commonest reference, for short answers that name classes; None for others."""
     if not are_short([one["reference"] for one in answers]):
         return None
     usual, num = Counter(one["reference"].strip() for one in answers).most_common(1)[0]

@@ -56,7 +56,7 @@ class LoadedModel:
     note: str = ""
     """A note for the person who reads its answers."""
     packed: str = ""
-    """How the base's weights were quantized, as the method of its run does; empty: they are not."""
+    """Quantization of the base's weights by the method of its run; empty: none."""
     run: Run | None = None
     """The run whose result it is, or with `is_base` whose untouched base."""
     is_base: bool = False
@@ -129,7 +129,7 @@ def load_any(
     """
     if not is_run(target, root):
         if base:
-            raise InputError(f"{target}: --base needs a run: a model has no untouched version beside it.")
+            raise InputError(f"{target}: --base needs a run: a model has no other, untouched version.")
         refuse_needless(model, target)
         refuse_unknown(target, root, offline=offline)
         return load_model(target, task=task, offline=offline)
@@ -167,7 +167,7 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Loa
 
 
 def assumed_date(run: Run, renderer: Renderer) -> str:
-    """What to say of a run of an earlier version, which does not record the day that its template writes."""
+    """A note on a run of an earlier version, which does not record the day that its template writes."""
     if renderer.date is None or run.records_date:
         return ""
     return f"its chat template writes the date, which its recipe does not record: {renderer.date}, the day it was made"
@@ -274,7 +274,7 @@ def refuse_needless(base: str | None, model: str) -> None:
 
 
 def run_labels(recipe: Recipe) -> Labels | None:
-    """What the head of a run answers with, by its resolved recipe; None where it has none."""
+    """Labels of the head of a run, by its resolved recipe; None where it has none."""
     task = TASKS[resolved(recipe.task)]
     if not task.learns_classes:
         return None

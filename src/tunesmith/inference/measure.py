@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tunesmith.evaluation.generate import (
     sample_prompts,
 )
 from tunesmith.evaluation.predict_rows import constant_answer, predict_rows, row_lines, row_results
-from tunesmith.evaluation.scores import Constant, RowResult, answer_scores, score, score_answers
+from tunesmith.evaluation.scores import answer_scores, score, score_answers
 from tunesmith.evaluation.verdicts import (
     answer_baseline,
     baseline_sentence,
@@ -50,33 +50,60 @@ from tunesmith.inference.load import LoadedModel
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Labels, Layout, Problem
+from tunesmith.types import Layout, Problem
 
 OnProgress = Callable[[str, int, int], None]
-
-
 SAMPLES = 50
-"""Rows of a file that are answered by default, by tasks whose answers are measured; `MOST_SHORT` of short ones."""
+"""Rows of a file that are answered by default, by tasks that write answers; `MOST_SHORT` of short ones."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model on one file."""
+    """Metrics of one model on one file."""
 
     task: str
     num_rows: int
     measures: dict[str, Interval]
     baseline: dict[str, Any] | None
-    """What a constant answer gets on the same rows: see `row_baseline`."""
+    """Metrics of a constant answer on the same rows: see `row_baseline`."""
     headline: list[str]
-    """What that proves, and on how few rows, in sentences."""
+    """The verdict in sentences, with a warning of few rows."""
     details: dict[str, Any]
-    """Of `score`: confusion matrix, per class, ..."""
+    """Confusion matrix, scores of each class, ...: see `score`."""
     samples: list[dict[str, Any]]
     """Prompts, their references and answers."""
     num_trained: int | None
-    """Rows that the run was trained on; None: nothing is known of that."""
+    """Rows that the run was trained on; None if that is not known."""
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows that a run was trained on."""
+
+    store: RowStore
+    rows_I: NDArray[np.int64]
+
+    def count(self, hashes: NDArray[np.uint64]) -> int:
+        """The number of these content hashes that are among them."""
+        return int(np.isin(hashes, self.store.hashes[self.rows_I]).sum())
+
+
+def load_training_rows(run: Run) -> TrainingRows | None:
+    """The rows that a run was trained on; None where they are gone, or were written by another release."""
+    store = kept(run.rows_path / "train", run.identity().get("rows"))
+    recipe = run.recipe()
+    held_store = kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
+    if store is None or held_store is None:
+        return None
+    try:
+        num_replay = len(expand(recipe.data.replay, lambda problem: None))
+    except DataError:  # a folder that is gone: the run's own rows cannot be separated from it
+        return None
+    own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
+    data = recipe.data.model_copy(update={"train": own})
+    train, *_ = split(data, store, held_store, resolved(recipe.task))
+    return TrainingRows(store, train)
 
 
 def evaluate_file(
@@ -87,14 +114,15 @@ def evaluate_file(
     keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Evaluation:
-    """Measures of all rows of a file, each with its interval, and of answers to `samples` of them.
+    """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
-    `samples` None: `SAMPLES` for the tasks chat, generate and summarize, 0 for others. `keep` is given a line for each
-    row, as in a run's evaluation/after.jsonl; a line is made as it is taken.
+    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line a row, as
+    in a run's evaluation/after.jsonl.
 
     Raises:
-        InputError: answers are asked of a model that writes nothing.
+        InputError: `samples` for a model that writes nothing.
         DataError: rows cannot be used, or have labels that the model does not know; see `build`.
+        NonFiniteError: the loss is no number.
     """
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
@@ -103,40 +131,50 @@ def evaluate_file(
         )
     data = _data_of(loaded, path)
     trained = None if loaded.run is None else load_training_rows(loaded.run)
-    loaded, weight_notes = _weighed(loaded, trained)
+    loaded, notes = _with_class_weights(loaded, trained)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        outcomes = predict_rows(
+        found = predict_rows(
             loaded.model,
             bind(task, loaded.labels),
             _feed(loaded, store),
-            [int(i) for i in rows_I],
+            rows_I.tolist(),
             tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
             progress=lambda done, total: on_progress("evaluate", done, total),
         )
-        results = row_results(loaded.head, loaded.labels, outcomes, store.hashes)
-        measures, details, baseline = _judged(loaded, trained, store, results)
-        _refuse_no_numbers(measures, loaded, path)
+        results = row_results(loaded.head, loaded.labels, found, store.hashes)
+        classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
+        constant = constant_answer(loaded.labels, known.store, known.rows_I)
+        source = "the rows measured" if trained is None else "the training rows"
+        measures, details = score(results, classes=classes, constant=constant, constant_from=source)
+        _refuse_non_finite(measures["loss"]["value"], loaded, path)
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
-    notes = [*weight_notes, *counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
-    told, remarks = _answered(loaded, data, store, samples, on_progress)
-    answers, references = [[sample[key] for sample in told] for key in ("answer", "reference")]
+    notes += [*counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
+    sampled, more = _answer(loaded, data, store, samples, on_progress)
+    answers, references = [[sample[key] for sample in sampled] for key in ("answer", "reference")]
     measures |= score_answers(answers, references, bleu=loaded.recipe.evaluation.bleu)
-    if baseline is None and told:
-        scored = zip(told, answer_scores(answers, references), strict=True)
+    baseline = row_baseline(results, details.get("constant"), classes)
+    if baseline is None and sampled:
+        scored = zip(sampled, answer_scores(answers, references), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
-    headline = _headline(task, measures, baseline, details, store)
-    return Evaluation(task, len(rows_I), measures, baseline, headline, details, told, num_trained, [*notes, *remarks])
+    headline = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
+    num, unit = (len(np.unique(store.hashes)), "document") if "text" in TASKS[task].shapes else (len(store), "row")
+    headline += [*never_right(details), *too_few(num, unit)]
+    return Evaluation(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, [*notes, *more])
+
+
+def ignore(problem: Problem) -> None:
+    """Ignore problems of rows that were reported when the rows were encoded."""
 
 
 def _encoded(
     loaded: LoadedModel, data: Data, folder: Path, problems: list[Problem], on_progress: OnProgress
 ) -> RowStore:
-    """The rows of the file, with the labels that the model answers with."""
+    """The rows of the file, with the labels of the model."""
     store = build(
         folder,
         data=data,
@@ -153,32 +191,8 @@ def _encoded(
     return store
 
 
-def _judged(
-    loaded: LoadedModel, trained: TrainingRows | None, store: RowStore, results: list[RowResult]
-) -> tuple[dict[str, Interval], dict[str, Any], dict[str, Any] | None]:
-    """Measures, details, and what a constant answer gets: by the training rows' labels, where they are known."""
-    rows_I, labels = np.arange(len(store)), loaded.labels
-    constant = constant_answer(labels, store, rows_I) if trained is None else trained.constant(labels)
-    measures, details = score(
-        results,
-        classes=() if labels is None else labels.names,
-        constant=constant,
-        constant_from="the rows measured" if trained is None else "the training rows",
-    )
-    return measures, details, row_baseline(results, details.get("constant"), details.get("labels", ()))
-
-
-def _headline(
-    task: str, measures: dict[str, Interval], baseline: dict[str, Any] | None, details: dict[str, Any], store: RowStore
-) -> list[str]:
-    """What the measures prove, and on how few rows."""
-    sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
-    few = too_few(len(np.unique(store.hashes)), "document") if task == "text" else too_few(len(store), "row")
-    return [*sentence, *never_right(details), *few]
-
-
-def _weighed(loaded: LoadedModel, trained: TrainingRows | None) -> tuple[LoadedModel, list[str]]:
-    """The loaded whose loss weighs classes as in training. Runs of earlier versions say "balanced" and no weights:
+def _with_class_weights(loaded: LoadedModel, trained: TrainingRows | None) -> tuple[LoadedModel, list[str]]:
+    """The model with the class weights of its training. Runs of earlier versions say "balanced" without the weights:
     they follow from the training rows, where those are kept."""
     labels = loaded.labels
     if labels is None or loaded.recipe.train.class_weights != "balanced":
@@ -192,17 +206,11 @@ def _weighed(loaded: LoadedModel, trained: TrainingRows | None) -> tuple[LoadedM
     return replace(loaded, labels=replace(labels, weights_C=weights_C)), []
 
 
-def ignore(problem: Problem) -> None:
-    """Problems of rows that were encoded before were told then."""
-
-
-def _refuse_no_numbers(measures: Mapping[str, Interval], loaded: LoadedModel, path: str) -> None:
-    """Raise NonFiniteError where the loss is none: the model is broken, and what it answers means nothing."""
-    loss = measures.get("loss")
-    if loss is not None and not math.isfinite(loss["value"]):
+def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:
+    if not math.isfinite(loss):
         raise NonFiniteError(
-            f"{path}: the loss of its rows is {loss['value']}: the weights of {loaded.result or loaded.located.path} "
-            "hold values that are not finite, or lead to them. Nothing was measured."
+            f"{path}: the loss of its rows is {loss}: the weights of {loaded.result or loaded.located.path} hold "
+            "values that are not finite, or lead to them. Nothing was measured."
         )
 
 
@@ -215,7 +223,7 @@ def _trained_on(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> 
 
 
 def _data_of(loaded: LoadedModel, path: str) -> Data:
-    """How the file is read: as the training files were, with the classes that the model knows."""
+    """The run's options of data for this file, with the classes of the model."""
     labels = loaded.labels
     known: dict[str, Any] = {}
     if labels is not None:
@@ -225,11 +233,11 @@ def _data_of(loaded: LoadedModel, path: str) -> Data:
 
 
 def _feed(loaded: LoadedModel, store: RowStore) -> Feed:
-    """Passes that are padded: the rows of one are of like length, and no kind of model needs it otherwise."""
+    """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
     if loaded.head == "masked_token":
-        # The seed by which every run masks its held-out rows, so that measures compare.
+        # The seed by which every run masks its held-out rows, so that metrics compare.
         masking = Masking.of(loaded.renderer.tokenizer, share=loaded.recipe.train.masked, seed=0)
     return Feed(
         store,
@@ -242,11 +250,11 @@ def _feed(loaded: LoadedModel, store: RowStore) -> Feed:
     )
 
 
-def _answered(
+def _answer(
     loaded: LoadedModel, data: Data, store: RowStore, num: int | None, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of smallest content hash, whatever their order in the file, answered; and what to say of that."""
-    task = loaded.renderer.task_name
+    """Answers to the rows of smallest content hash, whatever their order in the file, and notes on them."""
+    task, renderer = loaded.renderer.task_name, loaded.renderer
     if num is None:
         usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
         num = usual if TASKS[task].writes_answers else 0
@@ -255,43 +263,10 @@ def _answered(
     new_tokens = new_tokens_for(store.targets, loaded.recipe.evaluation.sample_tokens)
     rows = (example for _, example in examples(data.train, data, ignore, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
-    room = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
-    prompts = sample_prompts(loaded.renderer, chosen, limit=room, new_tokens=new_tokens)
-    how = Sampling(max_new_tokens=new_tokens)
-    told = list(answer_samples(loaded.model, loaded.renderer, prompts, how, on_progress))
-    were = "was" if len(told) == 1 else "were"
-    said = f"{plural(len(told), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
-    return told, [said, *sample_notes(prompts, num_rows=len(chosen))]
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """The rows that a run was trained on."""
-
-    store: RowStore
-    rows_I: NDArray[np.int64]
-
-    def count(self, hashes: NDArray[np.uint64]) -> int:
-        """The number of these content hashes that are among them."""
-        return int(np.isin(hashes, self.store.hashes[self.rows_I]).sum())
-
-    def constant(self, labels: Labels | None) -> Constant | None:
-        """The baseline answer; see `constant_answer`."""
-        return constant_answer(labels, self.store, self.rows_I)
-
-
-def load_training_rows(run: Run) -> TrainingRows | None:
-    """The rows that a run was trained on; None where they are gone, or were written by another release."""
-    store = kept(run.rows_path / "train", run.identity().get("rows"))
-    recipe = run.recipe()
-    held_store = kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
-    if store is None or held_store is None:
-        return None
-    try:
-        num_replay = len(expand(recipe.data.replay, lambda problem: None))
-    except DataError:  # a folder that is gone: which rows were the run's own cannot be told
-        return None
-    own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
-    data = recipe.data.model_copy(update={"train": own})
-    train, *_ = split(data, store, held_store, resolved(recipe.task))
-    return TrainingRows(store, train)
+    limit = PromptLimit.of(renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(renderer, chosen, limit=limit, new_tokens=new_tokens)
+    sampling = Sampling(max_new_tokens=new_tokens)
+    sampled = list(answer_samples(loaded.model, renderer, prompts, sampling, on_progress))
+    were = "was" if len(sampled) == 1 else "were"
+    note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
+    return sampled, [note, *sample_notes(prompts, num_rows=len(chosen))]

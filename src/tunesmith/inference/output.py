@@ -150,8 +150,8 @@ def _refuse_changes(path: Path, now: Mapping[str, str], then: Mapping[str, str])
     ]
     if changed:
         raise InputError(
-            f"{path}: was begun with something else: {'; '.join(changed)}. Put it back, choose another --out, or "
-            "start anew with --overwrite."
+            f"{path}: was started with something else: {'; '.join(changed)}. Put it back, choose another --out, or "
+            "start again with --overwrite."
         )
 
 

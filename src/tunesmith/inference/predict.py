@@ -44,9 +44,9 @@ STDIN = "-"
 OUTSIDE = "O"
 """The tag of words outside of all spans."""
 THRESHOLD = 0.5
-"""Probability above which a class holds, where any number of them can and nothing else is asked for."""
+"""Probability above which a class holds, where any number of them can, by default."""
 DIGITS = 6
-"""Of probabilities, after the point."""
+"""Digits of probabilities after the point."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Predictor:
             assert word_ids is not None, "each word was given as a label"
             num_silent = len(examples[i].parts) - len(word_ids)
             if num_silent and OUTSIDE not in labels.names:
-                message = f"{num_silent} of its words have no token that was read, and no tag stands for none."
+                message = f"{num_silent} of its words have no token that was read, and the model has no tag for that."
                 yield Problem(examples[i].source, "no_tag", message, "Shorten it, or leave such words out.")
                 continue
             if num_silent:

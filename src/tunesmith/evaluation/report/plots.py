@@ -92,7 +92,7 @@ class Plot:
     name: str
     title: str
     description: str
-    """What is drawn and how to read it, also for screen readers."""
+    """Caption, also for screen readers."""
     svg: str
     wide: bool = False
 

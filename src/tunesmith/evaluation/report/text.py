@@ -224,7 +224,7 @@ def _overlap(report: Mapping[str, Any]) -> str:
 
 
 def reading_text(report: Mapping[str, Any]) -> str:
-    """How to read the table of metrics."""
+    """A line on reading the table of metrics."""
     if not sides(report)[0]:
         return "Each value has its 95 % interval."
     return (
@@ -275,7 +275,7 @@ def mark(answer: str, reference: str | None) -> str:
 
 
 def high_loss_text(report: Mapping[str, Any]) -> str:
-    """How the high-loss rows were chosen."""
+    """A line on the choice of the high-loss rows."""
     rows, looked = plural(len(report["surprising"]["rows"]), "training row"), report["surprising"]["looked_at"]
     return f"The {rows} that the tuned model finds least likely, of {looked:,} that were measured."
 
