@@ -62,14 +62,15 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
     from tunesmith.data.batch import Plan
     from tunesmith.data.store import build
     from tunesmith.inference.load import make_renderer
-    from tunesmith.models import load, locate
-    from tunesmith.models.kind import model_kind
+    from tunesmith.models import load
+    from tunesmith.models.load import model_kind
+    from tunesmith.models.resolve_model import resolve_model
     from tunesmith.recipe.load import load as load_recipe
 
     given = {"model": model, "task": task, "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
     given |= {"data.num_proc": int(num_proc)}
     recipe = load_recipe(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
-    located = locate.locate(model, revision=None, offline=True)
+    located = resolve_model(model, revision=None, offline=True)
     renderer = make_renderer(recipe, load.load_tokenizer(located, None), model_kind(located))
     watch = _Watch()
     begun = time.perf_counter()
@@ -83,7 +84,7 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
         lengths_I=store.lengths,
         rows_per_step=16,
         tokens_per_pass=2048,
-        layout="ragged",
+        layout="packed",
         seed=0,
     )
     begun = time.perf_counter()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import machine, run_child, versions
-from tunesmith.environment import others_running, prepare_environment
+from tunesmith.environment import prepare_environment
 
 PEER = Path(__file__).parent / "peers" / "plan_peer.py"
 STEPS = 4
@@ -106,7 +106,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """0: every case ran; 1: one failed."""
-    prepare_environment(os.environ, others_running)  # as the command line does for its runs
+    prepare_environment(os.environ)  # as the command line does for its runs
     results: dict[str, dict[str, Any]] = {}
     if options.results and options.results.exists():
         lines = options.results.read_text("utf-8").splitlines()

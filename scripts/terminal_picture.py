@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
-from tunesmith.models.generation import Sampling
-
 from tunesmith.cli.live import Live
 from tunesmith.cli.story import Story
+
 from tunesmith.cli.talking import STYLES, open_speakers
+from tunesmith.evaluation.generate import Sampling
 from tunesmith.runs.folder import Run
 from tunesmith.types import Part
 

@@ -24,7 +24,7 @@ def rows_of(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Row]:
     return [Row(generator.integers(3, VOCAB, n).astype(np.int32), np.ones(n, bool), Source("x", 1)) for n in lengths]
 
 
-def batch_of(rows: Sequence[Row], layout: str = "ragged") -> Batch:
+def batch_of(rows: Sequence[Row], layout: str = "packed") -> Batch:
     return build_batch(rows, range(len(rows)), layout=layout, device="cpu")
 
 

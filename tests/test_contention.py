@@ -40,7 +40,7 @@ else:
     class Team(contention.IdleTeam):
         def __init__(self): made.append("sleep"); super().__init__()
         def end(self): made.append("spin"); super().end()
-    contention.IdleTeam, contention.LOOK_S, contention.QUIET_LOOKS = Team, 0.1, 5
+    contention.IdleTeam, contention.INTERVAL_S, contention.QUIET_INTERVALS = Team, 0.1, 5
     contention.watch()
     contention.watch()  # a second call begins nothing
     until = time.monotonic() + 30

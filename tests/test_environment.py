@@ -17,12 +17,10 @@ import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.environment import (
-    BUSY,
     KEPT_FREE,
     SHAPES,
     for_child,
     in_force,
-    others_running,
     prepare_environment,
     refuse_ranks,
 )
@@ -72,34 +70,15 @@ def mallinfo2_is_here() -> bool:
 )
 def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
     environment: dict[str, str] = {}
-    prepare_environment(environment, lambda: 0)
+    prepare_environment(environment)
     assert growth(environment) < 16  # MiB: a few shapes more or less in the caches
     # The planted bug: only one of the two caches is bounded, so that the other keeps what this one drops.
     assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES, "LRU_CACHE_CAPACITY": "4096"}) > 64
 
 
-def test_threads_that_answer_sleep_sooner_only_while_other_programs_run() -> None:
-    for others, expected in ((0, None), (BUSY, "20000"), (7, "20000")):
-        environment: dict[str, str] = {}
-        prepare_environment(environment, lambda others=others: others, answers=True)
-        assert environment.get("GOMP_SPINCOUNT") == expected
-    prepare_environment(environment := {}, lambda: 7)
-    assert "GOMP_SPINCOUNT" not in environment  # what trains looks while it runs: tests/test_contention.py
-
-
-@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the platform does not tell")
-def test_a_program_that_never_waits_is_other_work() -> None:
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        assert any(others_running() >= BUSY for _ in range(50))
-    finally:
-        busy.kill()
-        busy.wait()
-
-
 def test_what_a_person_has_set_counts_more_and_is_told() -> None:
     environment = {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "7", "MALLOC_MMAP_MAX_": "9"}
-    prepare_environment(environment, lambda: 9)
+    prepare_environment(environment)
     assert in_force(environment) == {
         "GOMP_SPINCOUNT": "5",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES,
@@ -114,7 +93,7 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
 
 def test_a_persons_word_on_the_memory_of_cards_counts_under_its_older_name_too() -> None:
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
-    prepare_environment(environment, lambda: 0)
+    prepare_environment(environment)
     assert "PYTORCH_ALLOC_CONF" not in environment
 
 
@@ -147,7 +126,7 @@ FREED = """
 import resource, sys
 from tunesmith.environment import prepare_environment
 if sys.argv[1] == "set":
-    prepare_environment({}, lambda: 0)
+    prepare_environment({})
 import torch
 torch.set_num_threads(1)
 
@@ -178,7 +157,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
 FREED_ELSEWHERE = """
 import os, threading
 from tunesmith.environment import prepare_environment
-prepare_environment(os.environ, lambda: 0)
+prepare_environment(os.environ)
 
 def held():  # MiB
     with open("/proc/self/statm") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_the_command_names_the_packages_and_this_python(extra: str, packages: set[str]) -> None:
-    python, *words = shlex.split(installing(extra))
+    python, *words = shlex.split(install_command(extra))
     assert python == sys.executable
     assert words[:3] == ["-m", "pip", "install"]
     assert {re.split("[<>=]", word)[0] for word in words[3:]} == packages
@@ -32,7 +32,7 @@ def test_the_command_names_the_packages_and_this_python(extra: str, packages: se
 
 def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.environment.requires", lambda name: None)
-    assert installing("serve") == f"{shlex.quote(sys.executable)} -m pip install '.[serve]'"
+    assert install_command("serve") == f"{shlex.quote(sys.executable)} -m pip install '.[serve]'"
 
 
 def test_nothing_says_to_install_tunesmith_by_its_name() -> None:

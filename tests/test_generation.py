@@ -18,7 +18,7 @@ from tiny_tasks import task_recipe, write
 from tunesmith.data.render import Renderer
 from tunesmith.evaluation import generate as generation
 from tunesmith.evaluation.generate import Answer, Sampling, generate
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.training import trainer as training
 
 TOKENIZER = tiny_tokenizer()
@@ -122,7 +122,7 @@ def test_the_models_own_settings_change_no_answer_and_stay(arch: str) -> None:
 def test_generating_leaves_ragged_training_and_the_mode_as_they_were() -> None:
     model = sharp("llama").train()
     expected = generate(model, renderer(), PROMPTS, HOW)
-    use_ragged(model)
+    use_packed_attention(model)
     assert generate(model, renderer(), PROMPTS, HOW) == expected
     assert model.training
 

@@ -98,7 +98,7 @@ def every_step_is_divided_by_its_own_targets(setup: Setup, loss_sum) -> None:
     expected = []
     for step in range(1, setup.total_steps + 1):  # a rate of almost zero: the weights stay where they are
         rows = [i for members in setup.plan.step(step) for i in members]
-        batch = build_batch([store.row(i) for i in rows], rows, layout="ragged", device="cpu")
+        batch = build_batch([store.row(i) for i in rows], rows, layout="packed", device="cpu")
         expected.append(float(task.loss_sum(setup.model, batch).detach()) / int(store.targets[rows].sum()))
     found = [e.values["loss"] for e in training_steps(replace(setup, task=replace(task, loss_sum=loss_sum)))]
     assert found == pytest.approx(expected, rel=1e-5)

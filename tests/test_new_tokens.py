@@ -18,7 +18,7 @@ from tiny_run import model_folder, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.export.exporting import export_run
 from tunesmith.inference.load import load_base, load_run
-from tunesmith.models import new_tokens
+from tunesmith.models import special_tokens
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import resume, train
 
@@ -119,7 +119,7 @@ def test_a_token_that_is_there_already_is_refused() -> None:
         ([" "], "' ' is no text"),
     ):
         with pytest.raises(RecipeError) as raised:
-            new_tokens.add(tokenizer, texts)
+            special_tokens.add_tokens(tokenizer, texts)
         assert message in str(raised.value)
 
 

@@ -302,7 +302,7 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(name
     package = OPTIMIZERS[name].extra
     monkeypatch.setattr("tunesmith.optim.table.find_spec", lambda wanted: None)
     recipe = tiny_recipe(tmp_path, optim={"name": name})
-    monkeypatch.setattr("tunesmith.models.locate.locate", None)  # called, it would end in another error
+    monkeypatch.setattr("tunesmith.models.resolve_model.resolve_model", None)  # called, it would end in another error
     with pytest.raises(RecipeError, match=rf"optim.name: {name} needs the package {package}.*pip install '?{package}"):
         prepare(recipe, root=tmp_path)
 

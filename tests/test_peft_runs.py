@@ -65,7 +65,7 @@ def test_what_the_plan_says(straight: Run) -> None:
     plan = plan_of(straight)
     notes = "; ".join(plan["warnings"])
     if kind_of(straight) != "PROMPT_TUNING":
-        assert plan["layout"] == "ragged"
+        assert plan["layout"] == "packed"
         assert f"peft puts {kind_of(straight)} on" in notes
     else:
         assert plan["layout"] == "padded"

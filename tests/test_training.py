@@ -12,7 +12,7 @@ from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.inference.load import load_run
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
@@ -84,7 +84,7 @@ def test_the_loaded_result_scores_what_the_report_says(tmp_path, method):
     setup = prepare(run.recipe(), root=tmp_path)
     store, rows = setup.rows.held_store, [int(i) for i in setup.rows.held_rows]
     batch = build_batch([store.row(i) for i in rows], rows, layout="padded", device="cpu")
-    with evaluating(speaker.model):
+    with eval_mode(speaker.model):
         measured = setup.task.measure(speaker.model, batch)
     # 1e-5: float32, padded by transformers' own attention here and packed there
     loss = float(measured.losses_N.double().mean())

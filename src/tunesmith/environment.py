@@ -1,4 +1,4 @@
-"""What torch and its libraries read from the environment when they start: set here once, unless a person has set it."""
+"""Environment variables that torch and its libraries read when they start, and the process: its cores and children."""
 
 from __future__ import annotations
 
@@ -7,66 +7,46 @@ import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from tunesmith.errors import InputError
 
 SHAPES = "192"
-BUSY = 1
-"""Other threads that run or want to, at every look, from which on the machine has other work."""
-LOOKS = 5
 KEPT_FREE = str(2**30)
-"""Bytes of freed memory at the end of the heap."""
+"""Bytes of freed memory that glibc keeps at the end of the heap."""
+MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
+"""Variables, parameters of mallopt (malloc.h), values."""
 NAMES = (
     "GOMP_SPINCOUNT",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
     "LRU_CACHE_CAPACITY",
-    "MALLOC_MMAP_MAX_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_ARENA_MAX",
+    *(name for name, _, _ in MALLOC),
     "PYTORCH_ALLOC_CONF",
 )
-MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
-"""Names, numbers in glibc's malloc.h, values."""
 
 
-def prepare_environment(environ: MutableMapping[str, str], others: Callable[[], int], *, answers: bool = False) -> None:
-    """Settings that measurably help, for this process and those it starts; what is set already counts more.
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Set what measurably helps in this process and its children, unless it is set; call it before torch is imported.
 
-    `answers`: whether the process writes answers, whose many short waits cost less when they are spun through. To be
-    called before torch is imported. What was measured: docs/EXPERIMENTS.md.
+    Measured: docs/EXPERIMENTS.md.
     """
-    # Of each shape of a product oneDNN keeps what it compiled, more than half a MiB, and so does torch's layer above
-    # it: 1,024 each. Rows have all lengths, so that both fill up. A pass needs 35 to 50, and more
-    # where it has many long rows of different lengths.
+    # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for each
+    # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
-    _keep_freed_memory(environ)
-    # Passes of all sizes leave holes between blocks of a card's memory. PyTorch's CUDA notes recommend this for such
-    # programs; it was never run here, since no card was there.
+    # PyTorch's CUDA notes recommend this for programs whose batches have many sizes.
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
         environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # While other programs run, threads that wait for each other should soon go to sleep. A server's clients are such
-    # programs too, and its waits are short; for what does not answer, contention.py looks while it runs.
-    if answers and others() >= BUSY:
-        environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-
-def _keep_freed_memory(environ: MutableMapping[str, str]) -> None:
-    """Every step allocates the same gradients and temporaries. glibc maps large ones one by one and gives them back
-    when they are freed, so that the kernel clears the same pages again in every step: it keeps up to a GiB instead.
-    In one heap for all threads: of what a thread that is done has freed in a heap of its own nobody gets anything.
-
-    It reads the environment before a program begins: children heed it, this process is told by mallopt (malloc.h).
-    """
+    # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
+    # in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up to a GiB takes
+    # 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for name, parameter, value in MALLOC:
         if name not in environ:
             environ[name] = value
-            if mallopt is not None:  # another C library than glibc has none
+            if mallopt is not None:  # glibc alone has it
                 mallopt(parameter, int(value))
 
 
@@ -82,35 +62,18 @@ def refuse_ranks(environ: Mapping[str, str]) -> None:
 
 
 def for_child(**more: str) -> dict[str, str]:
-    """What a process is started with that imports this package, wherever it lies, by `python -m`; and `more`."""
+    """The environment of a child process that imports this package by `python -m`, with `more` variables."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
 def in_force(environ: Mapping[str, str]) -> dict[str, str]:
-    """What is set of these, by whomever; a library's own default where nothing is."""
+    """The values of `NAMES`, whoever set them; a library's own default where nothing is set."""
     return {name: environ.get(name, "the library's") for name in NAMES}
 
 
-def others_running() -> int:
-    """Threads beside this one that run or want to, the fewest of some looks; 0 where the platform does not tell.
-
-    Not the load of the last minute: a run that follows another would find the machine busy with what is over.
-    """
-    found = []
-    for look in range(LOOKS):
-        if look:
-            time.sleep(0.004)
-        try:
-            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
-        except OSError:
-            return 0
-        found.append(int(running) - 1)
-    return min(found)
-
-
-def cores() -> int:
-    """Those that this process may use."""
+def num_cpus() -> int:
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,15 +82,15 @@ def default_threads() -> tuple[int, str]:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted), "OMP_NUM_THREADS is set"
-    num = cores()
+    num = num_cpus()
     return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
 
 
 _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>[^\"']+)[\"']")
 
 
-def installing(extra: str) -> str:
-    """The command that installs what an extra of tunesmith needs, into the Python that runs.
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra of tunesmith into the Python that runs.
 
     It names the packages and not `tunesmith[extra]`, which an index would have to know: tunesmith is installed from a
     checkout.

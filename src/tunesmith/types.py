@@ -26,7 +26,7 @@ IGNORE = -100
 Shape = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
 ]
-Layout = Literal["ragged", "padded", "encoder_decoder"]
+Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
@@ -130,7 +130,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of tokens in a ragged micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
+    """A stretch of tokens in a packed micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
 
     tokens: int
     prefix: int = 0
@@ -146,7 +146,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens of one pass, ragged (one flat row of whole examples) or padded (one row an example).
+    """The tokens of one pass, packed (one flat row of whole examples) or padded (one row an example).
 
     The shift to next-token targets has happened: the logits at flat position `predict_N[n]` predict `targets_N[n]`.
     No target crosses from one example into the next.
@@ -154,11 +154,11 @@ class Batch:
 
     layout: Layout
     ids_BT: Tensor
-    """int64; ragged: [1, T], padded: [B, T]; of an encoder–decoder the sources."""
+    """int64; packed: [1, T], padded: [B, T]; of an encoder–decoder the sources."""
     positions_BT: Tensor
     """int64, restarting at 0 with every example."""
     mask_BT: Tensor | None
-    """int64, 1 on real tokens; None when ragged: a mask together with restarting positions would join the examples."""
+    """int64, 1 on real tokens; None when packed: a mask together with restarting positions would join the examples."""
     lengths: tuple[int, ...]
     """Tokens of each example, in order."""
     predict_N: Tensor
@@ -174,11 +174,11 @@ class Batch:
     types_BT: Tensor | None = None
     """int64, 1 in the second text of a pair; None for models without token types."""
     pieces: tuple[Piece, ...] = ()
-    """Segments of a ragged micro-batch whose rows share prefixes, in order; empty: the rows are whole."""
+    """Segments of a packed micro-batch whose rows share prefixes, in order; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
     filling: int = 0
-    """Padding tokens after the rows of a ragged micro-batch, which belong to none: see `data.filling`."""
+    """Padding tokens after the rows of a packed micro-batch, which belong to none: see `data.filling`."""
     targets_B: tuple[int, ...] = ()
     """Tokens of each example that the decoder of an encoder–decoder reads."""
 

@@ -19,7 +19,7 @@ from tunesmith.types import Row, Source
 LENGTHS = np.array([(7 * i) % 23 + 3 for i in range(64)], np.int32)
 
 
-def plan(lengths=LENGTHS, *, weights=None, seed=0, rows_per_step=5, tokens_per_pass=40, layout="ragged") -> Plan:
+def plan(lengths=LENGTHS, *, weights=None, seed=0, rows_per_step=5, tokens_per_pass=40, layout="packed") -> Plan:
     return Plan(
         rows_I=np.arange(len(lengths)) * 2 + 1,
         weights_I=np.ones(len(lengths)) if weights is None else np.asarray(weights, float),
@@ -111,14 +111,14 @@ def test_weights_set_how_often_rows_are_seen():
 @given(
     lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
     budget=st.integers(1, 100),
-    layout=st.sampled_from(["ragged", "padded"]),
+    layout=st.sampled_from(["packed", "padded"]),
 )
 def test_passes_hold_every_row_once_within_the_budget(lengths, budget, layout):
     passes = fill_passes(range(len(lengths)), lengths, tokens_per_pass=budget, layout=layout)
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
     for members in passes:
         sizes = [lengths[i] for i in members]
-        cost = sum(sizes) if layout == "ragged" else max(sizes) * len(sizes)
+        cost = sum(sizes) if layout == "packed" else max(sizes) * len(sizes)
         assert cost <= budget or len(members) == 1
 
 
@@ -135,14 +135,14 @@ def first_fit(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def wastes_little(fill, lengths: list[int], budget: int) -> None:
-    assert len(fill(range(len(lengths)), lengths, tokens_per_pass=budget, layout="ragged")) <= 1 + 1.01 * len(
+    assert len(fill(range(len(lengths)), lengths, tokens_per_pass=budget, layout="packed")) <= 1 + 1.01 * len(
         first_fit(lengths, budget)
     )
 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=150), budget=st.integers(60, 200))
-def test_ragged_passes_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
+def test_packed_passes_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
     wastes_little(fill_passes, lengths, budget)
 
 
@@ -190,7 +190,7 @@ def test_padding_of_a_plan_is_told():
     as_it_was = 1 - sum(lengths[step].sum() for step in steps) / sum(16 * lengths[step].max() for step in steps)
     assert padded.padding() < 0.3  # 0.27
     assert as_it_was > 0.5  # all 16 in one pass
-    assert plan(lengths, layout="ragged").padding() == 0.0
+    assert plan(lengths, layout="packed").padding() == 0.0
     even = np.full(64, 7, np.int32)
     assert plan(even, rows_per_step=16, tokens_per_pass=2048, layout="padded").padding() == 0.0
 
@@ -198,7 +198,7 @@ def test_padding_of_a_plan_is_told():
 def test_many_rows_are_packed_in_no_time():
     lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int).clip(2, 2048).tolist()
     begun = time.process_time()
-    passes = fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="ragged")
+    passes = fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="packed")
     assert time.process_time() - begun < 0.5  # 0.03 s; looking at every pass for every row took 1.5 s
     assert len(passes) == -(-sum(lengths) // 2048)  # no pass more than their tokens need
     begun = time.process_time()
@@ -228,7 +228,7 @@ def test_a_thousand_steps_of_a_million_rows_are_found_in_no_time():
 
 @pytest.mark.parametrize(
     ("layout", "predict"),
-    [("ragged", [1, 2, 4, 5]), ("padded", [1, 2, 4, 5])],
+    [("packed", [1, 2, 4, 5]), ("padded", [1, 2, 4, 5])],
 )
 def test_position_t_predicts_token_t_plus_one_of_its_own_row(layout, predict):  # trap: T12
     batch = build_batch(ROWS, (0, 1), layout=layout, device="cpu")
@@ -238,7 +238,7 @@ def test_position_t_predicts_token_t_plus_one_of_its_own_row(layout, predict):  
 
 
 def test_positions_restart_with_every_row():  # trap: T12
-    batch = build_batch(ROWS, (0, 1), layout="ragged", device="cpu")
+    batch = build_batch(ROWS, (0, 1), layout="packed", device="cpu")
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 2]]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.mask_BT is None
@@ -288,7 +288,7 @@ def test_passes_are_filled_by_what_they_compute():
     """60 rows of 100 and 10 tokens: filled by whole tokens, each pass of 700 would compute 100 + 6 * 10."""
     common = np.arange(100, dtype=np.int32)
     ids = [np.concatenate([common, np.full(10, 1000 + i)]).astype(np.int32) for i in range(60)]
-    whole = fill_passes(range(60), [110] * 60, tokens_per_pass=700, layout="ragged")
+    whole = fill_passes(range(60), [110] * 60, tokens_per_pass=700, layout="packed")
     shared = fill_sharing(range(60), ids, tokens_per_pass=700)
     assert (len(whole), len(shared)) == (10, 3)
     assert sum(num_computed([ids[i] for i in members]) for members in whole) == 10 * 100 + 600
@@ -301,5 +301,5 @@ def test_rows_without_a_common_beginning_are_packed_as_ever():
     ids = [rng.integers(0, 10_000, size).astype(np.int32) for size in rng.integers(1, 60, 50)]
     lengths = [len(row) for row in ids]
     assert fill_sharing(range(50), ids, tokens_per_pass=200) == fill_passes(
-        range(50), lengths, tokens_per_pass=200, layout="ragged"
+        range(50), lengths, tokens_per_pass=200, layout="packed"
     )

@@ -229,7 +229,7 @@ def test_examples_and_rows_come_through_as_they_are() -> None:
 def test_processes_are_begun_for_large_files_only() -> None:
     large = encoders.WORTH_BYTES
     assert encoders.how_many(None, num_bytes=large - 1) == 1
-    assert encoders.how_many(None, num_bytes=large) == min(encoders.cores(), encoders.MOST)
+    assert encoders.how_many(None, num_bytes=large) == min(encoders.num_cpus(), encoders.MOST)
     assert encoders.how_many(5, num_bytes=1) == 5
 
 

@@ -41,7 +41,7 @@ TAGGED = [row([5, 6, 7], [1, 0, 0], np.array([3])), row([8, 9, 4], [0, 1, 1], np
 
 
 # trap: T12
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_labels_are_not_shifted(layout: Any) -> None:
     batch = build_batch(TAGGED, (0, 1), layout=layout, device="cpu")
     classes_stand_where_they_are_learnt(batch)
@@ -67,7 +67,7 @@ def test_numbers_and_many_classes_keep_their_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "expected"), [("padded", [[0, 0, 1, 1], [0, 0, 0, 0]]), ("ragged", [[0, 0, 1, 1, 0, 0]])]
+    ("layout", "expected"), [("padded", [[0, 0, 1, 1], [0, 0, 0, 0]]), ("packed", [[0, 0, 1, 1, 0, 0]])]
 )
 def test_the_second_text_has_its_own_type_and_padding_has_none(layout: Any, expected: list[list[int]]) -> None:
     rows = [row([5, 6, 7, 8], [1, 0, 0, 0], np.array([0]), second=2), row([5, 6], [1, 0], np.array([0]))]
@@ -77,7 +77,7 @@ def test_the_second_text_has_its_own_type_and_padding_has_none(layout: Any, expe
 
 def test_targets_know_their_row() -> None:
     rows = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1]), row([9, 4], [0, 1])]
-    for layout in ("ragged", "padded"):
+    for layout in ("packed", "padded"):
         batch = build_batch(rows, (2, 0, 1), layout=layout, device="cpu")  # type: ignore[arg-type]
         assert batch.row_of_N.tolist() == [0, 0, 1, 1, 2]
 

@@ -13,9 +13,9 @@ from packed import batch_of, rows_of, sharp
 from tunesmith.data.batch import Plan
 from tunesmith.data.filling import WHOLE, fill, filled, filling_share, fills
 from tunesmith.data.sharing import share
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.noise import EmbeddingNoise
+from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.types import Batch, Row, Source
 
 
@@ -39,7 +39,7 @@ def sizes(batch: Batch) -> tuple[int, int, int]:
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
 def test_a_model_answers_and_learns_the_same(arch):
     model, batch = sharp(arch).double(), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     whole = fill(batch)
     assert whole.filling > 0
     assert sizes(whole) == (filled(batch.num_tokens),) * 3
@@ -54,7 +54,7 @@ def test_rows_that_share_what_they_begin_with_are_filled_too():
     shared = share(batch, texts)
     assert shared.pieces
     model = sharp("llama").double()
-    use_ragged(model)
+    use_packed_attention(model)
     assert fill(shared).filling > 0
     assert_alike(model, fill(shared), shared)
 
@@ -62,7 +62,7 @@ def test_rows_that_share_what_they_begin_with_are_filled_too():
 def test_the_test_catches_filling_that_a_row_reads():
     """As if what stands behind belonged to the first rows: every row would be one place off."""
     model, batch = sharp("llama").double(), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     whole = fill(batch)
     joined = replace(whole, filling=0, lengths=(whole.filling, *batch.lengths))
     with pytest.raises(AssertionError):
@@ -85,7 +85,7 @@ def test_a_pass_of_a_whole_size_stays_as_it_is():
 
 def test_noise_is_on_rows_and_not_on_what_is_filled_up():
     batch, noise = fill(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
-    drawn_BTD = noise.drawn(batch, 1, width=4)
+    drawn_BTD = noise.noise(batch, 1, width=4)
     assert drawn_BTD.shape == (1, WHOLE, 4)
     assert drawn_BTD[0, :12].ne(0).all()
     assert drawn_BTD[0, 12:].eq(0).all()
@@ -93,13 +93,13 @@ def test_noise_is_on_rows_and_not_on_what_is_filled_up():
 
 def test_a_plan_tells_how_much_fills_up():
     lengths = np.full(8, 20, np.int32)
-    some = {"rows_per_step": 2, "tokens_per_pass": 64, "layout": "ragged", "seed": 0}
+    some = {"rows_per_step": 2, "tokens_per_pass": 64, "layout": "packed", "seed": 0}
     plan = Plan(rows_I=np.arange(8), weights_I=np.ones(8), lengths_I=lengths, **some)
     assert filling_share(plan) == pytest.approx(1 - 40 / 64)
 
 
-def test_only_ragged_passes_whose_products_are_compiled_are_filled():
-    assert fills("ragged", device="cpu", precision="bfloat16")
+def test_only_packed_passes_whose_products_are_compiled_are_filled():
+    assert fills("packed", device="cpu", precision="bfloat16")
     assert not fills("padded", device="cpu", precision="bfloat16")
-    assert not fills("ragged", device="cuda", precision="bfloat16")
-    assert not fills("ragged", device="cpu", precision="float32")
+    assert not fills("packed", device="cuda", precision="bfloat16")
+    assert not fills("packed", device="cpu", precision="float32")

@@ -16,7 +16,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.tokens import Encoder
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.bootstrap import Interval
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 
 TOKENIZER = tiny_tokenizer()
@@ -47,7 +47,7 @@ def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monke
     assert not any(row.trained[0] for row in rows)
 
 
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypatch):
     monkeypatch.setattr(forgetting, "passages", lambda: ["A brown fox jumps.", "One two", "What is it?\nYes."])
     tiny = model()
@@ -62,8 +62,8 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
                 window_T = ids_T[start : start + 4]
                 logits = tiny.eval()(input_ids=window_T[None]).logits[0, :-1].double()
                 losses[-1] += float(F.cross_entropy(logits, window_T[1:], reduction="sum"))
-    if layout == "ragged":
-        use_ragged(tiny)
+    if layout == "packed":
+        use_packed_attention(tiny)
     losses_P, counts_P = forgetting.text_losses(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
     assert counts_P.tolist() == counts
     assert losses_P == pytest.approx(losses, rel=1e-5)  # float32 logits

@@ -13,7 +13,7 @@ from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
 from tunesmith.data.feed import Feed
 from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.types import Labels, Row, Source
 
@@ -42,16 +42,16 @@ SHELF = Shelf([3, 9, 40, 5, 17, 28, 4, 33])
 
 def model_of(arch: str, *, dropout: float = 0.0):
     model = tiny_model(arch, vocab_size=VOCAB, dropout=dropout)
-    use_ragged(model)
+    use_packed_attention(model)
     return model
 
 
-def outcomes(model, tokens_per_pass: int, *, layout="ragged", rows=range(8)):
+def outcomes(model, tokens_per_pass: int, *, layout="packed", rows=range(8)):
     feed = Feed(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
     return predict_rows(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
 
 
-def loss(model, tokens_per_pass: int, *, layout="ragged") -> float:
+def loss(model, tokens_per_pass: int, *, layout="packed") -> float:
     found = outcomes(model, tokens_per_pass, layout=layout)
     return found.losses_I.sum() / found.counts_I.sum()
 
@@ -61,7 +61,7 @@ def independent_of_batching(measure) -> None:
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
 
 
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_loss_does_not_depend_on_batching(layout):  # trap: L5
     model = model_of("gpt2")
     independent_of_batching(lambda tokens: loss(model, tokens, layout=layout))
@@ -74,10 +74,10 @@ def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
     model = model_of("gpt2").eval()
 
     def broken(tokens: int) -> float:
-        passes = fill_passes(range(8), SHELF.lengths.tolist(), tokens_per_pass=tokens, layout="ragged")
+        passes = fill_passes(range(8), SHELF.lengths.tolist(), tokens_per_pass=tokens, layout="packed")
         means = []
         for members in passes:
-            batch = build_batch([SHELF.row(i) for i in members], members, layout="ragged", device="cpu")
+            batch = build_batch([SHELF.row(i) for i in members], members, layout="packed", device="cpu")
             measured = TASKS["chat"].measure(model, batch)
             means.append(float(measured.losses_N.mean()))
         return sum(means) / len(means)
@@ -127,7 +127,7 @@ def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
     from tunesmith.data.batch import build_batch
 
     model = model_of("gpt2", dropout=0.5)
-    batch = build_batch(SHELF.rows, range(8), layout="ragged", device="cpu")
+    batch = build_batch(SHELF.rows, range(8), layout="packed", device="cpu")
     with pytest.raises(AssertionError):
         dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).losses_N.sum()))
 

@@ -21,8 +21,8 @@ from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
 from tunesmith.inference.load import make_renderer, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models import load, locate
-from tunesmith.models.kind import model_kind
+from tunesmith.models import load, resolve_model
+from tunesmith.models.load import model_kind
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import validate
@@ -117,7 +117,7 @@ def chat_recipe(folder: Path, **sections: Any) -> Recipe:
 def as_if_tuned(recipe: Recipe, out: Path) -> Run:
     """A run folder with a result: every B of its adapter, and its head, is drawn instead of learnt."""
     run = Run.create(out.parent, out.name, as_yaml(recipe, comments=False), out=out)
-    located = locate.locate(recipe.model, offline=True)
+    located = resolve_model.resolve_model(recipe.model, offline=True)
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, None)
     model = load.load_model(

@@ -23,7 +23,7 @@ from tunesmith.export.servers import server_lines
 from tunesmith.export.source import open_source
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_format import WEIGHTS, save_adapter
-from tunesmith.models.locate import Located
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.runs.atomic import sha256_file
 
@@ -210,6 +210,6 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
 
 def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(finished("full"), offline=True)
-    monkeypatch.setattr(Located, "is_gguf", property(lambda self: True))
+    monkeypatch.setattr(ModelRef, "is_gguf", property(lambda self: True))
     said = server_lines(source, {"peft_type": "LORA", "r": 4, "target_modules": [], "base_model_name_or_path": "x"})
     assert next(line for line in said if line.startswith("vLLM: no: its base is a GGUF file"))

@@ -25,8 +25,8 @@ from tunesmith.export.go_template import render
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source
 from tunesmith.models import save
-from tunesmith.models.headers import read_gguf
-from tunesmith.models.quiet import quiet
+from tunesmith.models.gguf import read_gguf
+from tunesmith.models.modes import silence_transformers
 from tunesmith.runs.folder import Run
 
 
@@ -66,7 +66,7 @@ def assert_is_tied(run: Run, folder: Path) -> None:
 
 def assert_loads_as_tuned(run: Run, merged: Path) -> None:
     live, _ = open_source(run, offline=True).load(torch.float32)
-    with quiet():
+    with silence_transformers():
         model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -122,7 +122,7 @@ def assert_has_an_effect(run: Run, folder: Path) -> None:
 
     base = AutoModelForCausalLM.from_pretrained(run.recipe().model, dtype=torch.float32)
     ids = torch.arange(20, 40)[None]
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), silence_transformers():
         before = base(ids).logits
         assert not torch.allclose(peft.PeftModel.from_pretrained(base, str(folder))(ids).logits, before, atol=1e-3)
 

@@ -23,8 +23,8 @@ from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, unpack
 from tunesmith.export.options import Options
 from tunesmith.export.pre_tokenizers import HASHES, find_rule, probe_hash, rule_of_steps
 from tunesmith.export.source import open_source
-from tunesmith.models import load, locate
-from tunesmith.models.headers import GgufHeader, read_gguf
+from tunesmith.models import load, resolve_model
+from tunesmith.models.gguf import GgufHeader, read_gguf
 from tunesmith.runs.folder import Run
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]
@@ -168,7 +168,7 @@ def test_template_tokens_and_ends_are_in_the_file(tmp_path: Path) -> None:
     run = of_architecture("llama")
     done = written(run, tmp_path, proof=False, license="mit")
     path = next(done.path.glob("*.gguf"))
-    tokenizer = load.load_tokenizer(locate.locate(str(path)), None)
+    tokenizer = load.load_tokenizer(resolve_model.resolve_model(str(path)), None)
     source = open_source(run, offline=True)
     assert tokenizer.chat_template == source.tokenizer.chat_template
     header = read_gguf(path).metadata

@@ -21,7 +21,7 @@ from tunesmith.export.exporting import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, find_architecture, in_halves, interleaved
 from tunesmith.export.options import Options
 from tunesmith.export.source import open_source, read_config
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.folder import Run
 

@@ -24,7 +24,7 @@ from tunesmith.export.options import Options
 from tunesmith.export.pre_tokenizers import PROBE
 from tunesmith.export.probe import Seen
 from tunesmith.models import load
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run
 

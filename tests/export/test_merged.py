@@ -25,7 +25,7 @@ from tunesmith.export.options import Options
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import open_source, tuned_tensors
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models.quiet import quiet
+from tunesmith.models.modes import silence_transformers
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -86,7 +86,7 @@ def test_the_tokenizer_the_template_and_the_ends_are_those_of_training(tmp_path:
     stops = open_source(finished("chat"), offline=True).renderer.stop_ids
     ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) <= set(ends if isinstance(ends, list) else [ends])
-    with quiet():
+    with silence_transformers():
         assert AutoTokenizer.from_pretrained(done.path).chat_template
 
 

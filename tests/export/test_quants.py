@@ -14,13 +14,13 @@ import pytest
 
 from export.exports import of_architecture, quick
 from faults import limited_files
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import ExportError, ModelError, StorageError
 from tunesmith.export import exporting, gguf_file, gguf_kinds, llama_cpp_read, quantiser, verify
 from tunesmith.export.exporting import EXPORTS, Exported, export_run
 from tunesmith.export.gguf_kinds import KINDS, number_of
 from tunesmith.export.options import Options
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 from tunesmith.runs.folder import Run
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_read.is_installed(), reason="llama-cpp-python is not installed")
@@ -102,7 +102,7 @@ def test_without_llama_cpp_its_kinds_are_refused_before_weights_are_loaded(
             written(of_architecture("llama"), tmp_path, "q4_k_m", target=target)
         assert str(error.value) == (
             "--quant: q4_k_m: llama.cpp's own quantiser makes it, and llama-cpp-python is not installed. "
-            f"`{installing('llama-cpp')}` brings it; without it there are "
+            f"`{install_command('llama-cpp')}` brings it; without it there are "
             "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."
         )
     assert list(tmp_path.iterdir()) == []

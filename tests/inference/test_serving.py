@@ -22,7 +22,7 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor
-from tunesmith.models.quiet import quiet
+from tunesmith.models.modes import silence_transformers
 from tunesmith.runs.folder import Run
 from tunesmith.serve import cache, proofs
 from tunesmith.serve.adapters import Adapters
@@ -308,7 +308,7 @@ def test_vectors_are_means_of_tokens(tmp_path: Path) -> None:
 def test_a_head_that_is_not_asked_is_not_spoken_of(tmp_path: Path) -> None:
     """Encoders that were made for vectors have none for masked words."""
     folder = encoder_folder(tmp_path / "encoder")
-    with quiet():
+    with silence_transformers():
         BertModel.from_pretrained(folder).save_pretrained(folder)
     notes: list[str] = []
     assert list(opened(folder, notes=notes).embedders) == ["encoder"]

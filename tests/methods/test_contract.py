@@ -30,8 +30,8 @@ from tunesmith.methods.peft_bridge import short_name
 from tunesmith.methods.peft_kinds import MERGES
 from tunesmith.methods.token_rows import ROWS
 from tunesmith.models.load import load_tokenizer
-from tunesmith.models.locate import locate
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.optim import Update
 from tunesmith.recipe.methods import (
     METHOD_OPTIONS,
@@ -363,7 +363,7 @@ def save(attachment: Any, untouched: PreTrainedModel, folder: Path) -> None:
     """The base as a person has it, and the result of tuning it."""
     untouched.save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
-    located = locate(str(folder / "base"))
+    located = resolve_model(str(folder / "base"))
     renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
     METHODS[attachment.method].save_result(
         attachment, folder / "result", model=attachment.model, renderer=renderer, located=located

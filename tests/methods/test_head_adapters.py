@@ -27,7 +27,7 @@ from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
-from tunesmith.models.locate import Located, locate
+from tunesmith.models.resolve_model import ModelRef, resolve_model
 from tunesmith.recipe.methods import FullMethod, LoraMethod, Section
 from tunesmith.types import HeadName, Labels
 
@@ -170,7 +170,7 @@ def test_a_head_that_does_not_fit_is_refused_and_the_model_left_alone(damage: st
 
 def test_a_new_masked_language_head_is_refused_beside_adapters(tmp_path: Path) -> None:
     base("bert").save_pretrained(tmp_path / "bert")
-    located = Located("folder", tmp_path / "bert", "bert")
+    located = ModelRef("folder", tmp_path / "bert", "bert")
     model = load_model(located, dtype=torch.float32, device="cpu", head="masked_token")
     with pytest.raises(RecipeError, match=r"cls.predictions.bias is new, .* Use method: full"):
         attach(model, LoraMethod(), seed=0)
@@ -201,7 +201,7 @@ from safetensors.torch import load_file, save_file
 from tunesmith.methods import METHODS
 from tunesmith.models.heads import read_labels
 from tunesmith.models.load import load_model
-from tunesmith.models.locate import locate
+from tunesmith.models.resolve_model import resolve_model
 torch.manual_seed(99)
 folder = Path(sys.argv[1])
 ids = load_file(folder / "ids.safetensors")["ids"]
@@ -212,7 +212,7 @@ for case in json.loads((folder / "cases.json").read_text()):
     start = result if method == "full" else folder / arch
     labels = read_labels(result)
     head = "tokens" if labels.kind == "tags" else "sequence"
-    model = load_model(locate(str(start)), dtype=torch.float32, device="cpu", head=head, labels=labels, seed=7)
+    model = load_model(resolve_model(str(start)), dtype=torch.float32, device="cpu", head=head, labels=labels, seed=7)
     if method == "lora":
         METHODS["lora"].load_result(model, result)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def trained_result(folder: Path, arch: str, method: str) -> Tensor:
             folder / arch
         )
         tiny_tokenizer().save_pretrained(folder / arch)
-    located = locate(str(folder / arch))
+    located = resolve_model(str(folder / arch))
     model = load_model(located, dtype=torch.float32, device="cpu", head="sequence", labels=THREE, seed=1)
     attachment = METHODS[method].attach(model, SETTINGS[method], seed=0)
     randomise(attachment)  # type: ignore[arg-type]
@@ -273,7 +273,7 @@ def test_the_test_sees_a_head_that_was_not_saved(tmp_path: Path) -> None:
     trained_result(tmp_path, "bert", "lora")
     trained = load_file(tmp_path / "bert-lora" / WEIGHTS)
     # The planted bug: the adapter alone comes back, the head is the new one that every loading draws.
-    located = locate(str(tmp_path / "bert"))
+    located = resolve_model(str(tmp_path / "bert"))
     model = load_model(located, dtype=torch.float32, device="cpu", head="sequence", labels=THREE, seed=1)
     attachment = attach(model, LoraMethod(rank=4), seed=0)
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_padding_of_a_saved_model_is_no_end_token(method: str, tmp_path: Path) -
     start.config.eos_token_id = start.config.pad_token_id = tokenizer.eos_token_id
     start.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    located, notes = locate(str(tmp_path / "base")), []
+    located, notes = resolve_model(str(tmp_path / "base")), []
     model = load_model(located, dtype=torch.float32, device="cpu", head="sequence", labels=THREE, on_note=notes.append)
     assert "padding is <pad> (3) from now on" in notes[-1]
     rows = [text + tokenizer.eos_token for text in ("Hello there", "The quick brown fox jumps over the lazy dog", "a")]

@@ -33,7 +33,7 @@ from tunesmith.methods.peft_kinds import (
 from tunesmith.methods.peft_saved import load_result, save_result
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.load import load_tokenizer
-from tunesmith.models.locate import locate
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.optim import Update
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim
@@ -104,7 +104,7 @@ def saved(attachment: PeftAttachment, folder: Path) -> Path:
     base = folder / "base"
     base_model().save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    located = locate(str(base))
+    located = resolve_model(str(base))
     renderer: Any = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
     save_result(attachment, folder / "result", model=attachment.model, renderer=renderer, located=located)
     return folder / "result"
@@ -237,8 +237,7 @@ def test_prompts_answered_together_are_answered_as_alone(kind: str) -> None:
 def test_a_prompt_does_not_meet_packed_rows() -> None:
     model = base_model()
     attach(model, PeftMethod(kind="PROMPT_TUNING"), seed=0)
-    from tunesmith.models.attention import UnsupportedAttentionError
-    from tunesmith.models.segments import Segments
+    from tunesmith.models.attention import Segments, UnsupportedAttentionError
 
     with pytest.raises(UnsupportedAttentionError, match="virtual tokens"):
         model(input_ids=ids_of(rows=1), segments=Segments.of([4, 5], device=torch.device("cpu")))

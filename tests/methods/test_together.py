@@ -18,9 +18,9 @@ from tunesmith.methods import together
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.together import ACTIVATIONS, MLP, compute_together, siblings_forward
-from tunesmith.models.attention import use_ragged
-from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.modes import checkpoint_layers
 from tunesmith.recipe.methods import DoraMethod, LoraMethod
 
 GATED = (
@@ -107,7 +107,7 @@ def test_a_known_mlp_is_taken_and_an_odd_one_is_not():
 def tuned(arch: str, *, fast: bool, **settings) -> tuple[nn.Module, LoraAttachment]:
     """A tiny model with adapters that do something."""
     model = sharp(arch)
-    use_ragged(model)
+    use_packed_attention(model)
     attachment = attach(model, LoraMethod(rank=4, alpha=8, **settings), seed=0)
     with torch.no_grad():
         for name, tensor in attachment.trained.items():
@@ -164,18 +164,18 @@ def test_dropout_and_dora_and_adapters_that_are_off_go_layer_by_layer(monkeypatc
     monkeypatch.setattr(together._Siblings, "apply", lambda *args: pytest.fail("siblings in one node"))
     batch = batch_of(rows_of())
     model = sharp("llama")
-    use_ragged(model)
+    use_packed_attention(model)
     attach(model, DoraMethod(rank=4), seed=0)
     assert compute_together(model) == (0, 0)
     model = sharp("llama").train()
-    use_ragged(model)
+    use_packed_attention(model)
     attach(model, LoraMethod(rank=4, dropout=0.5), seed=0)
     compute_together(model)
     logits_at_targets(model, batch)
     monkeypatch.undo()
     model, attachment = tuned("llama", fast=True)
     untouched = sharp("llama")
-    use_ragged(untouched)
+    use_packed_attention(untouched)
     with attachment.adapter_disabled():
         assert torch.equal(logits_at_targets(model, batch), logits_at_targets(untouched, batch))
 
@@ -184,7 +184,7 @@ def test_adapters_that_are_taken_off_leave_a_plain_model():
     model, attachment = tuned("llama", fast=True)
     attachment.unload()
     untouched, batch = sharp("llama"), batch_of(rows_of())
-    use_ragged(untouched)
+    use_packed_attention(untouched)
     assert torch.equal(logits_at_targets(model, batch), logits_at_targets(untouched, batch))
 
 

@@ -16,7 +16,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.lora import attach
 from tunesmith.methods.peft_format import load_adapter, save_adapter
 from tunesmith.methods.token_rows import ROWS, TokenRows
-from tunesmith.models.new_tokens import NewTokens, make_room
+from tunesmith.models.special_tokens import NewTokens, resize_embeddings
 from tunesmith.optim import Update
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import Optim
@@ -123,13 +123,13 @@ def test_the_test_sees_rows_that_were_not_saved(tied: bool, tmp_path: Path) -> N
 def test_a_new_row_begins_as_the_mean_of_its_pieces_and_a_padded_table_never_shrinks() -> None:
     model = tiny_model(vocab_size=64)
     before = {name: table.clone() for name, table in tables(model).items()}
-    make_room(model, NewTokens((62, 70), ((1, 2), (5,))))
+    resize_embeddings(model, NewTokens((62, 70), ((1, 2), (5,))))
     for name, table in tables(model).items():
         assert table.shape[0] == 71
         assert torch.equal(table[62], before[name][[1, 2]].mean(0))
         assert torch.equal(table[70], before[name][5])
         assert torch.equal(table[:62], before[name][:62])
-    make_room(model, NewTokens((63,), ((1,),)))
+    resize_embeddings(model, NewTokens((63,), ((1,),)))
     assert tables(model)["embed"].shape[0] == 71
     assert model.config.vocab_size == 71
 

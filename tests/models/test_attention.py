@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from packed import CAN, CANNOT, LENGTHS, VOCAB, alone, batch_of, rows_of, sharp
 from tiny_model import tiny_model
-from tunesmith.models import attention, forward, grouped
-from tunesmith.models.attention import UnsupportedAttentionError, use_ragged
-from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models import attention, forward, short_row_attention
+from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.segments import Segments
+from tunesmith.models.modes import checkpoint_layers
 from tunesmith.types import Batch
 
 
@@ -27,7 +26,7 @@ def packed_answers_as_alone(arch: str, change=lambda batch: batch, **settings) -
     """1e-4 absolute on logits of several units: rounding is 1e-5, one token read by mistake 1 and more."""
     model, rows = sharp(arch, **settings), rows_of()
     expected = alone(model, rows)
-    use_ragged(model)
+    use_packed_attention(model)
     assert (logits_at_targets(model, change(batch_of(rows))) - expected).abs().max() <= 1e-4
 
 
@@ -74,8 +73,8 @@ def test_rotary_positions_hide_a_missing_restart():  # trap: T12, the reason why
 
 @pytest.mark.parametrize(("arch", "dropped"), [("mistral", "sliding_window"), ("gemma2", "softcap")])
 def test_packed_test_catches_an_ignored_keyword(arch, dropped, monkeypatch):
-    real = attention.ragged_attention
-    monkeypatch.setattr(attention, "ragged_attention", lambda *args, **kw: real(*args, **{**kw, dropped: None}))
+    real = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *args, **kw: real(*args, **{**kw, dropped: None}))
     cap = {"attn_logit_softcapping": 2.0} if arch == "gemma2" else {}
     with pytest.raises(AssertionError):
         packed_answers_as_alone(arch, **cap)
@@ -101,14 +100,14 @@ def test_generation_is_the_same_with_the_ragged_attention_in_place(arch):
     mask[1, :5] = 0
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
     expected = model.generate(ids, **how)
-    use_ragged(model)
+    use_packed_attention(model)
     assert torch.equal(model.generate(ids, **how), expected)
 
 
 @pytest.mark.parametrize("arch", CAN)
 def test_no_mask_is_built_in_a_ragged_pass(arch, monkeypatch):
     model = sharp(arch)
-    use_ragged(model)
+    use_packed_attention(model)
     monkeypatch.setattr(attention, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask was built"))
     logits_at_targets(model, batch_of(rows_of()))
 
@@ -118,7 +117,7 @@ def test_long_windows_are_cut_into_blocks():
     model, rows = sharp("mistral"), rows_of((77, 64, 9, 8))
     with torch.no_grad():
         expected = alone(model, rows)
-        use_ragged(model)
+        use_packed_attention(model)
         assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
 
 
@@ -131,7 +130,7 @@ def gradients(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def recomputed_layers_give_the_same_gradients(arch: str) -> None:
     model, batch = sharp(arch, dropout=0.1), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     expected = gradients(model, batch)
     checkpoint_layers(model, 2)
     assert torch.equal(gradients(model, batch), expected)
@@ -144,7 +143,7 @@ def test_recomputed_layers_give_the_same_gradients_with_dropout(arch):  # trap: 
 
 def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):  # trap: L10 planted
     """As with a context that is closed before the backward: the recomputation attends over all rows."""
-    real = attention.ragged_attention
+    real = attention.packed_attention
     forward_is_over = False
 
     def forgetful(*args, segments=None, **kwargs):
@@ -154,12 +153,12 @@ def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):
     def watched() -> Iterator[None]:
         nonlocal forward_is_over
         forward_is_over = False
-        with attention.ragged_pass():
+        with attention.packed_forward():
             yield
         forward_is_over = True
 
-    monkeypatch.setattr(attention, "ragged_attention", forgetful)
-    monkeypatch.setattr(forward, "ragged_pass", watched)
+    monkeypatch.setattr(attention, "packed_attention", forgetful)
+    monkeypatch.setattr(forward, "packed_forward", watched)
     with pytest.raises((AssertionError, CheckpointError)):  # torch itself may notice that other tensors are saved
         recomputed_layers_give_the_same_gradients("llama")
 
@@ -168,35 +167,35 @@ def test_recomputing_test_catches_a_recomputation_without_segments(monkeypatch):
 def test_long_rows_are_multiplied_together_where_weights_are_dropped(monkeypatch, dropout, together):
     """torch's kernel has no dropout: a row goes through some twenty operations for it."""
     seen: list[int] = []
-    attend = grouped.attend
+    attend = short_row_attention.short_row_attention
 
     def watched(query, key, value, layout, **settings):
         for block in layout.blocks:
             seen.extend([block.queries] * (block.num // key.shape[1]))
         return attend(query, key, value, layout, **settings)
 
-    monkeypatch.setattr(grouped, "attend", watched)
+    monkeypatch.setattr(short_row_attention, "short_row_attention", watched)
     q, k, v = (torch.randn(1, 2, 1240, 8, dtype=torch.bfloat16) for _ in range(3))
     segments = Segments.of([600, 600, 40], device=torch.device("cpu"))
-    attention.ragged_attention(torch.nn.Module(), q, k, v, None, segments=segments, dropout=dropout, is_causal=False)
+    attention.packed_attention(torch.nn.Module(), q, k, v, None, segments=segments, dropout=dropout, is_causal=False)
     assert seen == together
 
 
 def test_attention_dropout_drops():
     model, batch = sharp("llama", dropout=0.5), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     with torch.no_grad():
         still = logits_at_targets(model, batch)
         assert not torch.equal(logits_at_targets(model.train(), batch), still)
         assert torch.equal(logits_at_targets(model.eval(), batch), still)
 
 
-def layouts_train_alike(arch: str, layouts=("ragged", "padded")) -> None:
+def layouts_train_alike(arch: str, layouts=("packed", "padded")) -> None:
     """20 steps of plain gradient descent: losses within 1e-5 of each other."""
     losses = []
     for layout in layouts:
         model = tiny_model(arch, vocab_size=VOCAB)
-        use_ragged(model)
+        use_packed_attention(model)
         descent = torch.optim.SGD(model.parameters(), lr=0.1)
         losses.append([])
         for step in range(20):
@@ -224,6 +223,6 @@ def test_training_test_catches_rows_that_read_each_other(monkeypatch):  # trap: 
 
 def test_a_model_that_swallows_the_segments_is_refused():
     model = sharp("llama")
-    use_ragged(model)
-    with attention.ragged_pass(), pytest.raises(UnsupportedAttentionError):
+    use_packed_attention(model)
+    with attention.packed_forward(), pytest.raises(UnsupportedAttentionError):
         model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)

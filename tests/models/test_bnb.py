@@ -24,7 +24,7 @@ def importing(folder: Path, code: str) -> bool:
 
 def test_no_code_is_looked_for_on_the_hub(tmp_path):
     code = (
-        "import sys\nfrom tunesmith.models.bnb import import_bitsandbytes\nimport_bitsandbytes().optim.AdamW8bit\n"
+        "import sys\nfrom tunesmith.models.quantized import import_bitsandbytes as load\nload().optim.AdamW8bit\n"
         "assert 'kernels' not in sys.modules\nimport kernels"
     )
     before = code.removesuffix("import kernels")

@@ -16,9 +16,9 @@ from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import attach
-from tunesmith.models.attention import use_ragged
-from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets, sequence_logits
+from tunesmith.models.modes import checkpoint_layers
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
@@ -28,7 +28,7 @@ from tunesmith.types import Labels
 def test_exactly_k_layers_are_recomputed(arch, num_layers, monkeypatch):
     recomputed = []
     monkeypatch.setattr(
-        "tunesmith.models.checkpointing.checkpoint",
+        "tunesmith.models.modes.checkpoint",
         lambda *args, **kwargs: recomputed.append(1) or checkpoint(*args, **kwargs),
     )
     model = tiny_model(arch, vocab_size=VOCAB, layers=3)
@@ -67,7 +67,7 @@ def adapters_get_gradients(num_layers: int, use_reentrant: bool = False) -> list
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
         layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
-    use_ragged(model)
+    use_packed_attention(model)
     checkpoint_layers(model, num_layers)
     if use_reentrant:
         for layer in model.model.layers:
@@ -94,7 +94,7 @@ def test_adapter_test_catches_a_reentrant_recomputation():  # trap: L10 planted
 def bfloat16_gradients(num_layers: int) -> list[torch.Tensor]:
     """Rows of several lengths, which on a processor go through grouped products, a few saved tensors for each."""
     model = tiny_model("llama", vocab_size=VOCAB, dtype=torch.bfloat16)
-    use_ragged(model)
+    use_packed_attention(model)
     checkpoint_layers(model, num_layers)
     batch = batch_of(rows_of())
     F.cross_entropy(logits_at_targets(model.train(), batch).float(), batch.targets_N).backward()

@@ -16,9 +16,9 @@ from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.models.load import fingerprint, load_model, load_tokenizer
-from tunesmith.models.locate import Located, locate
+from tunesmith.models.resolve_model import ModelRef, resolve_model
 from tunesmith.models.save import save_model
-from tunesmith.models.size import size
+from tunesmith.models.size import model_size
 
 HOW = {"dtype": torch.float32, "device": "cpu"}
 TEXT = "Hello  12 and\n\n345!"
@@ -26,12 +26,12 @@ TEXT = "Hello  12 and\n\n345!"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Located, PreTrainedModel]:
+def made(tmp_path_factory) -> tuple[ModelRef, PreTrainedModel]:
     """A GGUF and the model that is in it."""
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), initializer_range=0.3).eval()
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model, tokenizer)
-    return locate(str(path)), model
+    return resolve_model(str(path)), model
 
 
 def test_weights_are_those_of_the_file(made, capfd):
@@ -68,7 +68,7 @@ def test_digits_are_cut_apart_where_the_file_says_so(made):
 def test_unknown_splitting_rule_is_told(tmp_path):
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), layers=1, hidden=32)
-    located = locate(str(write_gguf(tmp_path / "odd.gguf", model, tokenizer, pre="martian")))
+    located = resolve_model(str(write_gguf(tmp_path / "odd.gguf", model, tokenizer, pre="martian")))
     notes: list[str] = []
     load_tokenizer(located, None, on_note=notes.append)
     assert len(notes) == 1
@@ -82,7 +82,7 @@ def test_saved_folder_is_a_plain_model(made, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["rms_norm_eps"] == 1e-6
-    plain = locate(str(tmp_path / "out"))
+    plain = resolve_model(str(tmp_path / "out"))
     again, tokens = load_model(plain, **HOW), load_tokenizer(plain, None)
     assert torch.equal(again(torch.arange(20)[None]).logits, model(torch.arange(20)[None]).logits)
     assert tokens(TEXT).input_ids == tokenizer(TEXT).input_ids
@@ -91,7 +91,7 @@ def test_saved_folder_is_a_plain_model(made, tmp_path):
 
 def test_size_and_fingerprint_need_no_weights(made):
     located, model = made
-    found = size(located)
+    found = model_size(located)
     assert (found.num_params, found.num_layers, found.hidden) == (model.num_parameters(), 2, 64)
     assert (found.vocab_size, found.max_tokens) == (model.config.vocab_size, 512)
     assert list(fingerprint(located)) == ["tiny.gguf"]
@@ -102,28 +102,28 @@ def test_missing_tensor_is_an_error_not_a_random_start(made, tmp_path):
     path = tmp_path / "renamed.gguf"
     path.write_bytes(made[0].path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(ModelError, match=r"renamed.gguf|such as model.layers.1.mlp.up_proj.weight"):
-        load_model(locate(str(path)), **HOW)
+        load_model(resolve_model(str(path)), **HOW)
 
 
 def test_unknown_architecture_is_named(made, tmp_path):
     path = tmp_path / "brain.gguf"
     path.write_bytes(made[0].path.read_bytes().replace(b"llama", b"brain"))
     with pytest.raises(ModelError, match=r"brain.gguf: .*brain"):
-        load_model(locate(str(path)), **HOW)
+        load_model(resolve_model(str(path)), **HOW)
 
 
 def test_folder_with_one_gguf_is_that_file(made, tmp_path):
     folder = tmp_path / "download"
     folder.mkdir()
     (folder / "a.gguf").write_bytes(made[0].path.read_bytes())
-    assert locate(str(folder)).path == folder / "a.gguf"
+    assert resolve_model(str(folder)).path == folder / "a.gguf"
     (folder / "b.gguf").write_bytes(made[0].path.read_bytes())
     with pytest.raises(ModelError, match="2 GGUF files"):
-        locate(str(folder))
+        resolve_model(str(folder))
 
 
 def test_everything_about_a_gguf_is_read_without_a_socket(made, no_sockets):
-    located = locate(str(made[0].path), offline=True)
+    located = resolve_model(str(made[0].path), offline=True)
     load_tokenizer(located, None)
     load_model(located, **HOW)
 
@@ -137,7 +137,7 @@ SMOLLM2 = Path(
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smollm2_knows_the_capital_of_france(dtype):
-    located = locate(str(SMOLLM2))
+    located = resolve_model(str(SMOLLM2))
     tokenizer = load_tokenizer(located, None)
     model = load_model(located, dtype=dtype, device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight

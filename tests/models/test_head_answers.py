@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.batch import build_batch
 from tunesmith.models import forward
-from tunesmith.models.agreement import encoder_agrees
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import Segments, use_packed_attention
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
-from tunesmith.models.segments import Segments
+from tunesmith.models.packing_check import check_packing
 from tunesmith.types import Batch, HeadName, Labels, Layout, Row, Source
 
 VOCAB = 96
@@ -104,13 +103,13 @@ def test_the_output_layer_of_an_encoder_sees_the_targets_alone(monkeypatch: pyte
     assert seen == [(1, 8, 64)]
 
 
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("arch", CAUSAL)
 @torch.no_grad()
 def test_causal_models_tag_as_alone(arch: str, layout: Layout) -> None:
     model, rows = sharp(arch, "tokens"), rows_with(lambda length: range(0, length, 2))
     expected_NC = torch.cat([own(model, row)[row.trained] for row in rows])
-    use_ragged(model)
+    use_packed_attention(model)
     assert (token_logits(model, batch_of(rows, layout)) - expected_NC).abs().max() <= 1e-5
 
 
@@ -129,12 +128,12 @@ def assert_the_last_token_is_pooled(arch: str, layout: Layout, ask: Callable[[Pr
     with torch.no_grad():
         expected_BC = torch.stack([own(model, row) for row in rows])
         model.config.pad_token_id = model.config.eos_token_id = EOS
-        use_ragged(model)
+        use_packed_attention(model)
         answers_BC = ask(model, batch_of(rows, layout))
     assert (answers_BC - expected_BC).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("arch", CAUSAL)
 def test_causal_models_answer_about_a_text_as_alone_even_if_padding_is_the_end_token(arch: str, layout: Layout) -> None:
     assert_the_last_token_is_pooled(arch, layout, sequence_logits)
@@ -191,13 +190,13 @@ PACKED = ("bert", "roberta", "distilbert", "electra")
 @torch.no_grad()
 def test_packed_encoders_answer_as_alone_or_are_not_packed(arch: str, head: HeadName) -> None:
     model, rows = sharp(arch, head), rows_with(lambda length: [0] if head == "sequence" else range(length))
-    found = encoder_agrees(model, rows, has_types=has_types(model))
+    found = check_packing(model, "encoder", rows, has_types=has_types(model))
     assert found.ok == (arch in PACKED), found.reason
     if not found.ok:
         assert found.reason
         return
-    use_ragged(model)
-    batch = batch_of(rows, "ragged", has_types=has_types(model))
+    use_packed_attention(model)
+    batch = batch_of(rows, "packed", has_types=has_types(model))
     answers = (sequence_logits if head == "sequence" else logits_at_targets)(model, batch)
     model.set_attn_implementation("sdpa")
     expected = torch.cat([own(model, row, **types_of(model, row)).reshape(-1, answers.shape[-1]) for row in rows])
@@ -208,11 +207,11 @@ def test_the_check_catches_rows_that_read_each_other(monkeypatch: pytest.MonkeyP
     model, rows = sharp("bert", "sequence"), rows_with(lambda length: [0])
     whole = Segments.of([sum(len(row.ids) for row in [*rows, rows[0]])], device=torch.device("cpu"))
     monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: whole)
-    assert not encoder_agrees(model, rows, has_types=True).ok
+    assert not check_packing(model, "encoder", rows, has_types=True).ok
 
 
 def test_the_check_catches_a_head_that_reads_every_token() -> None:
     model, rows = sharp("bert", "sequence"), rows_with(lambda length: [0])
     pooler = model.bert.pooler
     pooler.forward = lambda hidden: pooler.activation(pooler.dense(hidden.mean(1)))
-    assert not encoder_agrees(model, rows, has_types=True).ok
+    assert not check_packing(model, "encoder", rows, has_types=True).ok

@@ -15,10 +15,9 @@ from tiny_gguf import write_gguf
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.models import heads
-from tunesmith.models.kind import model_kind
-from tunesmith.models.load import load_model
-from tunesmith.models.locate import locate
-from tunesmith.models.size import UNBOUNDED, size
+from tunesmith.models.load import load_model, model_kind
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.models.size import UNBOUNDED, model_size
 from tunesmith.types import HeadName, Labels
 
 HOW = {"dtype": torch.float32, "device": "cpu"}
@@ -38,7 +37,7 @@ def saved(folder: Path, arch: str, head: HeadName = "next_token", labels: Labels
 
 def load(folder: Path, head: HeadName, labels: Labels | None, notes: list[str] | None = None, **how) -> PreTrainedModel:
     listen = {} if notes is None else {"on_note": notes.append}
-    return load_model(locate(str(folder)), **{**HOW, **how}, head=head, labels=labels, **listen)
+    return load_model(resolve_model(str(folder)), **{**HOW, **how}, head=head, labels=labels, **listen)
 
 
 HEAD_WEIGHTS = {
@@ -61,7 +60,7 @@ def test_a_new_head_is_drawn_and_said_and_all_else_is_that_of_the_file(arch: str
     assert list(heads.new_head_names(model)) == HEAD_WEIGHTS[arch]
     # ModernBERT's head stands before its masked-token decoder too: its weights are in the file, and a part of a new
     # head all the same.
-    assert list(heads.drawn_names(model)) == HEAD_WEIGHTS[arch]
+    assert list(heads.new_param_names(model)) == HEAD_WEIGHTS[arch]
     assert ", ".join(HEAD_WEIGHTS[arch]) in notes[0]
     stored = load_file(tmp_path / arch / "model.safetensors")
     rest = {name: weight for name, weight in model.named_parameters() if name not in HEAD_WEIGHTS[arch]}
@@ -122,7 +121,7 @@ def test_a_head_for_the_same_labels_is_kept_and_for_others_replaced(labels: Labe
         assert "has a head for other labels" in notes[-2]
         assert "new weights, drawn from seed 0" in notes[-1]
         if head == "sequence":  # the pooler is the model's own
-            assert heads.drawn_names(replaced) == ("classifier.weight", "classifier.bias")
+            assert heads.new_param_names(replaced) == ("classifier.weight", "classifier.bias")
 
 
 def test_a_missing_head_without_labels_is_an_error(tmp_path: Path) -> None:
@@ -143,10 +142,10 @@ def test_a_masked_language_head_is_the_models_own_or_new_and_said(tmp_path: Path
     notes: list[str] = []
     own = load(saved(tmp_path / "bert", "bert"), "masked_token", None, notes)
     assert notes == []
-    assert heads.drawn_names(own) == ()
+    assert heads.new_param_names(own) == ()
     saved(tmp_path / "classifier", "bert", "sequence", THREE)
     new = load(tmp_path / "classifier", "masked_token", None, notes)
-    assert heads.drawn_names(new) == tuple(name for name, _ in new.named_parameters() if name.startswith("cls."))
+    assert heads.new_param_names(new) == tuple(name for name, _ in new.named_parameters() if name.startswith("cls."))
     assert "cls.predictions.transform.dense.weight" in notes[0]
     assert new.cls.predictions.decoder.weight is new.bert.embeddings.word_embeddings.weight
 
@@ -171,9 +170,9 @@ def test_a_gguf_gets_a_head_on_the_weights_of_its_file(tmp_path: Path) -> None:
 def test_kind_and_size_are_read_off_the_config(arch: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / arch, arch)
     expected = "encoder" if arch in ENCODERS else "encoder_decoder" if arch in TRANSLATORS else "causal"
-    located = locate(str(folder))
+    located = resolve_model(str(folder))
     assert model_kind(located) == expected
-    found = size(located)
+    found = model_size(located)
     limits = {"roberta": 510, "mpnet": 510, "t5": UNBOUNDED}
     assert (found.hidden, found.vocab_size, found.max_tokens) == (64, 512, limits.get(arch, 512))
     assert found.num_layers == (4 if arch in TRANSLATORS else 2)
@@ -183,11 +182,11 @@ def test_a_bert_that_decodes_is_causal(tmp_path: Path) -> None:
     folder = saved(tmp_path / "bert", "bert")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
-    assert model_kind(locate(str(folder))) == "causal"
+    assert model_kind(resolve_model(str(folder))) == "causal"
 
 
 def test_a_model_that_is_not_of_text_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "bert", "bert")
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match="vit: not a model of text"):
-        model_kind(locate(str(folder)))
+        model_kind(resolve_model(str(folder)))

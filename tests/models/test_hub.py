@@ -18,10 +18,10 @@ from tiny_run import chats, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import DoesNotFitError, ModelError
 from tunesmith.models import load
-from tunesmith.models import locate as locating
+from tunesmith.models import resolve_model as locating
 from tunesmith.models.folder import read_tensors
-from tunesmith.models.locate import locate
-from tunesmith.models.size import size
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.models.size import model_size
 from tunesmith.planning import devices
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.setup import prepare
@@ -57,7 +57,7 @@ def put(cache: Path, folder: Path, *, without: tuple[str, ...] = ()) -> Path:
 @pytest.mark.parametrize("how", [{"offline": True}, {"offline": False}, {"offline": True, "revision": COMMIT}])
 def test_cached_model_is_loaded_without_a_socket(cache, made_folder, no_sockets, how):
     snapshot = put(cache, made_folder)
-    located = locate("acme/tiny", **how)
+    located = resolve_model("acme/tiny", **how)
     assert (located.kind, located.path, located.name, located.revision) == ("hub", snapshot, "acme/tiny", COMMIT)
     load.load_tokenizer(located, None)
     load.load_model(located, dtype=torch.float32, device="cpu")
@@ -65,24 +65,24 @@ def test_cached_model_is_loaded_without_a_socket(cache, made_folder, no_sockets,
 
 def test_offline_and_not_cached_says_so_without_a_socket(cache, no_sockets):
     with pytest.raises(ModelError, match=r"acme/tiny: neither a folder .* --offline forbids"):
-        locate("acme/tiny", offline=True)
+        resolve_model("acme/tiny", offline=True)
 
 
 def test_socket_test_catches_a_look_at_the_hub(cache, no_sockets):  # planted
     with pytest.raises(pytest.fail.Exception):
-        locate("acme/tiny", offline=False)
+        resolve_model("acme/tiny", offline=False)
 
 
 @pytest.mark.parametrize("model", ["acme/ti..ny", "ac--me/tiny", "acme/tiny.git", "acme/tiny-"])
 def test_what_the_hub_allows_no_model_to_be_called_is_refused_without_a_socket(cache, no_sockets, model):
     with pytest.raises(ModelError, match="neither a folder nor the form of a hub id"):
-        locate(model)
+        resolve_model(model)
 
 
 def test_half_downloaded_model_is_not_taken(cache, made_folder, no_sockets):
     put(cache, made_folder, without=("model.safetensors",))
     with pytest.raises(ModelError, match="--offline forbids"):
-        locate("acme/tiny", offline=True)
+        resolve_model("acme/tiny", offline=True)
 
 
 class Hub:
@@ -132,24 +132,24 @@ def test_download_brings_safetensors_and_never_pickles(hub):
     for name in ("pytorch_model.bin", "consolidated.safetensors", "original.pth", "README.md"):
         (hub.folder / name).write_bytes(b"x")
         hub.names.append(name)
-    located = locate("acme/tiny")
+    located = resolve_model("acme/tiny")
     assert located.revision == COMMIT
     assert "model.safetensors" in hub.asked
     assert not {"pytorch_model.bin", "consolidated.safetensors", "original.pth", "README.md"} & set(hub.asked)
 
 
 def test_what_was_downloaded_is_found_again_without_the_hub(hub, no_sockets):
-    first = locate("acme/tiny")
-    assert locate("acme/tiny", offline=True) == first
+    first = resolve_model("acme/tiny")
+    assert resolve_model("acme/tiny", offline=True) == first
 
 
 def test_without_weights_their_headers_alone_are_fetched(hub):
-    located = locate("acme/tiny", weights=False)
+    located = resolve_model("acme/tiny", weights=False)
     assert not located.has_weights
     assert "headers of model.safetensors" in hub.asked
     assert "model.safetensors" not in hub.asked
-    whole = locate(str(hub.folder))
-    assert size(located) == size(whole)
+    whole = resolve_model(str(hub.folder))
+    assert model_size(located) == model_size(whole)
     assert read_tensors(located.path, "acme/tiny") == read_tensors(whole.path, "tiny")
     # Headers may be written with other spaces.
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (located.path, hub.folder)]
@@ -158,7 +158,7 @@ def test_without_weights_their_headers_alone_are_fetched(hub):
 
 
 def test_the_folder_of_headers_goes_with_what_names_it(hub):
-    located = locate("acme/tiny", weights=False)
+    located = resolve_model("acme/tiny", weights=False)
     path = located.path
     assert path.is_dir()
     del located
@@ -168,7 +168,7 @@ def test_the_folder_of_headers_goes_with_what_names_it(hub):
 
 def test_what_is_cached_is_whole_whoever_asks(cache, made_folder, no_sockets):
     put(cache, made_folder)
-    assert locate("acme/tiny", weights=False).has_weights
+    assert resolve_model("acme/tiny", weights=False).has_weights
 
 
 def recipe_on_hub(folder: Path, **more: object) -> Recipe:
@@ -183,8 +183,8 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_downloaded(hu
 
 
 def test_planted_a_run_that_looks_for_its_model_with_weights_would_be_seen(hub, tmp_path, monkeypatch):
-    real = locating.locate
-    monkeypatch.setattr(locating, "locate", lambda model, **how: real(model, **how | {"weights": True}))
+    real = locating.resolve_model
+    monkeypatch.setattr(locating, "resolve_model", lambda model, **how: real(model, **how | {"weights": True}))
     monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
     with pytest.raises(DoesNotFitError):
         prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
@@ -214,7 +214,7 @@ def test_code_is_refused_before_the_weights_are_downloaded(hub):
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Evil"}}))
     with pytest.raises(ModelError, match="auto_map"):
-        locate("acme/tiny")
+        resolve_model("acme/tiny")
     assert "config.json" in hub.asked
     assert "model.safetensors" not in hub.asked
 
@@ -230,7 +230,7 @@ def test_code_is_refused_before_the_weights_are_downloaded(hub):
 def test_hub_models_without_safetensors_are_refused_undownloaded(hub, names, said):
     hub.names = names
     with pytest.raises(ModelError, match=said):
-        locate("acme/tiny")
+        resolve_model("acme/tiny")
     assert not hub.asked
 
 
@@ -254,14 +254,14 @@ def answer_of(kind: type[Exception]) -> Exception:
 def test_refusals_of_the_hub_are_explained(hub, error, said):
     hub.error = answer_of(error)
     with pytest.raises(ModelError, match=said):
-        locate("acme/tiny", revision="v9")
+        resolve_model("acme/tiny", revision="v9")
 
 
 def test_misspelled_local_folder_is_mentioned_when_the_hub_knows_nothing(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(hub.folder.parent)
     hub.error = answer_of(errors.RepositoryNotFoundError)
     with pytest.raises(ModelError, match=r"nor a model on the hub.*Did you mean tiny-llama\?"):
-        locate("tiny-lama")
+        resolve_model("tiny-lama")
 
 
 def test_hash_of_a_cached_blob_is_taken_from_its_name(cache, made_folder):
@@ -271,4 +271,4 @@ def test_hash_of_a_cached_blob_is_taken_from_its_name(cache, made_folder):
     named = blob.rename(blob.with_name("ab" * 32))
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(named)
-    assert load.fingerprint(locate("acme/tiny", offline=True))["model.safetensors"] == "ab" * 32
+    assert load.fingerprint(resolve_model("acme/tiny", offline=True))["model.safetensors"] == "ab" * 32

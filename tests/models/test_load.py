@@ -12,8 +12,8 @@ from tiny import template
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.models.load import fingerprint, load_config, load_model, load_tokenizer
-from tunesmith.models.locate import locate
-from tunesmith.models.size import UNBOUNDED, size
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.models.size import UNBOUNDED, model_size
 
 HOW = {"dtype": torch.float32, "device": "cpu"}
 
@@ -31,7 +31,7 @@ def change_config(folder, **changes) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_is_that_of_the_file(folder, dtype):
-    model = load_model(locate(str(folder)), dtype=dtype, device="cpu")
+    model = load_model(resolve_model(str(folder)), dtype=dtype, device="cpu")
     stored = load_file(folder / "model.safetensors")
     assert set(stored) == set(model.state_dict())
     assert all(torch.equal(weight, stored[name].to(dtype)) for name, weight in model.state_dict().items())
@@ -42,33 +42,33 @@ def test_every_weight_is_that_of_the_file(folder, dtype):
 def test_missing_weight_is_an_error_not_a_random_start(folder, name):
     change_weights(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(ModelError, match=f"1 weights are not in its files, such as {name}: they would start as random"):
-        load_model(locate(str(folder)), **HOW)
+        load_model(resolve_model(str(folder)), **HOW)
 
 
 def test_missing_tied_output_layer_is_no_loss(folder):
     change_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
     change_config(folder, tie_word_embeddings=True)
-    model = load_model(locate(str(folder)), **HOW)
+    model = load_model(resolve_model(str(folder)), **HOW)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_weight_of_another_shape_is_an_error(folder):
     change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises(ModelError, match=r"tiny-llama: .*(another shape|size mismatch|mismatch)"):
-        load_model(locate(str(folder)), **HOW)
+        load_model(resolve_model(str(folder)), **HOW)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 2**40}, {"num_hidden_layers": 3}, {"vocab_size": 7}])
 def test_config_that_does_not_fit_the_weights_is_an_error(folder, changes):
     change_config(folder, **changes)
     with pytest.raises(ModelError, match="tiny-llama"):
-        load_model(locate(str(folder)), **HOW)
+        load_model(resolve_model(str(folder)), **HOW)
 
 
 def test_weights_without_a_place_are_told(folder):
     change_weights(folder, lambda tensors: tensors.update({"vision.weight": torch.ones(2)}))
     notes: list[str] = []
-    load_model(locate(str(folder)), **HOW, on_note=notes.append)
+    load_model(resolve_model(str(folder)), **HOW, on_note=notes.append)
     assert len(notes) == 1
     assert "1 weights" in notes[0]
     assert "vision.weight" in notes[0]
@@ -82,16 +82,16 @@ def test_weights_without_a_place_are_told(folder):
 def test_config_that_transformers_cannot_use_is_a_model_error(folder, changes):
     change_config(folder, **changes)
     with pytest.raises(ModelError, match="tiny-llama"):
-        load_model(locate(str(folder)), **HOW)
+        load_model(resolve_model(str(folder)), **HOW)
 
 
 def test_pickle_beside_safetensors_is_not_touched(folder):
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    load_model(locate(str(folder)), **HOW)
+    load_model(resolve_model(str(folder)), **HOW)
 
 
 def test_nothing_is_printed(folder, capfd):
-    located = locate(str(folder))
+    located = resolve_model(str(folder))
     load_tokenizer(located, None)
     load_model(located, **HOW)
     assert capfd.readouterr() == ("", "")
@@ -99,7 +99,7 @@ def test_nothing_is_printed(folder, capfd):
 
 def test_tokenizer_has_the_models_template(folder):
     notes: list[str] = []
-    tokenizer = load_tokenizer(locate(str(folder)), None, on_note=notes.append)
+    tokenizer = load_tokenizer(resolve_model(str(folder)), None, on_note=notes.append)
     assert tokenizer.chat_template == template("chatml")
     assert notes == []
 
@@ -108,7 +108,7 @@ def test_given_template_takes_its_place_and_is_told(folder, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}")
     notes: list[str] = []
-    tokenizer = load_tokenizer(locate(str(folder)), str(file), on_note=notes.append)
+    tokenizer = load_tokenizer(resolve_model(str(folder)), str(file), on_note=notes.append)
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     assert notes == [f"data.template: {file} takes the place of the model's own chat template"]
 
@@ -118,8 +118,8 @@ def test_template_of_a_model_without_one_needs_no_word(folder, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("x")
     notes: list[str] = []
-    assert load_tokenizer(locate(str(folder)), None).chat_template is None
-    assert load_tokenizer(locate(str(folder)), str(file), on_note=notes.append).chat_template == "x"
+    assert load_tokenizer(resolve_model(str(folder)), None).chat_template is None
+    assert load_tokenizer(resolve_model(str(folder)), str(file), on_note=notes.append).chat_template == "x"
     assert notes == []
 
 
@@ -129,11 +129,11 @@ def test_unusable_template_file_is_named(folder, tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ModelError, match=f"data.template: {file}"):
-        load_tokenizer(locate(str(folder)), str(file))
+        load_tokenizer(resolve_model(str(folder)), str(file))
 
 
 def test_missing_or_broken_tokenizer_is_named(folder):
-    located = locate(str(folder))
+    located = resolve_model(str(folder))
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="its tokenizer cannot be used"):
         load_tokenizer(located, None)
@@ -144,21 +144,21 @@ def test_missing_or_broken_tokenizer_is_named(folder):
 
 
 def test_fingerprint_changes_with_weights_tokenizer_and_template(folder):
-    first = fingerprint(locate(str(folder)))
+    first = fingerprint(resolve_model(str(folder)))
     assert set(first) == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "model.safetensors",
     }  # fmt: skip
     (folder / "README.md").write_text("words")
-    assert fingerprint(locate(str(folder))) == first
+    assert fingerprint(resolve_model(str(folder))) == first
     change_weights(folder, lambda tensors: tensors["lm_head.weight"][0].add_(1))
-    second = fingerprint(locate(str(folder)))
+    second = fingerprint(resolve_model(str(folder)))
     assert {name for name in first if first[name] != second[name]} == {"model.safetensors"}
 
 
 def test_size_counts_as_the_model_does(folder):
-    located = locate(str(folder))
-    found, model = size(located), load_model(located, **HOW)
+    located = resolve_model(str(folder))
+    found, model = model_size(located), load_model(located, **HOW)
     assert found.num_params == model.num_parameters()
     assert (found.num_layers, found.hidden, found.max_tokens) == (2, 64, 512)
     assert found.vocab_size == model.config.vocab_size
@@ -170,8 +170,8 @@ def test_size_of_other_architectures_and_tied_weights(tmp_path, arch, max_tokens
     model.save_pretrained(tmp_path / arch)
     if arch == "bloom":  # its positions have no limit, so a real config names none
         change_config(tmp_path / arch, max_position_embeddings=None)
-    located = locate(str(tmp_path / arch))
-    found = size(located)
+    located = resolve_model(str(tmp_path / arch))
+    found = model_size(located)
     assert (found.num_params, found.num_layers, found.hidden) == (model.num_parameters(), 2, 64)
     assert (found.vocab_size, found.max_tokens) == (96, max_tokens)
     assert load_config(located).model_type == arch

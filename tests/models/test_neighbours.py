@@ -16,8 +16,8 @@ from tiny import tiny_tokenizer
 from tiny_run import tiny_recipe
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
-from tunesmith.models import agreement, recurrent, rope
-from tunesmith.models.agreement import ragged_agrees
+from tunesmith.models import attention, packing_check
+from tunesmith.models.packing_check import check_packing
 from tunesmith.serve import proofs
 from tunesmith.serve.adapters import Adapters
 from tunesmith.serve.decoder import Apart
@@ -60,12 +60,12 @@ def hybrid(kind: str) -> PreTrainedModel:
 # trap: T19
 def assert_rows_are_not_packed(kind: str) -> None:
     """Though its leak is less than what bfloat16 rounds."""
-    assert not ragged_agrees(hybrid(kind), rows_of((37, 11, 20))).ok
+    assert not check_packing(hybrid(kind), "causal", rows_of((37, 11, 20))).ok
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) -> None:
-    assert "carry a state" in recurrent.why(hybrid(kind))
+    assert "carry a state" in packing_check.recurrent_layer(hybrid(kind))
     assert_rows_are_not_packed(kind)
     assert "carry a state" in proofs.why_apart(hybrid(kind), Adapters(hybrid(kind)))
 
@@ -73,9 +73,9 @@ def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) 
 @pytest.mark.parametrize("kind", ["recurrent_gemma"])
 def test_a_tolerance_alone_would_let_them_through(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """trap T19, planted: neither the kinds of layers nor two different neighbours are looked at."""
-    monkeypatch.setattr(recurrent, "why", lambda model: "")
+    monkeypatch.setattr(packing_check, "recurrent_layer", lambda model: "")
     assert_rows_are_not_packed(kind)  # the neighbours alone find it
-    monkeypatch.setattr(agreement, "leak_allowed", lambda model: 1.0)
+    monkeypatch.setattr(packing_check, "leak_tolerance", lambda model: 1.0)
     with pytest.raises(AssertionError):
         assert_rows_are_not_packed(kind)
 
@@ -88,8 +88,8 @@ def test_sound_models_are_packed_as_ever(arch: str) -> None:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     else:
         model = sharp(arch).to(torch.bfloat16)
-    assert recurrent.why(model) == ""
-    found = ragged_agrees(model, rows_of((37, 11, 20)))
+    assert packing_check.recurrent_layer(model) == ""
+    found = check_packing(model, "causal", rows_of((37, 11, 20)))
     assert found.ok, found
     assert proofs.why_apart(model, Adapters(model)) == ""
 
@@ -132,16 +132,16 @@ def folder_of(path: Path) -> str:
 
 
 def test_the_border_is_found_also_by_type_of_layer() -> None:
-    assert rope.border(longrope().config) == BORDER
+    assert attention.longrope_limit(longrope().config) == BORDER
     config = sharp("llama").config
-    assert rope.border(config) is None
+    assert attention.longrope_limit(config) is None
     config.rope_parameters = {
         "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 100},
         "sliding_attention": {"rope_type": "default"},
     }
-    assert rope.border(config) == 100
-    assert rope.why(config, 100) == ""
-    assert "more than 100 tokens" in rope.why(config, 101)
+    assert attention.longrope_limit(config) == 100
+    assert attention.longrope_conflict(config, 100) == ""
+    assert "more than 100 tokens" in attention.longrope_conflict(config, 101)
 
 
 def passes_of(folder: Path, num_words: int) -> list[list[int]]:
@@ -173,7 +173,7 @@ def test_a_row_beyond_the_border_goes_alone_in_training(tmp_path: Path) -> None:
 def test_rows_that_are_packed_with_one_beyond_the_border_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rope, "border", lambda config: None)  # planted: T17
+    monkeypatch.setattr(attention, "longrope_limit", lambda config: None)  # planted: T17
     with pytest.raises(AssertionError):
         assert_no_row_is_beside_one_beyond_the_border(tmp_path)
 

@@ -16,9 +16,9 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import StorageError
 from tunesmith.models import save
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.load import TOKENIZER_FILES, load_model, load_tokenizer
-from tunesmith.models.locate import Located, locate
+from tunesmith.models.resolve_model import ModelRef, resolve_model
 from tunesmith.models.save import generation_config, save_model
 
 IDS = torch.arange(3, 15)[None]
@@ -26,8 +26,8 @@ HOW = {"dtype": torch.float32, "device": "cpu"}
 
 
 @pytest.fixture
-def located(folder) -> Located:
-    return locate(str(folder))
+def located(folder) -> ModelRef:
+    return resolve_model(str(folder))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def loaded(located):
 
 def saved_equals_model(model, folder: Path, *, tokenizer, located) -> None:
     save_model(model, tokenizer, folder, located=located, stop_ids=[7])
-    again = load_model(locate(str(folder)), **HOW)
+    again = load_model(resolve_model(str(folder)), **HOW)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
     ours, theirs = model.state_dict(), again.state_dict()
@@ -51,7 +51,7 @@ def test_saved_model_loads_with_the_same_logits(arch, tmp_path, located):  # tra
     """Bitwise in float32, with the ragged attention in place as after training; many of these tie their embeddings."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(arch, vocab_size=len(tokenizer)).eval()
-    use_ragged(model)
+    use_packed_attention(model)
     expected = model(IDS).logits
     saved_equals_model(model, tmp_path / "out", tokenizer=tokenizer, located=located)
     assert torch.equal(model(IDS).logits, expected)
@@ -138,7 +138,9 @@ def test_changed_tokenizer_is_written_anew(tmp_path, located, loaded):
     tokenizer.add_tokens(["<new>"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     save_model(model, tokenizer, tmp_path / "out", located=located, stop_ids=[7])
-    assert load_tokenizer(locate(str(tmp_path / "out")), None).convert_tokens_to_ids("<new>") == len(tokenizer) - 1
+    assert (
+        load_tokenizer(resolve_model(str(tmp_path / "out")), None).convert_tokens_to_ids("<new>") == len(tokenizer) - 1
+    )
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["template in tokenizer_config.json", "template in a file"])
@@ -154,7 +156,7 @@ def test_given_template_is_the_only_one_saved(folder, tmp_path, located, inside)
     save_model(load_model(located, **HOW), tokenizer, tmp_path / "out", located=located, stop_ids=[7])
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == file.read_bytes().replace(b"\r", b"")
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    again = load_tokenizer(locate(str(tmp_path / "out")), None)
+    again = load_tokenizer(resolve_model(str(tmp_path / "out")), None)
     assert again.chat_template == tokenizer.chat_template
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from packed import CAN, VOCAB, batch_of, sharp
 from tunesmith.data.sharing import LEAST_TOKENS, Family, families, share
-from tunesmith.models import grouped, segments
-from tunesmith.models.attention import UnsupportedAttentionError, use_ragged
-from tunesmith.models.checkpointing import checkpoint_layers
+from tunesmith.models import attention, short_row_attention
+from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.segments import Segments
+from tunesmith.models.modes import checkpoint_layers
 from tunesmith.types import Batch, Piece, Row, Source
 
 
@@ -51,7 +50,7 @@ def answers(model, batch: Batch) -> list[torch.Tensor]:
 
 
 def both_are_alike(model, rows: list[Row], *, tolerance: float) -> None:
-    use_ragged(model)
+    use_packed_attention(model)
     plain, shared = shared_batch(rows)
     assert shared.num_computed < plain.num_computed
     for one, other in zip(answers(model, shared), answers(model, plain), strict=True):
@@ -65,15 +64,15 @@ def test_every_model_answers_and_learns_alike(arch, products, monkeypatch):
     """By torch's kernel and by grouped products. float32: 1e-4 of the largest is rounding through a model of such
     weights."""
     if products:
-        monkeypatch.setattr(grouped, "can", lambda *args, softcap, **how: softcap is None)
+        monkeypatch.setattr(short_row_attention, "is_supported", lambda *args, softcap, **how: softcap is None)
     both_are_alike(sharp(arch), MIXED, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("longest", [15, 24])
 def test_long_and_short_pieces_of_one_family(longest, monkeypatch):
     """Some through products, some through torch's kernel, reading the same beginning."""
-    monkeypatch.setattr(grouped, "can", lambda *args, **how: True)
-    monkeypatch.setattr(grouped, "LONGEST", longest)
+    monkeypatch.setattr(short_row_attention, "is_supported", lambda *args, **how: True)
+    monkeypatch.setattr(short_row_attention, "LONGEST", longest)
     both_are_alike(sharp("llama"), MIXED, tolerance=1e-4)
 
 
@@ -87,7 +86,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_whole_rows():
     """Distance of all gradients together to those of float32. Rounding is the same kind in both, so neither may be much
     farther; the beginning's gradients are summed in float32."""
     model = sharp("llama").bfloat16()
-    use_ragged(model)
+    use_packed_attention(model)
     found = [answers(model, batch) for batch in shared_batch(MIXED)]
     truth = answers(model.float(), batch_of(MIXED))
     plain, shared = (
@@ -166,24 +165,24 @@ def test_rows_that_share_nothing_stay_as_they_are():
 def test_what_reads_both_ways_is_refused():
     """An encoder's beginning reads what follows it, so it cannot be the same for two rows."""
     model = sharp("llama")
-    use_ragged(model)
+    use_packed_attention(model)
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
-    with pytest.raises(UnsupportedAttentionError, match="both ways"):
+    with pytest.raises(UnsupportedAttentionError, match="both directions"):
         logits_at_targets(model, shared_batch(MIXED)[1])
 
 
 def test_the_test_catches_a_reader_whose_gradient_is_lost(monkeypatch):
     """Planted: the beginning learns from all of its readers but the first."""
-    real = segments.Shared.of
+    real = attention.SharedPrefixes.of
 
     def forgetful(pieces, device):
         shared = real(pieces, device)
         families = tuple((start, places_CP[1:]) for start, places_CP in shared.families)
-        return segments.Shared(shared.index_K, shared.own_T, families)
+        return attention.SharedPrefixes(shared.index_K, shared.own_T, families)
 
-    monkeypatch.setattr(segments.Shared, "of", forgetful)
+    monkeypatch.setattr(attention.SharedPrefixes, "of", forgetful)
     with pytest.raises(AssertionError):
         both_are_alike(sharp("llama"), MIXED, tolerance=1e-4)
 
@@ -191,7 +190,7 @@ def test_the_test_catches_a_reader_whose_gradient_is_lost(monkeypatch):
 def test_the_test_catches_another_familys_beginning():
     """Planted: what is left of the rows reads what the first family begins with."""
     model = sharp("llama")
-    use_ragged(model)
+    use_packed_attention(model)
     plain, shared = shared_batch(rows_of((10, [9, 5]), (10, [7, 3])))
     wrong = [Piece(piece.tokens, piece.prefix, 0) for piece in shared.pieces]
     found = answers(model, replace(shared, pieces=tuple(wrong)))

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from tunesmith.models.shapes import FakeTensorMode
 from tunesmith.planning import trying
 from tunesmith.planning.devices import CPU_LAUNCH, Device, here, named
 from tunesmith.planning.duration import (

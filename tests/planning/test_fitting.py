@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
 from tunesmith.planning import devices, fitting
 from tunesmith.planning.advise import with_choice
@@ -127,7 +127,7 @@ def test_full_tuning_is_offered_a_packed_base_last():
 def test_what_a_packed_base_needs_is_said_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(fitting, "find_spec", lambda name: None)
     (found,) = fitting.nearest(lora_with(), predictor(12), longest=100)
-    assert found.words().endswith(f"after: {installing('bitsandbytes')})")
+    assert found.words().endswith(f"after: {install_command('bitsandbytes')})")
 
 
 def test_what_a_model_cannot_take_is_not_offered():

@@ -15,8 +15,8 @@ from tiny_model import tiny_model
 from tiny_run import model_folder
 from tiny_tasks import encoder_folder
 from tunesmith.data.batch import build_batch
-from tunesmith.models.locate import Located, locate
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.models.resolve_model import ModelRef, resolve_model
 from tunesmith.planning.memory import Pass, highest, step_peak, timeline
 from tunesmith.planning.sketch import Kept, Sketch, Stack
 from tunesmith.planning.tracing import Segment, Tracer
@@ -35,25 +35,25 @@ def recipe_for(method: str, *, precision: str = "bfloat16", **more) -> Recipe:
     )
 
 
-def sketch_of(located: Located, recipe: Recipe) -> Sketch:
+def sketch_of(located: ModelRef, recipe: Recipe) -> Sketch:
     return Sketch(recipe, located, head="next_token", labels=None)
 
 
 def batch_of(lengths: tuple[int, ...] = (9, 9, 5)) -> Batch:
-    return build_batch(rows_of(lengths), range(len(lengths)), layout="ragged", device="cpu")
+    return build_batch(rows_of(lengths), range(len(lengths)), layout="packed", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Located:
-    return locate(str(model_folder(tmp_path_factory.mktemp("models") / "llama")))
+def llama(tmp_path_factory) -> ModelRef:
+    return resolve_model(str(model_folder(tmp_path_factory.mktemp("models") / "llama")))
 
 
-def layers_of(located: Located, path: Path, layers: int) -> Located:
+def layers_of(located: ModelRef, path: Path, layers: int) -> ModelRef:
     """The same model with more layers, and no weights at all."""
     config = (located.path / "config.json").read_text()
     path.mkdir()
     (path / "config.json").write_text(config.replace('"num_hidden_layers": 2', f'"num_hidden_layers": {layers}'))
-    return Located("folder", path, str(path))
+    return ModelRef("folder", path, str(path))
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
@@ -99,14 +99,12 @@ def bytes_saved(method: str, batch: Batch, *, precision: str) -> int:
     """What a real forward keeps for its backward: every storage that is not the model's, once."""
     from tunesmith.methods import METHODS
     from tunesmith.methods.together import compute_together
-    from tunesmith.models.attention import use_ragged
-    from tunesmith.models.norms import use_fast_norms
+    from tunesmith.models.attention import use_packed_attention
     from tunesmith.tasks import bind
 
     recipe = recipe_for(method, precision=precision)
     model = tiny_model("llama", vocab_size=512, dtype=getattr(torch, precision))
-    use_ragged(model)
-    use_fast_norms(model)
+    use_packed_attention(model)
     attachment = METHODS[method].attach(model, recipe.method, seed=0)
     compute_together(model)
     known = {t.untyped_storage().data_ptr() for t in (*_tensors(model), *attachment.trained.values())}
@@ -221,7 +219,7 @@ def test_products_are_counted_two_a_multiply_and_add(llama):
 
 
 def test_an_encoder_with_a_head_of_its_own_can_be_traced(tmp_path):
-    located = locate(str(encoder_folder(tmp_path / "bert")))
+    located = resolve_model(str(encoder_folder(tmp_path / "bert")))
     recipe = recipe_for("full", precision="float32")
     sketch = Sketch(recipe, located, head="masked_token", labels=None)
     rows = [Row(row.ids % 20, row.trained, row.source, labels=row.ids[row.trained] % 20) for row in rows_of((7, 5))]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tiny_model import tiny_model
 from tunesmith.data.batch import build_batch
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.types import Row, Source
 
@@ -29,11 +29,11 @@ def rows_of(lengths, *, seed=0) -> list[Row]:
 
 def model_of(arch: str):
     model = tiny_model(arch, vocab_size=VOCAB).train()
-    use_ragged(model)
+    use_packed_attention(model)
     return model
 
 
-def gradients(model, rows, passes, *, layout="ragged", divide="step"):
+def gradients(model, rows, passes, *, layout="packed", divide="step"):
     """The loss and gradients of one step over `rows`, cut into `passes`."""
     model.zero_grad(set_to_none=True)
     count = sum(int(row.trained[1:].sum()) for row in rows)
@@ -51,7 +51,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def splits_agree(model, *, layout="ragged", divide="step") -> None:
+def splits_agree(model, *, layout="packed", divide="step") -> None:
     """1×8, 8×1 and 4×2 passes of mixed lengths: 1e-5 is float32 noise, a mean of means is off by one."""
     rows = rows_of([3, 5, 9, 40, 4, 17, 28, 11])
     loss, reference = gradients(model, rows, [range(8)], layout=layout)
@@ -63,7 +63,7 @@ def splits_agree(model, *, layout="ragged", divide="step") -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_passes_do_not_change_loss_or_gradients(arch, layout):  # trap: L1
     splits_agree(model_of(arch), layout=layout)
 
@@ -109,8 +109,8 @@ def test_loss_sum_equals_cross_entropy_in_float64_row_by_row(arch):  # trap: L4,
             logits = model(input_ids=ids[None]).logits[0, :-1].double()
         labels = torch.where(torch.from_numpy(row.trained), ids, -100)[1:]
         expected += float(F.cross_entropy(logits, labels, reduction="sum"))
-    use_ragged(model)
-    for layout in ("ragged", "padded"):
+    use_packed_attention(model)
+    for layout in ("packed", "padded"):
         batch = build_batch(rows, range(4), layout=layout, device="cpu")
         # 1e-5: float32 logits, compared with their float64 log-softmax
         assert float(LOSS(model, batch).detach()) == pytest.approx(expected, rel=1e-5)
@@ -119,14 +119,14 @@ def test_loss_sum_equals_cross_entropy_in_float64_row_by_row(arch):  # trap: L4,
 def test_a_batch_without_targets_is_zero_and_never_nan():  # trap: L6
     model = model_of("llama")
     row = Row(np.array([5, 6, 7], np.int32), np.zeros(3, bool), Source("x.jsonl", 1))
-    loss = LOSS(model, build_batch([row], (0,), layout="ragged", device="cpu"))
+    loss = LOSS(model, build_batch([row], (0,), layout="packed", device="cpu"))
     assert float(loss.detach()) == 0.0
 
 
 def test_measure_tells_each_loss_and_each_first_choice():
     model = model_of("llama").eval()
     rows = rows_of([7, 9])
-    batch = build_batch(rows, (0, 1), layout="ragged", device="cpu")
+    batch = build_batch(rows, (0, 1), layout="packed", device="cpu")
     measured = TASKS["chat"].measure(model, batch)
     with torch.no_grad():
         assert float(measured.losses_N.sum()) == pytest.approx(float(LOSS(model, batch)), rel=1e-6)

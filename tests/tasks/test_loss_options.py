@@ -18,8 +18,8 @@ from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import ModelError, RecipeError, Stopped
-from tunesmith.models.attention import use_ragged
-from tunesmith.models.noise import EmbeddingNoise
+from tunesmith.models.attention import use_packed_attention
+from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.recipe.schema import Loss
 from tunesmith.runs.folder import runs
 from tunesmith.tasks import bind
@@ -76,10 +76,10 @@ LENGTHS = [3, 5, 9, 40, 4, 17, 28, 11]
 CUTS = {"1×8": [range(8)], "8×1": [[i] for i in range(8)], "4×2": [[i, i + 1] for i in range(0, 8, 2)]}
 
 
-def step(loss_sum: Any, noise: EmbeddingNoise, cut: str, *, layout: str = "ragged") -> tuple[float, Tensor]:
+def step(loss_sum: Any, noise: EmbeddingNoise, cut: str, *, layout: str = "packed") -> tuple[float, Tensor]:
     """Loss and gradients of one step over eight rows, divided once by its targets."""
     model, rows = tiny_model("llama", vocab_size=VOCAB).train(), rows_of(LENGTHS)
-    use_ragged(model)
+    use_packed_attention(model)
     count, total = sum(int(row.trained[1:].sum()) for row in rows), 0.0
     for members in CUTS[cut]:
         batch = build_batch([rows[i] for i in members], members, layout=layout, device="cpu")  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def step(loss_sum: Any, noise: EmbeddingNoise, cut: str, *, layout: str = "ragge
 def cuts_agree(loss_sum: Any, noise: EmbeddingNoise) -> None:
     """1e-5: float32 noise; whatever is normalised or drawn by pass is off by far more."""
     loss, gradient = step(loss_sum, noise, "1×8")
-    for cut, layout in (("8×1", "ragged"), ("4×2", "ragged"), ("4×2", "padded")):
+    for cut, layout in (("8×1", "packed"), ("4×2", "packed"), ("4×2", "padded")):
         other_loss, other = step(loss_sum, noise, cut, layout=layout)
         assert other_loss == pytest.approx(loss, rel=1e-5), cut
         assert float((other - gradient).norm() / gradient.norm()) <= 1e-5, cut
@@ -120,16 +120,16 @@ def test_the_pass_test_sees_an_addition_divided_by_its_own_pass(loss: Loss) -> N
 class OfThePass(EmbeddingNoise):
     """The bug of padded trainers: noise scaled by what a pass happens to hold."""
 
-    def drawn(self, batch: Any, step: int, *, width: int) -> Tensor:
-        right = super().drawn(batch, step, width=width)
+    def noise(self, batch: Any, step: int, *, width: int) -> Tensor:
+        right = super().noise(batch, step, width=width)
         return right * (min(batch.lengths) / batch.num_tokens) ** 0.5
 
 
 class OfTheOrder(EmbeddingNoise):
     """Drawn one after the other: another cut, other numbers."""
 
-    def drawn(self, batch: Any, step: int, *, width: int) -> Tensor:
-        return super().drawn(replace(batch, row_indices=tuple(range(len(batch.lengths)))), step, width=width)
+    def noise(self, batch: Any, step: int, *, width: int) -> Tensor:
+        return super().noise(replace(batch, row_indices=tuple(range(len(batch.lengths)))), step, width=width)
 
 
 @pytest.mark.parametrize("buggy", [OfThePass, OfTheOrder])
@@ -141,7 +141,7 @@ def test_the_pass_test_sees_noise_that_is_of_the_pass(buggy: type[EmbeddingNoise
 def test_noise_is_uniform_by_the_length_of_each_row_and_never_on_padding() -> None:
     rows = rows_of([100, 400])
     batch = build_batch(rows, (7, 9), layout="padded", device="cpu")
-    noise = EmbeddingNoise(5.0, seed=1).drawn(batch, 2, width=64)
+    noise = EmbeddingNoise(5.0, seed=1).noise(batch, 2, width=64)
     assert noise.shape == (2, 400, 64)
     assert (noise[0, 100:] == 0).all()
     for line, length in ((noise[0, :100], 100), (noise[1], 400)):
@@ -149,19 +149,19 @@ def test_noise_is_uniform_by_the_length_of_each_row_and_never_on_padding() -> No
         assert line.abs().max() <= bound
         assert line.std() == pytest.approx(bound / 3**0.5, rel=0.02)  # that of a uniform distribution
         assert line.mean().abs() < 0.02 * bound
-    ragged = EmbeddingNoise(5.0, seed=1).drawn(build_batch(rows, (7, 9), layout="ragged", device="cpu"), 2, width=64)
+    ragged = EmbeddingNoise(5.0, seed=1).noise(build_batch(rows, (7, 9), layout="packed", device="cpu"), 2, width=64)
     assert torch.equal(ragged[0], torch.cat([noise[0, :100], noise[1]]))
 
 
 def test_noise_follows_from_seed_step_and_row_and_leaves_other_random_numbers_alone() -> None:
-    batch = build_batch(rows_of([8, 8]), (0, 1), layout="ragged", device="cpu")
+    batch = build_batch(rows_of([8, 8]), (0, 1), layout="packed", device="cpu")
     before = torch.get_rng_state()
-    first = EmbeddingNoise(5.0, seed=1).drawn(batch, 2, width=16)
-    assert torch.equal(first, EmbeddingNoise(5.0, seed=1).drawn(batch, 2, width=16))
+    first = EmbeddingNoise(5.0, seed=1).noise(batch, 2, width=16)
+    assert torch.equal(first, EmbeddingNoise(5.0, seed=1).noise(batch, 2, width=16))
     assert torch.equal(torch.get_rng_state(), before)
     others = [
-        EmbeddingNoise(5.0, seed=2).drawn(batch, 2, width=16),
-        EmbeddingNoise(5.0, seed=1).drawn(batch, 3, width=16),
+        EmbeddingNoise(5.0, seed=2).noise(batch, 2, width=16),
+        EmbeddingNoise(5.0, seed=1).noise(batch, 3, width=16),
     ]
     assert not any(torch.equal(first, other) for other in others)
     assert not torch.equal(first[0, :8], first[0, 8:])
@@ -180,7 +180,7 @@ def test_noise_is_added_to_what_the_model_looks_up(arch: str) -> None:
         model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT)
         hook.remove()
     plain = model.get_input_embeddings()(batch.ids_BT)
-    torch.testing.assert_close(seen[0] - plain, noise.drawn(batch, 1, width=plain.shape[-1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[0] - plain, noise.noise(batch, 1, width=plain.shape[-1]), rtol=1e-4, atol=1e-6)
     assert not model.get_input_embeddings()._forward_hooks
 
 

@@ -15,9 +15,9 @@ def main() -> None:
     leave_at_once()
     prepare_streams()
     from tunesmith.cli.app import app
-    from tunesmith.environment import others_running, prepare_environment
+    from tunesmith.environment import prepare_environment
 
-    prepare_environment(os.environ, others_running, answers=sys.argv[1:2] in (["serve"], ["chat"]))
+    prepare_environment(os.environ)
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         warnings.simplefilter("ignore")  # those of libraries are for their programmers; ours arrive as events
     code: int | str | None = 0

@@ -72,16 +72,15 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     """
     from tunesmith.errors import DataError
     from tunesmith.inference.load import make_renderer
-    from tunesmith.models import locate
-    from tunesmith.models.kind import model_kind
-    from tunesmith.models.load import load_tokenizer
-    from tunesmith.models.size import size
+    from tunesmith.models.load import load_tokenizer, model_kind
+    from tunesmith.models.resolve_model import resolve_model
+    from tunesmith.models.size import model_size
     from tunesmith.planning.before_rows import decide_before_rows, find_head
 
-    located = locate.locate(recipe.model, revision=recipe.revision, offline=offline, weights=False)
+    located = resolve_model(recipe.model, revision=recipe.revision, offline=offline, weights=False)
     tokenizer, kind = load_tokenizer(located, recipe.data.template), model_kind(located)
     try:
-        decided, _ = decide_before_rows(recipe, located, size(located), kind)
+        decided, _ = decide_before_rows(recipe, located, model_size(located), kind)
     except DataError:
         return None
     find_head(decided, located, kind)

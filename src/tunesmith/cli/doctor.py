@@ -29,7 +29,7 @@ def doctor(as_json: Json = False) -> None:
     tunesmith doctor --json
     """
     from tunesmith.cli.streams import console, json_page
-    from tunesmith.environment import installing
+    from tunesmith.environment import install_command
 
     found = findings()
     if as_json:
@@ -40,7 +40,7 @@ def doctor(as_json: Json = False) -> None:
         if name != "extras":
             screen.print(f"{name:<14} {value}", soft_wrap=True)
     for name, is_here in found["extras"].items():
-        state = "" if is_here else f"; not installed: {installing(name)}"
+        state = "" if is_here else f"; not installed: {install_command(name)}"
         screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from tunesmith.cli.render import one_line, visible
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import InputError
 from tunesmith.formatting import plural
 from tunesmith.serve.protocol import EngineOptions, Served
@@ -165,7 +165,7 @@ def check_extra() -> None:
         from tunesmith.serve import app, listening  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
-            f"serve needs the package {error.name}, which is not installed. Run {installing('serve')}"
+            f"serve needs the package {error.name}, which is not installed. Run {install_command('serve')}"
         ) from None
 
 

@@ -77,11 +77,11 @@ class Plan:
         """Places that a pass over these rows computes, padding among them."""
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
-        return sum(self.lengths_of(rows)) if self.layout == "ragged" else places(self._sides_of(rows))
+        return sum(self.lengths_of(rows)) if self.layout == "packed" else places(self._sides_of(rows))
 
     def padding(self, most_steps: int = POOL_STEPS) -> float:
         """Share of the places computed in the first steps of a run that hold no token."""
-        if self.layout == "ragged":
+        if self.layout == "packed":
             return 0.0
         passes = [rows for step in range(min(most_steps, self.steps_per_epoch)) for rows in self.step(step + 1)]
         tokens = sum(sum(self.lengths_of(rows)) for rows in passes)
@@ -142,7 +142,7 @@ def build_batch(
     and its decoder `decoder_start` and the target but for its last token. `has_types`: the model tells the two texts
     of a pair apart by token types. `pad_id`: the token that shorter rows are padded with.
     """
-    is_pair, is_packed = layout == "encoder_decoder", layout == "ragged"
+    is_pair, is_packed = layout == "encoder_decoder", layout == "packed"
     read = [_source(row) if is_pair else row.ids for row in rows]
     lengths = [len(ids) for ids in read]
     longest = max(lengths)

@@ -18,7 +18,7 @@ import orjson
 from tunesmith.data.chunks import Chunk, Encoded, chunk_bytes, encode, encoded_of
 from tunesmith.data.encoder_process import identity, read_frame, write_frame
 from tunesmith.data.render import Renderer
-from tunesmith.environment import cores, for_child
+from tunesmith.environment import for_child, num_cpus
 
 WORTH_BYTES = 16 * 1024**2
 """Of files from which on processes are worth their start: about five seconds of one."""
@@ -42,7 +42,7 @@ def how_many(asked: int | None, *, num_bytes: int) -> int:
     """Processes for files of this size; 1: this one alone. `asked`: data.num_proc."""
     if asked is not None:
         return asked
-    return min(cores(), MOST) if num_bytes >= WORTH_BYTES else 1
+    return min(num_cpus(), MOST) if num_bytes >= WORTH_BYTES else 1
 
 
 def encode_all(

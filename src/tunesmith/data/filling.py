@@ -20,7 +20,7 @@ WHOLE = 32
 
 def fills(layout: Layout, *, device: str, precision: str) -> bool:
     """Whether passes are filled: where they are packed and products are compiled for their shapes."""
-    return layout == "ragged" and device == "cpu" and precision == "bfloat16"
+    return layout == "packed" and device == "cpu" and precision == "bfloat16"
 
 
 def filled(num_tokens: int) -> int:

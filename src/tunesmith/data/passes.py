@@ -32,9 +32,9 @@ def fill_passes(
     length stand together, and passes count the padding. `targets`: of an encoder–decoder how many of a row's tokens its
     decoder reads, which are padded apart from the others.
     """
-    if layout == "ragged":
+    if layout == "packed":
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
-        passes = _fill_ragged([lengths[i] for i in by_length], tokens_per_pass)
+        passes = _fill_packed([lengths[i] for i in by_length], tokens_per_pass)
         return [tuple(rows[by_length[at]] for at in members) for members in passes]
     sides_RS = np.array([lengths], np.int64).T
     if targets:
@@ -61,7 +61,7 @@ def places(sides_RS: NDArray[np.signedinteger[Any]]) -> int:
 
 
 def fill_sharing(rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, tokens_per_pass: int) -> list[Pass]:
-    """Rows grouped into ragged passes that compute at most `tokens_per_pass` tokens where what rows of a pass begin
+    """Rows grouped into packed passes that compute at most `tokens_per_pass` tokens where what rows of a pass begin
     with alike is computed once; a longer row goes alone. A function of the rows, whatever their order.
 
     Rows that begin alike stay together as far as they fit; the groups are packed as `fill_passes` packs rows.
@@ -81,7 +81,7 @@ def fill_sharing(rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, token
             computed, read = more
         units.append((_size(computed, read), unit))
     units.sort(key=lambda unit: (-unit[0], unit[1]))
-    passes = _fill_ragged([size for size, _ in units], tokens_per_pass)
+    passes = _fill_packed([size for size, _ in units], tokens_per_pass)
     return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in passes]
 
 
@@ -89,7 +89,7 @@ def _size(computed: int, read: int) -> int:
     return max(computed, -(-read // MOST_READ))
 
 
-def _fill_ragged(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+def _fill_packed(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
     """Places of `lengths`, which fall, pass by pass."""
     passes: list[list[int]] = []
     rooms: list[tuple[int, int]] = []

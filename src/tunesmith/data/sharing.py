@@ -36,7 +36,7 @@ class Family:
 
 
 def share(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
-    """A ragged batch of these whole rows with what they share computed once; the same batch if they share nothing.
+    """A packed batch of these whole rows with what they share computed once; the same batch if they share nothing.
 
     Rows, targets and their order stay; what changes is where they stand. For causal models.
     """
@@ -60,7 +60,7 @@ def share(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
             places[i] = np.concatenate([first, stand(rest, Piece(len(rest), prefix, start if prefix else 0))])
     if len(pieces) == len(rows):
         return batch
-    assert batch.layout == "ragged"
+    assert batch.layout == "packed"
     assert batch.types_BT is None
 
     def tensor(parts: Sequence[NDArray[np.generic]]) -> Tensor:

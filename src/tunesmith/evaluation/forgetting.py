@@ -25,7 +25,7 @@ from tunesmith.data.tokens import ControlTokens, Encoder
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
 from tunesmith.evaluation.generate import Sampling, generate
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.tasks import TASKS
 from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task
 
@@ -96,7 +96,7 @@ def text_losses(
     rows = general_rows(tokenizer)
     passage_I = np.array([row.source.line - 1 for row in rows])
     losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
-    with evaluating(model):
+    with eval_mode(model):
         for members, batch in text_batches(rows, layout=layout, device=device):
             passage_N = passage_I[np.asarray(members)][batch.row_of_N.cpu().numpy()]
             np.add.at(losses_P, passage_N, task.measure(model, batch).losses_N.double().cpu().numpy())

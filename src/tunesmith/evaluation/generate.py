@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.render import Renderer
 from tunesmith.formatting import plural
-from tunesmith.models import rope
-from tunesmith.models.modes import evaluating
+from tunesmith.models.attention import longrope_conflict
+from tunesmith.models.modes import eval_mode
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example
 
@@ -78,7 +78,7 @@ def generate(
     on the right, because BART and its like count positions from the first token.
     """
     longest = max(map(len, prompts))
-    if len(prompts) > 1 and rope.why(model.config, longest + sampling.max_new_tokens):
+    if len(prompts) > 1 and longrope_conflict(model.config, longest + sampling.max_new_tokens):
         return [one for prompt in prompts for one in generate(model, renderer, [prompt], sampling)]
     has_decoder = model.config.is_encoder_decoder
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -101,7 +101,7 @@ def _generate(
     # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
     config = sampling.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
     config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
-    with evaluating(model), _without_own_config(model), _contiguous_head_input(model):
+    with eval_mode(model), _without_own_config(model), _contiguous_head_input(model):
         out_BT: Tensor = model.generate(
             ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
         )

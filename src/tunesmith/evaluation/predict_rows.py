@@ -16,7 +16,7 @@ from tunesmith.data.feed import Feed, passes_of
 from tunesmith.data.labels import count_classes, see
 from tunesmith.data.store import RowStore
 from tunesmith.evaluation.scores import Constant, RowResult
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.types import HeadName, Labels, Task
 
 MAX_CHARS = 10_000
@@ -65,7 +65,7 @@ def predict_rows(
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     done = 0
-    with evaluating(model):
+    with eval_mode(model):
         for members in passes_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)

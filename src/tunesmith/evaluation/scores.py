@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import bootstrap
 from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
@@ -403,7 +403,7 @@ def _corpus_statistics(answers: Sequence[str], references: Sequence[str]) -> Ite
     except ImportError as error:
         raise RecipeError(
             "evaluation.bleu: true needs the package sacrebleu, which is not installed. "
-            f"Run {installing('bleu')}, or set evaluation.bleu: false."
+            f"Run {install_command('bleu')}, or set evaluation.bleu: false."
         ) from error
 
     def statistic(metric: Any) -> Statistic:

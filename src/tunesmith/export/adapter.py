@@ -23,7 +23,7 @@ from tunesmith.methods.peft_config import by_patterns
 from tunesmith.methods.peft_format import PREFIX, WEIGHTS
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES
-from tunesmith.models.quiet import quiet
+from tunesmith.models.modes import silence_transformers
 from tunesmith.models.save import save_generation_config
 from tunesmith.runs.atomic import to_json
 
@@ -85,7 +85,7 @@ def write_base_facts(source: Source, folder: Path) -> None:
 
 def _without_weights(source: Source) -> PreTrainedModel:
     """The base, to ask it for how it generates."""
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), silence_transformers():
         model: PreTrainedModel = getattr(transformers, auto_class(source)).from_config(source.config)
     if (source.base.path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.base.path)

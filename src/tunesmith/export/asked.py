@@ -16,10 +16,10 @@ from tunesmith.data.render import Renderer
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
 from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
-from tunesmith.models.kind import model_kind
-from tunesmith.models.locate import Located
-from tunesmith.models.modes import evaluating
-from tunesmith.models.pooling import Kind, pool
+from tunesmith.models.load import model_kind
+from tunesmith.models.modes import eval_mode
+from tunesmith.models.pooling import PoolingKind, pool
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
 
@@ -84,7 +84,7 @@ class TorchAsked(ByRenderer):
     model: PreTrainedModel
     renderer: Renderer
     head: Asks
-    pooling: Kind = "mean"
+    pooling: PoolingKind = "mean"
     """Of vectors."""
 
     @property
@@ -101,7 +101,7 @@ class TorchAsked(ByRenderer):
         return found
 
     def logits(self, batch: Batch) -> Tensor:
-        with evaluating(self.model):
+        with eval_mode(self.model):
             if self.head != "vector":
                 return _FORWARD[self.head](self.model, batch).float().cpu()
             hidden_1TD = hidden_states(self.model, batch).float().cpu()[None]
@@ -123,7 +123,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    located: Located
+    located: ModelRef
     head: Asks
     by: str
     """Whose code loaded it."""

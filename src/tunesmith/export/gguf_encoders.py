@@ -18,10 +18,10 @@ from tunesmith.export.gguf_models import Architecture, Facts, sizes, tensor_name
 from tunesmith.export.gguf_unpack import tensors
 from tunesmith.export.rows import find_probes
 from tunesmith.export.source import Source
-from tunesmith.models.headers import GgufHeader
-from tunesmith.models.pooling import Kind, find_pooling
+from tunesmith.models.gguf import GgufHeader
+from tunesmith.models.pooling import PoolingKind, find_pooling
 
-_POOLINGS: dict[Kind, gguf.PoolingType] = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS}
+_POOLINGS: dict[PoolingKind, gguf.PoolingType] = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS}
 _HEAD = {"bert.pooler.dense": "cls", "classifier": "cls.output"}
 """llama.cpp's names of what stands on an encoder."""
 
@@ -95,7 +95,7 @@ def encoder_names(architecture: Architecture, model: PreTrainedModel) -> dict[st
     return {body[name]: other for name, other in theirs.items()} | head
 
 
-def pooling_of(header: GgufHeader) -> Kind | None:
+def pooling_of(header: GgufHeader) -> PoolingKind | None:
     """How the file pools; None: it has a head that answers with classes."""
     number = header.metadata[f"{header.architecture}.pooling_type"]
     return next((kind for kind, other in _POOLINGS.items() if other == number), None)

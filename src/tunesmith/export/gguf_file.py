@@ -36,7 +36,7 @@ from tunesmith.export.options import Bounds, Export, Options
 from tunesmith.export.quantiser import requantize
 from tunesmith.export.source import Source, tuned_tensors
 from tunesmith.models import load
-from tunesmith.models.size import size
+from tunesmith.models.size import model_size
 
 
 def file_name(source: Source, options: Options) -> str:
@@ -157,7 +157,7 @@ def _numbers(
 
 def num_bytes(source: Source, options: Options) -> int:
     """Of the file; where llama.cpp's quantiser makes it, of what that reads too."""
-    kind, num_params = KINDS[options.quant], size(source.weights).num_params
+    kind, num_params = KINDS[options.quant], model_size(source.weights).num_params
     if not kind.by_llama_cpp:
         return stored_bytes((num_params,), kind.number)
     # At most 8 bits: rows that make no blocks of 256 are stored in larger kinds.

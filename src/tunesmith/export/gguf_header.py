@@ -17,7 +17,7 @@ from tunesmith.export.card import base_id
 from tunesmith.export.gguf_kinds import KINDS
 from tunesmith.export.options import Options
 from tunesmith.export.source import Source
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 
 ROOM = 1 << 20
 """Bytes left on a disk that is full: the last blocks are seldom to be had."""

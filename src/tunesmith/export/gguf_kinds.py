@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export.llama_cpp_read import is_installed
 from tunesmith.export.options import FIVE_BITS, FOUR_BITS, GGUF_EXACT, QUANTIZED, ROUNDED, SIX_BITS, Bounds
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 
 Number: TypeAlias = gguf.GGMLQuantizationType
 _File = gguf.LlamaFileType
@@ -89,7 +89,7 @@ def check_quantiser(quant: str) -> None:
         ours = ", ".join(name for name, kind in KINDS.items() if not kind.by_llama_cpp)
         raise ModelError(
             f"--quant: {quant}: llama.cpp's own quantiser makes it, and llama-cpp-python is not installed. "
-            f"`{installing('llama-cpp')}` brings it; without it there are {ours}."
+            f"`{install_command('llama-cpp')}` brings it; without it there are {ours}."
         )
 
 

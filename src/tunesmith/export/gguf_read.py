@@ -29,11 +29,11 @@ from tunesmith.export.gguf_encoders import ENCODERS, pooling_of, unpack_encoder
 from tunesmith.export.gguf_models import REPACKED, find_architecture, model_names
 from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, tensors, unpack
 from tunesmith.export.gguf_word_pieces import read_word_pieces
-from tunesmith.models import gguf_tokenizer, load, locate
-from tunesmith.models.headers import GgufHeader, read_gguf
-from tunesmith.models.locate import Located
-from tunesmith.models.pooling import Kind
-from tunesmith.models.source import blaming, source
+from tunesmith.models import load
+from tunesmith.models.gguf import GgufHeader, fix_tokenizer, read_gguf
+from tunesmith.models.load import pretrained_args, wrap_errors
+from tunesmith.models.pooling import PoolingKind
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import ModelKind
 
@@ -46,19 +46,19 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
     """The weights of a GGUF unpacked by transformers; what its reader leaves out of the config is read from the file's
     own header, as llama.cpp does."""
     path = next(folder.glob("*.gguf"))
-    located = locate.locate(str(path), offline=True)
+    located = resolve_model(str(path), offline=True)
     header = read_gguf(path)
     if header.architecture in ENCODERS:
         return _load_encoder(located, header, recipe)
     if header.architecture in UNKNOWN_TO_TRANSFORMERS:
-        with blaming(located, "its weights cannot be read"):
+        with wrap_errors(located, "its weights cannot be read"):
             model = unpack(path, header, dtype_of(recipe))
         return Loaded(model, read_tokenizer(located), located, "next_token", f"tunesmith ({UNREAD})")
     config = load.load_config(located)
     _complete(config, header)
-    with blaming(located, "its weights cannot be loaded"):
+    with wrap_errors(located, "its weights cannot be loaded"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            **source(located), config=config, dtype=dtype_of(recipe), output_loading_info=True
+            **pretrained_args(located), config=config, dtype=dtype_of(recipe), output_loading_info=True
         )
     if found["missing_keys"]:
         raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
@@ -72,7 +72,7 @@ def load_gguf(folder: Path, recipe: Recipe) -> Loaded:
 class EncoderLoaded(Loaded):
     """An encoder, whose vectors are pooled as the file says, or with a head that answers with classes."""
 
-    pooling: Kind | None = None
+    pooling: PoolingKind | None = None
 
     @property
     def kind(self) -> ModelKind:
@@ -86,23 +86,23 @@ class EncoderLoaded(Loaded):
         yield from ((name, weight) for name, weight in super().weights() if name.startswith(body))
 
 
-def _load_encoder(located: Located, header: GgufHeader, recipe: Recipe) -> EncoderLoaded:
-    with blaming(located, "its weights cannot be read"):
+def _load_encoder(located: ModelRef, header: GgufHeader, recipe: Recipe) -> EncoderLoaded:
+    with wrap_errors(located, "its weights cannot be read"):
         model = unpack_encoder(located.path, header, dtype_of(recipe))
     pooling = pooling_of(header)
     head: Asks = "vector" if pooling else "sequence"
     return EncoderLoaded(model, read_tokenizer(located), located, head, f"tunesmith ({UNREAD})", pooling=pooling)
 
 
-def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
+def read_tokenizer(located: ModelRef) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF, which splits text as llama.cpp does."""
     facts = read_gguf(located.path).metadata
     if facts.get("tokenizer.ggml.model") == "bert":
         return read_word_pieces(located.path)
     if facts["general.architecture"] in UNKNOWN_TO_TRANSFORMERS:
-        with blaming(located, "its tokenizer cannot be used"):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(**source(located))
-        gguf_tokenizer.mend(tokenizer, located.path, lambda text: None)
+        with wrap_errors(located, "its tokenizer cannot be used"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(**pretrained_args(located))
+        fix_tokenizer(tokenizer, located.path, lambda text: None)
     else:
         tokenizer = load.load_tokenizer(located, None)
     if facts.get("tokenizer.ggml.model") == "llama":
@@ -112,7 +112,7 @@ def read_tokenizer(located: Located) -> PreTrainedTokenizerBase:
 
 def load_gguf_adapter(folder: Path, recipe: Recipe) -> Loaded:
     """The base that was tuned, and on it what the file adds; its own tokenizer, and the template beside the file."""
-    located = locate.locate_base(recipe, offline=True)
+    located = resolve_base(recipe, offline=True)
     template = folder / TEMPLATE
     tokenizer = load.load_tokenizer(located, str(template) if template.is_file() else None)
     model = load.load_model(located, dtype=dtype_of(recipe), device="cpu", head="next_token", tokenizer=tokenizer)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.export.gguf_models import ARCHITECTURES, model_names
-from tunesmith.models.headers import GgufHeader
+from tunesmith.models.gguf import GgufHeader
 
 UNKNOWN_TO_TRANSFORMERS = ("gemma", "smollm3")
 """By transformers' model_type, which is also their name in llama.cpp."""

@@ -15,7 +15,7 @@ from tunesmith.errors import ModelError
 from tunesmith.export.gguf_word_pieces import add_word_pieces, as_there, check_word_pieces
 from tunesmith.export.pre_tokenizers import Rule, find_rule
 from tunesmith.export.source import Source
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 from tunesmith.tasks import TASKS
 from tunesmith.types import Part
 

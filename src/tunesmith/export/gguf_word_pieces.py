@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.errors import ModelError
-from tunesmith.models.headers import read_gguf
+from tunesmith.models.gguf import read_gguf
 
 _BEGUN, _CONTINUED = "▁", "##"
 _LOWERCASE, _ACCENTS = "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents"

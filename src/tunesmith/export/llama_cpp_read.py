@@ -24,9 +24,9 @@ from tunesmith.errors import ModelError
 from tunesmith.export.asked import Asks, greedy
 from tunesmith.export.gguf_encoders import ENCODERS, pooling_of
 from tunesmith.export.gguf_read import TEMPLATE, read_tokenizer
-from tunesmith.models import locate
-from tunesmith.models.headers import read_gguf
-from tunesmith.models.quiet import quiet
+from tunesmith.models.gguf import read_gguf
+from tunesmith.models.modes import silence_transformers
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, ModelKind
 
@@ -192,8 +192,8 @@ def load_llama_cpp(folder: Path, recipe: Recipe, base: Path | None) -> LlamaLoad
         llama = llama_cpp.Llama(str(path), verbose=False, **words)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ModelError(f"{by} cannot load it: {error}. A newer one may; without one it is not asked.") from error
-    with quiet():
-        tokenizer = read_tokenizer(locate.locate(str(path), offline=True))
+    with silence_transformers():
+        tokenizer = read_tokenizer(resolve_model(str(path), offline=True))
     template = folder / TEMPLATE
     if template.is_file():
         tokenizer.chat_template = template.read_text("utf-8")

@@ -25,12 +25,10 @@ from tunesmith.export.onnx_read import OnnxLoaded, load_onnx
 from tunesmith.export.peft_read import PromptLoaded
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
-from tunesmith.models import locate
-from tunesmith.models.kind import model_kind
-from tunesmith.models.load import load_model, load_tokenizer
-from tunesmith.models.locate import Located
-from tunesmith.models.new_tokens import make_room, of_recipe
-from tunesmith.models.quiet import quiet
+from tunesmith.models.load import load_model, load_tokenizer, model_kind, new_tokens_of
+from tunesmith.models.modes import silence_transformers
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
+from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import HeadName
@@ -38,7 +36,7 @@ from tunesmith.types import HeadName
 
 def load_merged(folder: Path, recipe: Recipe) -> Loaded:
     """The model by AutoModel….from_pretrained alone. Raises ModelError for a weight that is not in its files."""
-    located = locate.locate(str(folder), offline=True)
+    located = resolve_model(str(folder), offline=True)
     head = find_head(recipe, located, model_kind(located))
     classes: Mapping[HeadName, Any] = {
         "next_token": AutoModelForSeq2SeqLM if model_kind(located) == "encoder_decoder" else AutoModelForCausalLM,
@@ -46,7 +44,7 @@ def load_merged(folder: Path, recipe: Recipe) -> Loaded:
         "sequence": AutoModelForSequenceClassification,
         "tokens": AutoModelForTokenClassification,
     }
-    with quiet():
+    with silence_transformers():
         model, found = classes[head].from_pretrained(
             folder, dtype=dtype_of(recipe), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -59,20 +57,20 @@ def load_merged(folder: Path, recipe: Recipe) -> Loaded:
 
 def load_adapter(folder: Path, recipe: Recipe) -> Loaded:
     """The base that the adapter names, and the adapter on it: by peft, as others do, where it is installed."""
-    located = locate.locate_base(recipe, offline=True)
+    located = resolve_base(recipe, offline=True)
     head = find_head(recipe, located, model_kind(located))
-    tokenizer = load_tokenizer(Located("folder", folder, str(folder)), None)
+    tokenizer = load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     model = load_model(
         located, dtype=dtype_of(recipe), device="cpu", head=head, labels=run_labels(recipe), seed=recipe.seed,
         tokenizer=tokenizer,
     )  # fmt: skip
-    make_room(model, of_recipe(recipe, located))
+    resize_embeddings(model, new_tokens_of(recipe, located))
     if find_spec("peft") is None:
         METHODS["lora"].load_result(model, folder)
         return Loaded(model, tokenizer, located, head, "tunesmith (peft is not installed)", is_plain=False)
     from peft import PeftModel
 
-    with quiet():
+    with silence_transformers():
         wrapped = PeftModel.from_pretrained(model, str(folder))  # which puts its layers into the model itself
     by = f"peft {version('peft')}"
     if wrapped.active_peft_config.is_prompt_learning:

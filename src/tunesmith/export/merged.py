@@ -11,7 +11,7 @@ from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
 from tunesmith.export.source import Source
 from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.save import save_model
-from tunesmith.models.size import size
+from tunesmith.models.size import model_size
 
 _CLASSES = {"next_token": "CausalLM", "masked_token": "MaskedLM", "sequence": "SequenceClassification",
             "tokens": "TokenClassification"}  # fmt: skip
@@ -55,7 +55,7 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
 
 
 def _num_bytes(source: Source, options: Options) -> int:
-    return size(source.weights).num_params * out_dtype(source, options).itemsize
+    return model_size(source.weights).num_params * out_dtype(source, options).itemsize
 
 
 def _bounds(source: Source, options: Options) -> Bounds:

@@ -23,12 +23,13 @@ from tunesmith.export.onnx_read import FILE, check_installed
 from tunesmith.export.options import EXACT, Export, Options
 from tunesmith.export.source import Source
 from tunesmith.inference.load import has_token_types
-from tunesmith.models import heads, padding
+from tunesmith.models import heads
 from tunesmith.models.forward import has_cache
 from tunesmith.models.heads import pools_last
-from tunesmith.models.quiet import quiet
+from tunesmith.models.modes import silence_transformers
 from tunesmith.models.save import save_generation_config, save_tokenizer
-from tunesmith.models.size import size
+from tunesmith.models.size import model_size
+from tunesmith.models.special_tokens import with_pad_token
 
 KNOWN = (
     "llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3", "opt", "gpt_neox", "olmo2",
@@ -87,7 +88,7 @@ def _write(source: Source, folder: Path, options: Options) -> list[str]:
     _save(model, folder / FILE, pools=source.head == "sequence" and pools_last(model), has_types=has_types,
           beside=num_bytes > MOST_IN_ONE_FILE)  # fmt: skip
     model.config.save_pretrained(folder)
-    save_tokenizer(padding.fitted(model, source.tokenizer), folder, located=source.result_located)
+    save_tokenizer(with_pad_token(model, source.tokenizer), folder, located=source.result_located)
     heads.write_labels(model, folder)
     if model.can_generate():
         save_generation_config(model, folder, stop_ids=source.renderer.stop_ids)
@@ -120,7 +121,7 @@ def _silent() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), quiet():
+        with warnings.catch_warnings(), silence_transformers():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -144,7 +145,7 @@ ONNX = Export(
     doc="A graph for onnxruntime, float32, without a cache.",
     check=_check,
     write=_write,
-    num_bytes=lambda source, options: size(source.weights).num_params * 4,
+    num_bytes=lambda source, options: model_size(source.weights).num_params * 4,
     bounds=lambda source, options: EXACT,
     loader="onnx",
     rounds_less=lambda options: "",

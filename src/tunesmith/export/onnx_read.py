@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.render import Renderer
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export.asked import ByRenderer, greedy
 from tunesmith.models import load
-from tunesmith.models.kind import model_kind
-from tunesmith.models.locate import Located
-from tunesmith.models.quiet import quiet
+from tunesmith.models.load import model_kind
+from tunesmith.models.modes import silence_transformers
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
@@ -40,7 +40,7 @@ def check_installed() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ModelError(
             f"onnx: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed. "
-            f"`{installing('onnx')}` brings what is needed."
+            f"`{install_command('onnx')}` brings what is needed."
         )
 
 
@@ -87,7 +87,7 @@ class OnnxLoaded:
     path: Path
     session: Any
     tokenizer: PreTrainedTokenizerBase
-    located: Located
+    located: ModelRef
     head: HeadName
     by: str
 
@@ -115,7 +115,7 @@ def load_onnx(folder: Path, recipe: Recipe) -> OnnxLoaded:
     check_installed()
     import onnxruntime
 
-    located = Located("folder", folder, str(folder))
+    located = ModelRef("folder", folder, str(folder))
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
@@ -129,7 +129,7 @@ def _tied(config: Any, head: HeadName) -> list[list[str]]:
     """The names of every weight, those of one tensor together, by the config alone."""
     kinds = {"next_token": "CausalLM", "masked_token": "MaskedLM", "sequence": "SequenceClassification",
              "tokens": "TokenClassification"}  # fmt: skip
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), silence_transformers():
         model = getattr(transformers, f"AutoModelFor{kinds[head]}").from_config(config)
     names: dict[int, list[str]] = {}
     for name, weight in model.state_dict(keep_vars=True).items():

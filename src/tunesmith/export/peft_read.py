@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tunesmith.data.render import Renderer
 from tunesmith.export.asked import Asked, Loaded, TorchAsked, greedy
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.types import Batch
 
 
@@ -36,7 +36,7 @@ class PromptAsked(TorchAsked):
         return [greedy(next_v, renderer, prompt, num_tokens=num_tokens) for prompt in prompts]
 
     def _logits(self, **given: Any) -> Tensor:
-        with evaluating(self.wrapped):
+        with eval_mode(self.wrapped):
             logits: Tensor = self.wrapped(**given).logits
         return logits
 

@@ -12,7 +12,7 @@ from tunesmith.export.exporting import Exported, OnProgress, check, check_words,
 from tunesmith.export.options import Options
 from tunesmith.export.source import Source
 from tunesmith.methods import METHODS
-from tunesmith.models.locate import Located
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import Start, begin
@@ -26,7 +26,7 @@ class Planned(Source):
     """What will stand in the adapter's config."""
 
     @property
-    def weights(self) -> Located:
+    def weights(self) -> ModelRef:
         return self.base
 
     @cached_property

@@ -21,12 +21,11 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.patterns import CONFIG
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.quantize import unpack_base
-from tunesmith.models import load, locate
-from tunesmith.models.folder import read_tensors
-from tunesmith.models.headers import read_safetensors
-from tunesmith.models.kind import model_kind
-from tunesmith.models.locate import Located
-from tunesmith.models.new_tokens import make_room, of_recipe
+from tunesmith.models import load
+from tunesmith.models.folder import read_safetensors, read_tensors
+from tunesmith.models.load import model_kind, new_tokens_of
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
+from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -42,7 +41,7 @@ class Source:
 
     run: Run
     recipe: Recipe
-    base: Located
+    base: ModelRef
     """What was tuned."""
     result: Path
     """The run's adapter or model folder."""
@@ -73,13 +72,13 @@ class Source:
         return self.quant is not None and not self.merges_into_dequantized
 
     @property
-    def weights(self) -> Located:
+    def weights(self) -> ModelRef:
         """The model that is loaded first: the base under an adapter, or the result itself."""
         return self.base if self.is_adapter else self.result_located
 
     @property
-    def result_located(self) -> Located:
-        return Located("folder", self.result, str(self.result))
+    def result_located(self) -> ModelRef:
+        return ModelRef("folder", self.result, str(self.result))
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -88,7 +87,7 @@ class Source:
     @cached_property
     def config(self) -> Any:
         config = load.load_config(self.weights)
-        if self.is_adapter and (added := of_recipe(self.recipe, self.base).ids):
+        if self.is_adapter and (added := new_tokens_of(self.recipe, self.base).ids):
             text = config.get_text_config()
             text.vocab_size = max(text.vocab_size, max(added) + 1)
         return config
@@ -120,7 +119,7 @@ class Source:
             labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,
         )  # fmt: skip
         if self.is_adapter:
-            make_room(model, of_recipe(self.recipe, self.base))
+            resize_embeddings(model, new_tokens_of(self.recipe, self.base))
         if self.merges_into_dequantized:
             METHODS[self.recipe.method.name].prepare_base(model, self.recipe.method, device="cpu")
             unpack_base(model).to(dtype)
@@ -148,14 +147,14 @@ def open_source(run: Run, *, offline: bool) -> Source:
     unchecked = run.check_result(result)
     recipe = run.recipe()
     if result == run.adapter_path:
-        base = locate.locate_base(recipe, offline=offline)
+        base = resolve_base(recipe, offline=offline)
         hashes = load.fingerprint(base)
         refuse_other_base(run, base, hashes)
     else:
         refuse_needless(run.base, str(run.path))
-        base = locate.locate(str(result), offline=True)
+        base = resolve_model(str(result), offline=True)
         hashes = {}
-    tokenizer = load.load_tokenizer(Located("folder", result, str(result)), None)
+    tokenizer = load.load_tokenizer(ModelRef("folder", result, str(result)), None)
     kind = model_kind(base)
     head = find_head(recipe, base, kind)
     labels = run_labels(recipe)

@@ -19,7 +19,7 @@ from tunesmith.export.options import Options
 from tunesmith.export.servers import not_for_vllm, vllm_rank
 from tunesmith.export.source import Source, open_source
 from tunesmith.inference.load import refuse_needless
-from tunesmith.models import locate
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run, is_run
 
 LlamaServer = Literal["llama-server", "llama_cpp.server"]
@@ -58,7 +58,7 @@ def start_vllm(
     if not is_run(targets[0], root):
         _alone(targets, "vLLM serves one model, or the runs of one base")
         refuse_needless(base, targets[0])
-        located = locate.locate(targets[0], offline=offline)
+        located = resolve_model(targets[0], offline=offline)
         if located.is_gguf:
             raise InputError(f"{targets[0]}: vLLM reads no GGUF files well. Use --engine llama.cpp.")
         path = str(located.path.absolute())
@@ -121,7 +121,7 @@ def start_llama_cpp(
     address = ["--host", host, "--port", str(port)]
     if not is_run(targets[0], root):
         refuse_needless(base, targets[0])
-        located = locate.locate(targets[0], offline=offline)
+        located = resolve_model(targets[0], offline=offline)
         if not located.is_gguf:
             raise InputError(f"{targets[0]}: llama.cpp reads GGUF files, and runs, which are exported for it.")
         name = located.path.stem

@@ -19,7 +19,7 @@ from tunesmith.export.sketches import sketch_all
 from tunesmith.export.source import Source, tuned_tensors
 from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.pooling import find_pooling
-from tunesmith.models.size import size
+from tunesmith.models.size import model_size
 from tunesmith.runs.atomic import storing
 
 
@@ -88,7 +88,7 @@ def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Pr
 
 def room_for_proof(source: Source, export: Export) -> int:
     """Bytes on disk that the proof takes, at most: what is seen, and a base for llama.cpp to put an adapter on."""
-    sizes = size(source.weights)
+    sizes = model_size(source.weights)
     seen = MOST_ROWS * POSITIONS * sizes.vocab_size * 4
     if not _asks_llama_cpp(export):
         return seen

@@ -18,11 +18,13 @@ from tunesmith.data.store import kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.formatting import command
 from tunesmith.methods import METHODS, attach, method_of, restore, state_dict
-from tunesmith.models import heads, locate, new_tokens, padding, rope
+from tunesmith.models import heads, machine
 from tunesmith.models import load as files
-from tunesmith.models.kind import model_kind
-from tunesmith.models.locate import Located
-from tunesmith.models.size import size
+from tunesmith.models.attention import longrope_conflict
+from tunesmith.models.load import model_kind, new_tokens_of
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
+from tunesmith.models.size import model_size
+from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings
 from tunesmith.planning.advise import choose_precision, with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
 from tunesmith.recipe.schema import Recipe, resolved
@@ -46,7 +48,7 @@ class LoadedModel:
     recipe: Recipe
     """The recipe of its run, or the one that a run would resolve."""
     head: HeadName
-    located: Located
+    located: ModelRef
     labels: Labels | None = None
     """Classes of its head."""
     attachment: Any = None
@@ -84,16 +86,16 @@ class LoadedModel:
     def max_tokens(self) -> int:
         """Most tokens of a text and its answer: the model's positions less the virtual tokens of its method."""
         virtual = method_of(self.recipe).num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
-        return size(self.located).max_tokens - virtual
+        return model_size(self.located).max_tokens - virtual
 
     @property
     def pad_id(self) -> int:
         """The token that shorter rows are padded with."""
-        return padding.pad_id(self.model, self.renderer.tokenizer)
+        return pad_id(self.model, self.renderer.tokenizer)
 
     def tokens_per_pass(self, lengths: Collection[int]) -> int:
         """Most tokens of a micro-batch of rows of these lengths."""
-        if rope.why(self.model.config, max(lengths, default=0)):
+        if longrope_conflict(self.model.config, max(lengths, default=0)):
             return 1
         limit = self.recipe.train.tokens_per_pass
         return limit if limit != "auto" else 8192 if self.model.device.type == "cuda" else 2048
@@ -155,7 +157,7 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Loa
         refuse_needless(run.base, str(run.path))
         checking = BackgroundCall(partial(run.check_result, run.model_path))
         try:
-            loaded = _load(locate.locate(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+            loaded = _load(resolve_model(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
         except ModelError:
             checking.result()  # says which file is damaged
             raise
@@ -210,16 +212,16 @@ def load_base(
     """
     recipe = run.recipe()
     labels = run_labels(recipe)
-    located = locate.locate_base(recipe, offline=offline)
+    located = resolve_base(recipe, offline=offline)
     hashing = BackgroundCall(partial(files.fingerprint, located) if hashes is None else partial(dict, hashes))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
-            saved = Located("folder", folder, str(folder))
+            saved = ModelRef("folder", folder, str(folder))
             tokenizer = files.load_tokenizer(saved, None)
             break
     else:
         tokenizer = files.load_tokenizer(located, recipe.data.template_at)
-        new_tokens.add(tokenizer, recipe.data.new_tokens)
+        add_tokens(tokenizer, recipe.data.new_tokens)
     try:
         loaded = _load(located, recipe, labels=labels, tokenizer=tokenizer, as_trained=as_trained)
     except ModelError:
@@ -229,7 +231,7 @@ def load_base(
     return replace(loaded, base_hashes=hashing.result())
 
 
-def refuse_other_base(run: Run, base: Located, hashes: Mapping[str, str]) -> None:
+def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> None:
     """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
     load on others without an error, and answer something else."""
     then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
@@ -253,7 +255,7 @@ def as_renamed(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str
 def refuse_unknown(target: str, root: Path, *, offline: bool) -> None:
     """Raise ModelError for what is neither a run nor a model, naming the runs that there are."""
     try:
-        locate.locate(target, offline=offline)
+        resolve_model(target, offline=offline)
     except ModelError as error:
         if any(mark in target for mark in "/\\.~"):
             raise  # the path of a model
@@ -288,12 +290,12 @@ def load_model(name: str, *, task: TaskName | None = None, offline: bool = False
     `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError where it
     has no head for the task.
     """
-    located = locate.locate(name, offline=offline)
+    located = resolve_model(name, offline=offline)
     recipe, tokenizer = untuned_recipe(located, task=task)
     return _load(located, recipe, tokenizer=tokenizer)
 
 
-def untuned_recipe(located: Located, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
+def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[Recipe, PreTrainedTokenizerBase]:
     """The recipe that a run of this model would resolve, and the model's tokenizer; see `load_model`."""
     name = located.name
     kind = model_kind(located)
@@ -305,13 +307,13 @@ def untuned_recipe(located: Located, *, task: TaskName | None = None) -> tuple[R
             f"{name}: it has no head for the task {chosen}. Tune one: "
             f"{command('train', name, 'DATA', '--task', chosen)}"
         )
-    found = size(located)
+    found = model_size(located)
     recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)
     choice = choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
     return with_choice(recipe, choice), tokenizer
 
 
-def _made_for(located: Located, kind: ModelKind, *, has_template: bool) -> TaskName:
+def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> TaskName:
     """The task that a model can do as it is."""
     architectures = (None if located.is_gguf else files.load_config(located).architectures) or [""]
     head: HeadName = "masked_token" if kind == "encoder" else "next_token"
@@ -324,7 +326,7 @@ _HEADED: dict[str, HeadName] = {"ForSequenceClassification": "sequence", "ForTok
 
 
 def _load(
-    located: Located,
+    located: ModelRef,
     recipe: Recipe,
     *,
     labels: Labels | None = None,
@@ -337,8 +339,8 @@ def _load(
     """
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
-    device = files.choose_device(recipe.device).value
-    precision = files.choose_precision(recipe.precision, device).value
+    device = machine.choose_device(recipe.device).value
+    precision = machine.choose_precision(recipe.precision, device).value
     tokenizer = tokenizer or files.load_tokenizer(located, None)
     notes: list[str] = []
     model = files.load_model(
@@ -352,7 +354,7 @@ def _load(
         on_note=notes.append,
     )
     if recipe.data.new_tokens and located.name == recipe.model:
-        new_tokens.make_room(model, new_tokens.of_recipe(recipe, located))
+        resize_embeddings(model, new_tokens_of(recipe, located))
     method = recipe.method
     packed = "; ".join(METHODS[method.name].prepare_base(model, method, device=device)) if as_trained else ""
     model.to(device)

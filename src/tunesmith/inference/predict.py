@@ -28,7 +28,7 @@ from tunesmith.inference.output import OutputFile
 from tunesmith.inference.rows import Answered, Counts, Line, RowStream, read_file, read_list, read_pipe
 from tunesmith.models import contention
 from tunesmith.models.forward import sequence_logits, token_logits
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.tasks import TASKS
@@ -165,7 +165,7 @@ class Predictor:
                 results[i] = first
             else:
                 rows[i] = first
-        with evaluating(self.loaded.model):
+        with eval_mode(self.loaded.model):
             for members in self._passes({i: len(row.ids) for i, row in rows.items()}, done):
                 batch = self._batch([rows[i] for i in members], members)
                 lines = self._tags(batch, rows, examples, warn) if is_tags else self._classes(batch)

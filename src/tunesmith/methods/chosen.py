@@ -11,7 +11,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.patterns import searches
 from tunesmith.methods.targets import is_in_layers, layer_counts
 from tunesmith.methods.whole import means
-from tunesmith.models.heads import drawn_names
+from tunesmith.models.heads import new_param_names
 from tunesmith.recipe.methods import LAYER_WORD
 
 
@@ -37,7 +37,7 @@ def choose(model: nn.Module, *, train: Sequence[str], freeze: Sequence[str]) -> 
     }
     if not chosen:
         raise RecipeError("method.freeze: every weight that would be trained is frozen. Name less of it.")
-    if random := [name for name in drawn_names(model) if name not in chosen]:
+    if random := [name for name in new_param_names(model) if name not in chosen]:
         raise RecipeError(
             f"method.{'freeze' if not train else 'train'}: {random[0]} is new, and would stay the random numbers that "
             f"it is. {'Name it too' if train else 'Leave it out'}."

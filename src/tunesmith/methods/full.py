@@ -22,7 +22,7 @@ from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
-    from tunesmith.models.locate import Located
+    from tunesmith.models.resolve_model import ModelRef
 
 
 class FullAttachment(Attachment):
@@ -125,7 +125,7 @@ def required_precision(settings: FullMethod) -> tuple[str, str] | None:
 
 
 def save_result(
-    attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
+    attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
     """Write a Hugging Face model folder, weights in the dtype the model computes in; it stands without its base."""
     save_model(model, renderer.tokenizer, folder, located=located, stop_ids=renderer.stop_ids)

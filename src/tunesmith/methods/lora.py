@@ -23,9 +23,9 @@ from tunesmith.methods.starts import draw
 from tunesmith.methods.targets import Target, by_pattern, find_targets, not_linear, replace_module
 from tunesmith.methods.token_rows import TokenRows
 from tunesmith.methods.whole import find_biases, find_modules, tied_notes, weights_of
-from tunesmith.models.heads import drawn_names, new_head_names
-from tunesmith.models.new_tokens import ids_of
+from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.models.special_tokens import new_token_ids
 from tunesmith.recipe.methods import DoraMethod, LowRankMethod
 from tunesmith.types import Attachment
 
@@ -198,7 +198,7 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
             adapters already, or that guesses tokens with output layers that are new.
     """
     head = new_head_names(model)
-    if drawn := [name for name in drawn_names(model) if name not in head]:
+    if drawn := [name for name in new_param_names(model) if name not in head]:
         raise RecipeError(
             f"method.name: {settings.name}: {drawn[0]} is new, and beside adapters it would stay the random numbers "
             "that it is. Use method: full, or a model whose masked-language head comes with it."
@@ -236,7 +236,7 @@ def _rows(model: PreTrainedModel, targets: Sequence[Target], modules: Sequence[s
 
     Raises RecipeError where head or embedding would be trained in two ways.
     """
-    ids = ids_of(model)
+    ids = new_token_ids(model)
     if not ids:
         return ()
     tables = {id(table): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}

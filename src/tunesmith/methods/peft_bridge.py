@@ -22,7 +22,7 @@ from tunesmith.methods.targets import Target, shared_weights
 from tunesmith.methods.virtual_tokens import VirtualTokens
 from tunesmith.models import heads
 from tunesmith.models.forward import body_of
-from tunesmith.models.quiet import quiet
+from tunesmith.models.modes import silence_transformers
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.types import Attachment
 
@@ -229,7 +229,7 @@ def _layer_class() -> Any:
 @contextmanager
 def silent() -> Iterator[None]:
     """What a person should know comes as an error or a note; peft's own words are for its own users."""
-    with quiet(), warnings.catch_warnings():
+    with silence_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -258,7 +258,7 @@ def _head_modules(model: PreTrainedModel) -> list[str]:
 
 def _check_head(model: PreTrainedModel, method: PeftMethod) -> None:
     head = heads.new_head_names(model)
-    if drawn := [name for name in heads.drawn_names(model) if name not in head]:
+    if drawn := [name for name in heads.new_param_names(model) if name not in head]:
         raise RecipeError(
             f"method.kind: {method.kind}: {drawn[0]} is new, and beside an adapter it would stay the random numbers "
             "that it is. Use method: full, or a model whose masked-language head comes with it."

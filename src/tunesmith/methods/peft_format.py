@@ -22,14 +22,15 @@ from tunesmith.methods.peft_config import Saved, module_names, read_config, to_c
 from tunesmith.methods.targets import named_targets, shared_weights
 from tunesmith.methods.token_rows import ROWS, misfits
 from tunesmith.methods.whole import find_biases, saved_modules, tied_modules, weights_of
-from tunesmith.models import heads, padding
+from tunesmith.models import heads
 from tunesmith.models.save import save_tokenizer
+from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.recipe.methods import DoraMethod
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
-    from tunesmith.models.locate import Located
+    from tunesmith.models.resolve_model import ModelRef
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -89,7 +90,7 @@ def _bias_key(name: str, adapted: Mapping[str, object]) -> str:
 
 
 def save_result(
-    attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
+    attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
     """The adapter, the labels of a head, and the tokenizer with the template it was trained with; other settings stay
     those of the base.
@@ -99,7 +100,7 @@ def save_result(
     base = located.name if located.kind == "hub" else str(located.path.resolve())
 
     def add(folder: Path) -> None:
-        save_tokenizer(padding.fitted(model, renderer.tokenizer), folder, located=located)
+        save_tokenizer(with_pad_token(model, renderer.tokenizer), folder, located=located)
         heads.write_labels(model, folder)
 
     save_adapter(attachment, folder, base=base, revision=located.revision, add=add)
@@ -200,7 +201,7 @@ def _misfits(
 
 
 def _head_misfits(model: nn.Module, head: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    drawn = heads.drawn_names(model)
+    drawn = heads.new_param_names(model)
     needed = [
         name
         for name in heads.new_head_names(model)

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.models.bnb import import_bitsandbytes
+from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.recipe.methods import PeftMethod
 
 OWN_KEYS = (
@@ -77,7 +77,7 @@ def import_peft() -> Any:
     if find_spec("peft") is None:
         raise RecipeError(
             "method.name: peft needs the package peft, which is not installed. "
-            f"Install it with: {installing('peft')}, or use method.name: lora."
+            f"Install it with: {install_command('peft')}, or use method.name: lora."
         )
     if find_spec("bitsandbytes") is not None:
         import_bitsandbytes()

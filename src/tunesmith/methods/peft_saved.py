@@ -19,17 +19,18 @@ from tunesmith.methods.patterns import CONFIG, PATTERNS, spelled_out
 from tunesmith.methods.peft_bridge import INSIDE, PeftAttachment, short_name, silent, tensors_of
 from tunesmith.methods.peft_format import WEIGHTS
 from tunesmith.methods.peft_kinds import import_peft, is_prompt
-from tunesmith.models import heads, padding
+from tunesmith.models import heads
 from tunesmith.models.save import save_tokenizer
+from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
-    from tunesmith.models.locate import Located
+    from tunesmith.models.resolve_model import ModelRef
 
 
 def save_result(
-    attachment: PeftAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: Located
+    attachment: PeftAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
     """The adapter as peft saves it, whole or not at all, the labels of a head, and the tokenizer.
 
@@ -45,7 +46,7 @@ def save_result(
         with storing(folder, num_bytes=len(weights) + len(config)):
             (beside / WEIGHTS).write_bytes(weights)
             (beside / CONFIG).write_text(config, encoding="utf-8")
-            save_tokenizer(padding.fitted(model, renderer.tokenizer), beside, located=located)
+            save_tokenizer(with_pad_token(model, renderer.tokenizer), beside, located=located)
             heads.write_labels(model, beside)
         replace_folder(beside, folder, swap=True)
     except BaseException:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 
 if TYPE_CHECKING:
     from tunesmith.methods.peft_bridge import PeftAttachment
@@ -34,7 +34,7 @@ def _inputs(model: PreTrainedModel, *, rows: int = 1) -> dict[str, Tensor]:
 
 def probe(model: PreTrainedModel) -> Tensor:
     """What the model answers to a few tokens, float32."""
-    with evaluating(model):
+    with eval_mode(model):
         logits: Tensor = model(**_inputs(model)).logits
     return logits.float()
 
@@ -52,7 +52,7 @@ def difference_by_mates(attachment: PeftAttachment) -> float:
     """How far the answer to a row moves when another row of the same length stands beside it, over the spread of its
     logits. As soon as it has learnt something: a fresh adapter may hide it."""
     inputs = _inputs(attachment.model, rows=3)
-    with attachment.perturbed(), evaluating(attachment.model):
+    with attachment.perturbed(), eval_mode(attachment.model):
         both = [
             attachment.model(**{name: ids_3T[[0, mate]] for name, ids_3T in inputs.items()}).logits[0].float()
             for mate in (1, 2)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import inner_linears, replace_module, shared_weights
 from tunesmith.methods.whole import find_modules
-from tunesmith.models.exhausted import give_back
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import QuantizedLinear, check_installed
 from tunesmith.recipe.methods import QloraMethod
 
@@ -52,7 +52,7 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
         size += float(there.square().sum())
         error += float(there.sub_(packed.weight).square_().sum())
     model.to(device)
-    give_back()  # otherwise the heap stays as large as the weights that were packed
+    free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
     off_by = (error / max(size, 1e-30)) ** 0.5
     notes = [
         f"the base is quantised to {base_format(settings)}: {num} linear layers, {_mib(before)} become "

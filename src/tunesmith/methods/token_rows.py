@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models.shapes import is_fake
 
 ROWS = ".token_adapter.trainable_tokens_delta"
 """Behind the name of a module: the rows as peft calls them."""

@@ -1,4 +1,4 @@
-"""Activations as functions with their gradients, for nodes of the graph that are written by hand."""
+"""Activation functions with their gradients, for autograd nodes that are written by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Of the gate: its value, and the gradient before it from that behind it."""
+    """An activation function, and the gradient before it from that behind it and its input."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ class Activation:
 def _gelu(approximate: str) -> Activation:
     return Activation(
         partial(F.gelu, approximate=approximate),
-        lambda grad, g: torch.ops.aten.gelu_backward(grad, g, approximate=approximate),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
     )
 
 
@@ -30,5 +30,5 @@ ACTIVATIONS = (
     Activation(F.silu, torch.ops.aten.silu_backward),
     _gelu("tanh"),
     _gelu("none"),
-    Activation(F.relu, lambda grad, g: torch.ops.aten.threshold_backward(grad, g, 0)),
+    Activation(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
 )

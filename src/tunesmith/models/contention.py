@@ -1,10 +1,11 @@
 """Threads that wait for each other give their cores away while other programs want them.
 
-torch's OpenMP threads spin while they wait. With the machine to itself that is faster than sleeping; beside other
-programs the thread that is waited for often has no core, and the spinning one keeps it from getting one. How long
-libgomp spins is fixed when a process starts, but for one rule that its manual documents (GOMP_SPINCOUNT): where it
-manages more threads than there are cores, threads spin 100 turns and then sleep. So an idle team of threads more makes
-all others sleep while they wait, for as long as it exists. What was measured: docs/EXPERIMENTS.md.
+torch's OpenMP threads spin while they wait. Alone that is faster than sleeping; next to other programs the thread that
+is waited for often has no core, and the spinning one keeps it from getting one: a run next to six busy loops made no
+two steps in 28 seconds. libgomp fixes how long threads spin when a process starts, with one exception in its manual
+(GOMP_SPINCOUNT): while it manages more threads than there are cores, threads spin 100 turns and then sleep. So an
+additional, idle team of threads makes all others sleep while they wait, for as long as it exists, and a run gets its
+fair share of the cores. Measured: docs/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -15,33 +16,32 @@ import threading
 import time
 from pathlib import Path
 
-from tunesmith.environment import cores
+from tunesmith.environment import num_cpus
 
-LOOK_S = 0.5
-SHARE = 0.10
-"""Seconds that the threads of this process waited for a core, by second of time, from which on the machine is busy."""
-QUIET_SHARE = 0.03
-QUIET_LOOKS = 8
-"""Looks one after the other below `QUIET_SHARE` after which threads spin again."""
+INTERVAL_S = 0.5
+BUSY_SHARE = 0.10
+"""Seconds that the threads of this process waited for a core, per second, from which on the machine is busy."""
+QUIET_SHARE, QUIET_INTERVALS = 0.03, 8
+"""After so many intervals in a row below this share threads spin again."""
 TASKS = "/proc/self/task"
 
-_began = threading.Lock()
+_started = threading.Lock()
 
 
 def watch() -> None:
-    """Begin to look every half second whether other programs want the cores, once a process, in a daemon thread.
+    """Start a daemon thread, once a process, that checks every half second whether other programs want the cores.
 
-    Nothing is done where the platform does not count the waiting (anything but Linux), where torch's threads are not
-    libgomp's, or where a person has set how threads wait.
+    Does nothing where the platform does not count the waiting (other than Linux), where torch's threads are not
+    libgomp's, or where the environment says how threads wait.
     """
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() or _waited_s() is None or _libgomp() is None:
+    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() or not _seconds_waited() or _libgomp() is None:
         return
-    if _began.acquire(blocking=False):
+    if _started.acquire(blocking=False):
         threading.Thread(target=_watch, name="contention", daemon=True).start()
 
 
 class IdleTeam:
-    """Threads of libgomp that do nothing; `end` ends them."""
+    """Threads of libgomp that do nothing until `end`."""
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -51,10 +51,10 @@ class IdleTeam:
     def _run(self) -> None:
         library = _libgomp()
         if library is not None:
-            # Every program that gcc compiled with OpenMP begins its parallel regions by this call. A team counts its
-            # threads but one; with as many as there are cores it is enough whatever teams there are already.
+            # The call by which code compiled by gcc starts a parallel region. A team counts its threads but one; with
+            # as many as there are cores it is enough, whatever teams exist already.
             nothing = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p)
-            library.GOMP_parallel(nothing, None, ctypes.c_uint(max(2, cores())), ctypes.c_uint(0))
+            library.GOMP_parallel(nothing, None, ctypes.c_uint(max(2, num_cpus())), ctypes.c_uint(0))
         self._over.wait()
 
     def end(self) -> None:
@@ -64,45 +64,41 @@ class IdleTeam:
 
 def _watch() -> None:
     team: IdleTeam | None = None
-    waited, at, quiet = _waited_s() or {}, time.monotonic(), 0
+    before, at, quiet = _seconds_waited(), time.monotonic(), 0
     while True:
-        time.sleep(LOOK_S)
-        now, found = time.monotonic(), _waited_s() or {}
-        # A thread that has ended since is left out: its count is gone.
-        share = sum(total - waited.get(name, 0.0) for name, total in found.items()) / (now - at)
-        waited, at = found, now
+        time.sleep(INTERVAL_S)
+        now, waited = time.monotonic(), _seconds_waited()
+        share = sum(total - before.get(thread, 0.0) for thread, total in waited.items()) / (now - at)
+        before, at = waited, now
         quiet = quiet + 1 if share < QUIET_SHARE else 0
-        if team is None and share > SHARE:
+        if team is None and share > BUSY_SHARE:
             team = IdleTeam()
-        elif team is not None and quiet >= QUIET_LOOKS:
+        elif team is not None and quiet >= QUIET_INTERVALS:
             team.end()
             team = None
 
 
-def _waited_s() -> dict[str, float] | None:
-    """Seconds that each thread of this process was ready to run and had no core; None where nobody counts them."""
+def _seconds_waited() -> dict[str, float]:
+    """Seconds that each thread of this process was ready to run and had no core; empty where nothing counts them."""
     found: dict[str, float] = {}
     try:
-        for task in os.listdir(TASKS):
+        for thread in os.listdir(TASKS):
             try:
-                with open(f"{TASKS}/{task}/schedstat", encoding="ascii") as file:
-                    found[task] = int(file.read().split()[1]) / 1e9
+                with open(f"{TASKS}/{thread}/schedstat", encoding="ascii") as file:
+                    found[thread] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):  # it has ended, or nothing is counted
                 continue
     except (OSError, ValueError, IndexError):
-        return None
-    return found or None
+        return {}
+    return found
 
 
 def _libgomp() -> ctypes.CDLL | None:
-    """The one that is loaded already; None where there is none."""
+    """The library that is loaded already; None where there is none."""
     try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
+        lines = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
     except OSError:
         return None
-    for line in lines:
-        path = line.rpartition(" ")[2]
-        if "libgomp" in Path(path).name:
-            return ctypes.CDLL(path)
-    return None
+    paths = (line.rpartition(" ")[2] for line in lines)
+    path = next((path for path in paths if "libgomp" in Path(path).name), None)
+    return None if path is None else ctypes.CDLL(path)

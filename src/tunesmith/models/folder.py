@@ -1,25 +1,38 @@
 """A model's folder as Hugging Face writes it: what it must hold, and what is refused.
 
-Weights are read from safetensors alone; code that comes with a model is never run.
+Weights are read from safetensors alone; code that comes with a model is never run. The headers of weight files are
+checked against the files before anything maps memory by their word.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tunesmith.errors import ModelError
-from tunesmith.models.headers import TensorInfo, read_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
-"""Endings of weights that are code or need a framework that is not here."""
+"""Endings of weight files that can run code or need another framework."""
 MAX_JSON_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: its shape in torch's order, and how it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class DamagedError(Exception):
+    """Why a header cannot be right; the caller knows the file."""
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -132,3 +145,18 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 def _as_object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def read_safetensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, from its header, which the library checks against the file.
+
+    Raises ModelError, naming the file, where sizes or offsets do not fit each other and the file, byte for byte.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — the file is no mapping
+            return {name: TensorInfo(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except (SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: a damaged safetensors file: {error}. Download or copy it again.") from error

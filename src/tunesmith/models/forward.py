@@ -1,4 +1,4 @@
-"""What a model answers where something is learnt, whichever way the rows of a batch are laid out."""
+"""The model's answers at the targets of a batch, whatever its layout."""
 
 # B rows, T tokens, N targets, D hidden size, V vocabulary, C classes
 
@@ -12,31 +12,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
+from tunesmith.models.attention import Segments, UnsupportedAttentionError, packed_forward
 from tunesmith.models.heads import pools_last
-from tunesmith.models.segments import Segments
 from tunesmith.types import Batch, Piece
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
     """[N, V] in the model's dtype: row n predicts batch.targets_N[n]. No other position meets the output layer.
 
-    A packed batch needs a model that was given to `attention.use_ragged`.
+    A packed batch needs a model that was given to `attention.use_packed_attention`.
     """
-    with _only(model, batch.predict_N) as done, _passing(batch):
+    with _at_positions(model, batch.predict_N) as done, _attention_of(batch):
         logits: Tensor = model(**_inputs(model, batch)).logits
     return logits[0] if done else logits.flatten(0, 1)[batch.predict_N]
 
 
 token_logits = logits_at_targets
-"""[N, C]: the classes at each target's position."""
+"""[N, C]: the classes at the position of each target."""
 
 
 def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[B, C]: the classes of each row, or its number. What a causal model answers with is its last token, known by
-    the row's length and never by the padding's id."""
+    """[B, C]: the classes of each row, or its number. A causal model answers at its last token, known by the row's
+    length and never by the pad token."""
     if not pools_last(model):
-        with _passing(batch), _first_alone(model, batch):
+        with _attention_of(batch), _first_alone(model, batch):
             logits_BC: Tensor = model(**_inputs(model, batch)).logits
         return logits_BC
     pooled: Tensor = model.score(hidden_states(model, batch)[batch.predict_N])  # type: ignore[operator]
@@ -44,8 +43,8 @@ def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """[B × T, D]: what stands before the head."""
-    with _passing(batch):
+    """[B × T, D]: what the head reads."""
+    with _attention_of(batch):
         hidden_BTD: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
     return hidden_BTD.flatten(0, 1)
 
@@ -58,7 +57,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         inputs["token_type_ids"] = batch.types_BT
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
-    if batch.layout != "ragged":
+    if batch.layout != "packed":
         return {**inputs, "attention_mask": batch.mask_BT}
     positions_BT = batch.positions_BT + _first_position(model)
     return {**inputs, "position_ids": positions_BT, "segments": _segments(batch)}
@@ -76,13 +75,13 @@ def has_cache(forward: Callable[..., Any]) -> bool:
     return "use_cache" in inspect.signature(forward).parameters
 
 
-def _passing(batch: Batch) -> Any:
-    return ragged_pass() if batch.layout == "ragged" else nullcontext()
+def _attention_of(batch: Batch) -> Any:
+    return packed_forward() if batch.layout == "packed" else nullcontext()
 
 
 @contextmanager
-def _only(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
-    """Inside the block the output layers see one row of N positions, of all B × T; the list is empty if they do not.
+def _at_positions(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
+    """Let the output layers see the N positions alone, instead of all B × T; the list stays empty if they do not.
 
     Not every model has an argument for this (logits_to_keep of causal ones), and none keeps other positions for
     each row.
@@ -104,9 +103,11 @@ def _only(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
 
 @contextmanager
 def _first_alone(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside the block what stands on a ragged encoder sees each row as its first token alone: poolers and heads of
-    BERT and its like read no other. Whether a model's own do is asked by `agreement.encoder_agrees`."""
-    if batch.layout != "ragged":
+    """Let the pooler and head of a packed encoder see the first token of each row alone, as those of BERT need it.
+
+    `packing_check` finds out whether a model's own read no other.
+    """
+    if batch.layout != "packed":
         yield
         return
 
@@ -143,6 +144,6 @@ def _first_position(model: nn.Module) -> int:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """What the output layers stand on: the base model, or its decoder."""
+    """The part of the model that the output layers read: the base model, or its decoder."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     return getattr(base, "decoder", base)

@@ -1,7 +1,6 @@
-"""The last layers of a model, which turn what it has read into classes or a number.
+"""The head of a model: everything outside the base model, and the pooler before it.
 
-A head is everything outside the base model, and the pooler before it. Its weights are new when a model meets a task for
-the first time: drawn here, from the seed and the weight's name alone.
+The weights of a head that is new to a model are drawn here, from the seed and the name of the weight alone.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _CLASSES: Mapping[str, HeadName] = {
 
 
 def head_of(model: PreTrainedModel) -> HeadName:
-    """What the model answers, by the name of its class."""
+    """The head of the model, by the name of its class."""
     return next((head for end, head in _CLASSES.items() if type(model).__name__.endswith(end)), "next_token")
 
 
@@ -56,7 +55,7 @@ def new_head_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def label_settings(labels: Labels) -> dict[str, Any]:
-    """What a config says of labels: names by id and back, and what kind of answer they are."""
+    """The entries of a config for labels: names by id and back, and the kind of problem."""
     names = labels.names or ("LABEL_0",)
     return {
         "id2label": dict(enumerate(names)),
@@ -66,7 +65,7 @@ def label_settings(labels: Labels) -> dict[str, Any]:
 
 
 def labels_of(model: PreTrainedModel) -> Labels | None:
-    """What a head answers with, in the order of its outputs; None for a model that answers with tokens."""
+    """The labels of a head, in the order of its outputs; None for a model that answers with tokens."""
     head = head_of(model)
     if head not in ("sequence", "tokens"):
         return None
@@ -98,15 +97,15 @@ def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> boo
 
 
 def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple[str, ...]:
-    """The weights to draw: those that the files lack, and the whole head if one of its own is among them or if it is
-    not to be kept."""
+    """The weights to draw: those that the files lack, and the whole head if one of its weights is among them or if the
+    head is not to be kept."""
     own = [name for name in new_head_names(model) if not name.startswith(f"{model.base_model_prefix}.")]
     whole = own if not keep or not lacks.isdisjoint(own) else []
     return tuple(name for name, _ in model.named_parameters() if name in lacks or name in whole)
 
 
 @torch.no_grad()
-def draw(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
+def init_head(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
     """Fresh values for weights: matrices normal with the config's initializer_range, biases 0, scales of norms 1.
 
     Drawn on the CPU in float32, each from (seed, name): the same in every precision, on every device, and whatever
@@ -119,22 +118,22 @@ def draw(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator(seed, name)))
-    model.drawn = tuple(names)
+    model.new_param_names = tuple(names)
 
 
-def drawn_names(model: nn.Module) -> tuple[str, ...]:
+def new_param_names(model: nn.Module) -> tuple[str, ...]:
     """The weights that were drawn when the model was loaded."""
-    return getattr(model, "drawn", ())
+    return getattr(model, "new_param_names", ())
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers for one weight, by its name."""
+    """The random generator of one weight, by its name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def write_labels(model: PreTrainedModel, folder: Path) -> None:
-    """Write what the head answers with beside a result; nothing for a model that answers with tokens."""
+    """Write the labels of the head into a result's folder; nothing for a model that answers with tokens."""
     labels = labels_of(model)
     if labels is not None:
         text = json.dumps({"kind": labels.kind, "names": labels.names}, indent=2, ensure_ascii=False)
@@ -142,7 +141,7 @@ def write_labels(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_labels(folder: Path) -> Labels | None:
-    """What the head of a result answers with; None if it was saved without a head. Raises ModelError if damaged."""
+    """The labels of a result's head; None if it was saved without one. Raises ModelError if damaged."""
     path = folder / LABELS_FILE
     if not path.is_file():
         return None

@@ -1,23 +1,28 @@
-"""Tokenizer and weights of a model that was located, through transformers.
+"""Config, tokenizer and weights of a model that was resolved, through transformers.
 
-Every weight comes from the file: a layer that the file does not fill is an error, never a random start; but for the
-head of a task that the model meets for the first time.
+Every weight comes from the file: a layer that the file does not fill is an error, never a random start, except
+for the head of a task that is new to the model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -28,17 +33,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from tunesmith.errors import ModelError
-from tunesmith.models import gguf_tokenizer, heads, padding
+from tunesmith.models import heads
 from tunesmith.models.folder import weight_files
-from tunesmith.models.locate import Located
-from tunesmith.models.machine import choose_device, choose_precision
-from tunesmith.models.source import blaming, load_config, source
+from tunesmith.models.gguf import fix_tokenizer, read_once
+from tunesmith.models.modes import silence_transformers
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import sha256_file
-from tunesmith.types import HeadName, Labels
-
-__all__ = ["choose_device", "choose_precision", "fingerprint", "load_config", "load_model", "load_tokenizer"]
+from tunesmith.types import HeadName, Labels, ModelKind
 
 OnNote = Callable[[str], None]
 
@@ -47,27 +57,91 @@ TOKENIZER_FILES = (
     "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 MAX_TEMPLATE_BYTES = 64 * 1024
+_FOREIGN = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+    AssertionError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises at files it cannot use: it states no error of its own."""
+
+
+def load_config(located: ModelRef) -> PreTrainedConfig:
+    """The model's config. Raises ModelError for an architecture that transformers does not have."""
+    with wrap_errors(located, "its config cannot be used"):
+        return AutoConfig.from_pretrained(**pretrained_args(located))
+
+
+def pretrained_args(located: ModelRef) -> dict[str, Any]:
+    """The arguments of from_pretrained that name a model that is here already, and forbid all else."""
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if located.is_gguf:
+        return {"pretrained_model_name_or_path": str(located.path.parent), "gguf_file": located.path.name, **here}
+    return {"pretrained_model_name_or_path": str(located.path), **here}
+
+
+@contextlib.contextmanager
+def wrap_errors(located: ModelRef, what: str) -> Iterator[None]:
+    """Foreign errors become a ModelError that names the model; foreign output is kept off the terminal."""
+    try:
+        with silence_transformers(), _gguf() if located.is_gguf else contextlib.nullcontext():
+            yield
+    except _FOREIGN as error:
+        text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        raise ModelError(f"{located.path}: {what}: {text[:500]}") from error
+
+
+@contextlib.contextmanager
+def _gguf() -> Iterator[None]:
+    # The bar of the GGUF loader knows no switch; it writes to stderr.
+    with contextlib.redirect_stderr(io.StringIO()), read_once():
+        yield
+
+
+def model_kind(located: ModelRef) -> ModelKind:
+    """The kind of the model by its config; no weight is read. Raises ModelError for a model that is not of text."""
+    if located.is_gguf:
+        return "causal"
+    config = load_config(located)
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    # BERT and its like are listed as causal too, for use as a decoder, which their config then says.
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
+    ):
+        return "causal"
+    if (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        or config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ):
+        return "encoder"
+    raise ModelError(
+        f"{located.name}: {config.model_type}: not a model of text that transformers can train. Use another one."
+    )
 
 
 def load_tokenizer(
-    located: Located, template: str | None, *, on_note: OnNote = lambda text: None
+    located: ModelRef, template: str | None, *, on_note: OnNote = lambda text: None
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template of the file `template` if one is given.
 
-    `on_note` is told what a person should know: a template that was replaced, a GGUF's tokenizer that was mended.
+    `on_note` gets what a person should know: a template that was replaced, a GGUF's tokenizer that may differ.
     """
-    with blaming(located, "its tokenizer cannot be used"):
-        tokenizer = AutoTokenizer.from_pretrained(**source(located))
+    with wrap_errors(located, "its tokenizer cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
     if not tokenizer.is_fast:
         raise ModelError(f"{located.name}: its tokenizer has no fast form (tokenizer.json). Use a model that has one.")
     if located.is_gguf:
-        gguf_tokenizer.mend(tokenizer, located.path, on_note)
+        fix_tokenizer(tokenizer, located.path, on_note)
     if template is not None:
         text = _read_template(Path(template))
         if tokenizer.chat_template and tokenizer.chat_template != text:
             on_note(f"data.template: {template} takes the place of the model's own chat template")
         tokenizer.chat_template = text
     return tokenizer
+
+
+def new_tokens_of(recipe: Recipe, located: ModelRef) -> NewTokens:
+    """The tokens that a run's recipe adds to its base."""
+    return add_tokens(load_tokenizer(located, None), recipe.data.new_tokens) if recipe.data.new_tokens else NewTokens()
 
 
 def _read_template(path: Path) -> str:
@@ -87,7 +161,7 @@ def _read_template(path: Path) -> str:
 
 
 def load_model(
-    located: Located,
+    located: ModelRef,
     *,
     dtype: torch.dtype,
     device: str,
@@ -100,8 +174,8 @@ def load_model(
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
     A head that answers with them already is kept, and without `labels` whatever head there is; any other is new, drawn
-    from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` is told of new weights, and of
-    weights that the model does not use, and so are not in what is saved.
+    from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new weights, and weights that
+    the model does not use, which are therefore not in what is saved.
 
     Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
     has no such head for the model.
@@ -110,9 +184,9 @@ def load_model(
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
-    with torch.random.fork_rng(devices=[]), blaming(located, "its weights cannot be loaded"):
+    with torch.random.fork_rng(devices=[]), wrap_errors(located, "its weights cannot be loaded"):
         model, found = auto_class(located, config, head).from_pretrained(
-            **source(located),
+            **pretrained_args(located),
             **settings,
             **({} if located.is_gguf else {"use_safetensors": True}),
             dtype=dtype,
@@ -122,7 +196,7 @@ def load_model(
     lacks = _lacking(located, model, found, drawable=labels is not None or head == "masked_token")
     keep = labels is None or (config is not None and heads.same_labels(config, head, labels))
     fresh = heads.fresh_names(model, lacks, keep=keep)
-    heads.draw(model, fresh, seed=seed)
+    heads.init_head(model, fresh, seed=seed)
     if config is not None and not keep and set(fresh).isdisjoint(found["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({_listed(config.id2label.values())}): it is replaced")
     if fresh:
@@ -130,13 +204,13 @@ def load_model(
     if unused := sorted(found["unexpected_keys"]):
         on_note(f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}")
     if heads.pools_last(model):
-        padding.choose(model, tokenizer or load_tokenizer(located, None), on_note)
+        choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
         _forget_gguf(model, located)
     return model.to(device)
 
 
-def auto_class(located: Located, config: PreTrainedConfig | None, head: HeadName) -> Any:
+def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadName) -> Any:
     """transformers' class that makes such a model with this head. Raises ModelError where it has none."""
     translates = config is not None and config.is_encoder_decoder and head == "next_token"
     auto, known = _AUTO["translated" if translates else head]
@@ -157,7 +231,7 @@ _AUTO: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _lacking(located: Located, model: PreTrainedModel, found: dict[str, Any], *, drawable: bool) -> set[str]:
+def _lacking(located: ModelRef, model: PreTrainedModel, found: dict[str, Any], *, drawable: bool) -> set[str]:
     """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack any other."""
     missing = set(found["missing_keys"])
     misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
@@ -178,8 +252,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
 
 
-def _forget_gguf(model: PreTrainedModel, located: Located) -> None:
-    """The weights are plain numbers by now; what says otherwise would keep them from being saved and read again."""
+def _forget_gguf(model: PreTrainedModel, located: ModelRef) -> None:
+    """Remove what marks the weights as quantized: they are plain by now and could not be saved with it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method"):
@@ -194,7 +268,7 @@ def _forget_gguf(model: PreTrainedModel, located: Located) -> None:
     vars(model.config).pop("_model_name_or_path", None)
 
 
-def fingerprint(located: Located) -> dict[str, str]:
+def fingerprint(located: ModelRef) -> dict[str, str]:
     """SHA-256 of every file of the model that a run depends on, by name."""
     if located.is_gguf:
         return {located.path.name: sha256_file(located.path)}

@@ -1,9 +1,12 @@
-"""Where a model is computed and in which precision, chosen with a reason."""
+"""The machine: device and precision with the reasons for them, and memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,7 +75,7 @@ def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
 
 
 def cpu_flags() -> set[str]:
-    """What this processor can do, in the words of /proc/cpuinfo; nothing where there is none."""
+    """The flags of this processor in /proc/cpuinfo; none where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
@@ -82,7 +85,7 @@ def cpu_flags() -> set[str]:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Peak memory so far: of the tensors on a CUDA device, of this process elsewhere; 0 on Windows."""
+    """Most memory held so far: on a CUDA device by tensors, elsewhere by this process."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -91,3 +94,12 @@ def peak_memory_bytes(device: str) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_cached_memory() -> None:
+    """Give freed memory back to the system: objects in circles, free pages of glibc's heap, a GPU's cache."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()

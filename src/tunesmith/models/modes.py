@@ -1,16 +1,23 @@
-"""Putting a model into evaluation and back."""
+"""States of a model and of transformers: evaluation mode, gradient checkpointing, silence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+from tunesmith.errors import RecipeError
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode without gradients; every module's own mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -20,3 +27,44 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """No progress bars and no log lines of transformers; errors come as exceptions anyway."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Recompute the first `num_layers` layers, and no other, whenever the model is in training mode.
+
+    The recomputation is non-reentrant: gradients reach adapters in a layer whose input needs none, and dropout draws
+    the same numbers again. Raises RecipeError if the model has fewer layers.
+    """
+    layers = _layers(model)
+    if num_layers > len(layers):
+        raise RecipeError(
+            f"train.checkpointed_layers: {num_layers}: {type(model).__name__} has {len(layers)} layers that can be "
+            f"recomputed. Use at most {len(layers)}."
+        )
+    for index, layer in enumerate(layers):
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = index < num_layers
+
+
+def count_layers(model: nn.Module) -> int:
+    """The number of layers that can be recomputed."""
+    return len(_layers(model))
+
+
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

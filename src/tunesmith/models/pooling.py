@@ -1,5 +1,7 @@
-"""How the vectors of a text's tokens become the vector of the text: as the files of sentence-transformers say, by their
-mean if there are none (Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084, section 3)."""
+"""Pooling of token vectors into the vector of a text: as the files of sentence-transformers say, or by their mean.
+
+Source: Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084, section 3.
+"""
 
 # B texts, T tokens, D hidden size
 
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 
-Kind = Literal["mean", "cls", "max"]
-_KINDS: dict[str, Kind] = {
+PoolingKind = Literal["mean", "cls", "max"]
+_KINDS: dict[str, PoolingKind] = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
 }  # fmt: skip
 _MODULES, _LIMITS = "modules.json", "sentence_bert_config.json"
@@ -26,9 +28,9 @@ _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """What the files of a model say."""
+    """The pooling of a model."""
 
-    kind: Kind = "mean"
+    kind: PoolingKind = "mean"
     normalizes: bool = False
     """Whether a vector is brought to length 1."""
     max_tokens: int | None = None
@@ -36,7 +38,7 @@ class Pooling:
 
 
 def find_pooling(folder: Path) -> Pooling:
-    """What the files in a model's folder say. Raises ModelError where they ask for something that is not done here."""
+    """The pooling that the files in a model's folder name. Raises ModelError for one that cannot be computed here."""
     if not (folder / _MODULES).is_file():
         return Pooling()
     modules = _json(folder / _MODULES)
@@ -46,7 +48,7 @@ def find_pooling(folder: Path) -> Pooling:
     names = [str(module["type"]).rpartition(".")[2] for module in modules]
     if strange := [name for name in names if name not in _KNOWN_MODULES]:
         raise ModelError(f"{folder}: {_MODULES}: {strange[0]}: only {', '.join(_KNOWN_MODULES)} can be computed here.")
-    kind: Kind = "mean"
+    kind: PoolingKind = "mean"
     if "Pooling" in names:
         config = _json(folder / places[names.index("Pooling")] / "config.json")
         asked = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
@@ -73,7 +75,7 @@ def copy_pooling(source: Path, folder: Path) -> None:
         (folder / place).mkdir(exist_ok=True)
 
 
-def pool(hidden_BTD: Tensor, mask_BT: Tensor, kind: Kind) -> Tensor:
+def pool(hidden_BTD: Tensor, mask_BT: Tensor, kind: PoolingKind) -> Tensor:
     """[B, D]: a vector a text; `mask_BT` is 0 at padding."""
     mask_BT1 = mask_BT[..., None].bool()
     if kind == "cls":

@@ -13,6 +13,9 @@ bitsandbytes packs and unpacks; the product and its gradient are those of the un
 
 from __future__ import annotations
 
+import importlib
+import logging
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,9 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.models.bnb import import_bitsandbytes
 from tunesmith.recipe.methods import Quant
 
 BLOCK = 64
@@ -37,8 +39,30 @@ def check_installed() -> None:
     if find_spec("bitsandbytes") is None:
         raise RecipeError(
             "method.name: qlora needs the package bitsandbytes, which is not installed. Install it with: "
-            f"{installing('bitsandbytes')}, or use method: lora."
+            f"{install_command('bitsandbytes')}, or use method: lora."
         )
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without network; to be called before peft or transformers import it.
+
+    Where the package `kernels` is installed, bitsandbytes downloads a kernel for CPUs and runs it at import. It is
+    hidden here.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    there, before = "kernels" in sys.modules, sys.modules.get("kernels")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if there and before is not None:
+            sys.modules["kernels"] = before
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -53,7 +77,7 @@ def _functional() -> Any:
 
 
 class QuantizedLinear(nn.Module):
-    """In the place of an `nn.Linear`, or of GPT-2's `Conv1D`, whose weight lies transposed."""
+    """Replaces an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed."""
 
     packed: Tensor
     """nf4: uint8, two weights each; int8: int8, as the weight lay."""

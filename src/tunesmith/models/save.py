@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import StorageError
-from tunesmith.models import heads, padding
+from tunesmith.models import heads
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
-from tunesmith.models.locate import Located
+from tunesmith.models.modes import silence_transformers
 from tunesmith.models.pooling import copy_pooling
-from tunesmith.models.quiet import quiet
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 SHARD_BYTES = 5 * 1000**3
@@ -33,7 +34,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    located: Located,
+    located: ModelRef,
     stop_ids: Sequence[int],
 ) -> None:
     """Write the model to `folder`, whole or not at all; a model that stood there before is replaced.
@@ -48,7 +49,7 @@ def save_model(
     try:
         with storing(folder, num_bytes=num_bytes):
             _save_weights(model, temporary, num_bytes)
-            save_tokenizer(padding.fitted(model, tokenizer), temporary, located=located)
+            save_tokenizer(with_pad_token(model, tokenizer), temporary, located=located)
             heads.write_labels(model, temporary)
             if type(model).__name__.endswith("ForMaskedLM"):
                 copy_pooling(located.path, temporary)
@@ -63,7 +64,7 @@ def save_model(
 def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
     try:
         # Its own generation config may be one that transformers refuses to save; the mended one is written later.
-        with quiet(), _generation_config(model, GenerationConfig()):
+        with silence_transformers(), _generation_config(model, GenerationConfig()):
             model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
@@ -84,14 +85,14 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = own
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: Located) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:
     """The tokenizer's files: copies of those it came from, unless it was changed or came out of a GGUF.
 
     A chat template that was given by file is written beside them, and takes the place of any other.
     """
     source = None if located.is_gguf else load_tokenizer(located, None)
     if source is None or not _same(source, tokenizer):
-        with quiet():
+        with silence_transformers():
             tokenizer.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
@@ -133,7 +134,7 @@ def _write_template(template: Any, folder: Path) -> None:
 
 def save_generation_config(model: PreTrainedModel, folder: Path, *, stop_ids: Sequence[int]) -> None:
     """Write generation_config.json: the model's own, valid, and ending at `stop_ids` beside its own ends."""
-    with quiet():
+    with silence_transformers():
         generation_config(model, stop_ids=stop_ids).save_pretrained(folder)
 
 
@@ -155,7 +156,7 @@ def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> Gen
     if config.num_beams in (None, 1):
         _unset(config, _BEAMS)
     try:
-        with quiet():
+        with silence_transformers():
             config.validate(strict=True)
     except ValueError:
         # What else contradicts itself says nothing that could be kept.

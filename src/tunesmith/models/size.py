@@ -1,4 +1,4 @@
-"""How large a model is, from its config and the headers of its weight files."""
+"""The size of a model, from its config and the headers of its weight files, and the model without its numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
 from tunesmith.errors import ModelError
+from tunesmith.models import heads
 from tunesmith.models.folder import read_tensors
-from tunesmith.models.headers import GgufHeader, read_gguf
-from tunesmith.models.locate import Located
+from tunesmith.models.gguf import GgufHeader, read_gguf
+from tunesmith.models.load import auto_class, load_config, wrap_errors
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.types import HeadName, Labels
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What planning needs to know of a model."""
+    """The sizes of a model that planning needs."""
 
     num_params: int
     """Weights that tied layers share count once."""
@@ -36,12 +43,10 @@ _AFTER_PADDING = (
 """Models that count positions from behind their pad token's id, so that the first rows of the table are never used."""
 
 
-def size(located: Located) -> ModelSize:
+def model_size(located: ModelRef) -> ModelSize:
     """The size of a model; no weight is read. Raises ModelError where its config does not say."""
     if located.kind == "gguf":
         return _gguf_size(located, read_gguf(located.path))
-    from tunesmith.models.source import load_config
-
     config = load_config(located).get_text_config()
     tensors = read_tensors(located.path, located.name)
     # Older files of encoders hold the numbers of their positions among the weights.
@@ -69,7 +74,7 @@ def _max_tokens(config: Any) -> int:
     return int(limit) - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 
-def _gguf_size(located: Located, header: GgufHeader) -> ModelSize:
+def _gguf_size(located: ModelRef, header: GgufHeader) -> ModelSize:
     name = header.architecture
 
     def number(key: str) -> int:
@@ -86,3 +91,33 @@ def _gguf_size(located: Located, header: GgufHeader) -> ModelSize:
         vocab_size=tokens if isinstance(tokens, int) else number("vocab_size"),
         max_tokens=number("context_length"),
     )
+
+
+def meta_model(located: ModelRef, *, dtype: torch.dtype, head: HeadName, labels: Labels | None) -> PreTrainedModel:
+    """The model that `load.load_model` would load.
+
+    Raises ModelError where transformers cannot make it from its config alone.
+    """
+    config = _config_of_gguf(located) if located.is_gguf else load_config(located)
+    for name, value in ({} if labels is None else heads.label_settings(labels)).items():
+        setattr(config, name, value)
+    with wrap_errors(located, "no model can be made of its config"):
+        model: PreTrainedModel = auto_class(located, config, head).from_config(config, dtype=dtype)
+    return model
+
+
+def _config_of_gguf(located: ModelRef) -> PreTrainedConfig:
+    """Sizes alone, from the header: transformers' own reader takes a second, since it reads the vocabulary too."""
+    header = read_gguf(located.path)
+    names = GGUF_CONFIG_MAPPING.get(header.architecture)
+    if names is None:
+        raise ModelError(f"{located.path}: transformers cannot make a {header.architecture} of a GGUF file's header.")
+    values: dict[str, Any] = {"vocab_size": header.metadata.get("tokenizer.ggml.tokens")}
+    for key, name in names.items():
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if name is not None and isinstance(value, int):
+            values[name] = value
+    values["tie_word_embeddings"] = "output.weight" not in header.tensors
+    sizes = {name: value for name, value in values.items() if value is not None}
+    with wrap_errors(located, "no config can be made of its header"):
+        return AutoConfig.for_model(header.architecture, **sizes)

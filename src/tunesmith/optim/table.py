@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.models.bnb import import_bitsandbytes
+from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.recipe.schema import Optim, required, resolved
 
 Groups = list[dict[str, Any]]
@@ -79,7 +79,7 @@ def check_installed(optim: Optim) -> None:
     if extra is not None and find_spec(extra) is None:
         raise RecipeError(
             f"optim.name: {optim.name} needs the package {extra}, which is not installed. "
-            f"Install it with: {installing(extra)}, or use optim.name: adamw."
+            f"Install it with: {install_command(extra)}, or use optim.name: adamw."
         )
 
 

@@ -8,7 +8,7 @@ from tunesmith.data.class_columns import ask_for_task
 from tunesmith.data.rows import first_example
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.models import machine
-from tunesmith.models.locate import Located
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import UNBOUNDED, ModelSize
 from tunesmith.planning import advise
 from tunesmith.planning.advise import with_choice
@@ -18,10 +18,10 @@ from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
 
 def decide_before_rows(
-    recipe: Recipe, located: Located, model_size: ModelSize, kind: ModelKind
+    recipe: Recipe, located: ModelRef, size: ModelSize, kind: ModelKind
 ) -> tuple[Recipe, list[Choice]]:
     """What has to be known before rows can be encoded: task, method, device, longest row."""
-    limit = model_size.max_tokens
+    limit = size.max_tokens
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
             f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
@@ -38,7 +38,7 @@ def decide_before_rows(
             recipe = with_choice(recipe, choices[-1])
 
     choose("task", lambda: _choose_task(recipe, kind))
-    choose("method", lambda: advise.choose_method(model_size.num_params))
+    choose("method", lambda: advise.choose_method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task: TaskName = resolved(recipe.task)
     choose("data.max_tokens", lambda: advise.choose_longest(task, kind, limit, unbounded=UNBOUNDED))
@@ -67,7 +67,7 @@ def _choose_task(recipe: Recipe, kind: ModelKind) -> Choice:
     return choice
 
 
-def find_head(recipe: Recipe, located: Located, kind: ModelKind) -> HeadName:
+def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
     heads = TASKS[resolved(recipe.task)].heads
     if kind not in heads:

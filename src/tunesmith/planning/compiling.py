@@ -83,7 +83,7 @@ def in_bfloat16(
 
 def _size(plan: Plan, rows: Pass) -> int:
     num = plan.computed(rows)
-    return filled(num) if plan.layout == "ragged" else num
+    return filled(num) if plan.layout == "packed" else num
 
 
 def _compiled(sizes: Sequence[int], room: int) -> tuple[int, int]:

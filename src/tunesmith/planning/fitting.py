@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from tunesmith.environment import installing
+from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, TunesmithError
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.forecast import Forecast
@@ -134,7 +134,7 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternati
 
 def _needs(recipe: Recipe) -> str:
     if isinstance(recipe.method, QloraMethod) and find_spec("bitsandbytes") is None:
-        return installing("bitsandbytes")
+        return install_command("bitsandbytes")
     return ""
 
 

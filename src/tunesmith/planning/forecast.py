@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
 from tunesmith.data.rows import Rows
-from tunesmith.models.kind import layouts_of
-from tunesmith.models.locate import Located
+from tunesmith.models.packing_check import layouts_of
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning import devices
 from tunesmith.planning.advise import total_steps
 from tunesmith.planning.compiling import Compiling, in_bfloat16, in_float32
@@ -96,7 +96,7 @@ class Forecast:
 class Forecaster:
     """Answers for one model and one set of rows, whatever the recipe makes of them; keeps what it has traced."""
 
-    located: Located
+    located: ModelRef
     kind: ModelKind
     head: HeadName
     rows: Rows

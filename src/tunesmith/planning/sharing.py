@@ -15,10 +15,10 @@ from tunesmith.data.batch import Plan, build_batch
 from tunesmith.data.sharing import families, share
 from tunesmith.data.store import RowStore
 from tunesmith.methods.peft_kinds import what_draws
-from tunesmith.models.agreement import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
+from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, Choice, Row
@@ -43,7 +43,7 @@ class Sharing:
 
 
 def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: RowStore, *, ask: Ask) -> Choice:
-    """For ragged batches of a causal model without token types. `ask`: `disagreement`, or what stands for it where
+    """For packed batches of a causal model without token types. `ask`: `disagreement`, or what stands for it where
     there is no model yet."""
     sharing = look(plan, store)
     if sharing.saved < LEAST_SAVED:
@@ -98,10 +98,10 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
     """Compare what the model makes of a few rows, and the gradient that reaches the embeddings of their beginning, both
     ways; what is wrong, or None."""
     rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
-    plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="ragged", device=model.device)
+    plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
     shared = share(plain, [row.ids for row in rows])
     prefix = shared.pieces[0].tokens
-    with evaluating(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         hidden, grad = _answer(model, plain, prefix)
         try:
             shared_hidden, shared_grad = _answer(model, shared, prefix)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,14 +22,13 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import attach
 from tunesmith.methods.targets import inner_linears
 from tunesmith.methods.together import compute_together
-from tunesmith.models import recurrent
 from tunesmith.models.activations import Activation
-from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass, use_ragged
-from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.locate import Located
-from tunesmith.models.output import named_output
-from tunesmith.models.quiet import quiet
-from tunesmith.models.shapes import FakeTensorMode, model_of_shapes, unset_fake_temporarily
+from tunesmith.models.attention import UnsupportedAttentionError, packed_forward, use_packed_attention
+from tunesmith.models.fused_loss import output_layer_of
+from tunesmith.models.modes import checkpoint_layers, silence_transformers
+from tunesmith.models.packing_check import recurrent_layer
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.size import meta_model
 from tunesmith.optim import Update
 from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.methods import PeftMethod, QloraMethod
@@ -67,7 +67,7 @@ class Sketch:
     def __init__(
         self,
         recipe: Recipe,
-        located: Located,
+        located: ModelRef,
         *,
         head: HeadName,
         labels: Labels | None,
@@ -81,17 +81,15 @@ class Sketch:
         """
         self.mode = FakeTensorMode()
         self._plain = recipe.kernels == "plain" or on != "cpu"
-        with _blaming(), self.mode, torch.random.fork_rng(devices=[]), quiet():
+        with _blaming(), self.mode, torch.random.fork_rng(devices=[]), silence_transformers():
             dtype = DTYPES[resolved(recipe.precision)]
-            self.model: PreTrainedModel = model_of_shapes(
-                located, dtype=dtype, head=head, labels=labels, kernels=recipe.kernels
-            )
+            self.model: PreTrainedModel = meta_model(located, dtype=dtype, head=head, labels=labels)
             saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
             self.attachment: Attachment = attach(recipe, self.model, head=head, store=store, pad_id=0)
             if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
                 compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
-            output = named_output(self.model) if knows_output else None
+            output = output_layer_of(self.model) if knows_output else None
             self._loss = bind(resolved(recipe.task), labels, recipe.loss, output)
             kept = _kept(self.model, self.attachment, recipe)
             self.kept = replace(kept, weights=kept.weights - saved)
@@ -105,10 +103,10 @@ class Sketch:
 
     def can_pack(self, batch: Batch) -> bool:
         """Whether the model's attention takes rows packed end to end, as far as its code tells."""
-        if recurrent.why(self.model):
+        if recurrent_layer(self.model):
             return False
         try:
-            with _blaming(), self.mode, torch.no_grad(), self._laid_out(batch.layout), ragged_pass() as trace:
+            with _blaming(), self.mode, torch.no_grad(), self._laid_out(batch.layout), packed_forward() as trace:
                 self._loss.measure(self.model, self._of_shapes(batch))
         except UnsupportedAttentionError:
             return False
@@ -155,9 +153,9 @@ class Sketch:
 
     @contextmanager
     def _laid_out(self, layout: Layout) -> Iterator[None]:
-        with quiet():
-            if layout == "ragged":
-                use_ragged(self.model, plain=self._plain)
+        with silence_transformers():
+            if layout == "packed":
+                use_packed_attention(self.model, plain=self._plain)
             else:
                 self.model.set_attn_implementation(self._own_attention)
         yield

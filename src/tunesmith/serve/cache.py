@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tunesmith.models import attention
-from tunesmith.models.attention import How, UnsupportedAttentionError, spelled_out
-from tunesmith.models.segments import Segments
+from tunesmith.models.attention import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
 
 NAME = "tunesmith_cached"
 SMALLEST = 128
@@ -32,7 +31,7 @@ def use_cached(model: PreTrainedModel) -> None:
     """Let the model read the keys and values of a `Pass`; other calls go on as before."""
     attention.register()
     AttentionInterface.register(NAME, cached_attention)
-    AttentionMaskInterface.register(NAME, attention.mask)
+    AttentionMaskInterface.register(NAME, attention.packed_mask)
     model.set_attn_implementation(NAME)
 
 
@@ -225,24 +224,24 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """[1, T, H, D]: every token reads what stands before it in its own text, and is kept there for those to come.
 
-    Without `lanes` it is `attention.ragged_attention`. Raises UnsupportedAttentionError for attention sinks and
+    Without `lanes` it is `attention.packed_attention`. Raises UnsupportedAttentionError for attention sinks and
     position biases, and for layers that do not say which they are.
     """
     if lanes is None:
         others |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return attention.ragged_attention(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **others)
+        return attention.packed_attention(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **others)
     layer = getattr(module, "layer_idx", None)
     if layer is None or others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise UnsupportedAttentionError("its attention has sinks, position biases, or layers without a number")
     attention.trace_call(sliding_window)
-    told = How(True, 0.0, scaling, sliding_window, softcap)
+    told = AttentionOptions(True, 0.0, scaling, sliding_window, softcap)
     new = (query_1HTD, key_1GTD, value_1GTD)
     parts = [_rows(rows, layer, new, told) for rows in lanes.rows]
     parts += [_span(span, layer, new, told, lanes.segments) for span in lanes.spans]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
-def _rows(rows: Rows, layer: int, new: _New, how: How) -> Tensor:
+def _rows(rows: Rows, layer: int, new: _New, how: AttentionOptions) -> Tensor:
     """[N, H, D]"""
     query_1HTD, key_1GTD, value_1GTD = new
     num = len(rows.pool.lanes)
@@ -254,7 +253,7 @@ def _rows(rows: Rows, layer: int, new: _New, how: How) -> Tensor:
     q_NHD = query_1HTD[0, :, place].transpose(0, 1)
     if how.softcap is not None:
         mask = rows.mask(how.window, torch.bool)
-        return spelled_out(q_NHD[:, :, None], k_NGLD, v_NGLD, mask, how)[:, :, 0]
+        return explicit_attention(q_NHD[:, :, None], k_NGLD, v_NGLD, mask, how)[:, :, 0]
     # Heads that share keys are queries of one row: none of the keys is copied for them.
     q_NGRD = torch.unflatten(q_NHD, 1, (k_NGLD.shape[1], -1))
     mask = rows.mask(how.window, q_NGRD.dtype)
@@ -262,7 +261,7 @@ def _rows(rows: Rows, layer: int, new: _New, how: How) -> Tensor:
     return out_NGRD.flatten(1, 2)
 
 
-def _span(span: Span, layer: int, new: _New, how: How, segments: Segments) -> Tensor:
+def _span(span: Span, layer: int, new: _New, how: AttentionOptions, segments: Segments) -> Tensor:
     """[T of the span, H, D]"""
     query_1HTD, key_1GTD, value_1GTD = new
     place, stop = slice(span.first, span.first + span.num), span.lane.length + span.num
@@ -278,7 +277,7 @@ def _span(span: Span, layer: int, new: _New, how: How, segments: Segments) -> Te
     causal = span.num == num_keys == window
     if how.softcap is not None:
         band = segments.band(span.num, num_keys, window)
-        return spelled_out(q_1HQD, k_1GKD, v_1GKD, band, how)[0].transpose(0, 1)
+        return explicit_attention(q_1HQD, k_1GKD, v_1GKD, band, how)[0].transpose(0, 1)
     out_1HQD = F.scaled_dot_product_attention(
         q_1HQD,
         k_1GKD,

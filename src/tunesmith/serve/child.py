@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from tunesmith.data.template import resident_bytes
-from tunesmith.environment import cores
+from tunesmith.environment import num_cpus
 from tunesmith.errors import TunesmithError
 from tunesmith.serve import wire
 from tunesmith.serve.ahead import Ahead, Made, Ready
@@ -44,7 +44,7 @@ def main() -> int:
     send = _sender()
     told = wire.parse(sys.stdin.buffer.readline())
     options = wire.as_options(told["options"])
-    torch.set_num_threads(options.threads or cores())
+    torch.set_num_threads(options.threads or num_cpus())
     limit = options.memory_limit_bytes or int(0.9 * _machine_bytes())
     _be_the_first_to_go()
     pulse = _Pulse()

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from tunesmith.models import rope
-from tunesmith.models.attention import ragged_pass
-from tunesmith.models.segments import Segments
+from tunesmith.models.attention import Segments, longrope_limit, packed_forward
 from tunesmith.serve.adapters import Adapters
 from tunesmith.serve.cache import Block, Cache, Lane, Pass, Rows, Span, room_for, use_cached
 
@@ -110,7 +108,7 @@ class Together:
         # An adapted head has to see every token: which row goes through which adapter is counted by tokens.
         head = self.model.get_output_embeddings()
         kept = 0 if self._adapters.adapts(head) else torch.tensor(last, device=device)
-        with ragged_pass(), self._adapters.serving(adapters, mixed=True):
+        with packed_forward(), self._adapters.serving(adapters, mixed=True):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -136,7 +134,7 @@ class Apart:
         self._adapters = adapters
         self._caches: dict[Lane, Any] = {}
         self._encoded: dict[Lane, Any] = {}
-        self._border = rope.border(model.config)
+        self._border = longrope_limit(model.config)
         self._texts: dict[Lane, list[int]] = {}
         """What was read, of a model whose positions change at a border."""
 

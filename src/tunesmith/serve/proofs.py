@@ -20,11 +20,9 @@ from tunesmith.data.render import Encoded, Renderer
 from tunesmith.data.store import RowStore, kept
 from tunesmith.errors import DataError, RunError
 from tunesmith.inference.load import assumed_date
-from tunesmith.models import recurrent, rope
-from tunesmith.models.agreement import TOLERANCES, leak_allowed, spread_error
-from tunesmith.models.attention import UnsupportedAttentionError, ragged_pass
-from tunesmith.models.modes import evaluating
-from tunesmith.models.quiet import quiet
+from tunesmith.models.attention import UnsupportedAttentionError, longrope_conflict, packed_forward
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.folder import Run
@@ -198,28 +196,31 @@ def why_apart(model: PreTrainedModel, adapters: Adapters, *, longest: int = 0) -
     the model's own attention, each text alone and whole; and those of one text beside others with those beside others
     again. `longest`: tokens of the longest text that may come.
     """
-    if reason := recurrent.why(model) or rope.why(model.config, longest):
+    if reason := recurrent_layer(model) or longrope_conflict(model.config, longest):
         return reason
     own = model.config._attn_implementation
     texts = [_probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
-    with evaluating(model):
+    with eval_mode(model):
         alone = [_whole(model, ids) for ids in texts]
         try:
-            with quiet(), ragged_pass() as trace:  # transformers warns of attention that cannot be replaced
+            with (
+                silence_transformers(),
+                packed_forward() as trace,
+            ):  # transformers warns of attention that cannot be replaced
                 together = _together(Together(model, adapters), texts)
                 again = _together(Together(model, adapters), [texts[0], *(ids[::-1] for ids in texts[1:])])
         except _REFUSALS as refusal:
             return str(refusal) or type(refusal).__name__
         finally:
-            with quiet():
+            with silence_transformers():
                 model.set_attn_implementation(own)
     if trace.calls == 0:
         return "its attention is its own and cannot be replaced"
     if missing := trace.local_masks - trace.windows:
         return f"its attention is limited to {min(missing)} tokens by a mask alone"
-    error = max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(together, alone, strict=True))
-    leak = spread_error(again[0][None], together[0][None])
-    if error <= TOLERANCES[model.dtype] and leak <= leak_allowed(model):
+    error = max(normalized_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(together, alone, strict=True))
+    leak = normalized_error(again[0][None], together[0][None])
+    if error <= TOLERANCES[model.dtype] and leak <= leak_tolerance(model):
         return ""
     return f"others beside a text change its logits, by {max(error, leak):.2g}"
 
@@ -230,7 +231,7 @@ def why_not_apart(model: PreTrainedModel, adapters: Adapters) -> str:
     Some models keep the state of a text in themselves, where another text finds it.
     """
     texts = [_probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES[1:]]
-    with evaluating(model):
+    with eval_mode(model):
         alone = [_whole(model, ids) for ids in texts]
         try:
             in_turn = _apart(Apart(model, adapters), texts)
@@ -239,9 +240,9 @@ def why_not_apart(model: PreTrainedModel, adapters: Adapters) -> str:
             return str(refusal) or type(refusal).__name__
 
     def away(others: Sequence[Tensor]) -> float:
-        return max(spread_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(in_turn, others, strict=True))
+        return max(normalized_error(ours_V[None], own_V[None]) for ours_V, own_V in zip(in_turn, others, strict=True))
 
-    if not (leak := away(one_by_one)) <= leak_allowed(model):
+    if not (leak := away(one_by_one)) <= leak_tolerance(model):
         return f"a text changes the logits of another, by {leak:.2g} of their spread: it keeps the state of one"
     error = away(alone)
     return "" if error <= TOLERANCES[model.dtype] else f"its cache changes its logits, by {error:.2g} of their spread"

@@ -15,7 +15,7 @@ from tunesmith.data.passes import fill_passes
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Predictor
 from tunesmith.inference.rows import Line
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import Pooling, pool
 from tunesmith.serve.protocol import Refused, Served
 from tunesmith.tasks import TASKS
@@ -66,7 +66,7 @@ class Embedder:
         rows = [self._ids(text, i) for i, text in enumerate(texts)]
         vectors: dict[int, list[float]] = {}
         lengths = [len(row) for row in rows]
-        with evaluating(self.speaker.model):
+        with eval_mode(self.speaker.model):
             for members in fill_passes(
                 range(len(rows)), lengths, tokens_per_pass=self.speaker.tokens_per_pass(lengths), layout="padded"
             ):

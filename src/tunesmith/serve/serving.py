@@ -12,10 +12,10 @@ from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
-from tunesmith.models import load, locate
-from tunesmith.models.kind import model_kind
-from tunesmith.models.locate import Located
+from tunesmith.models import load
+from tunesmith.models.load import model_kind
 from tunesmith.models.pooling import find_pooling
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve import proofs
@@ -102,18 +102,18 @@ def _sorted_out(names: Sequence[str], root: Path, *, base: str | None) -> tuple[
     return list(runs.values()), list(models)
 
 
-def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> tuple[Located, dict[str, str] | None]:
+def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> tuple[ModelRef, dict[str, str] | None]:
     """The base that models and adapters are on, quantised or not, and hashes of its files where a run is on it. Raises
     InputError where there are several."""
     bases: dict[tuple[str, str | None, str], list[str]] = {}
-    found: list[Located] = []
+    found: list[ModelRef] = []
     hashes: dict[Path, dict[str, str]] = {}
     for name in models:
-        found.append(locate.locate(name, offline=offline))
+        found.append(resolve_model(name, offline=offline))
         bases.setdefault((str(found[-1].path.resolve()), found[-1].revision, ""), []).append(name)
     for run in runs:
         recipe = run.recipe()
-        found.append(locate.locate_base(recipe, offline=offline))
+        found.append(resolve_base(recipe, offline=offline))
         path = found[-1].path.resolve()
         hashes[path] = hashes.get(path) or load.fingerprint(found[-1])
         loading.refuse_other_base(run, found[-1], hashes[path])
@@ -134,7 +134,7 @@ def _form(recipe: Recipe) -> str:
 
 def _load_base(
     serving: Serving,
-    base: Located,
+    base: ModelRef,
     first: Run | None,
     runs: Sequence[Run],
     *,
@@ -174,7 +174,7 @@ def _take(adapters: Adapters, base: LoadedModel, run: Run, note: Note) -> Loaded
     adapters.take(run.path.resolve().name, tuned.attachment)
     tokenizer = base.renderer.tokenizer
     if run.adapter_path.exists():
-        tokenizer = load.load_tokenizer(Located("folder", run.adapter_path, str(run.adapter_path)), None)
+        tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
     renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
     return replace(base, renderer=renderer, recipe=recipe)
 
@@ -207,7 +207,7 @@ def _add(serving: Serving, speaker: LoadedModel, run: Run | None, note: Note) ->
 
 
 def _add_base(
-    serving: Serving, speaker: LoadedModel, base: Located, decoder: Decoder, *, is_named: bool, note: Note
+    serving: Serving, speaker: LoadedModel, base: ModelRef, decoder: Decoder, *, is_named: bool, note: Note
 ) -> None:
     """The untouched model, asked with its own tokenizer and template."""
     name = _name_of(base)
@@ -254,11 +254,11 @@ def _served(speaker: LoadedModel, name: str, run: Run | None, answers: str) -> S
     )
 
 
-def _written(located: Located) -> float:
+def _written(located: ModelRef) -> float:
     return max(path.stat().st_mtime for path in [located.path, *located.path.parent.glob(f"{located.path.name}/*")])
 
 
-def _name_of(base: Located) -> str:
+def _name_of(base: ModelRef) -> str:
     """What a base is asked by: its id on the hub, or the name of its folder or file."""
     if base.kind == "hub":
         return base.name

@@ -21,7 +21,7 @@ from tunesmith.tasks.text import TEXT
 from tunesmith.types import Labels, Shape, Task, TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.models.output import Output
+    from tunesmith.models.fused_loss import OutputLayer
 
 TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG)}
 """By name. `bind` gives a task its classes and losses before it is trained."""
@@ -33,7 +33,7 @@ def task_of(shape: Shape) -> Task | None:
     return found[0] if len(found) == 1 else None
 
 
-def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: Output | None = None) -> Task:
+def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: OutputLayer | None = None) -> Task:
     """The task as it is trained: with the classes of its data and the additions of `loss`; its `measure` keeps the
     plain loss. `output`: the output layer of a model that learns tokens, if its loss can be computed in pieces.
 

@@ -16,7 +16,7 @@ from tunesmith.types import Batch, Labels, Measured
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tunesmith.models.output import Output
+    from tunesmith.models.fused_loss import OutputLayer
 
 PLAIN = Loss()
 
@@ -38,7 +38,7 @@ def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN) -> T
     return losses_N
 
 
-def token_loss_sum(model: nn.Module, batch: Batch, loss: Loss = PLAIN, output: Output | None = None) -> Tensor:
+def token_loss_sum(model: nn.Module, batch: Batch, loss: Loss = PLAIN, output: OutputLayer | None = None) -> Tensor:
     """Sum of −log p(target) and of what `loss` adds, over the targets of a batch: a float32 scalar in nats.
 
     `output`: the model's output layer if its shape allows computing the loss without the logits of all targets at once.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith.errors import RunError
 from tunesmith.inference.load import load_run
-from tunesmith.models import locate
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_model
 from tunesmith.runs.atomic import remove
 from tunesmith.runs.folder import Run, is_run
@@ -52,7 +52,7 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
         remove(merged)
         speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
         speaker.attachment.merge()
-        adapter = locate.Located("folder", run.adapter_path, str(run.adapter_path))
+        adapter = ModelRef("folder", run.adapter_path, str(run.adapter_path))
         save_model(
             speaker.model, speaker.renderer.tokenizer, merged, located=adapter, stop_ids=speaker.renderer.stop_ids
         )

@@ -14,11 +14,12 @@ from tunesmith.environment import refuse_ranks
 from tunesmith.errors import RecipeError
 from tunesmith.inference.load import make_renderer
 from tunesmith.methods import method_of
-from tunesmith.models import load, locate, new_tokens
+from tunesmith.models import load, special_tokens
 from tunesmith.models.heads import own_classes
-from tunesmith.models.kind import model_kind
-from tunesmith.models.new_tokens import NewTokens
-from tunesmith.models.size import ModelSize, size
+from tunesmith.models.load import model_kind
+from tunesmith.models.resolve_model import ModelRef, resolve_base
+from tunesmith.models.size import ModelSize, model_size
+from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
 from tunesmith.planning.advise import with_choice
 from tunesmith.planning.before_rows import decide_before_rows, find_head
@@ -34,7 +35,7 @@ class Start:
     recipe: Recipe
     choices: list[Choice]
     notes: list[str]
-    located: locate.Located
+    located: ModelRef
     size: ModelSize
     kind: ModelKind
     head: HeadName
@@ -59,13 +60,13 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
         recipe = recipe.model_copy(update={"model": name})
     check_installed(recipe.optim)
     notes = [chained] if chained else []
-    located = locate.locate_base(recipe, offline=offline, weights=False)
+    located = resolve_base(recipe, offline=offline, weights=False)
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
     recipe = recipe.model_copy(update={"method": method_of(recipe).resolve(recipe.method)})
-    model_size, kind = _room_left(size(located), recipe), model_kind(located)
+    size, kind = _room_left(model_size(located), recipe), model_kind(located)
     added = _add_tokens(recipe, tokenizer, kind)
-    notes += new_tokens.say(added, recipe.data.new_tokens)
-    recipe, choices = decide_before_rows(recipe, located, model_size, kind)
+    notes += special_tokens.describe(added, recipe.data.new_tokens)
+    recipe, choices = decide_before_rows(recipe, located, size, kind)
     head = find_head(recipe, located, kind)
     recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
     choices += dates
@@ -75,7 +76,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
         choices=choices,
         notes=notes,
         located=located,
-        size=model_size,
+        size=size,
         kind=kind,
         head=head,
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
@@ -105,15 +106,15 @@ def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelK
     if recipe.data.new_tokens and (kind != "causal" or not method_of(recipe).new_tokens):
         what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
         raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
-    return new_tokens.add(tokenizer, recipe.data.new_tokens)
+    return special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)
 
 
-def _room_left(model_size: ModelSize, recipe: Recipe) -> ModelSize:
+def _room_left(size: ModelSize, recipe: Recipe) -> ModelSize:
     """The model as rows find it: virtual tokens stand before each of them."""
     virtual = method_of(recipe).num_virtual_tokens(recipe.method)
-    if virtual >= model_size.max_tokens:
+    if virtual >= size.max_tokens:
         raise RecipeError(
-            f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {model_size.max_tokens:,} "
+            f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {size.max_tokens:,} "
             "tokens in all. Use fewer."
         )
-    return replace(model_size, max_tokens=model_size.max_tokens - virtual)
+    return replace(size, max_tokens=size.max_tokens - virtual)

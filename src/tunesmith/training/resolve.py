@@ -20,9 +20,10 @@ from tunesmith.evaluation.generate import new_tokens_for
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS
-from tunesmith.models import load, rope
-from tunesmith.models.exhausted import give_back
-from tunesmith.models.padding import pad_id
+from tunesmith.models import load
+from tunesmith.models.attention import longrope_conflict
+from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.special_tokens import pad_id
 from tunesmith.planning import devices
 from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
 from tunesmith.planning.budget import HELD, RunSize, decide_measuring
@@ -118,7 +119,7 @@ def _why_alone(start: Start, rows: Rows) -> str:
     """Why each row goes through the model alone; empty: it need not."""
     sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
     longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
-    why = "" if start.located.is_gguf else rope.why(load.load_config(start.located), longest)
+    why = "" if start.located.is_gguf else longrope_conflict(load.load_config(start.located), longest)
     return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
 
 
@@ -170,7 +171,7 @@ def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> Non
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     device = device or devices.here(recipe.device, threads=threads, dtype=dtype)
     on = device.kind
-    give_back()  # what the machine's speed was tried with is no part of what the process holds
+    free_cached_memory()  # what the machine's speed was tried with is no part of what the process holds
     forecaster = Forecaster(
         located=start.located,
         kind=start.kind,
@@ -271,7 +272,7 @@ def feeds(
     masks = start.head == "masked_token"
     has_types = has_token_types(model, tokenizer)
     choices = []
-    if start.kind == "causal" and plan.layout == "ragged" and not has_types:
+    if start.kind == "causal" and plan.layout == "packed" and not has_types:
         choices = [decide_sharing(model, recipe, plan, rows.store, ask=ask)]
 
     def feed(store: Any, seed: int, *, shares: bool) -> Feed:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tunesmith.environment import refuse_ranks
 from tunesmith.methods import restore, state_dict
-from tunesmith.models import load, locate
-from tunesmith.models.agreement import TOLERANCES
-from tunesmith.models.kind import model_kind
+from tunesmith.models import load
+from tunesmith.models.load import model_kind
+from tunesmith.models.packing_check import TOLERANCES
+from tunesmith.models.resolve_model import resolve_base
 from tunesmith.optim import Update
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -90,7 +91,7 @@ def _row_of(name: TaskName, question: str, answer: str) -> dict[str, Any]:
 
 def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
     """The task that is usual for the recipe's model."""
-    located = locate.locate_base(recipe, offline=offline, weights=False)
+    located = resolve_base(recipe, offline=offline, weights=False)
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=lambda note: None)
     fitting = [task for task in TASKS.values() if kind in task.heads and (tokenizer.chat_template or not task.is_chat)]
@@ -102,7 +103,7 @@ def _packing(setup: Setup) -> Proof:
     rows = [setup.rows.store.row(int(i)) for i in setup.rows.train_rows[:4]]
     plain = setup.recipe.kernels == "plain"
     agreement = packed_agrees(setup.model, setup.kind, rows, tokenizer=setup.renderer.tokenizer, plain=plain)
-    if setup.plan.layout != "ragged":
+    if setup.plan.layout != "packed":
         return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
     allowed = TOLERANCES[setup.model.dtype]
     found = f"answers packed and alone differ by {agreement.error:.1e} of their spread, allowed is {allowed:.0e}"

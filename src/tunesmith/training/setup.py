@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, Method, attach
 from tunesmith.methods.together import compute_together
-from tunesmith.models import attention, contention, load, locate
-from tunesmith.models.agreement import Agreement, encoder_agrees, ragged_agrees
-from tunesmith.models.checkpointing import checkpoint_layers
-from tunesmith.models.dropping import use_fast_dropout
-from tunesmith.models.heads import drawn_names, new_head_names
-from tunesmith.models.kind import layouts_of
-from tunesmith.models.new_tokens import make_room
-from tunesmith.models.noise import EmbeddingNoise
-from tunesmith.models.norms import use_fast_norms
-from tunesmith.models.output import Output, find_output
-from tunesmith.models.padding import pad_id
+from tunesmith.models import attention, contention, load
+from tunesmith.models.fused_loss import OutputLayer, find_output_layer
+from tunesmith.models.heads import new_head_names, new_param_names
+from tunesmith.models.modes import checkpoint_layers
+from tunesmith.models.neftune import EmbeddingNoise
+from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
+from tunesmith.models.resolve_model import ModelRef, resolve_base
+from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Update
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
@@ -57,7 +53,7 @@ class Setup(TrainState):
     choices: list[Choice]
     notes: list[str]
     """Facts to know before the first step: fallbacks, cut rows, overlaps."""
-    located: locate.Located
+    located: ModelRef
     room: int
     """Maximum number of tokens that the model can attend to."""
     num_parameters: int
@@ -108,7 +104,7 @@ def prepare(
     hashes = BackgroundCall(partial(load.fingerprint, start.located))
     torch.set_num_threads(resolved(recipe.threads))
     model, num_parameters = _load(recipe, start, rows.labels)
-    new_head = not set(drawn_names(model)).isdisjoint(new_head_names(model))
+    new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, start.renderer.tokenizer)
     attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
     with attachment.perturbed():
@@ -157,7 +153,7 @@ def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgr
     if seen.start.located.has_weights:
         return seen
     on_progress("download", 0, 1)  # it fits, so they are worth fetching
-    locate.locate_base(seen.start.recipe)
+    resolve_base(seen.start.recipe)
     on_progress("download", 1, 1)
     return foresee(recipe, root=root, on_progress=on_progress, run=run)
 
@@ -175,21 +171,18 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
         tokenizer=start.renderer.tokenizer,
         on_note=start.notes.append,
     )
-    make_room(model, start.added)
+    resize_embeddings(model, start.added)
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
     start.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
-    if recipe.kernels == "fast":
-        use_fast_norms(model)
-        use_fast_dropout(model)
     return model, num_parameters
 
 
-def _join_products(model: PreTrainedModel, method: Method) -> Output | None:
+def _join_products(model: PreTrainedModel, method: Method) -> OutputLayer | None:
     """Fuse matrix products of the model where possible; return its output layer if losses can be computed from it."""
     compute_together(model)
-    return find_output(model) if method.fused_loss else None
+    return find_output_layer(model) if method.fused_loss else None
 
 
 def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
@@ -217,7 +210,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
     plain = recipe.kernels == "plain"
     agreement = packed_agrees(model, start.kind, probe, tokenizer=start.renderer.tokenizer, plain=plain)
     if agreement.ok:
-        attention.use_ragged(model, plain=plain)
+        attention.use_packed_attention(model, plain=plain)
         return layout, []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return others[0], [note]
@@ -225,13 +218,10 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) ->
 
 def packed_agrees(
     model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, tokenizer: Any, plain: bool
-) -> Agreement:
-    """Whether a model of this kind computes the same for packed rows as for each alone."""
-    if kind == "encoder":
-        return encoder_agrees(model, rows, has_types=has_token_types(model, tokenizer), plain=plain)
-    if kind == "encoder_decoder":
-        return Agreement(False, nan, nan, "an encoder–decoder takes sources and targets apart")
-    return ragged_agrees(model, rows, plain=plain)
+) -> PackingCheck:
+    """Whether the model answers the same for packed rows as for each row alone."""
+    has_types = kind == "encoder" and has_token_types(model, tokenizer)
+    return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
 def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:

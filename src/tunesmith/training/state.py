@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tunesmith.data.batch import Plan
     from tunesmith.data.feed import Feed
     from tunesmith.data.store import RowStore
-    from tunesmith.models.noise import EmbeddingNoise
+    from tunesmith.models.neftune import EmbeddingNoise
     from tunesmith.optim import Update
     from tunesmith.recipe.schema import Recipe
     from tunesmith.types import Attachment, Task

@@ -11,8 +11,7 @@ from torch import Tensor
 from tunesmith.data.batch import Plan
 from tunesmith.data.passes import Pass, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
-from tunesmith.models.exhausted import give_back
-from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.training.state import TrainState
 
 
@@ -86,7 +85,7 @@ def _drop_gradients(state: TrainState) -> None:
     state.update.drop_gradients()
     for parameter in state.model.parameters():
         parameter.grad = None
-    give_back()
+    free_cached_memory()
 
 
 def _exhausted(state: TrainState, step: int, lengths: list[int]) -> OutOfMemoryError:

@@ -21,7 +21,7 @@ from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
 from tunesmith.inference.load import as_renamed
 from tunesmith.methods import METHODS, restore, state_dict
-from tunesmith.models.checkpointing import count_layers
+from tunesmith.models.modes import count_layers
 from tunesmith.recipe import load
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved

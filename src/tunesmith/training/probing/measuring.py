@@ -23,7 +23,7 @@ from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.methods import state_dict
 from tunesmith.models.machine import peak_memory_bytes
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 from tunesmith.planning.counting import Amount, amount, seen_rows
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.heaviest import heaviest, heaviest_looked
@@ -151,7 +151,7 @@ def _general(setup: Setup) -> dict[str, Any]:
     rows = general_rows(setup.renderer.tokenizer)
     batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]
     amounts = [Amount(batch.num_tokens, batch.num_targets) for batch in batches]
-    with evaluating(setup.model):
+    with eval_mode(setup.model):
         found = _usual(lambda batch: setup.task.measure(setup.model, batch).losses_N.cpu(), batches, amounts)
     return {"general": asdict(found)}
 

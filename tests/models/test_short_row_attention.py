@@ -1,4 +1,4 @@
-"""Grouped products are attention: forward and every gradient, against torch's kernel one row at a time."""
+"""Attention by block products is attention: forward and every gradient, against torch's kernel one row at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.models import blocks, dropping, grouped
-from tunesmith.models.attention import use_ragged
+from tunesmith.models import short_row_attention
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.short_row_attention import BlockLayout, dropout_mask, is_supported, kept_share
+from tunesmith.models.short_row_attention import short_row_attention as attend
 
 
 def inputs(lengths: list[int], *, heads: int, groups: int, size: int, dtype=torch.float64) -> list[Tensor]:
@@ -31,10 +33,10 @@ def row_by_row(qkv_1HTD: list[Tensor], lengths: list[int], *, causal: bool, scal
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def layout_of(lengths: list[int], qkv_1HTD: list[Tensor], *, causal: bool) -> blocks.Layout:
+def layout_of(lengths: list[int], qkv_1HTD: list[Tensor], *, causal: bool) -> BlockLayout:
     query, key, _ = qkv_1HTD
     heads = {"num_heads": query.shape[1], "num_groups": key.shape[1]}
-    return blocks.Layout.of([(n, n) for n in lengths], **heads, causal=causal, like=query.detach())
+    return BlockLayout.of([(n, n) for n in lengths], **heads, causal=causal, like=query.detach())
 
 
 def answers(attend, qkv_1HTD: list[Tensor]) -> list[Tensor]:
@@ -57,7 +59,7 @@ def test_it_is_attention_row_by_row(lengths, *, groups, shared, size, causal, sc
     """float64: 1e-12 is its rounding over a dozen products. Lengths are such that rows are filled up, and some not."""
     qkv = inputs(lengths, heads=groups * shared, groups=groups, size=size)
     layout = layout_of(lengths, qkv, causal=causal)
-    ours = answers(lambda t: grouped.attend(*t, layout, scaling=scaling), qkv)
+    ours = answers(lambda t: attend(*t, layout, scaling=scaling), qkv)
     expected = answers(lambda t: row_by_row(t, lengths, causal=causal, scaling=scaling), qkv)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
@@ -91,10 +93,11 @@ def test_with_dropout_it_is_attention_with_the_weights_that_are_left(causal, p):
 
     def ours(tensors: list[Tensor]) -> Tensor:
         torch.manual_seed(5)
-        return grouped.attend(*tensors, layout, scaling=None, dropout=p)
+        return attend(*tensors, layout, scaling=None, dropout=p)
 
     torch.manual_seed(5)
-    masks, share = dropping.kept(torch.empty(block.num, block.queries, block.keys, dtype=torch.float64), p)
+    masks = dropout_mask(torch.empty(block.num, block.queries, block.keys, dtype=torch.float64), p)
+    share = kept_share(p)
     masks = masks.view(len(lengths), groups, shared, 7, 7)
     assert 0 < masks.mean() < 1
     expected = answers(lambda t: spelled_out_with(masks, t, lengths, causal=causal, share=share), qkv)
@@ -114,7 +117,7 @@ def test_where_it_is_the_faster_way():
         (torch.float64, 0.1, None, False),
     ):
         given = query.to(dtype)
-        assert grouped.can(given, given, dropout=dropout, softcap=cap) == expected
+        assert is_supported(given, given, dropout=dropout, softcap=cap) == expected
 
 
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
@@ -125,7 +128,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
     exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
     layout = layout_of(lengths, rounded, causal=True)
     truth = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), exact)
-    ours = answers(lambda t: grouped.attend(*t, layout, scaling=None), rounded)
+    ours = answers(lambda t: attend(*t, layout, scaling=None), rounded)
     torchs = answers(lambda t: row_by_row(t, lengths, causal=True, scaling=None), rounded)
     for true, one, other in zip(truth, ours, torchs, strict=True):
         away, torchs_away = ((x.double() - true).norm() / true.norm() for x in (one, other))
@@ -139,7 +142,7 @@ def test_blocks_of_short_rows_compute_in_float32_whatever_the_inputs():
     exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
     layout = layout_of(lengths, rounded, causal=False)
     assert {block.bias.dtype for block in layout.blocks} == {torch.float32}
-    ours = answers(lambda t: grouped.attend(*t, layout, scaling=None), rounded)
+    ours = answers(lambda t: attend(*t, layout, scaling=None), rounded)
     truth = answers(lambda t: row_by_row(t, lengths, causal=False, scaling=None), exact)
     for one, true in zip(ours, truth, strict=True):
         assert one.dtype == torch.bfloat16
@@ -151,10 +154,12 @@ def test_blocks_of_short_rows_compute_in_float32_whatever_the_inputs():
 def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
     """mistral: rows longer than its window of 8 go to torch's kernel; gemma2's cap is spelled out."""
     seen = []
-    real = grouped.attend
-    monkeypatch.setattr(grouped, "attend", lambda *args, **how: seen.append(args[3]) or real(*args, **how))
+    real = attend
+    monkeypatch.setattr(
+        short_row_attention, "short_row_attention", lambda *args, **how: seen.append(args[3]) or real(*args, **how)
+    )
     model, rows = sharp(arch).bfloat16(), rows_of()
-    use_ragged(model)
+    use_packed_attention(model)
     logits_at_targets(model, batch_of(rows))
     if arch == "gemma2":
         assert not seen
@@ -167,10 +172,10 @@ def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
 def test_short_and_long_rows_of_one_pass_answer_alike(longest, monkeypatch):
     """Whichever way a row is attended to: float32 through both, 1e-4 on logits of several units."""
     model, rows = sharp("llama"), rows_of()
-    use_ragged(model)
+    use_packed_attention(model)
     expected = logits_at_targets(model, batch_of(rows))
-    monkeypatch.setattr(grouped, "can", lambda *args, **how: True)
-    monkeypatch.setattr(grouped, "LONGEST", longest)
+    monkeypatch.setattr(short_row_attention, "is_supported", lambda *args, **how: True)
+    monkeypatch.setattr(short_row_attention, "LONGEST", longest)
     assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
 
 
@@ -184,12 +189,12 @@ def test_rows_of_like_length_are_multiplied_together():
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_test_catches_gradients_of_what_is_filled_up(monkeypatch, causal):
     """Planted: answers of the filled places are learnt from."""
-    real = blocks.Layout.of
+    real = BlockLayout.of
 
     def forgetful(*args, **how):
         return replace(real(*args, **how), filled=torch.empty(0, dtype=torch.int64))
 
-    monkeypatch.setattr(blocks.Layout, "of", forgetful)
+    monkeypatch.setattr(BlockLayout, "of", forgetful)
     with pytest.raises(AssertionError):
         test_it_is_attention_row_by_row.hypothesis.inner_test(
             [5, 3], groups=2, shared=2, size=4, causal=causal, scaling=None
@@ -198,15 +203,48 @@ def test_the_test_catches_gradients_of_what_is_filled_up(monkeypatch, causal):
 
 def test_the_test_catches_rows_that_read_what_is_filled_up(monkeypatch):
     """Planted: an encoder's row without its bars."""
-    real = blocks.Layout.of
+    real = BlockLayout.of
 
     def forgetful(*args, **how):
         layout = real(*args, **how)
         blocks = tuple(replace(block, bias=torch.zeros_like(block.bias)) for block in layout.blocks)
         return replace(layout, blocks=blocks)
 
-    monkeypatch.setattr(blocks.Layout, "of", forgetful)
+    monkeypatch.setattr(BlockLayout, "of", forgetful)
     with pytest.raises(AssertionError):
         test_it_is_attention_row_by_row.hypothesis.inner_test(
             [5, 3], groups=2, shared=2, size=4, causal=False, scaling=None
         )
+
+
+NUM = 400_000
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share(p: float, dtype: torch.dtype) -> None:
+    """Within five deviations of the count of 400,000 draws; `kept_share` is exact to 2^-17."""
+    mask = dropout_mask(torch.empty(NUM, dtype=dtype), p)
+    assert mask.dtype == dtype
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(kept_share(p) - (1 - p)) <= 2**-17
+    assert abs(float(mask.double().mean()) - kept_share(p)) <= 5 * (p * (1 - p) / NUM) ** 0.5
+    assert kept_share(1e-9) == 1 - 1 / short_row_attention.LEVELS  # rare drops are drops
+
+
+def test_elements_that_share_a_draw_are_dropped_independently() -> None:
+    """All of its 64 bits are used: no correlation beyond five deviations, 1 / √n."""
+    mask = dropout_mask(torch.empty(NUM), 0.5)
+    four = mask.view(-1, 4)
+    assert (four.mean(0) - 0.5).abs().max() <= 5 * 0.5 / len(four) ** 0.5
+    related = torch.corrcoef(four.t()) - torch.eye(4)
+    assert related.abs().max() <= 5 / len(four) ** 0.5
+    assert (torch.corrcoef(torch.stack([mask[:-4], mask[4:]]))[0, 1]).abs() <= 5 / NUM**0.5
+
+
+def test_the_test_catches_draws_of_63_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: torch's default range, with which one element in four is hardly ever dropped."""
+    own = torch.Tensor.random_
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *args, **kwargs: own(self))
+    with pytest.raises(AssertionError):
+        test_elements_that_share_a_draw_are_dropped_independently()

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from packed import CAN, CANNOT, VOCAB, rows_of, sharp
 from tiny_model import tiny_model
-from tunesmith.models import agreement, attention
-from tunesmith.models.agreement import ragged_agrees
+from tunesmith.models import attention, forward
+from tunesmith.models.packing_check import check_packing
 from tunesmith.types import HeadName, Labels
 
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -20,7 +20,7 @@ PRECISIONS = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("arch", CAN)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_agrees_where_packing_is_right(arch, dtype):
-    found = ragged_agrees(sharp(arch).to(dtype), rows_of((37, 11, 20)))
+    found = check_packing(sharp(arch).to(dtype), "causal", rows_of((37, 11, 20)))
     assert found.ok, found
     assert not found.reason
     if dtype == torch.float32:
@@ -36,33 +36,33 @@ def with_head(arch: str, head: HeadName) -> PreTrainedModel:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_agrees_of_models_with_heads(arch, head, dtype):
-    assert ragged_agrees(with_head(arch, head).to(dtype), rows_of((37, 11, 20))).ok
+    assert check_packing(with_head(arch, head).to(dtype), "causal", rows_of((37, 11, 20))).ok
 
 
 @pytest.mark.parametrize("head", ["sequence", "tokens"])
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_disagrees_of_models_with_heads_when_rows_read_each_other(head, dtype, monkeypatch):  # trap: T11
-    real = attention.Segments.of
-    monkeypatch.setattr(agreement.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
-    assert not ragged_agrees(with_head("llama", head).to(dtype), rows_of((37, 11))).ok
+    real = forward.Segments.of
+    monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    assert not check_packing(with_head("llama", head).to(dtype), "causal", rows_of((37, 11))).ok
 
 
 def test_disagrees_of_a_head_on_an_attention_that_cannot_be_replaced():
-    assert "cannot be replaced" in ragged_agrees(with_head("bloom", "sequence"), rows_of((37, 11))).reason
+    assert "cannot be replaced" in check_packing(with_head("bloom", "sequence"), "causal", rows_of((37, 11))).reason
 
 
 @pytest.mark.parametrize("arch", CANNOT)
 def test_disagrees_where_the_attention_cannot_be_replaced(arch):
-    found = ragged_agrees(sharp(arch), rows_of((37, 11)))
+    found = check_packing(sharp(arch), "causal", rows_of((37, 11)))
     assert not found.ok
     assert "cannot be replaced" in found.reason
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_disagrees_when_rows_read_each_other(dtype, monkeypatch):  # trap: T11
-    real = attention.Segments.of
-    monkeypatch.setattr(agreement.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
-    found = ragged_agrees(sharp("llama").to(dtype), rows_of((37, 11)))
+    real = forward.Segments.of
+    monkeypatch.setattr(forward.Segments, "of", lambda lengths, device: real([sum(lengths)], device=device))
+    found = check_packing(sharp("llama").to(dtype), "causal", rows_of((37, 11)))
     assert not found.ok
     assert "packed rows change its logits" in found.reason
 
@@ -76,16 +76,16 @@ def test_disagrees_when_positions_do_not_restart(dtype):  # trap: T12
         return real(position_ids=None if position_ids is None else torch.arange(position_ids.shape[1])[None], **kwargs)
 
     model.forward = counting_on
-    assert not ragged_agrees(model, rows_of((37, 11))).ok
+    assert not check_packing(model, "causal", rows_of((37, 11))).ok
 
 
 def test_disagrees_when_a_window_is_in_the_mask_alone(monkeypatch):
     """Rows of 128 tokens cannot show a window of 4096: what the model asked for does."""
-    real = attention.ragged_attention
+    real = attention.packed_attention
     monkeypatch.setattr(
-        attention, "ragged_attention", lambda *args, **kw: real(*args, **{**kw, "sliding_window": None})
+        attention, "packed_attention", lambda *args, **kw: real(*args, **{**kw, "sliding_window": None})
     )
-    found = ragged_agrees(sharp("mistral", sliding_window=400), rows_of((37, 11)))
+    found = check_packing(sharp("mistral", sliding_window=400), "causal", rows_of((37, 11)))
     assert not found.ok
     assert "400 tokens by a mask alone" in found.reason
 
@@ -94,18 +94,18 @@ def test_disagrees_with_the_words_of_a_model_that_cannot_be_called_so():
     model = sharp("llama")
     real = model.forward
 
-    def strict(input_ids, use_cache, logits_to_keep):
+    def strict(input_ids, attention_mask, use_cache):
         return real(input_ids=input_ids, use_cache=use_cache)
 
     model.forward = strict
-    found = ragged_agrees(model, rows_of((5, 3)))
+    found = check_packing(model, "causal", rows_of((5, 3)))
     assert not found.ok
     assert "position_ids" in found.reason
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (2,), (300, 5)])
 def test_needs_no_certain_rows(lengths: Sequence[int]):
-    assert ragged_agrees(sharp("llama"), rows_of(lengths)).ok
+    assert check_packing(sharp("llama"), "causal", rows_of(lengths)).ok
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "bloom"])
@@ -115,7 +115,7 @@ def test_leaves_the_model_as_it_was(arch):
     model.get_input_embeddings().eval()
     own = model.config._attn_implementation
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    ragged_agrees(model, rows_of((9, 4)))
+    check_packing(model, "causal", rows_of((9, 4)))
     assert model.config._attn_implementation == own
     assert model.training
     assert not model.get_input_embeddings().training

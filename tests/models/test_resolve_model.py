@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import ModelError
 from tunesmith.models.folder import check_folder, weight_files
-from tunesmith.models.locate import locate
+from tunesmith.models.resolve_model import resolve_model
 
 
 def refusal(model: object, **how) -> str:
     with pytest.raises(ModelError) as caught:
-        locate(str(model), **how)
+        resolve_model(str(model), **how)
     return str(caught.value)
 
 
@@ -29,14 +29,14 @@ def change_json(file: Path, **changes: object) -> None:
 
 
 def test_folder_is_found(folder):
-    located = locate(str(folder))
+    located = resolve_model(str(folder))
     assert (located.kind, located.path, located.revision) == ("folder", folder, None)
 
 
 def test_nothing_heavy_is_imported(folder):
     code = (
-        "import sys; from tunesmith.models.locate import locate; "
-        f"locate({str(folder)!r}); print({{'torch', 'transformers'}} & set(sys.modules))"
+        "import sys; from tunesmith.models.resolve_model import resolve_model; "
+        f"resolve_model({str(folder)!r}); print({{'torch', 'transformers'}} & set(sys.modules))"
     )
     source = Path(__file__).parents[2] / "src"
     environment = {"PYTHONPATH": str(source)}
@@ -84,7 +84,7 @@ def test_run_of_full_tuning_is_its_model(folder, tmp_path):
     (run / "recipe.yaml").write_text("model: x\n")
     assert "This is a run" in refusal(run)
     shutil.move(folder, run / "model")
-    assert locate(str(run)).path == run / "model"
+    assert resolve_model(str(run)).path == run / "model"
 
 
 def test_adapter_is_not_a_model(folder):
@@ -193,7 +193,10 @@ def in_shards(folder: Path) -> Path:
 
 def test_shards_are_found_and_missing_ones_named(folder):
     in_shards(folder)
-    assert [file.name[:11] for file in weight_files(locate(str(folder)).path, "x")] == ["model-00001", "model-00002"]
+    assert [file.name[:11] for file in weight_files(resolve_model(str(folder)).path, "x")] == [
+        "model-00001",
+        "model-00002",
+    ]
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "names model-00002-of-00002.safetensors, which is not there" in refusal(folder)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from packed import CAN, batch_of, rows_of, sharp
 from tunesmith.methods.token_rows import TokenRows
-from tunesmith.models import output as output_module
-from tunesmith.models.attention import use_ragged
-from tunesmith.models.output import Output, find_output
+from tunesmith.models import fused_loss as output_module
+from tunesmith.models.attention import use_packed_attention
+from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.losses import target_losses, token_loss_sum
 
@@ -50,10 +50,10 @@ def test_it_is_the_loss_of_the_logits(num, vocabulary, *, bias, scale, divides, 
     made = layer(5, vocabulary, bias=bias)
     hidden = torch.randn(num, 5, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(vocabulary, (num,), generator=generator)
-    output = Output(made, scale, divides, cap)
+    output = OutputLayer(made, scale, divides, cap)
     with pytest.MonkeyPatch.context() as patch:
         in_pieces(patch, rows, vocabulary)
-        assert output.rows(trained=True) == output.rows(trained=False) == rows
+        assert output.chunk_size(trained=True) == output.chunk_size(trained=False) == rows
         ours = gradients(output.loss_sum(hidden, targets, smoothing=smoothing, z=z), hidden, *made.parameters())
     spelled = target_losses(output.logits(hidden), targets, Loss(label_smoothing=smoothing, z_loss=z)).sum()
     for one, other in zip(ours, gradients(spelled, hidden, *made.parameters()), strict=True):
@@ -63,7 +63,7 @@ def test_it_is_the_loss_of_the_logits(num, vocabulary, *, bias, scale, divides, 
 def test_gradients_are_those_of_the_formula():
     made = layer(4, 6, bias=True)
     hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    output = Output(made, 0.5, False, 3.0)
+    output = OutputLayer(made, 0.5, False, 3.0)
     assert torch.autograd.gradcheck(
         lambda h, *_: output.loss_sum(h, torch.tensor([0, 5, 2, 2, 1]), smoothing=0.2, z=0.1),
         (hidden, *made.parameters()),
@@ -71,22 +71,22 @@ def test_gradients_are_those_of_the_formula():
 
 
 def in_pieces(patch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:
-    patch.setitem(output_module.PIECE_BYTES, "cpu", rows * 4 * vocabulary)
-    patch.setattr(output_module, "PIECE_BYTES_TRAINED", 0)
-    patch.setattr(output_module, "PIECE_TARGETS", 1)
+    patch.setitem(output_module.CHUNK_BYTES, "cpu", rows * 4 * vocabulary)
+    patch.setattr(output_module, "CHUNK_BYTES_TRAINED", 0)
+    patch.setattr(output_module, "CHUNK_TARGETS", 1)
 
 
 def test_a_frozen_layer_has_small_pieces_and_none_is_too_small_for_its_weights():
     """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 96 targets are more bytes."""
     for vocabulary, frozen, trained in ((49_152, 96, 341), (30_522, 137, 549), (128_256, 96, 130)):
         with torch.device("meta"):
-            output = Output(torch.nn.Linear(8, vocabulary), 1.0, False, None)
+            output = OutputLayer(torch.nn.Linear(8, vocabulary), 1.0, False, None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(output_module.PIECE_BYTES, "meta", output_module.PIECE_BYTES["cpu"])
-            assert (output.rows(trained=False), output.rows(trained=True)) == (frozen, trained)
+            patch.setitem(output_module.CHUNK_BYTES, "meta", output_module.CHUNK_BYTES["cpu"])
+            assert (output.chunk_size(trained=False), output.chunk_size(trained=True)) == (frozen, trained)
 
 
-def answers(model, output: Output | None) -> list[Tensor]:
+def answers(model, output: OutputLayer | None) -> list[Tensor]:
     model.zero_grad()
     batch = batch_of(rows_of())
     loss = token_loss_sum(model, batch, Loss(label_smoothing=0.1), output)
@@ -100,11 +100,11 @@ def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch
     another order."""
     settings = {"cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 3.0}}.get(arch, {})
     model = sharp(arch, **settings)
-    output = find_output(model)
+    output = find_output_layer(model)
     assert output is not None
     assert (output.cap is not None) == (arch == "gemma2")
     assert (output.scale != 1) == (arch in ("cohere", "granite"))
-    use_ragged(model)
+    use_packed_attention(model)
     in_pieces(monkeypatch, 7, output.layer.weight.shape[0])
     for one, other in zip(answers(model, output), answers(model, None), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 + 1e-5 * float(other.abs().max()))
@@ -113,8 +113,8 @@ def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch
 def test_in_bfloat16_its_gradients_are_as_near_to_the_truth_as_the_models_own():
     """Distance of all gradients together to those of float32; the factor of the loss must not be rounded."""
     model = sharp("llama").bfloat16()
-    use_ragged(model)
-    output = find_output(model)
+    use_packed_attention(model)
+    output = find_output_layer(model)
     assert output is not None
     found = [answers(model, one) for one in (output, None)]
     truth = answers(model.float(), None)
@@ -138,7 +138,7 @@ def test_the_factor_of_a_gradient_is_not_rounded(shape):
 def test_a_frozen_layer_and_few_targets(targets):
     made = layer(4, 6, bias=False).requires_grad_(False)
     hidden = torch.zeros(len(targets), 4, dtype=torch.float64).requires_grad_()
-    loss = Output(made, 1.0, False, None).loss_sum(
+    loss = OutputLayer(made, 1.0, False, None).loss_sum(
         hidden, torch.tensor(targets, dtype=torch.int64), smoothing=0.0, z=0.0
     )
     loss.backward()
@@ -158,19 +158,19 @@ def test_an_output_layer_that_does_more_is_left_to_the_model(monkeypatch):
         return out
 
     monkeypatch.setattr(type(model), "forward", shifted)
-    assert find_output(model) is None
+    assert find_output_layer(model) is None
 
 
 def test_an_output_layer_with_a_forward_of_its_own_is_left_to_it():
     """Rows of new tokens are trained so: a node around the layer would take their gradients away without a word."""
     model = sharp("llama", tie_word_embeddings=False)
-    assert find_output(model) is not None
+    assert find_output_layer(model) is not None
     rows = TokenRows(model, [3, 5])
-    assert find_output(model) is None
+    assert find_output_layer(model) is None
     rows.unload()
-    assert find_output(model) is not None
+    assert find_output_layer(model) is not None
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
-    assert find_output(model) is None
+    assert find_output_layer(model) is None
 
 
 def test_the_test_catches_a_cap_that_is_forgotten_in_the_backward(monkeypatch):

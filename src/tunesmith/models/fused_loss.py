@@ -1,15 +1,15 @@
-"""The output layer and the loss of its tokens in one node: logits live for a piece of the targets at a time, and their
-gradient is formed while they are there.
+"""The output layer and the cross-entropy of its tokens in one autograd node, a chunk of the targets at a time.
 
     l = cap · tanh(scale (h Wᵀ + b) / cap),  loss = Σ_N (1 − ε) (lse − l_target) + ε (lse − mean_V l) + z lse²
     dl = p (1 + 2 z lse) − ε / V − (1 − ε) at the target,  lse = log Σ_V exp l,  p = exp(l − lse)
 
-Logits are rounded as the model rounds them; the softmax and its logarithm are float32. Instead of some five numbers of
-float32 for every target and token of the vocabulary, kept or passing, there are two, and those of one piece. Kept for
-the backward: the gradient of h, D numbers a target, and where W is trained, that of W.
+The gradient of a chunk's logits is formed while they are there, so the logits of all targets never exist at once: two
+numbers of float32 for every target of a chunk and token of the vocabulary, instead of some five for every target. Kept
+for the backward: the gradient of h, D numbers a target, and where W is trained, that of W. Logits are rounded as the
+model rounds them; the softmax and its logarithm are float32.
 
-The idea of the gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. Whether the
-model's output layer is one of this shape is asked of the model: it is used only where it gives the model's own logits.
+The gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. It is used only where the
+output layer as the model's config describes it gives the model's own logits.
 """
 
 # N targets, V vocabulary, D hidden size
@@ -27,38 +27,38 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from tunesmith.models.heads import head_of
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import eval_mode
 
-PIECE_BYTES = {"cpu": 16 * 2**20}
-"""float32 logits of a piece. On a processor small pieces are the faster ones, for they stay in its caches."""
-PIECE_BYTES_ELSEWHERE = 512 * 2**20
-PIECE_BYTES_TRAINED = 64 * 2**20
-"""At least, where the layer is trained: every piece goes through its gradient once more."""
-PIECE_TARGETS = 96
-"""At least: every piece reads the layer's weights, which takes as long as the products with some 60 targets."""
+CHUNK_BYTES = {"cpu": 16 * 2**20}
+"""Bytes of float32 logits of a chunk. On a CPU small chunks are faster, since they stay in its caches."""
+CHUNK_BYTES_ELSEWHERE = 512 * 2**20
+CHUNK_BYTES_TRAINED = 64 * 2**20
+"""At least, where the layer is trained: every chunk goes through its gradient once more."""
+CHUNK_TARGETS = 96
+"""At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
 PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """What turns hidden states into logits."""
+class OutputLayer:
+    """Turns hidden states into logits."""
 
     layer: nn.Linear
     scale: float
     divides: bool
-    """By `scale` and not times it: rounding differs."""
+    """Whether logits are divided by `scale` instead of multiplied: rounding differs."""
     cap: float | None
 
-    def rows(self, *, trained: bool) -> int:
-        """Targets of a piece. Measured: docs/EXPERIMENTS.md."""
+    def chunk_size(self, *, trained: bool) -> int:
+        """Targets of a chunk."""
         weight = self.layer.weight
-        size = PIECE_BYTES.get(weight.device.type, PIECE_BYTES_ELSEWHERE)
+        size = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES_ELSEWHERE)
         if trained:
-            return max(1, max(size, PIECE_BYTES_TRAINED) // (4 * len(weight)))
-        return max(PIECE_TARGETS, size // (4 * len(weight)))
+            return max(1, max(size, CHUNK_BYTES_TRAINED) // (4 * len(weight)))
+        return max(CHUNK_TARGETS, size // (4 * len(weight)))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V], as the model has them."""
+        """[N, V] from [N, D], as the model computes them."""
         logits_NV = F.linear(hidden_ND, self.layer.weight, self.layer.bias)
         if self.scale != 1:
             logits_NV = logits_NV / self.scale if self.divides else logits_NV * self.scale
@@ -71,10 +71,10 @@ class Output:
         return out
 
 
-def named_output(model: PreTrainedModel) -> Output | None:
-    """The output layer of a causal model as its config describes it, if it is a linear layer and nothing more.
+def output_layer_of(model: PreTrainedModel) -> OutputLayer | None:
+    """The output layer of a causal model as its config describes it; None unless it is a plain linear layer.
 
-    A method may have given it a forward of its own, with gradients that only that knows: rows of new tokens have.
+    A layer whose forward a method has replaced is not plain: rows of new tokens have gradients of their own.
     """
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -83,7 +83,7 @@ def named_output(model: PreTrainedModel) -> Output | None:
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    return Output(
+    return OutputLayer(
         layer,
         scale=float(divided or multiplied or 1.0),
         divides=bool(divided),
@@ -92,16 +92,16 @@ def named_output(model: PreTrainedModel) -> Output | None:
 
 
 @torch.no_grad()
-def find_output(model: PreTrainedModel) -> Output | None:
-    """The same, if it gives the model's own logits."""
-    output = named_output(model)
+def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
+    """`output_layer_of` the model, if it gives the model's own logits on a few tokens."""
+    output = output_layer_of(model)
     if output is None:
         return None
     ids_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
-    asked = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
-    with evaluating(model):
-        own = model(input_ids=ids_1T, **asked).logits[0]
-        hidden_TD = model.base_model(input_ids=ids_1T, **asked).last_hidden_state[0]
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    with eval_mode(model):
+        own = model(input_ids=ids_1T, **cache).logits[0]
+        hidden_TD = model.base_model(input_ids=ids_1T, **cache).last_hidden_state[0]
     found = output.logits(hidden_TD)
     tolerance = 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
     return output if found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=tolerance) else None
@@ -115,7 +115,7 @@ class _LossSum(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        output: Output,
+        output: OutputLayer,
         smoothing: float,
         z: float,
     ) -> Tensor:
@@ -125,7 +125,7 @@ class _LossSum(torch.autograd.Function):
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
-        rows = output.rows(trained=needs_weight)
+        rows = output.chunk_size(trained=needs_weight)
         for start in range(0, len(targets_N), rows):
             here = slice(start, start + rows)
             logits_NV = output.logits(hidden_ND[here])
@@ -152,14 +152,14 @@ class _LossSum(torch.autograd.Function):
 
 
 def _times(saved: Tensor, factor: Tensor) -> Tensor:
-    """In float32, rounded once: a factor rounded to bfloat16 would be wrong by up to 2^-9 in all gradients alike."""
+    """saved · factor in float32, rounded once: a factor rounded to bfloat16 would scale all gradients by up to 2^-9."""
     if factor.device.type == "cpu":  # torch's products with one number on a processor do just that
         return saved * factor
     return (saved.to(factor) * factor).to(saved.dtype)
 
 
 def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and [N, V] its gradient."""
+    """The sum of the losses, and its gradient [N, V]."""
     picked_N1 = targets_N[:, None]
     largest_N = logits_NV.amax(-1)
     at_target_N = logits_NV.gather(1, picked_N1)[:, 0]
@@ -178,8 +178,8 @@ def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float
     return losses_N.sum(), p_NV
 
 
-def _before_scale(glogits_NV: Tensor, logits_NV: Tensor, output: Output) -> Tensor:
-    """The gradient of what the linear layer answers."""
+def _before_scale(glogits_NV: Tensor, logits_NV: Tensor, output: OutputLayer) -> Tensor:
+    """The gradient of the linear layer's output, from that of the logits."""
     if output.cap is not None:
         glogits_NV = glogits_NV * (1 - (logits_NV / output.cap).square())
     if output.scale != 1:

@@ -21,7 +21,7 @@ _SALT = 0x4E4546  # the loop seeds torch's own generator without it: dropout dra
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingNoise:
-    """Noise that follows from seed, step, row and copy alone: how a step is cut into passes cannot change it."""
+    """Noise that depends on seed, step, row and copy alone: how a step is cut into micro-batches cannot change it."""
 
     alpha: float
     """0: no noise."""
@@ -29,7 +29,7 @@ class EmbeddingNoise:
 
     @contextmanager
     def on(self, model: PreTrainedModel, batch: Batch, step: int) -> Iterator[None]:
-        """Inside the block the embeddings of every row of `batch` are noisy, by its own length; padding is not."""
+        """Add noise to the embeddings of every row of `batch`, scaled by its length; padding gets none."""
         if not self.alpha:
             yield
             return
@@ -37,7 +37,7 @@ class EmbeddingNoise:
 
         def add(module: Any, args: Any, output_BTD: Tensor) -> Tensor:
             calls.append(output_BTD.shape[:-1] == batch.ids_BT.shape)
-            noise_BTD = self.drawn(batch, step, width=output_BTD.shape[-1])
+            noise_BTD = self.noise(batch, step, width=output_BTD.shape[-1])
             return output_BTD + noise_BTD.to(output_BTD.dtype)
 
         hook = model.get_input_embeddings().register_forward_hook(add)
@@ -51,8 +51,8 @@ class EmbeddingNoise:
                 "be put on them. Leave it out."
             )
 
-    def drawn(self, batch: Batch, step: int, *, width: int) -> Tensor:
-        """[B, T, D] float32, of each row uniform in ±alpha / √(L · D); 0 on padding and filling."""
+    def noise(self, batch: Batch, step: int, *, width: int) -> Tensor:
+        """[B, T, D] float32, for each row uniform in ±alpha / √(L · D); 0 on padding and filling."""
         device = batch.ids_BT.device
         rows = [
             self._of_row(self._seed(step, index, copy), length, width, device)
@@ -60,7 +60,7 @@ class EmbeddingNoise:
                 batch.row_indices, batch.copies_B or (0,) * len(batch.lengths), batch.lengths, strict=True
             )
         ]
-        if batch.layout == "ragged":
+        if batch.layout == "packed":
             return torch.nn.functional.pad(torch.cat(rows), (0, 0, 0, batch.filling))[None]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

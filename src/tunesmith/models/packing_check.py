@@ -1,0 +1,211 @@
+"""Whether a model answers the same for rows packed end to end as for each row alone."""
+
+# T tokens, N and K positions that are compared, V vocabulary, classes or hidden size
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from math import nan
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.models.attention import AttentionTrace, UnsupportedAttentionError, packed_forward, use_packed_attention
+from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
+from tunesmith.models.heads import head_of
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.types import Batch, Layout, ModelKind, Row
+
+PROBE_TOKENS = 128
+"""Tokens of a row that are run: enough to see another row leak into it, cheap enough for every start."""
+PROBE_POSITIONS = 32
+"""Positions of a row whose logits are compared: those of all would be gigabytes with a large vocabulary."""
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each other;
+in float32 0 and 1.7."""
+LEAKS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
+"""Largest error between a row's first tokens behind one row and behind another of the same length: the shapes are
+equal, so a sound model gives the same bits. Hybrids with recurrent layers have 0.1 to 0.3."""
+LEAK_TOKENS = 8
+_REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
+"""What a foreign model may raise when it is called with packed rows; they are padded then."""
+
+_STATEFUL_LAYERS = re.compile(r"conv|linear_attention|mamba|recurrent|rwkv|hybrid|lightning|retention|ssm|delta")
+"""Types of layers, as configs name them."""
+_STATEFUL_MODULES = re.compile(
+    r"Mamba|Recurrent(?!Gemma)|RgLru|GatedDelta|Lightning|LinearAttention|Rwkv|Retention|ShortConv"
+)
+_STATES = ("A_log", "dt_bias", "time_decay")
+"""Names of parameters of state spaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackingCheck:
+    """What the comparison found."""
+
+    ok: bool
+    max_difference: float
+    """Between two logits of the same token, packed and alone."""
+    error: float
+    """Of the worst row: see `normalized_error`."""
+    reason: str
+    """Why not, in words; empty if ok."""
+
+
+def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
+    """The layouts of a batch of such a model: the first one it can run is taken, the last one it can always run."""
+    return ("encoder_decoder",) if kind == "encoder_decoder" else ("packed", "padded")
+
+
+def check_packing(
+    model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, has_types: bool = False, plain: bool = False
+) -> PackingCheck:
+    """Compare the model's answers for a few real rows, packed, with those of its own attention for one row at a time.
+
+    The answers are logits; of a causal model with a head the hidden states that the head reads, since there may be one
+    class only. `has_types`: the model tells the two texts of a pair apart. The model is left as it was.
+    """
+    if kind == "encoder_decoder":
+        return PackingCheck(False, nan, nan, "an encoder–decoder reads its sources and targets apart")
+    if reason := recurrent_layer(model):
+        return PackingCheck(False, nan, nan, reason)
+    probe = _probe(rows)
+    answers = partial(_answers, model, causal=kind == "causal", has_types=has_types)
+    own = model.config._attn_implementation
+    with eval_mode(model), silence_transformers():
+        try:
+            alone = [answers([row], "padded")[0] for row in probe]
+            use_packed_attention(model, plain=plain)
+            with packed_forward() as trace:
+                packed = answers(probe, "packed")
+                before = (probe[0], _other(probe[0])) if kind == "causal" else ()
+                behind = [answers([row, probe[-1]], "packed")[1][:LEAK_TOKENS] for row in before]
+        except _REFUSALS as refusal:
+            return PackingCheck(False, nan, nan, str(refusal) or type(refusal).__name__)
+        finally:
+            model.set_attn_implementation(own)
+    found = _compare(alone, packed, trace, model.dtype, by_row=kind == "causal")
+    if behind and found.ok and not (leak := normalized_error(*behind)) <= leak_tolerance(model):
+        return replace(found, ok=False, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
+    return found
+
+
+def leak_tolerance(model: PreTrainedModel) -> float:
+    """How much a row may change with its neighbours. Experts compute as many tokens as choose them, and round so."""
+    has_experts = any("expert" in type(module).__name__.lower() for module in model.modules())
+    return TOLERANCES[model.dtype] if has_experts else LEAKS[model.dtype]
+
+
+def normalized_error(found_KV: Tensor, expected_KV: Tensor) -> float:
+    """The mean over positions of (root mean square of the differences / spread of the logits)."""
+    return float(((found_KV - expected_KV).square().mean(-1).sqrt() / expected_KV.std(-1)).mean())
+
+
+def recurrent_layer(model: PreTrainedModel) -> str:
+    """Why rows cannot be packed, or texts decoded without the state of a layer; "" if tokens meet in attention only.
+
+    Decided by config and modules: a leak of a tenth of the spread of logits would pass for rounding in bfloat16.
+    """
+    config = model.config.get_text_config()
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        for kind in getattr(config, name, None) or ():
+            if _STATEFUL_LAYERS.search(str(kind)):
+                return _carries(f"{kind} layers")
+    for module in model.modules():
+        is_wide = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
+        holds_state = any(name in _STATES for name, _ in module.named_parameters(recurse=False))
+        if is_wide or holds_state or _STATEFUL_MODULES.search(type(module).__name__):
+            return _carries(type(module).__name__)
+    return ""
+
+
+def _carries(what: str) -> str:
+    return f"{what}: they carry a state from token to token, which the next row would find"
+
+
+def _probe(rows: Sequence[Row]) -> list[Row]:
+    """Three rows or more, some of equal length and some not, longest first as in a real pass."""
+    shortest = min(*(len(row.ids) for row in rows), PROBE_TOKENS)
+    capped = [_cut(row, PROBE_TOKENS) for row in rows]
+    capped += [_cut(rows[0], shortest), _cut(rows[0], max(1, shortest // 2))]
+    return sorted(capped, key=lambda row: -len(row.ids))
+
+
+def _cut(row: Row, num_tokens: int) -> Row:
+    return replace(row, ids=row.ids[:num_tokens], trained=row.trained[:num_tokens], labels=None)
+
+
+def _other(row: Row) -> Row:
+    """As many tokens, in another order and shifted, so that none is where it was."""
+    return replace(row, ids=(row.ids[::-1] + 1) % (int(row.ids.max()) + 1))
+
+
+def _answers(
+    model: PreTrainedModel, rows: Sequence[Row], layout: Layout, *, causal: bool, has_types: bool
+) -> list[Tensor]:
+    """float32 [K, V] for each row."""
+    lengths = [len(row.ids) for row in rows]
+    starts = [0, *accumulate(lengths)]
+    places = [
+        start + torch.linspace(0, length - 1, min(length, PROBE_POSITIONS)).round().long()
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+    head = head_of(model)
+    per_row = head == "sequence" and not causal
+    if per_row:
+        places = [torch.tensor([start]) for start in starts[:-1]]
+    predict_N = torch.cat(places).to(model.device)
+    types = [int(0 < row.second <= t) for row in rows for t in range(len(row.ids))]
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor([values], dtype=torch.int64, device=model.device)
+
+    batch = Batch(
+        layout=layout,
+        ids_BT=tensor([int(token) for row in rows for token in row.ids]),
+        positions_BT=tensor([t for length in lengths for t in range(length)]),
+        mask_BT=None if layout == "packed" else tensor([1] * starts[-1]),
+        lengths=tuple(lengths),
+        predict_N=predict_N,
+        targets_N=predict_N,
+        row_of_N=predict_N,
+        row_indices=tuple(range(len(rows))),
+        types_BT=tensor(types) if has_types else None,
+    )
+    if per_row:
+        found_NV = sequence_logits(model, batch)
+    elif causal and head != "next_token":
+        found_NV = hidden_states(model, batch)[predict_N]
+    else:
+        found_NV = logits_at_targets(model, batch)
+    if len(found_NV) != len(predict_N):
+        raise UnsupportedAttentionError("its head does not read the first token of each row")
+    return list(torch.split(found_NV.float(), [len(some) for some in places]))
+
+
+def _compare(
+    alone: Sequence[Tensor], packed: Sequence[Tensor], trace: AttentionTrace, dtype: torch.dtype, *, by_row: bool
+) -> PackingCheck:
+    """`by_row`: the error of the worst row; else of all rows, by the spread of the answers among positions and rows,
+    since a head may have one class or two."""
+    pairs = list(zip(packed, alone, strict=True))
+    largest = max(float((packed_KV - alone_KV).abs().max()) for packed_KV, alone_KV in pairs)
+    if by_row:
+        error = max(normalized_error(*pair) for pair in pairs)
+    else:
+        alone_NV = torch.cat(list(alone))
+        spread = (alone_NV - alone_NV.mean(0)).square().mean().sqrt().clamp_min(1e-12)
+        error = float((torch.cat(list(packed)) - alone_NV).square().mean().sqrt() / spread)
+    reason = ""
+    if trace.calls == 0:
+        reason = "its attention is its own and cannot be replaced"
+    elif missing := trace.local_masks - trace.windows:
+        reason = f"its attention is limited to {min(missing)} tokens by a mask alone"
+    elif not error <= TOLERANCES[dtype]:
+        reason = f"packed rows change its logits by up to {largest:.3g}"
+    return PackingCheck(not reason, largest, error, reason)

@@ -1,0 +1,269 @@
+"""From what a person wrote to a model that can be used, before anything heavy is imported or a weight is read.
+
+A model is a folder as Hugging Face writes it, an id of the hub (a cached one is used without asking the hub), or a GGUF
+file. Weights are read from safetensors and GGUF alone; code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from tunesmith.errors import ModelError
+from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
+from tunesmith.models.gguf import read_gguf
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.atomic import storing
+
+_GIVE = " Give a folder, a .gguf file or a hub id."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model that exists and whose files are sound as far as their headers tell."""
+
+    kind: Literal["folder", "hub", "gguf"]
+    path: Path
+    """The folder, the hub's snapshot in the cache, or the GGUF file."""
+    name: str
+    """What the person wrote, or the hub id."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    headers: TemporaryDirectory[str] | None = field(default=None, compare=False, repr=False)
+    """For a hub id whose weights are not here: keeps the folder with their headers."""
+
+    @property
+    def has_weights(self) -> bool:
+        return self.headers is None
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.kind == "gguf"
+
+
+def resolve_model(model: str, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> ModelRef:
+    """The model that `model` names: a folder, a .gguf file, or a hub id, downloaded unless cached.
+
+    `revision` is for hub ids; without `weights` only the headers of weight files are fetched, which is all that a plan
+    reads; a second call fetches the rest. `offline` opens no socket. Raises ModelError if there is no such model, or
+    if it cannot be used.
+    """
+    if not model.strip():
+        raise ModelError("model: no model was named. Give a folder, a .gguf file or a hub id.")
+    path = Path(model).expanduser()
+    if path.is_file():
+        located = ModelRef("gguf", _gguf_file(path), model)
+    elif path.is_dir():
+        located = _in_folder(path, model)
+    elif _looks_like_path(model):
+        raise ModelError(f"{model}: no such folder or file.{_near(path) or _GIVE}")
+    else:
+        try:
+            found = from_hub(model, revision=revision, offline=offline, weights=weights)
+        except ModelError as error:
+            raise ModelError(f"{error}{_near(path)}") from error
+        check_folder(found.folder, model)
+        return ModelRef("hub", found.folder, model, found.commit, found.headers)
+    if revision is not None:
+        raise ModelError(f"{model}: revision {revision} was asked for, but a {located.kind} has none. Leave it out.")
+    return located
+
+
+def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True) -> ModelRef:
+    """The model of a recipe; for a run's recipe the place where the model is now, under the name that was typed.
+
+    Raises ModelError as `resolve_model` does; for a run it says where the model was, and the way out.
+    """
+    base = recipe.base
+    if base is None:
+        return resolve_model(recipe.model, revision=recipe.revision, offline=offline, weights=weights)
+    is_as_typed = base.place == recipe.model
+    revision = recipe.revision if is_as_typed else None
+    try:
+        located = resolve_model(base.place, revision=revision, offline=offline, weights=weights)
+    except ModelError as error:
+        if base.missing and not Path(base.place).expanduser().exists():
+            raise ModelError(base.missing) from error
+        way = " If this run's model is elsewhere on this machine, pass --model PATH." if is_as_typed else ""
+        raise ModelError(f"{error}{way}") from error
+    return replace(located, name=recipe.model)
+
+
+def _looks_like_path(model: str) -> bool:
+    path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
+    return path or ("/" in model and Path(model).parent.is_dir())
+
+
+def _near(path: Path) -> str:
+    """A question after a folder or file of nearly this name, if there is one."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, n=1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _gguf_file(path: Path) -> Path:
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(refuse_pickles(path.parent, str(path.parent), [path.name]))
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        raise ModelError(f"{path}: one file of a model. Give its folder: {path.parent}")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path}: not a model. A model is a folder, a .gguf file or a hub id.")
+    read_gguf(path)
+    return path
+
+
+def _in_folder(path: Path, name: str) -> ModelRef:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return ModelRef("gguf", _gguf_file(ggufs[0]), name)
+        if ggufs:
+            raise ModelError(f"{name}: {len(ggufs)} GGUF files. Name one of them: {', '.join(map(str, ggufs[:5]))}")
+        if (path / "recipe.yaml").is_file() and (path / "model" / "config.json").is_file():
+            path = path / "model"  # a finished run of full tuning
+    check_folder(path, name)
+    return ModelRef("folder", path, name)
+
+
+_SMALL = (".json", ".jinja", ".model", ".txt")
+"""Endings of configs, tokenizers and templates."""
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model of the hub in the local cache."""
+
+    folder: Path
+    commit: str
+    headers: tempfile.TemporaryDirectory[str] | None = None
+    """The folder, as long as this object lives, where only the headers of weights were fetched; None: it is whole."""
+
+
+def from_hub(model: str, *, revision: str | None, offline: bool, weights: bool = True) -> Snapshot:
+    """The files of a hub id, downloaded unless cached; without `weights` only the headers of weight files.
+
+    Raises ModelError: unknown, gated, out of reach, or without safetensors.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{model}: neither a folder nor the form of a hub id ({error}). Check the spelling."
+        ) from error
+    cached = _cached(model, revision)
+    if cached is not None:
+        return Snapshot(cached, cached.name)
+    if offline:
+        raise ModelError(
+            f"{model}: neither a folder nor a model in the local cache, and --offline forbids to fetch it. "
+            "Run once without --offline, or give a folder."
+        )
+    return _download(model, revision, weights=weights)
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache if nothing of it is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    whole = (folder / SINGLE).is_file() or (
+        (folder / INDEX).is_file() and all((folder / name).is_file() for name in shards(folder / INDEX))
+    )
+    tokenizer = any((folder / name).is_file() for name in _VOCABULARIES)
+    return folder if whole and tokenizer and (folder / "config.json").is_file() else None
+
+
+def _download(model: str, revision: str | None, *, weights: bool) -> Snapshot:
+    """Small files first: a model that cannot be used is refused before its weights are fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # The root of the HTTP library's errors: httpx in huggingface_hub 1, httpx2 in 2.
+    no_connection = HfHubHTTPError.__bases__[0]
+    try:
+        info = HfApi().model_info(model, revision=revision)
+        names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
+        _check_names(model, names)
+        small = [name for name in names if name.endswith(_SMALL)]
+        folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=small))
+        check_code(folder)
+        files = [SINGLE] if SINGLE in names else shards(folder / INDEX)
+        if not weights:
+            return _with_headers(model, info.sha, folder, files)
+        # By the name as it was given, which the cache then knows: by a commit alone it would not be found again.
+        whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
+        return Snapshot(whole, whole.name)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{model}: its owner asks you to accept terms first: https://huggingface.co/{model}. Then `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{model}: no revision {revision!r} on the hub. Name a branch, tag or commit.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{model}: neither a folder nor a model on the hub. Check the spelling; "
+            "a private model needs `hf auth login`."
+        ) from error
+    except (no_connection, OSError) as error:
+        raise ModelError(
+            f"{model}: not a folder, not in the local cache, and the hub cannot be reached ({error}). "
+            "Check the network, or give a folder or a .gguf file."
+        ) from error
+
+
+def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) -> Snapshot:
+    """A folder whose weight files have their headers and full size, but take no room on the disk."""
+    from huggingface_hub import HfApi
+
+    headers = tempfile.TemporaryDirectory(prefix="tunesmith-headers-")
+    folder = Path(headers.name)
+    for file in small.iterdir():
+        if file.is_file() and file.name not in files:
+            shutil.copyfile(file, folder / file.name)
+    for name in files:
+        metadata = HfApi().parse_safetensors_file_metadata(model, name, revision=commit)
+        tensors = {
+            key: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": list(one.data_offsets)}
+            for key, one in metadata.tensors.items()
+        }
+        text = json.dumps({"__metadata__": metadata.metadata or {}, **tensors}).encode()
+        with storing(folder / name), open(folder / name, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(out.tell() + max((one.data_offsets[1] for one in metadata.tensors.values()), default=0))
+    return Snapshot(folder, commit, headers)
+
+
+def _check_names(model: str, names: list[str]) -> None:
+    if SINGLE in names or INDEX in names:
+        return
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        raise ModelError(f"{model}: GGUF files only. Download one, such as {ggufs[0]}, and give its path.")
+    if pickles:
+        raise ModelError(
+            f"{model}: its weights are in {', '.join(pickles[:3])} only, a format that can run code when it is read: "
+            "refused. Look for a revision with safetensors (often refs/pr/N), or convert it yourself if you trust it."
+        )
+    raise ModelError(f"{model}: no {SINGLE} on the hub: not a model that can be tuned.")
