@@ -48,10 +48,10 @@ def test_cpu_precision_follows_the_processors_flags(monkeypatch, text, value, re
 
 def test_asked_precision_is_taken_and_its_price_said(monkeypatch):
     cpuinfo(monkeypatch, "flags : fpu avx2\n")
-    assert choose_precision("float32", "cpu").reason == "as asked"
+    assert choose_precision("float32", "cpu").reason == "as given"
     choice = choose_precision("bfloat16", "cpu")
     assert choice.value == "bfloat16"
-    assert choice.reason == "as asked, though this processor does not multiply bfloat16 in hardware"
+    assert choice.reason == "as given, though this processor does not multiply bfloat16 in hardware"
 
 
 @pytest.mark.parametrize(("capability", "value"), [((7, 0), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
@@ -79,7 +79,7 @@ def test_fastest_device_is_taken(monkeypatch):
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1"])
 def test_present_device_is_taken_as_asked(monkeypatch, name):
     cuda(monkeypatch, (9, 0))
-    assert (choose_device(name).value, choose_device(name).reason) == (name, "as asked")
+    assert (choose_device(name).value, choose_device(name).reason) == (name, "as given")
 
 
 @pytest.mark.parametrize(

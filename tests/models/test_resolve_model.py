@@ -210,7 +210,7 @@ def test_index_cannot_leave_its_folder(folder, shard):
     index = in_shards(folder)
     save_file({}, folder.parent / "other.safetensors")
     change_json(index, weight_map={"model.norm.weight": shard})
-    assert "must be a .safetensors file beside the index" in refusal(folder)
+    assert "must be a .safetensors file in the index's folder" in refusal(folder)
 
 
 @pytest.mark.parametrize("weight_map", [{}, [], None, "x"])

@@ -148,7 +148,7 @@ class UnsupportedAttentionError(Exception):
 
 @dataclass(slots=True)
 class AttentionTrace:
-    """What a packed forward pass needed of its attention: read by the packing check."""
+    """The attention calls of a packed forward pass: read by the packing check."""
 
     calls: int = 0
     """Calls of the packed attention: none means that the model has an attention of its own."""
@@ -214,7 +214,7 @@ def packed_mask(*args: Any, **settings: Any) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """How scores become weights."""
+    """Options of the step from scores to weights."""
 
     causal: bool
     dropout: float
@@ -397,7 +397,7 @@ def _varlen_kernel() -> Any:
 
 
 def _has_varlen(query_1HTD: Tensor, value_1GKD: Tensor, options: AttentionOptions) -> bool:
-    """Whether the kernel does this attention: causal, half precision, head sizes up to 256, no dropout or softcap."""
+    """True for causal attention in half precision with head sizes up to 256, without dropout or softcap."""
     return (
         query_1HTD.is_cuda
         and query_1HTD.dtype in (torch.bfloat16, torch.float16)

@@ -56,7 +56,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_code(folder: Path) -> None:
-    """Raise ModelError if the model asks for code of its own."""
+    """Raise ModelError if the model comes with code of its own."""
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file() and read_json(folder / file).get("auto_map"):
             raise ModelError(
@@ -98,7 +98,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 def refuse_pickles(folder: Path, name: str, files: list[str]) -> str:
     return (
         f"{name}: its weights are in {', '.join(files[:3])}, a format that can run code when it is read: refused. "
-        'If you trust it, convert it and copy its tokenizer files beside: python -c "from transformers import '
+        'If you trust it, convert it and copy its tokenizer files into the folder: python -c "from transformers import '
         f"{_class_name(folder)} as M; M.from_pretrained('{name}').save_pretrained('converted')\""
     )
 
@@ -112,13 +112,13 @@ def _class_name(folder: Path) -> str:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that a safetensors index names, each a plain name beside it."""
+    """The files that a safetensors index names, each a plain name in its folder."""
     files = sorted({str(file) for file in _as_object(read_json(index).get("weight_map")).values()})
     if not files:
         raise ModelError(f"{index}: no weight_map. Download or copy it again.")
     for file in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", file) or file.startswith("."):
-            raise ModelError(f"{index}: {file!r}: a shard must be a .safetensors file beside the index.")
+            raise ModelError(f"{index}: {file!r}: a shard must be a .safetensors file in the index's folder.")
     return files
 
 

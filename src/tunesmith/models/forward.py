@@ -132,7 +132,7 @@ def _layers(model: nn.Module) -> nn.Module:
         if hasattr(base, name):
             found: nn.Module = getattr(base, name)
             return found
-    raise UnsupportedAttentionError("its layers and what stands on them cannot be told apart")
+    raise UnsupportedAttentionError("its layers cannot be separated from its head")
 
 
 def _first_position(model: nn.Module) -> int:

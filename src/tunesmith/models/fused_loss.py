@@ -46,7 +46,7 @@ class OutputLayer:
     layer: nn.Linear
     scale: float
     divides: bool
-    """Whether logits are divided by `scale` instead of multiplied: rounding differs."""
+    """Divide logits by `scale` instead of multiplying: rounding differs."""
     cap: float | None
 
     def chunk_size(self, *, trained: bool) -> int:

@@ -1,6 +1,6 @@
 """GGUF files: what the header says, read without trusting it, and repairs of what transformers makes of the rest.
 
-A file that lies about its sizes is refused here, before a loader maps memory by its word.
+A file with wrong sizes is refused here, before a loader maps memory by them.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def read_once() -> Iterator[None]:
 
 
 def _fast_reader(reader: Any) -> Any:
-    """The same reader over a plain array: a vocabulary takes half a million slices, and those of a mapped file's array
-    (numpy.memmap) take three times as long."""
+    """A reader over a plain array: a vocabulary takes half a million slices, which take three times as long from a
+    memory-mapped array."""
     if not isinstance(reader, type):  # inside another block
         return reader
     import numpy as np

@@ -38,12 +38,12 @@ def head_of(model: PreTrainedModel) -> HeadName:
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether the weight of this name belongs to the head."""
+    """True if the weight of this name belongs to the head."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def pools_last(model: nn.Module) -> bool:
-    """Whether the model answers about a text at its last token, as causal ones do."""
+    """True if the model classifies a text at its last token, as causal models do."""
     return type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")
 
 
@@ -91,7 +91,7 @@ def own_classes(config: PreTrainedConfig, head: HeadName) -> tuple[str, ...]:
 
 
 def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> bool:
-    """Whether a head that is there already answers with these labels, in this order."""
+    """True if the head in the model's files has these labels, in this order."""
     found = _labels(config, head)
     return (found.kind, found.names) == (labels.kind, labels.names)
 

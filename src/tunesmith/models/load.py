@@ -61,7 +61,7 @@ _FOREIGN = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
     AssertionError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-"""What transformers raises at files it cannot use: it states no error of its own."""
+"""Errors that transformers raises for files it cannot use: it has no class of its own for them."""
 
 
 def load_config(located: ModelRef) -> PreTrainedConfig:
@@ -215,7 +215,9 @@ def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadNam
     translates = config is not None and config.is_encoder_decoder and head == "next_token"
     auto, known = _AUTO["translated" if translates else head]
     if config is not None and type(config) not in known:
-        what = {"next_token": "goes on with a text", "masked_token": "guesses masked tokens"}.get(head, "answers so")
+        what = {"next_token": "predicts the next token", "masked_token": "predicts masked tokens"}.get(
+            head, "has such a head"
+        )
         raise ModelError(
             f"{located.name}: transformers has no {config.model_type} that {what} ({auto.__name__}). Use another model."
         )

@@ -24,7 +24,7 @@ def choose_device(name: str) -> Choice:
     Raises RecipeError for a device that this machine lacks.
     """
     if name != "auto":
-        return Choice("device", _present(name), "as asked")
+        return Choice("device", _present(name), "as given")
     if torch.cuda.is_available():
         return Choice("device", "cuda", f"{torch.cuda.get_device_name()} is here")
     if torch.backends.mps.is_available():
@@ -52,7 +52,7 @@ def choose_precision(name: str, device: str) -> Choice:
     fast, why = _fast_bfloat16(torch.device(device))
     if name != "auto":
         slow = name == "bfloat16" and not fast
-        return Choice("precision", name, f"as asked, though {why}" if slow else "as asked")
+        return Choice("precision", name, f"as given, though {why}" if slow else "as given")
     return Choice("precision", "bfloat16" if fast else "float32", why)
 
 

@@ -1,4 +1,4 @@
-"""Whether a model answers the same for rows packed end to end as for each row alone."""
+"""A check that a model answers the same for rows packed end to end as for each row alone."""
 
 # T tokens, N and K positions that are compared, V vocabulary, classes or hidden size
 
@@ -33,7 +33,7 @@ LEAKS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
 equal, so a sound model gives the same bits. Hybrids with recurrent layers have 0.1 to 0.3."""
 LEAK_TOKENS = 8
 _REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
-"""What a foreign model may raise when it is called with packed rows; they are padded then."""
+"""Errors of a foreign model that is called with packed rows; they are padded then."""
 
 _STATEFUL_LAYERS = re.compile(r"conv|linear_attention|mamba|recurrent|rwkv|hybrid|lightning|retention|ssm|delta")
 """Types of layers, as configs name them."""
@@ -46,13 +46,13 @@ _STATES = ("A_log", "dt_bias", "time_decay")
 
 @dataclass(frozen=True, slots=True)
 class PackingCheck:
-    """What the comparison found."""
+    """The result of the comparison."""
 
     ok: bool
     max_difference: float
     """Between two logits of the same token, packed and alone."""
     error: float
-    """Of the worst row: see `normalized_error`."""
+    """`normalized_error` of the worst row."""
     reason: str
     """Why not, in words; empty if ok."""
 
@@ -68,7 +68,7 @@ def check_packing(
     """Compare the model's answers for a few real rows, packed, with those of its own attention for one row at a time.
 
     The answers are logits; of a causal model with a head the hidden states that the head reads, since there may be one
-    class only. `has_types`: the model tells the two texts of a pair apart. The model is left as it was.
+    class only. `has_types`: the model has token types for the two texts of a pair. The model is left as it was.
     """
     if kind == "encoder_decoder":
         return PackingCheck(False, nan, nan, "an encoder–decoder reads its sources and targets apart")
@@ -96,7 +96,7 @@ def check_packing(
 
 
 def leak_tolerance(model: PreTrainedModel) -> float:
-    """How much a row may change with its neighbours. Experts compute as many tokens as choose them, and round so."""
+    """Largest change of a row with its neighbours. Experts round by the number of tokens that choose them."""
     has_experts = any("expert" in type(module).__name__.lower() for module in model.modules())
     return TOLERANCES[model.dtype] if has_experts else LEAKS[model.dtype]
 

@@ -32,7 +32,7 @@ class Pooling:
 
     kind: PoolingKind = "mean"
     normalizes: bool = False
-    """Whether a vector is brought to length 1."""
+    """Scale a vector to length 1."""
     max_tokens: int | None = None
     """Most tokens of a text, where that is less than the model reads."""
 
@@ -51,10 +51,10 @@ def find_pooling(folder: Path) -> Pooling:
     kind: PoolingKind = "mean"
     if "Pooling" in names:
         config = _json(folder / places[names.index("Pooling")] / "config.json")
-        asked = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-        if len(asked) != 1 or asked[0] not in _KINDS:
-            raise ModelError(f"{folder}: {', '.join(asked) or 'no pooling'}: one of {', '.join(_KINDS)} is known.")
-        kind = _KINDS[asked[0]]
+        modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
+        if len(modes) != 1 or modes[0] not in _KINDS:
+            raise ModelError(f"{folder}: {', '.join(modes) or 'no pooling'}: one of {', '.join(_KINDS)} is known.")
+        kind = _KINDS[modes[0]]
     limits = folder / _LIMITS
     most = _json(limits).get("max_seq_length") if limits.is_file() else None
     return Pooling(kind, "Normalize" in names, most)

@@ -80,12 +80,12 @@ class QuantizedLinear(nn.Module):
     """Replaces an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed."""
 
     packed: Tensor
-    """nf4: uint8, two weights each; int8: int8, as the weight lay."""
+    """nf4: uint8, two weights each; int8: int8, as the weight was stored."""
     scales: Tensor
     """float32 of each block or row; nf4 with `double`: uint8."""
 
     def __init__(self, base: nn.Module, *, quant: Quant, double: bool, device: str | torch.device) -> None:
-        """`base` is left as it is; what is made of its weight lies on `device`, where it is made."""
+        """`base` stays as it is; its weight is packed on `device` and kept there."""
         super().__init__()
         weight: Tensor = base.weight.detach()  # type: ignore[operator]
         self.quant = quant
@@ -95,7 +95,7 @@ class QuantizedLinear(nn.Module):
         functional = _functional()
         weight = weight.to(device).contiguous()
         if quant == "int8":
-            # Each row of what lies there: of an output, or of an input where it lies transposed. bitsandbytes takes
+            # By rows as stored: of an output, or of an input where the weight is transposed. bitsandbytes takes
             # float16 on CUDA, whose steps are far below those of int8.
             packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
             self._keep(packed=packed, scales=scales)
@@ -120,12 +120,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Of what is kept of the weight."""
+        """Size of the packed weight and its scales."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     @property
     def weight(self) -> Tensor:
-        """The weight unpacked, lying as that of the layer it stands for, in the precision that one had."""
+        """The weight unpacked, in the shape and precision of the original layer."""
         if self.quant == "int8":
             unpacked: Tensor = _functional().int8_vectorwise_dequant(self.packed, self.scales)
             return unpacked.to(self.weight_dtype)
@@ -133,7 +133,7 @@ class QuantizedLinear(nn.Module):
         return made.reshape(self.weight_shape)
 
     def _state(self) -> Any:
-        """What bitsandbytes unpacks by, over the buffers as they are: a move to another device moved them."""
+        """bitsandbytes' state for unpacking, made of the buffers where they are now."""
         nested = None
         if self.is_double:
             nested = _functional().QuantState(
@@ -162,7 +162,7 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def unpacked(self) -> nn.Module:
-        """The layer that this one stood for, with what its weight is now."""
+        """A plain layer with the weight as it is now."""
         num_outputs, num_inputs = self.shape_OI
         with torch.device("meta"):
             made = Conv1D(num_outputs, num_inputs) if self.lies_transposed else nn.Linear(num_inputs, num_outputs)

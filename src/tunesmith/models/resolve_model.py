@@ -35,7 +35,7 @@ class ModelRef:
     path: Path
     """The folder, the hub's snapshot in the cache, or the GGUF file."""
     name: str
-    """What the person wrote, or the hub id."""
+    """The model as it was given, or the hub id."""
     revision: str | None = None
     """Commit of a hub id."""
     headers: TemporaryDirectory[str] | None = field(default=None, compare=False, repr=False)
@@ -74,7 +74,7 @@ def resolve_model(model: str, *, revision: str | None = None, offline: bool = Fa
         check_folder(found.folder, model)
         return ModelRef("hub", found.folder, model, found.commit, found.headers)
     if revision is not None:
-        raise ModelError(f"{model}: revision {revision} was asked for, but a {located.kind} has none. Leave it out.")
+        raise ModelError(f"{model}: revision {revision}: a {located.kind} has no revisions. Leave it out.")
     return located
 
 

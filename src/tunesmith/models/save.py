@@ -1,6 +1,6 @@
 """A model folder that others read: safetensors, the tokenizer as it came, and a generation config that stops.
 
-Written beside its place and renamed: there is a whole model, or none.
+A folder is written next to its place and renamed: there is a whole model or none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_model(
     located: ModelRef,
     stop_ids: Sequence[int],
 ) -> None:
-    """Write the model to `folder`, whole or not at all; a model that stood there before is replaced.
+    """Write the model to `folder`, whole or not at all; an existing one is replaced.
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
     `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
@@ -88,7 +88,7 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:
     """The tokenizer's files: copies of those it came from, unless it was changed or came out of a GGUF.
 
-    A chat template that was given by file is written beside them, and takes the place of any other.
+    A chat template that was given by file is written too, and replaces any other.
     """
     source = None if located.is_gguf else load_tokenizer(located, None)
     if source is None or not _same(source, tokenizer):
@@ -105,7 +105,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located:
 
 
 def _same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether what makes the tokens of a text is alike, but not how a caller had batches cut or padded."""
+    """True if both make the same tokens of a text; truncation and padding of batches are not compared."""
     if (one.special_tokens_map, one.model_max_length) != (other.special_tokens_map, other.model_max_length):
         return False
     texts = [tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other)]
@@ -133,7 +133,7 @@ def _write_template(template: Any, folder: Path) -> None:
 
 
 def save_generation_config(model: PreTrainedModel, folder: Path, *, stop_ids: Sequence[int]) -> None:
-    """Write generation_config.json: the model's own, valid, and ending at `stop_ids` beside its own ends."""
+    """Write generation_config.json: the model's own, valid, and ending at `stop_ids` as well as its own end tokens."""
     with silence_transformers():
         generation_config(model, stop_ids=stop_ids).save_pretrained(folder)
 

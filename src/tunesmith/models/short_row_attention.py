@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 LONGEST = 512
 """Keys of a row up to which this is faster than torch's kernel on a CPU in bfloat16."""
 LONGEST_DROPPED = 1024
-"""The same with dropout."""
+"""`LONGEST` with dropout."""
 WIDE = 32
 """Keys of the longest row of a pass up to which it computes in float32: as fast there, and oneDNN compiles nothing for
 the many shapes of short blocks."""
@@ -51,7 +51,7 @@ RowSize = tuple[int, int]
 
 
 def is_supported(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None) -> bool:
-    """Whether this is the faster way: on a CPU, in bfloat16 or with dropout, equal head sizes, no softcap."""
+    """True where this is the faster way: on a CPU, in bfloat16 or with dropout, equal head sizes, no softcap."""
     return (
         query_1HTD.device.type == "cpu"
         and (query_1HTD.dtype == torch.bfloat16 or (query_1HTD.dtype == torch.float32 and dropout > 0))
@@ -183,7 +183,7 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Where the queries and keys of all rows go in blocks, head by head, and back.
+    """Places of the queries and keys of all rows in blocks, head by head, and back.
 
     Queries are counted as token · H + head, keys as token · G + group.
     """

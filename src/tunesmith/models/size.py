@@ -26,7 +26,7 @@ class ModelSize:
     num_params: int
     """Weights that tied layers share count once."""
     num_layers: int
-    """Of encoder and decoder together."""
+    """Layers of encoder and decoder together."""
     hidden: int
     vocab_size: int
     max_tokens: int

@@ -323,7 +323,7 @@ class Recipe(Section):
     threads: Positive | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """fast: norms, LoRA layers, the loss of tokens and the attention of short rows by functions of this package, and
+    """fast: LoRA layers, the loss of tokens and the attention of short rows by functions of this package, and
     what rows begin with alike computed once, where that gives the model's own answer; plain: as torch and the model
     have them, slower, for comparison."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
