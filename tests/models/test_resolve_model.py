@@ -69,7 +69,7 @@ def test_folder_without_config_points_to_the_one_inside(folder):
 
 
 def test_revision_of_a_folder_is_refused(folder):
-    assert "revision main was asked for" in refusal(folder, revision="main")
+    assert "revision main: a folder has no revisions" in refusal(folder, revision="main")
 
 
 def test_file_of_a_model_points_to_its_folder(folder):
