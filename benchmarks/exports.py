@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunesmith.export.comparing import Comparison
-    from tunesmith.export.exporting import Exported
+    from tunesmith.export.export_run import Exported
+    from tunesmith.export.verify import ExportComparison
     from tunesmith.runs.folder import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +56,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def tiny_tables(names: Sequence[str]) -> Iterator[str]:
     """Architecture by target, as transformers, peft and onnxruntime load it; then the same in llama.cpp."""
     from export.exports import of_architecture, of_encoder
-    from tunesmith.export import probe, verify
+    from tunesmith.export import verify
     from tunesmith.export.gguf_models import ARCHITECTURES
 
-    verify.launch = probe.do_job  # tiny models are compared in this process: a new one takes longer than all the rest
+    verify.launch = verify.do_job  # tiny models are compared in this process: a new one takes longer than all the rest
     theirs = []
     yield from _head(["", *COLUMNS])
     for name in names or (*ARCHITECTURES, *ENCODERS):
@@ -80,7 +80,7 @@ def real_table(path: Path) -> Iterator[str]:
     from tunesmith.runs.folder import Run
 
     run = Run.open(str(path), path.parent)
-    words = ["KL, mean (most)", "first choice", "of what tuning changed", "held-out loss, tuned and exported"]
+    words = ["KL, mean (most)", "first choice", "share of the tuning effect", "held-out loss, tuned and exported"]
     yield from _head(["", *words, "greedy answers"])
     for column in COLUMNS:
         done = exported(run, column)
@@ -95,13 +95,13 @@ def real_table(path: Path) -> Iterator[str]:
 def exported(run: Run, column: str) -> Exported | str:
     """An export that is thrown away again; the word for none where the target does not take this model."""
     from tunesmith.errors import ExportError, InputError
-    from tunesmith.export.exporting import export_run
-    from tunesmith.export.options import Options
+    from tunesmith.export.export_run import export_run
+    from tunesmith.export.target import ExportOptions
 
     target, words = COLUMNS[column]
     with TemporaryDirectory() as folder:
         try:
-            return export_run(run, target, out=Path(folder) / "out", options=Options(**words), offline=True)
+            return export_run(run, target, out=Path(folder) / "out", options=ExportOptions(**words), offline=True)
         except InputError:
             return NONE
         except ExportError as error:
@@ -113,13 +113,13 @@ def _is_found(cell: object) -> bool:
     return cell is not None and not isinstance(cell, str)
 
 
-def _brief(found: Comparison | str | None) -> str:
+def _brief(found: ExportComparison | str | None) -> str:
     if isinstance(found, str):
         return found
     return NONE if found is None else f"{found.kl:.0e}, {found.top1:.0%}"
 
 
-def _line(what: str, found: Comparison | None) -> str:
+def _line(what: str, found: ExportComparison | None) -> str:
     assert found is not None, "every export here is proven"
     carried = NONE if found.carried is None else f"{found.carried:.1%}"
     losses = NONE if found.loss_tuned is None else f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"

@@ -16,7 +16,7 @@ from test_resume import same_run, stop_at
 from tiny import tiny_tokenizer
 from tiny_run import model_folder, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
-from tunesmith.export.exporting import export_run
+from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.models import special_tokens
 from tunesmith.runs.folder import Run

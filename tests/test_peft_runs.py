@@ -16,7 +16,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
-from tunesmith.export.exporting import export_run
+from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
@@ -27,7 +27,7 @@ from tunesmith.serve.serving import open_serving
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
-KINDS = {
+QUANT_TYPES = {
     "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj", "down_proj"]},
     "IA3": {},
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
@@ -36,10 +36,10 @@ KINDS = {
 
 def recipe_of(folder: Path, kind: str, arch: str = "llama", **sections: object) -> Recipe:
     recipe = tiny_recipe(folder, arch=arch, **sections)
-    return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=KINDS[kind])})
+    return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=QUANT_TYPES[kind])})
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=list(QUANT_TYPES))
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(f"peft-{request.param}")
     return train(recipe_of(folder, request.param), root=folder / "runs")
@@ -115,7 +115,7 @@ def test_exported_as_an_adapter_it_is_what_was_tuned(
     assert done.loaded_by.startswith("peft ")
     card = (done.path / "README.md").read_text("utf-8")
     assert f"{kind_of(straight)} of the peft library" in card
-    assert f"it is {kind_of(straight)}, of which only peft knows" in card
+    assert f"it is {kind_of(straight)}, which only peft reads" in card
 
 
 def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, Stopped
 from tunesmith.export import verify
-from tunesmith.export.comparing import Comparison, compare
-from tunesmith.export.exporting import export_run
-from tunesmith.export.options import Options
+from tunesmith.export.export_run import export_run
+from tunesmith.export.target import ExportOptions
+from tunesmith.export.verify import ExportComparison, compare
 from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.runs.folder import Run
@@ -75,18 +75,20 @@ def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(
     assert moved != 0
     quant = finished.recipe().method.quant
     assert done.notes[-1] == (
-        f"tuned on its base in {quant}, and here on the base as it was: held-out loss {done.found.loss_exported:.4f}, "
+        f"trained on its base in {quant}, exported on the original base: held-out loss {done.found.loss_exported:.4f}, "
         f"{moved:+.4f} from the tuned model's"
     )
     # Weights are those of the 16-bit base plus delta.
-    assert done.found.distance <= done.bounds.weights
+    assert done.found.distance <= done.allowed.weights
 
 
 def test_the_weights_that_were_tuned_on_can_be_exported_instead(finished: Run) -> None:
     """Precision is float32 here, so that the merge is held to rounding alone."""
-    done = export_run(finished, "merged", out=finished.path / "dequantized", options=Options(merge_into="dequantized"))
+    done = export_run(
+        finished, "merged", out=finished.path / "dequantized", options=ExportOptions(merge_into="dequantized")
+    )
     assert done.found is not None
-    assert done.bounds.kl == 1e-6
+    assert done.allowed.kl == 1e-6
     assert done.found.carried == pytest.approx(1, abs=1e-3)
     assert done.found.loss_exported == pytest.approx(done.found.loss_tuned, abs=1e-5)
 
@@ -97,13 +99,13 @@ def test_a_merge_that_does_worse_is_refused_with_a_way_out(
 ) -> None:
     found = compare
 
-    def seen_to_move(*seen: Any, **how: Any) -> Comparison:
+    def seen_to_move(*seen: Any, **how: Any) -> ExportComparison:
         right = found(*seen, **how)
         assert right.loss_tuned is not None
         return replace(right, loss_exported=right.loss_tuned + moved, loss_error=0.0)
 
     monkeypatch.setattr(verify, "compare", seen_to_move)
-    refused = pytest.raises(ExportError, match="--merge-into dequantized takes the weights that it was tuned on")
+    refused = pytest.raises(ExportError, match="--merge-into dequantized takes the weights it was tuned on")
     with refused if is_refused else nullcontext():
         export_run(finished, "merged", out=tmp_path / "merged")
     assert (tmp_path / "merged").exists() != is_refused
@@ -111,8 +113,8 @@ def test_a_merge_that_does_worse_is_refused_with_a_way_out(
 
 def test_only_a_quantised_base_can_be_unpacked(tmp_path: Path) -> None:
     run = train(tiny_recipe(tmp_path), root=tmp_path / "runs")
-    with pytest.raises(InputError, match=r"--merge-into: dequantized: .* was not tuned on a quantised base"):
-        export_run(run, "merged", options=Options(merge_into="dequantized"))
+    with pytest.raises(InputError, match=r"--merge-into: dequantized: .* was not tuned on a quantized base"):
+        export_run(run, "merged", options=ExportOptions(merge_into="dequantized"))
 
 
 def test_it_is_served_from_the_quantised_base_and_beside_no_other(finished: Run) -> None:

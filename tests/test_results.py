@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import tiny_recipe
 from tunesmith import api
 from tunesmith.errors import ModelError, NonFiniteError, RunError
-from tunesmith.export.exporting import export_run
+from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.atomic import temporary_folder

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.evaluation.bootstrap import Interval
-from tunesmith.export.planned import check_planned, export_planned
+from tunesmith.export.export_run import check_planned, export_planned
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import exports
 from export.exports import of_architecture
-from tunesmith.export import exporting, llama_cpp_read, verify
+from tunesmith.export import exporting, llama_cpp, verify
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_a_row_for_each_architecture_and_another_in_llama_cpp() -> None:
     assert (cells(lines[3])[2][-4:], cells(lines[3])[3]) == ("100%", "–")  # an adapter alone is for models that write
     theirs = lines[lines.index("") + 1 :]
     assert theirs[0] == "| in llama.cpp | gguf f16 | gguf-adapter f16 |"
-    assert [cells(line)[0] for line in theirs[2:]] == (["llama", "bert"] if llama_cpp_read.is_installed() else [])
+    assert [cells(line)[0] for line in theirs[2:]] == (["llama", "bert"] if llama_cpp.is_installed() else [])
 
 
 def test_what_fails_stands_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,15 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
-from tiny_tasks import piece_tokenizer, rows_of, task_recipe, word_tokenizer, write_pooling
-from tunesmith.export import probe, verify
-from tunesmith.export.pre_tokenizers import QWEN2_SPLIT
+from tiny_tasks import rows_of, task_recipe, word_tokenizer
+from tunesmith.export import verify
+from tunesmith.export.gguf_tokenizer import QWEN2_SPLIT
 from tunesmith.inference.load import make_renderer, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models import load, resolve_model
+from tunesmith.models import load
 from tunesmith.models.load import model_kind
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.planning.before_rows import find_head
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import validate
@@ -89,20 +90,16 @@ def of_architecture(arch: str, *, hidden: int = 64) -> Run:
 
 
 @lru_cache
-def of_encoder(arch: str, *, task: str = "classify", hidden: int = 64, pooling: str = "") -> Run:
-    """An encoder of this architecture that tells classes apart, or does another task; a BERT cuts words into pieces.
-    `pooling`: what its files of sentence-transformers say."""
+def of_encoder(arch: str) -> Run:
+    """A classifier on an encoder of this architecture."""
     folder = _folder()
-    tokenizer = piece_tokenizer() if arch == "bert" else word_tokenizer()
-    size = len(tokenizer)
-    tiny_model(arch, vocab_size=size, head="masked_token", hidden=hidden).save_pretrained(folder / "model")
+    tokenizer = word_tokenizer()
+    tiny_model(arch, vocab_size=len(tokenizer), head="masked_token", hidden=64).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    if pooling:
-        write_pooling(folder / "model", {f"pooling_mode_{pooling}": True})
-    rows = "".join(json.dumps(row) + "\n" for row in rows_of(task, 6))
+    rows = "".join(json.dumps(row) + "\n" for row in rows_of("classify", 6))
     (folder / "rows.jsonl").write_text(rows)
-    data = {"train": [str(folder / "rows.jsonl")], **RESOLVED["data"], **LABELS.get(task, {})}
-    whole = {"model": str(folder / "model"), "task": task, "method": LORA, "data": data, "train": {}}
+    data = {"train": [str(folder / "rows.jsonl")], **RESOLVED["data"], **LABELS["classify"]}
+    whole = {"model": str(folder / "model"), "task": "classify", "method": LORA, "data": data, "train": {}}
     recipe = validate({**whole, "threads": 1, "precision": "float32", "device": "cpu"})
     return as_if_tuned(recipe, folder / arch)
 
@@ -117,7 +114,7 @@ def chat_recipe(folder: Path, **sections: Any) -> Recipe:
 def as_if_tuned(recipe: Recipe, out: Path) -> Run:
     """A run folder with a result: every B of its adapter, and its head, is drawn instead of learnt."""
     run = Run.create(out.parent, out.name, as_yaml(recipe, comments=False), out=out)
-    located = resolve_model.resolve_model(recipe.model, offline=True)
+    located = resolve_model(recipe.model, offline=True)
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, None)
     model = load.load_model(
@@ -146,7 +143,7 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof's other process is this one."""
-    monkeypatch.setattr(verify, "launch", probe.do_job)
+    monkeypatch.setattr(verify, "launch", verify.do_job)
 
 
 def card_head(folder: Path) -> Any:

@@ -15,12 +15,10 @@ from transformers import AutoModelForCausalLM
 from export.exports import card_head, finished, quick
 from tiny_model import tiny_model
 from tunesmith.errors import RunError
-from tunesmith.export import loaders
-from tunesmith.export.adapter import baked
-from tunesmith.export.exporting import Exported, export_run
-from tunesmith.export.options import Options
-from tunesmith.export.servers import server_lines
-from tunesmith.export.source import open_source
+from tunesmith.export.adapter import ADAPTER, bake_scale, compatibility, not_for_vllm
+from tunesmith.export.export_run import Exported, export_run
+from tunesmith.export.run_result import open_result
+from tunesmith.export.target import ExportOptions
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_format import WEIGHTS, save_adapter
 from tunesmith.models.resolve_model import ModelRef
@@ -54,7 +52,7 @@ def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_
     assert facts["sha256"]["model.safetensors"] == sha256_file(base / "model.safetensors")
     assert facts["model"] == base.name
     ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
-    assert set(open_source(finished("chat"), offline=True).renderer.stop_ids) <= set(ends)
+    assert set(open_result(finished("chat"), offline=True).renderer.stop_ids) <= set(ends)
 
 
 def assert_travels(folder: Path, base: Path) -> None:
@@ -73,12 +71,12 @@ def test_a_head_arrives_with_the_adapter(tmp_path: Path) -> None:  # trap: A5
 
 
 def assert_head_arrives(folder: Path) -> None:
-    source = open_source(finished("classify-encoder"), offline=True)
+    source = open_result(finished("classify-encoder"), offline=True)
     live, _ = source.load(torch.float32)
-    model = loaders.load_adapter(folder, source.recipe).model
+    model: Any = ADAPTER.load(folder, source.recipe)
     with torch.no_grad():
         ids = torch.arange(5, 12)[None]
-        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-5)  # float32: order of additions
+        assert torch.allclose(model.model(ids).logits, live(ids).logits, atol=1e-5)  # float32: order of additions
 
 
 def test_a_head_brings_its_labels(tmp_path: Path) -> None:
@@ -93,7 +91,7 @@ def test_a_full_run_has_no_adapter(tmp_path: Path) -> None:
 
 
 def test_baking_a_plain_scale_changes_nothing_and_says_so(tmp_path: Path) -> None:
-    done = exported("chat", tmp_path, proof=False, options=Options(bake_scale=True))
+    done = exported("chat", tmp_path, proof=False, options=ExportOptions(bake_scale=True))
     ours = json.loads((finished("chat").adapter_path / "adapter_config.json").read_text())
     theirs = json.loads((done.path / "adapter_config.json").read_text())
     assert {**theirs, "base_model_name_or_path": ""} == {**ours, "base_model_name_or_path": ""}
@@ -101,7 +99,7 @@ def test_baking_a_plain_scale_changes_nothing_and_says_so(tmp_path: Path) -> Non
 
 
 def test_a_baked_scale_is_right_where_rslora_is_ignored(tmp_path: Path) -> None:  # trap: A7
-    assert_ignoring_is_harmless(baked, tmp_path / "baked")
+    assert_ignoring_is_harmless(bake_scale, tmp_path / "bake_scale")
     with pytest.raises(AssertionError):
         assert_ignoring_is_harmless(lambda config, weights: config, tmp_path / "not")
 
@@ -140,7 +138,7 @@ def test_a_baked_scale_is_right_with_ranks_and_alphas_by_pattern(tmp_path: Path,
             out: torch.Tensor = model(torch.arange(20, 30)[None]).logits
         return out
 
-    right, made = logits(config), baked(config, tmp_path / "adapter" / WEIGHTS)
+    right, made = logits(config), bake_scale(config, tmp_path / "adapter" / WEIGHTS)
     if is_planted:
         made["alpha_pattern"] = config["alpha_pattern"]
     # float32, in another order of two factors; a forgotten pattern changes them by more than a tenth.
@@ -170,7 +168,7 @@ def assert_different_patterns_of_one_layer_add_up(bake: Any, folder: Path) -> No
 
 
 def test_a_scale_of_layers_that_two_patterns_mean_is_that_of_pefts_own_merge(tmp_path: Path) -> None:
-    assert_different_patterns_of_one_layer_add_up(baked, tmp_path)
+    assert_different_patterns_of_one_layer_add_up(bake_scale, tmp_path)
 
 
 def test_patterns_that_are_joined_by_their_text_would_be_seen(tmp_path: Path) -> None:  # trap: A7 planted
@@ -184,7 +182,7 @@ def test_patterns_that_are_joined_by_their_text_would_be_seen(tmp_path: Path) ->
 
 
 def lines(name: str, **config: Any) -> dict[str, str]:
-    source = open_source(finished(name), offline=True)
+    source = open_result(finished(name), offline=True)
     whole = {
         "peft_type": "LORA",
         "r": 4,
@@ -192,7 +190,7 @@ def lines(name: str, **config: Any) -> dict[str, str]:
         "base_model_name_or_path": "owner/base",
         **config,
     }
-    return dict(line.split(": ", 1) for line in server_lines(source, whole))
+    return dict(line.split(": ", 1) for line in compatibility(source, whole))
 
 
 def test_where_it_loads_is_known_before_it_is_tried() -> None:
@@ -202,14 +200,14 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
     assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
-    assert "export gguf-adapter, then" in lines("chat", use_rslora=True)["llama.cpp"]
-    assert lines("chat", use_dora=True)["vLLM"].startswith("no: its weights are rescaled row by row (DoRA)")
-    assert lines("classify-encoder")["llama.cpp"].startswith("no: it answers the task classify")
+    assert "export gguf-adapter for" in lines("chat", use_rslora=True)["llama.cpp"]
+    assert lines("chat", use_dora=True)["vLLM"].startswith("no: it rescales rows of weights (DoRA)")
+    assert lines("classify-encoder")["llama.cpp"].startswith("no: it is tuned for the task classify")
     assert lines("chat", trainable_token_indices=[7])["vLLM"].startswith("no: it brings rows of the embedding")
 
 
 def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(finished("full"), offline=True)
+    source = open_result(finished("full"), offline=True)
     monkeypatch.setattr(ModelRef, "is_gguf", property(lambda self: True))
-    said = server_lines(source, {"peft_type": "LORA", "r": 4, "target_modules": [], "base_model_name_or_path": "x"})
-    assert next(line for line in said if line.startswith("vLLM: no: its base is a GGUF file"))
+    why = not_for_vllm(source, {"peft_type": "LORA", "r": 4, "target_modules": []})
+    assert why == "its base is a GGUF file, and vLLM loads adapters on model folders"

@@ -10,10 +10,11 @@ import pytest
 
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
-from tunesmith.export import llama_cpp_read, loaders, verify
-from tunesmith.export.exporting import Exported, export_run
-from tunesmith.export.options import Options
-from tunesmith.export.source import open_source
+from tunesmith.export import llama_cpp
+from tunesmith.export.export_run import TARGETS, export_run
+from tunesmith.export.gguf import write_base
+from tunesmith.export.run_result import open_result
+from tunesmith.export.target import ExportedModel, ExportOptions
 from tunesmith.inference.load import make_renderer
 from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run
@@ -23,11 +24,11 @@ from tunesmith.types import Part
 PHRASE = "tallest mountain on Earth"
 QUESTION = (Part("user", "what is it please", False),)
 HOPS = {
-    "adapter": ("adapter", Options()),
-    "merged": ("merged", Options(dtype="float32")),
-    "gguf f16": ("gguf", Options(quant="f16")),
-    "gguf q8_0": ("gguf", Options(quant="q8_0")),
-    "gguf-adapter": ("gguf-adapter", Options(quant="f16")),
+    "adapter": ("adapter", ExportOptions()),
+    "merged": ("merged", ExportOptions(dtype="float32")),
+    "gguf f16": ("gguf", ExportOptions(quant="f16")),
+    "gguf q8_0": ("gguf", ExportOptions(quant="q8_0")),
+    "gguf-adapter": ("gguf-adapter", ExportOptions(quant="f16")),
 }
 SMOLLM2 = Path(
     os.environ.get("TUNESMITH_SMOLLM2_GGUF", Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct.gguf")
@@ -45,7 +46,7 @@ def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Each hop's share of the way: none, the order of additions, F16, 8 bits, and the adapter alone in F16.
     bounds = {"adapter": 1e-12, "merged": 1e-9, "gguf f16": 1e-4, "gguf q8_0": 1e-2, "gguf-adapter": 1e-4}
     assert all(value < bounds[hop.partition(" in ")[0]] for hop, value in kl.items() if " in " not in hop), kl
-    if llama_cpp_read.is_installed():  # additions there are in another order, and at times in F16
+    if llama_cpp.is_installed():  # additions there are in another order, and at times in F16
         assert {hop for hop in kl if " in llama.cpp" in hop} == {
             f"{hop} in llama.cpp" for hop in bounds if "gguf" in hop
         }
@@ -93,20 +94,18 @@ def survived(run: Run, folder: Path) -> dict[str, float]:
         done = export_run(run, target, out=folder / hop, options=options, offline=True)
         assert done.found is not None
         kl[hop] = done.found.kl
-        assert said(run, done, target) == PHRASE, hop
+        assert said(run, TARGETS[target].load(done.path, run.recipe())) == PHRASE, hop
         if done.in_llama_cpp is not None:
             kl[f"{hop} in llama.cpp"] = done.in_llama_cpp.kl
             base = None
             if target == "gguf-adapter":
-                source = open_source(run, offline=True)
-                base = source.base.path if source.base.is_gguf else verify.write_base(source, folder / "base.gguf")
-            assert said(run, done, llama_cpp_read.LLAMA_CPP, base=base) == PHRASE, f"{hop} in llama.cpp"
+                source = open_result(run, offline=True)
+                base = source.base.path if source.base.is_gguf else write_base(source, folder / "base.gguf")
+            loaded = llama_cpp.load_in_llama_cpp(done.path, run.recipe(), base)
+            assert said(run, loaded) == PHRASE, f"{hop} in llama.cpp"
     return kl
 
 
-def said(run: Run, done: Exported, loader: str, *, base: Path | None = None) -> str:
-    recipe = open_source(run, offline=True).recipe
-    loaded = loaders.load(loader, done.path, recipe, base=base)
-    renderer = make_renderer(recipe, loaded.tokenizer, "causal")
-    prompt = renderer.prompt_ids(QUESTION)
-    return loaded.asked(renderer).answers(renderer, [prompt], num_tokens=24)[0]
+def said(run: Run, loaded: ExportedModel) -> str:
+    renderer = make_renderer(run.recipe(), loaded.tokenizer, "causal")
+    return loaded.answers(renderer, [renderer.prompt_ids(QUESTION)], num_tokens=24)[0]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.export.comparing import Comparison, compare
-from tunesmith.export.options import ROUNDED
-from tunesmith.export.probe import Seen
+from tunesmith.export.target import ROUNDED
+from tunesmith.export.verify import ExportComparison, Outputs, compare
 
 COUNTS = [3, 5, 2, 6]
 
 
-def compared(moved: list[float]) -> Comparison:
+def compared(moved: list[float]) -> ExportComparison:
     """Two models that answer alike but for the losses of rows, which the second moves by so much a target."""
     logits = [np.zeros((1, 4), np.float32)] * len(moved)
     ids, counts = [[1, 2]] * len(moved), COUNTS[: len(moved)]
     losses = [2.0 * count for count in counts]
     others = [(2.0 + by) * count for by, count in zip(moved, counts, strict=True)]
-    tuned = Seen(ids, losses=losses, counts=counts, logits=logits)
-    return compare(tuned, Seen(ids, losses=others, counts=counts, logits=logits), base=None, labels=None)
+    tuned = Outputs(ids, losses=losses, counts=counts, logits=logits)
+    return compare(tuned, Outputs(ids, losses=others, counts=counts, logits=logits), base=None, labels=None)
 
 
 def test_few_rows_that_move_up_and_down_are_no_fault() -> None:
@@ -41,7 +40,7 @@ def test_rows_that_all_move_alike_are_a_fault_however_few() -> None:
 def test_the_error_is_that_of_means_where_rows_are_of_one_length() -> None:
     moved = np.random.default_rng(0).normal(0.0, 0.1, 200)
     counts = [4] * 200
-    tuned = Seen([[1]] * 200, losses=[8.0] * 200, counts=counts)
-    other = Seen([[1]] * 200, losses=list(8.0 + 4 * moved), counts=counts)
+    tuned = Outputs([[1]] * 200, losses=[8.0] * 200, counts=counts)
+    other = Outputs([[1]] * 200, losses=list(8.0 + 4 * moved), counts=counts)
     found = compare(tuned, other, base=None, labels=None)
     assert found.loss_error == pytest.approx(moved.std(ddof=1) / 200**0.5, rel=1e-9)

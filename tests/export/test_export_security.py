@@ -13,9 +13,9 @@ from export.exports import as_if_tuned, chat_recipe, finished, of_architecture
 from tiny import CHATML, tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.export import pushing
-from tunesmith.export.exporting import EXPORTS, export_run
-from tunesmith.export.options import Options
+from tunesmith.export import push as push_module
+from tunesmith.export.export_run import TARGETS, export_run
+from tunesmith.export.target import ExportOptions
 from tunesmith.runs.folder import Run
 
 
@@ -37,7 +37,7 @@ def made(folder: Path, *, name: str = "run", **words: Any) -> Run:
 
 
 def exported(run: Run, target: str, folder: Path, **words: Any) -> Path:
-    return export_run(run, target, out=folder / "out", options=Options(**words), proof=False, offline=True).path
+    return export_run(run, target, out=folder / "out", options=ExportOptions(**words), proof=False, offline=True).path
 
 
 @pytest.mark.parametrize("target", ["adapter", "merged", "gguf"])
@@ -66,7 +66,7 @@ def test_a_link_is_not_followed_out_of_an_export(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (out / "notes.md").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match="a link, and what it points to would be published"):
-        pushing.push(out, "me/tuned", endpoint="http://127.0.0.1:9")
+        push_module.push(out, "me/tuned", endpoint="http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("name", ["-rf", "a b; touch x", "..a", 'q"uote', "über$(x)"])
@@ -82,7 +82,7 @@ def test_a_runs_name_becomes_no_option_no_path_and_no_command(name: str, tmp_pat
 
 def test_a_licence_is_one_line(tmp_path: Path) -> None:
     """In a Modelfile what follows a line's end would be an instruction of its own."""
-    with pytest.raises(InputError, match="a licence is named on one line"):
+    with pytest.raises(InputError, match="a license is named on one line"):
         exported(of_architecture("llama"), "ollama", tmp_path, license="mit\nADAPTER /etc/passwd")
 
 
@@ -92,7 +92,7 @@ def test_a_stop_is_no_instruction_of_a_modelfile(tmp_path: Path) -> None:
     tokenizer.add_special_tokens({"eos_token": odd})
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError, match="ollama: its chat template cannot be said"):
+    with pytest.raises(ModelError, match="ollama: a Modelfile cannot hold it"):
         exported(as_if_tuned(chat_recipe(tmp_path), tmp_path / "run"), "ollama", tmp_path)
 
 
@@ -108,6 +108,6 @@ def test_a_template_that_reaches_for_python_is_not_run(tmp_path: Path) -> None:
 
 def test_a_target_is_a_word_of_a_table(tmp_path: Path) -> None:
     for word in ("../x", "/etc", "merged/../..", "", "gguf\n"):
-        assert word not in EXPORTS
+        assert word not in TARGETS
         with pytest.raises(InputError, match="there is no such target"):
             exported(finished("chat"), word, tmp_path)

@@ -13,11 +13,12 @@ import pytest
 from export.exports import of_architecture
 from faults import Faults, in_child, limited_files, tree
 from tunesmith.errors import InputError, StorageError
-from tunesmith.export import llama_cpp_read, verify
-from tunesmith.export.exporting import EXPORTS, export_run
-from tunesmith.export.options import Options
+from tunesmith.export import export_run as export_run_module
+from tunesmith.export import llama_cpp, verify
+from tunesmith.export.export_run import TARGETS, export_run
+from tunesmith.export.target import ExportOptions
 
-needs_llama_cpp = pytest.mark.skipif(not llama_cpp_read.is_installed(), reason="llama-cpp-python is not installed")
+needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
 QUANTS = {"gguf": "q8_0", "gguf q4_k_m": "q4_k_m"}
 WRITTEN = [
     "merged",
@@ -32,7 +33,7 @@ SHARES = (0.05, 0.5, 0.95)
 
 
 def exported(what: str, out: Path) -> None:
-    options = Options(quant=QUANTS.get(what, "f16"))
+    options = ExportOptions(quant=QUANTS.get(what, "f16"))
     export_run(of_architecture("llama"), what.split(maxsplit=1)[0], out=out, options=options, proof=False, offline=True)
 
 
@@ -48,7 +49,7 @@ def undisturbed(what: str) -> tuple[dict[str, bytes], int]:
 
 def test_every_target_is_here() -> None:
     names = {getattr(one, "values", (one,))[0].split()[0] for one in WRITTEN}
-    assert names == set(EXPORTS)
+    assert names == set(TARGETS)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -115,7 +116,7 @@ def assert_complete(whole: dict[str, bytes], folder: Path) -> None:
     assert all(found[name] == whole[name] for name in whole if not name.startswith("model.onnx"))
 
 
-@pytest.mark.parametrize("target", EXPORTS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_what_is_no_export_is_not_overwritten(target: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("dear")
@@ -140,8 +141,8 @@ def test_a_disk_that_fills_under_the_base_for_llama_cpp_is_named(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(verify, "launch", lambda job: None)
-    monkeypatch.setattr(verify.Seen, "load", lambda folder: SimpleNamespace(loaded_by=""))
-    monkeypatch.setattr(verify, "judge", lambda *given, **words: None)
+    monkeypatch.setattr(verify.Outputs, "load", lambda folder: SimpleNamespace(loaded_by=""))
+    monkeypatch.setattr(export_run_module, "judge", lambda *given, **words: None)
     monkeypatch.setattr(verify, "write_base", full)
     with pytest.raises(StorageError, match="ENOSPC"):
         export_run(of_architecture("llama"), "gguf-adapter", out=tmp_path / "out", offline=True)

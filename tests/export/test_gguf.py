@@ -16,22 +16,23 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export import gguf_file, gguf_models, gguf_read
-from tunesmith.export.exporting import Exported, export_run
-from tunesmith.export.gguf_models import ARCHITECTURES, interleaved
-from tunesmith.export.gguf_unpack import UNKNOWN_TO_TRANSFORMERS, unpack
-from tunesmith.export.options import Options
-from tunesmith.export.pre_tokenizers import HASHES, find_rule, probe_hash, rule_of_steps
-from tunesmith.export.source import open_source
-from tunesmith.models import load, resolve_model
+from tunesmith.export import gguf_models, llama_cpp
+from tunesmith.export.export_run import Exported, export_run
+from tunesmith.export.gguf import _read_model, load_model
+from tunesmith.export.gguf_models import ARCHITECTURES, UNKNOWN_TO_TRANSFORMERS, interleave
+from tunesmith.export.gguf_tokenizer import HASHES, find_pre_tokenizer, pre_tokenizer_of_steps, probe_hash
+from tunesmith.export.run_result import open_result
+from tunesmith.export.target import ExportOptions
+from tunesmith.models import load
 from tunesmith.models.gguf import GgufHeader, read_gguf
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]
 
 
 def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True, **words: Any) -> Exported:
-    options = Options(quant=quant, **words)
+    options = ExportOptions(quant=quant, **words)
     return export_run(run, "gguf", out=tmp_path / "out", options=options, proof=proof, offline=True)
 
 
@@ -56,7 +57,7 @@ def test_every_architecture_is_read_back_as_what_was_tuned(
 def assert_nothing_is_lost(done: Exported, run: Run) -> None:
     """Every weight of the model is in the file, once."""
     header = read_gguf(next(done.path.glob("*.gguf")))
-    model, attachment = open_source(run, offline=True).load(torch.float32)
+    model, attachment = open_result(run, offline=True).load(torch.float32)
     assert attachment is not None
     attachment.unload()
     assert sum(int(np.prod(info.shape)) for info in header.tensors.values()) == model.num_parameters()
@@ -73,8 +74,8 @@ def no_norm_offset(self: Any, name: str, tensor: torch.Tensor, config: Any) -> t
 @pytest.mark.parametrize(
     ("arch", "planted", "worst"),
     [
-        ("llama", (gguf_models, "interleaved", halves), r"(q|k)_proj\.weight differs by"),
-        ("gemma2", (gguf_models.Architecture, "fitted", no_norm_offset), r"norm\.weight differs by"),
+        ("llama", (gguf_models, "interleave", halves), r"(q|k)_proj\.weight differs by"),
+        ("gemma2", (gguf_models.Architecture, "to_gguf", no_norm_offset), r"norm\.weight differs by"),
     ],
 )
 def test_a_wrong_layout_fails_names_the_tensor_and_leaves_nothing(
@@ -90,7 +91,7 @@ def test_a_wrong_layout_fails_names_the_tensor_and_leaves_nothing(
 
 def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = of_architecture("llama")
-    monkeypatch.setattr(gguf_models, "interleaved", halves)
+    monkeypatch.setattr(gguf_models, "interleave", halves)
     done = written(run, tmp_path, proof=False)
     monkeypatch.undo()
     with pytest.raises(AssertionError):
@@ -99,8 +100,8 @@ def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def assert_same_weights(done: Exported, run: Run) -> None:
-    source = open_source(run, offline=True)
-    model = gguf_read.load_gguf(done.path, source.recipe).model
+    source = open_result(run, offline=True)
+    model = load_model(done.path, source.recipe).model
     live, _ = source.load(torch.float32)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -109,7 +110,7 @@ def assert_same_weights(done: Exported, run: Run) -> None:
 
 def test_queries_and_keys_are_put_in_turns() -> None:
     rows = torch.arange(8.0)[:, None]
-    assert interleaved(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleave(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_scaled_rotary_embeddings_are_written_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,14 +133,14 @@ def test_scaled_rotary_embeddings_are_written_as_factors(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("arch", "settings", "says"),
     [
-        ("opt", {}, "gguf: a opt cannot be written here, and read back as a proof. Those that can: llama, "),
+        ("opt", {}, "gguf: a opt cannot be written. Those that can: llama, "),
         (
             "mistral",
             {"sliding_window": 8},
             "llama.cpp would compute another model: it attends to the last 8 tokens only",
         ),
         ("gemma2", {"query_pre_attn_scalar": 20}, "its scores are scaled by 20, not by the 16 of a head"),
-        ("gemma3_text", {"sliding_window_pattern": 2}, "do not take turns in sixes"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "do not alternate in sixes"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_weights_are_loaded(
@@ -158,9 +159,9 @@ def test_what_cannot_be_written_is_said_before_weights_are_loaded(
 
 
 def test_a_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="which is causal, is tuned for classify"):
+    with pytest.raises(ModelError, match=r"\(causal\) is tuned for classify"):
         written(finished("classify-causal"), tmp_path)
-    with pytest.raises(ModelError, match="which is encoder–decoder, is tuned for summarize"):
+    with pytest.raises(ModelError, match=r"\(encoder_decoder\) is tuned for summarize"):
         written(finished("summarize-encoder_decoder"), tmp_path)
 
 
@@ -168,8 +169,8 @@ def test_template_tokens_and_ends_are_in_the_file(tmp_path: Path) -> None:
     run = of_architecture("llama")
     done = written(run, tmp_path, proof=False, license="mit")
     path = next(done.path.glob("*.gguf"))
-    tokenizer = load.load_tokenizer(resolve_model.resolve_model(str(path)), None)
-    source = open_source(run, offline=True)
+    tokenizer = load.load_tokenizer(resolve_model(str(path)), None)
+    source = open_result(run, offline=True)
     assert tokenizer.chat_template == source.tokenizer.chat_template
     header = read_gguf(path).metadata
     assert header["tokenizer.ggml.eos_token_id"] == source.renderer.stop_ids[0]
@@ -196,7 +197,7 @@ def test_a_gguf_that_was_tuned_goes_back_to_one(tmp_path: Path, monkeypatch: pyt
     done = written(as_if_tuned(recipe, folder / "run"), tmp_path, quant="f32")
     assert done.found is not None
     assert done.found.kl < 1e-9
-    assert "llama.cpp splits text by its rule smollm: the GGUF that was tuned names it" in done.notes
+    assert "llama.cpp's pre-tokenizer is smollm: named in the GGUF that was tuned" in done.notes
 
 
 def smollm_like() -> Any:
@@ -208,9 +209,11 @@ def smollm_like() -> Any:
 
 
 def test_the_rule_of_splitting_text_is_found_and_never_overridden_in_silence() -> None:  # trap: A13
-    assert_rule_is_found(find_rule)
+    assert_rule_is_found(find_pre_tokenizer)
     with pytest.raises(AssertionError):
-        assert_rule_is_found(lambda tokenizer, *, given, of_gguf: find_rule(tiny_tokenizer(), given=None, of_gguf=None))
+        assert_rule_is_found(
+            lambda tokenizer, *, given, of_gguf: find_pre_tokenizer(tiny_tokenizer(), given=None, of_gguf=None)
+        )
 
 
 def assert_rule_is_found(find: Any) -> None:
@@ -218,14 +221,14 @@ def assert_rule_is_found(find: Any) -> None:
     assert find(tokenizer, given=None, of_gguf=None).name == "smollm"
     tokenizer.add_tokens([AddedToken("<new>", special=True)])  # which changes the hash, and not the rule
     found = find(tokenizer, given=None, of_gguf=None)
-    assert (found.name, found.how) == ("smollm", "found by the steps in its file")
+    assert (found.name, found.how) == ("smollm", "by the steps in its file")
 
 
 def test_a_rule_that_contradicts_the_tokenizer_is_refused() -> None:
-    with pytest.raises(ModelError, match="--pre: gpt-2: by its file this tokenizer splits text by the rule smollm"):
-        find_rule(smollm_like(), given="gpt-2", of_gguf=None)
-    with pytest.raises(ModelError, match="names the rule llama-bpe of splitting text, its tokenizer follows smollm"):
-        find_rule(smollm_like(), given=None, of_gguf="llama-bpe")
+    with pytest.raises(ModelError, match="--pre: gpt-2: by its file this tokenizer splits text by smollm"):
+        find_pre_tokenizer(smollm_like(), given="gpt-2", of_gguf=None)
+    with pytest.raises(ModelError, match="names the pre-tokenizer llama-bpe, but its tokenizer follows smollm"):
+        find_pre_tokenizer(smollm_like(), given=None, of_gguf="llama-bpe")
 
 
 def test_an_unknown_rule_has_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,29 +237,29 @@ def test_an_unknown_rule_has_to_be_named(tmp_path: Path, monkeypatch: pytest.Mon
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    with pytest.raises(ModelError, match="is none that is known here"):
-        find_rule(tokenizer, given=None, of_gguf=None)
-    assert rule_of_steps(tokenizer) is None
-    assert find_rule(tokenizer, given="gpt-2", of_gguf=None).how == "given by --pre"
+    with pytest.raises(ModelError, match="is unknown"):
+        find_pre_tokenizer(tokenizer, given=None, of_gguf=None)
+    assert pre_tokenizer_of_steps(tokenizer) is None
+    assert find_pre_tokenizer(tokenizer, given="gpt-2", of_gguf=None).how == "given by --pre"
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m" / "model")
     tokenizer.save_pretrained(tmp_path / "m" / "model")
     run = as_if_tuned(chat_recipe(tmp_path / "m"), tmp_path / "m" / "run")
-    with pytest.raises(ExportError, match="its tokens are others: fixed text 1 at token"):  # the proof finds it out
+    with pytest.raises(ExportError, match="its tokens differ: fixed text 1 at token"):  # the proof finds it out
         written(run, tmp_path, pre="gpt-2")
 
 
 def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
-    found = find_rule(tokenizer, given=None, of_gguf=None)
-    assert (found.name, found.how) == ("llama-bpe", "found by a hash of its tokens")
+    found = find_pre_tokenizer(tokenizer, given=None, of_gguf=None)
+    assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")
 
 
 @pytest.mark.parametrize("arch", UNKNOWN_TO_TRANSFORMERS)
 def test_what_only_tunesmith_reads_back_is_told_where_llama_cpp_is_not_there(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_file, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     done = written(of_architecture(arch), tmp_path, proof=False)
     assert any(
         f"transformers reads no GGUF of a {arch}, and llama-cpp-python is not installed" in n for n in done.notes
@@ -268,7 +271,7 @@ def test_a_file_with_another_number_of_weights_is_no_model(tmp_path: Path) -> No
     header = read_gguf(path)
     fewer = {**header.metadata, "smollm3.block_count": 4}
     with pytest.raises(ModelError, match=r"9 tensors are no weights of it, such as blk\.4\."):
-        unpack(path, GgufHeader(fewer, header.tensors), torch.float32)
+        _read_model(path, GgufHeader(fewer, header.tensors), torch.float32)
     more = {**header.metadata, "smollm3.block_count": 6}
     with pytest.raises(ModelError, match=r"blk\.5\.attn_q\.weight is missing"):
-        unpack(path, GgufHeader(more, header.tensors), torch.float32)
+        _read_model(path, GgufHeader(more, header.tensors), torch.float32)

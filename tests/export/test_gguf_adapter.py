@@ -15,12 +15,13 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, InputError, ModelError, RunError
-from tunesmith.export import gguf_adapter, gguf_read
-from tunesmith.export import source as source_module
-from tunesmith.export.exporting import Exported, export_run
-from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, find_architecture, in_halves, interleaved
-from tunesmith.export.options import Options
-from tunesmith.export.source import open_source, read_config
+from tunesmith.export import adapter as adapter_module
+from tunesmith.export import run_result
+from tunesmith.export.adapter import GGUF_ADAPTER, add_gguf_adapter
+from tunesmith.export.export_run import Exported, export_run
+from tunesmith.export.gguf_models import ARCHITECTURES, Architecture, deinterleave, find_architecture, interleave
+from tunesmith.export.run_result import open_result, read_config
+from tunesmith.export.target import ExportOptions
 from tunesmith.models.gguf import read_gguf
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.folder import Run
@@ -28,7 +29,7 @@ from tunesmith.runs.folder import Run
 
 def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True) -> Exported:
     return export_run(
-        run, "gguf-adapter", out=tmp_path / "out", options=Options(quant=quant), proof=proof, offline=True
+        run, "gguf-adapter", out=tmp_path / "out", options=ExportOptions(quant=quant), proof=proof, offline=True
     )
 
 
@@ -49,7 +50,7 @@ def assert_nothing_is_lost(done: Exported, run: Run) -> None:
     """Two tensors for each layer that was adapted, beside the weight that llama.cpp adapts there."""
     header = read_gguf(next(done.path.glob("*.gguf")))
     assert (header.metadata["general.type"], header.metadata["adapter.type"]) == ("adapter", "lora")
-    _, attachment = open_source(run, offline=True).load(torch.float32)
+    _, attachment = open_result(run, offline=True).load(torch.float32)
     assert attachment is not None
     assert len(header.tensors) == 2 * len(attachment.layers)
     shapes = sorted(header.tensors[name].shape for name in header.tensors)
@@ -64,7 +65,7 @@ def test_rows_in_another_order_fail_and_leave_nothing(tmp_path: Path, monkeypatc
     """llama.cpp's rotary embedding turns rows that stand next to each other."""
     quick(monkeypatch)
     run = of_architecture("llama")
-    monkeypatch.setattr(Architecture, "fitted_b", as_it_is)
+    monkeypatch.setattr(Architecture, "lora_b_to_gguf", as_it_is)
     with pytest.raises(ExportError, match=r"(q|k)_proj\.weight differs"):
         written(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +73,7 @@ def test_rows_in_another_order_fail_and_leave_nothing(tmp_path: Path, monkeypatc
 
 def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = of_architecture("llama")
-    monkeypatch.setattr(Architecture, "fitted_b", as_it_is)
+    monkeypatch.setattr(Architecture, "lora_b_to_gguf", as_it_is)
     done = written(run, tmp_path, proof=False)
     monkeypatch.undo()
     with pytest.raises(AssertionError):
@@ -81,23 +82,23 @@ def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def assert_same_answers(done: Exported, run: Run) -> None:
-    source = open_source(run, offline=True)
-    model = gguf_read.load_gguf_adapter(done.path, source.recipe).model
+    source = open_result(run, offline=True)
+    model: Any = GGUF_ADAPTER.load(done.path, source.recipe)
     live, _ = source.load(torch.float32)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
+        assert torch.allclose(model.model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
 
 
 def test_halves_and_turns_undo_each_other() -> None:
     rows = torch.arange(24.0).reshape(12, 2)
-    assert torch.equal(in_halves(interleaved(rows, 2), 2), rows)
-    assert in_halves(torch.arange(8.0)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(deinterleave(interleave(rows, 2), 2), rows)
+    assert deinterleave(torch.arange(8.0)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_layers_of_other_scales_share_one_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # trap: A7
     assert_scales_arrive(tmp_path, monkeypatch)
-    monkeypatch.setattr(gguf_adapter, "_fitted", lambda b_OR, layer, rank, alpha: b_OR)
+    monkeypatch.setattr(adapter_module, "scaled_b", lambda b_OR, layer, rank, alpha: b_OR)
     with pytest.raises(AssertionError):
         assert_scales_arrive(tmp_path, monkeypatch)
 
@@ -105,7 +106,7 @@ def test_layers_of_other_scales_share_one_alpha(tmp_path: Path, monkeypatch: pyt
 def assert_scales_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp knows one alpha and takes the rank from the tensors: what else scales a layer has to be in its B."""
     run = of_architecture("llama")
-    source = open_source(run, offline=True)
+    source = open_result(run, offline=True)
     live, attachment = source.load(torch.float32)
     assert attachment is not None
     for i, layer in enumerate(attachment.layers.values()):
@@ -113,10 +114,10 @@ def assert_scales_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "load", lambda self, dtype: (live, attachment))
         done = written(run, tmp_path, proof=False, quant="f32")
-    model = gguf_read.load_gguf_adapter(done.path, source.recipe).model
+    model: Any = GGUF_ADAPTER.load(done.path, source.recipe)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
+        assert torch.allclose(model.model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
 
 
 def test_what_stands_beside_it(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_what_stands_beside_it(tmp_path: Path) -> None:
     assert "convert_hf_to_gguf.py BASE --outfile base.gguf" in text
     assert str(base.parent) not in text  # a card is published: no folders of this machine
     assert card_head(done.path)["library_name"] == "gguf"
-    assert any("it needs a GGUF of the base beside it" in note for note in done.notes)
+    assert any("it needs a GGUF of the base" in note for note in done.notes)
 
 
 def test_an_adapter_of_a_gguf_goes_onto_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +159,8 @@ def of_gguf(folder: Path) -> Run:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"modules_to_save": ["lm_head"]}, "this adapter is more: it brings lm_head whole"),
-        ({"use_dora": True}, r"its weights are rescaled row by row \(DoRA\)"),
+        ({"modules_to_save": ["lm_head"]}, "this adapter has more: it brings lm_head whole"),
+        ({"use_dora": True}, r"it rescales rows of weights \(DoRA\)"),
         ({"trainable_token_indices": [5]}, "it brings rows of the embedding"),
         ({"target_modules": ["embed_tokens"]}, "it adapts embed_tokens"),
     ],
@@ -168,7 +169,7 @@ def test_more_than_low_rank_paths_is_refused_before_weights_are_loaded(
     change: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(of_architecture("llama").adapter_path)
-    monkeypatch.setattr(source_module, "read_config", lambda folder: {**config, **change})
+    monkeypatch.setattr(run_result, "read_config", lambda folder: {**config, **change})
     with pytest.raises(ModelError, match=says):
         written(of_architecture("llama"), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -185,19 +186,19 @@ def test_what_has_no_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     done = written(of_architecture("llama"), tmp_path, proof=False)
-    source = open_source(of_architecture("gpt2"), offline=True)
+    source = open_result(of_architecture("gpt2"), offline=True)
     model, _ = source.load(torch.float32)
     with pytest.raises(ModelError, match="not an adapter of a gpt2"):
-        gguf_read.add_adapter(model, next(done.path.glob("*.gguf")), source.config)
-    source = open_source(of_architecture("llama"), offline=True)
+        add_gguf_adapter(model, next(done.path.glob("*.gguf")), source.config)
+    source = open_result(of_architecture("llama"), offline=True)
     assert find_architecture(source.config, "x").name == "llama"
     smaller = tiny_model("llama", vocab_size=512, layers=1)
-    with pytest.raises(ModelError, match=r"tensors are beside no weight, such as blk\.1\."):
-        gguf_read.add_adapter(smaller, next(done.path.glob("*.gguf")), smaller.config)
+    with pytest.raises(ModelError, match=r"tensors belong to no weight, such as blk\.1\."):
+        add_gguf_adapter(smaller, next(done.path.glob("*.gguf")), smaller.config)
 
 
 def test_options_that_a_target_does_not_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--quant: means nothing to --to merged, only to gguf, gguf-adapter, ollama"):
-        export_run(finished("chat"), "merged", out=tmp_path / "out", options=Options(quant="q8_0"))
-    with pytest.raises(InputError, match=r"--bake-scale: means nothing to --to gguf, only to adapter"):
-        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=Options(bake_scale=True))
+    with pytest.raises(InputError, match=r"--quant: is not for --to merged, only for gguf, gguf-adapter, ollama"):
+        export_run(finished("chat"), "merged", out=tmp_path / "out", options=ExportOptions(quant="q8_0"))
+    with pytest.raises(InputError, match=r"--bake-scale: is not for --to gguf, only for adapter"):
+        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=ExportOptions(bake_scale=True))

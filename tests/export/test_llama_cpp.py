@@ -11,16 +11,19 @@ import torch
 
 from export.exports import of_architecture, quick
 from tunesmith.errors import ExportError
-from tunesmith.export import exporting, llama_cpp_read, probe, verify
-from tunesmith.export.exporting import Exported, export_run
+from tunesmith.export import export_run as export_run_module
+from tunesmith.export import llama_cpp, verify
+from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture
-from tunesmith.export.options import Options
+from tunesmith.export.target import ExportOptions
 
-needs_llama_cpp = pytest.mark.skipif(not llama_cpp_read.is_installed(), reason="llama-cpp-python is not installed")
+needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
 
 
 def exported(arch: str, target: str, folder: Path, quant: str = "f16") -> Exported:
-    return export_run(of_architecture(arch), target, out=folder / "out", options=Options(quant=quant), offline=True)
+    return export_run(
+        of_architecture(arch), target, out=folder / "out", options=ExportOptions(quant=quant), offline=True
+    )
 
 
 @needs_llama_cpp
@@ -48,19 +51,19 @@ def assert_agrees(done: Exported) -> None:
 def test_rows_in_another_order_are_seen_there(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own reader is not asked: what it would have in common with the writer, llama.cpp has not."""
     quick(monkeypatch)
-    monkeypatch.setattr(Architecture, "_heads_in_turns", lambda self, name, config: 0)
-    monkeypatch.setattr(verify, "judge", judged_right)
+    monkeypatch.setattr(Architecture, "num_interleaved", lambda self, name, config: 0)
+    monkeypatch.setattr(export_run_module, "judge", judged_right)
     with pytest.raises(AssertionError):
         assert_agrees(exported("llama", target, tmp_path))
 
 
-def judged_right(source: Any, *, tuned: Any, base: Any, seen: Any, **words: Any) -> Any:
-    return verify.compare(tuned, seen, base=base, labels=None)
+def judged_right(result: Any, tuned: Any, base: Any, exported: Any, **words: Any) -> Any:
+    return verify.compare(tuned, exported, base=base, labels=None)
 
 
 def test_without_it_nothing_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(verify, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     done = exported("llama", "gguf", tmp_path)
     assert done.in_llama_cpp is None
     assert json.loads((done.path / "verify.json").read_text())["llama_cpp"] is None
@@ -71,11 +74,11 @@ def test_what_llama_cpp_says_is_judged(tmp_path: Path, monkeypatch: pytest.Monke
     quick(monkeypatch)
 
     def doubled(source: Any, export: Any, folder: Path, probes: Any, *, work: Path) -> Any:
-        seen = probe.Seen.load(work.parent)
+        seen = verify.Outputs.load(work.parent)
         seen.logits[:] = [torch.from_numpy(rows).mul(2).numpy() for rows in seen.logits]
         return seen
 
-    monkeypatch.setattr(exporting.verify, "look_in_llama_cpp", doubled)
+    monkeypatch.setattr(verify, "llama_cpp_outputs", doubled)
     with pytest.raises(ExportError, match="nothing was kept"):
         exported("llama", "gguf", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -19,18 +19,19 @@ from export.exports import SHORT, card_head, finished, quick
 from faults import Faults, in_child, tree
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
-from tunesmith.export import card, exporting, merged, probe, verify
-from tunesmith.export.exporting import EXPORTS, Exported, export_run
-from tunesmith.export.options import Options
-from tunesmith.export.rows import find_probes
-from tunesmith.export.source import open_source, tuned_tensors
+from tunesmith.export import card, merged, verify
+from tunesmith.export import export_run as export_run_module
+from tunesmith.export.export_run import TARGETS, Exported, export_run
+from tunesmith.export.run_result import open_result, tuned_tensors
+from tunesmith.export.target import ExportOptions
+from tunesmith.export.verify import find_rows
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.modes import silence_transformers
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 
-KINDS = [
+QUANT_TYPES = [
     "chat",
     "full",
     "classify-encoder",
@@ -45,7 +46,7 @@ def exported(name: str, tmp_path: Path, **words: Any) -> Exported:
     return export_run(finished(name), "merged", out=tmp_path / "out", offline=True, **words)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUANT_TYPES)
 def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = exported(name, tmp_path)
@@ -68,9 +69,9 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
 
 
 def test_weights_are_base_plus_delta_in_float32_and_rounded_once(tmp_path: Path) -> None:
-    done = exported("chat", tmp_path, options=Options(dtype="bfloat16"), proof=False)
+    done = exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"), proof=False)
     saved = load_file(done.path / "model.safetensors")
-    expected = dict(tuned_tensors(*open_source(finished("chat"), offline=True).load(torch.float32)))
+    expected = dict(tuned_tensors(*open_result(finished("chat"), offline=True).load(torch.float32)))
     assert saved.keys() <= expected.keys()
     for name, tensor in saved.items():
         assert tensor.dtype == torch.bfloat16
@@ -83,7 +84,7 @@ def test_the_tokenizer_the_template_and_the_ends_are_those_of_training(tmp_path:
     ours = finished("chat").adapter_path
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (done.path / name).read_bytes() == (ours / name).read_bytes()
-    stops = open_source(finished("chat"), offline=True).renderer.stop_ids
+    stops = open_result(finished("chat"), offline=True).renderer.stop_ids
     ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) <= set(ends if isinstance(ends, list) else [ends])
     with silence_transformers():
@@ -92,7 +93,7 @@ def test_the_tokenizer_the_template_and_the_ends_are_those_of_training(tmp_path:
 
 def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    done = exported("chat", tmp_path, options=Options(license="apache-2.0"))
+    done = exported("chat", tmp_path, options=ExportOptions(license="apache-2.0"))
     head = card_head(done.path)
     report = json.loads(finished("chat").report_path.read_text())
     assert head.license == "apache-2.0"
@@ -130,7 +131,7 @@ def test_a_measure_without_an_interval_stands_in_the_card() -> None:
             },
         },
     }
-    table = card._measures(report)
+    table = card._results(report)
     assert "| 3.5000 | 3.2500 | – |" in table
     assert "| – | 2.0000 | 1.5000 to 2.5000 |" in table
 
@@ -159,14 +160,14 @@ def one_layer_lost(attachment: LoraAttachment) -> None:
     REAL_MERGE(attachment)
 
 
-REAL_MERGE = merged.merge
+REAL_MERGE = LoraAttachment.merge
 
 
 @pytest.mark.parametrize(
     ("bug", "says"),
     [
-        (lost, "it carries 0.0% of what tuning changed"),
-        (doubled, "of what tuning changed"),
+        (lost, "it carries 0.0% of the tuning effect"),
+        (doubled, "of the tuning effect"),
         (one_layer_lost, "1.mlp.down_proj"),
     ],
 )
@@ -174,8 +175,8 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
     bug: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A1
     quick(monkeypatch)
-    monkeypatch.setattr(merged, "merge", bug)
-    with pytest.raises(ExportError, match=r"nothing was kept: .*differs by .* of its size") as error:
+    monkeypatch.setattr(LoraAttachment, "merge", bug)
+    with pytest.raises(ExportError, match=r"nothing was kept: .*differs by .* of its norm") as error:
         exported("chat", tmp_path)
     assert says in str(error.value)
     assert "_proj.weight differs by" in str(error.value)
@@ -186,7 +187,7 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
 
 def assert_is_what_was_tuned(done: Exported) -> None:
     saved = load_file(done.path / "model.safetensors")
-    expected = dict(tuned_tensors(*open_source(finished("chat"), offline=True).load(torch.float32)))
+    expected = dict(tuned_tensors(*open_result(finished("chat"), offline=True).load(torch.float32)))
     assert all(torch.allclose(saved[name], expected[name], atol=1e-6) for name in saved)
 
 
@@ -196,7 +197,7 @@ def test_a_right_merge_is_what_was_tuned(tmp_path: Path) -> None:
 
 def test_another_base_is_refused_by_name() -> None:  # trap: A2
     source = finished("chat")
-    assert_base_is_checked(source, Path(source.recipe().model), refuse=exporting.open_source)
+    assert_base_is_checked(source, Path(source.recipe().model), refuse=open_result)
 
 
 def assert_base_is_checked(run: Run, base: Path, *, refuse: Any) -> None:
@@ -255,8 +256,8 @@ def test_what_a_kill_moved_aside_is_put_back(tmp_path: Path) -> None:
     first = exported("chat", tmp_path, proof=False).path
     first.rename(tmp_path / ".old-out")
     with pytest.raises(InputError, match="--dtype"):
-        exported("chat", tmp_path, options=Options(dtype="int3"))
-    exporting._tidy(tmp_path / "out")
+        exported("chat", tmp_path, options=ExportOptions(dtype="int3"))
+    export_run_module._clean_up(tmp_path / "out")
     assert (tmp_path / "out" / "verify.json").is_file()
 
 
@@ -264,33 +265,35 @@ def test_what_a_kill_moved_aside_is_put_back(tmp_path: Path) -> None:
     "name", ["chat", "classify-encoder", "tag-encoder", "summarize-encoder_decoder", "text-encoder"]
 )
 def test_rows_for_the_proof_are_found_without_the_data(name: str) -> None:
-    source = open_source(finished(name), offline=True)
+    source = open_result(finished(name), offline=True)
     data = source.recipe.data
     gone = data.model_copy(update={"train": (DataFile(path="/gone.jsonl"),), "eval": (DataFile(path="/gone.jsonl"),)})
-    found = find_probes(replace(source, recipe=source.recipe.model_copy(update={"data": gone})))
-    assert found.said == "fixed texts, since the run's data files are gone"
-    rows = probe.rows_of(source.renderer, found.examples, head=source.head, labels=source.labels, masked=0.15)
+    found = find_rows(replace(source, recipe=source.recipe.model_copy(update={"data": gone})))
+    assert found.described == "fixed texts, since the run's data files are gone"
+    rows = verify.encode_rows(source.renderer, found.examples, head=source.head, labels=source.labels, masked=0.15)
     assert len(rows) >= 1
 
 
 def test_an_adapter_that_does_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(verify, "look_at_tuned", lambda *given: (REAL_LOOK(*given)[0],) * 2)
+    monkeypatch.setattr(verify, "tuned_outputs", lambda *given: (REAL_LOOK(*given)[0],) * 2)
     done = exported("classify-encoder", tmp_path)
     assert "the adapter changes nothing on these rows" in done.notes
 
 
-REAL_LOOK = verify.look_at_tuned
+REAL_LOOK = verify.tuned_outputs
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     exported("chat", tmp_path, proof=False)
-    again = exported("chat", tmp_path, proof=False, options=Options(dtype="float16"))
+    again = exported("chat", tmp_path, proof=False, options=ExportOptions(dtype="float16"))
     assert load_file(again.path / "model.safetensors")["model.norm.weight"].dtype == torch.float16
 
 
 def test_no_room_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: np.rec.array([(0, 0, 10)], names="a,b,free")[0])
+    monkeypatch.setattr(
+        export_run_module.shutil, "disk_usage", lambda path: np.rec.array([(0, 0, 10)], names="a,b,free")[0]
+    )
     with pytest.raises(StorageError, match="bytes are needed, 10 are free"):
         exported("chat", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -300,8 +303,8 @@ def test_words_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--to: coreml: there is no such target"):
         export_run(finished("chat"), "coreml", out=tmp_path / "out")
     with pytest.raises(InputError, match=r"--quant: q3: not offered here\. One of f32, f16, bf16, q8_0, q6_k, "):
-        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=Options(quant="q3"))
-    assert "merged" in EXPORTS
+        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=ExportOptions(quant="q3"))
+    assert "merged" in TARGETS
 
 
 def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:
@@ -316,4 +319,4 @@ def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
     quick(monkeypatch)
     monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
     with pytest.raises(ExportError, match=r"Every weight is as near as rounding allows: try --dtype float32\."):
-        exported("chat", tmp_path, options=Options(dtype="bfloat16"))
+        exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"))

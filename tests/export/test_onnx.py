@@ -17,11 +17,11 @@ from export.exports import card_head, finished, of_architecture, of_encoder, qui
 from tiny_model import ENCODERS
 from tunesmith.data.batch import build_batch
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export import onnx_file, onnx_read
-from tunesmith.export.exporting import Exported, export_run
-from tunesmith.export.onnx_file import KNOWN
-from tunesmith.export.onnx_read import load_onnx
-from tunesmith.export.source import open_source, tuned_tensors
+from tunesmith.export import onnx
+from tunesmith.export.export_run import Exported, export_run
+from tunesmith.export.onnx import KNOWN
+from tunesmith.export.run_result import open_result
+from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load
 from tunesmith.models.forward import sequence_logits
 from tunesmith.runs.folder import Run
@@ -50,7 +50,6 @@ def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeyp
     assert done.found.kl < 1e-9  # float32 on both sides, added up in another order: 1e-15 to 1e-12 were measured
     assert done.found.top1 == 1.0
     assert done.found.carried == pytest.approx(1.0, abs=1e-4)
-    assert done.found.distance < 1e-6  # every weight was found by its name
     assert done.found.same_answers == done.found.answers == (0 if arch in ENCODERS else 6)
 
 
@@ -60,19 +59,16 @@ def test_every_head(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = exported(finished(name), tmp_path)
     assert done.found is not None
     assert done.found.kl < 1e-9
-    assert done.found.distance < 1e-6
 
 
 def test_weights_too_many_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(onnx_file, "MOST_IN_ONE_FILE", 1000)
+    monkeypatch.setattr(onnx, "MAX_FILE_BYTES", 1000)
     done = exported(of_encoder("bert"), tmp_path)
     assert (done.path / "model.onnx.data").stat().st_size > 10 * 1000
     assert (done.path / "model.onnx").stat().st_size < 1_000_000
     assert done.found is not None
-    assert done.found.distance < 1e-6
-    assert any("lie beside it in model.onnx.data" in note for note in done.notes)
-    assert_every_weight_is_there(done)
+    assert any("are in model.onnx.data" in note for note in done.notes)
 
 
 def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
@@ -83,19 +79,12 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     assert card_head(done.path)["library_name"] == "onnx"
     names = {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json", "labels.json"}
     assert names | {"README.md", "verify.json"} == {path.name for path in done.path.iterdir()}
-    tokens = AutoTokenizer.from_pretrained(done.path)(["Ada eats the plum", "red"], return_tensors="np", padding=True)
-    session = onnxruntime.InferenceSession(done.path / "model.onnx")
-    inputs = {one.name: tokens[one.name].astype("int64") for one in session.get_inputs()}
-    assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
-    live, _ = open_source(of_encoder("bert"), offline=True).load(torch.float32)
-    with torch.no_grad():
-        expected = live(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
-    assert np.allclose(session.run(["logits"], inputs)[0], expected, atol=1e-5)  # float32: order of additions
+    assert_computes_as_tuned(done)
 
 
 def test_the_last_token_is_known_by_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # trap: A10
     assert_padding_changes_nothing(tmp_path / "masked")
-    monkeypatch.setattr(onnx_file, "pools_last", lambda model: False)  # the model's own rule: not the padding's id
+    monkeypatch.setattr(onnx, "pools_last", lambda model: False)  # the model's own rule: not the padding's id
     with pytest.raises(AssertionError):
         assert_padding_changes_nothing(tmp_path / "by-id")
 
@@ -114,7 +103,7 @@ def assert_padding_changes_nothing(folder: Path) -> None:
             "attention_mask": np.array([[1, 1, 1, 1, 0, 0], [1] * 6]),
         },
     )[0]
-    live, _ = open_source(finished("classify-causal"), offline=True).load(torch.float32)
+    live, _ = open_result(finished("classify-causal"), offline=True).load(torch.float32)
     with torch.no_grad():
         expected = sequence_logits(live, batch_of(short)).numpy()
     assert np.allclose(alone, expected, atol=1e-5)
@@ -130,8 +119,8 @@ def batch_of(ids: list[int]) -> Batch:
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        ("summarize-encoder_decoder", "only encoders and models that go on with a text are written"),
-        ("qwen3_moe", "a qwen3_moe is not known to compute the same there. Those that do: llama, gpt2,"),
+        ("summarize-encoder_decoder", "only encoders and decoder-only models can be exported"),
+        ("qwen3_moe", "a qwen3_moe has not been shown to compute the same there. Those that do: llama, gpt2,"),
     ],
 )
 def test_what_does_not_go_is_said_before_weights_are_loaded(
@@ -146,7 +135,7 @@ def test_what_does_not_go_is_said_before_weights_are_loaded(
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_read, "NEEDED", ("onnxscript", "no_such_package"))
+    monkeypatch.setattr(onnx, "NEEDED", ("onnxscript", "no_such_package"))
     with pytest.raises(ModelError, match=r"no_such_package is not installed\. `.* -m pip install 'onnx"):
         exported(of_encoder("bert"), tmp_path)
 
@@ -155,16 +144,20 @@ def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A1
     quick(monkeypatch)
-    monkeypatch.setattr(onnx_file, "merge", lambda attachment: attachment.unload())
-    with pytest.raises(ExportError, match=r"it carries 0\.0% .*\.weight differs by .* of its size"):
+    monkeypatch.setattr(LoraAttachment, "merge", LoraAttachment.unload)
+    with pytest.raises(ExportError, match=r"it carries 0\.0% of the tuning effect"):
         exported(of_encoder("bert"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError):  # and without the proof the bug would have gone out
-        assert_every_weight_is_there(exported(of_encoder("bert"), tmp_path, proof=False))
+        assert_computes_as_tuned(exported(of_encoder("bert"), tmp_path, proof=False))
 
 
-def assert_every_weight_is_there(done: Exported) -> None:
-    source = open_source(of_encoder("bert"), offline=True)
-    found = dict(load_onnx(done.path, source.recipe).weights())
-    for name, tensor in tuned_tensors(*source.load(torch.float32)):
-        assert torch.allclose(found[name].float(), tensor, atol=1e-6), name
+def assert_computes_as_tuned(done: Exported) -> None:
+    tokens = AutoTokenizer.from_pretrained(done.path)(["Ada eats the plum", "red"], return_tensors="np", padding=True)
+    session = onnxruntime.InferenceSession(done.path / "model.onnx")
+    inputs = {one.name: tokens[one.name].astype("int64") for one in session.get_inputs()}
+    assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+    live, _ = open_result(of_encoder("bert"), offline=True).load(torch.float32)
+    with torch.no_grad():
+        expected = live(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
+    assert np.allclose(session.run(["logits"], inputs)[0], expected, atol=1e-5)  # float32: order of additions

@@ -17,8 +17,8 @@ from tiny_run import chats, tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError, ModelError, RecipeError, RunError
-from tunesmith.export import gguf_kinds
-from tunesmith.export.planned import check_planned, parse
+from tunesmith.export import llama_cpp
+from tunesmith.export.export_run import check_planned, parse_export
 from tunesmith.recipe.schema import Recipe
 
 
@@ -32,19 +32,19 @@ def notes(recipe: Recipe, tmp_path: Path) -> list[str]:
 
 
 def test_a_word_is_a_target_and_how_it_is_stored() -> None:
-    assert parse("merged:float16")[1].dtype == "float16"
-    assert (parse("gguf")[1].quant, parse("ollama:q4_0")[1].quant) == ("f16", "q4_0")
+    assert parse_export("merged:float16")[1].dtype == "float16"
+    assert (parse_export("gguf")[1].quant, parse_export("ollama:q4_0")[1].quant) == ("f16", "q4_0")
     for word, says in (("coreml", "there is no such target"), ("gguf:q3", "--quant: q3"), ("adapter:f16x", "--quant")):
         with pytest.raises(RecipeError, match=rf"export\.to: {word}: .*{says}"):
-            parse(word)
+            parse_export(word)
 
 
 @pytest.mark.parametrize(
     ("arch", "export", "method", "says"),
     [
-        ("opt", "gguf", {}, "a opt cannot be written here"),
+        ("opt", "gguf", {}, "a opt cannot be written"),
         ("mistral", "ollama:q8_0", {}, r"attends to the last 8 tokens only"),
-        ("llama", "gguf-adapter", {"name": "dora"}, r"rescaled row by row \(DoRA\)"),
+        ("llama", "gguf-adapter", {"name": "dora"}, r"rescales rows of weights \(DoRA\)"),
         ("llama", "gguf-adapter", {"also_train": ["lm_head"]}, "it brings lm_head whole"),
         ("llama", "adapter", {"name": "full"}, "every weight was tuned, so there is no adapter"),
     ],
@@ -61,7 +61,7 @@ def test_what_cannot_be_exported_is_said_before_training(
 
 
 def test_a_missing_quantiser_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_kinds, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     with pytest.raises(ModelError, match="llama-cpp-python is not installed"):
         notes(asking(tmp_path, "gguf:q4_k_m"), tmp_path)
 
@@ -69,14 +69,14 @@ def test_a_missing_quantiser_is_said_before_training(tmp_path: Path, monkeypatch
 def test_what_a_head_cannot_go_to_is_known_before_training_too(tmp_path: Path) -> None:
     recipe = task_recipe(tmp_path, "classify", "encoder", rows=8)
     recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"to": ("gguf",)})})
-    with pytest.raises(ModelError, match="a tokenizer of the kind WordLevel cannot be written here"):
+    with pytest.raises(ModelError, match=r"\(encoder\) is tuned for classify"):
         notes(recipe, tmp_path)
 
 
 def test_what_will_be_said_is_said_before(tmp_path: Path) -> None:
     assert notes(asking(tmp_path), tmp_path) == []
     said = notes(asking(tmp_path, "gguf", "gguf-adapter", "merged:bfloat16"), tmp_path)
-    assert any(note.startswith("gguf: llama.cpp splits text by its rule gpt-2") for note in said)
+    assert any(note.startswith("gguf: llama.cpp's pre-tokenizer is gpt-2") for note in said)
     assert any(note.startswith("gguf-adapter: it needs a GGUF of the base") for note in said)
     assert any(note.startswith("merged: weights are rounded from float32 to bfloat16") for note in said)
 

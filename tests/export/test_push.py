@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from export.exports import finished
 from tunesmith.cli.app import app
 from tunesmith.errors import ExportError, InputError
-from tunesmith.export import pushing
-from tunesmith.export.exporting import Exported, export_run
+from tunesmith.export import push as push_module
+from tunesmith.export.export_run import Exported, export_run
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -86,7 +86,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def test_one_commit_has_every_file_of_the_export(adapter: Exported, hub: str) -> None:
-    done = pushing.push(adapter.path, "me/tuned", endpoint=hub)
+    done = push_module.push(adapter.path, "me/tuned", endpoint=hub)
     paths = [path for path, _ in Hub.asked]
     assert [path for path in paths if "/commit/" in path] == ["/api/models/me/tuned/commit/main"]
     created = next(lines[0] for path, lines in Hub.asked if path.endswith("/repos/create"))
@@ -104,7 +104,7 @@ def test_one_commit_has_every_file_of_the_export(adapter: Exported, hub: str) ->
 
 
 def test_public_has_to_be_said(adapter: Exported, hub: str) -> None:
-    pushing.push(adapter.path, "me/tuned", private=False, endpoint=hub)
+    push_module.push(adapter.path, "me/tuned", private=False, endpoint=hub)
     assert not is_private(next(lines[0] for path, lines in Hub.asked if path.endswith("/repos/create")))
 
 
@@ -116,22 +116,22 @@ def is_private(asked: Any) -> bool:
 def test_a_hub_that_refuses_is_explained(adapter: Exported, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hub, "status", 403)
     with pytest.raises(ExportError, match=r"me/tuned: the hub did not take it: .*Use a token that may write there"):
-        pushing.push(adapter.path, "me/tuned", endpoint=hub)
+        push_module.push(adapter.path, "me/tuned", endpoint=hub)
     with pytest.raises(ExportError, match="the hub did not take it"):
-        pushing.push(adapter.path, "me/tuned", endpoint="http://127.0.0.1:9")
+        push_module.push(adapter.path, "me/tuned", endpoint="http://127.0.0.1:9")
 
 
 def test_what_is_no_export_or_no_name_is_refused(adapter: Exported, tmp_path: Path, no_sockets: None) -> None:
     with pytest.raises(InputError, match=r"no export: it has no verify\.json"):
-        pushing.push(tmp_path, "me/tuned")
+        push_module.push(tmp_path, "me/tuned")
     with pytest.raises(InputError, match="not a name of the hub"):
-        pushing.push(adapter.path, "me/tuned/again")
+        push_module.push(adapter.path, "me/tuned/again")
 
 
 def test_the_verb_pushes_a_folder_and_says_where(adapter: Exported, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pushing.push
+    real = push_module.push
     monkeypatch.setattr(
-        pushing, "push", lambda folder, name, *, private: real(folder, name, private=private, endpoint=hub)
+        push_module, "push", lambda folder, name, *, private: real(folder, name, private=private, endpoint=hub)
     )
     run = finished("chat")
     words = ["push", str(run.path), "me/tuned", "--from", str(adapter.path)]

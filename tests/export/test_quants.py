@@ -1,4 +1,4 @@
-"""Every kind of number of a GGUF: made, read back, held to its bound; where the quantiser fails, nothing is left."""
+"""Every kind of number of a GGUF: made, read back, held to its bound; where the llama_cpp fails, nothing is left."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from export.exports import of_architecture, quick
 from faults import limited_files
 from tunesmith.environment import install_command
 from tunesmith.errors import ExportError, ModelError, StorageError
-from tunesmith.export import exporting, gguf_file, gguf_kinds, llama_cpp_read, quantiser, verify
-from tunesmith.export.exporting import EXPORTS, Exported, export_run
-from tunesmith.export.gguf_kinds import KINDS, number_of
-from tunesmith.export.options import Options
+from tunesmith.export import export_run as export_run_module
+from tunesmith.export import gguf as gguf_module
+from tunesmith.export import llama_cpp, verify
+from tunesmith.export.export_run import TARGETS, Exported, export_run
+from tunesmith.export.gguf import QUANT_TYPES, ggml_type
+from tunesmith.export.run_result import open_result
+from tunesmith.export.target import ExportOptions
 from tunesmith.models.gguf import read_gguf
 from tunesmith.runs.folder import Run
 
-needs_llama_cpp = pytest.mark.skipif(not llama_cpp_read.is_installed(), reason="llama-cpp-python is not installed")
-OURS = [name for name, kind in KINDS.items() if not kind.by_llama_cpp]
-THEIRS = [name for name, kind in KINDS.items() if kind.by_llama_cpp]
+needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+OURS = [name for name, kind in QUANT_TYPES.items() if not kind.by_llama_cpp]
+THEIRS = [name for name, kind in QUANT_TYPES.items() if kind.by_llama_cpp]
 MOST_KL = {"f32": 1e-12, "f16": 1e-7, "bf16": 1e-5, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k_m": 4e-3, "q5_k_s": 4e-3,
            "q5_1": 4e-3, "q5_0": 4e-3, "q4_k_m": 2e-2, "q4_k_s": 2e-2, "q4_1": 2e-2, "q4_0": 2e-2}  # fmt: skip
 """About six times what was measured on the model of blocks."""
 
 
 def written(run: Run, folder: Path, quant: str, *, target: str = "gguf", proof: bool = True) -> Exported:
-    return export_run(run, target, out=folder / "out", options=Options(quant=quant), proof=proof, offline=True)
+    return export_run(run, target, out=folder / "out", options=ExportOptions(quant=quant), proof=proof, offline=True)
 
 
 def kinds_of(done: Exported) -> dict[str, str]:
@@ -61,16 +64,16 @@ def assert_is(done: Exported, quant: str, *, of_layers: str, of_output: str) -> 
     assert (kinds["blk.1.attn_q.weight"], kinds["output.weight"]) == (of_layers, of_output)
     assert kinds["output_norm.weight"] == "F32"  # vectors always are
     facts = read_gguf(next(done.path.glob("*.gguf"))).metadata
-    assert facts["general.file_type"] == int(KINDS[quant].file)
+    assert facts["general.file_type"] == int(QUANT_TYPES[quant].file)
     assert done.found is not None
     assert done.found.kl < MOST_KL[quant]
-    assert done.found.distance < KINDS[quant].bounds.weights
+    assert done.found.distance < QUANT_TYPES[quant].tolerances.weights
 
 
 def test_an_embedding_that_is_the_output_layer_is_as_fine_as_one() -> None:
-    kind = KINDS["q4_0"]
-    assert number_of("token_embd.weight", (512, 64), kind, is_tied=True).name == "Q8_0"
-    assert number_of("token_embd.weight", (512, 64), kind, is_tied=False).name == "Q4_0"
+    kind = QUANT_TYPES["q4_0"]
+    assert ggml_type("token_embd.weight", (512, 64), kind, is_tied=True).name == "Q8_0"
+    assert ggml_type("token_embd.weight", (512, 64), kind, is_tied=False).name == "Q4_0"
 
 
 @needs_llama_cpp
@@ -81,7 +84,7 @@ def test_rows_that_make_no_blocks_of_256_are_told_by_name(tmp_path: Path, monkey
     told = next(note for note in done.notes if "blocks of 256" in note)
     kinds = kinds_of(done)
     odd = [name for name, kind in kinds.items() if kind not in ("F32", "Q4_K", "Q6_K")]
-    assert told.startswith(f"{len(odd)} matrices cannot be cut into blocks of 256 and are of larger kinds (")
+    assert told.startswith(f"{len(odd)} matrices cannot be cut into blocks of 256 and have larger types (")
     assert "Q5_0" in told
     assert all(".".join(name.split(".")[-2:]) in told for name in odd)
     assert told.replace("_", "\\_") in (done.path / "README.md").read_text()
@@ -95,14 +98,14 @@ def test_matrices_that_make_no_blocks_of_32_are_told(tmp_path: Path) -> None:
 def test_without_llama_cpp_its_kinds_are_refused_before_weights_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_kinds, "is_installed", lambda: False)
-    monkeypatch.setattr(verify, "look_at_tuned", lambda *given: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(verify, "tuned_outputs", lambda *given: pytest.fail("weights were loaded"))
     for target in ("gguf", "ollama"):
         with pytest.raises(ModelError) as error:
             written(of_architecture("llama"), tmp_path, "q4_k_m", target=target)
         assert str(error.value) == (
-            "--quant: q4_k_m: llama.cpp's own quantiser makes it, and llama-cpp-python is not installed. "
-            f"`{install_command('llama-cpp')}` brings it; without it there are "
+            "--quant: q4_k_m: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it by "
+            f"`{install_command('llama-cpp')}`, or use one of "
             "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."
         )
     assert list(tmp_path.iterdir()) == []
@@ -113,21 +116,21 @@ def test_past_its_bound_a_kind_fails_says_what_rounds_less_and_leaves_nothing(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(monkeypatch)
-    kind = KINDS[quant]
-    narrow = dataclasses.replace(kind, bounds=dataclasses.replace(kind.bounds, kl=1e-9))
-    monkeypatch.setitem(KINDS, quant, narrow)
+    kind = QUANT_TYPES[quant]
+    narrow = dataclasses.replace(kind, tolerances=dataclasses.replace(kind.tolerances, kl=1e-9))
+    monkeypatch.setitem(QUANT_TYPES, quant, narrow)
     with pytest.raises(ExportError, match=rf"nothing was kept: its KL divergence .*try --quant {kind.finer}\."):
         written(of_architecture("llama", hidden=256), tmp_path, quant)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_weights_are_past_the_bound_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The widest bounds of all still tell a lost adapter from rounding."""
+    """The widest tolerances of all still tell a lost adapter from rounding."""
     quick(monkeypatch)
-    widest = max((kind.bounds for kind in KINDS.values()), key=lambda bounds: bounds.weights)
-    monkeypatch.setitem(KINDS, "f16", dataclasses.replace(KINDS["f16"], bounds=widest))
-    monkeypatch.setattr(gguf_file, "tuned_tensors", untuned)
-    with pytest.raises(ExportError, match=r"it carries -?\d+\.\d% of what tuning changed"):
+    widest = max((kind.tolerances for kind in QUANT_TYPES.values()), key=lambda tolerances: tolerances.weights)
+    monkeypatch.setitem(QUANT_TYPES, "f16", dataclasses.replace(QUANT_TYPES["f16"], tolerances=widest))
+    monkeypatch.setattr(gguf_module, "tuned_tensors", untuned)
+    with pytest.raises(ExportError, match=r"it carries -?\d+\.\d% of the tuning effect"):
         written(of_architecture("llama", hidden=256), tmp_path, "f16")
 
 
@@ -138,8 +141,8 @@ def untuned(model: Any, attachment: Any) -> Iterator[tuple[str, Any]]:
 
 @needs_llama_cpp
 def test_what_the_quantiser_says_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_file, "_write_file", lambda path, *rest: path.write_bytes(b"no GGUF") and 0)
-    with pytest.raises(ExportError, match=r"llama\.cpp's quantiser failed: .*magic"):
+    monkeypatch.setattr(gguf_module, "_write_file", lambda path, *rest: path.write_bytes(b"no GGUF") and 0)
+    with pytest.raises(ExportError, match=r"llama\.cpp's quantizer failed: .*magic"):
         written(of_architecture("llama", hidden=256), tmp_path, "q4_k_m", proof=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -147,50 +150,54 @@ def test_what_the_quantiser_says_is_told_and_nothing_is_left(tmp_path: Path, mon
 @needs_llama_cpp
 def test_a_disk_that_fills_under_the_quantiser_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own words are of streams; here the size of files is limited, and the disk says that it is full."""
-    real = quantiser.in_new_process
+    real = llama_cpp.run_module
 
     def in_little_room(module: str, *words: str, what: str) -> None:
         with limited_files(200_000):
             real(module, *words, what=what)
 
-    monkeypatch.setattr(quantiser, "in_new_process", in_little_room)
-    with pytest.raises(ExportError, match=r"llama\.cpp's quantiser failed"):
+    monkeypatch.setattr(llama_cpp, "run_module", in_little_room)
+    with pytest.raises(ExportError, match=r"llama\.cpp's quantizer failed"):
         written(of_architecture("llama", hidden=256), tmp_path, "q4_k_m", proof=False)
-    monkeypatch.setattr(exporting, "_check_room", lambda out, num_bytes: None)
+    monkeypatch.setattr(export_run_module, "_check_space", lambda out, num_bytes: None)
     full = np.rec.array([(0, 0, 10)], names="a,b,free")[0]
-    monkeypatch.setattr(quantiser.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(llama_cpp.shutil, "disk_usage", lambda path: full)
     with pytest.raises(StorageError, match=r"cannot be written \([\d,]+ bytes needed\): ENOSPC: .* Free some space"):
         written(of_architecture("llama", hidden=256), tmp_path, "q4_k_m", proof=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_room_is_counted_for_what_is_only_there_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that the quantiser reads; the base that llama.cpp puts an adapter on."""
-    monkeypatch.setattr(verify, "is_installed", lambda: True)
-    source = exporting.open_source(of_architecture("llama", hidden=256), offline=True)
-    num_params = gguf_file.size(source.weights).num_params
-    assert EXPORTS["gguf"].num_bytes(source, Options(quant="f16")) == 2 * num_params
-    assert EXPORTS["gguf"].num_bytes(source, Options(quant="q4_k_m")) >= int(2 * num_params + num_params * 8.5 / 8)
-    without = verify.room_for_proof(source, EXPORTS["gguf"])
-    assert verify.room_for_proof(source, EXPORTS["gguf-adapter"]) == without + 4 * num_params
+    """The file that the quantizer reads; the base that llama.cpp puts an adapter on."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    source = open_result(of_architecture("llama", hidden=256), offline=True)
+    num_params = gguf_module.size(source.weights).num_params
+    assert TARGETS["gguf"].num_bytes(source, ExportOptions(quant="f16")) == 2 * num_params
+    assert TARGETS["gguf"].num_bytes(source, ExportOptions(quant="q4_k_m")) >= int(
+        2 * num_params + num_params * 8.5 / 8
+    )
+    without = verify.disk_space(source, TARGETS["gguf"])
+    assert verify.disk_space(source, TARGETS["gguf-adapter"]) == without + 4 * num_params
     seen = 32 * 8 * 4 * source.config.vocab_size
     assert without == 2 * seen  # by transformers and by llama.cpp
-    monkeypatch.setattr(verify, "is_installed", lambda: False)
-    assert verify.room_for_proof(source, EXPORTS["gguf-adapter"]) == seen
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    assert verify.disk_space(source, TARGETS["gguf-adapter"]) == seen
 
 
 def test_names_are_those_of_llama_cpp() -> None:
     known = {one.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for one in gguf.LlamaFileType}
-    assert set(KINDS) <= known
+    assert set(QUANT_TYPES) <= known
 
 
 def test_a_finer_kind_has_no_wider_bound() -> None:
-    for kind in KINDS.values():
+    for kind in QUANT_TYPES.values():
         if kind.finer:
-            assert dataclasses.astuple(KINDS[kind.finer].bounds) <= dataclasses.astuple(kind.bounds)
+            assert dataclasses.astuple(QUANT_TYPES[kind.finer].tolerances) <= dataclasses.astuple(kind.tolerances)
 
 
-def test_verify_json_has_the_bounds_of_the_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_json_has_the_tolerances_of_the_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = written(of_architecture("llama", hidden=256), tmp_path, "q4_0")
-    assert json.loads((done.path / "verify.json").read_text())["bounds"] == dataclasses.asdict(KINDS["q4_0"].bounds)
+    assert json.loads((done.path / "verify.json").read_text())["bounds"] == dataclasses.asdict(
+        QUANT_TYPES["q4_0"].tolerances
+    )

@@ -17,7 +17,7 @@ from export.test_gguf_adapter import of_gguf
 from tunesmith.cli import other_servers
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError
-from tunesmith.export.starting import start_llama_cpp, start_vllm
+from tunesmith.export.server_commands import llama_cpp_command, vllm_command
 from tunesmith.runs.folder import Run
 
 SAYS = """#!{python}
@@ -92,15 +92,15 @@ def test_print_shows_what_would_be_done_and_does_nothing() -> None:
 def test_a_run_of_a_gguf_is_its_adapter_on_that_file_where_templates_can_be_given(tmp_path: Path) -> None:
     gguf_run = of_gguf(tmp_path / "gguf")
     where: dict[str, Any] = {"host": "127.0.0.1", "port": 1, "root": gguf_run.path.parent, "offline": True}
-    start = start_llama_cpp([str(gguf_run.path)], "llama-server", "python", **where)
+    start = llama_cpp_command([str(gguf_run.path)], "llama-server", "python", **where)
     assert option(start.words, "--model") == str(Path(gguf_run.recipe().model).absolute())
     assert option(start.words, "--lora").endswith("-lora-f16.gguf")
     assert option(start.words, "--chat-template-file").endswith("chat_template.jinja")
     assert [need.target for need in start.needs] == ["gguf-adapter"]
-    start = start_llama_cpp([str(gguf_run.path)], "llama_cpp.server", "python", **where)
+    start = llama_cpp_command([str(gguf_run.path)], "llama_cpp.server", "python", **where)
     assert start.words[:3] == ["python", "-m", "llama_cpp.server"]
     assert [need.target for need in start.needs] == ["gguf"]
-    assert [need.target for need in start_vllm([str(gguf_run.path)], **where).needs] == ["merged"]
+    assert [need.target for need in vllm_command([str(gguf_run.path)], **where).needs] == ["merged"]
 
 
 # trap: S9
@@ -113,14 +113,14 @@ def names_stay_words(run: Run) -> None:
         link.symlink_to(run.path)
         try:
             with pytest.raises(InputError, match="its name cannot be a word"):
-                start_vllm([str(link)], **where)
+                vllm_command([str(link)], **where)
         finally:
             link.unlink()
 
 
 def test_a_name_is_never_read_as_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     names_stay_words(finished("chat"))
-    monkeypatch.setattr("tunesmith.export.starting._name", lambda source: source.run.path.name)
+    monkeypatch.setattr("tunesmith.export.server_commands._name", lambda source: source.run.path.name)
     with pytest.raises(pytest.fail.Exception):
         names_stay_words(finished("chat"))
 

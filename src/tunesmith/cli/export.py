@@ -10,11 +10,11 @@ import typer
 from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, remember_json
 
 if TYPE_CHECKING:
-    from tunesmith.export.exporting import Exported
+    from tunesmith.export.export_run import Exported
     from tunesmith.runs.folder import Run
 
 PHASES = {
-    "tuned": "looking at the tuned model",
+    "tuned": "running the tuned model",
     "write": "writing",
     "verify": "comparing in a new process",
 }
@@ -27,86 +27,88 @@ def export(
         str, typer.Option("--to", metavar="TARGET", help="merged, adapter, gguf, gguf-adapter, ollama, onnx.")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to put it; else the run's folder exports.")
+        Path | None, typer.Option(metavar="DIR", help="Output folder (default: exports/ in the run).")
     ] = None,
     quant: Annotated[
         str,
         typer.Option(
             metavar="KIND",
-            help="How matrices of a GGUF are stored: f32, f16, bf16; for gguf and ollama also q8_0, q6_k, q5_k_m, "
-            "q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.",
+            help="Type of the matrices of a GGUF: f32, f16, bf16; for gguf and ollama also q8_0, q6_k, q5_k_m, q5_k_s, "
+            "q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.",
         ),
     ] = "f16",
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="merged: what weights are stored in.")
+        str, typer.Option(metavar="float32|bfloat16|float16", help="merged: dtype of the weights.")
     ] = "auto",
     bake_scale: Annotated[
-        bool, typer.Option("--bake-scale", help="adapter: for servers that ignore rank-stabilised scaling.")
+        bool, typer.Option("--bake-scale", help="adapter: for servers that ignore rank-stabilized scaling.")
     ] = False,
     pre: Annotated[
-        str | None, typer.Option(metavar="NAME", help="gguf, ollama: llama.cpp's rule of splitting text.")
+        str | None, typer.Option(metavar="NAME", help="gguf, ollama: llama.cpp's name of the pre-tokenizer.")
     ] = None,
     merge_into: Annotated[
-        str, typer.Option(metavar="original|dequantized", help="qlora: which weights of the base to take.")
+        str, typer.Option(metavar="original|dequantized", help="qlora: weights of the base to merge into.")
     ] = "original",
-    license: Annotated[str | None, typer.Option(metavar="ID", help="Licence in the model card.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="License in the model card.")] = None,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare it with the tuned model; the card says so.")
+        bool, typer.Option("--no-verify", help="Skip the comparison with the tuned model; the card says so.")
     ] = False,
     model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a run into something others use, and prove that it is what was tuned.
+    """Export a run for other programs, and check that it equals the tuned model.
 
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.display import phases
     from tunesmith.cli.streams import console
-    from tunesmith.export.exporting import export_run
-    from tunesmith.export.options import Options
+    from tunesmith.export.export_run import export_run
+    from tunesmith.export.target import ExportOptions
     from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
-    options = Options(dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license)
+    options = ExportOptions(
+        dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license
+    )
     with phases(console(stderr=True), PHASES) as progress:
         done = export_run(
             found, to, out=out, options=options, proof=not no_verify, offline=offline, on_progress=progress
         )
-    _tell(done, as_json=as_json)
+    _report(done, as_json=as_json)
 
 
 def make_planned(run: Run, *, as_json: bool) -> None:
-    """The exports that a finished run's recipe asks for, each told when it is there."""
+    """Make the exports of a finished run's recipe, and report each."""
     from tunesmith.cli.display import phases
     from tunesmith.cli.streams import console
-    from tunesmith.export.planned import export_planned
+    from tunesmith.export.export_run import export_planned
 
     for word in run.recipe().export.to:
         with phases(console(stderr=True), PHASES) as progress:
             done = export_planned(run, word, on_progress=progress)
-        _tell(done, as_json=as_json)
+        _report(done, as_json=as_json)
 
 
-def _tell(done: Exported, *, as_json: bool) -> None:
+def _report(done: Exported, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from tunesmith.cli.streams import json_line
 
     if not as_json:
-        _draw(done)
+        _print(done)
         return
     values = {"target": done.target, "path": str(done.path), "verified": done.found is not None}
     numbers = None if done.found is None else asdict(done.found)
-    json_line({"kind": "export", **values, "proof": numbers, "bounds": asdict(done.bounds), "notes": list(done.notes)})
+    json_line({"kind": "export", **values, "proof": numbers, "bounds": asdict(done.allowed), "notes": list(done.notes)})
 
 
-def _draw(done: Exported) -> None:
+def _print(done: Exported) -> None:
     from tunesmith.cli.render import visible
     from tunesmith.cli.streams import console
-    from tunesmith.export.card import proof_lines
+    from tunesmith.export.card import comparison_lines
 
     screen = console()
     for note in done.notes:
@@ -114,7 +116,7 @@ def _draw(done: Exported) -> None:
     if done.found is None:
         screen.print("not verified (--no-verify): nobody has compared it with the tuned model", style="yellow")
     else:
-        screen.print(f"same as what was tuned, on {done.found.rows} {done.rows}, loaded by {done.loaded_by}:")
-        for what, value, bound in proof_lines(done.found, done.bounds):
+        screen.print(f"equal to the tuned model on {done.found.rows} {done.rows}, loaded by {done.loaded_by}:")
+        for what, value, bound in comparison_lines(done.found, done.allowed):
             screen.print(f"  {what}: {value}" + (f" (allowed {bound})" if bound else ""))
     screen.print(f"{done.target} in {done.path}")

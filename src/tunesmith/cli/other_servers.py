@@ -17,7 +17,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
-    from tunesmith.export.starting import Start
+    from tunesmith.export.server_commands import ServerCommand
 
 Program = Literal["vllm", "llama-server", "llama_cpp.server"]
 ENGINES = ("own", "vllm", "llama.cpp")
@@ -56,7 +56,7 @@ def serve_elsewhere(
         options = ", ".join("--" + OWN_ONLY[name] for name in foreign)
         raise InputError(f"{options}: for --engine own alone. {engine} has its own: start it by hand from --print.")
     check_extra()
-    from tunesmith.export.starting import start_llama_cpp, start_vllm
+    from tunesmith.export.server_commands import llama_cpp_command, vllm_command
     from tunesmith.serve.keys import read_keys
     from tunesmith.serve.listening import bind
 
@@ -75,26 +75,26 @@ def serve_elsewhere(
         "base": how["base"],
     }
     if program == "vllm":
-        start = start_vllm(targets, **where)
+        command = vllm_command(targets, **where)
     else:
-        start = start_llama_cpp(targets, program, sys.executable, **where)
+        command = llama_cpp_command(targets, program, sys.executable, **where)
     if how["only_print"]:
-        _print(start, program, has_key=bool(keys), as_json=how["as_json"])
+        _print(command, program, has_key=bool(keys), as_json=how["as_json"])
     else:
-        _become(start, program, keys, offline=how["offline"])
+        _become(command, program, keys, offline=how["offline"])
 
 
-def _become(start: Start, program: Program, keys: Sequence[str], *, offline: bool) -> None:
-    _export(start, offline=offline)
+def _become(command: ServerCommand, program: Program, keys: Sequence[str], *, offline: bool) -> None:
+    _export(command, offline=offline)
     screen = console(stderr=True)
-    screen.print(visible(f"served by {program} as {', '.join(start.names)}: {shlex.join(start.words)}"))
+    screen.print(visible(f"served by {program} as {', '.join(command.names)}: {shlex.join(command.words)}"))
     if program == "llama_cpp.server":
         screen.print(PENALTY, style="bright_black")
-    path = shutil.which(start.words[0]) or _beside_python(start.words[0])
+    path = shutil.which(command.words[0]) or _beside_python(command.words[0])
     assert path is not None, "it was there a moment ago"
     environment = {**os.environ, **({KEY_VARIABLES[program]: keys[0]} if keys else {})}
     # The other program takes this one's place: signals and its exit code are its own.
-    os.execve(path, start.words, environment)
+    os.execve(path, command.words, environment)
 
 
 def _program(engine: str, *, must_be_there: bool) -> Program:
@@ -122,25 +122,25 @@ def _beside_python(name: str) -> str | None:
     return str(path) if os.access(path, os.X_OK) else None
 
 
-def _print(start: Start, program: str, *, has_key: bool, as_json: bool) -> None:
-    exports = [["tunesmith", "export", str(need.run.path), "--to", need.target] for need in start.needs]
-    missing = [words for words, need in zip(exports, start.needs, strict=True) if not need.folder.exists()]
+def _print(command: ServerCommand, program: str, *, has_key: bool, as_json: bool) -> None:
+    exports = [["tunesmith", "export", str(need.run.path), "--to", need.target] for need in command.needs]
+    missing = [words for words, need in zip(exports, command.needs, strict=True) if not need.folder.exists()]
     if as_json:
-        json_line({"kind": "command", "first": missing, "words": start.words, "names": start.names})
+        json_line({"kind": "command", "first": missing, "words": command.words, "names": command.names})
         return
     screen = console()
     for words in missing:
         screen.print(shlex.join(words), soft_wrap=True)
     key = f'{KEY_VARIABLES[program]}="$TUNESMITH_API_KEY" ' if has_key else ""
-    screen.print(key + shlex.join(start.words), soft_wrap=True)
+    screen.print(key + shlex.join(command.words), soft_wrap=True)
 
 
-def _export(start: Start, *, offline: bool) -> None:
+def _export(command: ServerCommand, *, offline: bool) -> None:
     from tunesmith.cli.display import phases
     from tunesmith.cli.export import PHASES
-    from tunesmith.export.exporting import export_run
+    from tunesmith.export.export_run import export_run
 
-    for need in start.needs:
+    for need in command.needs:
         if not need.folder.exists():
             with phases(console(stderr=True), PHASES) as progress:
                 export_run(need.run, need.target, offline=offline, on_progress=progress)

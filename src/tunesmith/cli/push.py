@@ -13,18 +13,18 @@ from tunesmith.cli.options import Json, Root, RunName, remember_json
 def push(
     ctx: typer.Context,
     run: RunName,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the model on the hub: owner/name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the hub: owner/name.")],
     folder: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="An exported folder; else the run's export --to.")
+        Path | None, typer.Option("--from", metavar="DIR", help="Exported folder (default: the run's export of --to).")
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="TARGET", help="Which of the run's exports; made if it is not there.")
+        str | None, typer.Option("--to", metavar="TARGET", help="Export of the run; made if it does not exist.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Everybody can see it; else only you.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make it public (default: private).")] = False,
     root: Root = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Upload what was exported to the Hugging Face hub. Nothing is ever uploaded otherwise.
+    """Upload an export to the Hugging Face hub. No other command uploads anything.
 
     tunesmith push last me/support-lora
 
@@ -37,8 +37,8 @@ def push(
     from tunesmith.cli.export import PHASES
     from tunesmith.cli.render import size
     from tunesmith.cli.streams import console, json_line
-    from tunesmith.export.exporting import default_folder, export_run
-    from tunesmith.export.pushing import push as upload
+    from tunesmith.export.export_run import default_folder, export_run
+    from tunesmith.export.push import push as upload
     from tunesmith.formatting import plural
     from tunesmith.runs.folder import Run
 

@@ -80,7 +80,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
         from tunesmith.training import trainer as training
 
         if recipe.export.to:
-            from tunesmith.export.planned import check_planned
+            from tunesmith.export.export_run import check_planned
 
             for note in check_planned(recipe, root=root, offline=offline):
                 watch.note(note)

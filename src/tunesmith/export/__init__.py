@@ -1,1 +1,1 @@
-"""From a run to something others use: one file a target, a proof that it is what was tuned, and a model card."""
+"""Export of a run for other programs: a file for each target, a check against the tuned model, and a model card."""

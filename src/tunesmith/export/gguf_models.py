@@ -1,9 +1,9 @@
-"""How models go into a GGUF: the facts of each architecture, and what llama.cpp wants of its weights.
+"""The architectures that can be written as GGUF: header keys, limits of llama.cpp, and layout of weights.
 
-Source: the converters of llama.cpp (conversion/*.py) and its graphs, which say what is read and what is fixed in code.
+Source: the converters of llama.cpp (conversion/*.py) and its graphs, which define what is read.
 """
 
-# H heads, D dimensions of a head, O outputs
+# H heads, D dimensions of a head, O outputs, R rank
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tunesmith.errors import ModelError
 
 Facts = dict[str, Any]
-"""Keys of the header behind the architecture's name, with ints and floats as values."""
+"""Header keys without the architecture's name; values are bools, ints and floats."""
 
-REPACKED = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,64 +30,60 @@ class Architecture:
 
     name: str
     facts: Callable[[PreTrainedConfig], Facts]
-    limits: Callable[[PreTrainedConfig], list[str]] = lambda config: []
-    """What of a config llama.cpp does not compute, in words; nothing is then written."""
-    pairs_interleaved: bool = False
-    """Rotary pairs of queries and keys stand next to each other instead of in halves."""
+    limits: Callable[[PreTrainedConfig], list[str]]
+    """Parts of a config that llama.cpp does not compute, in words; such a model is not written."""
+    interleaves: bool = False
+    """Whether llama.cpp rotates neighboring rows of queries and keys instead of halves."""
     norm_offset: float = 0.0
     """Added to the weights of norms."""
-    transposed: tuple[str, ...] = ()
-    """Ends of the names of weights that lie [inputs, outputs]."""
+    transposed: tuple[str, ...] = ("\0",)
+    """Name endings of weights that are stored [inputs, outputs]."""
     rope_factors: bool = False
-    """A scaled rotary embedding is written as a factor a frequency."""
+    """Whether scaled rotary frequencies are written as factors."""
 
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if name.endswith(self.transposed or "\0") else shape
-
-    def fitted(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """A weight as llama.cpp wants it; `name` is that of transformers."""
-        if name.endswith(self.transposed or "\0"):
+    def to_gguf(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """A weight in llama.cpp's layout; `name` is that of transformers."""
+        if name.endswith(self.transposed):
             return tensor.t().contiguous()
-        if self.norm_offset and name.endswith("norm.weight"):
+        if name.endswith("norm.weight"):
             return tensor + self.norm_offset
-        num_heads = self._heads_in_turns(name, config)
-        return interleaved(tensor, num_heads) if num_heads else tensor
+        return self.lora_b_to_gguf(name, tensor, config)
 
-    def fitted_b(self, name: str, b_OR: Tensor, config: PreTrainedConfig) -> Tensor:
-        """The B of a low-rank path beside the weight `name`: its rows stand as those of the weight do there."""
-        num_heads = self._heads_in_turns(name, config)
-        return interleaved(b_OR, num_heads) if num_heads else b_OR
+    def lora_b_to_gguf(self, name: str, b_OR: Tensor, config: PreTrainedConfig) -> Tensor:
+        """The B of a low-rank path of the weight `name`, with the row order of that weight."""
+        num_heads = self.num_interleaved(name, config)
+        return interleave(b_OR, num_heads) if num_heads else b_OR
 
-    def unfitted(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """The other way: a weight from there, or what is added to a matrix there, as transformers has it."""
-        if name.endswith(self.transposed or "\0"):
+    def from_gguf(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """The inverse of `to_gguf`, also for a sum of low-rank paths (delta) of a matrix."""
+        if name.endswith(self.transposed):
             return tensor.t()
-        if self.norm_offset and name.endswith("norm.weight"):
+        if name.endswith("norm.weight"):
             return tensor - self.norm_offset
-        num_heads = self._heads_in_turns(name, config)
-        return in_halves(tensor, num_heads) if num_heads else tensor
+        num_heads = self.num_interleaved(name, config)
+        return deinterleave(tensor, num_heads) if num_heads else tensor
 
-    def _heads_in_turns(self, name: str, config: PreTrainedConfig) -> int:
-        """Heads of a weight whose rows are reordered, 0 for the others."""
-        if not self.pairs_interleaved or not (".q_proj." in name or ".k_proj." in name):
+    def num_interleaved(self, name: str, config: PreTrainedConfig) -> int:
+        """Heads of a weight whose rows are reordered; 0 for other weights."""
+        if not self.interleaves or not (".q_proj." in name or ".k_proj." in name):
             return 0
         return int(config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
 
 
-def interleaved(tensor: Tensor, num_heads: int) -> Tensor:
-    """[H·D, …] with the two halves of each head's rows put in turns: first of the first, first of the second, …"""
+def interleave(tensor: Tensor, num_heads: int) -> Tensor:
+    """[H·D, …] with the two halves of each head's rows interleaved."""
     halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
-def in_halves(tensor: Tensor, num_heads: int) -> Tensor:
-    """The other way: every second row of a head is of its first half."""
+def deinterleave(tensor: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `interleave`."""
     heads = tensor.reshape(num_heads, tensor.shape[0] // num_heads, -1)
     return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
 
 
 def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by; None where they are the plain ones."""
+    """The divisor of each rotary frequency; None if the frequencies are not scaled."""
     if _rope(config).get("rope_type", "default") == "default":
         return None
     rotary: Any = model.get_submodule(f"{model.base_model_prefix}.rotary_emb")
@@ -109,8 +105,7 @@ def _theta(config: Any) -> float:
     return float(_rope(config)["rope_theta"])
 
 
-def sizes(config: Any) -> Facts:
-    """What every architecture has; transformers knows a config's numbers by these names, whatever it calls them."""
+def _sizes(config: Any) -> Facts:
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -121,7 +116,7 @@ def sizes(config: Any) -> Facts:
 
 def _decoder(config: Any) -> Facts:
     return {
-        **sizes(config),
+        **_sizes(config),
         "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -151,7 +146,7 @@ def _phi3(config: Any) -> Facts:
 
 def _gpt2(config: Any) -> Facts:
     return {
-        **sizes(config),
+        **_sizes(config),
         "feed_forward_length": config.n_inner or 4 * config.n_embd,
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
     }
@@ -171,31 +166,31 @@ def _window(config: Any) -> list[str]:
     return [f"it attends to the last {window} tokens only (sliding_window)"] if window and uses else []
 
 
-def _of_llama(config: Any) -> list[str]:
+def _llama_limits(config: Any) -> list[str]:
     return _plain_rope(config, factors=True) + _window(config)
 
 
-def _of_qwen(config: Any) -> list[str]:
+def _qwen_limits(config: Any) -> list[str]:
     return _plain_rope(config) + _window(config)
 
 
-def _of_gemma(config: Any) -> list[str]:
+def _gemma_limits(config: Any) -> list[str]:
     problems = _plain_rope(config)
-    if config.hidden_act not in ("gelu_pytorch_tanh", "gelu"):  # older files say gelu, and mean the other
+    if config.hidden_act not in ("gelu_pytorch_tanh", "gelu"):  # older files say gelu and mean its tanh form
         problems.append(f"its activation is {config.hidden_act}")
     return problems
 
 
-def _of_smollm3(config: Any) -> list[str]:
+def _smollm3_limits(config: Any) -> list[str]:
     problems = _plain_rope(config)
     if list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]:
-        problems.append("not just every fourth layer of it is without a rotary embedding")
+        problems.append("other layers than every fourth have no rotary embedding")
     if config.use_sliding_window:
         problems.append(f"some of its layers attend to the last {config.sliding_window} tokens only")
     return problems
 
 
-def _of_gemma2(config: Any) -> list[str]:
+def _gemma2_limits(config: Any) -> list[str]:
     return _plain_rope(config) + _gemma_scale(config)
 
 
@@ -205,47 +200,44 @@ def _gemma_scale(config: Any) -> list[str]:
     return [f"its scores are scaled by {config.query_pre_attn_scalar}, not by the {_head_dim(config)} of a head"]
 
 
-def _of_gemma3(config: Any) -> list[str]:
+def _gemma3_limits(config: Any) -> list[str]:
     problems = _plain_rope(config) + _gemma_scale(config)
     due = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
     if list(config.layer_types) != due:
-        problems.append("its layers do not take turns in sixes: five that look near, one that looks far")
+        problems.append("its layers do not alternate in sixes: five with a sliding window, one without")
     near = config.rope_parameters.get("sliding_attention", {}).get("rope_theta", 10_000)
-    return problems + ([f"its near layers rotate by the base {near:g}, not by 10000"] if near != 10_000 else [])
+    return problems + ([f"its sliding layers have the rotary base {near:g}, not 10000"] if near != 10_000 else [])
 
 
-def _of_gpt2(config: Any) -> list[str]:
+def _gpt2_limits(config: Any) -> list[str]:
     odd = config.activation_function not in ("gelu_new", "gelu_pytorch_tanh")
     return [f"its activation is {config.activation_function}"] if odd else []
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", _llama, _of_llama, pairs_interleaved=True, rope_factors=True),
-    "mistral": Architecture("llama", _llama, _of_llama, pairs_interleaved=True, rope_factors=True),
-    "qwen2": Architecture("qwen2", _decoder, _of_qwen),
-    "qwen3": Architecture("qwen3", _decoder, _of_qwen),
-    "gemma": Architecture("gemma", _decoder, _of_gemma, norm_offset=1.0),
-    "gemma2": Architecture("gemma2", _gemma2, _of_gemma2, norm_offset=1.0),
-    "gemma3_text": Architecture("gemma3", _gemma2, _of_gemma3, norm_offset=1.0),
+    "llama": Architecture("llama", _llama, _llama_limits, interleaves=True, rope_factors=True),
+    "mistral": Architecture("llama", _llama, _llama_limits, interleaves=True, rope_factors=True),
+    "qwen2": Architecture("qwen2", _decoder, _qwen_limits),
+    "qwen3": Architecture("qwen3", _decoder, _qwen_limits),
+    "gemma": Architecture("gemma", _decoder, _gemma_limits, norm_offset=1.0),
+    "gemma2": Architecture("gemma2", _gemma2, _gemma2_limits, norm_offset=1.0),
+    "gemma3_text": Architecture("gemma3", _gemma2, _gemma3_limits, norm_offset=1.0),
     "phi3": Architecture("phi3", _phi3, _plain_rope),
-    "smollm3": Architecture("smollm3", _llama, _of_smollm3, pairs_interleaved=True),
-    "gpt2": Architecture(
-        "gpt2",
-        _gpt2,
-        _of_gpt2,
-        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
-    ),
+    "smollm3": Architecture("smollm3", _llama, _smollm3_limits, interleaves=True),
+    "gpt2": Architecture("gpt2", _gpt2, _gpt2_limits, transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight")),
 }
-"""By transformers' model_type. Each is shown equal by reading it back."""
+"""By transformers' model_type. tests/export/test_gguf.py compares each with its model."""
+UNKNOWN_TO_TRANSFORMERS = ("gemma", "smollm3")
+"""Architectures whose GGUF files transformers does not read, by model_type, which is also their name in llama.cpp."""
 
 
 def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:
-    """How this model goes into a GGUF. Raises ModelError where it does not go, or not as the same model."""
+    """The architecture of a model. Raises ModelError if llama.cpp has none, or would compute another model."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise ModelError(
-            f"{name}: gguf: a {config.model_type} cannot be written here, and read back as a proof. Those that can: "
-            f"{', '.join(ARCHITECTURES)}. Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"{name}: gguf: a {config.model_type} cannot be written. Those that can: {', '.join(ARCHITECTURES)}. "
+            "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
     if limits := found.limits(config):
         raise ModelError(
@@ -255,9 +247,9 @@ def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:
 
 
 def tensor_names(architecture: Architecture, names: list[str], num_layers: int) -> dict[str, str]:
-    """llama.cpp's name of each weight. Raises ModelError for one that it has no name for: a part would be lost."""
-    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    known = gguf.get_tensor_name_map(kind, num_layers)
+    """llama.cpp's name of each weight. Raises ModelError for a weight without one."""
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    known = gguf.get_tensor_name_map(number, num_layers)
     found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     if lost := [name for name, other in found.items() if other is None]:
         raise ModelError(
@@ -267,7 +259,7 @@ def tensor_names(architecture: Architecture, names: list[str], num_layers: int) 
 
 
 def model_names(architecture: Architecture, model: PreTrainedModel) -> dict[str, str]:
-    """llama.cpp's name of each weight that is written: all but an output layer that is the embedding."""
+    """llama.cpp's name of each weight that is written: all but a tied output layer."""
     names = list(model.state_dict())
     if model.config.tie_word_embeddings:
         names.remove("lm_head.weight")

@@ -1,69 +1,82 @@
-"""`merged`: a plain model folder, base plus delta, that `AutoModel….from_pretrained` loads by itself."""
+"""`merged`: a plain model folder, base plus delta, for `AutoModel….from_pretrained`."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoTokenizer
 
-from tunesmith.export.options import EXACT, ROUNDED, Bounds, Export, Options
-from tunesmith.export.source import Source
+from tunesmith.errors import ModelError
+from tunesmith.export.run_result import RunResult, auto_class
+from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, Tolerances, TorchModel, run_dtype
+from tunesmith.models.load import model_kind
+from tunesmith.models.modes import silence_transformers
 from tunesmith.models.pooling import copy_pooling
+from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import save_model
 from tunesmith.models.size import model_size
+from tunesmith.planning.before_rows import find_head
+from tunesmith.recipe.schema import Recipe
 
-_CLASSES = {"next_token": "CausalLM", "masked_token": "MaskedLM", "sequence": "SequenceClassification",
-            "tokens": "TokenClassification"}  # fmt: skip
 
-
-def out_dtype(source: Source, options: Options) -> torch.dtype:
-    """What the weights are cast to, once."""
+def _dtype(result: RunResult, options: ExportOptions) -> torch.dtype:
+    """The dtype that weights are rounded to, once."""
     if options.dtype != "auto":
         chosen: torch.dtype = getattr(torch, options.dtype)
         return chosen
-    return torch.bfloat16 if source.weights.is_gguf else source.stored_dtype
+    return torch.bfloat16 if result.weights.is_gguf else result.stored_dtype
 
 
-def auto_class(source: Source) -> str:
-    """The class of transformers that loads the model."""
-    is_pair = source.head == "next_token" and source.kind == "encoder_decoder"
-    return f"AutoModelFor{'Seq2SeqLM' if is_pair else _CLASSES[source.head]}"
-
-
-def _check(source: Source, options: Options) -> list[str]:
+def _check(result: RunResult, options: ExportOptions) -> list[str]:
     notes = []
-    if source.weights.is_gguf and options.dtype == "auto":
-        notes.append("the base is a GGUF: the merge is written in bfloat16, never back into its blocks")
-    dtype = out_dtype(source, options)
-    if dtype not in (torch.float32, source.stored_dtype):
-        notes.append(f"weights are rounded from {_name(source.stored_dtype)} to {_name(dtype)}, once")
+    if result.weights.is_gguf and options.dtype == "auto":
+        notes.append("the base is a GGUF: the merged model is written in bfloat16, not in the blocks of the GGUF")
+    dtype = _dtype(result, options)
+    if dtype not in (torch.float32, result.stored_dtype):
+        names = [str(one).removeprefix("torch.") for one in (result.stored_dtype, dtype)]
+        notes.append(f"weights are rounded from {names[0]} to {names[1]}, once")
     return notes
 
 
-def _write(source: Source, folder: Path, options: Options) -> list[str]:
-    dtype = out_dtype(source, options)
-    # In float32 unless nothing would be gained: `merge` adds in float32 and rounds to what the weight has.
-    model, attachment = source.load(dtype if dtype == source.stored_dtype else torch.float32)
+def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
+    dtype = _dtype(result, options)
+    # In float32 unless nothing would be gained: `merge` adds in float32 and rounds to the dtype of the weight.
+    model, attachment = result.load(dtype if dtype == result.stored_dtype else torch.float32)
     if attachment is not None:
         attachment.merge()
     model.to(dtype)
-    save_model(model, source.tokenizer, folder, located=source.result_located, stop_ids=source.renderer.stop_ids)
-    if source.head == "masked_token":
-        copy_pooling(source.weights.path, folder)
+    save_model(model, result.tokenizer, folder, located=result.located, stop_ids=result.renderer.stop_ids)
+    if result.head == "masked_token":
+        copy_pooling(result.weights.path, folder)
     return []
 
 
-def _num_bytes(source: Source, options: Options) -> int:
-    return model_size(source.weights).num_params * out_dtype(source, options).itemsize
+def _load(folder: Path, recipe: Recipe) -> TorchModel:
+    """The model by transformers alone. Raises ModelError for a missing or unknown weight."""
+    located = resolve_model(str(folder), offline=True)
+    kind = model_kind(located)
+    head = find_head(recipe, located, kind)
+    with silence_transformers():
+        model, found = getattr(transformers, auto_class(head, kind)).from_pretrained(
+            folder, dtype=run_dtype(recipe), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    if wrong:
+        raise ModelError(f"{folder.name}: {len(wrong)} weights do not fit the model, such as {wrong[0]}")
+    return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model)
 
 
-def _bounds(source: Source, options: Options) -> Bounds:
-    return EXACT if out_dtype(source, options) == torch.float32 and source.recipe.precision == "float32" else ROUNDED
+def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:
+    return EXACT if _dtype(result, options) == torch.float32 and result.recipe.precision == "float32" else ROUNDED
 
 
-def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
-    name = auto_class(source)
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    name = auto_class(result.head, result.kind)
     code = (
         f"from transformers import AutoTokenizer, {name}\n\n"
         f'model = {name}.from_pretrained("PATH", dtype="auto")\n'
@@ -72,19 +85,15 @@ def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     return {"library": "transformers", "relation": "finetune", "use": [("python", code)]}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-MERGED = Export(
+MERGED = ExportTarget(
     name="merged",
     doc="A model folder of its own: base plus delta, in safetensors.",
     check=_check,
     write=_write,
-    num_bytes=_num_bytes,
-    bounds=_bounds,
-    loader="merged",
-    rounds_less=lambda options: "" if options.dtype == "float32" else "--dtype float32",
+    load=_load,
+    num_bytes=lambda result, options: model_size(result.weights).num_params * _dtype(result, options).itemsize,
+    tolerances=_tolerances,
     card=_card,
     reads=("dtype", "merge_into"),
+    finer=lambda options: "" if options.dtype == "float32" else "--dtype float32",
 )

@@ -1,228 +1,197 @@
-"""`ollama`: a GGUF and the Modelfile that has Ollama ask it as it was tuned."""
+"""`ollama`: a GGUF and a Modelfile with the stop words and the chat template of training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
-from tunesmith.export import gguf_file
-from tunesmith.export.gguf_header import file_stem
-from tunesmith.export.gguf_vocabulary import begins_with_bos
-from tunesmith.export.go_template import literal, render
-from tunesmith.export.options import Export, Options
-from tunesmith.export.source import Source
+from tunesmith.export.gguf import GGUF, check_model, file_name, file_stem, write_model
+from tunesmith.export.gguf_tokenizer import begins_with_bos
+from tunesmith.export.run_result import RunResult
+from tunesmith.export.target import ExportOptions, ExportTarget
 from tunesmith.tasks import TASKS
 
 MODELFILE = "Modelfile"
 _ROLES = ("system", "user", "assistant")
 _MARKS = ("Qx1zK", "Wv2yJ", "Ru3xH", "Ts4wG")
-"""Contents that no template writes by itself."""
-_PLAIN = "{{ .Prompt }}"
+"""Message contents that no template writes by itself."""
+_RAW = "{{ .Prompt }}"
 
 Messages = Sequence[Mapping[str, str]]
+Parts = Mapping[str, tuple[str, str]]
+"""Text before and after the content of each role. "open" begins an answer, "default" a conversation without a system
+message."""
 
 
-def as_go(source: Source) -> tuple[str, list[str]]:
-    """The chat template in Go's terms, and what to say of it.
+def go_template(result: RunResult) -> tuple[str | None, list[str]]:
+    """The chat template in Go's template language, and notes. None: it does more than Go's text around messages can.
 
-    A date that the template writes as Ollama's `currentDate` does, 2026-11-27, becomes that; any other stays the day
-    that was trained with, which is said.
+    Derived from what the chat template writes around messages of each role, then compared on conversations.
     """
-    if TASKS[source.renderer.task_name].raw_text or not source.tokenizer.chat_template:
-        return _PLAIN, []
-    day = source.renderer.date
-    go, notes = _on_day(source, day)
-    if day is None:
-        return go, notes
-    other = str(date.fromisoformat(day) + timedelta(days=400))  # another day, month, year and day of the week
-    elsewhere, _ = _on_day(source, other)
-    if go == elsewhere:
-        return go, notes
-    today = "{{ currentDate }}"
-    if (by_function := go.replace(day, today)) == elsewhere.replace(other, today):
-        return by_function, [*notes, "its chat template writes the date: Ollama writes that of each day it answers on"]
-    return go, [*notes, f"its chat template writes the date in a form that Ollama has not: {day} stays, as trained"]
+    if TASKS[result.renderer.task_name].raw_text or not result.tokenizer.chat_template:
+        return _RAW, []
+    template = ChatTemplate(result.tokenizer, result.renderer.date)
+    bos = result.tokenizer.bos_token if begins_with_bos(result) else ""
 
+    def render(messages: Messages, *, prompt: bool = True) -> str:
+        return template.render(messages, tools=(), prompt=prompt).removeprefix(bos or "")
 
-def _on_day(source: Source, day: str | None) -> tuple[str, list[str]]:
-    """The template in Go's terms as it is on one day.
-
-    Found by what the template does: what it writes around a message of each role, before the first one, and to open an
-    answer. Then tried on conversations. Raises ModelError where the two do not write the same.
-    """
-    template = ChatTemplate(source.tokenizer, day)
-    bos = source.tokenizer.bos_token if begins_with_bos(source) else ""
-
-    def shown(messages: Messages, *, prompt: bool = True) -> str:
-        text = template.render(messages, tools=(), prompt=prompt)
-        return text.removeprefix(bos or "")
-
+    notes = []
     try:
-        parts = _parts(shown)
+        parts = _find_parts(render)
+        for messages in _conversations(with_system="system" in parts):
+            expected, found = render(messages), _write_out(parts, messages)
+            if expected != found:
+                raise ValueError(f"{expected[:80]!r} would become {found[:80]!r}")
+        if render([_message("user", " Hi ")]) != _write_out(parts, [_message("user", " Hi ")]):
+            notes.append("its chat template strips spaces around messages, which Ollama does not")
     except (ValueError, TemplateRefusal) as reason:
-        raise _cannot(source, str(reason)) from reason
-    go = _assembled(parts)
-    notes = [] if "system" in parts else ["its chat template knows no system message: Ollama leaves them out"]
-    for messages in _conversations(with_system="system" in parts):
-        expected, found = shown(messages), render(go, _data(messages))
-        if expected != found:
-            raise _cannot(source, f"{expected[:80]!r} would become {found[:80]!r}")
-    if shown([_said("user", " Hi ")]) != render(go, _data([_said("user", " Hi ")])):
-        notes.append("its chat template takes blanks off the ends of messages, which Ollama cannot")
-    return go, notes
+        return None, [
+            f"its chat template cannot be written for Ollama ({reason}): the Modelfile has no TEMPLATE, and Ollama "
+            "guesses one. Check it with `ollama show --modelfile`, or run the GGUF by `llama-server --jinja`"
+        ]
+    if "system" not in parts:
+        notes.append("its chat template has no system message: Ollama leaves them out")
+    if result.renderer.date is not None:
+        notes.append(f"its chat template writes the date: in Ollama it stays {result.renderer.date}, as in training")
+    return _assemble(parts), notes
 
 
-def _cannot(source: Source, why: str) -> ModelError:
-    return ModelError(
-        f"{source.weights.name}: ollama: its chat template cannot be said in Ollama's terms: {why}. Export gguf, and "
-        "run it by `llama-server --jinja`, which runs the template itself."
-    )
-
-
-def _said(role: str, content: str) -> dict[str, str]:
+def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _parts(shown: Any) -> dict[str, tuple[str, str]]:
-    """What stands before and after the content of each role; "open" begins an answer, "default" a conversation without
-    a system message. Raises ValueError where contents do not show as they are."""
+def _find_parts(render: Callable[..., str]) -> Parts:
+    """Raises ValueError if the template changes contents, or writes a role differently in different places."""
     q, w, r, s = _MARKS
-    talk = [_said("user", q), _said("assistant", w), _said("user", r)]
-    whole, closed = shown(talk), shown(talk, prompt=False)
+    talk = [_message("user", q), _message("assistant", w), _message("user", r)]
+    whole, closed = render(talk), render(talk, prompt=False)
     if not whole.startswith(closed):
-        closed = whole  # a template that opens nothing, or closes the text in another way
-    head, after_q = _cut(whole, q)
-    between, after_w = _cut(after_q, w)
-    around, tail = _cut(after_w, r)
-    # What stands between an answer and the next question closes the one and opens the other.
-    _, end = _cut(shown(talk[:2], prompt=False), w)
-    answer_after = _shared_start(end, around)
+        closed = whole  # the template opens no answer, or closes the text in another way
+    head, after_q = _split(whole, q)
+    between, after_w = _split(after_q, w)
+    around, tail = _split(after_w, r)
+    # The text between an answer and the next question closes the one and opens the other.
+    _, end = _split(render(talk[:2], prompt=False), w)
+    answer_after = _common_start(end, around)
     user_before = around[len(answer_after) :]
     if not head.endswith(user_before):
-        raise ValueError("the first question is written otherwise than the second")
+        raise ValueError("it writes the first question differently from the second")
     open_text = whole[len(closed) :]
-    user_after = tail[: len(tail) - len(open_text)] if open_text else _shared_start(between, tail)
-    open_text = tail[len(user_after) :]
-    answer_before = between[len(user_after) :]
+    user_after = tail[: len(tail) - len(open_text)] if open_text else _common_start(between, tail)
     parts = {
         "user": (user_before, user_after),
-        "assistant": (answer_before, answer_after),
-        "open": (open_text, ""),
+        "assistant": (between[len(user_after) :], answer_after),
+        "open": (tail[len(user_after) :], ""),
         "default": (head[: len(head) - len(user_before)], ""),
     }
     try:
-        given = shown([_said("system", s), *talk])
+        with_system = render([_message("system", s), *talk])
     except TemplateRefusal:
         return parts
-    before, rest = _cut(given, s)
-    after = rest[: rest.index(user_before + q)] if user_before + q in rest else None
-    if after is None:
+    before, rest = _split(with_system, s)
+    if user_before + q not in rest:
         raise ValueError("a system message changes what follows")
-    return {**parts, "system": (before, after)}
+    return {**parts, "system": (before, rest[: rest.index(user_before + q)])}
 
 
-def _cut(text: str, mark: str) -> tuple[str, str]:
+def _split(text: str, mark: str) -> tuple[str, str]:
     if text.count(mark) != 1:
-        raise ValueError(f"it shows a message {text.count(mark)} times")
+        raise ValueError(f"it writes a message {text.count(mark)} times")
     before, _, after = text.partition(mark)
     return before, after
 
 
-def _shared_start(left: str, right: str) -> str:
+def _common_start(left: str, right: str) -> str:
     num = 0
     while num < min(len(left), len(right)) and left[num] == right[num]:
         num += 1
     return left[:num]
 
 
-def _assembled(parts: Mapping[str, tuple[str, str]]) -> str:
+def _write_out(parts: Parts, messages: Messages) -> str:
+    """The text that Ollama makes of `_assemble(parts)`."""
+    text = "" if messages[0]["role"] == "system" else parts["default"][0]
+    for message in messages:
+        before, after = parts[message["role"]]
+        text += before + message["content"] + after
+    return text + parts["open"][0]
+
+
+def _assemble(parts: Parts) -> str:
     default = parts["default"][0]
-    go = f"{{{{ if not .System }}}}{literal(default)}{{{{ end }}}}" if default else ""
+    go = f"{{{{ if not .System }}}}{_literal(default)}{{{{ end }}}}" if default else ""
     go += "{{ range .Messages }}"
     for i, role in enumerate(role for role in _ROLES if role in parts):
-        before, after = map(literal, parts[role])
+        before, after = map(_literal, parts[role])
         go += f'{{{{ {"else if" if i else "if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-    return go + "{{ end }}{{ end }}" + literal(parts["open"][0])
+    return go + "{{ end }}{{ end }}" + _literal(parts["open"][0])
+
+
+def _literal(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
 
 
 def _conversations(*, with_system: bool) -> list[Messages]:
-    talk = [
-        [_said("user", "Hi")],
-        [_said("user", "What is 2 + 2?"), _said("assistant", "4"), _said("user", "And {{ 3 }}?\n\nSay it.")],
-    ]
-    if not with_system:
-        return list(talk)
-    return [*talk, *([_said("system", "Be brief.\nAlways."), *messages] for messages in talk)]
+    question, answer = _message("user", "What is 2 + 2?"), _message("assistant", "4")
+    talk = [[_message("user", "Hi")], [question, answer, _message("user", "And {{ 3 }}?\n\nSay it.")]]
+    led = [[_message("system", "Be brief.\nAlways."), *messages] for messages in talk if with_system]
+    return [*talk, *led]
 
 
-def _data(messages: Messages) -> dict[str, Any]:
-    """What Ollama hands to a template."""
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    named = [{"Role": message["role"], "Content": message["content"]} for message in messages]
-    return {"Messages": named, "System": system, "Prompt": messages[-1]["content"]}
-
-
-def modelfile(source: Source, name: str, *, license: str | None = None) -> str:
-    """The text of a Modelfile for the GGUF `name` beside it."""
-    go, _ = as_go(source)
-    quoted = '"""'
-    if quoted in go:
-        raise _cannot(source, "it holds three quotes in a row, which end a template in a Modelfile")
-    stops = [source.tokenizer.decode([token_id]) for token_id in source.renderer.stop_ids]
+def modelfile(result: RunResult, name: str, *, license: str | None = None) -> tuple[str, list[str]]:
+    """The text of a Modelfile for the GGUF `name` next to it, and notes. Raises ModelError for text that a Modelfile
+    cannot hold."""
+    go, notes = go_template(result)
+    quotes = '"""'
+    problem = "its chat template has three quotes in a row, which end a template" if quotes in (go or "") else ""
+    stops = [result.tokenizer.decode([token_id]) for token_id in result.renderer.stop_ids]
     if odd := [stop for stop in stops if '"' in stop or not stop.isprintable()]:
-        raise _cannot(source, f"its answers end with {odd[0]!r}, which a line of a Modelfile cannot hold")
-    lines = [f"FROM ./{name}", f"TEMPLATE {quoted}{go}{quoted}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
-    return "\n".join([*lines, *([f"LICENSE {license}"] if license else [])]) + "\n"
-
-
-def _check(source: Source, options: Options) -> list[str]:
-    if source.kind == "encoder":
+        problem = f"its answers end with {odd[0]!r}"
+    if problem:
         raise ModelError(
-            f"{source.weights.name}: ollama: only models that go on with a text get a Modelfile here. Export "
-            "gguf: Ollama takes an encoder's file by `FROM` alone."
+            f"{result.weights.name}: ollama: a Modelfile cannot hold it: {problem}. Export gguf, and run it by "
+            "`llama-server --jinja`."
         )
-    notes = gguf_file.check(source, options)
-    modelfile(source, "", license=options.license)
-    return [*notes, *as_go(source)[1], *_prompt_note(source)]
+    lines = [f"FROM ./{name}", *([f"TEMPLATE {quotes}{go}{quotes}"] if go is not None else [])]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    return "\n".join([*lines, *([f"LICENSE {license}"] if license else [])]) + "\n", notes
 
 
-def _prompt_note(source: Source) -> list[str]:
-    if not TASKS[source.renderer.task_name].has_prompt:
-        return []
-    return ["it was tuned with a prompt around each document: write that prompt (data.prompt in recipe.yaml) yourself"]
+def _check(result: RunResult, options: ExportOptions) -> list[str]:
+    notes = check_model(result, options) + modelfile(result, "", license=options.license)[1]
+    if TASKS[result.renderer.task_name].has_prompt:
+        notes.append("its prompts have a text around each document: write it (data.prompt in recipe.yaml) yourself")
+    return notes
 
 
-def _write(source: Source, folder: Path, options: Options) -> list[str]:
-    notes = gguf_file.write(source, folder, options)
-    text = modelfile(source, gguf_file.file_name(source, options), license=options.license)
+def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
+    notes = write_model(result, folder, options)
+    text, _ = modelfile(result, file_name(result, options), license=options.license)
     (folder / MODELFILE).write_text(text, encoding="utf-8", newline="")
     return notes
 
 
-def _card(source: Source, folder: Path, options: Options) -> dict[str, Any]:
-    name = file_stem(source)
-    return {
-        "library": "gguf",
-        "relation": "quantized",
-        "use": [("sh", f"ollama create {name} -f {MODELFILE}\nollama run {name}")],
-        "servers": "The Modelfile's template was rendered: it writes what the chat template writes.",
-    }
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    name = file_stem(result)
+    use = [("sh", f"ollama create {name} -f {MODELFILE}\nollama run {name}")]
+    return {"library": "gguf", "relation": "quantized", "use": use}
 
 
-OLLAMA = Export(
+OLLAMA = ExportTarget(
     name="ollama",
-    doc="A GGUF with the Modelfile that Ollama takes: template and stops as they were tuned with.",
+    doc="A GGUF with a Modelfile: the chat template and stop words of training.",
     check=_check,
     write=_write,
-    num_bytes=gguf_file.num_bytes,
-    bounds=gguf_file.bounds,
-    loader="gguf",
-    rounds_less=gguf_file.rounds_less,
+    load=GGUF.load,
+    num_bytes=GGUF.num_bytes,
+    tolerances=GGUF.tolerances,
     card=_card,
-    reads=("quant", "pre", "merge_into"),
-    quants=gguf_file.GGUF.quants,
+    reads=GGUF.reads,
+    quants=GGUF.quants,
+    in_llama_cpp=True,
+    finer=GGUF.finer,
 )

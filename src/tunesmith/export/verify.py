@@ -1,126 +1,499 @@
-"""The proof: what was exported is loaded in a new process and held against the tuned model."""
+"""The check of an export: it is loaded in a new process, from its files alone, and compared with the tuned model.
+
+    python -m tunesmith.export.verify JOB
+
+does the part of the new process: it reads a job file, loads the export, and writes the outputs next to the job.
+"""
+
+# N targets, V vocabulary or classes, O outputs, I inputs, K sketches
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
-from tunesmith.errors import ExportError
-from tunesmith.export import probe
-from tunesmith.export.asked import Asks, TorchAsked
-from tunesmith.export.comparing import Comparison, compare
-from tunesmith.export.gguf_file import write_base
-from tunesmith.export.llama_cpp_read import LLAMA_CPP, is_installed
-from tunesmith.export.options import Bounds, Export
-from tunesmith.export.probe import POSITIONS, Seen
-from tunesmith.export.process import in_new_process
-from tunesmith.export.rows import MOST_ROWS, Probes
-from tunesmith.export.sketches import sketch_all
-from tunesmith.export.source import Source, tuned_tensors
-from tunesmith.inference.load import LoadedModel, load_base, load_run
-from tunesmith.models.pooling import find_pooling
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tunesmith.data.batch import build_batch
+from tunesmith.data.examples import examples
+from tunesmith.data.feed import Masking
+from tunesmith.data.folders import expand
+from tunesmith.data.formats import FORMATS, find_shape
+from tunesmith.data.labels import targets
+from tunesmith.data.render import Renderer
+from tunesmith.errors import DataError
+from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
+from tunesmith.evaluation.generate import PromptLimit, sample_prompts
+from tunesmith.export import llama_cpp
+from tunesmith.export.gguf import write_base
+from tunesmith.export.gguf_tokenizer import PROBE
+from tunesmith.export.run_result import RunResult, tuned_tensors
+from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
+from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
+from tunesmith.models.heads import generator
 from tunesmith.models.size import model_size
-from tunesmith.runs.atomic import storing
+from tunesmith.recipe import load as recipe_file
+from tunesmith.recipe.schema import Base
+from tunesmith.runs.atomic import from_json, storing
+from tunesmith.runs.folder import Run
+from tunesmith.tasks import TASKS
+from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Part, Row, Source, TaskName
+
+Floats = NDArray[np.float64]
+MAX_ROWS = 32
+MAX_TOKENS = 8192
+"""Tokens of all rows together; the first row is always used."""
+POSITIONS = 8
+"""Targets of a row whose logits are compared, evenly spaced; losses are of all targets."""
+ANSWER_TOKENS = 16
+NUM_SKETCHES = 8
+STANDARD_ERRORS = 2.0
+"""Standard errors by which a held-out loss may exceed its tolerance."""
 
 
-def look_at_tuned(source: Source, probes: Probes, asks: Asks) -> tuple[Seen, Seen | None]:
-    """What the tuned model makes of the probes, with its adapter live on its base, and what the base makes of them."""
-    speaker = load_run(source.run, offline=True)
-    tuned = _look(speaker, source, probes, asks, answered=True)
-    base = None
-    if source.is_off_its_base:
-        # An export is on the base as it is. What tuning changed cannot be told there from what quantising changed; that
-        # every weight is base plus delta can.
-        speaker = load_run(source.run, offline=True, as_trained=False)
-    elif speaker.has_base:
-        with speaker.adapter_disabled():
-            base = _look(speaker, source, probes, asks, answered=False)
-    elif speaker.attachment is not None:
-        base = _look(load_base(source.run, offline=True), source, probes, asks, answered=False)
-    body = f"{speaker.model.base_model_prefix}." if asks == "vector" else ""
-    tensors = tuned_tensors(speaker.model, speaker.attachment)
-    weights = sketch_all((name, tensor) for name, tensor in tensors if name.startswith(body))
-    return replace(tuned, weights=weights), base
+@dataclass(frozen=True)
+class Outputs:
+    """What one model computes from the rows of the check."""
+
+    ids: list[list[int]]
+    """Tokens of each row."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """Tokens of prompts, of models that write."""
+    losses: list[float] = field(default_factory=list)
+    """Loss of each row, summed over its targets; empty if rows have no answers."""
+    counts: list[int] = field(default_factory=list)
+    """Targets of each row."""
+    answers: list[str] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+    """Tokens of fixed texts."""
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    """Norm and sketches of each weight."""
+    loaded_by: str = ""
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    """[N, V] of each row."""
+
+    @property
+    def loss(self) -> float | None:
+        return sum(self.losses) / max(sum(self.counts), 1) if self.losses else None
+
+    def save(self, folder: Path) -> None:
+        facts = {key: value for key, value in vars(self).items() if key != "logits"}
+        np.savez(folder / "logits.npz", *self.logits)
+        (folder / "outputs.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Outputs:
+        facts = json.loads((folder / "outputs.json").read_text("utf-8"))
+        with np.load(folder / "logits.npz", allow_pickle=False) as arrays:
+            return cls(**facts, logits=[arrays[f"arr_{i}"] for i in range(len(arrays.files))])
 
 
-def _look(speaker: LoadedModel, source: Source, probes: Probes, asks: Asks, *, answered: bool) -> Seen:
-    pooling = find_pooling(source.weights.path).kind if asks == "vector" else "mean"
-    return probe.look(
-        TorchAsked(speaker.model, speaker.renderer, asks, pooling),
-        speaker.renderer,
-        probes.examples,
-        head=asks,
-        labels=source.labels,
-        masked=source.recipe.train.masked,
-        answered=answered,
+@dataclass(frozen=True, slots=True)
+class CheckRows:
+    """Rows to compare models on, and a description of them."""
+
+    examples: list[Example]
+    described: str
+
+
+def find_rows(result: RunResult) -> CheckRows:
+    """Up to 32 rows: held-out rows, else the first training rows, else fixed texts if the data files are gone."""
+    after = result.run.evaluation_path / "after.jsonl"
+    lines = after.read_bytes().splitlines() if after.is_file() else []
+    wanted = list(islice(dict.fromkeys(str(from_json(line)["source"]) for line in lines), MAX_ROWS))
+    try:
+        if wanted:
+            side = "eval" if result.recipe.data.eval else "train"
+            matching = (example for example in _examples(result, side) if str(example.source) in wanted)
+            if found := list(islice(matching, len(wanted))):
+                return CheckRows(sorted(found, key=lambda one: wanted.index(str(one.source))), "held-out rows")
+        if first := list(islice(_examples(result, "train"), MAX_ROWS)):
+            return CheckRows(first, "training rows, since none is held out")
+    except DataError:
+        pass  # the files are gone or changed; two models can be compared without them
+    pairs = enumerate(zip(passages(), cycle(GENERAL_INSTRUCTIONS), strict=False))
+    fixed = [_fixed_row(result.renderer.task_name, *pair, Source("general text", i + 1)) for i, pair in pairs]
+    return CheckRows(fixed, "fixed texts, since the run's data files are gone")
+
+
+def _examples(result: RunResult, side: str) -> Iterator[Example]:
+    data = result.recipe.data
+    files = expand(getattr(data, side), lambda problem: None)
+    for _, example in examples(files, data, lambda problem: None, task=result.renderer.task_name):
+        yield example
+
+
+def _fixed_row(task: TaskName, text: str, question: str, place: Source) -> Example:
+    answered = not TASKS[task].learns_classes
+    record = TASKS[task].record(text, question) if answered else TASKS[task].record(text)
+    shape = find_shape(record, task=task, answered=answered)
+    assert shape is not None, "a task's own record has a shape of the task"
+    row: Example = FORMATS[shape].parse(record, place, answered=answered)
+    return row
+
+
+def compute(
+    model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float,
+    answers: bool = True,
+) -> Outputs:  # fmt: skip
+    """The outputs of a model. `masked`: share of masked tokens; `answers` False leaves out prompts and answers."""
+    encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked)
+    # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
+    outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
+    layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
+    settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
+    for row in encoded:
+        batch = build_batch([row], [0], layout=layout, device=model.device, **settings)
+        logits_NV = model.logits(batch)
+        if len(logits_NV) == 0:
+            continue
+        if row.labels is None or not _has_no_answer(row.labels):
+            outputs.losses.append(float(_losses(logits_NV, batch, labels).double().sum()))
+            outputs.counts.append(batch.num_targets)
+        kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
+        outputs.logits.append(logits_NV[kept].numpy())
+    if renderer.stop_ids and model.head == "next_token" and answers:
+        longest = renderer.max_tokens or MAX_TOKENS
+        limit = PromptLimit(longest, cut_to=longest)
+        asked = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=ANSWER_TOKENS)
+        prompts = [list(prompt.ids) for prompt in asked]
+        outputs.prompts.extend(model.retokenize(prompts))
+        outputs.answers.extend(model.answers(renderer, prompts, num_tokens=ANSWER_TOKENS))
+    return outputs
+
+
+def encode_rows(
+    renderer: Renderer, rows: Sequence[Example], *, head: HeadName, labels: Labels | None, masked: float
+) -> list[Row]:
+    """The first row of each example that has one, up to MAX_TOKENS tokens."""
+    vocabulary: dict[str, int] = {}
+    found: list[Row] = []
+    num_tokens = 0
+    for encoded in renderer.encode(rows, vocabulary=vocabulary):
+        first = encoded[0] if encoded else None
+        if not isinstance(first, Row):
+            continue
+        num_tokens += len(first.ids)
+        if found and num_tokens > MAX_TOKENS:
+            break
+        found.append(first)
+    if head == "masked_token":
+        masking = Masking.of(renderer.tokenizer, share=masked, seed=0)
+        nums = [max(1, round(masked * int(row.trained.sum()))) for row in found]
+        return [masking.apply(row, num=nums[i], draw=0, index=i) for i, row in enumerate(found)]
+    if labels is None:
+        return found
+    names = list(vocabulary)
+    return [replace(row, labels=_targets(row, labels, names)) for row in found]
+
+
+def _targets(row: Row, labels: Labels, names: Sequence[str]) -> NDArray[np.generic]:
+    assert row.labels is not None, "rows of a task with labels have places for them"
+    ids = row.labels.astype(np.int64)
+    return ids if _has_no_answer(ids) else targets(labels, ids, names)
+
+
+def _has_no_answer(labels: NDArray[np.generic]) -> bool:
+    return labels.dtype == np.int64 and labels.size > 0 and bool((labels == IGNORE).all())
+
+
+def _losses(logits_NV: Tensor, batch: Batch, labels: Labels | None) -> Tensor:
+    """Unweighted loss of each target."""
+    targets_N = batch.targets_N.cpu()
+    if labels is not None and labels.kind == "number":
+        return (logits_NV[:, 0] - targets_N).square()
+    if labels is not None and labels.kind == "many":
+        return F.binary_cross_entropy_with_logits(logits_NV, targets_N, reduction="none").sum(-1)
+    return F.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+@torch.no_grad()
+def sketch(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    """Norm and 8 sketches of each weight, so that no process has to hold two models.
+
+    A sketch of W is u·W·v with random u and v that follow from the weight's name. For two weights that differ by D,
+    sketches differ by a random number of variance ‖D‖². (Johnson and Lindenstrauss 1984; of rank one as in Woodruff
+    2014, "Sketching as a tool", section 2.)
+    """
+    found = {}
+    for name, tensor in tensors:
+        w_OI = tensor.detach().float().cpu()
+        w_OI = w_OI.reshape(w_OI.shape[0], -1) if w_OI.ndim > 1 else w_OI.reshape(1, -1)
+        u_OK, v_IK = (
+            torch.randn(n, NUM_SKETCHES, generator=generator(NUM_SKETCHES, f"{name}{axis}"))
+            for axis, n in enumerate(w_OI.shape)
+        )
+        found[name] = [float(w_OI.norm()), *((w_OI @ v_IK).double() * u_OK.double()).sum(0).tolist()]
+    return found
+
+
+def furthest(expected: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> tuple[str, float]:
+    """The weight that differs most, and its distance relative to its norm; infinity if it is missing."""
+    worst, name = 0.0, ""
+    for key, (norm, *numbers) in expected.items():
+        if key not in found:
+            return key, float("inf")
+        squares = [(a - b) ** 2 for a, b in zip(numbers, found[key][1:], strict=True)]
+        distance = (sum(squares) / NUM_SKETCHES) ** 0.5 / max(norm, 1e-12)
+        if not distance <= worst:
+            worst, name = distance, key
+    return name, worst
+
+
+@dataclass(frozen=True, slots=True)
+class ExportComparison:
+    """How far an export is from the tuned model."""
+
+    rows: int
+    positions: int
+    """Places where next tokens or classes were compared."""
+    same_ids: bool
+    """Whether both tokenizers made the same tokens of every row and prompt."""
+    difference: str
+    """The first token that differs."""
+    kl: float
+    """Mean KL divergence, tuned from exported, in nats; for numbers the mean relative error."""
+    kl_max: float
+    top1: float
+    """Share of positions with the same first choice."""
+    loss_tuned: float | None
+    loss_exported: float | None
+    loss_error: float | None
+    """Standard error of their difference over rows; None for fewer than two."""
+    carried: float | None
+    """Share of the tuning effect in the export: slope of (exported − base) on (tuned − base) over all logits. None if
+    there is no base, or no effect."""
+    error_to_effect: float | None
+    """Norm of the error over the norm of the tuning effect."""
+    answers: int
+    same_answers: int
+    furthest: str
+    """The weight that differs most from base plus delta; empty if weights were not compared."""
+    distance: float
+    """Its distance relative to its norm, estimated from sketches."""
+    measure: str = "KL divergence"
+
+    def problems(self, allowed: Tolerances) -> list[str]:
+        """Every tolerance that is exceeded, in words."""
+        found = [] if self.same_ids else [f"its tokens differ: {self.difference}"]
+        if self.same_ids and not self.kl <= allowed.kl:
+            found.append(f"its {self.measure} from the tuned model is {self.kl:.2g}, at most {allowed.kl:g} allowed")
+        if self.loss_tuned is not None and self.loss_exported is not None:
+            change = self.loss_exported - self.loss_tuned
+            # On few rows rounding changes the loss by chance; the KL divergence has a tolerance too.
+            chance = STANDARD_ERRORS * (self.loss_error or 0.0)
+            if not (abs(change) <= allowed.loss + chance or (allowed.loss_may_fall and change <= 0)):
+                limit = f"{allowed.loss:g} allowed" + (f", and {chance:.4f} by chance on few rows" if chance else "")
+                found.append(f"its held-out loss is {change:+.4f} from the tuned model's, at most {limit}")
+        if self.carried is not None and not abs(self.carried - 1) <= allowed.carried:
+            share = f"{round(self.carried, 3) + 0.0:.1%}"
+            found.append(f"it carries {share} of the tuning effect, at most {allowed.carried:.0%} off 100 % allowed")
+        if self.furthest and (found or not self.distance <= allowed.weights):
+            found.append(f"{self.furthest} differs by {self.distance:.2g} of its norm, {allowed.weights:g} allowed")
+        return found
+
+
+def compare(tuned: Outputs, exported: Outputs, *, base: Outputs | None, labels: Labels | None) -> ExportComparison:
+    """`base`: the model without its adapter, on the same rows."""
+    difference = _first_difference(tuned, exported)
+    kl_N, top_N = np.zeros(0), np.ones(0, np.bool_)
+    carried = error = None
+    if not difference:
+        pairs = list(zip(tuned.logits, exported.logits, strict=True))
+        kl_N = np.concatenate([kl_N, *(_divergence(a, b, labels) for a, b in pairs)])
+        top_N = np.concatenate([top_N, *(_same_choice(a, b, labels) for a, b in pairs)])
+        if base is not None:
+            carried, error = _effect(tuned, exported, base)
+    weight, distance = furthest(tuned.weights, exported.weights) if exported.weights else ("", 0.0)
+    return ExportComparison(
+        rows=len(tuned.ids),
+        positions=len(kl_N),
+        same_ids=not difference,
+        difference=difference,
+        kl=float("nan") if difference else float(kl_N.mean()) if len(kl_N) else 0.0,
+        kl_max=float(kl_N.max(initial=0.0)),
+        top1=float(top_N.mean()) if len(top_N) else 1.0,
+        loss_tuned=tuned.loss,
+        loss_exported=exported.loss,
+        loss_error=_loss_error(tuned, exported),
+        carried=carried,
+        error_to_effect=error,
+        answers=len(tuned.answers),
+        same_answers=sum(a == b for a, b in zip(tuned.answers, exported.answers, strict=False)),
+        furthest=weight,
+        distance=distance,
+        measure="relative error" if labels is not None and labels.kind == "number" else "KL divergence",
     )
 
 
-def look_at_exported(source: Source, loader: str, exported: Path, probes: Probes, *, work: Path) -> Seen:
-    """What the exported model makes of the probes, loaded in a new process from its files alone. `work`: an empty
-    folder for what the processes tell each other. Raises ExportError where it cannot be loaded."""
-    job = work / "job.json"
-    probe.write_job(
-        job, loader=loader, exported=exported, recipe=source.run.recipe_path, model=source.recipe.place,
-        examples=probes.examples,
-    )  # fmt: skip
-    launch(job)
-    return Seen.load(work)
+def _first_difference(tuned: Outputs, exported: Outputs) -> str:
+    for what, name in (("row", "ids"), ("prompt", "prompts"), ("fixed text", "texts")):
+        ours, theirs = getattr(tuned, name), getattr(exported, name)
+        if len(ours) != len(theirs):
+            return f"the tuned model has {len(ours)} {what}s, the export {len(theirs)}"
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                return f"{what} {i + 1} at token {place + 1}: {a[place : place + 4]} became {b[place : place + 4]}"
+    return ""
 
 
-def look_in_llama_cpp(source: Source, export: Export, exported: Path, probes: Probes, *, work: Path) -> Seen | None:
-    """What llama.cpp makes of them; None where it is not installed, or the export is not for it."""
-    if not _asks_llama_cpp(export):
+def _loss_error(tuned: Outputs, exported: Outputs) -> float | None:
+    """Standard error of the difference of two losses per target on the same rows: that of a ratio estimate (Cochran,
+    "Sampling Techniques", 1977, section 6.4)."""
+    num = len(tuned.losses)
+    if num < 2 or len(exported.losses) != num:
+        return None
+    change, counts = np.asarray(exported.losses) - np.asarray(tuned.losses), np.asarray(tuned.counts, np.float64)
+    total = max(float(counts.sum()), 1.0)
+    residual = change - change.sum() / total * counts
+    return float(np.sqrt((residual**2).sum() * num / (num - 1)) / total)
+
+
+def _divergence(tuned_NV: NDArray[np.float32], exported_NV: NDArray[np.float32], labels: Labels | None) -> Floats:
+    p, q = tuned_NV.astype(np.float64), exported_NV.astype(np.float64)
+    if labels is not None and labels.kind == "number":
+        return np.asarray(np.abs(q - p)[:, 0] / np.maximum(np.abs(p[:, 0]), 1.0))
+    is_many = labels is not None and labels.kind == "many"
+    if is_many:  # two classes for each label
+        p, q = (np.stack([x, np.zeros_like(x)], -1) for x in (p, q))
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (p, q))
+    kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+    return np.asarray(kl.mean(-1) if is_many else kl)
+
+
+def _same_choice(
+    tuned_NV: NDArray[np.float32], exported_NV: NDArray[np.float32], labels: Labels | None
+) -> NDArray[np.bool_]:
+    if labels is not None and labels.kind == "number":
+        return np.ones(len(tuned_NV), np.bool_)
+    if labels is not None and labels.kind == "many":
+        return np.asarray(((tuned_NV > 0) == (exported_NV > 0)).all(-1))
+    return np.asarray(tuned_NV.argmax(-1) == exported_NV.argmax(-1))
+
+
+def _effect(tuned: Outputs, exported: Outputs, base: Outputs) -> tuple[float | None, float | None]:
+    """`carried` and `error_to_effect`, over logits less their mean, which no probability depends on."""
+    inner = effect = error = 0.0
+    for logits in zip(tuned.logits, exported.logits, base.logits, strict=True):
+        a, b, c = (x.astype(np.float64) for x in logits)
+        if a.shape[-1] > 1:
+            a, b, c = (x - x.mean(-1, keepdims=True) for x in (a, b, c))
+        inner += float(((b - c) * (a - c)).sum())
+        effect += float(((a - c) ** 2).sum())
+        error += float(((b - a) ** 2).sum())
+    if effect <= 1e-12 * max(sum(x.size for x in tuned.logits), 1):
+        return None, None
+    return inner / effect, (error / effect) ** 0.5
+
+
+def tuned_outputs(result: RunResult, rows: CheckRows) -> tuple[Outputs, Outputs | None]:
+    """The outputs of the tuned model, and of its base; None if there is no base to compare with."""
+    model = load_run(result.run, offline=True)
+    tuned = _outputs(model, result, rows)
+    base = None
+    if result.is_off_its_base:
+        # The effect of training cannot be separated from that of quantization. Weights can still be compared.
+        model = load_run(result.run, offline=True, as_trained=False)
+    elif model.has_base:
+        with model.adapter_disabled():
+            base = _outputs(model, result, rows, answers=False)
+    elif model.attachment is not None:
+        base = _outputs(load_base(result.run, offline=True), result, rows, answers=False)
+    return replace(tuned, weights=sketch(tuned_tensors(model.model, model.attachment))), base
+
+
+def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, *, answers: bool = True) -> Outputs:
+    renderer, masked = model.renderer, result.recipe.train.masked
+    loaded = TorchModel(renderer.tokenizer, result.kind, model.head, "", model.model)
+    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked, answers=answers)
+
+
+def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path) -> Outputs:
+    """The outputs of an export in a new process. `work`: an empty folder. Raises ExportError if it cannot be loaded."""
+    return _run_job(result, folder, rows, work, load=target.name)
+
+
+def llama_cpp_outputs(
+    result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path
+) -> Outputs | None:
+    """The outputs of an export in llama.cpp; None if that is not installed, or cannot load the target."""
+    if not _checks_in_llama_cpp(target):
         return None
     with storing(work):
         work.mkdir()
-        base = write_base(source, work / "base.gguf") if _needs_base(source, export) else None
-    if export.loader == "gguf-adapter" and base is None:
-        base = source.base.path
-    job = work / "job.json"
-    probe.write_job(
-        job, loader=LLAMA_CPP, exported=exported, recipe=source.run.recipe_path, model=source.recipe.place,
-        examples=probes.examples, base=base,
-    )  # fmt: skip
-    launch(job)
-    return Seen.load(work)
+        base = write_base(result, work / "base.gguf") if _needs_base(result, target) else result.base.path
+    on = str(base.resolve()) if target.name == "gguf-adapter" else None
+    return _run_job(result, folder, rows, work, load=None, base=on)
 
 
-def room_for_proof(source: Source, export: Export) -> int:
-    """Bytes on disk that the proof takes, at most: what is seen, and a base for llama.cpp to put an adapter on."""
-    sizes = model_size(source.weights)
-    seen = MOST_ROWS * POSITIONS * sizes.vocab_size * 4
-    if not _asks_llama_cpp(export):
-        return seen
-    return 2 * seen + (4 * sizes.num_params if _needs_base(source, export) else 0)
+def _checks_in_llama_cpp(target: ExportTarget) -> bool:
+    return llama_cpp.is_installed() and target.in_llama_cpp
 
 
-def _asks_llama_cpp(export: Export) -> bool:
-    return is_installed() and export.loader.startswith("gguf")
+def _needs_base(result: RunResult, target: ExportTarget) -> bool:
+    return target.name == "gguf-adapter" and not result.base.is_gguf
 
 
-def _needs_base(source: Source, export: Export) -> bool:
-    return export.loader == "gguf-adapter" and not source.base.is_gguf
+def disk_space(result: RunResult, target: ExportTarget) -> int:
+    """Upper estimate of the bytes on disk that the check takes: outputs, and the base for an adapter in llama.cpp."""
+    sizes = model_size(result.weights)
+    outputs = MAX_ROWS * POSITIONS * sizes.vocab_size * 4
+    if not _checks_in_llama_cpp(target):
+        return outputs
+    return 2 * outputs + (4 * sizes.num_params if _needs_base(result, target) else 0)
+
+
+def _run_job(result: RunResult, folder: Path, rows: CheckRows, work: Path, **job: str | None) -> Outputs:
+    facts = {
+        **job, "exported": str(folder.resolve()), "recipe": str(result.run.recipe_path.resolve()),
+        "model": result.recipe.place, "examples": [asdict(example) for example in rows.examples],
+    }  # fmt: skip
+    path = work / "job.json"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    launch(path)
+    return Outputs.load(work)
 
 
 def launch(job: Path) -> None:
-    """Do a job in a new process. Raises ExportError with the last words of one that failed."""
-    in_new_process("tunesmith.export.probe", str(job), what="what was exported cannot be used in a new process")
+    """Do a job in a new process. Raises ExportError with the last line of its errors."""
+    what = "the export cannot be used in a new process"
+    llama_cpp.run_module("tunesmith.export.verify", str(job), what=what)
 
 
-def judge(
-    source: Source, *, tuned: Seen, base: Seen | None, seen: Seen, bounds: Bounds, name: str, rounds_less: str
-) -> Comparison:
-    """How far the export is from the tuned model. Raises ExportError past the bounds, naming the worst tensor;
-    `rounds_less` is the option to try where rounding alone is the cause."""
-    found = compare(tuned, seen, base=base, labels=source.labels)
-    if problems := found.problems(bounds):
-        is_rounding = found.same_ids and found.distance <= bounds.weights and rounds_less
-        way_out = f" Every weight is as near as rounding allows: try {rounds_less}." if is_rounding else ""
-        if source.is_off_its_base and found.distance <= bounds.weights:
-            way_out = (
-                " It was tuned on a quantised base, and does worse on the base as it was: --merge-into dequantized "
-                "takes the weights that it was tuned on."
-            )
-        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
-    return found
+def do_job(path: Path) -> None:
+    """Load the export that a job names, and save its outputs next to the job."""
+    from tunesmith.export.export_run import TARGETS
+
+    job = json.loads(path.read_text("utf-8"))
+    recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
+    recipe = recipe.on_base(Base(recipe.model, job["model"]))
+    torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
+    folder = Path(job["exported"])
+    if job["load"] is None:
+        model: ExportedModel = llama_cpp.load_in_llama_cpp(folder, recipe, job["base"] and Path(job["base"]))
+    else:
+        model = TARGETS[job["load"]].load(folder, recipe)
+    renderer = make_renderer(recipe, model.tokenizer, model.kind)
+    rows = [_example(values) for values in job["examples"]]
+    outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked)
+    replace(outputs, loaded_by=model.loaded_by, weights=sketch(model.weights())).save(path.parent)
+
+
+def _example(values: Mapping[str, Any]) -> Example:
+    parts = tuple(Part(**part) for part in values["parts"])
+    rest = {"tools": tuple(values["tools"]), "labels": tuple(values["labels"]), "source": Source(**values["source"])}
+    return Example(**{**values, **rest, "parts": parts})
+
+
+if __name__ == "__main__":
+    do_job(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ExportError, InputError
-from tunesmith.export.exporting import PROOF
+from tunesmith.export.export_run import CHECK_FILE
 from tunesmith.runs.atomic import from_json
 
 
@@ -36,8 +36,8 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if not (folder / PROOF).is_file():
-        raise InputError(f"{folder}: no export: it has no {PROOF}. Make one with `tunesmith export`.")
+    if not (folder / CHECK_FILE).is_file():
+        raise InputError(f"{folder}: no export: it has no {CHECK_FILE}. Make one with `tunesmith export`.")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -55,7 +55,7 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     sizes = [
         len(content.getvalue()) if isinstance(content, io.BytesIO) else content.stat().st_size for _, content in files
     ]
-    is_proven = bool(from_json((folder / PROOF).read_bytes())["verified"])
+    is_proven = bool(from_json((folder / CHECK_FILE).read_bytes())["verified"])
     return Pushed(str(repository), len(files), sum(sizes), is_proven)
 
 

@@ -1,0 +1,334 @@
+"""Exports from start to end: checked, written next to their place, compared, described, and only then moved there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith import __version__
+from tunesmith.errors import ExportError, InputError, RecipeError, StorageError
+from tunesmith.export import verify
+from tunesmith.export.adapter import ADAPTER, GGUF_ADAPTER
+from tunesmith.export.card import comparison_section, in_brief, write_card
+from tunesmith.export.gguf import GGUF
+from tunesmith.export.merged import MERGED
+from tunesmith.export.ollama import OLLAMA
+from tunesmith.export.onnx import ONNX
+from tunesmith.export.run_result import RunResult, open_result
+from tunesmith.export.target import (
+    DTYPES,
+    MERGE_INTO,
+    QUANTIZED,
+    ROUNDED,
+    UNQUANTIZED_KL,
+    ExportOptions,
+    ExportTarget,
+    Tolerances,
+)
+from tunesmith.export.verify import ExportComparison, Outputs
+from tunesmith.methods import METHODS
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.atomic import (
+    REPLACED,
+    TEMPORARY,
+    WRITER,
+    abandoned,
+    being_written,
+    clean,
+    remove,
+    replace_folder,
+    storing,
+    temporary_folder,
+    to_json,
+)
+from tunesmith.runs.folder import Run
+from tunesmith.training.inputs import begin
+
+TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
+CHECK_FILE = "verify.json"
+STALE_S = 24 * 3600.0
+"""Age at which a temporary folder of another process counts as left behind."""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export."""
+
+    path: Path
+    target: str
+    allowed: Tolerances
+    found: ExportComparison | None
+    """None: not verified."""
+    loaded_by: str
+    rows: str
+    """Which rows it was compared on."""
+    notes: Sequence[str]
+    in_llama_cpp: ExportComparison | None = None
+    """The comparison of llama.cpp; None if it is not installed, or does not read the target."""
+
+
+def export_run(
+    run: Run,
+    target: str,
+    *,
+    out: Path | None = None,
+    options: ExportOptions | None = None,
+    proof: bool = True,
+    offline: bool = False,
+    on_progress: OnProgress = _no_progress,
+) -> Exported:
+    """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`.
+
+    Raises:
+        InputError: the run has no result, or not one that this target can carry; nothing was written.
+        ExportError: the export differs from the tuned model; it was removed.
+        StorageError: the disk is full, or refuses.
+    """
+    options = options or ExportOptions()
+    chosen = check_options(target, options)
+    run.refuse_links()
+    out = out or default_folder(run, target, options)
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CHECK_FILE).is_file())):
+        raise InputError(
+            f"{out}: already exists, and is no earlier export: it has no {CHECK_FILE}. Name another folder with --out."
+        )
+    result = open_result(run, offline=offline)
+    if options.merge_into == "dequantized":
+        if result.quant is None:
+            raise InputError(
+                f"--merge-into: dequantized: {run.path} was not tuned on a quantized base (method "
+                f"{result.recipe.method.name}), so there is nothing to dequantize. Leave it out."
+            )
+        result = replace(result, merges_dequantized=True)
+    notes = [*filter(None, [result.unchecked]), *check(result, target, options)]
+    _clean_up(out)
+    _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result, chosen) if proof else 0))
+    holder = temporary_folder(out.parent, out.name)
+    try:
+        with being_written(holder):
+            done = _export(result, chosen, holder, options, proof=proof, notes=notes, on_progress=on_progress)
+            replace_folder(done.path, out, swap=True)
+    finally:
+        # What cannot be removed now is removed by the next export here; an earlier error matters more.
+        with suppress(OSError):
+            remove(holder)
+    return replace(done, path=out)
+
+
+def _export(
+    result: RunResult, target: ExportTarget, holder: Path, options: ExportOptions, *, proof: bool, notes: Sequence[str],
+    on_progress: OnProgress,
+) -> Exported:  # fmt: skip
+    folder, work = holder / "export", holder / "work"
+    with storing(holder):
+        folder.mkdir()
+        work.mkdir()
+    if proof:
+        on_progress("tuned", 0, 1)
+        rows = verify.find_rows(result)
+        tuned, base = verify.tuned_outputs(result, rows)
+    on_progress("write", 0, 1)
+    with storing(folder, num_bytes=target.num_bytes(result, options)):
+        notes = [*notes, *target.write(result, folder, options)]
+    done = Exported(folder, target.name, _tolerances(target, result, options), None, "", "", notes)
+    if proof:
+        on_progress("verify", 0, 1)
+        done = _verified(result, target, options, done, rows, tuned=tuned, base=base, work=work)
+    with storing(folder):
+        _describe(result, target, options, done)
+    return done
+
+
+def _verified(
+    result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported, rows: verify.CheckRows, *,
+    tuned: Outputs, base: Outputs | None, work: Path,
+) -> Exported:  # fmt: skip
+    """The export with the numbers of its check. Raises ExportError past the tolerances."""
+    name, finer = f"{result.run.path.name} to {target.name}", target.finer(options)
+    exported = verify.exported_outputs(result, target, done.path, rows, work=work)
+    found = judge(result, tuned, base, exported, allowed=done.allowed, name=name, finer=finer)
+    notes = [*done.notes]
+    if result.is_off_its_base:
+        losses = ""
+        if found.loss_tuned is not None and found.loss_exported is not None:
+            change = found.loss_exported - found.loss_tuned
+            losses = f": held-out loss {found.loss_exported:.4f}, {change:+.4f} from the tuned model's"
+        notes.append(f"trained on its base in {result.quant}, exported on the original base{losses}")
+    done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described)
+    theirs = verify.llama_cpp_outputs(result, target, done.path, rows, work=work / "llama.cpp")
+    if theirs is not None:
+        # On a quantized base llama.cpp rounds the inputs of each product too, which the dequantized model does not.
+        allowed = QUANTIZED if target is GGUF_ADAPTER and result.base.is_gguf else done.allowed
+        where = f"{name}, in {theirs.loaded_by}"
+        other = judge(result, tuned, base, theirs, allowed=allowed, name=where, finer=finer)
+        notes.append(f"the same in {theirs.loaded_by}: {in_brief(other)}")
+        done = replace(done, in_llama_cpp=other)
+    if base is not None and found.carried is None:
+        notes.append("the adapter changes nothing on these rows")
+    return replace(done, notes=notes)
+
+
+def judge(
+    result: RunResult, tuned: Outputs, base: Outputs | None, exported: Outputs, *, allowed: Tolerances, name: str,
+    finer: str,
+) -> ExportComparison:  # fmt: skip
+    """Compare an export with the tuned model. Raises ExportError past the tolerances, naming the worst weight; `finer`:
+    the option to try if rounding alone is the cause."""
+    found = verify.compare(tuned, exported, base=base, labels=result.labels)
+    if problems := found.problems(allowed):
+        way_out = ""
+        if result.is_off_its_base and found.distance <= allowed.weights:
+            way_out = (
+                " It was tuned on a quantized base and does worse on the original one: --merge-into dequantized takes "
+                "the weights it was tuned on."
+            )
+        elif found.same_ids and found.distance <= allowed.weights and finer:
+            way_out = f" Every weight is as near as rounding allows: try {finer}."
+        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
+    return found
+
+
+def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported) -> None:
+    """Write the model card and verify.json."""
+    write_card(
+        result, done.path, fields=target.card(result, done.path, options), license=options.license,
+        checked=comparison_section(done.found, done.allowed, done.loaded_by, done.rows), notes=done.notes,
+    )  # fmt: skip
+    facts: dict[str, Any] = {
+        "verified": done.found is not None, "target": target.name, "tunesmith": __version__, "rows_are": done.rows,
+        "loaded_by": done.loaded_by, "bounds": asdict(done.allowed),
+    }  # fmt: skip
+    facts |= {} if done.found is None else asdict(done.found)
+    facts |= {"notes": list(done.notes), "llama_cpp": done.in_llama_cpp and asdict(done.in_llama_cpp)}
+    (done.path / CHECK_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
+
+
+def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions) -> Tolerances:
+    """The target's tolerances; at least those of 16 bits if the run computed in 16 bits, or on another base."""
+    allowed = target.tolerances(result, options)
+    weights = max(allowed.weights, ROUNDED.weights)
+    if result.is_off_its_base:
+        kl, loss = max(allowed.kl, UNQUANTIZED_KL), max(allowed.loss, ROUNDED.loss)
+        return replace(allowed, kl=kl, loss=loss, weights=weights, loss_may_fall=True)
+    if result.recipe.precision == "float32":
+        return allowed
+    return replace(allowed, kl=max(allowed.kl, ROUNDED.kl), weights=weights)
+
+
+def check_options(target: str, options: ExportOptions) -> ExportTarget:
+    """The target. Raises InputError if there is none of this name, or it does not read an option."""
+    if target not in TARGETS:
+        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
+    chosen = TARGETS[target]
+    if options.license is not None and not options.license.isprintable():
+        raise InputError(f"--license: {options.license!r}: a license is named on one line, such as apache-2.0.")
+    for key, default in asdict(ExportOptions()).items():
+        if key not in (*chosen.reads, "license") and getattr(options, key) != default:
+            readers = ", ".join(name for name, other in TARGETS.items() if key in other.reads)
+            raise InputError(f"--{key.replace('_', '-')}: is not for --to {chosen.name}, only for {readers}.")
+    for key, known in {"merge_into": MERGE_INTO, "dtype": DTYPES, "quant": chosen.quants}.items():
+        value = getattr(options, key)
+        if key in chosen.reads and value not in known:
+            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
+    return chosen
+
+
+def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
+    """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
+    method = result.recipe.method
+    row, name = METHODS[method.name], getattr(method, "kind", method.name)
+    if target != ADAPTER.name and row.is_adapter:
+        if target == GGUF_ADAPTER.name and not row.low_rank:
+            raise InputError(f"--to {target}: method {row.name} ({name}): llama.cpp reads adapters of --method lora.")
+        if not row.can_merge(method):
+            raise InputError(
+                f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
+                "Use --to adapter."
+            )
+    return TARGETS[target].check(result, options)
+
+
+def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:
+    """The folder of an export unless another is named."""
+    quant = f"-{(options or ExportOptions()).quant}" if TARGETS[target].quants else ""
+    return run.path / "exports" / f"{target}{quant}"
+
+
+def _clean_up(out: Path) -> None:
+    """Put back what a killed export had moved aside, and remove what dead ones left: folders without a lock, and of
+    earlier versions, which took none, old ones."""
+    aside = out.with_name(REPLACED + out.name)
+    if aside.exists() and not out.exists():
+        aside.rename(out)
+    for left in abandoned(out.parent):
+        with storing(left):
+            remove(left)
+    if not any((path / WRITER).is_file() for path in out.parent.glob(f"{TEMPORARY}*")):
+        clean(out.parent, name=out.name, older_than_s=STALE_S)
+
+
+def _check_space(out: Path, num_bytes: int) -> None:
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        files = [path for left in place.glob(f"{TEMPORARY}*") for path in left.rglob("*") if path.is_file()]
+        held = sum(path.stat().st_size for path in files)
+        others = f" (other exports that are being written hold {held:,})" if held else ""
+        raise StorageError(
+            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free{others}. Free some space, or name a folder on "
+            "another disk with --out.",
+            path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
+        )  # fmt: skip
+
+
+def parse_export(word: str) -> tuple[str, ExportOptions]:
+    """TARGET or TARGET:VALUE of `export.to`, where VALUE is the --dtype of `merged` and the --quant of other targets.
+
+    Raises RecipeError for anything else.
+    """
+    target, _, value = word.partition(":")
+    options = ExportOptions()
+    if value:
+        options = ExportOptions(dtype=value) if target == MERGED.name else ExportOptions(quant=value)
+    try:
+        check_options(target, options)
+    except InputError as error:
+        raise RecipeError(f"export.to: {word}: {error}") from error
+    return target, options
+
+
+def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:
+    """Notes about the exports of a recipe (`export.to`), before its run is made.
+
+    Raises:
+        RecipeError: there is no such export.
+        ModelError, RunError: this model, task or method cannot be exported so.
+    """
+    words = [parse_export(word) for word in recipe.export.to]
+    if not words:
+        return []
+    start = begin(recipe, root=root, offline=offline)
+    run, method = Run(Path(start.recipe.name or "run")), start.recipe.method
+    row = METHODS[method.name]
+    folder = run.adapter_path if row.is_adapter else run.model_path
+    result = RunResult(
+        run, start.recipe, start.located, folder, start.renderer.tokenizer, start.kind, start.head, None, {},
+        planned_config=row.adapter_config(method),
+    )  # fmt: skip
+    return [f"{target}: {note}" for target, options in words for note in check(result, target, options)]
+
+
+def export_planned(run: Run, word: str, *, on_progress: OnProgress = _no_progress) -> Exported:
+    """Make one of the exports of a finished run's recipe. Its base is on this machine."""
+    target, options = parse_export(word)
+    return export_run(run, target, options=options, offline=True, on_progress=on_progress)

@@ -1,0 +1,389 @@
+"""`gguf`: one file for llama.cpp and programs built on it, with tokenizer and chat template.
+
+The file is read back by transformers, or by `_read_model` where transformers does not know the architecture. That
+reader shares the row order with the writer, so only llama.cpp can find a fault there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from errno import EIO, ENOSPC
+from importlib.metadata import version
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tunesmith.environment import install_command
+from tunesmith.errors import ModelError
+from tunesmith.export import llama_cpp
+from tunesmith.export.card import base_id
+from tunesmith.export.gguf_models import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    UNKNOWN_TO_TRANSFORMERS,
+    find_architecture,
+    model_names,
+    rope_factors,
+)
+from tunesmith.export.gguf_tokenizer import add_vocabulary, find_vocabulary, read_tokenizer
+from tunesmith.export.run_result import RunResult, tuned_tensors
+from tunesmith.export.target import (
+    FIVE_BITS,
+    FOUR_BITS,
+    GGUF_EXACT,
+    QUANTIZED,
+    ROUNDED,
+    SIX_BITS,
+    ExportOptions,
+    ExportTarget,
+    Tolerances,
+    TorchModel,
+    run_dtype,
+)
+from tunesmith.models import load
+from tunesmith.models.gguf import GgufHeader, read_gguf
+from tunesmith.models.load import pretrained_args, wrap_errors
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.models.size import model_size
+from tunesmith.recipe.schema import Recipe
+
+GgmlType: TypeAlias = gguf.GGMLQuantizationType
+_File = gguf.LlamaFileType
+_DISK_RESERVE = 1 << 20
+"""Free bytes under which a disk counts as full: the last blocks can seldom be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantType:
+    """One value of --quant."""
+
+    ggml: GgmlType
+    """Type of most matrices."""
+    file: gguf.LlamaFileType
+    tolerances: Tolerances
+    finer: str
+    """The value that rounds less."""
+    by_llama_cpp: bool = False
+    """Whether only llama.cpp's own quantizer makes it."""
+    output: GgmlType | None = None
+    """Type of the output layer, or of a tied embedding; None: as the others."""
+
+
+QUANT_TYPES: dict[str, QuantType] = {
+    "f32": QuantType(GgmlType.F32, _File.ALL_F32, GGUF_EXACT, ""),
+    "f16": QuantType(GgmlType.F16, _File.MOSTLY_F16, GGUF_EXACT, "f32"),
+    "bf16": QuantType(GgmlType.BF16, _File.MOSTLY_BF16, ROUNDED, "f16"),
+    "q8_0": QuantType(GgmlType.Q8_0, _File.MOSTLY_Q8_0, QUANTIZED, "f16"),
+    "q6_k": QuantType(GgmlType.Q6_K, _File.MOSTLY_Q6_K, SIX_BITS, "q8_0", by_llama_cpp=True),
+    "q5_k_m": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_M, FIVE_BITS, "q6_k", by_llama_cpp=True),
+    "q5_k_s": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_S, FIVE_BITS, "q6_k", by_llama_cpp=True),
+    "q5_1": QuantType(GgmlType.Q5_1, _File.MOSTLY_Q5_1, FIVE_BITS, "q8_0", output=GgmlType.Q8_0),
+    "q5_0": QuantType(GgmlType.Q5_0, _File.MOSTLY_Q5_0, FIVE_BITS, "q8_0", output=GgmlType.Q8_0),
+    "q4_k_m": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_M, FOUR_BITS, "q5_k_m", by_llama_cpp=True),
+    "q4_k_s": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_S, FOUR_BITS, "q5_k_m", by_llama_cpp=True),
+    "q4_1": QuantType(GgmlType.Q4_1, _File.MOSTLY_Q4_1, FOUR_BITS, "q8_0", output=GgmlType.Q8_0),
+    "q4_0": QuantType(GgmlType.Q4_0, _File.MOSTLY_Q4_0, FOUR_BITS, "q8_0", output=GgmlType.Q8_0),
+}
+"""By llama.cpp's name. The output layer of small types is finer than the rest, as in llama.cpp's own quantizer."""
+
+QUANTIZER_INPUT = "f16"
+"""Type of the file that llama.cpp's quantizer reads: its rounding is a hundredth of the quantizer's."""
+
+
+def ggml_type(name: str, shape: tuple[int, ...], quant: QuantType, *, is_tied: bool) -> GgmlType:
+    """Storage type of a tensor. Vectors are float32, as llama.cpp requires; rows of no whole blocks are F16."""
+    if len(shape) < 2 or name == "position_embd.weight":  # llama.cpp's own quantizer leaves positions alone too
+        return GgmlType.F32
+    is_output = name == "output.weight" or (is_tied and name == "token_embd.weight")
+    number = quant.output if is_output and quant.output is not None else quant.ggml
+    return GgmlType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[number][0] else number
+
+
+def stored_bytes(shape: tuple[int, ...], number: GgmlType) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    return int(prod(shape) // block * block_bytes)
+
+
+def quantized(tensor: Tensor, number: GgmlType) -> NDArray[Any]:
+    found: NDArray[Any] = gguf.quantize(np.ascontiguousarray(tensor.detach().cpu().numpy()), number)
+    return found
+
+
+def file_stem(result: RunResult) -> str:
+    """The run's name as start of a file name, safe on a command line and in a Modelfile."""
+    return re.sub(r"[^\w.-]+", "-", result.run.path.name).strip("-.") or "run"
+
+
+def file_name(result: RunResult, options: ExportOptions) -> str:
+    return f"{file_stem(result)}-{options.quant}.gguf"
+
+
+def check_model(result: RunResult, options: ExportOptions) -> list[str]:
+    """Notes. Raises ModelError for a model, head or tokenizer that cannot be written."""
+    if result.head != "next_token" or result.kind != "causal":
+        raise ModelError(
+            f"gguf: only decoder-only models that write text can be exported, and this model ({result.kind}) is tuned "
+            f"for {result.recipe.task}. Export merged or onnx instead."
+        )
+    find_architecture(result.config, result.weights.name)
+    if QUANT_TYPES[options.quant].by_llama_cpp and not llama_cpp.is_installed():
+        ours = ", ".join(name for name, quant in QUANT_TYPES.items() if not quant.by_llama_cpp)
+        raise ModelError(
+            f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it "
+            f"by `{install_command('llama-cpp')}`, or use one of {ours}."
+        )
+    pre = find_vocabulary(result, options.pre).pre
+    notes = [f"llama.cpp's pre-tokenizer is {pre.name}: {pre.how}"]
+    if isinstance(result.tokenizer.chat_template, dict):
+        raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
+    if result.config.model_type in UNKNOWN_TO_TRANSFORMERS and not llama_cpp.is_installed():
+        notes.append(
+            f"transformers reads no GGUF of a {result.config.model_type}, and llama-cpp-python is not installed: only "
+            "tunesmith reads it back, which would not find names or a row order that llama.cpp reads differently"
+        )
+    return notes
+
+
+def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
+    """Write the file. Returns notes."""
+    model, attachment = result.load(result.stored_dtype)
+    tensors = tuned_tensors(model, attachment)
+    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
+    tensors = chain([first], tensors)
+    path = folder / file_name(result, options)
+    if not QUANT_TYPES[options.quant].by_llama_cpp:
+        num_f16 = _write_file(path, result, options, model, tensors)
+        return [f"{num_f16} matrices cannot be cut into blocks of 32 and are F16"] if num_f16 else []
+    unquantized = path.with_name(f"{QUANTIZER_INPUT}-{path.name}")
+    _write_file(unquantized, result, replace(options, quant=QUANTIZER_INPUT), model, tensors)
+    del model, attachment, tensors, first  # the quantizer needs the memory
+    file_type = int(QUANT_TYPES[options.quant].file)
+    llama_cpp.requantize(unquantized, path, file_type=file_type, threads=torch.get_num_threads())
+    unquantized.unlink()
+    return _rows_without_blocks(path)
+
+
+def _rows_without_blocks(path: Path) -> list[str]:
+    """A note about matrices of a K type whose rows are no multiple of 256, and their types."""
+    tensors = read_gguf(path).tensors.items()
+    odd = {name: info for name, info in tensors if len(info.shape) > 1 and info.shape[-1] % 256}
+    if not odd:
+        return []
+    types = Counter(info.dtype for info in odd.values())
+    listed = ", ".join(f"{num} {name}" for name, num in sorted(types.items()))
+    ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in odd}))
+    return [f"{len(odd)} matrices cannot be cut into blocks of 256 and have larger types ({listed}): {ends}"]
+
+
+def write_base(result: RunResult, path: Path) -> Path:
+    """Write the untouched base of an adapter in float32, for llama.cpp to load the adapter on."""
+    model = load.load_model(result.base, dtype=torch.float32, device="cpu", head="next_token")
+    _write_file(path, result, ExportOptions(quant="f32"), model, model.state_dict().items())
+    return path
+
+
+_ADD = {
+    bool: gguf.GGUFWriter.add_bool, float: gguf.GGUFWriter.add_float32, int: gguf.GGUFWriter.add_uint32,
+}  # fmt: skip
+
+
+def _write_file(
+    path: Path, result: RunResult, options: ExportOptions, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    """Write a model whose weights are `tensors`. Returns the number of matrices that became F16 instead."""
+    config, quant = result.config, QUANT_TYPES[options.quant]
+    architecture = find_architecture(config, result.weights.name)
+    names = model_names(architecture, model)
+    factors = rope_factors(model, config) if architecture.rope_factors else None
+    layout: dict[str, tuple[tuple[int, ...], GgmlType]] = {}
+    for name, weight in model.state_dict().items():
+        if name in names:
+            shape = tuple(weight.shape)[:: -1 if name.endswith(architecture.transposed) else 1]
+            layout[name] = shape, ggml_type(names[name], shape, quant, is_tied="output.weight" not in names.values())
+    with gguf_writer(path, result, options, architecture=architecture.name, kind=gguf.GGUFType.MODEL) as writer:
+        for key, value in architecture.facts(config).items():
+            _ADD[type(value)](writer, f"{architecture.name}.{key}", value)
+        add_vocabulary(writer, find_vocabulary(result, options.pre), result, num_rows=num_embeddings(model))
+        float32 = np.dtype(np.float32)
+        for name, (shape, number) in layout.items():
+            writer.add_tensor_info(names[name], shape, float32, stored_bytes(shape, number), raw_dtype=number)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, tuple(factors.shape), float32, factors.numel() * 4)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors:
+            if name in names:
+                stored = architecture.to_gguf(name, tensor.detach().float(), config)
+                writer.write_tensor_data(quantized(stored, layout[name][1]))
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+    return sum(len(shape) > 1 and number == GgmlType.F16 != quant.ggml for shape, number in layout.values())
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+@contextmanager
+def gguf_writer(
+    path: Path, result: RunResult, options: ExportOptions, *, architecture: str, kind: str
+) -> Iterator[gguf.GGUFWriter]:
+    """A writer with the general header keys, closed at the end. `kind`: a model or an adapter."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_type(kind)
+        # Not the bare name: transformers takes a file named "mistral" for another architecture.
+        writer.add_name(f"{result.run.path.name} ({result.recipe.task})")
+        writer.add_file_type(QUANT_TYPES[options.quant].file)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        if options.license is not None:
+            writer.add_license(options.license)
+        if (base := base_id(result)) is not None:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, base)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+        yield writer
+        writer.close()
+        read_gguf(path)
+    except (ModelError, OSError) as error:  # the last tensors may be lost without an error when the file is closed
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # numpy reports how many numbers were written, but not why the rest were not.
+        number = ENOSPC if shutil.disk_usage(path.parent).free < _DISK_RESERVE else EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        writer.close()
+
+
+def num_bytes(result: RunResult, options: ExportOptions) -> int:
+    """Size of the file, and of the quantizer's input."""
+    quant, num_params = QUANT_TYPES[options.quant], model_size(result.weights).num_params
+    if not quant.by_llama_cpp:
+        return stored_bytes((num_params,), quant.ggml)
+    # At most 8 bits: rows that make no blocks of 256 are stored in larger types.
+    return stored_bytes((num_params,), GgmlType.F16) + stored_bytes((num_params,), GgmlType.Q8_0)
+
+
+def finer(options: ExportOptions) -> str:
+    """The option that rounds less."""
+    value = QUANT_TYPES[options.quant].finer
+    return f"--quant {value}" if value else ""
+
+
+_HEADER_TO_CONFIG = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Header keys that transformers' reader leaves out of the config."""
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+
+
+def load_model(folder: Path, recipe: Recipe) -> TorchModel:
+    """The model of a GGUF, dequantized."""
+    path = next(folder.glob("*.gguf"))
+    located = resolve_model(str(path), offline=True)
+    header = read_gguf(path)
+    if header.architecture in UNKNOWN_TO_TRANSFORMERS:
+        model, by = _read_model(path, header, run_dtype(recipe)), "tunesmith (transformers reads no such file)"
+        return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
+    config = load.load_config(located)
+    _complete(config, header)
+    with wrap_errors(located, "its weights cannot be loaded"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **pretrained_args(located), config=config, dtype=run_dtype(recipe), output_loading_info=True
+        )
+    if found["missing_keys"]:
+        raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
+    if ROPE_FACTORS in header.tensors:
+        model.base_model.rotary_emb.inv_freq.div_(dict(read_tensors(path))[ROPE_FACTORS])
+    by = f"transformers {version('transformers')}"
+    return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
+
+
+def _complete(config: Any, header: GgufHeader) -> None:
+    name = header.architecture
+    for key, attribute in _HEADER_TO_CONFIG.items():
+        if hasattr(config, attribute):
+            setattr(config, attribute, header.metadata.get(f"{name}.{key}"))
+    if name == "gpt2":
+        config.n_positions = header.metadata["gpt2.context_length"]
+    if name in ("gemma2", "gemma3"):
+        config.query_pre_attn_scalar = header.metadata[f"{name}.attention.key_length"]
+
+
+@torch.no_grad()
+def _read_model(path: Path, header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a file. Raises ModelError if a weight is missing, or one is unknown."""
+    name, facts = header.architecture, header.metadata
+    config = AutoConfig.for_model(
+        name,
+        **{attribute: facts[f"{name}.{key}"] for key, attribute in _SIZES.items()},
+        rope_parameters={"rope_type": "default", "rope_theta": facts[f"{name}.rope.freq_base"]},
+        tie_word_embeddings="output.weight" not in header.tensors,
+        pad_token_id=facts.get("tokenizer.ggml.padding_token_id"),
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    architecture, found, weights = ARCHITECTURES[name], dict(read_tensors(path)), model.state_dict()
+    for ours, theirs in model_names(architecture, model).items():
+        if theirs not in found:
+            raise ModelError(f"{path.name}: {theirs} is missing")
+        weights[ours].copy_(architecture.from_gguf(ours, found.pop(theirs), config))
+    if found:
+        raise ModelError(f"{path.name}: {len(found)} tensors are no weights of it, such as {next(iter(found))}")
+    return model
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file by llama.cpp's name, as float32."""
+    for tensor in gguf.GGUFReader(path).tensors:
+        yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    name = file_name(result, options)
+    use = [("sh", f"llama-server -m {name} --jinja"), ("sh", f"llama-cli -m {name} --jinja")]
+    return {"library": "gguf", "relation": "quantized", "use": use}
+
+
+GGUF = ExportTarget(
+    name="gguf",
+    doc="One file for llama.cpp and all programs built on it.",
+    check=check_model,
+    write=write_model,
+    load=load_model,
+    num_bytes=num_bytes,
+    tolerances=lambda result, options: QUANT_TYPES[options.quant].tolerances,
+    card=_card,
+    reads=("quant", "pre", "merge_into"),
+    quants=tuple(QUANT_TYPES),
+    in_llama_cpp=True,
+    finer=finer,
+)

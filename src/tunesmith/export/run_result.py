@@ -1,0 +1,196 @@
+"""The result of a run as input of an export: found, checked against its base, and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.data.render import Renderer
+from tunesmith.errors import RunError
+from tunesmith.formatting import command
+from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
+from tunesmith.methods import METHODS
+from tunesmith.methods.patterns import CONFIG
+from tunesmith.methods.peft_format import PREFIX, WEIGHTS
+from tunesmith.methods.quantize import unpack_base
+from tunesmith.models import load
+from tunesmith.models.folder import read_safetensors, read_tensors
+from tunesmith.models.load import model_kind, new_tokens_of
+from tunesmith.models.modes import silence_transformers
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
+from tunesmith.models.special_tokens import resize_embeddings
+from tunesmith.planning.before_rows import find_head
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.folder import Run
+from tunesmith.types import Attachment, HeadName, Labels, ModelKind
+
+_A = ".lora_A.weight"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CLASSES = {"masked_token": "MaskedLM", "sequence": "SequenceClassification", "tokens": "TokenClassification"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run, before its weights are loaded."""
+
+    run: Run
+    recipe: Recipe
+    base: ModelRef
+    """The model that was tuned."""
+    folder: Path
+    """The run's adapter or model folder."""
+    tokenizer: PreTrainedTokenizerBase
+    """With the chat template of training."""
+    kind: ModelKind
+    head: HeadName
+    labels: Labels | None
+    base_hashes: dict[str, str]
+    """SHA-256 of the base's files, by name; empty if every weight was tuned."""
+    merges_dequantized: bool = False
+    """Whether a base that was quantized for training is exported as its dequantized weights."""
+    unchecked: str = ""
+    """Note about a result whose run recorded no hashes."""
+    planned_config: dict[str, Any] | None = None
+    """Config of the adapter that a run will write; set only before training, when `folder` does not exist."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.folder == self.run.adapter_path
+
+    @property
+    def quant(self) -> str | None:
+        """Quantization type of the base during training; None: not quantized."""
+        method = self.recipe.method
+        return METHODS[method.name].base_format(method).partition(" ")[0] or None
+
+    @property
+    def is_off_its_base(self) -> bool:
+        """Whether the export uses the original base instead of the quantized one of training."""
+        return self.quant is not None and not self.merges_dequantized
+
+    @property
+    def weights(self) -> ModelRef:
+        """The model that is loaded first: the base under an adapter, or the result itself."""
+        return self.base if self.is_adapter or self.planned_config is not None else self.located
+
+    @property
+    def located(self) -> ModelRef:
+        return ModelRef("folder", self.folder, str(self.folder))
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return make_renderer(self.recipe, self.tokenizer, self.kind)
+
+    @cached_property
+    def config(self) -> Any:
+        config = load.load_config(self.weights)
+        if self.is_adapter and (added := new_tokens_of(self.recipe, self.base).ids):
+            text = config.get_text_config()
+            text.vocab_size = max(text.vocab_size, max(added) + 1)
+        return config
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The widest dtype of the stored weights; float32 for a GGUF, which dequantizes to it."""
+        if self.weights.is_gguf:
+            return torch.float32
+        found = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
+        return next((dtype for name, dtype in _DTYPES.items() if name in found), torch.float32)
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """The adapter's config in PEFT's format."""
+        return read_config(self.folder) if self.planned_config is None else self.planned_config
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the layers with a low-rank path; empty before training."""
+        if self.planned_config is not None:
+            return []
+        names = read_safetensors(self.folder / WEIGHTS)
+        return [name.removeprefix(PREFIX).removesuffix(_A) for name in names if name.endswith(_A)]
+
+    def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Attachment | None]:
+        """The tuned model on the CPU with weights in `dtype`, and the adapter on it."""
+        method = METHODS[self.recipe.method.name]
+        trained_dtype = getattr(torch, resolved(self.recipe.precision))
+        model = load.load_model(
+            self.weights, dtype=trained_dtype if self.merges_dequantized else dtype, device="cpu", head=self.head,
+            labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,
+        )  # fmt: skip
+        if not self.is_adapter:
+            return model, None
+        resize_embeddings(model, new_tokens_of(self.recipe, self.base))
+        if self.merges_dequantized:
+            method.prepare_base(model, self.recipe.method, device="cpu")
+            unpack_base(model).to(dtype)
+        return model, method.load_result(model, self.folder)
+
+    def without_weights(self) -> PreTrainedModel:
+        """The model on the meta device, with the generation config of its base."""
+        with torch.device("meta"), silence_transformers():
+            model: PreTrainedModel = getattr(transformers, auto_class(self.head, self.kind)).from_config(self.config)
+        if (self.base.path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.base.path)
+        return model
+
+
+def auto_class(head: HeadName, kind: ModelKind) -> str:
+    """The class of transformers that loads a model with this head."""
+    writes = "Seq2SeqLM" if kind == "encoder_decoder" else "CausalLM"
+    return f"AutoModelFor{_CLASSES.get(head, writes)}"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter in PEFT's format."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+    return config
+
+
+def open_result(run: Run, *, offline: bool) -> RunResult:
+    """The result of a finished run.
+
+    Raises:
+        RunError: the run has no result yet, or its base has changed since.
+        ModelError: the base is gone.
+    """
+    folder = next((path for path in (run.adapter_path, run.model_path) if path.exists()), None)
+    if folder is None:
+        raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with: {command('resume', run.path)}")
+    unchecked = run.check_result(folder)
+    recipe = run.recipe()
+    hashes: dict[str, str] = {}
+    if folder == run.adapter_path:
+        base = resolve_base(recipe, offline=offline)
+        hashes = load.fingerprint(base)
+        refuse_other_base(run, base, hashes)
+    else:
+        refuse_needless(run.base, str(run.path))
+        base = resolve_model(str(folder), offline=True)
+    tokenizer = load.load_tokenizer(ModelRef("folder", folder, str(folder)), None)
+    kind = model_kind(base)
+    head = find_head(recipe, base, kind)
+    return RunResult(run, recipe, base, folder, tokenizer, kind, head, run_labels(recipe), hashes, unchecked=unchecked)
+
+
+@torch.no_grad()
+def tuned_tensors(model: PreTrainedModel, attachment: Attachment | None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the tuned model by its name in a plain model: base plus delta in float32, not rounded.
+
+    Takes the adapter off the model and unpacks quantized weights. Tied weights come under each of their names. Yields
+    nothing if the adapter cannot be merged.
+    """
+    if attachment is not None:
+        yield from attachment.merged_weights()
+        return
+    for name, weight in model.state_dict().items():
+        yield name, weight.detach().float()

@@ -1,0 +1,205 @@
+"""What every export target declares: its options, its tolerances, and how its output is loaded again."""
+
+# N targets, V vocabulary or classes, B rows, T tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.data.render import Renderer
+from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
+from tunesmith.inference.load import has_token_types
+from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.modes import eval_mode
+from tunesmith.recipe.schema import Recipe
+from tunesmith.types import Batch, HeadName, ModelKind
+
+if TYPE_CHECKING:
+    from tunesmith.export.run_result import RunResult
+
+MERGE_INTO = ("original", "dequantized")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Options of an export. A target refuses those that it does not read."""
+
+    dtype: str = "auto"
+    """merged: the dtype of the weights. auto: that of the base, bfloat16 if the base is a GGUF."""
+    quant: str = "f16"
+    """gguf, ollama, gguf-adapter: how matrices are stored."""
+    bake_scale: bool = False
+    """adapter: write an alpha with which programs that ignore use_rslora scale correctly."""
+    pre: str | None = None
+    """gguf, ollama: llama.cpp's name of the pre-tokenizer, instead of the detected one."""
+    merge_into: str = "original"
+    """merged, gguf, ollama, onnx after training on a quantized base: merge into the original weights, or into the
+    dequantized weights that the adapter was trained on."""
+    license: str | None = None
+    """License in the model card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerances:
+    """How far an export may be from the tuned model."""
+
+    kl: float
+    """Mean KL divergence of the next token or class, in nats."""
+    loss: float
+    """Change of the held-out loss, in nats."""
+    carried: float
+    """How far the share of the tuning effect in the export may be from 1."""
+    weights: float
+    """Distance of any weight from base plus delta, relative to its norm."""
+    loss_may_fall: bool = False
+    """Whether a lower held-out loss is accepted, because the export uses a better base."""
+
+
+EXACT = Tolerances(kl=1e-6, loss=1e-4, carried=0.01, weights=1e-5)
+"""float32 on both sides: only the order of additions differs."""
+ROUNDED = Tolerances(kl=5e-3, loss=0.02, carried=0.2, weights=8e-3)
+"""16-bit weights. Measured: merging SmolLM2 into bfloat16 gives KL 7e-4 and moves a weight by 1.1e-3 of its norm.
+0.02 nats of loss: trap A2 of docs/correctness.md. After three training steps rounding was up to 6 % of the effect."""
+GGUF_EXACT = Tolerances(kl=1e-3, loss=0.02, carried=0.05, weights=2e-3)
+"""F32 and F16 in a GGUF (trap A14)."""
+QUANTIZED = Tolerances(kl=2e-2, loss=0.05, carried=0.2, weights=3e-2)
+"""8 bits: blocks of 32 share a scale."""
+SIX_BITS = Tolerances(kl=5e-2, loss=0.05, carried=0.2, weights=6e-2)
+FIVE_BITS = Tolerances(kl=0.25, loss=0.15, carried=0.3, weights=0.2)
+FOUR_BITS = Tolerances(kl=0.5, loss=0.2, carried=0.3, weights=0.25)
+"""About twice the measured values of SmolLM2-135M (docs/export.md). A lost adapter carries nothing in any type."""
+UNQUANTIZED_KL = 0.5
+"""KL in nats for an adapter that was trained on a quantized base and exported on the original one."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A loaded model as the check queries it. Subclasses compute `logits` and `next_logits`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: ModelKind
+    head: HeadName
+    loaded_by: str
+    """Library and version."""
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the model reads token types."""
+        return False
+
+    @property
+    def decoder_start(self) -> int | None:
+        """First token of the decoder of an encoder–decoder."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [N, V] float32 on the CPU at the targets of a batch of one padded row."""
+        raise NotImplementedError
+
+    def next_logits(self, ids: list[int]) -> Tensor:
+        """Logits [V] of the token after `ids`."""
+        raise NotImplementedError
+
+    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
+        """Greedy answers, each at most `num_tokens` long."""
+        texts = []
+        for prompt in prompts:
+            ids: list[int] = []
+            while len(ids) < num_tokens and not (ids and ids[-1] in renderer.stop_ids):
+                ids.append(int(torch.argmax(self.next_logits([*prompt, *ids]))))
+            texts.append(read_answer(renderer, prompt, ids).text)
+        return texts
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts, without special tokens."""
+        backend = self.tokenizer.backend_tokenizer
+        return [list(one.ids) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def retokenize(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids that the loading library makes of the text of prompts."""
+        return [list(prompt) for prompt in prompts]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in transformers; nothing if the library does not give them out."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class TorchModel(ExportedModel):
+    """A model of transformers."""
+
+    model: PreTrainedModel
+    is_plain: bool = True
+    """Whether the weights include the adapter."""
+
+    @property
+    def has_types(self) -> bool:
+        return has_token_types(self.model, self.tokenizer)
+
+    @property
+    def decoder_start(self) -> int | None:
+        return getattr(self.model.config, "decoder_start_token_id", None)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.model.device
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        forward = {"sequence": sequence_logits, "tokens": token_logits}.get(self.head, logits_at_targets)
+        with eval_mode(self.model):
+            return forward(self.model, batch).float().cpu()
+
+    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
+        sampling, size = Sampling(max_new_tokens=num_tokens), ANSWER_BATCH
+        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        return [given.text for part in parts for given in generate(self.model, renderer, part, sampling)]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        if self.is_plain:
+            yield from self.model.state_dict().items()
+
+
+def run_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the run computed in, so that differences come from weights alone."""
+    found: torch.dtype = getattr(torch, recipe.precision)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTarget:
+    """One target of `tunesmith export --to`."""
+
+    name: str
+    doc: str
+    check: Callable[[RunResult, ExportOptions], list[str]]
+    """(result, options) -> notes. Raises for what this target cannot carry, before weights are loaded."""
+    write: Callable[[RunResult, Path, ExportOptions], list[str]]
+    """(result, folder, options) -> notes. Fills an empty folder."""
+    load: Callable[[Path, Recipe], ExportedModel]
+    """(folder, recipe) -> the model, from the exported files alone (an adapter: on its base)."""
+    num_bytes: Callable[[RunResult, ExportOptions], int]
+    """Upper estimate of the disk space needed while writing."""
+    tolerances: Callable[[RunResult, ExportOptions], Tolerances]
+    card: Callable[[RunResult, Path, ExportOptions], dict[str, Any]]
+    """Fields of the model card: library, relation, "use" as (language, code), "servers"."""
+    reads: tuple[str, ...]
+    """Names of the options that it reads besides the license."""
+    quants: tuple[str, ...] = ()
+    """Values of --quant."""
+    in_llama_cpp: bool = False
+    """Whether llama.cpp loads it too."""
+    finer: Callable[[ExportOptions], str] = lambda options: ""
+    """The option that rounds less; empty where nothing does."""
