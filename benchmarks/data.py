@@ -60,7 +60,7 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
     import numpy as np
 
     from tunesmith.data.batch import Plan
-    from tunesmith.data.store import build
+    from tunesmith.data.dataset import build
     from tunesmith.inference.load import make_renderer
     from tunesmith.models import load
     from tunesmith.models.load import model_kind

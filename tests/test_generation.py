@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tiny import pair, tiny_tokenizer
 from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation import generate as generation
 from tunesmith.evaluation.generate import Answer, Sampling, generate
 from tunesmith.models.attention import use_packed_attention

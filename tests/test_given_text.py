@@ -66,7 +66,7 @@ def test_a_file_that_changed_meanwhile_does_not_lend_its_text(tmp_path: Path, is
 
 
 def test_turns_of_a_chat_have_their_roles(tmp_path: Path) -> None:
-    from tunesmith.data.given import given_text
+    from tunesmith.data.splits import given_text
 
     parts = (Part("user", "Hi  there", False), Part("assistant", "Hello", True))
     assert given_text(Example(parts, Source("x", 1), "messages")) == "user: Hi  there\nassistant: Hello"

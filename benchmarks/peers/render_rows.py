@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.store import RowStore
+from tunesmith.data.dataset import RowStore
 from tunesmith.recipe import load
 from tunesmith.training.setup import prepare
 

@@ -6,10 +6,14 @@ import ctypes
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from types import ModuleType
 
 from tunesmith.errors import InputError
 
@@ -67,6 +71,28 @@ def for_child(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
+@contextmanager
+def spawning() -> Iterator[None]:
+    """A block in which `multiprocessing` starts processes of this package by "spawn".
+
+    They do not import the program's main module, so that a script needs no `if __name__ == "__main__"`, and Ctrl-C is
+    not for them.
+    """
+    with _SPAWNING:
+        main = sys.modules["__main__"]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else None
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            if sys.platform != "win32" and blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+_SPAWNING = threading.Lock()
+
+
 def in_force(environ: Mapping[str, str]) -> dict[str, str]:
     """The values of `NAMES`, whoever set them; a library's own default where nothing is set."""
     return {name: environ.get(name, "the library's") for name in NAMES}
@@ -84,6 +110,19 @@ def default_threads() -> tuple[int, str]:
         return int(wanted), "OMP_NUM_THREADS is set"
     num = num_cpus()
     return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; where only its peak is known, that, and 0 where neither is."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>[^\"']+)[\"']")

@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 from tunesmith.data.check import check
 from tunesmith.data.check_report import CheckReport, spans_of, token_stats
 from tunesmith.data.examples import content_hash
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Example, Problem, Row, Source
 

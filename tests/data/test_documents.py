@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from data.families import CAUSAL, MASKED, bert_like, t5_like
 from tiny import TEXT, tiny_tokenizer
-from tunesmith.data import spelling
-from tunesmith.data.documents import windows
-from tunesmith.data.render import Encoded, Renderer
-from tunesmith.data.spelling import spell
-from tunesmith.data.tokens import Encoder
+from tunesmith.data import documents
+from tunesmith.data.documents import spell, windows
+from tunesmith.data.renderer import Encoded, Renderer
+from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Row, Source
 
@@ -174,10 +173,10 @@ SPLITTERS = {
 LONG = "\n\n".join(TEXT * 6) + " 😀" * 200 + "9" * 40 + "".join(TEXT)
 
 
-def in_stretches(tokenizer: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> spelling.Spelled:
-    monkeypatch.setattr(spelling, "STRETCH_CHARS", 900)
-    monkeypatch.setattr(spelling, "OVERLAP_CHARS", 300)
-    return spell(Encoder(tokenizer), [text])[0]
+def in_stretches(tokenizer: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> documents.Spelled:
+    monkeypatch.setattr(documents, "STRETCH_CHARS", 900)
+    monkeypatch.setattr(documents, "OVERLAP_CHARS", 300)
+    return spell(FastTokenizer(tokenizer), [text])[0]
 
 
 def assert_tokens_of_the_whole(tokenizer: Any, ids: Any) -> None:
@@ -193,10 +192,10 @@ def test_stretches_give_the_tokens_of_the_whole(name: str, monkeypatch: pytest.M
     assert found.bytes_T.tolist() == spell_whole(SPLITTERS[name]).bytes_T.tolist()
 
 
-def spell_whole(tokenizer: Any) -> spelling.Spelled:
+def spell_whole(tokenizer: Any) -> documents.Spelled:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spelling, "STRETCH_CHARS", len(LONG))
-        return spell(Encoder(tokenizer), [LONG])[0]
+        patch.setattr(documents, "STRETCH_CHARS", len(LONG))
+        return spell(FastTokenizer(tokenizer), [LONG])[0]
 
 
 # trap: T8

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from data.families import bert_like
 from tunesmith.data import passes
 from tunesmith.data.batch import build_batch
+from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.render import Renderer
-from tunesmith.data.store import RowStore, build
+from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Row, Source
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
-from tunesmith.data.label_column import LabelColumn
+from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.labels import count_classes, decide_labels, is_number, order, remark_on, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data

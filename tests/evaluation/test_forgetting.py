@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.data.render import Renderer
-from tunesmith.data.tokens import Encoder
+from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.models.attention import use_packed_attention
@@ -38,7 +37,7 @@ def test_text_is_a_few_hundred_sentences():
 def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monkeypatch):
     monkeypatch.setattr(forgetting, "MAX_TOKENS", 20)
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    wholes = Encoder(tokenizer).ids(forgetting.passages(), plain=True)
+    wholes = FastTokenizer(tokenizer).ids(forgetting.passages(), add_special_tokens=True)
     rows = forgetting.general_rows(tokenizer)
     assert max(len(row.ids) for row in rows) == 20
     for number, whole in enumerate(wholes, start=1):
@@ -54,7 +53,7 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
     monkeypatch.setattr(forgetting, "MAX_TOKENS", 4)  # a passage of several rows is one passage still
     losses, counts = [], []
     with torch.no_grad():
-        for ids in Encoder(TOKENIZER).ids(forgetting.passages(), plain=True):
+        for ids in FastTokenizer(TOKENIZER).ids(forgetting.passages(), add_special_tokens=True):
             ids_T = torch.from_numpy(ids.astype(np.int64))
             counts.append(len(ids_T) - 1)
             losses.append(0.0)

@@ -10,7 +10,7 @@ import pytest
 
 from export.exports import of_architecture, quick
 from tiny import template, tiny_tokenizer
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.export.export_run import export_run
 from tunesmith.export.ollama import go_template, modelfile
 

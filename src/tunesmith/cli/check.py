@@ -12,7 +12,7 @@ from tunesmith.cli.options import Json, Offline, Settings, files, remember_json,
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Renderer
+    from tunesmith.data.renderer import Renderer
     from tunesmith.recipe.schema import Recipe
 
 

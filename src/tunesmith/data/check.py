@@ -26,7 +26,6 @@ from tunesmith.data.check_report import (
 )
 from tunesmith.data.check_sides import Judged, SideRows, chunks_of, judge, spans_of_example
 from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
-from tunesmith.data.collecting import collected_between
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.folders import expand
 from tunesmith.data.opening import FileFacts
@@ -49,7 +48,7 @@ Tell = Callable[[Source, int, int], str]
 
 
 class Encodes(Protocol):
-    """What a check asks of `tunesmith.data.render.Renderer`."""
+    """What a check asks of `tunesmith.data.renderer.Renderer`."""
 
     tokenizer: Any
 
@@ -161,13 +160,11 @@ class _Check:
         usable, shape, is_readable = 0, None, True
         source = examples([file], self._data, self._hear, facts=facts, task=self._task)
         try:
-            with collected_between() as collect:
-                for chunk in chunks_of(example for _, example in source):
-                    shape = chunk[-1].shape
-                    usable += self._chunk(chunk, index)
-                    collect()
-                    done = min(self._done_bytes + facts[0].done_bytes, self._total_bytes)
-                    self._progress(done, self._total_bytes)
+            for chunk in chunks_of(example for _, example in source):
+                shape = chunk[-1].shape
+                usable += self._chunk(chunk, index)
+                done = min(self._done_bytes + facts[0].done_bytes, self._total_bytes)
+                self._progress(done, self._total_bytes)
         except DataError as error:
             is_readable = False
             for problem in error.problems:

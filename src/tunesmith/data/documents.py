@@ -5,48 +5,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafted, Room
-from tunesmith.data.spelling import Spelled, spell
-from tunesmith.data.tokens import ControlTokens, Encoder
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
 
+STRETCH_CHARS = 1_000_000
+"""A longer text is tokenized in stretches: the tokenizer needs hundreds of bytes a token while it works."""
+OVERLAP_CHARS = 4_096
+"""Characters that two stretches share. A token depends on what is near: in their middle both split the text alike."""
 
-class Documents:
+
+class DocumentEncoder:
     """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one.
 
-    A window reads at least one token that the one before it has trained. Raises `RecipeError` for a room or a
+    A window reads at least one token that the one before it has trained. Raises `RecipeError` for a limit or a
     `stride` (None: the longest) that leaves tokens out.
     """
 
     template_text = ""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, stride: int | None) -> None:
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
         self.control = ControlTokens(tokenizer, "")
-        self.stop_ids = () if encoder.eos_id is None else (encoder.eos_id,)
-        self._encoder = encoder
-        self._frame = encoder.causal_frame(closed=True)
-        self._width = room.max_tokens
+        self.stop_ids = () if fast.eos_id is None else (fast.eos_id,)
+        self._fast = fast
+        self._frame = fast.causal_frame(closed=True)
+        self._width = limit.max_tokens
         self._stride = _checked_stride(stride, width=self._width, num_read=1)
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         """Aligned with `examples`."""
         texts = [example.parts[0].text for example in examples]
         return [
             self._windows(example.source, text, spelled)
-            for example, text, spelled in zip(examples, texts, spell(self._encoder, texts), strict=True)
+            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
         ]
 
     def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any]) -> list[int]:
         """What serving feeds to have a text gone on with. `tools` have no meaning."""
-        ids_T = self._encoder.ids([parts[0].text], plain=False)[0]
+        ids_T = self._fast.ids([parts[0].text])[0]
         return [int(token_id) for token_id in np.concatenate([self._frame.before_ids, ids_T])]
 
-    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafted:
+    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
         ids_T = self._frame.around(spelled.ids_T)
         bytes_T = np.zeros(len(ids_T), np.int64)
         bytes_T[len(self._frame.before_ids) :][: len(spelled.ids_T)] = spelled.bytes_T
@@ -58,36 +64,36 @@ class Documents:
         return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
 
 
-class MaskedDocuments:
+class MaskedDocumentEncoder:
     """Text for a model of masked tokens: every window in the tokenizer's own frame. Trained: what may be masked.
 
-    Raises `ModelError` for a tokenizer without a mask; `RecipeError` for a room or a `stride` (None: the longest) that
+    Raises `ModelError` for a tokenizer without a mask; `RecipeError` for a limit or a `stride` (None: the longest) that
     leaves tokens out.
     """
 
     template_text = ""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, stride: int | None) -> None:
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
         if tokenizer.mask_token_id is None:
             raise ModelError(
-                f"{encoder.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
+                f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
                 "text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
             )
         self.control = ControlTokens(tokenizer, "")
-        self._encoder = encoder
-        self._frame = encoder.frame(1)
-        self._width = None if room.max_tokens is None else room.max_tokens - self._frame.num_added()
+        self._fast = fast
+        self._frame = fast.frame(1)
+        self._width = None if limit.max_tokens is None else limit.max_tokens - self._frame.num_added()
         self._stride = _checked_stride(stride, width=self._width, num_read=0)
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         """Aligned with `examples`."""
         texts = [example.parts[0].text for example in examples]
         return [
             self._windows(example.source, text, spelled)
-            for example, text, spelled in zip(examples, texts, spell(self._encoder, texts), strict=True)
+            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
         ]
 
-    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafted:
+    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
         maskable_T = ~self.control.are_reserved(spelled.ids_T)
         at = len(self._frame.before_ids)
         drafts = []
@@ -125,10 +131,76 @@ def _checked_stride(stride: int | None, *, width: int | None, num_read: int) -> 
     return stride or longest
 
 
-def _learnable(source: Source, drafts: list[Draft], num_unspelled: int) -> Drafted:
+def _learnable(source: Source, drafts: list[Draft], num_unspelled: int) -> Drafts:
     """The windows in which something is learnt."""
     drafts = [draft for draft in drafts if draft.trained_T.any()]
     if not drafts:
         return Problem(source, "no_target", "its text gives no token that could be learnt.", "Remove the row.")
     drafts[0].num_unspelled = num_unspelled
     return drafts
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """The tokens of a text, without anything around it."""
+
+    ids_T: NDArray[np.int32]
+    bytes_T: NDArray[np.int64]
+    """UTF-8 bytes of the text from the end of the token before to the end of each; all of a text's in sum."""
+
+
+def spell(fast: FastTokenizer, texts: Sequence[str]) -> list[Spelled]:
+    """Tokens of each text."""
+    encoded = iter(fast.encode([text for text in texts if len(text) <= STRETCH_CHARS]))
+    return [
+        _between(text, *_ids_and_ends(next(encoded)), 0, len(text))
+        if len(text) <= STRETCH_CHARS
+        else _spell_long(fast, text)
+        for text in texts
+    ]
+
+
+def _spell_long(fast: FastTokenizer, text: str) -> Spelled:
+    """The tokens of the whole text, from stretches that are joined where both end a token."""
+
+    def stretch(start: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        ids_T, ends_T = _ids_and_ends(fast.encode([text[start : start + STRETCH_CHARS]])[0])
+        return ids_T, ends_T + start
+
+    parts = []
+    cut, left = 0, stretch(0)
+    step = STRETCH_CHARS - OVERLAP_CHARS
+    for start in range(step, len(text) - OVERLAP_CHARS, step):
+        right = stretch(start)
+        low, high = start + OVERLAP_CHARS // 4, start + 3 * OVERLAP_CHARS // 4
+        shared = np.intersect1d(left[1], right[1])
+        shared = shared[(shared > low) & (shared < high)]
+        # Thousands of characters without the end of a token are no text: they are cut anywhere.
+        until = int(shared[len(shared) // 2]) if len(shared) else (low + high) // 2
+        parts.append(_between(text, *left, cut, until))
+        cut, left = until, right
+    parts.append(_between(text, *left, cut, len(text)))
+    return Spelled(np.concatenate([part.ids_T for part in parts]), np.concatenate([part.bytes_T for part in parts]))
+
+
+def _ids_and_ends(tokens: Tokens) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    return tokens.ids_T, np.maximum.accumulate(tokens.ends_T)
+
+
+def _between(text: str, ids_T: NDArray[np.int32], ends_T: NDArray[np.int64], start: int, end: int) -> Spelled:
+    """The tokens that end behind `start`, up to `end`; those at the start of the text too."""
+    first = int(np.searchsorted(ends_T, start, side="right")) if start else 0
+    last = int(np.searchsorted(ends_T, end, side="right"))
+    ids_T, ends_T = ids_T[first:last], ends_T[first:last] - start
+    if len(ends_T):
+        ends_T[-1] = end - start
+    return Spelled(ids_T, _num_bytes(text[start:end], ends_T))
+
+
+def _num_bytes(text: str, ends_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """UTF-8 bytes of a text from each of the given places to the next, the first from its start."""
+    if text.isascii():
+        return np.diff(ends_T, prepend=0)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.diff(np.concatenate([[0], np.cumsum(widths)])[ends_T], prepend=0)

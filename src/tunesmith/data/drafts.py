@@ -30,12 +30,12 @@ class Draft:
     num_bytes: int = 0
 
 
-Drafted = list[Draft] | Problem
+Drafts = list[Draft] | Problem
 """The windows of an example, mostly one, or why it cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class LengthLimit:
     """How long a row may be (None: as long as it is), and what becomes of a longer one."""
 
     max_tokens: int | None
@@ -54,8 +54,8 @@ class Room:
         """`what` was too long, and was cut at a `cost`."""
         return Problem(source, "cut", f"{what} are {self._rule}: {cost}.", severity="warning")
 
-    def fit(self, source: Source, draft: Draft) -> Drafted:
-        """A draft of next tokens within the room, its end cut off where that is asked for.
+    def fit(self, source: Source, draft: Draft) -> Drafts:
+        """A draft of next tokens within the limit, its end cut off where that is asked for.
 
         Its first token is not trained: nothing predicts it.
         """

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import build_batch
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.filling import fill
 from tunesmith.data.order import sort_keys
 from tunesmith.data.passes import Pass, fill_passes
 from tunesmith.data.sharing import share
-from tunesmith.data.store import RowStore
 from tunesmith.types import Batch, Layout, Row
 
 RANDOM_BEYOND = 0.8

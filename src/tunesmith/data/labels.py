@@ -26,7 +26,7 @@ from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.data.store import RowStore
+    from tunesmith.data.dataset import RowStore
 
 ClassWeights = Literal["equal", "balanced"] | Mapping[str, float]
 

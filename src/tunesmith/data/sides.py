@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.labels import MOST_LISTED, find_kind, order, see
 from tunesmith.data.repeats import input_overlap
 from tunesmith.data.split import (
@@ -17,7 +18,6 @@ from tunesmith.data.split import (
     stratified_mask,
     stratified_note,
 )
-from tunesmith.data.store import RowStore
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, resolved
 from tunesmith.types import Choice, Labels, TaskName

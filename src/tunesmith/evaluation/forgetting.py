@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import build_batch
 from tunesmith.data.passes import fill_passes
-from tunesmith.data.render import Renderer
-from tunesmith.data.tokens import ControlTokens, Encoder
+from tunesmith.data.renderer import Renderer
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
 from tunesmith.evaluation.generate import Sampling, generate
@@ -77,7 +77,7 @@ def general_rows(tokenizer: Any) -> list[Row]:
     """
     control = ControlTokens(tokenizer, "")
     rows = []
-    for number, ids_T in enumerate(Encoder(tokenizer).ids(passages(), plain=True), start=1):
+    for number, ids_T in enumerate(FastTokenizer(tokenizer).ids(passages(), add_special_tokens=True), start=1):
         trained_T = ~control.are_reserved(ids_T)
         trained_T[0] = False
         for start in range(0, len(ids_T) - 1, MAX_TOKENS - 1):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.formatting import plural
 from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.modes import eval_mode

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.feed import Feed, passes_of
 from tunesmith.data.labels import count_classes, see
-from tunesmith.data.store import RowStore
 from tunesmith.evaluation.scores import Constant, RowResult
 from tunesmith.models.modes import eval_mode
 from tunesmith.types import HeadName, Labels, Task

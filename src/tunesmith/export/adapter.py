@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import base_id
 from tunesmith.export.gguf import QUANT_TYPES, file_stem, gguf_writer, quantized, read_tensors

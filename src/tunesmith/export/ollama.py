@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.template import ChatTemplate, TemplateRefusal
+from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
 from tunesmith.export.gguf import GGUF, check_model, file_name, file_stem, write_model
 from tunesmith.export.gguf_tokenizer import begins_with_bos

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RunError
 from tunesmith.formatting import command
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
 from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits

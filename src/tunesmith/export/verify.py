@@ -29,7 +29,7 @@ from tunesmith.data.feed import Masking
 from tunesmith.data.folders import expand
 from tunesmith.data.formats import FORMATS, find_shape
 from tunesmith.data.labels import targets
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.data.render import Renderer
-from tunesmith.data.store import kept
+from tunesmith.data.dataset import kept
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.formatting import command
 from tunesmith.methods import METHODS, attach, method_of, restore, state_dict

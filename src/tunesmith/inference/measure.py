@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.dataset import RowStore, build, kept
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.folders import expand
-from tunesmith.data.given import texts_in_order
 from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, see, weights_of
-from tunesmith.data.rows import counted, refuse_bad
 from tunesmith.data.sides import split
-from tunesmith.data.store import RowStore, build, kept
+from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.generate import (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.data.store import RowStore
+from tunesmith.data.dataset import RowStore
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import adalora, full, lora, peft_bridge, peft_config, peft_format, peft_kinds, peft_saved
 from tunesmith.methods.quantize import base_format, quantize_base

@@ -21,7 +21,7 @@ from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Renderer
+    from tunesmith.data.renderer import Renderer
     from tunesmith.models.resolve_model import ModelRef
 
 

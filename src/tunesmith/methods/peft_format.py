@@ -29,7 +29,7 @@ from tunesmith.recipe.methods import DoraMethod
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Renderer
+    from tunesmith.data.renderer import Renderer
     from tunesmith.models.resolve_model import ModelRef
 
 WEIGHTS = "adapter_model.safetensors"

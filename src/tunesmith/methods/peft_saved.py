@@ -25,7 +25,7 @@ from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Renderer
+    from tunesmith.data.renderer import Renderer
     from tunesmith.models.resolve_model import ModelRef
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.labels import see
-from tunesmith.data.rows import Rows
+from tunesmith.data.splits import Rows
 from tunesmith.environment import default_threads
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tunesmith.data.class_columns import ask_for_task
-from tunesmith.data.rows import first_example
+from tunesmith.data.splits import first_example
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.rows import Rows
-from tunesmith.data.store import RowStore
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.splits import Rows
 from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
 from tunesmith.evaluation.predict_rows import sample_rows

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import Plan
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.feed import passes_of
 from tunesmith.data.passes import Pass
-from tunesmith.data.store import RowStore
 from tunesmith.types import Layout
 
 MOST_STEPS = 1000

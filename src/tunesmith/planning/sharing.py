@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.data.batch import Plan, build_batch
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.sharing import families, share
-from tunesmith.data.store import RowStore
 from tunesmith.methods.peft_kinds import what_draws
 from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunesmith.data.store import RowStore
+from tunesmith.data.dataset import RowStore
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import attach
 from tunesmith.methods.targets import inner_linears

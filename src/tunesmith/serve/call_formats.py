@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from tunesmith.data.stops import CALL, QUESTION
-from tunesmith.data.template import ChatTemplate, TemplateRefusal
+from tunesmith.data.chat import CALL, QUESTION
+from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.serve.protocol import CallFormat
 
 TOOL = {

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from tunesmith.data.template import resident_bytes
-from tunesmith.environment import num_cpus
+from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.serve import wire
 from tunesmith.serve.ahead import Ahead, Made, Ready

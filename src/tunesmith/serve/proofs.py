@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunesmith.data.dataset import RowStore, kept
 from tunesmith.data.examples import examples
 from tunesmith.data.folders import expand
-from tunesmith.data.render import Encoded, Renderer
-from tunesmith.data.store import RowStore, kept
+from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import DataError, RunError
 from tunesmith.inference.load import assumed_date
 from tunesmith.models.attention import UnsupportedAttentionError, longrope_conflict, packed_forward

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel

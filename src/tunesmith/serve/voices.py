@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError, ModelError
 from tunesmith.runs.folder import Run
 from tunesmith.serve.batch import Job

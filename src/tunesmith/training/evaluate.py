@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.store import RowStore
+from tunesmith.data.dataset import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.bootstrap import Interval

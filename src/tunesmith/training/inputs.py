@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import RecipeError
 from tunesmith.inference.load import make_renderer

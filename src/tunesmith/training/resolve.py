@@ -13,7 +13,7 @@ import numpy as np
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.filling import fills
-from tunesmith.data.rows import Places, Rows, encode_rows
+from tunesmith.data.splits import Places, Rows, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.generate import new_tokens_for

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.data import order
 from tunesmith.data.feed import Feed
-from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Rows
+from tunesmith.data.renderer import Renderer
+from tunesmith.data.splits import Rows
 from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types

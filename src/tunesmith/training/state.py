@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunesmith.data.batch import Plan
+    from tunesmith.data.dataset import RowStore
     from tunesmith.data.feed import Feed
-    from tunesmith.data.store import RowStore
     from tunesmith.models.neftune import EmbeddingNoise
     from tunesmith.optim import Update
     from tunesmith.recipe.schema import Recipe

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.conversations import Conversations
-from tunesmith.data.drafts import Drafted, Room
-from tunesmith.data.pairs import Pairs
-from tunesmith.data.prompts import PLACE
-from tunesmith.data.tokens import Encoder
-from tunesmith.types import Example, Part, Problem
+from tunesmith.data.chat import ChatEncoder
+from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
+from tunesmith.data.drafts import Drafts, LengthLimit
+from tunesmith.data.tokenizer import FastTokenizer
+from tunesmith.errors import RecipeError
+from tunesmith.types import Example, ModelKind, Part, Problem
+
+DEFAULT_PROMPTS: Mapping[ModelKind, str] = {
+    "causal": f"Summarize the following text.\n\n{PLACEHOLDER}",
+    "encoder_decoder": f"summarize: {PLACEHOLDER}",
+}
+"""What `data.prompt: null` stands for, by the kind of model."""
 
 
-class Summaries:
+class SummarizationEncoder:
     """One question, the prompt with the document in it, and one answer, the summary.
 
     With a chat template two messages; without, plain text, in which two line breaks part a prompt that ends with the
-    document from the summary. Where the room asks for a cut, the end of the document is cut off.
+    document from the summary. Where the limit asks for a cut, the end of the document is cut off.
     """
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, prompt: str, date: str | None) -> None:
-        unbounded = Room(None, room.too_long)
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str, date: str | None) -> None:
+        unbounded = LengthLimit(None, limit.too_long)
         self._is_chat = bool(tokenizer.chat_template)
         self._way = (
-            Conversations(tokenizer, encoder, unbounded, date)
+            ChatEncoder(tokenizer, fast, unbounded, date)
             if self._is_chat
-            else Pairs(tokenizer, encoder, unbounded)
+            else CompletionEncoder(tokenizer, fast, unbounded)
         )
-        self._encoder = encoder
-        self._room = room
-        self._prompt = prompt + ("\n\n" if prompt.endswith(PLACE) and not self._is_chat else "")
+        self._fast = fast
+        self._limit = limit
+        self._prompt = prompt + ("\n\n" if prompt.endswith(PLACEHOLDER) and not self._is_chat else "")
         self.control = self._way.control
         self.template_text = self._way.template_text
         self.stop_ids = self._way.stop_ids
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         """Aligned with `examples`."""
         documents = [example.parts[0].text for example in examples]
         results = self._answered(examples, documents)
         sizes = [_size(result) for result in results]
-        while over := [i for i, result in enumerate(results) if self._room.excess(_size(result))]:
+        while over := [i for i, result in enumerate(results) if self._limit.excess(_size(result))]:
             for i in over:
-                documents[i] = self._shorter(documents[i], self._room.excess(_size(results[i])))
+                documents[i] = self._shorter(documents[i], self._limit.excess(_size(results[i])))
             shown = self._answered([examples[i] for i in over], [documents[i] for i in over])
             for i, result in zip(over, shown, strict=True):
                 results[i] = result if documents[i] else self._refusal(examples[i], sizes[i])
@@ -52,7 +58,7 @@ class Summaries:
                 chars = len(examples[i].parts[0].text) - len(documents[i])
                 cost = f"the last {chars:,} characters of its document were cut off"
                 what = f"its {sizes[i]} tokens"
-                result[0].warnings.append(self._room.cut_warning(examples[i].source, what, cost=cost))
+                result[0].warnings.append(self._limit.cut_warning(examples[i].source, what, cost=cost))
         return results
 
     def prompt_ids(
@@ -72,14 +78,14 @@ class Summaries:
         while True:
             ids = self._way.prompt_ids([Part("user", self._ask(document), False)], tools)
             num_tokens = num_tokens or len(ids)
-            excess = Room(max_tokens, self._room.too_long).excess(len(ids))
-            if not excess or not document or self._room.too_long != "cut":
+            excess = LengthLimit(max_tokens, self._limit.too_long).excess(len(ids))
+            if not excess or not document or self._limit.too_long != "cut":
                 if len(ids) < num_tokens:
                     on_cut(num_tokens - len(ids))
                 return ids
             document = self._shorter(document, excess)
 
-    def _answered(self, examples: Sequence[Example], documents: Sequence[str]) -> list[Drafted]:
+    def _answered(self, examples: Sequence[Example], documents: Sequence[str]) -> list[Drafts]:
         asked = []
         for example, document in zip(examples, documents, strict=True):
             summary = Part("assistant", example.parts[-1].text, True)
@@ -88,23 +94,32 @@ class Summaries:
         return self._way.encode(asked)
 
     def _ask(self, document: str) -> str:
-        return self._prompt.replace(PLACE, document)
+        return self._prompt.replace(PLACEHOLDER, document)
 
     def _shorter(self, document: str, excess: int) -> str:
         """The document without its last tokens; empty where that is not enough, or no cut is to be made."""
-        if self._room.too_long != "cut":
+        if self._limit.too_long != "cut":
             return ""
-        starts_T = self._encoder.encode([document])[0].starts_T
+        starts_T = self._fast.encode([document])[0].starts_T
         if len(starts_T) <= excess:
             return ""
         return document[: min(int(starts_T[-excess]), len(document) - 1)]  # shorter, whatever a tokenizer's places say
 
     def _refusal(self, example: Example, num_tokens: int) -> Problem:
-        if self._room.too_long != "cut":
-            return self._room.refusal(example.source, f"its {num_tokens} tokens")
+        if self._limit.too_long != "cut":
+            return self._limit.refusal(example.source, f"its {num_tokens} tokens")
         fix = "Raise it, or shorten the prompt or the summary."
-        return replace(self._room.refusal(example.source, "the tokens of its prompt and summary alone"), fix=fix)
+        return replace(self._limit.refusal(example.source, "the tokens of its prompt and summary alone"), fix=fix)
 
 
-def _size(result: Drafted) -> int:
+def _size(result: Drafts) -> int:
     return 0 if isinstance(result, Problem) else len(result[0].ids_T)
+
+
+def summary_prompt(prompt: str | None, kind: ModelKind) -> str:
+    """The prompt with a place for the document. Raises `RecipeError` for one without."""
+    if prompt is not None and PLACEHOLDER not in prompt:
+        raise RecipeError(
+            f"data.prompt: {prompt[:60]!r} does not say where the document stands: write {PLACEHOLDER} there."
+        )
+    return DEFAULT_PROMPTS[kind] if prompt is None else prompt

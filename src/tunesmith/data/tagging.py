@@ -10,39 +10,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafted, Room
-from tunesmith.data.tokens import ControlTokens, Encoder, Tokens
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Problem
 
 
-class Words:
+class TaggingEncoder:
     """The words of a sentence with a space between, in the tokenizer's frame, and the first token of each.
 
-    Raises `RecipeError` for a room without place for a token.
+    Raises `RecipeError` for a limit without place for a token.
     """
 
     template_text = ""
 
-    def __init__(self, tokenizer: Any, encoder: Encoder, room: Room, kind: ModelKind) -> None:
-        self._encoder = encoder
-        self._room = room
-        self._frame = encoder.causal_frame(closed=False) if kind == "causal" else encoder.frame(1)
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
+        self._fast = fast
+        self._limit = limit
+        self._frame = fast.causal_frame(closed=False) if kind == "causal" else fast.frame(1)
         self.control = ControlTokens(tokenizer, "")
-        if room.max_tokens is not None and room.max_tokens <= self._frame.num_added():
-            raise RecipeError(f"data.max_tokens: {room.max_tokens} leaves a word no token. Raise it.")
+        if limit.max_tokens is not None and limit.max_tokens <= self._frame.num_added():
+            raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a word no token. Raise it.")
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         """Aligned with `examples`."""
-        tokens = self._encoder.encode([_sentence(example) for example in examples])
+        tokens = self._fast.encode([_sentence(example) for example in examples])
         return [self._draft(example, of_it) for example, of_it in zip(examples, tokens, strict=True)]
 
-    def _draft(self, example: Example, tokens: Tokens) -> Drafted:
+    def _draft(self, example: Example, tokens: Tokens) -> Drafts:
         words = [part.text for part in example.parts]
         num_tokens = len(tokens.ids_T) + self._frame.num_added()
-        excess = self._room.excess(num_tokens)
-        if excess and self._room.too_long != "cut":
-            return self._room.refusal(example.source, f"its {num_tokens} tokens")
+        excess = self._limit.excess(num_tokens)
+        if excess and self._limit.too_long != "cut":
+            return self._limit.refusal(example.source, f"its {num_tokens} tokens")
         first_W = first_tokens(words, tokens)
         learnt_W = np.flatnonzero((first_W >= 0) & (first_W < len(tokens.ids_T) - excess))
         if not len(learnt_W):
@@ -62,7 +62,7 @@ class Words:
         if excess:
             num_cut = len(words) - len(silent) - len(learnt_W)
             cost = f"the end was cut off, the first tokens of {num_cut} words with it"
-            draft.warnings.append(self._room.cut_warning(example.source, f"its {num_tokens} tokens", cost=cost))
+            draft.warnings.append(self._limit.cut_warning(example.source, f"its {num_tokens} tokens", cost=cost))
         return [draft]
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from data.families import roberta_like, t5_like
 from tiny import CHATML, pair, tiny_tokenizer
 from tunesmith.data.batch import build_batch
-from tunesmith.data.prompts import DEFAULT_PROMPTS
-from tunesmith.data.render import Encoded, Renderer
+from tunesmith.data.renderer import Encoded, Renderer
+from tunesmith.data.summarization import DEFAULT_PROMPTS
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Row, Source
 

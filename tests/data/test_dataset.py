@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tiny import CHATML, template, tiny_tokenizer
-from tunesmith.data import encoding as encoding_module
+from tunesmith.data import encode as encoding_module
+from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import examples
-from tunesmith.data.render import Renderer
-from tunesmith.data.store import RowStore, build
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Problem, Row
@@ -296,17 +296,17 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path) -> No
 
 
 def _die_after(batches: int) -> None:
-    made = encoding_module.Encoding._batch
+    made = encoding_module.joined
     encoding_module.BATCH_ROWS = encoding_module.CHUNK_EXAMPLES = 5
     left = [batches]
 
-    def batch(self: Any, rows: Any) -> Any:
+    def batch(*given: Any) -> Any:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
-        return made(self, rows)
+        return made(*given)
 
-    encoding_module.Encoding._batch = batch  # type: ignore[method-assign]
+    encoding_module.joined = batch
 
 
 def test_a_store_tells_its_tokens_once_each(tmp_path: Path, files: list[DataFile]) -> None:

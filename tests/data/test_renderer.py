@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tiny import CHATML, chat, pair, template, tiny_tokenizer
-from tunesmith.data import template as template_module
-from tunesmith.data import tokens as tokens_module
+from tunesmith.data import chat_template as template_module
+from tunesmith.data import tokenizer as tokens_module
 from tunesmith.data.batch import build_batch
-from tunesmith.data.render import Encoded, Renderer
+from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Part, Problem, Row, Source
 
@@ -226,7 +226,7 @@ def test_a_tokenizer_whose_file_cuts_and_pads_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_in_python_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"tokenizer in Python.*tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"written in Python.*tokenizer\.json"):
         renderer(SimpleNamespace(is_fast=False, name_or_path="old-model"))
 
 

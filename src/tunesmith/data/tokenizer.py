@@ -1,4 +1,4 @@
-"""Text to ids, and where each token stands; control tokens; and the proof that a tokenizer is what it was."""
+"""Text to ids and character offsets, special tokens around a text, control tokens, and a tokenizer's fingerprint."""
 
 # T tokens
 
@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tunesmith.data.cutting import Cutter, alternatives, cuts
-from tunesmith.data.pieces import Tokenized
 from tunesmith.errors import ModelError
 
 PROBE = (
@@ -30,29 +30,40 @@ PROBE = (
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Ids of one text and the characters [start, end) of each: white space at the sides of a token may be left out."""
+    """The tokens of one text, each with its characters [start, end): white space at its sides may be left out."""
 
     ids_T: NDArray[np.int32]
-    starts_T: NDArray[np.int64]
-    ends_T: NDArray[np.int64]
+    offsets: Sequence[tuple[int, int]]
+
+    @property
+    def starts_T(self) -> NDArray[np.int64]:
+        return np.fromiter((start for start, _ in self.offsets), np.int64, len(self.offsets))
+
+    @property
+    def ends_T(self) -> NDArray[np.int64]:
+        return np.fromiter((end for _, end in self.offsets), np.int64, len(self.offsets))
+
+    def num_until(self, char: int) -> int:
+        """How many tokens end at or before a character."""
+        return bisect_right(self.offsets, char, key=_end)
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around one text, or around and between two: the special tokens that a model knows."""
+    """The special tokens that a tokenizer puts around one text, or around and between two."""
 
     before_ids: NDArray[np.int32]
     between_ids: NDArray[np.int32]
     after_ids: NDArray[np.int32]
     second_after: int | None = None
-    """Tokens from the end of the first text to where token type 1 begins; None: nothing has it."""
+    """Tokens from the end of the first text to where token type 1 begins; None: there are no token types."""
 
     def num_added(self, num_texts: int = 1) -> int:
-        """Tokens that are not of a text."""
+        """Special tokens around so many texts."""
         return len(self.before_ids) + (num_texts - 1) * len(self.between_ids) + len(self.after_ids)
 
     def around(self, *texts: NDArray[np.int32]) -> NDArray[np.int32]:
-        """One text, or two, in the frame."""
+        """One text, or two, with the special tokens."""
         first, *more = texts
         second = [part for text in more for part in (self.between_ids, text)]
         return np.concatenate([self.before_ids, first, *second, self.after_ids])
@@ -62,46 +73,38 @@ class Frame:
         return 0 if self.second_after is None else len(self.before_ids) + num_first + self.second_after
 
 
-class Encoder:
-    """A fast tokenizer, without padding, truncation or anything else that a text does not say.
+class FastTokenizer:
+    """The Rust tokenizer inside a tokenizer of transformers, without padding and truncation.
 
-    Raises `ModelError` for a tokenizer that cannot tell where its tokens stand, or that does not agree with its file.
+    Raises `ModelError` for a tokenizer without offsets, or one that does not agree with its tokenizer.json.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer in Python, which does not tell "
-                "where its tokens stand in the text. Use a model folder with a tokenizer.json."
+                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer written in Python, which gives "
+                "no character offsets of its tokens. Use a model folder with a tokenizer.json."
             )
         self.name = str(tokenizer.name_or_path)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._cutter = Cutter(self._backend, tokenizer.added_tokens_decoder)
         check_against_file(tokenizer, Path(self.name) / "tokenizer.json")
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Tokens of each text as it stands: the template has already written BOS, if any."""
-        return [Tokens(*arrays) for arrays in self.tokenized(texts).each()]
-
-    def tokenized(self, texts: Sequence[str]) -> Tokenized:
-        """The same, end to end."""
+        """Tokens of each text, without special tokens around it: a chat template has already written BOS."""
         self._reset()
-        return self._cutter.encode(texts)
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Tokens(np.array(encoding.ids, np.int32), encoding.offsets) for encoding in encodings]
 
-    def ids(self, texts: Sequence[str], *, plain: bool) -> list[NDArray[np.int32]]:
-        """Ids of each text; `plain` text gets the BOS that the tokenizer puts in front of what is not a chat."""
+    def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[NDArray[np.int32]]:
+        """Ids of each text."""
         self._reset()
-        if not self._cutter.knows_words:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=plain)
-            return [np.array(encoding.ids, np.int32) for encoding in encodings]
-        bare = self._cutter.ids(texts)
-        frame = self.frame(1) if plain else None
-        return [frame.around(ids_T) for ids_T in bare] if frame is not None and frame.num_added() else bare
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def frame(self, num_texts: Literal[1, 2]) -> Frame:
-        """What the tokenizer puts around one text or two."""
+        """The special tokens that the tokenizer puts around one text or two."""
         self._reset()
         encoding = self._backend.encode("a") if num_texts == 1 else self._backend.encode("a", "b")
         ids = np.array(encoding.ids, np.int32)
@@ -116,20 +119,24 @@ class Encoder:
         )
 
     def causal_frame(self, *, closed: bool) -> Frame:
-        """What the tokenizer puts around one text, or two lines; if `closed`, EOS behind where there is one."""
+        """The special tokens around one text, or two lines; if `closed`, with EOS at the end where there is one."""
         frame = self.frame(1)
         is_closed = len(frame.after_ids) > 0 or self.eos_id is None or not closed
         after = frame.after_ids if is_closed else np.array([self.eos_id], np.int32)
-        return Frame(frame.before_ids, self.ids(["\n"], plain=False)[0], after)
+        return Frame(frame.before_ids, self.ids(["\n"])[0], after)
 
     def decode(self, ids_T: NDArray[np.int32]) -> str:
         return str(self._backend.decode(ids_T.tolist(), skip_special_tokens=False))
 
     def _reset(self) -> None:
-        # Padding and truncation live in the backend and are set anew by every call through transformers.
+        # Padding and truncation live in the backend, and every call through transformers sets them.
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = False
+
+
+def _end(offset: tuple[int, int]) -> int:
+    return offset[1]
 
 
 class ControlTokens:
@@ -146,15 +153,16 @@ class ControlTokens:
             for i, token in added.items()
             if token.content in template_text and not token.content.isspace()
         }
-        self._reserved_re = alternatives(self.reserved.values())
+        self._reserved_re = _alternatives(self.reserved.values())
         # What no word of the vocabulary spells becomes the unknown token, which structures nothing.
         known = {i: text for i, text in self.reserved.items() if i != tokenizer.unk_token_id}
-        self._known_re = alternatives(known.values())
-        self._closing_re = alternatives(self.closing.values())
-        size = max([*added, 0]) + 1
-        self._is_reserved = _table(known, size)
-        self._is_closing = _table(self.closing, size)
-        self._is_cut = _table(cuts(added), size)
+        self._known_re = _alternatives(known.values())
+        self._closing_re = _alternatives(self.closing.values())
+        self._known = frozenset(known)
+        self._cuts = _cuts(added)
+        self._any = self._known | self.closing.keys() | self._cuts
+        self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry stands for every id beyond
+        self._is_reserved[list(known)] = True
 
     def in_text(self, text: str) -> str | None:
         """The first control token that stands in a text."""
@@ -168,6 +176,15 @@ class ControlTokens:
     def num_unspelled(self, ids_T: NDArray[np.int32], *texts: str) -> int:
         """Control tokens among the ids of texts that these do not spell out."""
         return int(self.are_reserved(ids_T).sum()) - sum(self.count(text) for text in texts)
+
+    def places(self, ids: Sequence[int]) -> ControlPlaces:
+        """The control tokens among the ids of a text."""
+        found = [(place, token_id) for place, token_id in enumerate(ids) if token_id in self._any]
+        return ControlPlaces(
+            cuts=[place for place, token_id in found if token_id in self._cuts],
+            closing=[place for place, token_id in found if token_id in self.closing],
+            num_reserved=sum(token_id in self._known for _, token_id in found),
+        )
 
     def closing_run(self, text: str) -> list[int]:
         """Ids of the tokens that can close a turn with which a text begins, one directly after the other.
@@ -191,13 +208,19 @@ class ControlTokens:
 
     def are_reserved(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which are control tokens that structure a text; the unknown token does not."""
-        return _look_up(self._is_reserved, ids_T)
+        return self._is_reserved[np.minimum(ids_T, len(self._is_reserved) - 1)]
 
-    def are_closing(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
-        return _look_up(self._is_closing, ids_T)
 
-    def are_cuts(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
-        return _look_up(self._is_cut, ids_T)
+@dataclass(frozen=True, slots=True)
+class ControlPlaces:
+    """Where control tokens stand among the tokens of a text."""
+
+    cuts: list[int]
+    """Tokens behind which a text is tokenized as if it began there, whatever precedes them."""
+    closing: list[int]
+    """Tokens that can close a turn."""
+    num_reserved: int
+    """How many structure the text."""
 
 
 def check_against_file(tokenizer: Any, file: Path) -> None:
@@ -236,11 +259,25 @@ def fingerprint(tokenizer: Any, template_text: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _table(token_ids: Iterable[int], size: int) -> NDArray[np.bool_]:
-    table = np.zeros(size + 1, np.bool_)  # the last entry stands for every id beyond
-    table[list(token_ids)] = True
-    return table
+def _cuts(added: Mapping[int, Any]) -> frozenset[int]:
+    return frozenset(i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
 
-def _look_up(table: NDArray[np.bool_], ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
-    return table[np.minimum(ids_T, len(table) - 1)]
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of some texts, the longest that matches at a place, as tokenizers do; of none, nothing matches."""
+    some = sorted({text for text in texts if text})
+    return re.compile(_branches(some) if some else "(?!)")
+
+
+def _branches(texts: Sequence[str]) -> str:
+    """Sorted texts as a tree of their prefixes: the time for a match does not grow with their number."""
+    by_first: dict[str, list[str]] = {}
+    for text in texts:
+        if text:
+            by_first.setdefault(text[0], []).append(text[1:])
+    if not by_first:
+        return ""
+    branches = "|".join(re.escape(first) + _branches(rests) for first, rests in by_first.items())
+    if texts[0] == "":  # one of them ends here
+        return f"(?:{branches})?"
+    return f"(?:{branches})" if len(by_first) > 1 else branches

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
-from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Places, Rows, encode_rows, first_example
+from tunesmith.data.renderer import Renderer
 from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
+from tunesmith.data.splits import Places, Rows, encode_rows, first_example
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import TaskName

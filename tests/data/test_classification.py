@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data.families import MASKED
 from tiny import tiny_tokenizer
-from tunesmith.data.labelled import cut_longest
-from tunesmith.data.render import Encoded, Renderer
+from tunesmith.data.classification import cut_longest
+from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
 

@@ -1,4 +1,4 @@
-"""A chat template is a program from the internet: whatever it does, each command ends soon and names the bound."""
+"""A chat template writes what transformers makes of it; a hostile one ends soon, with the limit that it met."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tiny import CHATML, chat, template, tiny_tokenizer
+from tiny import CHATML, TEMPLATES, chat, template, tiny_tokenizer
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.data import template as template_module
-from tunesmith.data.render import Renderer
-from tunesmith.data.template import ChatTemplate, TemplateRefusal
+from tunesmith.data import chat_template as template_module
+from tunesmith.data.chat_template import ChatTemplate, Request, TemplateRefusal
+from tunesmith.data.renderer import Renderer
 from tunesmith.environment import for_child
 from tunesmith.errors import ModelError
 from tunesmith.serve.call_formats import call_format
@@ -77,6 +80,59 @@ def renderer(text: str) -> Renderer:
     return Renderer(tiny_tokenizer(text), "chat", max_tokens=None, too_long="error", control_tokens="error")
 
 
+FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["", " ", "Hi", " at its sides ", "a</think>b", "<think>x</think>\n\ny", "{{ x }}", "é😀\n", "[INST]", "\ud800"]
+    ),
+    st.text(max_size=12),
+)
+CHATS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXTS), max_size=5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(turns=CHATS, prompt=st.booleans(), name=st.sampled_from([None, "Ada"]))
+def test_every_template_writes_what_transformers_makes_of_it(
+    family: str, turns: list[tuple[str, str]], prompt: bool, name: str | None
+) -> None:
+    tokenizer = tiny_tokenizer(template(family), eos="</s>")
+    messages = [{"role": role, "content": text, **({"name": name} if name else {})} for role, text in turns]
+    assert result(lambda: ChatTemplate(tokenizer).render(messages, prompt=prompt)) == result(
+        lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    )
+
+
+def result(render: Any) -> tuple[str, str]:
+    try:
+        return "text", render()
+    except Exception as error:  # whatever a template raises
+        return "refused", str(error).rstrip(".")
+
+
+def test_many_texts_come_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "OUTPUT_CHARS", 5000)
+
+    def shown(i: int) -> Generator[Request, str, str]:
+        try:
+            return (yield Request([{"role": "user", "content": str(i) * (2000 if i == 7 else 1)}], False))
+        except TemplateRefusal as refusal:
+            return str(refusal)
+
+    found = ChatTemplate(tiny_tokenizer("{{ messages[0].content * 3 }}")).render_all([shown(i) for i in range(1000)])
+    assert found[7] == "it wrote 6000 characters, more than 5000."
+    assert [text for i, text in enumerate(found) if i != 7] == [str(i) * 3 for i in range(1000) if i != 7]
+
+
+def test_a_template_sees_tools_fields_and_the_day() -> None:
+    text = "{{ strftime_now('%d %b') }} {{ tools | length if tools else 0 }} {{ messages[0].name }}"
+    text += "{{ messages[0].content }}"
+    shown = ChatTemplate(tiny_tokenizer(text), "2026-11-27")
+    assert shown.render([{"role": "user", "content": "a"}], prompt=False) == "27 Nov 0 a"
+    assert shown.render([{"role": "user", "content": "a", "name": "Ada"}], prompt=False) == "27 Nov 0 Adaa"
+    assert shown.render([{"role": "user", "content": "a"}], tools=({"name": "f"},), prompt=False) == "27 Nov 1 a"
+
+
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_hostile_template_ends_soon_with_the_bound_that_it_met(attack: str) -> None:
     body, says = HOSTILE[attack]
@@ -95,7 +151,7 @@ def test_a_row_that_makes_a_template_slow_ends_it_too() -> None:
         made.encode([chat(("user", "a" * 5000), ("assistant", "b"))])
 
 
-def test_a_form_does_not_multiply_a_row() -> None:
+def test_a_template_does_not_multiply_a_row() -> None:
     repeats = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
     with pytest.raises(TemplateRefusal, match="it wrote 90000000 characters"):
         ChatTemplate(tiny_tokenizer(repeats)).render([{"role": "user", "content": "a" * 1000}], tools=(), prompt=False)
@@ -104,20 +160,20 @@ def test_a_form_does_not_multiply_a_row() -> None:
 def test_a_template_is_asked_again_after_another_was_ended() -> None:
     good = ChatTemplate(tiny_tokenizer(template("qwen3"), eos="</s>"))
     messages = [{"role": "user", "content": "Hi"}]
-    before = good.run(messages, (), True)
+    before = good.render(messages, prompt=True)
     with pytest.raises(ModelError, match=TIME):
         renderer("{{ 9**(9**9) }}" + CHATML)
-    assert good.run(messages, (), True) == before
+    assert good.render(messages, prompt=True) == before
 
 
 def test_a_process_that_was_killed_is_started_again() -> None:
     good = ChatTemplate(tiny_tokenizer(template("qwen3"), eos="</s>"))
     messages = [{"role": "user", "content": "Hi"}]
-    before = good.run(messages, (), True)
+    before = good.render(messages, prompt=True)
     child = template_module.PROCESS._child
     assert child is not None
-    child._process.kill()
-    assert good.run(messages, (), True) == before
+    child.process.kill()
+    assert good.render(messages, prompt=True) == before
 
 
 WITH_TOOLS = "{% if tools %}" + LOOPS + "{% endif %}"
@@ -153,7 +209,9 @@ def hostile_model(folder: Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_command_while_a_template_runs(number: signal.Signals, tmp_path: Path) -> None:
-    code = "from tunesmith.data import template; template.RENDER_S = 15; from tunesmith.cli import main; main()"
+    code = (
+        "from tunesmith.data import chat_template; chat_template.RENDER_S = 15; from tunesmith.cli import main; main()"
+    )
     data = str(chats(tmp_path / "chats.jsonl", 12))
     command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]
     process = subprocess.Popen(
@@ -183,7 +241,7 @@ def the_renderer_of(process: subprocess.Popen[Any]) -> int:
         path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         for text in path.read_text().split() if path.exists() else ():
             with open(f"/proc/{text}/cmdline", "rb") as file:
-                if b"template_process" in file.read():
+                if b"spawn_main" in file.read():
                     found.append(int(text))
         return bool(found)
 
@@ -209,16 +267,16 @@ def wait_until(holds: Any, *, seconds: float = 10.0) -> None:
 
 PARENT = """
 import sys
-from tunesmith.data import template
+from tunesmith.data import chat_template as template
 
 class Named:
     name_or_path, special_tokens_map = "named", {}
     chat_template = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (9 ** 9) }}{% endif %}a"
 
 made = template.ChatTemplate(Named())
-made.run([{"role": "user", "content": "a"}], (), False)
-print(template.PROCESS._child._process.pid, flush=True)
-made.run([{"role": "user", "content": "a"}] * 2, (), False)
+made.render([{"role": "user", "content": "a"}], prompt=False)
+print(template.PROCESS._child.process.pid, flush=True)
+made.render([{"role": "user", "content": "a"}] * 2, prompt=False)
 """
 
 

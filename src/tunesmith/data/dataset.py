@@ -7,39 +7,135 @@ The key is a hash of everything the rows follow from, so an equal key means equa
 A killed build leaves only a `.tmp-` file.
 """
 
-# I rows, T tokens, N targets
+# I rows, T tokens, N targets, V words of the vocabulary
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.encoders import how_many
-from tunesmith.data.encoding import Encoding, OnProblem, OnProgress
+from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, num_processes
 from tunesmith.data.folders import expand
-from tunesmith.data.label_column import LabelColumn
+from tunesmith.data.labels import targets
 from tunesmith.data.read import look_at_all
-from tunesmith.data.render import Renderer
-from tunesmith.data.store_files import VERSION, Summary, arrow_path, as_problem, find, json_path, write
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic as disk
-from tunesmith.types import Labels, Row, Source
+from tunesmith.types import IGNORE, Labels, Problem, Row, Source
+
+VERSION = 4
+"""Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
+
 
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the .json file says about the .arrow file."""
+
+    version: int
+    key: str
+    num_rows: int
+    skipped: int
+    """Rows read that are not in the store."""
+    errors: dict[str, int]
+    """Problems by code, of rows that are not in the store."""
+    warnings: dict[str, int]
+    """Problems by code, of rows that are."""
+    problems: list[dict[str, Any]]
+    """The first `data.limits.problems` of both kinds."""
+    labels: list[str]
+    """Classes by first appearance."""
+    many: bool | None
+    """Whether classes came as lists; None: rows without classes."""
+    data_sha256: list[str]
+    """Of each data file."""
+    arrow_sha256: str
+    arrow_bytes: int
+
+
+class LabelColumn:
+    """The column `labels` of record batches, memory-mapped. A row without an answer holds `IGNORE`."""
+
+    def __init__(self, batches: Sequence[Any], vocabulary: Sequence[str]) -> None:
+        self.vocabulary = tuple(vocabulary)
+        self._offsets = [batch.column("labels").offsets.to_numpy() for batch in batches]
+        self._ids = [batch.column("labels").values.to_numpy() for batch in batches]
+
+    def at(self, batch: int, place: int) -> NDArray[np.int64]:
+        """Ids of one row, in the order of its targets."""
+        start, end = self._offsets[batch][place : place + 2]
+        ids_N: NDArray[np.int64] = self._ids[batch][start:end]
+        return ids_N
+
+    def firsts(self) -> NDArray[np.int64]:
+        """[I], the first id of each row; -1: it has none."""
+        return np.concatenate(
+            [
+                np.empty(0, np.int64),
+                *(
+                    np.where(np.diff(offsets) > 0, np.maximum(np.append(ids, -1)[offsets[:-1]], -1), -1)
+                    for offsets, ids in zip(self._offsets, self._ids, strict=True)
+                ),
+            ]
+        )
+
+    def counts(self, times_I: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[V], how often each id stands in the rows, each taken so many times."""
+        total_V = np.zeros(len(self.vocabulary), np.int64)
+        for ids_N, rows_N in self._flat():
+            is_known_N = (ids_N >= 0) & (times_I[rows_N] > 0)
+            weights_N = times_I[rows_N[is_known_N]]
+            found_V = np.bincount(ids_N[is_known_N], weights_N, minlength=len(total_V))
+            total_V += found_V.astype(np.int64)  # whole numbers far below 2**53: nothing is rounded
+        return total_V
+
+    def first_row(self, label: int, times_I: NDArray[np.int64]) -> int:
+        """The first of the rows, each taken so many times, that has an id. Raises StopIteration if none has."""
+        found = (rows_N[(ids_N == label) & (times_I[rows_N] > 0)] for ids_N, rows_N in self._flat())
+        return int(next(rows_N[0] for rows_N in found if len(rows_N)))
+
+    def _flat(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The ids of each record batch, and the row that each stands in."""
+        first = 0
+        for offsets, ids in zip(self._offsets, self._ids, strict=True):
+            num_rows = len(offsets) - 1
+            yield ids[offsets[0] : offsets[-1]], np.repeat(np.arange(first, first + num_rows), np.diff(offsets))
+            first += num_rows
+
+    def targets_at(self, batch: int, place: int, labels: Labels) -> NDArray[np.generic]:
+        """What is learnt of one row."""
+        ids_N = self.at(batch, place)
+        return ids_N if IGNORE in ids_N else targets(labels, ids_N, self.vocabulary)
+
+    def denominators(self, labels: Labels) -> NDArray[np.float64]:
+        """[I], what each row adds to the number that the loss is divided by."""
+        if labels.kind == "many":
+            return np.full(sum(len(offsets) - 1 for offsets in self._offsets), float(labels.num_outputs))
+        weights_V = np.ones(len(self.vocabulary))
+        if labels.weights_C is not None:
+            classes_V = targets(replace(labels, kind="tags"), np.arange(len(self.vocabulary)), self.vocabulary)
+            weights_V = labels.weights_C[classes_V.astype(np.int64)]
+        sums = [np.empty(0)]
+        for offsets, ids in zip(self._offsets, self._ids, strict=True):
+            running = np.concatenate([[0.0], np.cumsum(np.append(weights_V, 0.0)[np.maximum(ids, -1)])])
+            sums.append(np.diff(running[offsets]))
+        return np.concatenate(sums)
 
 
 class RowStore:
@@ -222,7 +318,7 @@ def build(
             num_bytes=num_bytes,
             on_problem=on_problem,
             progress=progress,
-            num_proc=how_many(data.num_proc, num_bytes=num_bytes),
+            num_proc=num_processes(data.num_proc, num_bytes=num_bytes),
         )
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
@@ -232,6 +328,82 @@ def build(
             on_problem(as_problem(problem))
         progress(summary.num_rows, num_bytes, num_bytes)
     return RowStore(folder, summary, paths, reused=reused, notes=notes)
+
+
+def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
+    """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
+    with disk.writing(path) as file:
+        hashing = _Hashing(file)
+        batches = encoding.batches()
+        sink = pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA)
+        with closing(batches), sink:
+            for batch in batches:
+                sink.write_batch(batch)
+        check()
+    return Summary(
+        version=VERSION,
+        key=key,
+        num_rows=encoding.num_rows,
+        skipped=encoding.skipped,
+        errors=dict(encoding.errors),
+        warnings=dict(encoding.warnings),
+        problems=[_as_json(problem) for problem in encoding.problems],
+        labels=list(encoding.vocabulary),
+        many=encoding.many,
+        data_sha256=hashes,
+        arrow_sha256=hashing.digest.hexdigest(),
+        arrow_bytes=hashing.num_bytes,
+    )
+
+
+class _Hashing:
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Left to the owner of the file."""
+
+
+def find(folder: Path, key: str) -> Summary | None:
+    """The summary of a store that is there and whole."""
+    try:
+        summary = Summary(**orjson.loads(json_path(folder, key).read_bytes()))
+        arrow = arrow_path(folder, key)
+        if summary.version != VERSION or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
+            return None
+        return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _as_json(problem: Problem) -> dict[str, Any]:
+    return {**asdict(problem), "source": [problem.source.path, problem.source.line]}
+
+
+def as_problem(saved: dict[str, Any]) -> Problem:
+    return Problem(**{**saved, "source": Source(*saved["source"])})
+
+
+def arrow_path(folder: Path, key: str) -> Path:
+    return folder / f"{key[:16]}.arrow"
+
+
+def json_path(folder: Path, key: str) -> Path:
+    return folder / f"{key[:16]}.json"
 
 
 def kept(folder: Path, key: str | None) -> RowStore | None:

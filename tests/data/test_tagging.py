@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.families import bert_like, roberta_like, t5_like
 from tiny import tiny_tokenizer
-from tunesmith.data.render import Encoded, Renderer
+from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
 

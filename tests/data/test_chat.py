@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CHATML, chat, template, tiny_tokenizer
-from tunesmith.data import spans
-from tunesmith.data.render import Renderer
+from tunesmith.data import chat as chat_module
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.types import Example, Problem, Row
 
@@ -159,7 +159,7 @@ def test_an_empty_think_block_is_not_trained(family: str) -> None:
 
 # trap: T6
 def test_a_trained_empty_think_block_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "_start", lambda prompt, before: len(prompt or before))
+    monkeypatch.setattr(chat_module, "_start", lambda prompt, before: len(prompt or before))
     with pytest.raises(AssertionError):
         assert_boilerplate_is_untrained(*row_of(three_turns(), "qwen3"))
 

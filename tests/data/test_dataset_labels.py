@@ -13,11 +13,10 @@ import pyarrow as pa
 import pytest
 
 from data.families import bert_like, t5_like
-from tunesmith.data import encoding as encoding_module
-from tunesmith.data.label_column import LabelColumn
+from tunesmith.data import encode as encoding_module
+from tunesmith.data.dataset import LabelColumn, RowStore, build
 from tunesmith.data.labels import see
-from tunesmith.data.render import Renderer
-from tunesmith.data.store import RowStore, build
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import IGNORE, Labels

@@ -10,35 +10,33 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.conversations import Conversations
-from tunesmith.data.documents import Documents, MaskedDocuments
-from tunesmith.data.drafts import Draft, Drafted, Room, TooLong
-from tunesmith.data.labelled import Labelled
-from tunesmith.data.pairs import Pairs
-from tunesmith.data.prompts import summary_prompt
-from tunesmith.data.sources import Sources
-from tunesmith.data.summaries import Summaries
-from tunesmith.data.tokens import ControlTokens, Encoder, fingerprint
-from tunesmith.data.words import Words
+from tunesmith.data.chat import ChatEncoder
+from tunesmith.data.classification import ClassificationEncoder
+from tunesmith.data.completion import CompletionEncoder, Seq2SeqEncoder
+from tunesmith.data.documents import DocumentEncoder, MaskedDocumentEncoder
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, TooLong
+from tunesmith.data.summarization import SummarizationEncoder, summary_prompt
+from tunesmith.data.tagging import TaggingEncoder
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, TaskName
 
 Encoded = list[Row] | list[Problem]
 
 
-class Way(Protocol):
-    """One way from examples to tokens."""
+class RowEncoder(Protocol):
+    """Turns the examples of one task into tokens."""
 
     control: ControlTokens
     template_text: str
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafted]:
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         """Aligned with `examples`."""
         ...
 
 
 @runtime_checkable
-class Answers(Way, Protocol):
-    """A way whose model writes something."""
+class PromptEncoder(RowEncoder, Protocol):
+    """The same for a model that writes something."""
 
     stop_ids: tuple[int, ...]
 
@@ -67,8 +65,8 @@ class Renderer:
         prompt: str | None = None,
         date: str | None = None,
     ) -> None:
-        encoder = Encoder(tokenizer)
-        room = Room(max_tokens, too_long)
+        fast = FastTokenizer(tokenizer)
+        limit = LengthLimit(max_tokens, too_long)
         self.tokenizer = tokenizer
         self.task_name = task_name
         self.kind = kind
@@ -77,13 +75,13 @@ class Renderer:
         self.control_tokens = control_tokens
         self.stride = stride
         self.prompt = prompt
-        self._way = self._find_way(encoder, room, date)
-        self.date = date if "strftime_now" in self._way.template_text else None
+        self._encoder = self._make_encoder(fast, limit, date)
+        self.date = date if "strftime_now" in self._encoder.template_text else None
         """The day that the chat template writes; None: none, or today."""
-        self._control = self._way.control
-        self.stop_ids: tuple[int, ...] = self._way.stop_ids if isinstance(self._way, Answers) else ()
+        self._control = self._encoder.control
+        self.stop_ids: tuple[int, ...] = self._encoder.stop_ids if isinstance(self._encoder, PromptEncoder) else ()
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
-        self.fingerprint: str = fingerprint(tokenizer, self._way.template_text)
+        self.fingerprint: str = fingerprint(tokenizer, self._encoder.template_text)
         """SHA-256 of the template and of what the tokenizer does to a probe text."""
 
     def encode(
@@ -102,7 +100,7 @@ class Renderer:
         results: list[Encoded] = [[*_empty(example), *self.control_problems(example)] for example in examples]
         clean = [i for i, problems in enumerate(results) if not problems]
         known = {} if vocabulary is None else vocabulary
-        for i, drafted in zip(clean, self._way.encode([examples[i] for i in clean]), strict=True):
+        for i, drafted in zip(clean, self._encoder.encode([examples[i] for i in clean]), strict=True):
             if isinstance(drafted, Problem):
                 results[i] = [drafted]
                 continue
@@ -128,28 +126,30 @@ class Renderer:
         that there is room for the summary, and what an encoder reads as in training; `on_cut` hears how many tokens
         that cost. Raises `DataError` when the template refuses the parts.
         """
-        assert isinstance(self._way, Answers), f"a model of task {self.task_name} writes nothing"
-        if isinstance(self._way, Summaries):
-            return self._way.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
-        if isinstance(self._way, Sources):
-            return self._way.prompt_ids(parts, tools, on_cut=on_cut)
-        return self._way.prompt_ids(parts, tools)
+        assert isinstance(self._encoder, PromptEncoder), f"a model of task {self.task_name} writes nothing"
+        if isinstance(self._encoder, SummarizationEncoder):
+            return self._encoder.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
+        if isinstance(self._encoder, Seq2SeqEncoder):
+            return self._encoder.prompt_ids(parts, tools, on_cut=on_cut)
+        return self._encoder.prompt_ids(parts, tools)
 
-    def _find_way(self, encoder: Encoder, room: Room, date: str | None) -> Way:
+    def _make_encoder(self, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> RowEncoder:
         tokenizer, kind = self.tokenizer, self.kind
         prompt = summary_prompt(self.prompt, kind) if self.task_name == "summarize" else ""
         if self.task_name == "classify":
-            return Labelled(tokenizer, encoder, room, kind)
+            return ClassificationEncoder(tokenizer, fast, limit, kind)
         if self.task_name == "tag":
-            return Words(tokenizer, encoder, room, kind)
+            return TaggingEncoder(tokenizer, fast, limit, kind)
         if self.task_name == "text":
-            return (MaskedDocuments if kind == "encoder" else Documents)(tokenizer, encoder, room, self.stride)
+            return (MaskedDocumentEncoder if kind == "encoder" else DocumentEncoder)(
+                tokenizer, fast, limit, self.stride
+            )
         if kind == "encoder_decoder":
-            return Sources(tokenizer, encoder, room, prompt)
+            return Seq2SeqEncoder(tokenizer, fast, limit, prompt)
         if self.task_name == "summarize":
-            return Summaries(tokenizer, encoder, room, prompt, date)
+            return SummarizationEncoder(tokenizer, fast, limit, prompt, date)
         is_chat = self.task_name == "chat"
-        return Conversations(tokenizer, encoder, room, date) if is_chat else Pairs(tokenizer, encoder, room)
+        return ChatEncoder(tokenizer, fast, limit, date) if is_chat else CompletionEncoder(tokenizer, fast, limit)
 
     def control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""

@@ -1,0 +1,475 @@
+"""Conversations to ids and trained flags: rendered by the tokenizer's own template, tokenized as one text, checked.
+
+Where an answer stands in the rendered text S is found by rendering and never guessed. Two ways, tried in this order for
+each turn i:
+
+prefix    P = messages before i, with the assistant's turn opened, as serving feeds it; E = messages to i.
+          When S starts with both, the turn is what lies between.
+sentinel  S again with the turn replaced by a word that occurs nowhere. When the text around that word is the text
+          around the turn in S, the turn is what the word stood for.
+
+A template that allows neither is an error.
+"""
+
+# T tokens
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
+from tunesmith.errors import DataError, ModelError
+from tunesmith.types import Example, Part, Problem, Source
+
+SENTINEL = "tunesmithQ7vAnswerZ3kHere"
+"""One word, letters and digits only: no template trims, splits or escapes it."""
+QUESTION = {"role": "user", "content": "Hi"}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "a"}}}
+
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, whether to open the assistant's turn) -> text"""
+MakeRequest = Callable[[Sequence[Message], bool], Request]
+"""The same, of a text that is rendered later with those of other rows."""
+
+
+class Ambiguous(Exception):
+    """The template changes a turn in a way that hides where it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One trained turn, in characters of the whole text."""
+
+    index: int
+    """Of its message."""
+    prompt: int | None
+    """How much of the whole text is what serving feeds before this turn. None: the text does not begin with that."""
+    start: int
+    """First character that the message, not the template, contributed."""
+    close: int | None
+    """Where the text that closes the turn begins. None: unknown, it ends at `limit`."""
+    limit: int
+    """End of the text of this turn, closing included; only needed where `close` is None."""
+    shortened: bool = False
+    """Whether the template shows only a part of the message's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A rendered example."""
+
+    whole: str
+    turns: tuple[Turn, ...]
+    """Those that are trained."""
+    warnings: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A rendered example and its tokens."""
+
+    text: _Text
+    tokens: Tokens
+    ids: list[int]
+    places: ControlPlaces
+    openings: Mapping[int, tuple[str, int]]
+    """Of each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
+    and where that stands among the tokens. A control token cuts a text before the tokenizer looks further, so what
+    precedes it has the same ids in the prompt and in the whole text. To tokenize each prompt whole would be quadratic
+    in the turns."""
+
+
+class ChatEncoder:
+    """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
+
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> None:
+        self._template = ChatTemplate(tokenizer, date)
+        self._fast = fast
+        self._limit = limit
+        self.template_text = self._template.text
+        self.control = ControlTokens(tokenizer, self.template_text)
+        stops = find_stops(self._bare_render, self.control, name=fast.name)
+        self.stop_ids = stops.ids
+        self._run = list(stops.run)
+        self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
+        self._refuse_two_bos()
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        """Aligned with `examples`."""
+        texts = self._template.render_all([self._render(example) for example in examples])
+        tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)]))
+        rows = [self._row(text, next(tokens)) if isinstance(text, _Text) else text for text in texts]
+        prompts = sorted({text for row in rows if isinstance(row, _Row) for text, _ in row.openings.values()})
+        prompt_ids = {text: ids_T.tolist() for text, ids_T in zip(prompts, self._fast.ids(prompts), strict=True)}
+        return [
+            self._draft(example.source, row, prompt_ids) if isinstance(row, _Row) else row
+            for example, row in zip(examples, rows, strict=True)
+        ]
+
+    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids that serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
+        messages = [as_message(part) for part in parts]
+        try:
+            text = self._template.render(messages, tools=tools, prompt=True)
+        except TemplateRefusal as refusal:
+            raise DataError(f"the chat template refuses the conversation: {refusal}") from refusal
+        ids: list[int] = self._fast.ids([text])[0].tolist()
+        return ids
+
+    def _render(self, example: Example) -> Rendering[_Text | Problem]:
+        messages = [as_message(part) for part in example.parts]
+
+        def request(some: Sequence[Message], prompt: bool) -> Request:
+            return Request(some, prompt, example.tools)
+
+        index = -1
+        try:
+            whole = yield request(messages, False)
+            turns = []
+            for index, part in enumerate(example.parts):
+                if part.trained:
+                    turns.append((yield from find_turn(request, messages, index, whole=whole, ends=self._ends)))
+        except TemplateRefusal as refusal:
+            return Problem(
+                example.source,
+                "template_error",
+                f"the chat template refuses the row: {refusal}",
+                "Change the row, or give another template by data.template.",
+            )
+        except Ambiguous as reason:
+            return Problem(
+                example.source,
+                "template_ambiguous",
+                f"the chat template changes messages[{index}] ({example.parts[index].role}) so that its tokens "
+                f"cannot be located: {reason}",
+                "Split the row so that it ends with that answer, set its weight to 0, or give another template by "
+                "data.template.",
+            )
+        missing = list(_left_out(example, messages, whole, turns))
+        useless = [problem for problem in missing if problem.severity == "error"]
+        return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
+
+    def _row(self, text: _Text, tokens: Tokens) -> _Row:
+        ids = tokens.ids_T.tolist()
+        places = self.control.places(ids)
+        openings = {}
+        for turn in text.turns:
+            if turn.prompt is not None:
+                last = bisect_left(places.cuts, tokens.num_until(turn.prompt)) - 1
+                at, start = (places.cuts[last], tokens.offsets[places.cuts[last]][0]) if last >= 0 else (0, 0)
+                openings[turn.index] = text.whole[start : turn.prompt], at
+        return _Row(text, tokens, ids, places, openings)
+
+    def _draft(self, source: Source, row: _Row, prompt_ids: Mapping[str, list[int]]) -> Drafts:
+        if self._starts_with_two_bos(row.ids):
+            return Problem(
+                source,
+                "double_bos",
+                "its text begins with two BOS tokens.",
+                "Remove the BOS from the first message: the chat template writes one.",
+            )
+        whole, ids_T = row.text.whole, row.tokens.ids_T
+        draft = Draft(
+            ids_T,
+            np.zeros(len(ids_T), np.bool_),
+            num_unspelled=row.places.num_reserved - self.control.count(whole),
+            warnings=list(row.text.warnings),
+        )
+        for turn in row.text.turns:
+            served = None
+            if turn.index in row.openings:
+                opening, at = row.openings[turn.index]
+                end = at + len(prompt_ids[opening])
+                served = end if row.ids[at:end] == prompt_ids[opening] else None
+            first = _first_token(source, whole, turn, row.tokens, served=served, warnings=draft.warnings)
+            if isinstance(first, Problem):
+                return first
+            last = self._last_token(row, turn)
+            if last is None:
+                return Problem(
+                    source,
+                    "no_end_token",
+                    f"the chat template does not close messages[{turn.index}] with "
+                    f"{' or '.join(self._ends)}, so the model would not learn to stop there.",
+                    "Split the row so that it ends with that answer, or give another template by data.template.",
+                )
+            draft.trained_T[first : last + 1] = True
+        return self._limit.fit(source, draft)
+
+    def _last_token(self, row: _Row, turn: Turn) -> int | None:
+        """The token that closes a turn, which may have white space before and after it."""
+        whole, closing = row.text.whole, row.places.closing
+        ends = [row.tokens.offsets[place][1] for place in closing]
+        behind = bisect_right(ends, turn.limit if turn.close is None else turn.close)
+        at = behind - 1 if turn.close is None else behind
+        if not 0 <= at < len(closing):
+            return None
+        last = closing[at]
+        start, end = row.tokens.offsets[last]
+        if turn.close is not None:
+            between = whole[turn.close : start]
+        else:
+            between = whole[end : turn.limit] if end > turn.start else "before"
+        if row.ids[last : last + len(self._run)] == self._run:
+            last += len(self._run) - 1
+        return last if not between.strip() and row.ids[last] in self.stop_ids else None
+
+    def _refuse_two_bos(self) -> None:
+        text = self._bare_render([QUESTION], True)
+        if self._starts_with_two_bos(self._fast.ids([text])[0].tolist()):
+            raise ModelError(
+                f"{self._fast.name}: its chat template writes BOS twice. Give a corrected one by data.template."
+            )
+
+    def _bare_render(self, messages: Sequence[Message], prompt: bool) -> str:
+        return self._template.render(messages, prompt=prompt)
+
+    def _starts_with_two_bos(self, ids: Sequence[int]) -> bool:
+        return len(ids) > 1 and ids[0] == ids[1] == self._fast.bos_id
+
+
+def _first_token(
+    source: Source, whole: str, turn: Turn, tokens: Tokens, *, served: int | None, warnings: list[Problem]
+) -> int | Problem:
+    """The first trained token of a turn; a Problem when it is not one that serving lets the model write.
+
+    `served`: tokens of the prompt that serving feeds, where the whole text begins with them.
+    """
+    first = tokens.num_until(turn.start)
+    first_start = tokens.offsets[first][0] if first < len(tokens.offsets) else turn.start
+    straddles = first_start < turn.start and bool(whole[first_start : turn.start].strip())
+    if served is not None:
+        first = max(first, served)
+    elif turn.prompt is not None and turn.start == turn.prompt:
+        straddles = True
+    elif turn.index:
+        warnings.append(
+            Problem(
+                source,
+                "context_rewritten",
+                f"what precedes messages[{turn.index}] in the whole conversation is not what serving shows "
+                "the model at that turn.",
+                "The chat template does this, for instance by leaving out earlier reasoning.",
+                severity="warning",
+            )
+        )
+    if straddles:
+        return Problem(
+            source,
+            "token_boundary",
+            f"the first token of messages[{turn.index}] joins the end of the prompt and the start of the answer, "
+            f"{whole[turn.start : turn.start + 12]!r}: the prompt that serving feeds would end in other tokens.",
+            "Remove the white space at the start of the answer, or change its first characters.",
+        )
+    return first
+
+
+def as_message(part: Part) -> Message:
+    """A part as templates know it: role, content, and its other fields as they came."""
+    return {"role": part.role, "content": part.text, **part.fields}
+
+
+def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: Sequence[Turn]) -> Iterator[Problem]:
+    """What a row says and the template does not show: warnings, an error where nothing of an answer is left."""
+    for turn in turns:
+        text = whole[turn.start : turn.limit if turn.close is None else turn.close]
+        fields = not_shown(messages[turn.index], text)
+        if fields or turn.shortened:
+            what = f"the {' and '.join(fields)}" if fields else "a part"
+            yield Problem(
+                example.source,
+                "not_shown",
+                f"the chat template leaves out {what} of messages[{turn.index}], which is trained without.",
+                "Give a template that shows it by data.template, or set the weight of that message to 0.",
+                severity="warning" if text.strip() else "error",
+            )
+    names = [str(tool.get("function", tool).get("name", "")) for tool in example.tools]
+    unseen = [name for name in names if name not in whole]
+    if unseen:
+        yield Problem(
+            example.source,
+            "not_shown",
+            f"the chat template leaves out the row's tool definitions ({', '.join(unseen)}).",
+            "Give a template that shows tools by data.template.",
+            severity="warning",
+        )
+
+
+def find_turn(
+    request: MakeRequest, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]
+) -> Rendering[Turn]:
+    """Where the turn `index` stands in `whole`, the text of all messages; `ends` are the texts that close a turn.
+
+    Raises `Ambiguous`, or `TemplateRefusal` when the template does not take the messages before the turn.
+    """
+    # No serving prompt exists for a conversation that the assistant opens: templates refuse an empty list.
+    prompt = (yield request(messages[:index], True)) if index else None
+    if prompt is not None and whole.startswith(prompt):
+        turn = _verbatim(messages[index], index, prompt, whole, ends)
+        if turn is None:
+            turn = yield from _by_prefix(request, messages, index, prompt, whole)
+        if turn is not None:
+            return turn
+    else:
+        prompt = None
+    return (yield from _by_sentinel(request, messages, index, prompt, whole))
+
+
+def closings(render: Render, question: Message) -> tuple[str, str]:
+    """The text behind an answer to `question`: at the end of a conversation, and before a next question.
+
+    The second is "" for a template that takes one question only.
+    """
+    answer = _bare("assistant")
+    _, last = _around(render([question, answer], False))
+    try:
+        _, middle = _around(render([question, answer, question], False))
+    except (Ambiguous, TemplateRefusal):
+        middle = ""
+    return last, middle
+
+
+def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Sequence[str]) -> Turn | None:
+    """The common case without a further render: prompt, the message as it is, a text that closes a turn."""
+    text = message.get("content")
+    if not isinstance(text, str) or not text or len(message) > 2 or not whole.startswith(text, len(prompt)):
+        return None
+    close = len(prompt) + len(text)
+    if not whole[close : close + 256].lstrip().startswith(tuple(ends)):
+        return None
+    return Turn(index, len(prompt), start=len(prompt), close=close, limit=len(whole))
+
+
+def _by_prefix(
+    request: MakeRequest, messages: Sequence[Message], index: int, prompt: str, whole: str
+) -> Rendering[Turn | None]:
+    until = yield request(messages[: index + 1], False)
+    if not whole.startswith(until) or len(until) < len(prompt):
+        return None
+    turn = until[len(prompt) :]
+    try:
+        before, after = _around((yield request([*messages[:index], _bare(messages[index]["role"])], False)))
+    except (TemplateRefusal, Ambiguous):
+        before, after = prompt, ""
+    start = _start(prompt, before) if until.startswith(before) else len(prompt)
+    known = after and turn.endswith(after) and len(until) - len(after) >= start
+    close = len(until) - len(after) if known else None
+    return Turn(index, len(prompt), start=start, close=close, limit=len(until))
+
+
+def _by_sentinel(
+    request: MakeRequest, messages: Sequence[Message], index: int, prompt: str | None, whole: str
+) -> Rendering[Turn]:
+    bare = _bare(messages[index]["role"])
+    try:
+        before, after = _around((yield request([*messages[:index], bare, *messages[index + 1 :]], False)))
+    except TemplateRefusal as refusal:
+        raise Ambiguous(str(refusal)) from refusal
+    start, close = len(before), len(whole) - len(after)
+    if start > close or not whole.startswith(before) or not whole.endswith(after):
+        raise Ambiguous("the text around it changes with it.")
+    found, text = whole[start:close], messages[index].get("content") or ""
+    if not _is_of(found, text, messages[index]):
+        raise Ambiguous("what stands in its place is not its text.")
+    served = None if prompt is None else len(prompt)
+    shortened = text.strip() not in found
+    return Turn(index, served, start=_start(prompt, before), close=close, limit=close, shortened=shortened)
+
+
+def _start(prompt: str | None, before: str) -> int:
+    """Where training begins: behind what the template puts before any answer, such as an empty <think> block.
+
+    White space alone is trained: served the prompt, the model has to write it, mostly as part of its first token.
+    """
+    if prompt is None:
+        return len(before)
+    return len(prompt) if not before[len(prompt) :].strip() else len(before)
+
+
+def _is_of(found: str, text: str, message: Message) -> bool:
+    """Whether `found` is the message's text or a part of it; with tool calls or reasoning, whether it holds it."""
+    if len(message) > 2 and found.strip() and text.strip() in found:
+        return True
+    return found in text and bool(found.strip() or not text.strip())
+
+
+def not_shown(message: Message, text: str) -> list[str]:
+    """The fields of a message, of those that hold what the assistant wrote, that a rendered text leaves out."""
+    calls = message.get("tool_calls") or ()
+    names = [str(call.get("function", call).get("name", "")) for call in calls if isinstance(call, Mapping)]
+    fields = ["tool_calls"] if any(name not in text for name in names) else []
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        value = message.get(key)
+        if isinstance(value, str) and value.strip() not in text:
+            fields.append(key)
+    return fields
+
+
+def _bare(role: str) -> Message:
+    return {"role": role, "content": SENTINEL}
+
+
+def _around(text: str) -> tuple[str, str]:
+    if text.count(SENTINEL) != 1:
+        raise Ambiguous("it does not show the text of the message as it is.")
+    before, _, after = text.partition(SENTINEL)
+    return before, after
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """Control tokens that close a turn."""
+
+    run: tuple[int, ...]
+    """Tokens that close an answer, one directly after the other; mostly one, two for Command R7B."""
+    ids: tuple[int, ...]
+    """Where generation stops: the last of `run`, and what closes a turn with tool calls where that is another."""
+
+
+def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:
+    """Raises `ModelError` when the template does not show an answer, or closes it without a control token.
+
+    What a template writes behind the last turn only, such as Phi 3's <|endoftext|>, closes the text and no turn.
+    """
+    try:
+        last, middle = closings(render, QUESTION)
+    except TemplateRefusal as refusal:
+        raise ModelError(
+            f"{name}: its chat template refuses a question and an answer: {refusal} Give another by data.template."
+        ) from refusal
+    except Ambiguous as reason:
+        raise ModelError(
+            f"{name}: its chat template hides the assistant's answer: {reason} Give another by data.template."
+        ) from reason
+    at_end = control.closing_run(last)
+    run = _shared_start(at_end, control.closing_run(middle)) or at_end[:1]
+    if not run:
+        raise ModelError(
+            f"{name}: its chat template closes an assistant's turn with {last[:40]!r}, which does not begin with a "
+            "control token of the tokenizer: the tuned model would never stop. Give one by data.template that ends "
+            "each of the assistant's turns with {{ eos_token }}."
+        )
+    ids = dict.fromkeys([run[-1], *_end_of_tool_call(render, control, last)])
+    return Stops(run=tuple(run), ids=tuple(ids))
+
+
+def _shared_start(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))]
+
+
+def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:
+    """The id that closes a turn with a tool call, where it is not closed as an answer is."""
+    try:
+        text = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], False)
+    except TemplateRefusal:  # a template without tools
+        return []
+    found = None if text.endswith(close) else control.last_closing_id(text)
+    return [] if found is None else [found]

@@ -1,0 +1,181 @@
+"""Prompt and completion as plain text to ids and trained flags, for causal and for encoder–decoder models."""
+
+# T tokens, P tokens of the prompt, S tokens of the source
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.types import Example, Part, Problem
+
+PLACEHOLDER = "{document}"
+"""Where a document is inserted into a prompt."""
+
+
+class CompletionEncoder:
+    """Tokenizes a prompt as serving does, and its completion, closed by EOS.
+
+    Raises `ModelError` for a tokenizer without EOS, or one that writes anything behind a text.
+    """
+
+    template_text = ""
+
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit) -> None:
+        self._fast = fast
+        self._limit = limit
+        if fast.eos_id is None:
+            raise ModelError(
+                f"{fast.name}: its tokenizer has no EOS token: the tuned model would never stop. "
+                "Name one as eos_token in its tokenizer_config.json."
+            )
+        self._eos_id = fast.eos_id
+        self.control = ControlTokens(tokenizer, "")
+        self.stop_ids = (self._eos_id,)
+        alone = fast.ids(["a"], add_special_tokens=True)[0]
+        self._num_added = int(self.control.are_reserved(alone).sum())
+        if self.control.are_reserved(alone[-1:]).any():
+            raise ModelError(
+                f"{fast.name}: its tokenizer writes a control token behind every text, so no prompt can be "
+                "continued. Set add_eos_token to false in its tokenizer_config.json."
+            )
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        """Aligned with `examples`."""
+        pairs = [pair_of(example) for example in examples]
+        good = [pair for pair in pairs if not isinstance(pair, Problem)]
+        prompts = iter(self._fast.ids([prompt for prompt, _ in good], add_special_tokens=True))
+        wholes = iter(self._fast.ids([prompt + completion for prompt, completion in good], add_special_tokens=True))
+        return [
+            pair if isinstance(pair, Problem) else self._draft(example, pair, next(prompts), next(wholes))
+            for example, pair in zip(examples, pairs, strict=True)
+        ]
+
+    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any]) -> list[int]:
+        """What serving feeds: the tokenizer's ids of the text, BOS included if it adds one. `tools` have no meaning."""
+        text = "".join(part.text for part in parts)
+        return [int(token_id) for token_id in self._fast.ids([text], add_special_tokens=True)[0]]
+
+    def _draft(
+        self, example: Example, pair: tuple[str, str], prompt_P: NDArray[np.int32], whole_T: NDArray[np.int32]
+    ) -> Drafts:
+        prompt, completion = pair
+        num_prompt = len(prompt_P)
+        if not np.array_equal(whole_T[:num_prompt], prompt_P):
+            # The last token of the prompt would join the completion: keep the prompt as it is served.
+            apart = np.concatenate([prompt_P, self._fast.ids([completion])[0]])
+            if self._fast.decode(apart) != self._fast.decode(whole_T):
+                return Problem(
+                    example.source,
+                    "token_boundary",
+                    "the prompt's last token joins the start of the completion, and apart they give another text.",
+                    "Move the white space between them to the start of the completion.",
+                )
+            whole_T = apart
+        num_control = int(self.control.are_reserved(whole_T).sum()) - self._num_added
+        if not len(whole_T) or whole_T[-1] != self._eos_id:
+            whole_T = np.append(whole_T, np.int32(self._eos_id))
+        num_spelled = self.control.count(prompt) + self.control.count(completion)
+        draft = Draft(whole_T, np.arange(len(whole_T)) >= num_prompt, num_unspelled=num_control - num_spelled)
+        return self._limit.fit(example.source, draft)
+
+
+class Seq2SeqEncoder:
+    """What an encoder reads and a decoder writes, closed by EOS. `prompt`: what stands around a document.
+
+    Each side may be as long as the room; only the source is ever cut, at its end. Raises `ModelError` for a tokenizer
+    without EOS, `RecipeError` for a limit without place for a token.
+    """
+
+    template_text = ""
+
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str | None) -> None:
+        if fast.eos_id is None:
+            raise ModelError(
+                f"{fast.name}: its tokenizer has no EOS token: the tuned model would never stop. "
+                "Name one as eos_token in its tokenizer_config.json."
+            )
+        self._eos_id = fast.eos_id
+        self._fast = fast
+        self._limit = limit
+        self._prompt = prompt or PLACEHOLDER
+        self._frame = fast.frame(1)
+        if limit.max_tokens is not None and limit.max_tokens <= self._frame.num_added():
+            raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a text no token. Raise it.")
+        self.control = ControlTokens(tokenizer, "")
+        self.stop_ids = (self._eos_id,)
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        """Aligned with `examples`."""
+        pairs = [pair_of(example) for example in examples]
+        good = [pair for pair in pairs if not isinstance(pair, Problem)]
+        sources = iter(self._fast.ids([self._prompt.replace(PLACEHOLDER, text) for text, _ in good]))
+        targets = iter(self._fast.ids([text for _, text in good]))
+        return [
+            pair if isinstance(pair, Problem) else self._draft(example, pair, next(sources), next(targets))
+            for example, pair in zip(examples, pairs, strict=True)
+        ]
+
+    def prompt_ids(
+        self, parts: Sequence[Part], tools: Sequence[Any], *, on_cut: Callable[[int], None] = lambda num_tokens: None
+    ) -> list[int]:
+        """What serving feeds the encoder, cut as in training, which `on_cut` hears of. `tools` have no meaning."""
+        text_T = self._fast.ids([self._prompt.replace(PLACEHOLDER, "".join(part.text for part in parts))])[0]
+        source_S = self._source(text_T)
+        if cut := len(text_T) + self._frame.num_added() - len(source_S):
+            on_cut(cut)
+        return [int(token_id) for token_id in source_S]
+
+    def _source(self, text_T: NDArray[np.int32]) -> NDArray[np.int32]:
+        excess = self._limit.excess(len(text_T) + self._frame.num_added()) if self._limit.too_long == "cut" else 0
+        return self._frame.around(text_T[: len(text_T) - excess])
+
+    def _draft(
+        self, example: Example, pair: tuple[str, str], text_T: NDArray[np.int32], target_T: NDArray[np.int32]
+    ) -> Drafts:
+        num_unspelled = self.control.num_unspelled(np.concatenate([text_T, target_T]), *pair, self._prompt)
+        source_S = self._source(text_T)
+        target_T = self._frame.around(target_T)
+        if target_T[-1:].tolist() != [self._eos_id]:
+            target_T = np.append(target_T, np.int32(self._eos_id))
+        if not len(source_S):
+            return Problem(example.source, "empty", "its prompt gives no token.", "Give it one, or remove the row.")
+        for side, ids_T in (("prompt", source_S), ("answer", target_T)):
+            if self._limit.excess(len(ids_T)):
+                return self._limit.refusal(example.source, f"the {len(ids_T)} tokens of its {side}")
+        draft = Draft(
+            np.concatenate([source_S, target_T]),
+            np.arange(len(source_S) + len(target_T)) >= len(source_S),
+            num_unspelled=num_unspelled,
+        )
+        cut = len(text_T) + self._frame.num_added() - len(source_S)
+        if cut:
+            what = f"the {len(text_T) + self._frame.num_added()} tokens of its prompt"
+            draft.warnings.append(self._limit.cut_warning(example.source, what, cost=f"the last {cut} were cut off"))
+        return [draft]
+
+
+def pair_of(example: Example) -> tuple[str, str] | Problem:
+    """The prompt and the completion of an example that is plain text."""
+    if not example.plain:
+        return Problem(
+            example.source,
+            "not_a_pair",
+            "it is a conversation; generate takes a prompt and a completion, both plain text.",
+            "Use task: chat for conversations.",
+        )
+    trained = [part.trained for part in example.parts]
+    if not trained or any(trained[:-1]) or not trained[-1]:
+        return Problem(
+            example.source,
+            "not_a_pair",
+            f"{sum(trained)} of its {len(trained)} parts are trained; generate takes a prompt and one completion.",
+            "Use task: chat for conversations.",
+        )
+    return "".join(part.text for part in example.parts[:-1]), example.parts[-1].text

@@ -1,0 +1,346 @@
+"""Data files to record batches of encoded rows, by one process or several; everything left out is counted."""
+
+# T tokens
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tunesmith.data.examples import both_hashes, examples
+from tunesmith.data.opening import FileFacts
+from tunesmith.data.renderer import Renderer
+from tunesmith.environment import num_cpus, spawning
+from tunesmith.errors import TunesmithError
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Example, Problem, Row, Source
+
+CHUNK_EXAMPLES = 512
+CHUNK_CHARS = 4_000_000
+"""A chunk is rendered and tokenized at once: it ends at whichever of the two bounds is met first."""
+BATCH_ROWS = 8192
+BATCH_TOKENS = 4_000_000
+"""Bounds of a record batch, which is written at once."""
+WORTH_BYTES = 8 * 1024**2
+"""Size of files from which on processes are worth their start."""
+MOST_PROCESSES = 8
+"""One process reads for them and writes, and cannot feed more."""
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),
+        ("length", pa.int32()),
+        ("targets", pa.int32()),
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+        ("hash", pa.uint64()),
+        ("input", pa.uint64()),
+        ("labels", pa.list_(pa.int64())),
+        ("second", pa.int32()),
+        ("bytes", pa.int32()),
+    ]
+)
+Chunk = Sequence[tuple[int, Example]]
+"""Examples, each with the index of its file."""
+OnProblem = Callable[[Problem], None]
+OnProgress = Callable[[int, int, int], None]
+"""(rows encoded, bytes read, bytes in all)"""
+_Found = tuple[int, tuple[int, int], Row]
+"""The index of a file, the hashes of an example's content and input, and one row of it."""
+
+
+def num_processes(num_proc: int | None, *, num_bytes: int) -> int:
+    """Processes for files of this size; 1: this one alone. `num_proc`: data.num_proc."""
+    if multiprocessing.current_process().daemon:  # such processes may start no others
+        return 1
+    if num_proc is not None:
+        return num_proc
+    return min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The rows of a chunk and its problems."""
+
+    rows: pa.RecordBatch
+    """Labels by the order of `classes`."""
+    problems: Sequence[Problem]
+    classes: tuple[str, ...]
+    """By first appearance."""
+    many: bool | None
+    """Whether classes came as lists; None: rows without classes."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows.column("ids").values)
+
+
+def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
+    """The rows of a chunk. Raises as `Renderer.encode`."""
+    problems: list[Problem] = []
+    vocabulary: dict[str, int] = {}
+    examples = [example for _, example in chunk]
+    rows: list[_Found] = []
+    many: bool | None = None
+    encoded = renderer.encode(examples, on_warning=problems.append, vocabulary=vocabulary)
+    for (file, example), result in zip(chunk, encoded, strict=True):
+        content = both_hashes(example)
+        for item in result:
+            if isinstance(item, Problem):
+                problems.append(item)
+                continue
+            rows.append((file, content, item))
+            if item.labels is not None:
+                many = bool(many) or example.many
+    return Encoded(_columns(rows), problems, tuple(vocabulary), many)
+
+
+def joined(parts: Sequence[Encoded], vocabulary: dict[str, int]) -> pa.RecordBatch:
+    """The rows of all parts, their labels by `vocabulary`, to which classes that it does not have are added."""
+    batches = []
+    for part in parts:
+        ids = [vocabulary.setdefault(name, len(vocabulary)) for name in part.classes]
+        batches.append(part.rows if ids == list(range(len(ids))) else _renamed(part.rows, np.array(ids, np.int64)))
+    (whole,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return whole
+
+
+def _columns(rows: Sequence[_Found]) -> pa.RecordBatch:
+    def numbers(values: Iterator[int], dtype: Any) -> pa.Array:
+        return pa.array(np.fromiter(values, dtype, len(rows)))
+
+    nothing = np.empty(0, np.int64)
+    trained = [row.trained for _, _, row in rows]
+    columns = [
+        _lists([row.ids for _, _, row in rows], np.int32),
+        _lists(trained, np.bool_),
+        numbers((len(row.ids) for _, _, row in rows), np.int32),
+        numbers((int(np.count_nonzero(trained_T)) for trained_T in trained), np.int32),
+        numbers((file for file, _, _ in rows), np.int32),
+        numbers((row.source.line for _, _, row in rows), np.int64),
+        numbers((content for _, (content, _), _ in rows), np.uint64),
+        numbers((read for _, (_, read), _ in rows), np.uint64),
+        _lists([nothing if row.labels is None else row.labels for _, _, row in rows], np.int64),
+        numbers((row.second for _, _, row in rows), np.int32),
+        numbers((row.num_bytes for _, _, row in rows), np.int32),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(arrays: Sequence[NDArray[Any]], dtype: Any) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(array) for array in arrays)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([np.empty(0, dtype), *arrays])))
+
+
+def _renamed(rows: pa.RecordBatch, ids: NDArray[np.int64]) -> pa.RecordBatch:
+    at = SCHEMA.get_field_index("labels")
+    labels = rows.column(at)
+    local = labels.values.to_numpy()
+    values = np.where(local < 0, local, ids[np.maximum(local, 0)])
+    return rows.set_column(at, SCHEMA.field(at), pa.ListArray.from_arrays(labels.offsets, pa.array(values)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A chunk, and what was found while it was read."""
+
+    chunk: Chunk
+    problems: Sequence[Problem]
+    done_bytes: int
+    error: TunesmithError | None = None
+    """What ended the reading."""
+
+
+class Encoding:
+    """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
+
+    With `num_proc` above 1 processes beside this one encode; everything is the same but the time. Counts are complete
+    when the batches have been taken. `num_bytes`: of all files.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        files: Sequence[DataFile],
+        renderer: Renderer,
+        *,
+        num_bytes: int,
+        on_problem: OnProblem,
+        progress: OnProgress,
+        num_proc: int = 1,
+    ) -> None:
+        self._data = data
+        self._files = files
+        self._renderer = renderer
+        self._num_bytes = num_bytes
+        self._num_proc = num_proc
+        self._on_problem = on_problem
+        self._progress = progress
+        self._last_bad: Source | None = None
+        self.num_rows = 0
+        self.skipped = 0
+        self.errors: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+        self.vocabulary: dict[str, int] = {}
+        """Classes by their first appearance, which rows count by until it is known what a model learns."""
+        self.many: bool | None = None
+        """Whether classes came as lists; None: rows without classes."""
+        self.notes: list[str] = []
+        """About the processes that encoded."""
+
+    def batches(self) -> Generator[pa.RecordBatch, None, None]:
+        """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
+        parts: list[Encoded] = []
+        num_rows = num_tokens = 0
+        encoded_reads = self._encoded()
+        with closing(encoded_reads):
+            for read, encoded in encoded_reads:
+                for problem in (*read.problems, *encoded.problems):
+                    self._hear(problem)
+                if read.error is not None:
+                    raise read.error
+                parts.append(encoded)
+                num_rows += encoded.rows.num_rows
+                num_tokens += encoded.num_tokens
+                self.num_rows += encoded.rows.num_rows
+                if encoded.many is not None:
+                    self.many = bool(self.many) or encoded.many
+                if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                    yield joined(parts, self.vocabulary)
+                    parts, num_rows, num_tokens = [], 0, 0
+                self._progress(self.num_rows, read.done_bytes, self._num_bytes)
+        if num_rows:
+            yield joined(parts, self.vocabulary)
+        self._progress(self.num_rows, self._num_bytes, self._num_bytes)
+
+    def _encoded(self) -> Generator[tuple[_Read, Encoded], None, None]:
+        """All chunks in their order, and their rows; the same with any number of processes."""
+        reads = self._reads()
+        if self._num_proc > 1:
+            self.notes.append(f"rows are encoded by {self._num_proc} processes (data.num_proc)")
+            with closing(_Pool(self._renderer, self._num_proc)) as pool:
+                for read, encoded in pool.in_order(reads):
+                    if encoded is None and len(self.notes) == 1:
+                        self.notes.append("a process that encodes rows ended: the others are encoded by one process")
+                    yield read, encode(self._renderer, read.chunk) if encoded is None else encoded
+        else:
+            for read in reads:
+                yield read, encode(self._renderer, read.chunk)
+
+    def _reads(self) -> Iterator[_Read]:
+        """Problems found while a chunk is read come with it, so that they are heard in their order."""
+        facts: list[FileFacts] = []
+        chunk: list[tuple[int, Example]] = []
+        problems: list[Problem] = []
+        num_chars = 0
+        error = None
+
+        def done() -> int:
+            return sum(file.done_bytes for file in facts)
+
+        found = examples(
+            self._files,
+            self._data,
+            problems.append,
+            facts=facts,
+            task=self._renderer.task_name,
+        )
+        try:
+            for file, example in found:
+                chunk.append((file, example))
+                num_chars += sum(len(part.text) for part in example.parts)
+                if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+                    yield _Read(chunk, tuple(problems), done())
+                    problems.clear()
+                    chunk, num_chars = [], 0
+        except TunesmithError as raised:
+            chunk, error = [], raised
+        yield _Read(chunk, tuple(problems), done(), error)
+
+    def _hear(self, problem: Problem) -> None:
+        counts = self.errors if problem.severity == "error" else self.warnings
+        counts[problem.code] += 1
+        if problem.severity == "error" and problem.source != self._last_bad:
+            self.skipped += 1  # the problems of one row come one after the other
+            self._last_bad = problem.source
+        if len(self.problems) < self._data.limits.problems:
+            self.problems.append(problem)
+            self._on_problem(problem)
+
+
+class _Pool:
+    """Processes that encode chunks. They end when it is closed, and when this process ends in whatever way."""
+
+    def __init__(self, renderer: Renderer, num_proc: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        theirs, self._lifeline = context.Pipe(duplex=False)
+        self._most_ahead = 2 * num_proc
+        self._executor = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(renderer, theirs))
+
+    def in_order(self, reads: Iterator[_Read]) -> Iterator[tuple[_Read, Encoded | None]]:
+        """Each chunk that is read and its rows; None for a chunk that no process is left to encode.
+
+        Raises what `encode` raised in a process.
+        """
+        ahead: deque[tuple[_Read, Future[Encoded] | None]] = deque()
+        for read in reads:
+            ahead.append((read, self._submit(read.chunk)))
+            if len(ahead) > self._most_ahead:
+                yield self._result(*ahead.popleft())
+        while ahead:
+            yield self._result(*ahead.popleft())
+
+    def close(self) -> None:
+        """Kill the processes."""
+        self._lifeline.close()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _submit(self, chunk: Chunk) -> Future[Encoded] | None:
+        with suppress(BrokenProcessPool), spawning():
+            return self._executor.submit(_encode_there, chunk)
+        return None
+
+    def _result(self, read: _Read, future: Future[Encoded] | None) -> tuple[_Read, Encoded | None]:
+        with suppress(BrokenProcessPool):
+            return read, None if future is None else future.result()
+        return read, None
+
+
+_RENDERER: list[Renderer] = []
+"""In a process of a pool, its renderer."""
+
+
+def _start_worker(renderer: Renderer, lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    _RENDERER.append(renderer)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    gc.collect()
+    gc.freeze()  # what is there now stays
+    gc.set_threshold(100_000)  # or the collector looks again and again through rows at work, for a fifth of the time
+
+
+def _end_with(lifeline: Connection) -> None:
+    with suppress(OSError):
+        lifeline.poll(None)
+    os._exit(1)
+
+
+def _encode_there(chunk: Chunk) -> Encoded:
+    return encode(_RENDERER[0], chunk)
