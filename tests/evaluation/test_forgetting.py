@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.models.attention import use_packed_attention
