@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
-from tunesmith.data.splits import Places, Rows, encode_rows, first_example
+from tunesmith.data.splits import CacheDirs, Splits, encode_rows, first_example
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import TaskName
@@ -31,22 +31,22 @@ def labelled(num: int, label: str, *, start: int = 0) -> list[dict[str, Any]]:
 
 def rows_for(
     folder: Path, task: TaskName, *, max_tokens: int = 32, max_held: int | None = None, **options: Any
-) -> Rows:
+) -> Splits:
     renderer = Renderer(
         tiny_tokenizer(), task, kind="causal", max_tokens=max_tokens, too_long="cut", control_tokens="error"
     )
-    places = Places(folder / ".rows", folder / ".rows")
+    places = CacheDirs(folder / ".rows", folder / ".rows")
     return encode_rows(
         Data(**options),
         renderer,
-        places=places,
+        cache_dirs=places,
         max_held=max_held,
         task=task,
         on_progress=lambda what, done, total: None,
     )
 
 
-def places_of(rows: Rows, indices: Sequence[int], *, held: bool = False) -> list[tuple[str, int]]:
+def places_of(rows: Splits, indices: Sequence[int], *, held: bool = False) -> list[tuple[str, int]]:
     store = rows.held_store if held else rows.store
     return [(Path(store.source(int(i)).path).name, store.source(int(i)).line) for i in indices]
 
@@ -112,13 +112,13 @@ def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
     assert rows.store.row(0).labels.tolist() == [1]  # type: ignore[union-attr]
 
 
-def every_class_is_measured(rows: Rows, most: int) -> None:
+def every_class_is_measured(rows: Splits, most: int) -> None:
     held = Counter(rows.held_store.label_ids(int(i))[0] for i in rows.held_rows)
     assert sum(held.values()) == most
     assert [held[label] for label in range(3)] == [8, 1, 1]
 
 
-def imbalanced(folder: Path, max_held: int | None) -> Rows:
+def imbalanced(folder: Path, max_held: int | None) -> Splits:
     found = [row for label, num in zip(CLASSES, (400, 20, 4), strict=True) for row in labelled(num, label)]
     held = [row for label, num in zip(CLASSES, (200, 10, 2), strict=True) for row in labelled(num, label, start=1000)]
     train = put(folder, "rows.jsonl", json_lines(found))
@@ -157,7 +157,7 @@ def test_measured_rows_are_a_share_of_each_class(classes: list[int], most: int, 
         assert of_class[: held[label]] == sorted(int(hashes_I[i]) for i in chosen if classes[i] == label)
 
 
-def keeps_ids_and_sides(encode: Callable[[Path, list[dict[str, Any]]], Rows], folder: Path) -> None:
+def keeps_ids_and_sides(encode: Callable[[Path, list[dict[str, Any]]], Splits], folder: Path) -> None:
     """Rows that are turned round change nothing; rows that are added move at most one other a class."""
     found = [row for label in CLASSES for row in labelled(20, label)]
     before = encode(folder, found)
@@ -172,7 +172,7 @@ def keeps_ids_and_sides(encode: Callable[[Path, list[dict[str, Any]]], Rows], fo
     assert len(set(hashes[0]) - again) <= 1
 
 
-def encoded(folder: Path, found: list[dict[str, Any]]) -> Rows:
+def encoded(folder: Path, found: list[dict[str, Any]]) -> Splits:
     path = put(folder, "rows.jsonl", json_lines(found))
     return rows_for(folder, "classify", train=str(path), held_out=0.1)
 
@@ -240,7 +240,7 @@ def test_lists_of_classes_that_only_held_out_rows_have_are_named(tmp_path: Path)
 # inputs
 
 
-def no_input_is_on_both_sides(rows: Rows, records: Sequence[dict[str, Any]], field: str) -> None:
+def no_input_is_on_both_sides(rows: Splits, records: Sequence[dict[str, Any]], field: str) -> None:
     held, trained = (
         {records[line - 1][field] if isinstance(records[line - 1][field], str) else str(records[line - 1][field])
          for _, line in places_of(rows, side.tolist())}
@@ -382,11 +382,11 @@ def test_replay_rows_that_are_held_out_elsewhere_are_left_out_and_counted(tmp_pa
     assert len(rows.train_rows) == 65 - 2 * num
 
 
-def no_replay_row_is_measured(rows: Rows) -> None:
+def no_replay_row_is_measured(rows: Splits) -> None:
     assert not np.isin(rows.store.hashes[rows.train_rows], rows.held_store.hashes[rows.held_rows]).any()
 
 
-def replayed_beside_held_out_files(folder: Path) -> Rows:
+def replayed_beside_held_out_files(folder: Path) -> Splits:
     train, held = put(folder, "train.jsonl", pairs(10, "a")), put(folder, "test.jsonl", pairs(6, "b"))
     replay = put(folder, "general.jsonl", pairs(9, "b"))
     return rows_for(folder, "generate", train=str(train), replay=str(replay), eval=str(held), overlap="error")

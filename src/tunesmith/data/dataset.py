@@ -406,7 +406,7 @@ def json_path(folder: Path, key: str) -> Path:
     return folder / f"{key[:16]}.json"
 
 
-def kept(folder: Path, key: str | None) -> RowStore | None:
+def open_kept(folder: Path, key: str | None) -> RowStore | None:
     """The rows that `RowStore.keep` put into a folder, each file named by its hash; None where they cannot be read.
 
     `key`: of the rows that are meant, as the run's identity names them; None: the run is older than that name.

@@ -29,7 +29,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Splits:
     """Encoded rows and who they are for."""
 
     data: Data
@@ -113,7 +113,7 @@ def first_example(data: Data) -> Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class CacheDirs:
     """Folders where encoded rows are looked for, and put when they are not there."""
 
     train: Path
@@ -124,13 +124,13 @@ def encode_rows(
     data: Data,
     renderer: Renderer,
     *,
-    places: Places,
+    cache_dirs: CacheDirs,
     max_held: int | None,
     task: TaskName,
     class_weights: ClassWeights = "equal",
     own_classes: Sequence[str] = (),
     on_progress: OnProgress,
-) -> Rows:
+) -> Splits:
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
 
     Raises:
@@ -153,8 +153,8 @@ def encode_rows(
             progress=lambda rows, done, total: on_progress("encode", done, total),
         )
 
-    store = encode((*data.train, *data.replay), places.train)
-    held_store = encode(data.eval, places.held_out) if data.eval else store
+    store = encode((*data.train, *data.replay), cache_dirs.train)
+    held_store = encode(data.eval, cache_dirs.held_out) if data.eval else store
     stores = [store, held_store] if data.eval else [store]
     try:
         refuse_bad(data, stores, problems)
@@ -178,7 +178,7 @@ def encode_rows(
     if labels is not None:
         for labelled in stores:
             labelled.use(labels)
-    return Rows(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
+    return Splits(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
 
 
 def _without_folders(data: Data, on_problem: OnProblem) -> Data:

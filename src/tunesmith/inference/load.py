@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.data.dataset import kept
+from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.formatting import command
@@ -195,7 +195,7 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
         recipe,
         base.model,
         head=base.head,
-        store=kept(run.rows_path / "train", run.identity().get("rows")),
+        store=open_kept(run.rows_path / "train", run.identity().get("rows")),
         pad_id=base.pad_id,
     )
     restore(attachment, newest.weights)

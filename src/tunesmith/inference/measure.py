@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.dataset import RowStore, build, kept
+from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.folders import expand
@@ -90,9 +90,11 @@ class TrainingRows:
 
 def load_training_rows(run: Run) -> TrainingRows | None:
     """The rows that a run was trained on; None where they are gone, or were written by another release."""
-    store = kept(run.rows_path / "train", run.identity().get("rows"))
+    store = open_kept(run.rows_path / "train", run.identity().get("rows"))
     recipe = run.recipe()
-    held_store = kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
+    held_store = (
+        open_kept(run.rows_path / "held_out", run.identity().get("held-out rows")) if recipe.data.eval else store
+    )
     if store is None or held_store is None:
         return None
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.labels import see
-from tunesmith.data.splits import Rows
+from tunesmith.data.splits import Splits
 from tunesmith.environment import default_threads
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural
@@ -140,7 +140,7 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     return checked if recipe.base is None else checked.on_base(recipe.base)
 
 
-def far_numbers(rows: Rows) -> list[str]:
+def far_numbers(rows: Splits) -> list[str]:
     """A note where a head, which starts near 0 and moves by small steps, would have far to go."""
     if rows.labels is None or rows.labels.kind != "number":
         return []

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.splits import Rows
+from tunesmith.data.splits import Splits
 from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
 from tunesmith.evaluation.predict_rows import sample_rows
@@ -30,7 +30,7 @@ def amount(store: RowStore, rows_I: NDArray[np.int64]) -> Amount:
     return Amount(int(store.lengths[rows_I].sum()), int(store.denominators[rows_I].sum()))
 
 
-def seen_rows(recipe: Recipe, rows: Rows) -> NDArray[np.int64]:
+def seen_rows(recipe: Recipe, rows: Splits) -> NDArray[np.int64]:
     """The training rows that are looked through at the end."""
     return sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
 
@@ -54,7 +54,7 @@ def kept_checkpoints(recipe: Recipe, steps: int) -> int:
     return min(saves(recipe, steps), recipe.checkpoint.keep + 1) + is_measured
 
 
-def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> int:
+def words(recipe: Recipe, rows: Splits, head: HeadName, *, is_general: bool) -> int:
     """Tokens written one after the other before and after, if no answer ends early."""
     if head != "next_token":
         return 0
@@ -64,7 +64,7 @@ def words(recipe: Recipe, rows: Rows, head: HeadName, *, is_general: bool) -> in
     return 2 * (-(-asked // ANSWER_BATCH) * tokens + general)
 
 
-def counts(recipe: Recipe, rows: Rows, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
+def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
     """Of a run of so many steps. `general_tokens`: of the general text; 0 where it is not measured."""
     return {
         "starting": 1,

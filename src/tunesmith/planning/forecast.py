@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed
-from tunesmith.data.splits import Rows
+from tunesmith.data.splits import Splits
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning import devices
@@ -99,7 +99,7 @@ class Forecaster:
     located: ModelRef
     kind: ModelKind
     head: HeadName
-    rows: Rows
+    rows: Splits
     feeds: Feeds
     plan_of: PlanOf
     device: Device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.data.dataset import RowStore, kept
+from tunesmith.data.dataset import RowStore, open_kept
 from tunesmith.data.examples import examples
 from tunesmith.data.folders import expand
 from tunesmith.data.renderer import Encoded, Renderer
@@ -130,7 +130,7 @@ def _rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, R
     """The first training rows of a run, as they were read and as they were trained on, and of a row that is cut the ids
     that it has now. A row whose earlier turns the template rewrites was not trained on what is served, as a warning
     said: it is left out."""
-    store = kept(run.rows_path / "train", run.identity().get("rows"))
+    store = open_kept(run.rows_path / "train", run.identity().get("rows"))
     if store is None:
         note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
         return

@@ -13,7 +13,7 @@ import numpy as np
 from tunesmith.data.batch import Plan
 from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.filling import fills
-from tunesmith.data.splits import Places, Rows, encode_rows
+from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.generate import new_tokens_for
@@ -52,7 +52,7 @@ class Foreseen:
     notes: list[str]
     """Of the prediction; those of the model and the rows are theirs."""
     start: Start
-    rows: Rows
+    rows: Splits
     given: dict[str, Any]
     """What the recipe said before anything was decided, where that is not the default."""
     forecast: Forecast | None
@@ -78,8 +78,8 @@ def foresee(
     if device is not None:
         recipe = _elsewhere(recipe)
     start = begin(recipe, root=root, offline=offline)
-    places = _places(root, run)
-    rows = _rows(start, places, on_progress)
+    cache_dirs = _cache_dirs(root, run)
+    rows = _rows(start, cache_dirs, on_progress)
     recipe = reduce(with_choice, rows.choices, start.recipe)
     _check_evaluation(recipe, start.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
@@ -93,7 +93,7 @@ def foresee(
         recipe = with_choice(recipe, alone)
         choices = [*(choice for choice in choices if choice.key != alone.key), alone]
     recipe, counted = _count_steps(recipe, rows)
-    rows, recipe, measuring = _measuring(recipe, start, rows, kind, places=places, on_progress=on_progress)
+    rows, recipe, measuring = _measuring(recipe, start, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
     known_of = {choice.key for choice in measuring}
     choices = [choice for choice in choices if choice.key not in known_of]
     choices = [*start.choices, *rows.choices, *choices, *counted, *measuring]
@@ -115,7 +115,7 @@ def foresee(
     return seen
 
 
-def _why_alone(start: Start, rows: Rows) -> str:
+def _why_alone(start: Start, rows: Splits) -> str:
     """Why each row goes through the model alone; empty: it need not."""
     sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
     longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
@@ -123,7 +123,7 @@ def _why_alone(start: Start, rows: Rows) -> str:
     return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
 
 
-def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
+def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
     """Fit a method that has a schedule of its own to the run's number of steps.
 
     Raises RecipeError where the steps leave it none, or the optimizer would undo it.
@@ -139,8 +139,8 @@ def _count_steps(recipe: Recipe, rows: Rows) -> tuple[Recipe, list[Choice]]:
 
 
 def _measuring(
-    recipe: Recipe, start: Start, rows: Rows, device: str, *, places: Places, on_progress: OnProgress
-) -> tuple[Rows, Recipe, list[Choice]]:
+    recipe: Recipe, start: Start, rows: Splits, device: str, *, cache_dirs: CacheDirs, on_progress: OnProgress
+) -> tuple[Splits, Recipe, list[Choice]]:
     """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
     row = float(rows.store.lengths[rows.train_rows].mean())
     steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
@@ -159,7 +159,7 @@ def _measuring(
     recipe, choices = decide_measuring(recipe, start.recipe, size)
     if any(choice.key == "evaluation.max_rows" for choice in choices):
         fewer = start.recipe.model_copy(update={"evaluation": recipe.evaluation})
-        rows = _rows(replace(start, recipe=fewer), places, on_progress)
+        rows = _rows(replace(start, recipe=fewer), cache_dirs, on_progress)
     return rows, recipe, choices
 
 
@@ -228,12 +228,12 @@ def _elsewhere(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
 
 
-def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
+def _rows(start: Start, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
     recipe = start.recipe
     return encode_rows(
         recipe.data,
         start.renderer,
-        places=places,
+        cache_dirs=cache_dirs,
         max_held=HELD if recipe.evaluation.max_rows == "auto" else recipe.evaluation.max_rows,
         task=resolved(recipe.task),
         class_weights=recipe.train.class_weights,
@@ -242,7 +242,7 @@ def _rows(start: Start, places: Places, on_progress: OnProgress) -> Rows:
     )
 
 
-def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
+def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
     if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
     keys = HEAD_METRICS[head if rows.labels is None else rows.labels.kind]
@@ -252,14 +252,14 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Rows) -> None:
         )
 
 
-def _places(root: Path, run: Run | None) -> Places:
+def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
     """A new run shares encoded rows with others below `root`; a resumed one has its own."""
     shared = root / ".rows"
-    return Places(shared, shared) if run is None else Places(run.rows_path / "train", run.rows_path / "held_out")
+    return CacheDirs(shared, shared) if run is None else CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
 
 
 def feeds(
-    recipe: Recipe, start: Start, rows: Rows, model: Any, plan: Plan, *, device: str, on: str, ask: Ask
+    recipe: Recipe, start: Start, rows: Splits, model: Any, plan: Plan, *, device: str, on: str, ask: Ask
 ) -> tuple[Feed, Feed, list[Choice]]:
     """The passes of training rows and of held-out rows, and what was decided of them.
 
@@ -292,7 +292,7 @@ def feeds(
     return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
 
 
-def plan_of(recipe: Recipe, rows: Rows, layout: Layout) -> Plan:
+def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> Plan:
     """Which rows make which step."""
     weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
     return Plan(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tunesmith.data import order
 from tunesmith.data.feed import Feed
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.splits import Rows
+from tunesmith.data.splits import Splits
 from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
@@ -61,7 +61,7 @@ class Setup(TrainState):
     renderer: Renderer
     kind: ModelKind
     head: HeadName
-    rows: Rows
+    rows: Splits
     """The rows of `store` that are trained, those held out, and their labels."""
     held_feed: Feed
     """Makes batches from rows of `rows.held_store`."""
@@ -185,7 +185,7 @@ def _join_products(model: PreTrainedModel, method: Method) -> OutputLayer | None
     return find_output_layer(model) if method.fused_loss else None
 
 
-def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePrompt], list[str]]:
+def _samples(recipe: Recipe, start: Start, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
     """Sample prompts that leave room for an answer in the model's context, and notes on those that do not."""
     if start.head != "next_token":
         return [], []
@@ -196,12 +196,12 @@ def _samples(recipe: Recipe, start: Start, rows: Rows) -> tuple[list[SamplePromp
     return prompts, sample_notes(prompts, num_rows=len(examples))
 
 
-def answer_tokens(recipe: Recipe, rows: Rows) -> int:
+def answer_tokens(recipe: Recipe, rows: Splits) -> int:
     """Maximum number of tokens of an answer to a held-out prompt."""
     return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
 
 
-def _layout(model: PreTrainedModel, recipe: Recipe, rows: Rows, start: Start) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, start: Start) -> tuple[Layout, list[str]]:
     """Packed if the model computes the same for packed rows as for each alone; else padded, with a note."""
     layout, *others = layouts_of(start.kind)
     if not others:
@@ -224,7 +224,7 @@ def packed_agrees(
     return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
-def _identity(recipe: Recipe, rows: Rows, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
+def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
     settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
