@@ -1,4 +1,4 @@
-"""The tables of docs/export.md: how near each export is to what was tuned, by who loads it.
+"""The tables of docs/EXPERIMENTS.md: how near each export is to what was tuned, by who loads it.
 
     python -m benchmarks.exports [ARCHITECTURE ...]      tiny models, an adapter drawn at random on each
     python -m benchmarks.exports --run RUN               one finished run, every target

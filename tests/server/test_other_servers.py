@@ -92,14 +92,11 @@ def test_print_shows_what_would_be_done_and_does_nothing() -> None:
 def test_a_run_of_a_gguf_is_its_adapter_on_that_file_where_templates_can_be_given(tmp_path: Path) -> None:
     gguf_run = of_gguf(tmp_path / "gguf")
     where: dict[str, Any] = {"host": "127.0.0.1", "port": 1, "root": gguf_run.path.parent, "offline": True}
-    start = llama_cpp_command([str(gguf_run.path)], "llama-server", "python", **where)
+    start = llama_cpp_command([str(gguf_run.path)], **where)
     assert option(start.words, "--model") == str(Path(gguf_run.recipe().model).absolute())
     assert option(start.words, "--lora").endswith("-lora-f16.gguf")
     assert option(start.words, "--chat-template-file").endswith("chat_template.jinja")
     assert [need.target for need in start.needs] == ["gguf-adapter"]
-    start = llama_cpp_command([str(gguf_run.path)], "llama_cpp.server", "python", **where)
-    assert start.words[:3] == ["python", "-m", "llama_cpp.server"]
-    assert [need.target for need in start.needs] == ["gguf"]
     assert [need.target for need in vllm_command([str(gguf_run.path)], **where).needs] == ["merged"]
 
 
@@ -120,7 +117,7 @@ def names_stay_words(run: Run) -> None:
 
 def test_a_name_is_never_read_as_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     names_stay_words(finished("chat"))
-    monkeypatch.setattr("tunesmith.export.server_commands._name", lambda source: source.run.path.name)
+    monkeypatch.setattr("tunesmith.export.server_commands._name", lambda result: result.run.path.name)
     with pytest.raises(pytest.fail.Exception):
         names_stay_words(finished("chat"))
 
@@ -128,11 +125,11 @@ def test_a_name_is_never_read_as_an_option(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "vllm"], "pip install vllm"),
-        (["--engine", "llama.cpp"], "neither llama-server nor the package llama-cpp-python"),
+        (["--engine", "vllm"], "vllm is not installed here"),
+        (["--engine", "llama.cpp"], "llama-server is not installed here"),
         (["--engine", "sglang"], "there is no such engine"),
         (["--print"], "--engine vllm or llama.cpp"),
-        (["--engine", "vllm", "--streams", "4", "--grace", "3"], "--streams, --grace: for --engine own alone"),
+        (["--engine", "vllm", "--streams", "4", "--grace", "3"], "--streams, --grace: for --engine own only"),
         (["--engine", "vllm", "--print", "--host", "0.0.0.0"], "needs an API key"),
         (["--engine", "llama.cpp", "--print", "other"], "llama.cpp serves one model by its name"),
         (["--engine", "vllm", "--print", "nowhere/model", "--offline"], "nowhere/model"),
@@ -140,23 +137,11 @@ def test_a_name_is_never_read_as_an_option(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_refused_with_the_reason(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_servers.shutil, "which", lambda name: None)
-    monkeypatch.setattr(other_servers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(other_servers, "_beside_python", lambda name: None)
+    monkeypatch.setattr(other_servers, "_in_environment", lambda name: None)
     first = ["serve", *([] if "nowhere/model" in words else [str(finished("chat").path)])]
     result = CliRunner().invoke(app, [*first, *words, "--port", "0"])
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
-
-
-def test_a_server_without_what_it_needs_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"llama_cpp", "starlette_context"}
-    monkeypatch.setattr(other_servers.shutil, "which", lambda name: None)
-    monkeypatch.setattr(other_servers.importlib.util, "find_spec", lambda name: name in there or None)
-    with pytest.raises(InputError, match=r"without sse_starlette, pydantic_settings, .* 'llama-cpp-python\[server\]'"):
-        other_servers._program("llama.cpp", must_be_there=True)
-    assert other_servers._program("llama.cpp", must_be_there=False) == "llama_cpp.server"
-    there |= {"sse_starlette", "pydantic_settings"}
-    assert other_servers._program("llama.cpp", must_be_there=True) == "llama_cpp.server"
 
 
 def test_heads_are_served_here() -> None:

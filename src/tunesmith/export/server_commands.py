@@ -1,11 +1,10 @@
-"""The command that starts another server with a run: vLLM, llama.cpp, or llama-cpp-python."""
+"""The command that starts another server with a run: vLLM or llama.cpp."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tunesmith.errors import InputError
 from tunesmith.export.adapter import gguf_adapter_file, not_for_vllm, vllm_rank
@@ -17,8 +16,6 @@ from tunesmith.export.target import ExportOptions
 from tunesmith.inference.load import refuse_needless
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run, is_run
-
-LlamaServer = Literal["llama-server", "llama_cpp.server"]
 
 
 @dataclass(frozen=True)
@@ -88,42 +85,31 @@ def vllm_command(
 
 
 def llama_cpp_command(
-    targets: Sequence[str], program: LlamaServer, python: str, *, host: str, port: int, root: Path, offline: bool,
-    base: str | None = None,
-) -> ServerCommand:  # fmt: skip
-    """One run, or one GGUF file.
+    targets: Sequence[str], *, host: str, port: int, root: Path, offline: bool, base: str | None = None
+) -> ServerCommand:
+    """One run, or one GGUF file. A run whose base is a GGUF is served as that file and its adapter, other runs as F16.
 
-    A run whose base is a GGUF is served as that file and its adapter if the program can read the run's template then;
-    other runs as a GGUF of type f16. Raises InputError for what llama.cpp cannot serve.
+    Raises InputError for what llama.cpp cannot serve.
     """
     _refuse_others(targets, "llama.cpp serves one model")
-    address = ["--host", host, "--port", str(port)]
+    needs, more = [], []
     if not is_run(targets[0], root):
         refuse_needless(base, targets[0])
         located = resolve_model(targets[0], offline=offline)
         if not located.is_gguf:
             raise InputError(f"{targets[0]}: llama.cpp reads GGUF files, and runs, which are exported for it.")
-        name = located.path.stem
-        return ServerCommand([*_llama_words(program, python, located.path, name), *address], [], [name])
-    result = _open_writer(targets[0], root, offline, base, "llama.cpp")
-    name = _name(result)
-    if program == "llama-server" and result.is_adapter and result.base.is_gguf:
-        need = NeededExport(result.run, "gguf-adapter")
-        words = [*_llama_words(program, python, result.base.path, name), *address]
-        words += ["--lora", str(need.folder / gguf_adapter_file(result, ExportOptions()))]
-        if isinstance(result.tokenizer.chat_template, str):
-            words += ["--chat-template-file", str(need.folder / TEMPLATE)]
-        return ServerCommand(words, [need], [name])
-    need = NeededExport(result.run, "gguf")
-    path = need.folder / file_name(result, ExportOptions())
-    return ServerCommand([*_llama_words(program, python, path, name), *address], [need], [name])
-
-
-def _llama_words(program: LlamaServer, python: str, model: Path, name: str) -> list[str]:
-    path = str(model.absolute())
-    if program == "llama-server":
-        return ["llama-server", "--model", path, "--alias", name, "--jinja"]
-    return [python, "-m", "llama_cpp.server", "--model", path, "--model_alias", name]
+        name, path = located.path.stem, located.path
+    else:
+        result = _open_writer(targets[0], root, offline, base, "llama.cpp")
+        name, options = _name(result), ExportOptions()
+        needs = [NeededExport(result.run, "gguf-adapter" if result.is_adapter and result.base.is_gguf else "gguf")]
+        path = needs[0].folder / file_name(result, options)
+        if needs[0].target == "gguf-adapter":
+            path, more = result.base.path, ["--lora", str(needs[0].folder / gguf_adapter_file(result, options))]
+            if isinstance(result.tokenizer.chat_template, str):
+                more += ["--chat-template-file", str(needs[0].folder / TEMPLATE)]
+    words = ["llama-server", "--model", str(path.absolute()), "--alias", name, "--jinja", "--host", host]
+    return ServerCommand([*words, "--port", str(port), *more], needs, [name])
 
 
 def _refuse_others(targets: Sequence[str], rule: str) -> None:

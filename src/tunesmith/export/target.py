@@ -75,7 +75,7 @@ QUANTIZED = Tolerances(kl=2e-2, loss=0.05, carried=0.2, weights=3e-2)
 SIX_BITS = Tolerances(kl=5e-2, loss=0.05, carried=0.2, weights=6e-2)
 FIVE_BITS = Tolerances(kl=0.25, loss=0.15, carried=0.3, weights=0.2)
 FOUR_BITS = Tolerances(kl=0.5, loss=0.2, carried=0.3, weights=0.25)
-"""About twice the measured values of SmolLM2-135M (docs/export.md). A lost adapter carries nothing in any type."""
+"""About twice the measured values of SmolLM2-135M (docs/EXPERIMENTS.md). A lost adapter carries nothing in any type."""
 UNQUANTIZED_KL = 0.5
 """KL in nats for an adapter that was trained on a quantized base and exported on the original one."""
 
