@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import exports
 from export.exports import of_architecture
-from tunesmith.export import exporting, llama_cpp, verify
+from tunesmith.export import export_run, llama_cpp, verify
+from tunesmith.export.target import EXACT
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_a_row_for_each_architecture_and_another_in_llama_cpp() -> None:
 
 def test_what_fails_stands_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     run = of_architecture("llama")
-    monkeypatch.setattr(exporting, "_for_precision", lambda bounds, source: exporting.replace(bounds, kl=-1.0))
+    monkeypatch.setattr(export_run, "_tolerances", lambda target, *given: export_run.replace(EXACT, kl=-1.0))
     lines = list(exports.real_table(Path(run.path)))
     assert cells(lines[2])[:2] == ["merged float32", "fails"]
 

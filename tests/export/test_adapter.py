@@ -146,41 +146,6 @@ def test_a_baked_scale_is_right_with_ranks_and_alphas_by_pattern(tmp_path: Path,
     assert made["use_rslora"] is False
 
 
-# trap: A7
-def assert_different_patterns_of_one_layer_add_up(bake: Any, folder: Path) -> None:
-    """An adapter of others, whose rank and alpha of one layer are meant by different regular expressions."""
-    settings = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\..*": 7}}
-    wanted = peft.LoraConfig(
-        r=8, lora_alpha=3, target_modules=["q_proj", "v_proj"], use_rslora=True, init_lora_weights=False, **settings
-    )
-    torch.manual_seed(0)
-    peft.get_peft_model(tiny_model(vocab_size=64), wanted).save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-
-    def merged(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-        path.write_text(json.dumps(config))
-        loaded: Any = peft.PeftModel.from_pretrained(tiny_model(vocab_size=64), str(folder))
-        return dict(loaded.merge_and_unload().state_dict())
-
-    right, made = merged(config), merged(bake(config, folder / WEIGHTS))
-    assert all(torch.allclose(made[name], tensor, atol=1e-6) for name, tensor in right.items())
-
-
-def test_a_scale_of_layers_that_two_patterns_mean_is_that_of_pefts_own_merge(tmp_path: Path) -> None:
-    assert_different_patterns_of_one_layer_add_up(bake_scale, tmp_path)
-
-
-def test_patterns_that_are_joined_by_their_text_would_be_seen(tmp_path: Path) -> None:  # trap: A7 planted
-    def by_key(config: dict[str, Any], weights: Path) -> dict[str, Any]:
-        ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
-        scaled = {key: alphas.get(key, 3) * ranks.get(key, 8) ** 0.5 for key in {**ranks, **alphas}}
-        return {**config, "lora_alpha": 3 * 8**0.5, "alpha_pattern": scaled, "use_rslora": False}
-
-    with pytest.raises(AssertionError):
-        assert_different_patterns_of_one_layer_add_up(by_key, tmp_path)
-
-
 def lines(name: str, **config: Any) -> dict[str, str]:
     source = open_result(finished(name), offline=True)
     whole = {

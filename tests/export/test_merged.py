@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from export.exports import SHORT, card_head, finished, quick
-from faults import Faults, in_child, tree
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
 from tunesmith.export import card, merged, verify
@@ -26,7 +23,6 @@ from tunesmith.export.run_result import open_result, tuned_tensors
 from tunesmith.export.target import ExportOptions
 from tunesmith.export.verify import find_rows
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models.modes import silence_transformers
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -77,18 +73,6 @@ def test_weights_are_base_plus_delta_in_float32_and_rounded_once(tmp_path: Path)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected[name].bfloat16()), name
     assert any("rounded from float32 to bfloat16" in note for note in done.notes)
-
-
-def test_the_tokenizer_the_template_and_the_ends_are_those_of_training(tmp_path: Path) -> None:
-    done = exported("chat", tmp_path, proof=False)
-    ours = finished("chat").adapter_path
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (done.path / name).read_bytes() == (ours / name).read_bytes()
-    stops = open_result(finished("chat"), offline=True).renderer.stop_ids
-    ends = json.loads((done.path / "generation_config.json").read_text())["eos_token_id"]
-    assert set(stops) <= set(ends if isinstance(ends, list) else [ends])
-    with silence_transformers():
-        assert AutoTokenizer.from_pretrained(done.path).chat_template
 
 
 def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +175,6 @@ def assert_is_what_was_tuned(done: Exported) -> None:
     assert all(torch.allclose(saved[name], expected[name], atol=1e-6) for name in saved)
 
 
-def test_a_right_merge_is_what_was_tuned(tmp_path: Path) -> None:
-    assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))
-
-
 def test_another_base_is_refused_by_name() -> None:  # trap: A2
     source = finished("chat")
     assert_base_is_checked(source, Path(source.recipe().model), refuse=open_result)
@@ -219,37 +199,6 @@ def test_the_check_of_the_base_would_be_missed() -> None:
     run = finished("chat")
     with pytest.raises(AssertionError, match="the other base was taken"):
         assert_base_is_checked(run, Path(run.recipe().model), refuse=lambda run, offline: None)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("code", [errno.ENOSPC, None])
-def test_full_disk_or_a_kill_leaves_all_or_nothing(share: float, code: int | None, tmp_path: Path) -> None:
-    with Faults() as counted:
-        exported("chat", tmp_path / "first", proof=False)
-    whole = tree(tmp_path / "first" / "out")
-    at = max(1, int(share * counted.num_calls))
-
-    def act() -> None:
-        with Faults(at, code):
-            exported("chat", tmp_path / "second", proof=False)
-
-    if code is None:
-        assert in_child(act) == -9
-    else:
-        with pytest.raises((StorageError, OSError)):
-            act()
-        left = [path.name for path in (tmp_path / "second").iterdir()] if (tmp_path / "second").exists() else []
-        assert left in ([], ["out"])
-    found = tree(tmp_path / "second" / "out") if (tmp_path / "second" / "out").exists() else whole
-    assert found == whole
-
-
-def test_what_is_no_export_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "diary.txt").write_text("dear")
-    with pytest.raises(InputError, match="is no earlier export"):
-        exported("chat", tmp_path, proof=False)
-    assert (tmp_path / "out" / "diary.txt").read_text() == "dear"
 
 
 def test_what_a_kill_moved_aside_is_put_back(tmp_path: Path) -> None:
