@@ -11,10 +11,11 @@ import pytest
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
 from tunesmith.export import llama_cpp
-from tunesmith.export.export_run import TARGETS, export_run
+from tunesmith.export.export_run import export_run
 from tunesmith.export.gguf import write_base
 from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportedModel, ExportOptions
+from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import make_renderer
 from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run

@@ -14,8 +14,9 @@ from tiny import CHATML, tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.export import push as push_module
-from tunesmith.export.export_run import TARGETS, export_run
+from tunesmith.export.export_run import export_run
 from tunesmith.export.target import ExportOptions
+from tunesmith.export.targets import TARGETS
 from tunesmith.runs.folder import Run
 
 

@@ -18,9 +18,10 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
 from tunesmith.export import card, merged, verify
 from tunesmith.export import export_run as export_run_module
-from tunesmith.export.export_run import TARGETS, Exported, export_run
+from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result, tuned_tensors
 from tunesmith.export.target import ExportOptions
+from tunesmith.export.targets import TARGETS
 from tunesmith.export.verify import find_rows
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.recipe.schema import DataFile

@@ -18,7 +18,8 @@ from tiny_tasks import task_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError, ModelError, RecipeError, RunError
 from tunesmith.export import llama_cpp
-from tunesmith.export.export_run import check_planned, parse_export
+from tunesmith.export.export_run import check_planned
+from tunesmith.export.targets import parse_export
 from tunesmith.recipe.schema import Recipe
 
 

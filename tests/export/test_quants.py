@@ -18,10 +18,11 @@ from tunesmith.errors import ExportError, ModelError, StorageError
 from tunesmith.export import export_run as export_run_module
 from tunesmith.export import gguf as gguf_module
 from tunesmith.export import llama_cpp, verify
-from tunesmith.export.export_run import TARGETS, Exported, export_run
+from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.gguf import QUANT_TYPES, ggml_type
 from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportOptions
+from tunesmith.export.targets import TARGETS
 from tunesmith.models.gguf import read_gguf
 from tunesmith.runs.folder import Run
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ENGINES = ("own", "vllm", "llama.cpp")
 PROGRAMS = {"vllm": "vllm", "llama.cpp": "llama-server"}
 KEY_VARIABLES = {"vllm": "VLLM_API_KEY", "llama-server": "LLAMA_API_KEY"}
-"""Where each program reads its key: every user of the machine could see an argument."""
+"""Environment variables of the keys: every user of the machine could see an argument."""
 OWN_ONLY = {
     "streams": "streams", "queue": "queue", "max_prompt_tokens": "max-prompt-tokens", "max_new_tokens": "max-tokens",
     "memory_gib": "memory-gib", "threads": "threads", "grace": "grace", "allow_host": "allow-host",

@@ -10,25 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
-from tunesmith.errors import ExportError, InputError, RecipeError, StorageError
+from tunesmith.errors import ExportError, InputError, StorageError
 from tunesmith.export import verify
-from tunesmith.export.adapter import ADAPTER, GGUF_ADAPTER
 from tunesmith.export.card import comparison_section, in_brief, write_card
-from tunesmith.export.gguf import GGUF
-from tunesmith.export.merged import MERGED
-from tunesmith.export.ollama import OLLAMA
-from tunesmith.export.onnx import ONNX
 from tunesmith.export.run_result import RunResult, open_result
-from tunesmith.export.target import (
-    DTYPES,
-    MERGE_INTO,
-    QUANTIZED,
-    ROUNDED,
-    UNQUANTIZED_KL,
-    ExportOptions,
-    ExportTarget,
-    Tolerances,
-)
+from tunesmith.export.target import QUANTIZED, ROUNDED, UNQUANTIZED_KL, ExportOptions, ExportTarget, Tolerances
+from tunesmith.export.targets import check, check_options, default_folder, parse_export
 from tunesmith.export.verify import ExportComparison, Outputs
 from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
@@ -48,7 +35,6 @@ from tunesmith.runs.atomic import (
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import begin
 
-TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
 CHECK_FILE = "verify.json"
 STALE_S = 24 * 3600.0
 """Age at which a temporary folder of another process counts as left behind."""
@@ -71,7 +57,7 @@ class Exported:
     """None: not verified."""
     loaded_by: str
     rows: str
-    """Which rows it was compared on."""
+    """Description of the rows it was compared on."""
     notes: Sequence[str]
     in_llama_cpp: ExportComparison | None = None
     """The comparison of llama.cpp; None if it is not installed, or does not read the target."""
@@ -168,7 +154,7 @@ def _verified(
     theirs = verify.llama_cpp_outputs(result, target, done.path, rows, work=work / "llama.cpp")
     if theirs is not None:
         # On a quantized base llama.cpp rounds the inputs of each product too, which the dequantized model does not.
-        allowed = QUANTIZED if target is GGUF_ADAPTER and result.base.is_gguf else done.allowed
+        allowed = QUANTIZED if target.name == "gguf-adapter" and result.base.is_gguf else done.allowed
         where = f"{name}, in {theirs.loaded_by}"
         other = judge(result, tuned, base, theirs, allowed=allowed, name=where, finer=finer)
         notes.append(f"the same in {theirs.loaded_by}: {in_brief(other)}")
@@ -225,45 +211,6 @@ def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions)
     return replace(allowed, kl=max(allowed.kl, ROUNDED.kl), weights=weights)
 
 
-def check_options(target: str, options: ExportOptions) -> ExportTarget:
-    """The target. Raises InputError if there is none of this name, or it does not read an option."""
-    if target not in TARGETS:
-        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
-    chosen = TARGETS[target]
-    if options.license is not None and not options.license.isprintable():
-        raise InputError(f"--license: {options.license!r}: a license is named on one line, such as apache-2.0.")
-    for key, default in asdict(ExportOptions()).items():
-        if key not in (*chosen.reads, "license") and getattr(options, key) != default:
-            readers = ", ".join(name for name, other in TARGETS.items() if key in other.reads)
-            raise InputError(f"--{key.replace('_', '-')}: is not for --to {chosen.name}, only for {readers}.")
-    for key, known in {"merge_into": MERGE_INTO, "dtype": DTYPES, "quant": chosen.quants}.items():
-        value = getattr(options, key)
-        if key in chosen.reads and value not in known:
-            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
-    return chosen
-
-
-def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
-    """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
-    method = result.recipe.method
-    row, name = METHODS[method.name], getattr(method, "kind", method.name)
-    if target != ADAPTER.name and row.is_adapter:
-        if target == GGUF_ADAPTER.name and not row.low_rank:
-            raise InputError(f"--to {target}: method {row.name} ({name}): llama.cpp reads adapters of --method lora.")
-        if not row.can_merge(method):
-            raise InputError(
-                f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
-                "Use --to adapter."
-            )
-    return TARGETS[target].check(result, options)
-
-
-def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:
-    """The folder of an export unless another is named."""
-    quant = f"-{(options or ExportOptions()).quant}" if TARGETS[target].quants else ""
-    return run.path / "exports" / f"{target}{quant}"
-
-
 def _clean_up(out: Path) -> None:
     """Put back what a killed export had moved aside, and remove what dead ones left: folders without a lock, and of
     earlier versions, which took none, old ones."""
@@ -289,22 +236,6 @@ def _check_space(out: Path, num_bytes: int) -> None:
             "another disk with --out.",
             path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
         )  # fmt: skip
-
-
-def parse_export(word: str) -> tuple[str, ExportOptions]:
-    """TARGET or TARGET:VALUE of `export.to`, where VALUE is the --dtype of `merged` and the --quant of other targets.
-
-    Raises RecipeError for anything else.
-    """
-    target, _, value = word.partition(":")
-    options = ExportOptions()
-    if value:
-        options = ExportOptions(dtype=value) if target == MERGED.name else ExportOptions(quant=value)
-    try:
-        check_options(target, options)
-    except InputError as error:
-        raise RecipeError(f"export.to: {word}: {error}") from error
-    return target, options
 
 
 def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""An export on its way to the hub: one commit, of what was proven, only when asked for."""
+"""Upload of an export to the Hugging Face hub, in one commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.runs.atomic import from_json
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What is on the hub now."""
+    """A finished upload."""
 
     url: str
     num_files: int

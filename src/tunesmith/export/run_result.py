@@ -49,7 +49,7 @@ class RunResult:
     folder: Path
     """The run's adapter or model folder."""
     tokenizer: PreTrainedTokenizerBase
-    """With the chat template of training."""
+    """Tokenizer with the chat template of training."""
     kind: ModelKind
     head: HeadName
     labels: Labels | None

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tunesmith.errors import InputError
 from tunesmith.export.adapter import gguf_adapter_file, not_for_vllm, vllm_rank
-from tunesmith.export.export_run import default_folder
 from tunesmith.export.gguf import file_name
 from tunesmith.export.llama_cpp import TEMPLATE
 from tunesmith.export.run_result import RunResult, open_result
 from tunesmith.export.target import ExportOptions
+from tunesmith.export.targets import default_folder
 from tunesmith.inference.load import refuse_needless
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run, is_run
@@ -32,7 +32,7 @@ class NeededExport:
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """How another server is started."""
+    """Command line of another server, and the exports it needs."""
 
     words: list[str]
     needs: list[NeededExport]

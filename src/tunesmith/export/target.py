@@ -1,4 +1,4 @@
-"""What every export target declares: its options, its tolerances, and how its output is loaded again."""
+"""The interface of an export target: its options and tolerances, and the model that is loaded from it again."""
 
 # N targets, V vocabulary or classes, B rows, T tokens
 
@@ -49,14 +49,14 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class Tolerances:
-    """How far an export may be from the tuned model."""
+    """Largest allowed distances of an export from the tuned model."""
 
     kl: float
     """Mean KL divergence of the next token or class, in nats."""
     loss: float
     """Change of the held-out loss, in nats."""
     carried: float
-    """How far the share of the tuning effect in the export may be from 1."""
+    """Distance from 1 of the share of the tuning effect in the export."""
     weights: float
     """Distance of any weight from base plus delta, relative to its norm."""
     loss_may_fall: bool = False

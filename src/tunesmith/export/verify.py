@@ -38,6 +38,7 @@ from tunesmith.export.gguf import write_base
 from tunesmith.export.gguf_tokenizer import PROBE
 from tunesmith.export.run_result import RunResult, tuned_tensors
 from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
+from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
 from tunesmith.models.heads import generator
 from tunesmith.models.size import model_size
@@ -62,7 +63,7 @@ STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one model computes from the rows of the check."""
+    """Outputs of one model on the rows of the check."""
 
     ids: list[list[int]]
     """Tokens of each row."""
@@ -164,8 +165,8 @@ def compute(
     if renderer.stop_ids and model.head == "next_token" and answers:
         longest = renderer.max_tokens or MAX_TOKENS
         limit = PromptLimit(longest, cut_to=longest)
-        asked = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=ANSWER_TOKENS)
-        prompts = [list(prompt.ids) for prompt in asked]
+        samples = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=ANSWER_TOKENS)
+        prompts = [list(prompt.ids) for prompt in samples]
         outputs.prompts.extend(model.retokenize(prompts))
         outputs.answers.extend(model.answers(renderer, prompts, num_tokens=ANSWER_TOKENS))
     return outputs
@@ -251,7 +252,7 @@ def furthest(expected: Mapping[str, list[float]], found: Mapping[str, list[float
 
 @dataclass(frozen=True, slots=True)
 class ExportComparison:
-    """How far an export is from the tuned model."""
+    """Distances of an export from the tuned model."""
 
     rows: int
     positions: int
@@ -472,8 +473,6 @@ def launch(job: Path) -> None:
 
 def do_job(path: Path) -> None:
     """Load the export that a job names, and save its outputs next to the job."""
-    from tunesmith.export.export_run import TARGETS
-
     job = json.loads(path.read_text("utf-8"))
     recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
