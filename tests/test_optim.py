@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tiny_model import SETTINGS, tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.errors import CheckpointError
-from tunesmith.optim import SCHEDULES, Update, decays, excess, gradient_norm, rate, warmup_steps
-from tunesmith.optim.update import LARGE, PIECE
+from tunesmith.optim import SCHEDULES, Optimizer, clip_divisor, gradient_norm, rate, warmup_steps
+from tunesmith.optim.optimizers import LARGE, PIECE, decays
 from tunesmith.recipe.schema import Optim
 from tunesmith.training.setup import prepare
 
@@ -146,7 +146,7 @@ def assert_rows_of_new_tokens_do_not_decay(tmp_path: Path) -> None:
     before = {name: tensor.detach().clone() for name, tensor in rows.items()}
     for tensor in setup.attachment.trained.values():
         tensor.grad = torch.zeros_like(tensor)
-    setup.update.step(0.1)
+    setup.optimizer.step(0.1)
     assert len(rows) == 2
     assert all(torch.equal(rows[name], before[name]) for name in rows)
 
@@ -158,7 +158,7 @@ def test_rows_of_new_tokens_do_not_decay(tmp_path: Path) -> None:
 def test_decay_by_the_name_of_whole_embeddings_alone_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: L16 planted
-    monkeypatch.setattr("tunesmith.optim.update.is_embedding", lambda name: name.endswith("embed_tokens.weight"))
+    monkeypatch.setattr("tunesmith.optim.optimizers.is_embedding", lambda name: name.endswith("embed_tokens.weight"))
     with pytest.raises(AssertionError):
         assert_rows_of_new_tokens_do_not_decay(tmp_path)
 
@@ -176,13 +176,13 @@ def give_gradients(tensors: dict[str, Tensor], step: int, *, scale: float = 1.0)
 
 
 def test_the_kernel_is_fused_where_it_may_be_and_said_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Update(some_tensors(), Optim(lr=1e-3))
+    update = Optimizer(some_tensors(), Optim(lr=1e-3))
     assert update.parts[0][2].defaults["fused"] is True
     assert update.describe().value == "fused"
     # 44 weights, and a step for each of four tensors.
     assert update.describe().reason == "one kernel updates all tensors on cpu; 8.36 bytes of state a weight"
-    monkeypatch.setattr("tunesmith.optim.table.FUSED_DEVICES", ())
-    elsewhere = Update(some_tensors(), Optim(lr=1e-3))
+    monkeypatch.setattr("tunesmith.optim.optimizers.FUSED_DEVICES", ())
+    elsewhere = Optimizer(some_tensors(), Optim(lr=1e-3))
     assert elsewhere.parts[0][2].defaults["fused"] is False
     assert elsewhere.describe().reason.startswith("cpu: the fused kernel is not used there, updates are slower")
 
@@ -223,8 +223,8 @@ def test_a_norm_that_is_not_finite_is_told(value: float, size: int) -> None:
 
 
 def test_gradients_are_divided_where_their_norm_is_too_large() -> None:
-    assert excess(5.0, 2.0) == 2.5
-    assert (excess(1.9, 2.0), excess(2.0, 2.0), excess(1e9, None)) == (1.0, 1.0, 1.0)
+    assert clip_divisor(5.0, 2.0) == 2.5
+    assert (clip_divisor(1.9, 2.0), clip_divisor(2.0, 2.0), clip_divisor(1e9, None)) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
@@ -232,7 +232,7 @@ def test_gradients_are_divided_where_their_norm_is_too_large() -> None:
 def test_dividing_within_the_kernel_is_dividing_before(name: str, divisor: float) -> None:
     """Powers of two, so that no bit differs; three steps, so that one division would be seen in the next."""
     folded, before = some_tensors(), some_tensors()
-    one, other = Update(folded, Optim(name=name, lr=1e-3)), Update(before, Optim(name=name, lr=1e-3))
+    one, other = Optimizer(folded, Optim(name=name, lr=1e-3)), Optimizer(before, Optim(name=name, lr=1e-3))
     for step in range(1, 4):
         shrink = divisor if step == 2 else 1.0
         give_gradients(folded, step)
@@ -246,14 +246,14 @@ def test_dividing_within_the_kernel_is_dividing_before(name: str, divisor: float
 def test_the_test_catches_a_divisor_that_is_left_out() -> None:
     tensors, before = some_tensors(), some_tensors()
     for some, scale in ((tensors, 1.0), (before, 0.125)):
-        update = Update(some, Optim(lr=1e-3))
+        update = Optimizer(some, Optim(lr=1e-3))
         for step in (1, 2):  # a first update of AdamW is the same whatever the size of its gradient
             give_gradients(some, step, scale=scale if step == 2 else 1.0)
             update.step(1e-2)
     assert not torch.equal(tensors["a.weight"], before["a.weight"])
 
 
-def run(update: Update, steps: range) -> None:
+def run(update: Optimizer, steps: range) -> None:
     for step in steps:
         give_gradients(update.trained, step)
         update.step(1e-2)
@@ -261,20 +261,20 @@ def run(update: Update, steps: range) -> None:
 
 def test_saved_and_loaded_the_plain_kernel_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused one, and every other optimizer, in test_optimizers.py; this one keeps its step on the CPU."""
-    monkeypatch.setattr("tunesmith.optim.table.FUSED_DEVICES", ())
+    monkeypatch.setattr("tunesmith.optim.optimizers.FUSED_DEVICES", ())
     optim = Optim(lr=1e-2, weight_decay=0.1)
-    whole, half = Update(some_tensors(), optim), Update(some_tensors(), optim)
+    whole, half = Optimizer(some_tensors(), optim), Optimizer(some_tensors(), optim)
     run(whole, range(6))
     run(half, range(3))
     state = save({name: tensor.clone() for name, tensor in half.state().items()})
-    later = Update({name: t.detach().clone().requires_grad_() for name, t in half.trained.items()}, optim)
+    later = Optimizer({name: t.detach().clone().requires_grad_() for name, t in half.trained.items()}, optim)
     later.load(load(state))
     run(later, range(3, 6))
     assert all(torch.equal(later.trained[name], tensor) for name, tensor in whole.trained.items())
 
 
 def test_state_is_named_by_what_is_trained() -> None:
-    update = Update(some_tensors(), Optim(lr=1e-2))
+    update = Optimizer(some_tensors(), Optim(lr=1e-2))
     give_gradients(update.trained, 0)
     update.trained["a.bias"].grad = None
     update.step(1e-2)
@@ -294,7 +294,7 @@ def test_state_is_named_by_what_is_trained() -> None:
     ],
 )
 def test_state_that_does_not_fit_is_named(harm: Callable[[dict[str, Tensor]], object], message: str) -> None:
-    update = Update(some_tensors(), Optim(lr=1e-2))
+    update = Optimizer(some_tensors(), Optim(lr=1e-2))
     run(update, range(1))
     state = dict(update.state())
     harm(state)

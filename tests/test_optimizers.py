@@ -22,8 +22,8 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import CheckpointError, RecipeError, Stopped
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.methods import METHODS
-from tunesmith.methods.masters import Masters
-from tunesmith.optim import OPTIMIZERS, Update
+from tunesmith.methods.master_weights import MasterWeights
+from tunesmith.optim import OPTIMIZERS, Optimizer
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import USUAL, Optim, OptimizerName
@@ -60,9 +60,9 @@ def gradients(step: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def run(update: Update, steps: range, *, rate: float = 0.01) -> None:
+def run(update: Optimizer, steps: range, *, rate: float = 0.01) -> None:
     for step in steps:
-        update.begin()
+        update.train_mode()
         for name, gradient in gradients(step).items():
             update.trained[name].grad = gradient
         update.step(rate * (1 + step / 10))
@@ -82,7 +82,7 @@ def assert_steps_are_the_reference(name: str) -> None:
     tensors = some_tensors()
     weights = {key: tensor.detach().double() for key, tensor in tensors.items()}
     start, kept = dict(weights), {key: {} for key in weights}
-    update = Update(tensors, optim(name))
+    update = Optimizer(tensors, optim(name))
     run(update, range(1, 6))
     for key, tensor in tensors.items():
         reference, allowed = REFERENCES[name] if key in TAKEN.get(name, SHAPES) else (adamw, 1e-5)
@@ -102,14 +102,14 @@ def test_five_steps_are_those_of_the_paper_in_float64(name: str) -> None:
 
 @every
 def test_the_step_test_sees_decay_on_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.optim.update.decays", lambda name, tensor: True)
+    monkeypatch.setattr("tunesmith.optim.optimizers.decays", lambda name, tensor: True)
     with pytest.raises(AssertionError):
         assert_steps_are_the_reference(name)
 
 
 @every
 def test_what_an_optimizer_does_not_take_is_left_to_adamw_and_said(name: str) -> None:
-    update = Update(some_tensors(), optim(name))
+    update = Optimizer(some_tensors(), optim(name))
     shares = {row.name: set(names) for row, names, _ in update.parts}
     taken = TAKEN.get(name, set(SHAPES))
     assert shares == ({name: taken, "adamw": set(SHAPES) - taken} if name in TAKEN else {name: set(SHAPES)})
@@ -123,9 +123,9 @@ BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.09, "muon
 @every
 def test_its_state_weighs_what_is_documented(name: str) -> None:
     tensors = {"layers.0.tall.weight": torch.randn(128, 64).requires_grad_()}
-    update = Update(tensors, optim(name))
+    update = Optimizer(tensors, optim(name))
     tensors["layers.0.tall.weight"].grad = torch.randn(128, 64)
-    update.begin()
+    update.train_mode()
     update.step(0.01)
     kept = {key: tensor for key, tensor in update.state().items() if tensor.numel() > 1}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
@@ -136,14 +136,14 @@ def test_its_state_weighs_what_is_documented(name: str) -> None:
 @every
 def test_saved_and_loaded_the_updates_go_on_bit_for_bit(name: str) -> None:
     whole = some_tensors()
-    run(Update(whole, optim(name)), range(1, 7))
+    run(Optimizer(whole, optim(name)), range(1, 7))
 
     half = some_tensors()
-    update = Update(half, optim(name))
+    update = Optimizer(half, optim(name))
     run(update, range(1, 4))
     state = save({key: tensor.clone() for key, tensor in update.state().items()})
     later = {key: tensor.detach().clone().requires_grad_() for key, tensor in half.items()}
-    update = Update(later, optim(name))
+    update = Optimizer(later, optim(name))
     update.load(load(state))
     assert save(update.state()) == state
     run(update, range(4, 7))
@@ -153,19 +153,19 @@ def test_saved_and_loaded_the_updates_go_on_bit_for_bit(name: str) -> None:
 @every
 def test_the_resume_test_sees_a_state_that_is_not_put_back(name: str) -> None:
     whole = some_tensors()
-    run(Update(whole, optim(name)), range(1, 7))
+    run(Optimizer(whole, optim(name)), range(1, 7))
     half = some_tensors()
-    run(Update(half, optim(name)), range(1, 4))
-    run(Update(half, optim(name)), range(4, 7))
+    run(Optimizer(half, optim(name)), range(1, 4))
+    run(Optimizer(half, optim(name)), range(4, 7))
     assert not all(torch.equal(half[key], tensor) for key, tensor in whole.items())
 
 
 @every
 def test_state_is_empty_before_the_first_update_and_for_tensors_without_a_gradient(name: str) -> None:
     tensors = some_tensors()
-    update = Update(tensors, optim(name))
+    update = Optimizer(tensors, optim(name))
     assert update.state() == {}
-    update.begin()
+    update.train_mode()
     tensors["layers.0.wide.weight"].grad = torch.randn(SHAPES["layers.0.wide.weight"])
     update.step(0.01)
     owners = {key.partition("/")[0] for key in update.state()}
@@ -177,7 +177,7 @@ def test_state_is_empty_before_the_first_update_and_for_tensors_without_a_gradie
 @pytest.mark.parametrize("harm", ["missing", "unknown", "shape", "dtype"])
 def test_state_that_does_not_fit_is_refused_and_nothing_changes(name: str, harm: str) -> None:
     tensors = some_tensors()
-    update = Update(tensors, optim(name))
+    update = Optimizer(tensors, optim(name))
     run(update, range(1, 2))
     state, before = dict(update.state()), save(update.state())
     part = max((key for key in state if key.startswith("layers.0.wide")), key=lambda key: state[key].numel())
@@ -195,7 +195,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(name: str, harm:
 
 
 def test_a_counter_that_is_missing_is_refused() -> None:
-    update = Update(some_tensors(), optim("schedule_free"))
+    update = Optimizer(some_tensors(), optim("schedule_free"))
     run(update, range(1, 2))
     state = dict(update.state())
     del state["schedule_free/0/weight_sum"]
@@ -207,7 +207,7 @@ def test_a_counter_that_is_missing_is_refused() -> None:
 def test_a_factor_multiplies_the_rate_of_its_tensors_alone(name: str) -> None:
     plain, factored = some_tensors(), some_tensors()
     settings, key = Optim(name=name, lr=0.01), "layers.0.wide.weight"
-    slow, fast = Update(plain, settings), Update(factored, settings, factors={key: 4.0})
+    slow, fast = Optimizer(plain, settings), Optimizer(factored, settings, factors={key: 4.0})
     before = {name: tensor.detach().clone() for name, tensor in plain.items()}
     run(slow, range(1, 2))
     run(fast, range(1, 2))
@@ -225,11 +225,11 @@ def test_masters_stay_float32_and_small_updates_are_not_lost(name: str) -> None:
 def assert_small_updates_add_up(name: str, *, free_early: bool, rounded: bool = False) -> None:
     layer = torch.nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
     torch.nn.init.constant_(layer.weight, 1.0)
-    masters = Masters({"layers.0.weight": layer.weight}, free_early=free_early)
-    update = Update(masters.trained, Optim(name=name, lr=1e-5))
+    masters = MasterWeights({"layers.0.weight": layer.weight}, free_early=free_early)
+    update = Optimizer(masters.trained, Optim(name=name, lr=1e-5))
     direction = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     for _ in range(100):
-        update.begin()
+        update.train_mode()
         layer.weight.grad = direction.clone()
         masters.collect()
         update.step(1e-5)
@@ -255,11 +255,11 @@ def test_a_model_learns_with_it(name: str) -> None:
     model = tiny_model("llama", vocab_size=64)
     attachment = METHODS["lora"].attach(model, LoraMethod(rank=4), seed=0)
     rate = 1e-2 * OPTIMIZERS[name].rate[0]
-    update = Update(attachment.trained, Optim(name=name, lr=rate))
+    update = Optimizer(attachment.trained, Optim(name=name, lr=rate))
     ids = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(12):
-        if update.begin():
+        if update.train_mode():
             attachment.publish()
         loss = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -300,7 +300,7 @@ def test_null_is_what_is_usual_and_is_written_out() -> None:
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion", "schedule_free"])
 def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(name, tmp_path, monkeypatch) -> None:
     package = OPTIMIZERS[name].extra
-    monkeypatch.setattr("tunesmith.optim.table.find_spec", lambda wanted: None)
+    monkeypatch.setattr("tunesmith.optim.optimizers.find_spec", lambda wanted: None)
     recipe = tiny_recipe(tmp_path, optim={"name": name})
     monkeypatch.setattr("tunesmith.models.resolve_model.resolve_model", None)  # called, it would end in another error
     with pytest.raises(RecipeError, match=rf"optim.name: {name} needs the package {package}.*pip install '?{package}"):
@@ -327,9 +327,9 @@ def test_schedule_free_is_measured_and_saved_at_its_average_and_takes_gradients_
     average = {name: tensor.detach().clone() for name, tensor in trained.items()}
     rows = [int(i) for i in setup.rows.held_rows]
     measured = predict_rows(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=96)
-    state = setup.update.state()
+    state = setup.optimizer.state()
     name = next(name for name in trained if (state[f"{name}/z"] != average[name]).any())
-    assert setup.update.begin()
+    assert setup.optimizer.train_mode()
     beta = 0.9
     expected = (1 - beta) * state[f"{name}/z"] + beta * average[name]
     torch.testing.assert_close(trained[name].detach(), expected, rtol=1e-5, atol=1e-7)

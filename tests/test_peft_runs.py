@@ -70,7 +70,7 @@ def test_what_the_plan_says(straight: Run) -> None:
     else:
         assert plan["layout"] == "padded"
         assert "virtual tokens stand before each row" in notes
-        assert "4 virtual tokens stand before every row and take so much of its room" in notes
+        assert "4 virtual tokens precede every row, shorten its room" in notes
         assert straight.recipe().data.max_tokens == 512 - 4
         assert "cannot be merged" in notes
 
@@ -127,7 +127,7 @@ def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, m
         assert "model.layers.0.mlp.down_proj.weight" in load_file(done.path / "model.safetensors")
         return
     for target in ("merged", "gguf", "ollama", "onnx"):
-        with pytest.raises(InputError, match=f"^--to {target}: PROMPT_TUNING is no change of the model's weights"):
+        with pytest.raises(InputError, match=f"^--to {target}: PROMPT_TUNING is not a change of the model's weights"):
             export_run(straight, target, out=tmp_path / "out", offline=True)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,8 @@ from tunesmith.errors import ModelError, NonFiniteError, RunError
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
+from tunesmith.methods.adapter_format import check_patterns
+from tunesmith.methods.targets import matches
 from tunesmith.runs.atomic import temporary_folder
 from tunesmith.runs.folder import Run
 from tunesmith.training import trainer as training
@@ -103,10 +103,8 @@ def test_an_evaluation_whose_loss_is_no_number_fails(done: Run) -> None:
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_an_expression_of_a_foreign_adapter_that_never_ends_does_not_hang(run: Run, key: str) -> None:
     edit(run, {key: HANGING})
-    begun = time.perf_counter()
-    with pytest.raises(ModelError, match="target_modules") if key == "target_modules" else nullcontext():
+    with pytest.raises(ModelError, match="could take forever"):
         load_run(run, offline=True)
-    assert time.perf_counter() - begun < 60
 
 
 def edit(run: Run, update: dict[str, object]) -> None:
@@ -115,34 +113,12 @@ def edit(run: Run, update: dict[str, object]) -> None:
     forget_hashes(run)
 
 
-def test_an_expression_has_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.methods import patterns
-
-    monkeypatch.setattr(patterns, "LIMIT_S", 0.2)
-    with pytest.raises(ModelError, match="takes more than"):
-        patterns.fits(r"(a*)(a*)(a*)c?\3[bd]", "a" * 3000)
-
-
-@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){1000}", "a" * 2000])
-def test_an_expression_that_would_fill_the_memory_is_refused(pattern: str) -> None:
-    from tunesmith.methods import patterns
-
-    with pytest.raises(ModelError, match="too large"):
-        patterns.searches(pattern, "model")
-
-
-def test_expressions_for_peft_become_lists_of_names() -> None:
-    from tunesmith.methods import patterns
-
-    names = ["layers.0.q", "layers.1.q", "layers.1.k"]
-    config = {"target_modules": r".*\.q", "rank_pattern": {"(layers.1|x).q": 2, "k": 3}, "exclude_modules": None}
-    told = patterns.spelled_out(config, names)
-    assert told == {
-        "target_modules": ["layers.0.q", "layers.1.q"], "rank_pattern": {"^layers.1.q": 2, "k": 3},
-        "exclude_modules": None,
-    }  # fmt: skip
-    with pytest.raises(ModelError, match="modules_to_save"):
-        patterns.spelled_out({"modules_to_save": ["(a+)+"]}, names)
+@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){1000}", "a" * 2000, r"(a+)+$", ".*a.*b.*c.*d.*e", "a{99999}"])
+def test_an_expression_that_could_take_forever_is_refused(pattern: str) -> None:
+    with pytest.raises(ModelError, match="could take forever"):
+        matches(pattern, "model")
+    with pytest.raises(ModelError, match="could take forever"):
+        check_patterns({"rank_pattern": {pattern: 2}})
 
 
 @pytest.mark.parametrize("name", ["evaluation", "exports", "checkpoints", "rows"])

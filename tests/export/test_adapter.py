@@ -20,7 +20,7 @@ from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportOptions
 from tunesmith.methods import METHODS
-from tunesmith.methods.peft_format import WEIGHTS, save_adapter
+from tunesmith.methods.adapter_format import WEIGHTS, save_adapter
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.runs.atomic import sha256_file

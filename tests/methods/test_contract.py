@@ -26,13 +26,12 @@ from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore, state_dict
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.peft_bridge import short_name
-from tunesmith.methods.peft_kinds import MERGES
-from tunesmith.methods.token_rows import ROWS
+from tunesmith.methods.new_token_embeddings import ROWS
+from tunesmith.methods.peft import MERGEABLE, short_name
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.models.resolve_model import resolve_model
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import (
     METHOD_OPTIONS,
     DoraMethod,
@@ -159,8 +158,8 @@ def loss_of(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return F.cross_entropy(found[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-def update_of(attachment: Attachment) -> Update:
-    return Update(attachment.trained, Optim(lr=1e-2), factors=attachment.rate_factors)
+def update_of(attachment: Attachment) -> Optimizer:
+    return Optimizer(attachment.trained, Optim(lr=1e-2), factors=attachment.rate_factors)
 
 
 def train(
@@ -169,8 +168,8 @@ def train(
     *,
     steps: int = 3,
     start: int = 0,
-    update: Update | None = None,
-) -> Update:
+    update: Optimizer | None = None,
+) -> Optimizer:
     update = update or update_of(attachment)
     for step in range(start, start + steps):
         ids = torch.randint(1, VOCAB, (8, 64), generator=torch.Generator().manual_seed(step))
@@ -203,7 +202,7 @@ def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> N
     before = logits(model)
     attachment = attached(model, case)
     if case in CHANGES_AT_ONCE:
-        assert any("before the first update" in note for note in attachment.notes)
+        assert any("change answers from the start" in note for note in attachment.notes)
         assert not torch.equal(logits(model), before)
     elif case not in NOT_EXACT:
         assert torch.equal(logits(model), before)
@@ -295,7 +294,7 @@ def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.
     attachment = attached(model, method.name)
     ids = torch.arange(16)[None]
     losses = []
-    update = Update(attachment.trained, Optim(lr=1e-2))
+    update = Optimizer(attachment.trained, Optim(lr=1e-2))
     for _ in range(20):
         loss = F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:])
         losses.append(loss.item())
@@ -371,7 +370,9 @@ def save(attachment: Any, untouched: PreTrainedModel, folder: Path) -> None:
 
 
 ADAPTERS = [
-    (name, arch) for name, arch in GRID if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGES
+    (name, arch)
+    for name, arch in GRID
+    if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGEABLE
 ]
 adapters = pytest.mark.parametrize(("case", "arch"), ADAPTERS, ids=[f"{name} on {arch}" for name, arch in ADAPTERS])
 """Those of `qlora` are merged into the base as it was: into a quantised one nothing is."""

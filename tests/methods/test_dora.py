@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tiny_model import tiny_model
-from tunesmith.methods.dora import DoraLinear
+from tunesmith.methods.adapter_format import save_adapter
 from tunesmith.methods.lora import attach
-from tunesmith.methods.peft_format import save_adapter
+from tunesmith.methods.lora_layer import DoraLinear
 from tunesmith.recipe.methods import DoraMethod
 
 VOCAB = 61

@@ -17,8 +17,8 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import ModelError, Stopped
 from tunesmith.inference.load import load_run
 from tunesmith.methods.full import attach
-from tunesmith.methods.token_rows import sole_embedding
-from tunesmith.optim import OPTIMIZERS, Update
+from tunesmith.methods.new_token_embeddings import sole_embedding
+from tunesmith.optim import OPTIMIZERS, Optimizer
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.recipe.schema import Optim
 from tunesmith.runs import checkpoint
@@ -48,9 +48,9 @@ def passes(num: int) -> list[Tensor]:
 def tuned(model: PreTrainedModel, tokens: Sequence[int] | None, *, optimizer: str = "adamw", **settings: Any) -> Any:
     torch.manual_seed(0)
     attachment = attach(model, FullMethod(**settings), seed=0, tokens=tokens)
-    update = Update(attachment.trained, Optim(name=optimizer, lr=1e-2, weight_decay=0.1))
+    update = Optimizer(attachment.trained, Optim(name=optimizer, lr=1e-2, weight_decay=0.1))
     for number, ids in enumerate(passes(6)):
-        update.begin()
+        update.train_mode()
         attachment.publish()
         model(input_ids=ids).logits.float().square().mean().backward()
         attachment.collect_gradients()

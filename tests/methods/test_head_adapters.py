@@ -21,10 +21,9 @@ from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.patterns import CONFIG
-from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.resolve_model import ModelRef, resolve_model
@@ -70,7 +69,7 @@ def randomise(attachment: LoraAttachment) -> None:
 def test_head_and_pooler_are_trained_whole_and_nothing_else_of_the_base(arch: str, head: HeadName) -> None:
     model = base(arch, head)
     attachment = attach(model, LoraMethod(rank=4), seed=0)
-    assert attachment.head == heads.new_head_names(model)
+    assert attachment.whole.head == heads.new_head_names(model)
     whole = {name for name in attachment.trained if ".lora_" not in name}
     assert whole == {
         name
@@ -115,7 +114,7 @@ def test_adapters_and_heads_of_peft_are_read(arch: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     model = base(arch)
     attachment = load_adapter(model, tmp_path)
-    assert attachment.head == heads.new_head_names(model)
+    assert attachment.whole.head == heads.new_head_names(model)
     assert (logits(model) - logits(theirs)).abs().max() <= 1e-5
 
 
@@ -143,7 +142,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a part of the base": (
         lambda f: save_whole(f, ["bert.pooler", "classifier", "LayerNorm"]),
-        "no bert.embeddings.LayerNorm.weight",
+        "no weights for bert.embeddings.LayerNorm.weight",
     ),
     "other labels": (
         lambda f: (f / heads.LABELS_FILE).write_text('{"kind": "one", "names": ["a", "c", "b"]}'),

@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
 from tunesmith.recipe.schema import Optim
 from tunesmith.serve.adapters import Adapters
@@ -287,7 +287,7 @@ def test_a_head_of_its_own_is_adapted_when_named() -> None:
 
 
 def test_the_tied_test_sees_a_head_adapted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "shared_weights", lambda model, found: [])
+    monkeypatch.setattr(targets, "tied_reasons", lambda model, found: [])
     with pytest.raises(AssertionError):
         assert_adapters_merge_or_are_refused(
             tiny_model("llama", vocab_size=VOCAB, tie_word_embeddings=True), ("lm_head",)
@@ -304,7 +304,7 @@ def test_loraplus_gives_b_its_own_rate() -> None:
     randomise(attachment)
     backward(attachment.model, attachment)
     before = {name: tensor.detach().clone() for name, tensor in attachment.trained.items()}
-    Update(attachment.trained, Optim(lr=1e-3), factors=attachment.rate_factors).step(1e-3)
+    Optimizer(attachment.trained, Optim(lr=1e-3), factors=attachment.rate_factors).step(1e-3)
     for name, tensor in attachment.trained.items():
         # AdamW's first step moves every number by its rate, whatever the gradient's size.
         length = (tensor - before[name]).abs().median().item()

@@ -1,4 +1,4 @@
-"""Masters begin anywhere in their cells of bfloat16: the model is the same, and its first updates reach it."""
+"""MasterWeights begin anywhere in their cells of bfloat16: the model is the same, and its first updates reach it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.methods.masters import Masters, spread_in_cells
+from tunesmith.methods.master_weights import MasterWeights, spread_in_cells
 
 COUNT = 40_000
 UPDATE = 5e-5
@@ -51,7 +51,7 @@ def test_a_seed_draws_the_same_again() -> None:
 
 def assert_one_small_update_reaches_the_model(seed: int | None) -> None:  # trap: L9
     weight = nn.Parameter(torch.full((COUNT,), 1.5, dtype=torch.bfloat16))
-    masters = Masters({"weight": weight}, free_early=False, spread=seed)
+    masters = MasterWeights({"weight": weight}, free_early=False, spread=seed)
     assert bool((weight == 1.5).all())
     with torch.no_grad():
         masters.trained["weight"].sub_(UPDATE)

@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, StorageError
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.patterns import CONFIG
-from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.recipe.methods import LoraMethod
 
 VOCAB = 61
@@ -142,7 +141,7 @@ ids = load_file(folder + "/ids.safetensors")["ids"]
 def logits(model):
     with torch.no_grad():
         return model.eval()(ids).logits
-from tunesmith.methods.peft_format import load_adapter
+from tunesmith.methods.adapter_format import load_adapter
 from pathlib import Path
 ours = AutoModelForCausalLM.from_pretrained(folder + "/base")
 load_adapter(ours, Path(folder, "adapter"))
@@ -223,7 +222,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 A_KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a tensor is missing": (lambda f: rewrite(f, lambda t: t.pop(A_KEY)), "no model.layers.1.mlp.up_proj.lora_B"),
+    "a tensor is missing": (
+        lambda f: rewrite(f, lambda t: t.pop(A_KEY)),
+        "no weights for .*up_proj.lora_B",
+    ),
     "a layer is missing": (
         lambda f: rewrite(f, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k]),
         "no weights for model.layers.1.mlp.up_proj",
@@ -249,7 +251,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"up_proj.lora_B.weight has shape \(4, 128\), expected \(128, 4\)",
     ),
     "another rank": (lambda f: edit(f, r=8), r"has shape \(4, 64\), expected \(8, 64\)"),
-    "lengths that are missing": (lambda f: edit(f, use_dora=True), "no model.layers.0.self_attn.q_proj.lora_magnitude"),
+    "lengths that are missing": (
+        lambda f: edit(f, use_dora=True),
+        "no weights for .*lora_magnitude",
+    ),
     "ranks by layer": (
         lambda f: edit(f, rank_pattern={"q_proj": 2}),
         r"q_proj.lora_A.weight has shape \(4, 64\), expected \(2, 64\)",
@@ -259,7 +264,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "biases of another kind": (lambda f: edit(f, bias="some"), "bias: Input should be 'none', 'all' or 'lora_only'"),
     "a key of the future": (lambda f: edit(f, use_quantum=True), "use_quantum: only LoRA and DoRA that leave"),
     "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights: only LoRA"),
-    "a whole module without weights": (lambda f: edit(f, modules_to_save=["model.norm"]), "no model.norm.weight"),
+    "a whole module without weights": (
+        lambda f: edit(f, modules_to_save=["model.norm"]),
+        "no weights for model.norm",
+    ),
     "a whole module that is adapted": (lambda f: edit(f, modules_to_save=["q_proj"]), "q_proj is adapted and whole"),
     "layers that others were adapted in": (
         lambda f: edit(f, layers_to_transform=[0]),

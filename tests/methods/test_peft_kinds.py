@@ -20,21 +20,23 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RecipeError
 from tunesmith.methods import METHODS
-from tunesmith.methods.peft_bridge import PeftAttachment, attach
-from tunesmith.methods.peft_kinds import (
-    MERGES,
-    NUM_VIRTUAL,
-    REFUSED,
+from tunesmith.methods.peft import (
+    MERGEABLE,
+    NUM_VIRTUAL_TOKENS,
+    UNSUPPORTED,
+    PeftAttachment,
+    attach,
     is_prompt,
+    load_result,
     num_virtual_tokens,
-    resolved,
-    what_draws,
+    randomness,
+    resolve,
+    save_result,
 )
-from tunesmith.methods.peft_saved import load_result, save_result
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.resolve_model import resolve_model
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim
 from tunesmith.types import Batch
@@ -59,8 +61,6 @@ SUITED: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 50},
 }
 """Settings that suit a model of width 64 where peft's own do not."""
-FOUND_OUT = {"LILY": "other rows stand beside it"}
-"""Kinds that are refused by what they do, and a part of the reason."""
 
 
 def settings_of(kind: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
 
 def trained(model: PreTrainedModel, kind: str, *, steps: int = 3) -> PeftAttachment:
     attachment = attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
-    update = Update(attachment.trained, Optim(lr=1e-2))
+    update = Optimizer(attachment.trained, Optim(lr=1e-2))
     model.train()
     for step in range(steps):
         ids = ids_of(step, rows=4, tokens=24)
@@ -122,8 +122,8 @@ def by_peft(folder: Path, **given: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Path) -> None:
     model = base_model()
-    if kind in REFUSED or kind in FOUND_OUT:
-        with pytest.raises(RecipeError, match=rf"^method\.kind: {kind}.*{FOUND_OUT.get(kind, 'Use')}"):
+    if kind in UNSUPPORTED:
+        with pytest.raises(RecipeError, match=rf"^method\.kind: {kind}: it needs .* Use one of"):
             attach(model, PeftMethod(kind=kind, settings=settings_of(kind)), seed=0)
         return
     probe = ids_of()
@@ -145,7 +145,7 @@ def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Pat
     assert (logits(again, input_ids=probe) - live).abs().max() <= 2e-5
     assert (by_peft(folder, input_ids=probe) - live).abs().max() <= 2e-5
 
-    if kind not in MERGES:
+    if kind not in MERGEABLE:
         with pytest.raises(InputError, match="cannot be merged"):
             attachment.merge()
         return
@@ -156,8 +156,8 @@ def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Pat
 
 
 def test_what_is_said_of_kinds_is_said_of_kinds_that_there_are() -> None:
-    assert {*MERGES, *REFUSED, *SUITED, *FOUND_OUT} <= set(KINDS)
-    assert not MERGES & REFUSED.keys()
+    assert {*MERGEABLE, *UNSUPPORTED, *SUITED} <= set(KINDS)
+    assert not MERGEABLE & set(UNSUPPORTED)
 
 
 PROMPTS = ["CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
@@ -243,18 +243,21 @@ def test_a_prompt_does_not_meet_packed_rows() -> None:
         model(input_ids=ids_of(rows=1), segments=Segments.of([4, 5], device=torch.device("cpu")))
 
 
-def test_settings_are_checked_by_the_dataclass_of_peft() -> None:
-    for kind, settings, message in (
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
         ("IA4", {}, r"^method.kind: 'IA4': peft has no such method. Did you mean IA3\?"),
-        ("IA3", {"target_module": ["k_proj"]}, "^method.settings.target_module: IA3 has no such setting. Did you mean"),
-        ("LORA", {"r": "eight"}, r"^method.settings.r: 'eight': Input should be a valid integer"),
+        ("IA3", {"target_module": ["k_proj"]}, "^method.settings: IA3: peft refuses them: .*'target_module'"),
+        ("LORA", {"r": "eight"}, r"^method.kind: LORA does not fit LlamaForCausalLM: "),
         ("LORA", {"task_type": "CAUSAL_LM"}, r"^method.settings.task_type: follows from the model"),
         ("IA3", {"target_modules": ["kproj"]}, r"^method.kind: IA3 does not fit LlamaForCausalLM: .*kproj"),
         ("LORA", {"init_lora_weights": "pissa"}, r"^method.settings: LORA: they change the base itself"),
-        ("PROMPT_TUNING", {"tokenizer_kwargs": {"trust_remote_code": True}}, r"trust_remote_code: code of a model"),
-    ):
-        with pytest.raises(RecipeError, match=message):
-            attach(base_model(), PeftMethod(kind=kind, settings=settings), seed=0)
+        ("PROMPT_TUNING", {"tokenizer_kwargs": {"trust_remote_code": True}}, r"trust_remote_code: a model's own code"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        attach(base_model(), PeftMethod(kind=kind, settings=settings), seed=0)
 
 
 def test_a_kind_may_be_written_small_and_with_dashes() -> None:
@@ -262,21 +265,21 @@ def test_a_kind_may_be_written_small_and_with_dashes() -> None:
 
 
 def test_what_draws_in_training_is_known() -> None:
-    assert what_draws(PeftMethod(kind="PVERA")) == "PVERA"
-    assert what_draws(PeftMethod(kind="OFT", settings={"module_dropout": 0.1})) == "method.settings.module_dropout"
-    assert what_draws(PeftMethod(kind="OFT", settings={"module_dropout": 0.0})) is None
+    assert randomness(PeftMethod(kind="PVERA")) == "PVERA"
+    assert randomness(PeftMethod(kind="OFT", settings={"module_dropout": 0.1})) == "method.settings.module_dropout"
+    assert randomness(PeftMethod(kind="OFT", settings={"module_dropout": 0.0})) is None
 
 
 def test_the_number_of_virtual_tokens_is_decided() -> None:
-    method = resolved(PeftMethod(kind="P_TUNING"))
-    assert method.settings["num_virtual_tokens"] == NUM_VIRTUAL == num_virtual_tokens(method)
-    assert num_virtual_tokens(resolved(PeftMethod(kind="IA3"))) == 0
+    method = resolve(PeftMethod(kind="P_TUNING"))
+    assert method.settings["num_virtual_tokens"] == NUM_VIRTUAL_TOKENS == num_virtual_tokens(method)
+    assert num_virtual_tokens(resolve(PeftMethod(kind="IA3"))) == 0
     assert is_prompt("P_TUNING")
     assert not is_prompt("IA3")
 
 
 def test_what_does_not_fit_the_model_is_told_before_a_row_is_seen() -> None:
-    with pytest.raises(RecipeError, match=r"^method.kind: PROMPT_TUNING puts virtual tokens before a text"):
+    with pytest.raises(RecipeError, match=r"^method.kind: PROMPT_TUNING puts virtual tokens before the text"):
         attach(base_model("bert", head="masked_token"), PeftMethod(kind="PROMPT_TUNING"), seed=0)
     with pytest.raises(RecipeError, match=r"IA3 does not fit .* Please specify `target_modules`"):
         attach(base_model("cohere"), PeftMethod(kind="IA3"), seed=0)
@@ -303,7 +306,7 @@ def test_a_missing_tensor_is_not_loaded_in_silence(tmp_path: Path) -> None:
 
 
 def test_without_peft_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.methods.peft_kinds.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.methods.peft.find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "peft")
     with pytest.raises(RecipeError, match=r"-m pip install 'peft>="):
         METHODS["peft"].attach(base_model(), PeftMethod(kind="IA3"), seed=0)

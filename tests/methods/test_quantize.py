@@ -12,7 +12,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.methods.quantize import quantize_base
+from tunesmith.methods.qlora import quantize_base
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import QloraMethod

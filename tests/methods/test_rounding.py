@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods.full import FullAttachment, attach
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.optim.rounding import round_stochastically
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.recipe.schema import Optim
@@ -59,7 +59,7 @@ def assert_small_updates_arrive_on_average(settings: FullMethod, *, train_narrow
         model.weight.grad_dtype = None
         optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
     else:
-        update = Update(trained, Optim(lr=1e-3, betas=(0.0, 0.0)))
+        update = Optimizer(trained, Optim(lr=1e-3, betas=(0.0, 0.0)))
     for step in range(1000):
         model.weight.sum().backward()
         if train_narrow:
@@ -81,14 +81,14 @@ def test_the_test_sees_updates_rounded_to_the_nearest() -> None:
         assert_small_updates_arrive_on_average(STOCHASTIC, train_narrow=True)
 
 
-def tuned(*, steps: range = range(1, 4), seed: int = 0, optim: str = "adamw") -> tuple[FullAttachment, Update]:
+def tuned(*, steps: range = range(1, 4), seed: int = 0, optim: str = "adamw") -> tuple[FullAttachment, Optimizer]:
     attachment = attach(tiny_model(vocab_size=64, dtype=torch.bfloat16), STOCHASTIC, seed=seed)
-    update = Update(attachment.trained, Optim(name=optim, lr=1e-3), seed=seed)
+    update = Optimizer(attachment.trained, Optim(name=optim, lr=1e-3), seed=seed)
     take(attachment, update, steps)
     return attachment, update
 
 
-def take(attachment: FullAttachment, update: Update, steps: range) -> None:
+def take(attachment: FullAttachment, update: Optimizer, steps: range) -> None:
     for step in steps:
         ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(step))
         attachment.model(ids, labels=ids).loss.backward()
@@ -139,4 +139,4 @@ def test_it_is_refused_where_nothing_is_rounded() -> None:
 def test_an_optimizer_that_averages_weights_is_refused() -> None:
     attachment = attach(tiny_model(vocab_size=64, dtype=torch.bfloat16), STOCHASTIC, seed=0)
     with pytest.raises(RecipeError, match=r"optim.name: schedule_free: .* method.rounding: nearest"):
-        Update(attachment.trained, Optim(name="schedule_free", lr=1e-3))
+        Optimizer(attachment.trained, Optim(name="schedule_free", lr=1e-3))

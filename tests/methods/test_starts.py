@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
-from tunesmith.methods.patterns import CONFIG
-from tunesmith.methods.peft_format import WEIGHTS, load_adapter, save_adapter
 from tunesmith.recipe.methods import LoraMethod
 
 VOCAB = 61

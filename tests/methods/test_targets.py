@@ -7,9 +7,9 @@ from torch import nn
 
 from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, tiny_model
 from tunesmith.errors import RecipeError
+from tunesmith.methods.adapter_format import shortest_ends
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.peft_config import shortest_ends
 from tunesmith.methods.targets import find_targets
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
@@ -47,7 +47,7 @@ def test_groups_split_the_layers_of_models_with_heads_and_of_encoder_decoders(ar
     assert everything == [name for name in everything if name in {*attention, *mlp}]
     assert len(everything) == len(attention) + len(mlp)
     linear = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Linear", "Conv1D"))}
-    whole = {name.removesuffix(".weight") for name in attach(model, LoraMethod(), seed=0).head}
+    whole = {name.removesuffix(".weight") for name in attach(model, LoraMethod(), seed=0).whole.head}
     # What is left: the output layer of encoder–decoders, and ELECTRA's step from narrow embeddings to its width.
     assert linear - set(everything) - whole <= {"lm_head", "electra.embeddings_project"}
     assert whole.isdisjoint(everything)

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.methods.adapter_format import load_adapter, save_adapter
 from tunesmith.methods.lora import attach
-from tunesmith.methods.peft_format import load_adapter, save_adapter
-from tunesmith.methods.token_rows import ROWS, TokenRows
+from tunesmith.methods.new_token_embeddings import ROWS, TokenRows
 from tunesmith.models.special_tokens import NewTokens, resize_embeddings
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import Optim
 
@@ -64,7 +64,7 @@ def test_gradients_are_the_rows_of_those_of_the_whole_tables(arch: str, tied: bo
 
 def tuned(model: PreTrainedModel, settings: LoraMethod | None = None, *, steps: int = 3):  # type: ignore[no-untyped-def]
     attachment = attach(model, settings or LoraMethod(rank=4), seed=0)
-    update = Update(attachment.trained, Optim(lr=1e-2))
+    update = Optimizer(attachment.trained, Optim(lr=1e-2))
     for _ in range(steps):
         loss(model).backward()
         attachment.collect_gradients()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from packed import CAN, batch_of, rows_of, sharp
-from tunesmith.methods.token_rows import TokenRows
+from tunesmith.methods.new_token_embeddings import TokenRows
 from tunesmith.models import fused_loss as output_module
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer

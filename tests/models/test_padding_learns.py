@@ -47,13 +47,13 @@ def setup_of(kind: str, folder: Path, *, pads_with: str) -> Setup:
 def gradients_of(setup: Setup) -> dict[str, Tensor]:
     """Of the first step, before its update, by name."""
     found: dict[str, Tensor] = {}
-    right = setup.update.step
+    right = setup.optimizer.step
 
     def keep(*args: Any, **how: Any) -> None:
         found.update({name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None})
         right(*args, **how)
 
-    setup.update.step = keep  # type: ignore[method-assign]
+    setup.optimizer.step = keep  # type: ignore[method-assign]
     next(iter(training_steps(setup)))
     return found
 

@@ -71,7 +71,7 @@ def test_what_is_held_is_what_a_prepared_run_holds(llama, tmp_path, method, prec
         weights=sum(model.values()),
         masters=sum(t.nbytes for t in trained if t.untyped_storage().data_ptr() not in model),
         gradients=sum(t.nbytes for t in trained),
-        optimizer=setup.update.state_bytes(),
+        optimizer=setup.optimizer.state_bytes(),
         trained_parameters=sum(t.numel() for t in trained),
     )
 
@@ -98,7 +98,6 @@ def test_a_packed_base_holds_what_packing_leaves_and_one_layer_unpacked(llama, t
 def bytes_saved(method: str, batch: Batch, *, precision: str) -> int:
     """What a real forward keeps for its backward: every storage that is not the model's, once."""
     from tunesmith.methods import METHODS
-    from tunesmith.methods.together import compute_together
     from tunesmith.models.attention import use_packed_attention
     from tunesmith.tasks import bind
 
@@ -106,7 +105,6 @@ def bytes_saved(method: str, batch: Batch, *, precision: str) -> int:
     model = tiny_model("llama", vocab_size=512, dtype=getattr(torch, precision))
     use_packed_attention(model)
     attachment = METHODS[method].attach(model, recipe.method, seed=0)
-    compute_together(model)
     known = {t.untyped_storage().data_ptr() for t in (*_tensors(model), *attachment.trained.values())}
     kept: dict[int, int] = {}
 

@@ -45,10 +45,8 @@ from tunesmith.export.target import (
 )
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
+from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS, by_patterns, check_patterns
 from tunesmith.methods.lora import LoraAttachment
-from tunesmith.methods.patterns import CONFIG, spelled_out
-from tunesmith.methods.peft_config import by_patterns
-from tunesmith.methods.peft_format import PREFIX, WEIGHTS
 from tunesmith.models.gguf import read_gguf
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES, load_config, load_model, load_tokenizer, model_kind, new_tokens_of
@@ -99,7 +97,8 @@ def _copied(result: RunResult) -> list[Path]:
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
     for path in _copied(result):
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-    config = spelled_out(result.adapter_config, result.adapted) if result.adapted else dict(result.adapter_config)
+    config = dict(result.adapter_config)
+    check_patterns(config)
     config["base_model_name_or_path"] = base_id(result) or result.base.path.name
     if config.get("tokenizer_name_or_path"):  # a prompt that was initialized from a text
         config["tokenizer_name_or_path"] = config["base_model_name_or_path"]

@@ -19,9 +19,8 @@ from tunesmith.errors import RunError
 from tunesmith.formatting import command
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
-from tunesmith.methods.patterns import CONFIG
-from tunesmith.methods.peft_format import PREFIX, WEIGHTS
-from tunesmith.methods.quantize import unpack_base
+from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS
+from tunesmith.methods.qlora import unpack_base
 from tunesmith.models import load
 from tunesmith.models.folder import read_safetensors, read_tensors
 from tunesmith.models.load import model_kind, new_tokens_of

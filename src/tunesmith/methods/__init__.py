@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import adalora, full, lora, peft_bridge, peft_config, peft_format, peft_kinds, peft_saved
-from tunesmith.methods.quantize import base_format, quantize_base
+from tunesmith.methods import adapter_format, full, lora, peft
+from tunesmith.methods.qlora import base_format, quantize_base
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Attachment, HeadName
@@ -85,13 +85,13 @@ class Method:
 
 _LOW_RANK: dict[str, Any] = {
     "attach": lora.attach,
-    "save_result": peft_format.save_result,
-    "load_result": peft_format.load_adapter,
+    "save_result": adapter_format.save_result,
+    "load_result": adapter_format.load_adapter,
     "learning_rate": lora.learning_rate,
     "describe": lora.describe,
     "low_rank": True,
     "randomness": lambda settings: "method.dropout" if settings.dropout else None,
-    "adapter_config": peft_config.planned_config,
+    "adapter_config": adapter_format.planned_config,
     "unshareable": lora.unshareable,
 }
 
@@ -131,19 +131,19 @@ METHODS: dict[str, Method] = {
     "peft": Method(
         name="peft",
         doc="Any method of the installed peft library by its name; the result is an adapter in PEFT's format.",
-        attach=peft_bridge.attach,
-        save_result=peft_saved.save_result,
-        load_result=peft_saved.load_result,
-        learning_rate=peft_kinds.learning_rate,
+        attach=peft.attach,
+        save_result=peft.save_result,
+        load_result=peft.load_result,
+        learning_rate=peft.learning_rate,
         describe=lambda settings: f"{settings.kind} of the peft library, {settings.settings or 'as it is'}.",
         fused_loss=False,
         new_tokens=False,
         package="peft",
-        resolve=peft_kinds.resolved,
-        resolve_steps=adalora.resolve_steps,
-        randomness=peft_kinds.what_draws,
-        num_virtual_tokens=peft_kinds.num_virtual_tokens,
-        can_merge=lambda settings: settings.kind in peft_kinds.MERGES,
+        resolve=peft.resolve,
+        resolve_steps=peft.resolve_steps,
+        randomness=peft.randomness,
+        num_virtual_tokens=peft.num_virtual_tokens,
+        can_merge=lambda settings: settings.kind in peft.MERGEABLE,
         unshareable=lambda settings: "method peft is more than low-rank paths on layers",
     ),
 }

@@ -1,5 +1,4 @@
-"""Full fine-tuning: every weight is trained, or those that are named; in float32 whatever the model computes in, or in
-bfloat16 alone with updates rounded at random."""
+"""Full fine-tuning of every weight, or of named ones: with float32 masters, or in bfloat16 with stochastic rounding."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.chosen import choose, notes
-from tunesmith.methods.masters import Masters
-from tunesmith.methods.token_rows import ROWS, TokenRows, sole_embedding
-from tunesmith.models.heads import check_labels
+from tunesmith.methods.master_weights import MasterWeights
+from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embedding
+from tunesmith.methods.targets import is_in_layers, layer_counts, matches, means, near_words
+from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
-from tunesmith.recipe.methods import FullMethod
+from tunesmith.recipe.methods import LAYER_WORD, FullMethod
 from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
@@ -41,20 +40,20 @@ class FullAttachment(Attachment):
     ) -> None:
         """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32.
 
-        `spread`: the seed of where masters begin, as Masters has it. `tokens`: in ascending order all that a pass can
-        hold; of an embedding that nothing else reads only their rows are trained, under the name of the whole."""
+        `spread`: see MasterWeights. `tokens`: all ids that training can meet, ascending; of an embedding that nothing
+        else reads only their rows are trained, under the name of the whole."""
         self.model = model
         model.requires_grad_(False)
         self._rows, remark = _rows_of(model, chosen, tokens)
         if self._rows is not None:
             rows = {f"{key.removesuffix(ROWS)}.weight": tensor for key, tensor in self._rows.parameters.items()}
             chosen = {name: rows.get(name, parameter) for name, parameter in chosen.items()}
-        self._masters = Masters(chosen if has_masters else {}, free_early=True, spread=spread)
+        self._masters = MasterWeights(chosen if has_masters else {}, free_early=True, spread=spread)
         self.trained: Mapping[str, Tensor] = self._masters.trained if has_masters else dict(chosen)
         if not has_masters:
             for parameter in chosen.values():
                 parameter.requires_grad_(True).grad_dtype = torch.float32
-        self.notes: tuple[str, ...] = (*notes(model, chosen), *remark)
+        self.notes: tuple[str, ...] = (*_frozen_note(model, chosen), *remark)
 
     def collect_gradients(self) -> None:
         self._masters.collect()
@@ -65,7 +64,7 @@ class FullAttachment(Attachment):
             self._rows.publish()
 
     def unload(self) -> None:
-        """Leave the model as it is and stop taking its gradients."""
+        """Remove the hooks from the model."""
         self._masters.release()
         if self._rows is not None:
             self._rows.unload()
@@ -74,7 +73,7 @@ class FullAttachment(Attachment):
 def _rows_of(
     model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], tokens: Sequence[int] | None
 ) -> tuple[TokenRows | None, tuple[str, ...]]:
-    """The rows of the embedding that can learn, where that can be said, and what to say of it."""
+    """The rows of the embedding that can get a gradient, and a note; none if that is unknown or they are all."""
     name = None if tokens is None else sole_embedding(model)
     if tokens is None or name is None or f"{name}.weight" not in chosen:
         return None, ()
@@ -91,9 +90,9 @@ def _rows_of(
 def attach(
     model: PreTrainedModel, settings: FullMethod, *, seed: int, tokens: Sequence[int] | None = None
 ) -> FullAttachment:
-    """Train what `settings` name of `model`; `seed` draws where in their cells of bfloat16 the masters begin.
+    """Train the weights of `model` that `settings` name; `seed` draws the start of masters in their cells.
 
-    `tokens`: all that a pass can hold, in ascending order; None: that is not known.
+    `tokens`: all ids that training can meet, ascending; None: unknown.
 
     Raises RecipeError for words that mean nothing, or stochastic rounding where nothing is rounded.
     """
@@ -103,7 +102,7 @@ def attach(
             "method.rounding: stochastic: is for weights in bfloat16, and these are float32, which nothing rounds. "
             "Set precision: bfloat16, or leave it out."
         )
-    chosen = choose(model, train=settings.train, freeze=settings.freeze)
+    chosen = choose_weights(model, train=settings.train, freeze=settings.freeze)
     return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)
 
 
@@ -127,7 +126,7 @@ def required_precision(settings: FullMethod) -> tuple[str, str] | None:
 def save_result(
     attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
-    """Write a Hugging Face model folder, weights in the dtype the model computes in; it stands without its base."""
+    """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in."""
     save_model(model, renderer.tokenizer, folder, located=located, stop_ids=renderer.stop_ids)
 
 
@@ -157,3 +156,70 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     return FullAttachment(model, dict(model.named_parameters()))
+
+
+def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name, in the order of the model: those that `train` means (all if it is empty)
+    without those that `freeze` means. Words are those of `targets`; a weight with two names (tied) is meant by either.
+
+    Raises:
+        RecipeError: a word that means no weight, nothing left to train, or a weight frozen that is new and random.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    meant = {knob: _meant(model, words, names, knob) for knob, words in (("train", train), ("freeze", freeze))}
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (not train or id(parameter) in meant["train"]) and id(parameter) not in meant["freeze"]
+    }
+    if not chosen:
+        raise RecipeError("method.freeze: every weight that would be trained is frozen. Name less of it.")
+    if random := [name for name in new_param_names(model) if name not in chosen]:
+        raise RecipeError(
+            f"method.{'freeze' if not train else 'train'}: {random[0]} is new, and would stay the random numbers that "
+            f"it is. {'Name it too' if train else 'Leave it out'}."
+        )
+    return chosen
+
+
+def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """A note on the weights that are frozen."""
+    frozen = [(name, weight) for name, weight in model.named_parameters() if name not in chosen]
+    if not frozen:
+        return ()
+    num, total = (sum(p.numel() for p in some) for some in ((p for _, p in frozen), model.parameters()))
+    return (f"frozen: {len(frozen)} weights, {num / total:.1%} of the model, such as {frozen[0][0]}",)
+
+
+def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[str]], knob: str) -> set[int]:
+    """Ids of the parameters that `words` mean."""
+    counts = layer_counts(model)
+    problems: list[str] = []
+    found: set[int] = set()
+    for word in words:
+        some = {key for key, known in names.items() if any(_means(word, name, counts) for name in known)}
+        if not some:
+            problems.append(f"method.{knob}: {word!r} means no weight.{_hint(word, names, counts)}")
+        found |= some
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return found
+
+
+def _means(word: str, name: str, counts: Mapping[str, int]) -> bool:
+    if LAYER_WORD.fullmatch(word):
+        return is_in_layers(word, name, counts)
+    if word.startswith("re:"):
+        return matches(word[3:], name)
+    parts = name.split(".")
+    return any(means(word, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _hint(word: str, names: Mapping[int, Sequence[str]], counts: Mapping[str, int]) -> str:
+    if LAYER_WORD.fullmatch(word):
+        stacks = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are no layers"
+        return f" Counted from 0, {stacks}."
+    parts = {part for known in names.values() for name in known for part in name.split(".")}
+    return near_words(word.rpartition(".")[2], parts)

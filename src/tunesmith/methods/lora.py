@@ -1,5 +1,5 @@
-"""LoRA and DoRA on a whole model: it is frozen, small matrices are trained beside linear layers, and what the recipe
-names is trained whole beside them, such as a head that answers with classes or numbers.
+"""LoRA and DoRA on a whole model: it is frozen, low-rank adapters on its linear layers are trained, and with them what
+the recipe names and a new head, whole.
 """
 
 # I inputs, O outputs, R rank
@@ -15,15 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.dora import DoraLinear
-from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.masters import Masters
-from tunesmith.methods.quantize import unpack_base
-from tunesmith.methods.starts import draw
-from tunesmith.methods.targets import Target, by_pattern, find_targets, not_linear, replace_module
-from tunesmith.methods.token_rows import TokenRows
-from tunesmith.methods.whole import find_biases, find_modules, tied_notes, weights_of
-from tunesmith.models.heads import new_head_names, new_param_names
+from tunesmith.methods.lora_layer import DoraLinear, LoraLinear, initial_matrices
+from tunesmith.methods.master_weights import MasterWeights
+from tunesmith.methods.new_token_embeddings import TokenRows
+from tunesmith.methods.qlora import unpack_base
+from tunesmith.methods.targets import (
+    Target,
+    by_pattern,
+    find_biases,
+    find_modules,
+    find_targets,
+    not_linear,
+    refuse_frozen_new,
+    replace_module,
+    tied_modules,
+    weights_of,
+)
+from tunesmith.models.heads import new_head_names
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.models.special_tokens import new_token_ids
 from tunesmith.recipe.methods import DoraMethod, LowRankMethod
@@ -34,7 +42,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A layer that gets an adapter, and of what size."""
+    """A layer with the rank and alpha of its adapter."""
 
     target: Target
     rank: int
@@ -43,7 +51,7 @@ class Adapted:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What is trained as it is, beside adapters, by the names that it has without them."""
+    """Names, in the plain model, of what is trained whole beside adapters."""
 
     head: tuple[str, ...] = ()
     """Weights."""
@@ -53,7 +61,7 @@ class Whole:
 
 class LoraAttachment(Attachment):
     """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and `<layer>.lora_B.weight`
-    [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; behind them stands what is trained whole, by its own names.
+    [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; then weights trained whole, and rows of new tokens.
     """
 
     def __init__(
@@ -66,51 +74,40 @@ class LoraAttachment(Attachment):
         settings: LowRankMethod,
         rows: TokenRows | None = None,
     ) -> None:
-        """`weights`: the parameters that `whole` names, found before the layers took their places."""
+        """`weights`: the parameters that `whole` names."""
         self.model: PreTrainedModel = model
         self.method = settings.name
         self.whole = whole
         self.settings = settings
         self.weights = dict(weights)
-        """What is trained whole, the parameters that compute, by name."""
         self.layers = {adapted.target.name: layer for adapted, layer in layers}
         self.sizes = {adapted.target.name: adapted for adapted, _ in layers}
-        self._matrices = {
+        self.rows = rows
+        matrices = {
             f"{name}.{matrix}.weight": getattr(layer, matrix)
             for name, layer in self.layers.items()
             for matrix in ("lora_A", "lora_B")
         }
-        lengths = {
+        magnitudes = {
             f"{name}.{MAGNITUDE}": layer.lora_magnitude_vector
             for name, layer in self.layers.items()
             if isinstance(layer, DoraLinear)
         }
-        self.rows = rows
-        """Rows of the embedding that are trained alone."""
-        of_tokens = {} if rows is None else rows.parameters
-        self._masters = Masters({**self._matrices, **lengths, **weights, **of_tokens}, free_early=False)
+        token_rows = {} if rows is None else rows.parameters
+        self._masters = MasterWeights({**matrices, **magnitudes, **weights, **token_rows}, free_early=False)
         self.trained: Mapping[str, Tensor] = self._masters.trained
-        self.notes: tuple[str, ...] = ()
-        """What a person should know about what is not trained."""
-        ratio = settings.loraplus_ratio
-        self.rate_factors: Mapping[str, float] = (
-            {} if ratio == 1 else {name: ratio for name in self.trained if name.endswith(".lora_B.weight")}
-        )
-        """LoRA+ (Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354)."""
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        """The weights of a head, which are trained whole."""
-        return self.whole.head
+        if (ratio := settings.loraplus_ratio) != 1:
+            # LoRA+ (Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354).
+            self.rate_factors = {name: ratio for name in self.trained if name.endswith(".lora_B.weight")}
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the model without adapters is the base: weights trained whole are then those of a head alone."""
+        """Whether the model without adapters is the base: of weights trained whole, only a head may be."""
         return not (self.whole.modules or self.whole.biases or self.rows)
 
     @property
     def unshareable(self) -> str | None:
-        """What of the adapter is not a low-rank path beside a layer; None: nothing, so many can share one base."""
+        """Why other adapters cannot use the same base in memory; None: they can."""
         if isinstance(self.settings, DoraMethod):
             return "its weights are rescaled row by row (DoRA)"
         if brought := [*self.whole.head, *self.whole.modules, *self.whole.biases]:
@@ -133,15 +130,8 @@ class LoraAttachment(Attachment):
         """The float32 A [R, I] and B [O, R] of one layer."""
         return self.trained[f"{name}.lora_A.weight"], self.trained[f"{name}.lora_B.weight"]
 
-    @torch.no_grad()
-    def merged(self, name: str, layer: LoraLinear) -> Tensor:
-        """What the weight of a layer is with its adapter in it: float32, lying as the base's does."""
-        merged_OI = layer.merged_OI(*self.matrices(name))
-        return merged_OI.t() if layer.lies_transposed else merged_OI
-
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Run the model without its adapters inside the block; what is trained whole stays as it was trained."""
         layers = list(self.layers.values())
         for layer in layers:
             layer.active = False
@@ -152,9 +142,14 @@ class LoraAttachment(Attachment):
                 layer.active = True
 
     @torch.no_grad()
+    def merged(self, name: str, layer: LoraLinear) -> Tensor:
+        """The weight of a layer with its adapter in it: float32, in the orientation of the base's."""
+        merged_OI = layer.merged_OI(*self.matrices(name))
+        return merged_OI.t() if layer.is_transposed else merged_OI
+
+    @torch.no_grad()
     def merge(self) -> None:
-        """Add every adapter to its layer's weight, in float32 and rounded once, and remove the adapters: a plain model
-        is left, with all that was trained.
+        """Add every adapter to its layer's weight, in float32 and rounded once, and remove the adapters.
 
         Raises ModelError on a quantised base: its weights cannot hold what an adapter adds to them.
         """
@@ -172,37 +167,30 @@ class LoraAttachment(Attachment):
         layers = {f"{name}.weight": layer for name, layer in self.layers.items()}
         self.unload()
         for name, weight in unpack_base(self.model).state_dict().items():
-            if name in layers:
-                yield name, self.merged(name.removesuffix(".weight"), layers[name])
-            else:
-                yield name, weight.detach().float()
+            layer = layers.get(name)
+            yield name, weight.detach().float() if layer is None else self.merged(name.removesuffix(".weight"), layer)
 
     def unload(self) -> None:
-        """Give the model its own layers back; the attachment adapts nothing any more."""
+        """Give the model its own layers back."""
         for adapted in self.sizes.values():
             replace_module(self.model, adapted.target, adapted.target.module)
         if self.rows is not None:
             self.rows.unload()
-        self.layers = {}
-        self.sizes = {}
+        self.layers, self.sizes = {}, {}
 
 
 def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> LoraAttachment:
     """Freeze `model` but for its head and what else is trained whole, and put fresh adapters on it.
 
-    Outputs do not change until the first update. With `init: kaiming` to the last bit, since B is zero; A is drawn as
-    PEFT draws it, uniform in ±1/√I. With the others but for rounding: see `methods.starts`.
+    Outputs do not change until the first update: with `init: kaiming` to the last bit, with the others but for
+    rounding.
 
     Raises:
         RecipeError: what cannot be adapted or trained whole, a setting that means nothing here, or a model that carries
             adapters already, or that guesses tokens with output layers that are new.
     """
+    refuse_frozen_new(model, f"method.name: {settings.name}")
     head = new_head_names(model)
-    if drawn := [name for name in new_param_names(model) if name not in head]:
-        raise RecipeError(
-            f"method.name: {settings.name}: {drawn[0]} is new, and beside adapters it would stay the random numbers "
-            "that it is. Use method: full, or a model whose masked-language head comes with it."
-        )
     targets, left_out = find_targets(model, settings.targets, layers=settings.layers), not_linear(model)
     ranks = by_pattern(model, targets, settings.rank_pattern, option="method.rank_pattern")
     alphas = by_pattern(model, targets, settings.alpha_pattern, option="method.alpha_pattern")
@@ -212,15 +200,18 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     ]
     modules = find_modules(model, settings.also_train, targets)
     biases = find_biases(model, settings.bias, targets, known={*head, *weights_of(model, modules)})
-    rows = _rows(model, targets, modules)
-    attachment = wrap(model, adapted, whole=Whole(head, modules, biases), settings=settings, rows=rows)
-    attachment.notes = tied_notes(model, modules)
+    rows = _new_tokens(model, targets, modules)
+    attachment = put_adapters(model, adapted, whole=Whole(head, modules, biases), settings=settings, rows=rows)
+    attachment.notes = tuple(
+        f"method.also_train: {other} is trained with {one}: they are one weight (tied)"
+        for other, one in tied_modules(model, modules).items()
+    )
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
         attachment.notes += (
             f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
         )
     for name, layer in attachment.layers.items():
-        matrices = draw(layer, settings.init, name=name, seed=seed)
+        matrices = initial_matrices(layer, settings.init, name=name, seed=seed)
         with torch.no_grad():
             for master, start in zip(attachment.matrices(name), matrices, strict=True):
                 master.copy_(start)
@@ -231,8 +222,35 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     return attachment
 
 
-def _rows(model: PreTrainedModel, targets: Sequence[Target], modules: Sequence[str]) -> tuple[int, ...]:
-    """The tokens whose rows are trained: the new ones, unless the embedding is trained whole.
+def put_adapters(
+    model: PreTrainedModel,
+    adapted: Sequence[Adapted],
+    *,
+    whole: Whole,
+    settings: LowRankMethod,
+    rows: Sequence[int] = (),
+) -> LoraAttachment:
+    """Freeze `model` but for `whole` and the `rows` of these tokens, and put adapters of zeros on it."""
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
+    weights = {name: model.get_parameter(name) for name in whole.head}
+    weights |= weights_of(model, whole.modules)
+    weights |= {name: model.get_parameter(name) for name in whole.biases}
+    model.requires_grad_(False)
+    layer_class = DoraLinear if isinstance(settings, DoraMethod) else LoraLinear
+    layers = []
+    for one in adapted:
+        scale = one.alpha / (one.rank**0.5 if settings.rslora else one.rank)
+        layer = layer_class(one.target.module, rank=one.rank, scale=scale, dropout=settings.dropout)
+        layer.train(one.target.module.training)
+        replace_module(model, one.target, layer)
+        layers.append((one, layer))
+    token_rows = TokenRows(model, rows) if rows else None
+    return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings, rows=token_rows)
+
+
+def _new_tokens(model: PreTrainedModel, targets: Sequence[Target], modules: Sequence[str]) -> tuple[int, ...]:
+    """The new tokens whose rows are trained; none if the embedding is trained whole.
 
     Raises RecipeError where head or embedding would be trained in two ways.
     """
@@ -252,31 +270,7 @@ def _rows(model: PreTrainedModel, targets: Sequence[Target], modules: Sequence[s
     return () if whole else ids
 
 
-def wrap(
-    model: PreTrainedModel,
-    adapted: Sequence[Adapted],
-    *,
-    whole: Whole,
-    settings: LowRankMethod,
-    rows: Sequence[int] = (),
-) -> LoraAttachment:
-    """Freeze `model` but for `whole` and the `rows` of these tokens, and put adapters of zeros on it."""
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
-    weights = {name: model.get_parameter(name) for name in whole.head}
-    weights |= weights_of(model, whole.modules)
-    weights |= {name: model.get_parameter(name) for name in whole.biases}
-    model.requires_grad_(False)
-    kind = DoraLinear if isinstance(settings, DoraMethod) else LoraLinear
-    layers = []
-    for one in adapted:
-        scale = one.alpha / (one.rank**0.5 if settings.rslora else one.rank)
-        layer = kind(one.target.module, rank=one.rank, scale=scale, dropout=settings.dropout)
-        layer.train(one.target.module.training)
-        replace_module(model, one.target, layer)
-        layers.append((one, layer))
-    of_tokens = TokenRows(model, rows) if rows else None
-    return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings, rows=of_tokens)
+# The method's fields in METHODS
 
 
 def learning_rate(settings: LowRankMethod, kind: str, num_parameters: int) -> tuple[float, str]:

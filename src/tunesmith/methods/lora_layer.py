@@ -1,14 +1,18 @@
-"""The layer of LoRA: a frozen linear layer with a product of two small matrices beside it.
+"""The layers of LoRA and DoRA, and their matrices before the first update.
 
-    y = x Wᵀ + b + s (x Aᵀ) Bᵀ
+    LoRA   y = x Wᵀ + b + s (x Aᵀ) Bᵀ
+    DoRA   y = m / ‖V‖ ⊙ (x Vᵀ) + b,  V = W + s B A,  ‖V‖ the length of each row of V (of each output)
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1. Liu et al., "DoRA:
+Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; ‖V‖ is a constant to the gradient, as in section
+4.3, so it is computed once an update.
 """
 
-# T tokens, I inputs, O outputs, R rank, S ranks of the whole path
+# T tokens, I inputs, O outputs, R rank, S ranks of the whole path, K directions of a search
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,7 +22,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.errors import RecipeError
+from tunesmith.models.heads import generator
 from tunesmith.models.quantized import QuantizedLinear, product
+from tunesmith.recipe.methods import Start
+
+ITERATIONS = 8
+"""Of subspace iteration."""
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 """A frozen weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
@@ -30,8 +40,7 @@ def dense(weight: Weight) -> Tensor:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer (`nn.Linear`, GPT-2's `Conv1D`, whose weight lies transposed, or either quantised) with a
-    low-rank path."""
+    """A frozen linear layer (`nn.Linear`, GPT-2's transposed `Conv1D`, or either quantised) with a low-rank path."""
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -39,34 +48,32 @@ class LoraLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.active = True
-        """False computes the base layer alone; see `without_adapter`."""
-        # A subclass may compute in its own way; then it is asked instead of imitated.
+        # A subclass may compute in its own way; then it is called instead of imitated.
         self._product_is_known = type(base).forward in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
         num_outputs, num_inputs = shape_OI(base)
         weight = self.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.start: tuple[Tensor, Tensor] | None = None
-        """float32 A [R, I] and B [O, R] whose product is taken off again; see `methods.starts`."""
+        """float32 A [R, I] and B [O, R] whose product is subtracted; see `initial_matrices`."""
         self.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, **like))
         self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, **like))
 
     @property
     def weight(self) -> Tensor:
-        """That of the base, for models that look at it: T5 asks for its precision."""
+        """The base's, for models that read it, as T5 does for its dtype."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
-    def lies_transposed(self) -> bool:
-        """Whether the base's weight lies [I, O]."""
-        return lies_transposed(self.base)
+    def is_transposed(self) -> bool:
+        return is_transposed(self.base)
 
     @property
     def weight_OI(self) -> Tensor:
-        return self.weight.t() if self.lies_transposed else self.weight
+        return self.weight.t() if self.is_transposed else self.weight
 
     @property
     def frozen(self) -> Weight:
-        """What the base's part of the product is made with."""
+        """The base's weight, or the function that unpacks it."""
         return self.base.weight_OI if isinstance(self.base, QuantizedLinear) else self.weight_OI
 
     @property
@@ -95,34 +102,78 @@ class LoraLinear(nn.Module):
         return out
 
     def with_start(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-        """A [S, I] and B [O, S] of the whole path: the two given, or with a start twice as many ranks, of which the
-        second half takes the start off.
-
-        One product of both halves: what has not moved cancels inside it, before anything is rounded.
-        """
+        """A [S, I] and B [O, S] of the whole path: the two given, or with a start twice as many ranks, whose second
+        half subtracts the start. In one product, so that equal parts cancel before anything is rounded."""
         if self.start is None:
             return a_RI, b_OR
         start_a_RI, start_b_OR = (matrix.to(a_RI.dtype) for matrix in self.start)
         return torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=1)
 
     def delta_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """What the path adds to the weight, float32."""
-        a_SI, b_OS = self.with_start(a_RI, b_OR)  # of the same precision: what has not moved must cancel
+        """The path as a change of the weight, float32."""
+        a_SI, b_OS = self.with_start(a_RI, b_OR)  # in the same precision: equal parts must cancel
         return (b_OS.float() @ a_SI.float()).mul_(self.scale)
 
     def merged_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """The weight that alone does what base and path do together, float32."""
+        """The weight of base and path together, float32."""
         return self.delta_OI(a_RI, b_OR).add_(self.weight_OI)
 
     def refresh(self) -> None:
-        """Compute anew what follows from the matrices. Call after they changed."""
+        """Recompute what follows from the matrices. Call after they changed."""
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def lies_transposed(layer: nn.Module) -> bool:
-    """Whether a linear layer's weight lies [I, O], as that of GPT-2's Conv1D."""
+class DoraLinear(LoraLinear):
+    """A frozen linear layer with a low-rank path and a length for each output."""
+
+    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(base, rank=rank, scale=scale, dropout=dropout)
+        # In float32: lengths differ from their start by less than bfloat16 resolves.
+        self.lora_magnitude_vector = nn.Parameter(self._length_O())
+        self.norm_O = self.lora_magnitude_vector.detach().clone()
+        """‖V‖, float32, of the matrices that compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O]."""
+        out = super().forward(x)
+        if not self.active:
+            return out
+        factor_O = self.lora_magnitude_vector / self.norm_O
+        scaled = out * factor_O
+        if self.bias_O is not None:
+            # The bias was scaled too. Added apart from the product, it would round otherwise than in the plain layer.
+            scaled = scaled + self.bias_O * (1.0 - factor_O)
+        return scaled.to(out.dtype)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.norm_O = self._length_O()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Start the trained lengths from those of the rows now, so that outputs are those of V."""
+        self.refresh()
+        self.lora_magnitude_vector.copy_(self.norm_O)
+
+    def _length_O(self) -> Tensor:
+        with torch.no_grad():
+            return _length_O(super().merged_OI(self.lora_A, self.lora_B))
+
+    def merged_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """The weight of base, path and lengths together, float32."""
+        v_OI = super().merged_OI(a_RI, b_OR)
+        return v_OI.mul_((self.lora_magnitude_vector.detach() / _length_O(v_OI))[:, None])
+
+
+def _length_O(v_OI: Tensor) -> Tensor:
+    length_O: Tensor = torch.linalg.vector_norm(v_OI, dim=1)
+    return length_O
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight is [I, O], as in GPT-2's Conv1D."""
     return layer.lies_transposed if isinstance(layer, QuantizedLinear) else isinstance(layer, Conv1D)
 
 
@@ -145,7 +196,7 @@ def lora_forward(
 def lora_forward_reference(
     x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
 ) -> Tensor:
-    """The same by plain autograd: slower, and what `lora_forward` is held equal to."""
+    """`lora_forward` by plain autograd: the oracle of tests."""
     return F.linear(x, dense(weight), bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
 
 
@@ -185,3 +236,64 @@ class _LoraForward(torch.autograd.Function):
         if needs_bias:
             gbias_O = g_TO.sum(0)
         return gx, None, gbias_O, ga_RI, gb_OR, None
+
+
+@torch.no_grad()
+def initial_matrices(layer: LoraLinear, init: Start, *, name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """float32 A [R, I] and B [O, R] to begin with. Raises RecipeError for a rank that `init` cannot have.
+
+    With `pissa` they are not zero in product, and `layer.start` takes that off again: outputs do not change.
+    """
+    rank, num_inputs = layer.lora_A.shape
+    drawn = generator(seed, name)
+    if init == "pissa":
+        layer.start = _principal(layer, drawn, name=name)
+        return layer.start
+    if init == "orthogonal":
+        return _orthogonal(rank, num_inputs, layer.lora_B.shape[0], drawn, name=name)
+    bound = 1 / math.sqrt(num_inputs)
+    return torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=drawn), torch.zeros(layer.lora_B.shape)
+
+
+def _principal(layer: LoraLinear, drawn: torch.Generator, *, name: str) -> tuple[Tensor, Tensor]:
+    """The R largest singular values of the weight and their vectors, so that s B A is the nearest matrix of rank R.
+
+    Meng, Wang & Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv 2404.02948, section 3.
+    Found by subspace iteration from twice as many random directions (Halko, Martinsson & Tropp, arXiv 0909.4061,
+    algorithm 4.4): a full decomposition takes minutes for a small model already.
+    """
+    rank = layer.lora_A.shape[0]
+    weight_OI = layer.weight_OI.float()
+    if rank > min(weight_OI.shape):
+        raise RecipeError(
+            f"method.rank: {rank}: {name} has {min(weight_OI.shape)} singular values, and pissa starts from as many as "
+            "the rank. Lower it, or choose another method.init."
+        )
+    directions = torch.empty(weight_OI.shape[1], min(2 * rank, *weight_OI.shape)).normal_(generator=drawn)
+    basis_OK, _ = torch.linalg.qr(weight_OI @ directions.to(weight_OI.device))
+    for _ in range(ITERATIONS):
+        basis_IK, _ = torch.linalg.qr(weight_OI.t() @ basis_OK)
+        basis_OK, _ = torch.linalg.qr(weight_OI @ basis_IK)
+    u_KK, s_K, v_KI = torch.linalg.svd(basis_OK.t() @ weight_OI, full_matrices=False)
+    roots_R = (s_K[:rank] / layer.scale).sqrt()
+    return v_KI[:rank] * roots_R[:, None], basis_OK @ u_KK[:, :rank] * roots_R
+
+
+def _orthogonal(
+    rank: int, num_inputs: int, num_outputs: int, drawn: torch.Generator, *, name: str
+) -> tuple[Tensor, Tensor]:
+    """A and B that are not zero, but whose product is: A lies in one half of the rank's directions, B in the other.
+
+    Half the rows of an orthogonal matrix each, and a spread of a tenth, as peft's "orthogonal" has it; see
+    https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation.
+    """
+    if rank % 2:
+        raise RecipeError(f"method.rank: {rank}: {name}: half of an orthogonal start's ranks are A's, half B's: even.")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64).normal_(generator=drawn)
+
+    directions_RR, _ = torch.linalg.qr(normal(rank, rank))
+    a_RI = (normal(num_inputs, rank // 2) @ directions_RR[0::2]).t() / 10
+    b_OR = normal(num_outputs, rank // 2) @ directions_RR[1::2] / 10
+    return a_RI.float().contiguous(), b_OR.float()

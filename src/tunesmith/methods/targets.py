@@ -1,25 +1,34 @@
-"""Which layers a method adapts: from the words of a recipe to modules of a model."""
+"""The layers, modules and biases that the words of a recipe mean, in a model.
+
+A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression searched for in whole names.
+Words for layers are `last:4`, `first:4`, `7` or `0-3`, counted from 0 in each stack of layers.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import RecipeError
-from tunesmith.methods.patterns import searches
-from tunesmith.models.heads import new_head_names
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.recipe.methods import Bias
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 GROUPS = ("all-linear", "attention", "mlp")
+MAX_REPEATS = 4
+MAX_CHARS = 1_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
+_REPEATED = re.compile(r"\)[*+{]|\{\d*,?\d{4}")
+"""A group, or anything a thousand times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,74 +44,132 @@ class Target:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[str] = ()) -> list[Target]:
-    """The layers that `targets` mean, each once, in the order of the model; of those in numbered layers only the ones
-    that `layers` mean, if any are given.
+    """The linear layers that `targets` mean, each once, in the order of the model; with `layers`, of those in numbered
+    layers only the ones in these. Layers of a head, which is trained whole, are not among them.
 
-    A word is a group (`all-linear`: every linear layer inside the decoder layers, `attention`, `mlp`: those of them
-    inside an attention module, and the others), the end of a module's name (`q_proj`, `mlp.down_proj`), or `re:` and a
-    regular expression searched for in whole module names. Layers of a head that is trained whole are not among them.
-    A word of `layers` is `last:4`, `first:4`, `7` or `0-3`, counted from 0 in each stack of layers.
+    Besides names, a word is `all-linear` (every linear layer inside the decoder layers), `attention` (those inside an
+    attention module) or `mlp` (the others).
 
     Raises:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
     """
-    whole = {name.rpartition(".")[0] for name in new_head_names(model)}
-    heads = [target for target in _named(model, LINEARS) if target.name in whole]
-    linears = [target for target in _named(model, LINEARS) if target.name not in whole]
+    head = {name.rpartition(".")[0] for name in new_head_names(model)}
+    linears = [target for target in _named(model, LINEARS) if target.name not in head]
+    in_head = [target for target in _named(model, LINEARS) if target.name in head]
     embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
     chosen: set[int] = set()
     for word in targets:
-        found = [target for target in linears if _means(word, target, model)]
+        found = [target for target in linears if _is_meant(word, target, model)]
         chosen.update(id(target.module) for target in found)
-        problems += [f"method.targets: {word!r}: {reason}" for reason in shared_weights(model, found)]
-        unfit = [target for target in embeddings if word not in GROUPS and _means(word, target, model)]
+        problems += [f"method.targets: {word!r}: {reason}" for reason in tied_reasons(model, found)]
+        unfit = [target for target in embeddings if word not in GROUPS and _is_meant(word, target, model)]
         problems += [
             f"method.targets: {word!r}: {target.name} is an embedding, only linear layers can be adapted. "
             "Leave it out, or train every weight with method: full."
             for target in unfit
         ]
-        if not found and (in_head := [target.name for target in heads if _means(word, target, model)]):
+        if not found and (of_head := [target.name for target in in_head if _is_meant(word, target, model)]):
             problems.append(
-                f"method.targets: {word!r}: {in_head[0]} belongs to the head, which is trained whole. Leave it out."
+                f"method.targets: {word!r}: {of_head[0]} belongs to the head, which is trained whole. Leave it out."
             )
         elif not found and not unfit:
-            problems.append(_no_match(word, linears, not_linear(model)))
+            others = not_linear(model)
+            why = f" ({others[0]} and its like hold weights, but are not linear layers.)" if others else ""
+            hint = near_words(word, [t.name for t in linears], *GROUPS)
+            problems.append(f"method.targets: {word!r} matches no linear layer.{why}{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
     found = [target for target in linears if id(target.module) in chosen]
-    return in_layers(model, found, layers) if layers else found
+    return _in_layers(model, found, layers) if layers else found
 
 
 def inner_linears(model: nn.Module) -> list[Target]:
     """Every linear layer inside the decoder and encoder layers, but those of a head that is trained whole."""
-    whole = {name.rpartition(".")[0] for name in new_head_names(model)}
+    head = {name.rpartition(".")[0] for name in new_head_names(model)}
     linears = _named(model, LINEARS)
-    return [target for target in linears if target.name not in whole and _means("all-linear", target, model)]
+    return [target for target in linears if target.name not in head and _is_meant("all-linear", target, model)]
 
 
-def in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str]) -> list[Target]:
-    """Those of `targets` that stand in no numbered layer or in one that a word means.
+def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """The linear layers of exactly these names, in the order of the model; other names are ignored."""
+    wanted = set(names)
+    return [target for target in _named(model, LINEARS) if wanted & set(target.names)]
 
-    Raises RecipeError for a word that means no layer with a target.
+
+def by_pattern(
+    model: nn.Module, targets: Sequence[Target], patterns: Mapping[str, float], *, option: str
+) -> dict[str, float]:
+    """Values for `targets` by their names; of several patterns that mean one, the last counts.
+
+    Raises RecipeError for a pattern that means no adapted layer.
     """
-    counts = layer_counts(model)
-    meant = {word: [t.name for t in targets if is_in_layers(word, t.name, counts)] for word in words}
-    if empty := [word for word, found in meant.items() if not found]:
-        sizes = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are none"
-        raise RecipeError(f"method.layers: {empty[0]!r} means no layer with a target; counted from 0, {sizes}.")
-    kept = {name for found in meant.values() for name in found}
-    return [target for target in targets if target.name in kept or layer_of(target.name) is None]
+    values: dict[str, float] = {}
+    for word, value in patterns.items():
+        found = [target.name for target in targets if _is_meant(word, target, model)]
+        if not found:
+            hint = near_words(word, [target.name for target in targets])
+            raise RecipeError(f"{option}: {word!r} matches no adapted layer.{hint}")
+        values |= dict.fromkeys(found, value)
+    return values
+
+
+def tied_reasons(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Reasons against adapting some of `targets`, one for each whose weight belongs to another module too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    reasons = []
+    for target in targets:
+        owned = (name for weight in target.module.parameters() for name in owners[id(weight)])
+        if other := next((name for name in owned if name not in target.names), None):
+            reasons.append(
+                f"{target.name} and {other} are one weight (tied): after a merge {other} would change too, "
+                "so the merged model could not do what the adapter did. Leave it out."
+            )
+    return reasons
+
+
+def not_linear(model: nn.Module) -> list[str]:
+    """Modules inside numbered layers that hold matrices and are no linear layers, such as fused experts."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if _LAYER_INDEX.search(name)
+        and not isinstance(module, (*LINEARS, nn.Embedding))
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def replace_module(model: nn.Module, target: Target, module: nn.Module) -> None:
+    """Put `module` in the place of `target`, under every one of its names."""
+    for name in target.names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def refuse_frozen_new(model: PreTrainedModel, where: str) -> None:
+    """Raise RecipeError if the model has new, random weights outside a head, which an adapter would leave frozen."""
+    head = new_head_names(model)
+    if drawn := [name for name in new_param_names(model) if name not in head]:
+        raise RecipeError(
+            f"{where}: {drawn[0]} is new, and under an adapter it would stay the random numbers "
+            "that it is. Use method: full, or a model whose masked-language head comes with it."
+        )
+
+
+# Numbered layers
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """The stack of layers and the number in it that a module's name tells: model.layers.3.mlp is (model.layers, 3)."""
+    """The stack and the number of the layer in a name: model.layers.3.mlp is in (model.layers, 3)."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return None if found is None else (name[: found.start()], int(found.group(1)))
 
 
 def layer_counts(model: nn.Module) -> dict[str, int]:
-    """How many layers each stack has."""
+    """The number of layers in each stack."""
     counts: dict[str, int] = {}
     for name, _ in model.named_modules():
         if (place := layer_of(name)) is not None:
@@ -111,7 +178,7 @@ def layer_counts(model: nn.Module) -> dict[str, int]:
 
 
 def is_in_layers(word: str, name: str, counts: Mapping[str, int]) -> bool:
-    """Whether last:4, first:4, 7 or 0-3 means the layer that a name tells; `counts` as `layer_counts` gives them."""
+    """Whether a word for layers means the one in a name; `counts` as `layer_counts` gives them."""
     place = layer_of(name)
     if place is None:
         return False
@@ -125,71 +192,125 @@ def is_in_layers(word: str, name: str, counts: Mapping[str, int]) -> bool:
     return int(first) <= number <= int(last or first)
 
 
-def by_pattern(
-    model: nn.Module, targets: Sequence[Target], patterns: Mapping[str, float], *, option: str
-) -> dict[str, float]:
-    """The value that `patterns` give each of `targets` by its name; of several that mean it, the last.
+def _in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str]) -> list[Target]:
+    """Targets outside of numbered layers, and in one that a word means. Raises RecipeError for a word without any."""
+    counts = layer_counts(model)
+    meant = {word: [t.name for t in targets if is_in_layers(word, t.name, counts)] for word in words}
+    if empty := [word for word, found in meant.items() if not found]:
+        sizes = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are none"
+        raise RecipeError(f"method.layers: {empty[0]!r} means no layer with a target; counted from 0, {sizes}.")
+    kept = {name for found in meant.values() for name in found}
+    return [target for target in targets if target.name in kept or layer_of(target.name) is None]
 
-    Raises RecipeError for a pattern that means no adapted layer.
+
+# Modules and biases that are trained whole
+
+
+def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
+    """The modules that `words` mean, each once and none inside another, in the order of the model.
+
+    Raises:
+        RecipeError: a word that means no module with weights, or one that is adapted or belongs to a head.
     """
-    values: dict[str, float] = {}
-    for word, value in patterns.items():
-        found = [target.name for target in targets if _means(word, target, model)]
+    head = new_head_names(model)
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    adapted = {name for target in targets for name in target.names}
+    problems: list[str] = []
+    chosen: set[str] = set()
+    for word in words:
+        found = [name for name in names if means(word, name)]
         if not found:
-            names = [target.name for target in targets]
-            raise RecipeError(f"{option}: {word!r} matches no adapted layer.{near_words(word, names)}")
-        values |= dict.fromkeys(found, value)
-    return values
+            problems.append(f"method.also_train: {word!r} matches no module with weights.{near_words(word, names)}")
+        for name in found:
+            if inside := [other for other in adapted if is_inside(other, [name])]:
+                problems.append(
+                    f"method.also_train: {word!r}: {min(inside)} has an adapter: a layer is adapted or trained whole, "
+                    "not both. Leave it out here or in method.targets."
+                )
+            elif any(weight.startswith(f"{name}.") for weight in head):
+                problems.append(
+                    f"method.also_train: {word!r}: {name} belongs to the head, which is trained whole anyway. "
+                    "Leave it out."
+                )
+        chosen.update(found)
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return tuple(name for name in names if name in chosen and not is_inside(name, chosen - {name}))
 
 
-def near_words(word: str, names: Sequence[str]) -> str:
-    """A suggestion for a word that is the end of no name, and the ends that there are."""
-    ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-    near = difflib.get_close_matches(word, ends, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{meant} There are: {', '.join(ends)}."
-
-
-def shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Why some of `targets` cannot be adapted: a reason for each whose weight belongs to another module too."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    reasons = []
-    for target in targets:
-        owned = (name for weight in target.module.parameters() for name in owners[id(weight)])
-        others = [name for name in owned if name not in target.names]
-        if others:
-            reasons.append(
-                f"{target.name} and {others[0]} are one weight (tied): after a merge {others[0]} would change too, "
-                "so the merged model could not do what the adapter did. Leave it out."
-            )
-    return reasons
-
-
-def not_linear(model: nn.Module) -> list[str]:
-    """Modules of the decoder layers that hold matrices and are no linear layers, such as fused experts."""
-    return [
+def find_biases(model: nn.Module, which: Bias, targets: Sequence[Target], *, known: Set[str]) -> tuple[str, ...]:
+    """The names of the biases to train that are not `known` to be trained already. Raises RecipeError for none."""
+    if which == "none":
+        return ()
+    adapted = {f"{target.name}.bias" for target in targets}
+    biases = tuple(
         name
-        for name, module in model.named_modules()
-        if _LAYER_INDEX.search(name)
-        and not isinstance(module, (*LINEARS, nn.Embedding))
-        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-    ]
+        for name, _ in model.named_parameters()
+        if name.endswith(".bias") and name not in known and (which == "all" or name in adapted)
+    )
+    if not biases:
+        layers = "the model's layers" if which == "all" else "the adapted layers"
+        raise RecipeError(f"method.bias: {which}: {layers} have no bias. Leave it out.")
+    return biases
 
 
-def named_targets(model: nn.Module, names: Sequence[str]) -> list[Target]:
-    """The linear layers of exactly these names, in the order of the model; names of anything else are left out."""
-    wanted = set(names)
-    return [target for target in _named(model, LINEARS) if wanted & set(target.names)]
+def weights_of(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `modules` by their names in the model; a tied one under the first."""
+    names: dict[nn.Parameter, str] = {}
+    for module in modules:
+        for name, parameter in model.get_submodule(module).named_parameters():
+            names.setdefault(parameter, f"{module}.{name}")
+    return {name: parameter for parameter, name in names.items()}
 
 
-def replace_module(model: nn.Module, target: Target, module: nn.Module) -> None:
-    """Put `module` in the place of `target`, under every one of its names."""
-    for name in target.names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+def tied_modules(model: nn.Module, modules: Sequence[str]) -> dict[str, str]:
+    """The other modules that hold a weight of `modules`, each with the name of the one it shares it with."""
+    weights = {parameter: name.rpartition(".")[0] for name, parameter in weights_of(model, modules).items()}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        shared = [weights[weight] for weight in module.parameters(recurse=False) if weight in weights]
+        if shared and not is_inside(name, modules):
+            found[name] = shared[0]
+    return found
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a name is one of `modules` or inside one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+# Words
+
+
+def means(word: str, name: str) -> bool:
+    """Whether a word means a name."""
+    if word.startswith("re:"):
+        return matches(word[3:], name)
+    return name == word or name.endswith(f".{word}")
+
+
+def near_words(word: str, names: Iterable[str], *groups: str) -> str:
+    """A hint for a word that means nothing: a similar one, and the ends of names that exist."""
+    ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    known = [other for other in (*groups, *ends) if other != word]
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"{f' Did you mean {near[0]}?' if near else ''} There are: {', '.join(known)}."
+
+
+def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
+    """Whether a regular expression is found in a name, or with `whole` is all of it. Raises as `check_expression`."""
+    check_expression(pattern)
+    return (re.fullmatch if whole else re.search)(pattern, name) is not None
+
+
+def check_expression(pattern: str) -> None:
+    """Raise ModelError for a regular expression that may take forever: recipes and adapters can come from anywhere, and
+    time is exponential in the repeats of a group, and polynomial in the number of repeats."""
+    if len(pattern) > MAX_CHARS or len(re.findall(r"[*+]", pattern)) > MAX_REPEATS or _REPEATED.search(pattern):
+        raise ModelError(
+            f"{pattern[:80]!r}: this regular expression could take forever: it repeats a group, or has more than "
+            f"{MAX_REPEATS} repeats or {MAX_CHARS:,} characters. List the names of the modules instead."
+        )
 
 
 def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]:
@@ -202,22 +323,11 @@ def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]
     return [Target(tuple(names[key]), modules[key]) for key in modules]
 
 
-def _means(word: str, target: Target, model: nn.Module) -> bool:
-    if word in GROUPS:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        index = _LAYER_INDEX.search(target.name)
-        if target.module is head or index is None:
-            return False
-        return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(target.name[index.end() :]))
-    if word.startswith("re:"):
-        return any(searches(word[3:], name) for name in target.names)
-    return any(name == word or name.endswith("." + word) for name in target.names)
-
-
-def _no_match(word: str, linears: Sequence[Target], no_linears: Sequence[str]) -> str:
-    ends = sorted({target.name.rpartition(".")[2] for target in linears})
-    known = [other for other in (*GROUPS, *ends) if other != word]
-    near = difflib.get_close_matches(word, known, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    why = f" ({no_linears[0]} and its like hold weights, but are not linear layers.)" if no_linears else ""
-    return f"method.targets: {word!r} matches no linear layer.{why}{meant} There are: {', '.join(known)}."
+def _is_meant(word: str, target: Target, model: nn.Module) -> bool:
+    if word not in GROUPS:
+        return any(means(word, name) for name in target.names)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    index = _LAYER_INDEX.search(target.name)
+    if target.module is head or index is None:
+        return False
+    return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(target.name[index.end() :]))

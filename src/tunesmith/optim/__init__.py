@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
+from tunesmith.optim.optimizers import OPTIMIZERS, Optimizer, OptimizerRow, check_installed, clip_divisor, gradient_norm
 from tunesmith.optim.schedules import SCHEDULES, rate, warmup_steps
-from tunesmith.optim.table import OPTIMIZERS, Optimizer, check_installed
-from tunesmith.optim.update import Update, decays, excess, gradient_norm, parameter_groups
 
 __all__ = [
-    "OPTIMIZERS",
-    "SCHEDULES",
-    "Optimizer",
-    "Update",
-    "check_installed",
-    "decays",
-    "excess",
-    "gradient_norm",
-    "parameter_groups",
-    "rate",
+    "OPTIMIZERS", "SCHEDULES", "Optimizer", "OptimizerRow", "check_installed", "clip_divisor", "gradient_norm", "rate",
     "warmup_steps",
-]
+]  # fmt: skip

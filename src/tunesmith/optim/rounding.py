@@ -30,10 +30,10 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(values.isfinite(), kept.view(torch.float32), values).to(torch.bfloat16)
 
 
-class StandIns:
-    """For each bfloat16 weight a float32 tensor that an optimizer may update, which has memory only while it is lent.
+class StochasticRounding:
+    """float32 copies of bfloat16 weights for an optimizer, which take memory only during their update.
 
-    What is drawn for a weight follows from (seed, step, name) alone.
+    Random numbers for a weight follow from (seed, step, name) alone.
     """
 
     def __init__(self, trained: Mapping[str, Tensor], *, seed: int) -> None:
@@ -49,9 +49,9 @@ class StandIns:
 
     @contextmanager
     @torch.no_grad()
-    def lent(self, name: str, step: int) -> Iterator[None]:
-        """Inside the block the stand-in has the weight's value and gradient; what it is then is rounded into the
-        weight, whose gradient is dropped."""
+    def widened(self, name: str, step: int) -> Iterator[None]:
+        """Give the copy the weight's value and gradient inside the block; then round it into the weight, and drop the
+        gradient."""
         weight, leaf = self._weights[name], self.leaves[name]
         leaf.untyped_storage().resize_(4 * weight.numel())
         leaf.copy_(weight)

@@ -15,7 +15,7 @@ from tunesmith.data.splits import Splits
 from tunesmith.environment import default_threads
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural
-from tunesmith.methods.peft_kinds import RATES
+from tunesmith.methods.peft import LEARNING_RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.load import validate
@@ -179,8 +179,8 @@ def _rate_of_adamw(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     if facts.kind != "causal" and recipe.method.name == "full":
         rate = 1e-4 if facts.num_parameters < 50e6 else 3e-5 if facts.kind == "encoder" else 1e-4
         return rate, f"usual for full tuning of an {facts.kind.replace('_', '–')} of this size"
-    if isinstance(recipe.method, PeftMethod) and recipe.method.kind in RATES:
-        rate, source = RATES[recipe.method.kind]
+    if isinstance(recipe.method, PeftMethod) and recipe.method.kind in LEARNING_RATES:
+        rate, source = LEARNING_RATES[recipe.method.kind]
         return rate, f"usual for {recipe.method.kind}: {source}"
     small = facts.num_parameters < 1e9
     if isinstance(recipe.method, PeftMethod):

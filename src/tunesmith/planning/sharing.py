@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tunesmith.data.batch import Plan, build_batch
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sharing import families, share
-from tunesmith.methods.peft_kinds import what_draws
+from tunesmith.methods.peft import randomness
 from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
@@ -85,7 +85,7 @@ def _draws(model: PreTrainedModel, recipe: Recipe) -> str | None:
         return "loss.neftune_alpha"
     if getattr(recipe.method, "dropout", 0):
         return "method.dropout"
-    if isinstance(recipe.method, PeftMethod) and (drawn := what_draws(recipe.method)):
+    if isinstance(recipe.method, PeftMethod) and (drawn := randomness(recipe.method)):
         return drawn
     settings = model.config.get_text_config().to_dict().items()
     inside = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,15 +21,13 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import attach
 from tunesmith.methods.targets import inner_linears
-from tunesmith.methods.together import compute_together
-from tunesmith.models.activations import Activation
 from tunesmith.models.attention import UnsupportedAttentionError, packed_forward, use_packed_attention
 from tunesmith.models.fused_loss import output_layer_of
 from tunesmith.models.modes import checkpoint_layers, silence_transformers
 from tunesmith.models.packing_check import recurrent_layer
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import meta_model
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.planning.tracing import Place, Segment, Tracer
 from tunesmith.recipe.methods import PeftMethod, QloraMethod
 from tunesmith.recipe.schema import Recipe, resolved
@@ -86,8 +84,6 @@ class Sketch:
             self.model: PreTrainedModel = meta_model(located, dtype=dtype, head=head, labels=labels)
             saved = _packed_away(self.model, recipe.method) if isinstance(recipe.method, QloraMethod) else 0
             self.attachment: Attachment = attach(recipe, self.model, head=head, store=store, pad_id=0)
-            if recipe.kernels == "fast" and not isinstance(recipe.method, QloraMethod):
-                compute_together(self.model, agrees=lambda mlp, activation: _alike(mlp.act_fn, activation))
             knows_output = recipe.kernels == "fast" and not isinstance(recipe.method, PeftMethod)
             output = output_layer_of(self.model) if knows_output else None
             self._loss = bind(resolved(recipe.task), labels, recipe.loss, output)
@@ -176,13 +172,6 @@ class Sketch:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _alike(function: Any, activation: Activation) -> bool:
-    """Whether a layer without numbers has this activation; the rest of it is known by its names."""
-    with unset_fake_temporarily():
-        points = torch.linspace(-4.0, 4.0, 33)
-        return torch.allclose(function(points), activation.value(points))
 
 
 @contextmanager
@@ -275,7 +264,7 @@ def _kept(model: nn.Module, attachment: Attachment, recipe: Recipe) -> Kept:
         weights=sum(computing.values()),
         masters=masters,
         gradients=4 * weights,
-        optimizer=Update(trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed).state_bytes(),
+        optimizer=Optimizer(trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed).state_bytes(),
         trained_parameters=weights,
     )
 

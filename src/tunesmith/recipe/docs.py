@@ -58,14 +58,17 @@ class Option:
     """The methods that have it; none: every run has it."""
 
 
-@functools.cache
 def options() -> Mapping[str, Option]:
     """Every option by its dotted key, in the order of declaration."""
+    return _options(tuple(METHOD_OPTIONS))
+
+
+@functools.cache
+def _options(words: tuple[str, ...]) -> Mapping[str, Option]:
     found: dict[str, Option] = {}
     for option in _options_of(Recipe, "", ()):
         before = found.get(option.key)
         found[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
-    words = tuple(METHOD_OPTIONS)
     doc = " ".join(f"{name}: {document(section)}" for name, section in METHOD_OPTIONS.items())
     name = Option("method.name", doc, AutoMethod().name, words, _either(words), words)
     at = next(number for number, key in enumerate(found) if key.startswith("method."))

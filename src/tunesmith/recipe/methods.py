@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from datetime import date
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -15,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializeAsAny,
     Tag,
     field_validator,
     model_validator,
@@ -180,21 +179,31 @@ class AutoMethod(Section):
     name: Literal["auto"] = "auto"
 
 
-METHOD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
-    {
-        "auto": AutoMethod,
-        "lora": LoraMethod,
-        "dora": DoraMethod,
-        "qlora": QloraMethod,
-        "full": FullMethod,
-        "peft": PeftMethod,
-    }
-)
+class RegisteredMethod(Section):
+    """Base of the settings of a method that is added from outside: put the class into METHOD_OPTIONS."""
+
+    name: str
+
+
+_BUILT_IN: dict[str, type[Section]] = {
+    "auto": AutoMethod,
+    "lora": LoraMethod,
+    "dora": DoraMethod,
+    "qlora": QloraMethod,
+    "full": FullMethod,
+    "peft": PeftMethod,
+}
+METHOD_OPTIONS: dict[str, type[Section]] = dict(_BUILT_IN)
 """The settings of each method, by its name."""
 
 
-def _method_name(value: Any) -> str:
-    return str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
+def _tag(value: Any) -> str:
+    name = str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
+    return "registered" if name in METHOD_OPTIONS.keys() - _BUILT_IN.keys() else name
+
+
+def _registered(value: Any) -> Any:
+    return METHOD_OPTIONS[value["name"]].model_validate(value) if isinstance(value, dict) else value
 
 
 Method = Annotated[
@@ -203,6 +212,7 @@ Method = Annotated[
     | Annotated[DoraMethod, Tag("dora")]
     | Annotated[QloraMethod, Tag("qlora")]
     | Annotated[FullMethod, Tag("full")]
-    | Annotated[PeftMethod, Tag("peft")],
-    Discriminator(_method_name),
+    | Annotated[PeftMethod, Tag("peft")]
+    | Annotated[SerializeAsAny[RegisteredMethod], BeforeValidator(_registered), Tag("registered")],
+    Discriminator(_tag),
 ]

@@ -20,7 +20,7 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     """
     trained = 4 * sum(tensor.numel() for tensor in setup.attachment.trained.values())
     is_adapter = METHODS[setup.recipe.method.name].is_adapter
-    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.update.state_bytes())
+    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes())
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
     needed = checkpoints + result - min(checkpoints, held)

@@ -16,7 +16,7 @@ import torch
 from tunesmith.data.passes import Pass
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
-from tunesmith.optim import excess, gradient_norm, rate
+from tunesmith.optim import clip_divisor, gradient_norm, rate
 from tunesmith.training.state import TrainState
 from tunesmith.training.step import compute_gradients
 from tunesmith.types import Event
@@ -34,12 +34,12 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
-    recipe, plan, attachment, update = state.recipe, state.plan, state.attachment, state.update
+    recipe, plan, attachment, optimizer = state.recipe, state.plan, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()
         if not state.model.training:  # it takes as long as some of the layers of a small model
             state.model.train()
-        if update.begin():
+        if optimizer.train_mode():
             attachment.publish()
         done = compute_gradients(state, plan, step)
         plan, passes = done.plan, done.passes
@@ -48,7 +48,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         grad_norm = gradient_norm(attachment.trained.values())
         _require_finite(state, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
-            update.step(lr, number=step, divisor=excess(grad_norm, recipe.optim.clip))
+            optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - started

@@ -22,7 +22,7 @@ from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.resolve_model import resolve_base
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
@@ -138,14 +138,14 @@ def _accumulation(setup: Setup) -> Proof:
 def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     store = setup.rows.store
     count = sum(float(store.denominators[i]) for rows in passes for i in rows)
-    setup.update.drop_gradients()
+    setup.optimizer.zero_grad()
     setup.model.eval()  # no dropout: it would differ between the two ways
     for rows in passes:
         batch = setup.feed.batch(rows, draw=0)
         (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}
-    setup.update.drop_gradients()
+    setup.optimizer.zero_grad()
     return gradients
 
 
@@ -157,7 +157,7 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
     _restart(setup, fresh, {})
     losses = _run(setup, start=0, stop=STEPS // 2)
-    state = setup.update.state()
+    state = setup.optimizer.state()
     checkpoint.save(folder / "checkpoints", STEPS // 2, weights=state_dict(setup.attachment), optimizer=state, state={})
     _restart(setup, fresh, {})
     saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
@@ -174,8 +174,8 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     restore(setup.attachment, weights)
     recipe, attachment = setup.recipe, setup.attachment
-    setup.update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
-    setup.update.load(optimizer)
+    setup.optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    setup.optimizer.load(optimizer)
 
 
 def _run(setup: Setup, *, start: int, stop: int) -> list[float]:

@@ -19,17 +19,16 @@ from tunesmith.data.splits import Splits
 from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import METHODS, Method, attach
-from tunesmith.methods.together import compute_together
+from tunesmith.methods import METHODS, attach
 from tunesmith.models import attention, contention, load
-from tunesmith.models.fused_loss import OutputLayer, find_output_layer
+from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers
 from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
-from tunesmith.optim import Update
+from tunesmith.optim import Optimizer
 from tunesmith.planning.advise import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.sharing import disagreement, filled_by
@@ -109,8 +108,9 @@ def prepare(
     attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, start)
-    output = _join_products(model, METHODS[recipe.method.name]) if recipe.kernels == "fast" else None
-    update = Update(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    fuses_loss = recipe.kernels == "fast" and METHODS[recipe.method.name].fused_loss
+    output = find_output_layer(model) if fuses_loss else None
+    optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
     feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
@@ -119,7 +119,7 @@ def prepare(
     notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
-        choices=[*seen.choices, *sharing, update.describe()],
+        choices=[*seen.choices, *sharing, optimizer.describe()],
         notes=[*notes, *attachment.notes, *sample_notes],
         located=start.located,
         model=model,
@@ -131,7 +131,7 @@ def prepare(
         kind=start.kind,
         head=start.head,
         attachment=attachment,
-        update=update,
+        optimizer=optimizer,
         rows=rows,
         store=rows.store,
         feed=feed,
@@ -177,12 +177,6 @@ def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrain
     start.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     return model, num_parameters
-
-
-def _join_products(model: PreTrainedModel, method: Method) -> OutputLayer | None:
-    """Fuse matrix products of the model where possible; return its output layer if losses can be computed from it."""
-    compute_together(model)
-    return find_output_layer(model) if method.fused_loss else None
 
 
 def _samples(recipe: Recipe, start: Start, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:

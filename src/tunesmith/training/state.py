@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.feed import Feed
     from tunesmith.models.neftune import EmbeddingNoise
-    from tunesmith.optim import Update
+    from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
     from tunesmith.types import Attachment, Task
 
@@ -28,7 +28,7 @@ class TrainState:
     """Gives the loss of a batch."""
     attachment: Attachment
     """The trained tensors, and the way they reach the model."""
-    update: Update
+    optimizer: Optimizer
     """The optimizer and its state."""
     store: RowStore
     """The encoded training rows."""

@@ -82,14 +82,14 @@ def _penalise(state: TrainState) -> float | None:
 
 
 def _drop_gradients(state: TrainState) -> None:
-    state.update.drop_gradients()
+    state.optimizer.zero_grad()
     for parameter in state.model.parameters():
         parameter.grad = None
     free_cached_memory()
 
 
 def _exhausted(state: TrainState, step: int, lengths: list[int]) -> OutOfMemoryError:
-    state.update.rest()
+    state.optimizer.eval_mode()
     state.attachment.publish()
     peak = peak_memory_bytes(state.device)
     return OutOfMemoryError(

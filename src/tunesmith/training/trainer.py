@@ -140,7 +140,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
             session.emit("note", {"text": text})
         if newest:
             restore(setup.attachment, newest.weights)
-            setup.update.load(newest.optimizer)
+            setup.optimizer.load(newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
         if settings:
             write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
@@ -367,7 +367,7 @@ def _save(session: Session) -> None:
         run.checkpoints_path,
         step,
         weights=state_dict(setup.attachment),
-        optimizer=setup.update.state(),
+        optimizer=setup.optimizer.state(),
         state={"progress": asdict(session.progress), "identity": setup.identity},
         log=run.events_path,
     )

@@ -185,7 +185,7 @@ def _word(setup: Setup) -> dict[str, Any]:
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
-    made = checkpoint.save(folder, 1, weights=state_dict(setup.attachment), optimizer=setup.update.state(), state={})
+    made = checkpoint.save(folder, 1, weights=state_dict(setup.attachment), optimizer=setup.optimizer.state(), state={})
     seconds = time.perf_counter() - begun
     return {"saving": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
 

@@ -1,8 +1,8 @@
-"""Some rows of the embedding, and of a head beside it: of new tokens, trained beside adapters, and in full tuning of
-the tokens that occur at all.
+"""Training of single rows of the embedding and the output layer: of new tokens, with adapters, and in full tuning of
+the tokens that occur in the data.
 
-The rows lie in the model's own weights, where the update puts them, so that every forward is the model's own and a
-merged model is the live one. What is different is the backward: gradients of those rows alone are computed.
+The rows stay in the model's own weights, so that every forward is the model's own. Only the backward differs: it
+computes gradients of those rows alone.
 """
 
 # T tokens, D hidden size, V vocabulary, K rows
@@ -33,12 +33,12 @@ class TokenRows:
     def __init__(
         self, model: PreTrainedModel, ids: Sequence[int], *, among: Mapping[str, Tensor] | None = None
     ) -> None:
-        """`among`: these weights alone, by the names of their modules, in whose passes no other token may learn.
+        """`among`: only these weights, by the names of their modules; a gradient of any other row is then an error.
 
-        Raises RecipeError for an embedding that computes in a way that is not known here."""
+        Raises RecipeError for an embedding with a forward of its own."""
         self.ids = tuple(ids)
         self.parameters: dict[str, nn.Parameter] = {}
-        """What computes gradients, [K, D] in the model's precision, by the name of the module and ROWS."""
+        """[K, D] in the model's precision, by the name of the module and ROWS; gradients arrive here."""
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[nn.Module] = []
         for table, weight in (tables(model) if among is None else among).items():
@@ -58,12 +58,12 @@ class TokenRows:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Put the rows where the model computes with them."""
+        """Copy the rows into the weights of the model."""
         for name, (weight, ids_K) in self._weights.items():
             weight.index_copy_(0, ids_K, self.parameters[name].detach())
 
     def unload(self) -> None:
-        """Give the modules their own backward again; the rows stay in their weights."""
+        """Restore the modules' own backward; the rows stay in their weights."""
         for module in self._modules:
             del module.forward
         self._modules = []
@@ -80,34 +80,14 @@ def tables(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def sole_embedding(model: PreTrainedModel) -> str | None:
-    """The name of the embedding of tokens, if it computes as torch's does, no other module has its weight, and what it
-    reads are rows as they are encoded, to which decoders of their own add a first token."""
+    """The name of the input embedding, if it is torch's, its weight is not tied, and it reads rows as they are encoded:
+    decoders of encoder–decoders add a first token. None otherwise."""
     embedding = model.get_input_embeddings()
     owners = [name for name, module in model.named_modules() if module._parameters.get("weight") is embedding.weight]
     if model.config.is_encoder_decoder or len(owners) > 1 or type(embedding).forward is not nn.Embedding.forward:
         return None
     is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
     return owners[0] if is_plain else None
-
-
-def misfits(model: PreTrainedModel, indices: Mapping[str, Sequence[int]], saved: Mapping[str, Tensor]) -> list[str]:
-    """Why the rows of an adapter's file do not fit a model, in words. `indices`: the tokens by module."""
-    rows = {name: tensor for name, tensor in saved.items() if name.endswith(ROWS)}
-    if not indices:
-        return [f"{name}, and the config names no token" for name in rows]
-    tokens = {tuple(ids) for ids in indices.values()}
-    ids = min(tokens)
-    problems = ["rows of embedding and head are for different tokens"] if len(tokens) > 1 else []
-    expected = {name + ROWS: (len(ids), weight.shape[1]) for name, weight in tables(model).items()}
-    num_rows = min(len(weight) for weight in tables(model).values())
-    if max(ids, default=0) >= num_rows:
-        problems.append(f"rows for token {max(ids)}, and the model has {num_rows}: its embedding has to grow first")
-    for name in sorted(expected.keys() ^ rows.keys()):
-        problems.append(f"{'no' if name in expected else 'unknown'} {name}")
-    for name in expected.keys() & rows.keys():
-        if tuple(rows[name].shape) != expected[name]:
-            problems.append(f"{name} has shape {tuple(rows[name].shape)}, expected {expected[name]}")
-    return problems
 
 
 def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], ids_K: Tensor, *, alone: bool) -> Any:
@@ -126,20 +106,20 @@ def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], i
 
 
 def _scale(module: nn.Module) -> float | None:
-    """What an embedding is multiplied by, as Gemma's; None: not known."""
+    """The factor of an embedding, as Gemma's; None: unknown."""
     scale = getattr(module, "embed_scale", None)
     return None if scale is None else float(scale)
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """How an embedding computes."""
+    """Constants of an embedding."""
 
     scale: float
     padding: int
-    """The place of the row that never learns; -1: there is none."""
+    """Position of the row that never learns; -1: none."""
     alone: bool
-    """A gradient of any other row would be lost, and is an error."""
+    """A gradient of any other row is an error."""
 
 
 def _embed(module: nn.Module, rows: Tensor, places_V: Tensor, table: _Table, ids: Tensor) -> Tensor:
@@ -165,7 +145,7 @@ class _Embedded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (places,), table, num_rows = ctx.saved_tensors, ctx.table, len(ctx.like)
-        # What torch's own embedding does, so that each row's sum is taken in the same order; the last is of no row.
+        # As torch's own embedding, so that the sum of each row has the same order; the last takes all other rows.
         grads = torch.ops.aten.embedding_dense_backward(g.float(), places, num_rows + 1, table.padding, False)
         grad_KD, lost_D = grads[:num_rows], grads[num_rows]
         if table.alone and not is_fake(lost_D) and bool(lost_D.any()):

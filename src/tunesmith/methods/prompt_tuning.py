@@ -1,14 +1,13 @@
-"""Prompts: vectors that are trained, before the tokens of every row, inside a model that goes on as if there were none.
+"""Prompt and prefix tuning: trained vectors before the tokens of every row, inside a model that hides them.
 
-The model is called with T tokens and answers at T positions: whatever counts targets, lengths or room outside knows
-nothing of the P virtual ones. Two kinds:
+The model is called with T tokens and answers at T positions, so nothing outside of it knows the P virtual ones:
 
     embedded   P vectors before the embeddings [B, P + T, D]; their P outputs are cut off again
                (Lester et al. 2021, arXiv 2104.08691; Liu et al. 2021, arXiv 2103.10385)
     cached     keys and values of P tokens for every layer, as if they had been read before
                (Li & Liang 2021, arXiv 2101.00190)
 
-Positions count the virtual tokens first, then the row's own tokens whatever padding stands before them.
+Positions count the virtual tokens first, then the row's own tokens whatever padding precedes them.
 """
 
 # B rows, T tokens, P virtual tokens, D width
@@ -27,7 +26,7 @@ from tunesmith.models.attention import UnsupportedAttentionError
 
 
 class VirtualTokens:
-    """The hooks on the body of a causal model, which is what its output layer stands on."""
+    """Hooks on the body of a causal model, whose outputs the output layer reads."""
 
     def __init__(self, body: nn.Module, *, num: int, prompt: Callable[[int], Any], is_cached: bool) -> None:
         """`prompt`: number of rows → vectors [B, P, D], or with `is_cached` a cache of transformers."""
@@ -35,42 +34,36 @@ class VirtualTokens:
         self.active = True
         self._prompt = prompt
         self._is_cached = is_cached
-        self._takes = inspect.signature(type(body).forward).parameters
-        self._begun = False
-        self._hooks = [
-            body.register_forward_pre_hook(self._enter, with_kwargs=True),
-            body.register_forward_hook(self._leave),
-        ]
+        self._parameters = inspect.signature(type(body).forward).parameters
+        self._added = False
+        body.register_forward_pre_hook(self._enter, with_kwargs=True)
+        body.register_forward_hook(self._leave)
 
     @contextmanager
-    def without(self) -> Iterator[None]:
-        """Inside the block the model answers as it does alone."""
+    def disabled(self) -> Iterator[None]:
+        """Run the model without them inside the block."""
         self.active = False
         try:
             yield
         finally:
             self.active = True
 
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     def _enter(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._begun = False
+        self._added = False
         if not self.active:
             return None
-        given = {**dict(zip(self._takes, (None, *args), strict=False)), **kwargs}
+        given = {**dict(zip(self._parameters, (None, *args), strict=False)), **kwargs}
         given.pop("self", None)
         if given.get("segments") is not None or given.get("lanes") is not None:
             raise UnsupportedAttentionError("virtual tokens stand before each row, which rows packed together have not")
-        name = "cache" if "cache" in self._takes else "past_key_values"
+        name = "cache" if "cache" in self._parameters else "past_key_values"
         cache, mask, positions = given.get(name), given.get("attention_mask"), given.get("position_ids")
         past = int(cache.get_seq_length()) if cache is not None else 0
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         num_rows, num_tokens = tokens.shape[:2]
         if positions is None and mask is not None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-        self._begun = past == 0 and not self._is_cached
+        self._added = past == 0 and not self._is_cached
         if past == 0 and self._is_cached:
             given[name] = _joined(cache, self._prompt(num_rows))
         elif past == 0:
@@ -81,25 +74,25 @@ class VirtualTokens:
             given["inputs_embeds"] = torch.cat([prompt_BPD, embeds_BTD], dim=1)
         if mask is not None:
             given["attention_mask"] = torch.cat([mask.new_ones(num_rows, self.num), mask], dim=1)
-        if positions is not None and "position_ids" in self._takes:
+        if positions is not None and "position_ids" in self._parameters:
             positions = positions + self.num
-            if self._begun:
+            if self._added:
                 first_P = torch.arange(self.num, device=positions.device).expand(len(positions), -1)
                 positions = torch.cat([first_P, positions], dim=1)
             given["position_ids"] = positions
         return (), given
 
     def _leave(self, body: nn.Module, args: Any, output: Any) -> Any:
-        if not self._begun:
+        if not self._added:
             return None
-        self._begun = False
+        self._added = False
         hidden_BTD: Tensor = output[0]
         output[next(iter(output))] = hidden_BTD[:, self.num :]
         return output
 
 
 def _joined(cache: Any, prompt: Any) -> Any:
-    """The prompt's keys and values at the beginning of an empty cache, or by themselves where there is none."""
+    """The prompt's keys and values at the beginning of an empty cache; alone where there is none."""
     if cache is None:
         return prompt
     for index, layer in enumerate(prompt.layers):

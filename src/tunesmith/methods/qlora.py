@@ -1,4 +1,4 @@
-"""The base of QLoRA: a loaded model whose linear layers are packed, one after the other, before adapters go on it."""
+"""QLoRA's base: the linear layers of a loaded model are packed, one by one, before LoRA goes on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.targets import inner_linears, replace_module, shared_weights
-from tunesmith.methods.whole import find_modules
+from tunesmith.methods.targets import find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import QuantizedLinear, check_installed
 from tunesmith.recipe.methods import QloraMethod
@@ -19,10 +18,10 @@ _KNOWN = (nn.Linear.forward, Conv1D.forward)
 
 @torch.no_grad()
 def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
-    """Pack the linear layers inside the decoder and encoder layers, and put the model on `device`; what to say of it.
+    """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`. Returns notes.
 
-    What is trained whole keeps its weights, and so do embeddings, norms and the head. Each layer is packed on `device`
-    and let go before the next, so that on neither side there are ever two models.
+    Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on `device`
+    and released before the next, so that neither side ever holds two models.
 
     Raises:
         RecipeError: bitsandbytes is not installed, or the model has no linear layer that could be packed.
@@ -32,7 +31,7 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
     inside = [target for target in inner_linears(model) if id(target.module) not in whole]
     targets = [
-        target for target in inside if type(target.module).forward in _KNOWN and not shared_weights(model, [target])
+        target for target in inside if type(target.module).forward in _KNOWN and not tied_reasons(model, [target])
     ]
     if not targets:
         raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")
@@ -69,7 +68,7 @@ def base_format(settings: QloraMethod) -> str:
 
 
 def unpack_base(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, every packed layer in it an ordinary one with the weight that it unpacks to."""
+    """Replace every packed layer by an ordinary one with the weight that it unpacks to; returns the model."""
     for target in inner_linears(model):
         if isinstance(target.module, QuantizedLinear):
             replace_module(model, target, target.module.unpacked())

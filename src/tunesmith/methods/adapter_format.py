@@ -1,0 +1,471 @@
+"""LoRA and DoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, put_adapters
+from tunesmith.methods.lora_layer import LoraLinear, shape_OI
+from tunesmith.methods.new_token_embeddings import ROWS, tables
+from tunesmith.methods.targets import (
+    Target,
+    check_expression,
+    find_biases,
+    is_inside,
+    layer_of,
+    matches,
+    named_targets,
+    tied_modules,
+    tied_reasons,
+    weights_of,
+)
+from tunesmith.models import heads
+from tunesmith.models.save import save_tokenizer
+from tunesmith.models.special_tokens import with_pad_token
+from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
+from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
+
+if TYPE_CHECKING:
+    from tunesmith.data.renderer import Renderer
+    from tunesmith.models.resolve_model import ModelRef
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""peft's prefix of the names of the model's own weights."""
+PATTERN_KEYS = (
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save",
+)  # fmt: skip
+"""Keys of a config that peft reads as regular expressions."""
+MAX_NAMED = 5
+"""Problems of an adapter that an error names."""
+
+_LAYER_KEY = re.compile(r"(?P<name>.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the weights of the base as they are."""
+_READ = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+"""Keys of a config that are read here, or do not change what the adapter computes."""
+
+
+# Writing
+
+
+def save_result(
+    attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
+) -> None:
+    """Write the adapter, the labels of a head, and the tokenizer with the template that it was trained with."""
+    config = to_config(attachment, base=base_reference(located), revision=located.revision)
+    with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as beside:
+        _write(attachment, config, beside)
+
+
+def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revision: str | None = None) -> None:
+    """Write the adapter alone, completely or not at all; float32, whatever the model computes in."""
+    with _replacing(folder, _num_bytes(attachment)) as beside:
+        _write(attachment, to_config(attachment, base=base, revision=revision), beside)
+
+
+@contextmanager
+def writing_adapter(
+    folder: Path, num_bytes: int, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
+) -> Iterator[Path]:
+    """Give a folder to write an adapter into; at the end it gets tokenizer and labels, and takes the place of `folder`.
+    After an exception nothing remains."""
+    with _replacing(folder, num_bytes) as beside:
+        yield beside
+        save_tokenizer(with_pad_token(model, renderer.tokenizer), beside, located=located)
+        heads.write_labels(model, beside)
+
+
+def base_reference(located: ModelRef) -> str:
+    """The base of an adapter: its hub id, or the whole path of a folder or file."""
+    return located.name if located.kind == "hub" else str(located.path.resolve())
+
+
+def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> dict[str, Any]:
+    """The adapter_config.json of an adapter.
+
+    One that subtracts its start again is written as what it is on the untouched base: plain LoRA of twice the rank.
+    """
+    settings, rows = attachment.settings, attachment.rows
+    twice = any(layer.start is not None for layer in attachment.layers.values())
+    is_stable = settings.rslora and not twice
+    ranks = {name: one.rank * (2 if twice else 1) for name, one in attachment.sizes.items()}
+    alphas = {
+        name: attachment.layers[name].scale * ranks[name] if twice else one.alpha
+        for name, one in attachment.sizes.items()
+    }
+    rank, alpha = settings.rank, settings.alpha
+    if twice:
+        alpha = 2 * rank * alpha / (rank**0.5 if settings.rslora else rank)
+        rank = 2 * rank
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type(attachment.model),
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": _as_int(alpha),
+        "lora_dropout": settings.dropout,
+        "target_modules": shortest_ends(attachment.layers, module_names(attachment.model)),
+        "fan_in_fan_out": any(layer.is_transposed for layer in attachment.layers.values()),
+        "bias": settings.bias,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": is_stable,
+        "use_dora": isinstance(settings, DoraMethod),
+        "modules_to_save": _whole_modules(attachment) or None,
+        "trainable_token_indices": None if rows is None else {name: list(rows.ids) for name in rows.names},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {f"^{name}": other for name, other in ranks.items() if other != rank},
+        "alpha_pattern": {f"^{name}": _as_int(other) for name, other in alphas.items() if other != alpha},
+    }
+
+
+def planned_config(settings: LowRankMethod) -> dict[str, Any]:
+    """The main entries of the config of an adapter that is not trained yet."""
+    return {
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "use_dora": isinstance(settings, DoraMethod),
+        "use_rslora": settings.rslora,
+        "bias": settings.bias,
+        "modules_to_save": list(settings.also_train),
+        "target_modules": list(settings.targets),
+    }
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """peft's name of the model's task; it has none for models that guess masked tokens."""
+    names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None}
+    return names.get(heads.head_of(model), "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+
+
+def head_modules(model: PreTrainedModel, weights: Sequence[str]) -> list[str]:
+    """The modules of a head: those outside of the base model, and the pooler inside it."""
+    inside, pooler = f"{model.base_model_prefix}.", ".pooler"
+    names = (
+        name[: name.index(pooler) + len(pooler)] if name.startswith(inside) else name.partition(".")[0]
+        for name in weights
+    )
+    return list(dict.fromkeys(names))
+
+
+def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> list[str]:
+    """The shortest ends of names that mean the `chosen` modules and no other of `all_names`, as peft reads them."""
+    ends = set()
+    for name in chosen:
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            end = ".".join(parts[start:])
+            if all(other in chosen for other in all_names if other == end or other.endswith("." + end)):
+                ends.add(end)
+                break
+    return sorted(ends)
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """Names of the modules as they are without adapters."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return [name for name, _ in model.named_modules() if not (inside and name.startswith(inside))]
+
+
+def check_patterns(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a config with a regular expression on which peft could take forever."""
+    for key in PATTERN_KEYS:
+        words = config.get(key) or ()
+        for word in [words] if isinstance(words, str) else words:
+            check_expression(word)
+
+
+def _as_int(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _num_bytes(attachment: LoraAttachment) -> int:
+    return sum(4 * tensor.numel() for tensor in attachment.trained.values())
+
+
+@contextmanager
+def _replacing(folder: Path, num_bytes: int) -> Iterator[Path]:
+    beside = temporary_folder(folder.parent, folder.name)
+    try:
+        with storing(folder, num_bytes=num_bytes):
+            yield beside
+        replace_folder(beside, folder, swap=True)
+    except BaseException:
+        remove(beside)
+        raise
+
+
+def _write(attachment: LoraAttachment, config: Mapping[str, Any], folder: Path) -> None:
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
+    """Everything that is trained, by its names in the file."""
+    tensors = dict(attachment.trained)
+    for name, layer in attachment.layers.items():
+        matrices = layer.with_start(*attachment.matrices(name))
+        tensors |= zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), matrices, strict=True)
+    masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
+    for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
+        tensors[name] = masters[id(weight)].clone()  # tied ones are written twice, and safetensors wants no sharing
+    for name in attachment.whole.biases:
+        tensors[_bias_key(name, attachment.layers)] = tensors.pop(name)
+    return tensors
+
+
+def _whole_modules(attachment: LoraAttachment) -> list[str]:
+    """The modules that are written whole: those of the head, and those that were named, with the ones tied to them."""
+    model, modules = attachment.model, attachment.whole.modules
+    names = [*head_modules(model, attachment.whole.head), *modules, *tied_modules(model, modules)]
+    return list(dict.fromkeys(names))
+
+
+def _saved_modules(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `modules` under every name that a file needs: tied ones under each."""
+    return {
+        f"{module}.{name}": parameter
+        for module in (*modules, *tied_modules(model, modules))
+        for name, parameter in model.get_submodule(module).named_parameters()
+    }
+
+
+def _bias_key(name: str, adapted: Mapping[str, object]) -> str:
+    layer = name.removesuffix(".bias")
+    return f"{layer}.base_layer.bias" if layer in adapted else name
+
+
+# Reading
+
+
+@dataclass(frozen=True, slots=True)
+class SavedConfig:
+    """An adapter's config."""
+
+    settings: LowRankMethod
+    config: Mapping[str, Any]
+
+    def means(self, name: str) -> bool:
+        """Whether the module of this name is adapted."""
+
+        def is_listed(words: str | Sequence[str] | None) -> bool:
+            if isinstance(words, str):
+                return matches(words, name, whole=True)
+            return any(name == word or name.endswith("." + word) for word in words or ())
+
+        layers = self.config.get("layers_to_transform")
+        if layers is not None:
+            place = layer_of(name)
+            if place is None or place[1] not in ([layers] if isinstance(layers, int) else layers):
+                return False
+        return is_listed(self.config["target_modules"]) and not is_listed(self.config.get("exclude_modules"))
+
+    def sized(self, target: Target) -> Adapted:
+        """A layer with the rank and alpha of its adapter."""
+        rank = by_patterns(self.config.get("rank_pattern") or {}, target.name, self.settings.rank)
+        alpha = by_patterns(self.config.get("alpha_pattern") or {}, target.name, self.settings.alpha)
+        return Adapted(target, rank, alpha)
+
+    def token_ids(self) -> set[tuple[int, ...]]:
+        """The tokens whose rows the adapter brings, as listed for each module; empty: none."""
+        indices = self.config.get("trainable_token_indices") or {}
+        return {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices])}
+
+
+def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
+    """The value of the first pattern that means a layer, as peft reads them."""
+    return next((value for key, value in patterns.items() if _is_key_of(key, name)), default)
+
+
+def _is_key_of(pattern: str, name: str) -> bool:
+    return matches(rf"(.*\.)?({pattern})", name, whole=True)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
+    """Put a saved adapter on `model`, its base: one of ours, or a LoRA or DoRA written by peft.
+
+    Raises:
+        ModelError: a file that is missing or broken, a kind of adapter that changes the base, other labels, or weights
+            that are not exactly those of the layers it names and of the model's head; the model was not changed.
+    """
+    heads.check_labels(model, folder)
+    saved, tensors = read_config(folder), _read_weights(folder)
+    named = {match["name"] for key in tensors if (match := _LAYER_KEY.fullmatch(key))}
+    meant = {name for name in module_names(model) if saved.means(name)}
+    targets = named_targets(model, named | meant)
+    linear = {name for target in targets for name in target.names}
+    adapted = [saved.sized(target) for target in targets]
+    whole = _find_whole(folder, saved, model, targets)
+    ids = saved.token_ids()
+    problems = [f"no linear layer {name} in the model" for name in sorted((named | meant) - linear)]
+    problems += [f"weights for {name}, which target_modules does not name" for name in sorted(named - meant)]
+    problems += [f"{name} is adapted and whole" for name in sorted(linear) if is_inside(name, whole.modules)]
+    problems += tied_reasons(model, targets)
+    if len(ids) > 1:
+        problems.append("rows of embedding and head are for different tokens")
+    num_rows = min(len(weight) for weight in tables(model).values())
+    problems += [
+        f"rows for token {max(some)}, and the model has {num_rows}: its embedding has to grow first"
+        for some in ids
+        if max(some) >= num_rows
+    ]
+    rows = next(iter(ids), ())
+    problems += _misfits(tensors, _shapes(saved, model, adapted, whole, rows))
+    problems += _unequal_ties(model, whole, tensors)
+    # A pooler that comes with the base may be missing, the rest of a head may not.
+    drawn, inside = heads.new_param_names(model), f"{model.base_model_prefix}."
+    needed = [name for name in heads.new_head_names(model) if name in drawn or not name.startswith(inside)]
+    problems += [f"no weights for the head's {name}" for name in needed if name not in whole.head]
+    if problems:
+        more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        base = saved.config["base_model_name_or_path"]
+        raise ModelError(f"{folder}: does not fit {base}: {'; '.join(problems[:MAX_NAMED])}{more}")
+    by_layer = {one.target.name: one for one in adapted}
+    attachment = put_adapters(model, adapted, whole=whole, settings=saved.settings, rows=rows)
+    with torch.no_grad():
+        for name, master in attachment.trained.items():
+            master.copy_(tensors[_bias_key(name, by_layer) if name in whole.biases else name])
+    attachment.publish()
+    return attachment
+
+
+def read_config(folder: Path) -> SavedConfig:
+    """The config of an adapter. Raises ModelError for one that is damaged or holds what is not understood."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing: the folder of an adapter holds {CONFIG} and {WEIGHTS}") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return SavedConfig(_settings(path, config), config)
+
+
+def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
+    missing = [key for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if key not in config]
+    if config.get("peft_type") != "LORA" or missing:
+        raise ModelError(f"{path}: not a LoRA adapter: peft_type {config.get('peft_type')!r}, missing keys {missing}")
+    unknown = sorted(key for key, value in config.items() if value and key not in _READ)
+    if config.get("layers_pattern") and config.get("layers_to_transform") is not None:
+        unknown.append("layers_pattern")
+    if config.get("init_lora_weights", True) not in _KEEPS_BASE:
+        unknown.append("init_lora_weights")
+    if unknown:
+        raise ModelError(
+            f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. Merge this "
+            "adapter with peft."
+        )
+    targets = config["target_modules"]
+    try:
+        words = (f"re:^(?:{re.compile(targets).pattern})$",) if isinstance(targets, str) else tuple(sorted(targets))
+        for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())):
+            re.compile(pattern)
+        return (DoraMethod if config.get("use_dora") else LoraMethod)(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            rslora=bool(config.get("use_rslora")),
+            dropout=config.get("lora_dropout", 0.0),
+            targets=words,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            bias=config.get("bias", "none"),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
+    except (TypeError, re.error) as error:
+        raise ModelError(f"{path}: target_modules: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors by names such as `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise ModelError(f"{path}: missing. Weights in .bin files are not read: save the adapter as safetensors.")
+    try:
+        return {key.removeprefix(PREFIX): tensor for key, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+
+
+def _find_whole(folder: Path, saved: SavedConfig, model: PreTrainedModel, targets: Sequence[Target]) -> Whole:
+    """What an adapter brings whole, as peft finds it: modules by the ends of their names, biases by a word."""
+    ends = tuple(saved.config.get("modules_to_save") or ())
+    found = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
+    head = tuple(name for name in heads.new_head_names(model) if is_inside(name, found))
+    modules = [name for name in found if not any(is_inside(weight, [name]) for weight in head)]
+    once: list[str] = []
+    for name in modules:
+        if not is_inside(name, set(modules) - {name}) and not tied_modules(model, [name]).keys() & set(once):
+            once.append(name)
+    known = {*head, *weights_of(model, once)}
+    try:
+        return Whole(head, tuple(once), find_biases(model, saved.settings.bias, targets, known=known))
+    except RecipeError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def _shapes(
+    saved: SavedConfig, model: PreTrainedModel, adapted: Sequence[Adapted], whole: Whole, rows: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of everything that the file must hold, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in adapted:
+        name, (num_outputs, num_inputs) = one.target.name, shape_OI(one.target.module)
+        shapes |= {f"{name}.lora_A.weight": (one.rank, num_inputs), f"{name}.lora_B.weight": (num_outputs, one.rank)}
+        if isinstance(saved.settings, DoraMethod):
+            shapes[f"{name}.{MAGNITUDE}"] = (num_outputs,)
+    by_layer = {one.target.name: one for one in adapted}
+    shapes |= {_bias_key(name, by_layer): tuple(model.get_parameter(name).shape) for name in whole.biases}
+    shapes |= {name: tuple(weight.shape) for name, weight in _saved_modules(model, whole.modules).items()}
+    shapes |= {name: tuple(model.get_parameter(name).shape) for name in whole.head}
+    if rows:
+        shapes |= {name + ROWS: (len(rows), weight.shape[1]) for name, weight in tables(model).items()}
+    return shapes
+
+
+def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"no weights for {name}" for name in shapes if name not in tensors]
+    problems += [f"unknown tensor {name}" for name in sorted(tensors) if name not in shapes]
+    return problems + [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+
+
+def _unequal_ties(model: PreTrainedModel, whole: Whole, tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    first: dict[int, str] = {}
+    for name, weight in _saved_modules(model, whole.modules).items():
+        other = first.setdefault(id(weight), name)
+        if other in tensors and name in tensors and not torch.equal(tensors[other], tensors[name]):
+            problems.append(f"{other} and {name} differ, but are one weight in the model (tied)")
+    return problems

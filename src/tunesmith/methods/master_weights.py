@@ -1,0 +1,90 @@
+"""float32 masters of the weights that a model computes with.
+
+bfloat16 loses an update of relative size 1e-3, since its neighbours are 2^-8 apart. So trained weights are float32, and
+the model computes with a copy that is rounded once an update. A float32 tensor is its own master.
+
+A bfloat16 value stands for a cell of float32 values that round to it. Masters that all start in the middle of their
+cells would hide the first small updates of full tuning from the forward pass. So with `spread` they start anywhere in
+their cells, uniformly at random: the model computes with the same bits, and of every update a fitting share of weights
+crosses over. Rounding to nearest then loses nothing on average, like dither in signal processing (Schuchman, "Dither
+Signals and Their Effect on Quantization Noise", IEEE Transactions on Communication Technology 12(4), 1964).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+
+class MasterWeights:
+    """Masters of named parameters, in the order given."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, free_early: bool, spread: int | None = None) -> None:
+        """`spread`: a seed for the start of each master in its cell; None: the middle.
+        `free_early` moves every gradient to its master inside the backward, so that never all exist in both widths, as
+        full tuning needs; for a few small tensors one sweep after the backward is cheaper."""
+        self.trained: dict[str, Tensor] = {}
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        generators: dict[torch.device, torch.Generator] = {}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            if parameter.dtype == torch.float32:
+                self.trained[name] = parameter
+                continue
+            master = parameter.detach().float()
+            if spread is not None and not is_fake(master):
+                device = master.device
+                spread_in_cells(master, generators.setdefault(device, torch.Generator(device).manual_seed(spread)))
+            master.requires_grad_(True)
+            self.trained[name] = master
+            self._pairs.append((parameter, master))
+            if free_early:
+                hook = parameter.register_post_accumulate_grad_hook(_MoveGradient(master))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+
+    def collect(self) -> None:
+        """Add the gradients of the copies to those of the masters, in float32, and drop them."""
+        for parameter, master in self._pairs:
+            _MoveGradient(master)(parameter)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the copies."""
+        for parameter, master in self._pairs:
+            parameter.copy_(master)
+
+    def release(self) -> None:
+        """Remove the hooks from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class _MoveGradient:
+    def __init__(self, master: Tensor) -> None:
+        self.master = master
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if self.master.grad is None:
+            self.master.grad = parameter.grad.float()
+        else:
+            self.master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+
+def spread_in_cells(values: Tensor, generator: torch.Generator) -> None:
+    """Move float32 `values` that bfloat16 has, in place, to random ones that bfloat16 rounds to the same.
+
+    As integers, the bits of float32 grow with its size, and bfloat16 keeps the upper 16: a cell is everything less than
+    2^15 away. Zeros, whose neighbours are as close as float32 resolves, and values that are not finite stay.
+    """
+    offsets = torch.empty(values.shape, dtype=torch.int16, device=values.device)
+    offsets.random_(-0x7FFF, 0x8000, generator=generator)
+    offsets.masked_fill_((values == 0) | ~values.isfinite(), 0)
+    values.view(torch.int32).add_(offsets)

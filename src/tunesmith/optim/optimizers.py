@@ -1,0 +1,455 @@
+"""Optimizers: add one by writing its row in OPTIMIZERS; the library that keeps it computes the update.
+
+`Optimizer` applies the rows to everything that is trained: who takes which tensor, decay, clipping, and state by name.
+docs/optimizers.md says when to use which.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tunesmith.environment import install_command
+from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.models.quantized import import_bitsandbytes
+from tunesmith.optim.rounding import StochasticRounding
+from tunesmith.recipe.schema import Optim, required, resolved
+from tunesmith.types import Choice
+
+Groups = list[dict[str, Any]]
+FUSED_DEVICES = ("cpu", "cuda", "xpu")
+BLOCK = 256
+"""Values that share a scale in 8-bit state (bitsandbytes)."""
+SMALL = 4096
+"""Tensors below this are not worth 8-bit state, as bitsandbytes has it."""
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(wte|wpe|shared|relative_attention_bias|(?!embed_out|\w*(proj|mapping))\w*embed\w*)"
+    r"(\.modules_to_save(\.\w+)?)?\.weight$"
+    r"|\.trainable_tokens_delta(\.\w+)?$"  # rows of new tokens, also of a head, as peft and we name them
+)
+_INSIDE_A_LAYER = re.compile(r"(^|\.)\d+\.")
+
+
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
+LARGE = 1 << 16
+"""Size of a gradient that is worth a call of its own; of many smaller ones torch's norm is faster."""
+PIECE = 1 << 20
+"""Number of squares that are summed in float32; these sums are summed in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One part of an optimizer's state of one tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    place: Literal["device", "cpu", "number"] = "device"
+    """On the device of its tensor, on the CPU, or a Python number, which is saved as a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRow:
+    """One way to update weights from gradients."""
+
+    name: str
+    doc: str
+    kernel: Callable[[str], tuple[str, str]]
+    """device type → (the code that computes the update, one sentence on it)."""
+    build: Callable[[Groups, Optim], torch.optim.Optimizer]
+    state: Callable[[Tensor], Mapping[str, Slot]]
+    """The state of a tensor after its first update, by its library's names."""
+    rate: tuple[float, str]
+    """Its usual rate as a multiple of AdamW's, and the source."""
+    takes: Callable[[str, Tensor], bool] = lambda name, tensor: True
+    """Whether it updates this tensor; AdamW updates the others."""
+    extra: str | None = None
+    """The package it comes from, where that is optional."""
+    constants: Callable[[Any, Tensor], Mapping[str, Any]] = lambda optimizer, tensor: {}
+    """More state of a tensor, the same in every run and not saved."""
+    spares_zeros: bool = True
+    """Whether rows without gradients stay as they are, and do not change the update of the others."""
+    counters: tuple[str, ...] = ()
+    """Numbers in every parameter group that belong to its state."""
+    divides: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: False
+    """Whether its kernel divides gradients by `grad_scale`."""
+
+
+def check_installed(optim: Optim) -> None:
+    """Raise RecipeError where the optimizer comes from a package that is not installed."""
+    extra = OPTIMIZERS[optim.name].extra
+    if extra is not None and find_spec(extra) is None:
+        raise RecipeError(
+            f"optim.name: {optim.name} needs the package {extra}, which is not installed. "
+            f"Install it with: {install_command(extra)}, or use optim.name: adamw."
+        )
+
+
+def _like(tensor: Tensor) -> Slot:
+    return Slot(tensor.shape, torch.float32)
+
+
+def _adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    device = groups[0]["params"][0][1].device.type
+    betas, eps = required(optim.betas), required(optim.eps)
+    return torch.optim.AdamW(groups, lr=resolved(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
+
+
+def _adamw_kernel(device: str) -> tuple[str, str]:
+    if device in FUSED_DEVICES:
+        return "fused", f"one kernel updates all tensors on {device}"
+    return "plain", f"{device}: the fused kernel is not used there, updates are slower"
+
+
+def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
+    # The plain kernel counts steps on the CPU, the fused one beside the tensor.
+    place: Literal["device", "cpu"] = "device" if tensor.device.type in FUSED_DEVICES else "cpu"
+    return {
+        "step": Slot(torch.Size(), torch.float32, place),
+        "exp_avg": _like(tensor),
+        "exp_avg_sq": _like(tensor),
+    }
+
+
+def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    betas, eps = required(optim.betas), required(optim.eps)
+    adamw = import_bitsandbytes().optim.AdamW8bit
+    return adamw(groups, lr=resolved(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
+
+
+def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
+    blocks = Slot(torch.Size([-(-tensor.numel() // BLOCK)]), torch.float32)
+    bytes_ = Slot(tensor.shape, torch.uint8)
+    number = Slot(torch.Size(), torch.int64, "number")
+    return {"step": number, "state1": bytes_, "state2": bytes_, "absmax1": blocks, "absmax2": blocks}
+
+
+def _adamw_8bit_codes(optimizer: Any, tensor: Tensor) -> Mapping[str, Tensor]:
+    """What each of the 256 bytes stands for."""
+    signed, unsigned = (optimizer.name2qmap[key].to(tensor.device) for key in ("dynamic", "udynamic"))
+    return {"qmap1": signed, "qmap2": unsigned}
+
+
+def _lion(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    return import_bitsandbytes().optim.Lion32bit(groups, lr=resolved(optim.lr), betas=required(optim.betas))  # type: ignore[no-any-return]
+
+
+def _adafactor(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    # An update is scaled by max(1, RMS of the weight) and not by the RMS alone: rates mean what they mean elsewhere,
+    # and a matrix of zeros, as LoRA's B at its start, can move.
+    return torch.optim.Adafactor(groups, lr=resolved(optim.lr), eps=(None, 1.0))
+
+
+def _adafactor_state(tensor: Tensor) -> Mapping[str, Slot]:
+    step = Slot(torch.Size(), torch.float32, "cpu")
+    if tensor.ndim < 2:
+        return {"step": step, "variance": _like(tensor)}
+    *front, rows, columns = tensor.shape
+    row_var, col_var = torch.Size([*front, rows, 1]), torch.Size([*front, 1, columns])
+    return {"step": step, "row_var": Slot(row_var, torch.float32), "col_var": Slot(col_var, torch.float32)}
+
+
+def _muon(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    momentum = required(optim.momentum)
+    return torch.optim.Muon(groups, lr=resolved(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
+
+
+def _schedule_free(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    # One tensor after another: updating all at once holds a second copy of every gradient.
+    betas, eps = required(optim.betas), required(optim.eps)
+    return AdamWScheduleFree(groups, lr=resolved(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
+
+
+def _from(library: str) -> Callable[[str], tuple[str, str]]:
+    return lambda device: (library, f"updates are computed by {library} on {device}")
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "adamw": OptimizerRow(
+        name="adamw",
+        doc="Adam with decoupled decay: the usual choice.",
+        kernel=_adamw_kernel,
+        build=_adamw,
+        state=_adamw_state,
+        rate=(1.0, ""),
+        divides=lambda optimizer: bool(optimizer.defaults["fused"]),
+    ),
+    "adamw_8bit": OptimizerRow(
+        name="adamw_8bit",
+        doc="AdamW whose state is kept in 8 bits, a scale for every 256 values.",
+        kernel=_from("bitsandbytes"),
+        build=_adamw_8bit,
+        state=_adamw_8bit_state,
+        rate=(1.0, "8-bit AdamW takes AdamW's rate (arXiv 2110.02861)"),
+        takes=lambda name, tensor: tensor.numel() >= SMALL and not is_embedding(name),
+        extra="bitsandbytes",
+        constants=_adamw_8bit_codes,
+    ),
+    "lion": OptimizerRow(
+        name="lion",
+        doc="The sign of a mean of gradients: one number of state a weight.",
+        kernel=_from("bitsandbytes"),
+        build=_lion,
+        state=lambda tensor: {"step": Slot(torch.Size(), torch.int64, "number"), "state1": _like(tensor)},
+        rate=(0.2, "Lion takes a third to a tenth of AdamW's rate (arXiv 2302.06675, section 5)"),
+        extra="bitsandbytes",
+    ),
+    "adafactor": OptimizerRow(
+        name="adafactor",
+        doc="Means of squares kept as one row and one column a matrix: almost no state, no momentum.",
+        kernel=_from("torch"),
+        build=_adafactor,
+        state=_adafactor_state,
+        rate=(1.0, "Adafactor's updates have AdamW's size (arXiv 1804.04235, section 6)"),
+        spares_zeros=False,
+    ),
+    "muon": OptimizerRow(
+        name="muon",
+        doc="Momentum made orthogonal for the matrices inside the layers; AdamW for all else.",
+        kernel=_from("torch"),
+        build=_muon,
+        state=lambda tensor: {"momentum_buffer": _like(tensor)},
+        rate=(1.0, "Muon's updates are scaled to AdamW's size (arXiv 2502.16982, section 2.2)"),
+        takes=lambda name, tensor: tensor.ndim == 2 and bool(_INSIDE_A_LAYER.search(name)) and not is_embedding(name),
+    ),
+    "schedule_free": OptimizerRow(
+        name="schedule_free",
+        doc="AdamW that averages its weights instead of lowering its rate.",
+        kernel=_from("schedulefree"),
+        build=_schedule_free,
+        state=lambda tensor: {"z": _like(tensor), "exp_avg_sq": _like(tensor)},
+        rate=(2.0, "schedule-free takes once to ten times AdamW's rate (arXiv 2405.15682)"),
+        extra="schedulefree",
+        counters=("k", "weight_sum", "lr_max"),
+    ),
+}
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight is a table of vectors looked up by number, by its name."""
+    return _EMBEDDING.search(name) is not None
+
+
+def decays(name: str, tensor: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases (one axis) nor to embeddings (by name)."""
+    return tensor.ndim > 1 and not is_embedding(name)
+
+
+@torch.no_grad()
+def gradient_norm(tensors: Iterable[Tensor]) -> float:
+    """The global 2-norm of the gradients, float32; 0 where there are none.
+
+    Large ones on a CPU are multiplied with themselves: torch's own norm reads half as fast, and is off by 1e-3 for 28
+    million numbers.
+    """
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    large = [gradient for gradient in gradients if gradient.device.type == "cpu" and gradient.numel() >= LARGE]
+    others = [gradient for gradient in gradients if gradient.device.type != "cpu" or gradient.numel() < LARGE]
+    squares = [piece.dot(piece) for gradient in large for piece in torch.split(gradient.reshape(-1), PIECE)]
+    of_large = float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
+    return math.hypot(of_large, float(torch.nn.utils.get_total_norm(others)) if others else 0.0)
+
+
+def clip_divisor(norm: float, most: float | None) -> float:
+    """The divisor of all gradients that brings their norm down to `most`, if any. Pascanu et al. 2013, "On the
+    difficulty of training recurrent neural networks", algorithm 1."""
+    return 1.0 if most is None or norm <= most else norm / most
+
+
+def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mapping[str, float] = NO_FACTORS) -> Groups:
+    """Group tensors by weight decay and `rate_factor`, which multiplies the rate; `factors`: those that are not 1."""
+    members: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
+    for name, tensor in trained.items():
+        members.setdefault((decays(name, tensor), factors.get(name, 1.0)), []).append((name, tensor))
+    return [
+        {
+            "params": members[decay, factor],
+            "weight_decay": optim.weight_decay if decay else 0.0,
+            "lr": resolved(optim.lr) * factor,
+            "rate_factor": factor,
+        }
+        for decay, factor in sorted(members, key=lambda key: (not key[0], key[1]))
+    ]
+
+
+class Optimizer:
+    """The recipe's optimizer for the tensors that it takes, and AdamW for the others.
+
+    Between two steps the tensors hold the weights that are evaluated and saved. Schedule-free takes its gradients at
+    other weights: `train_mode` goes there, `step` comes back. A step follows from tensors, state and rate alone; for
+    bfloat16 tensors, which are rounded at random, also from `seed` and the number of the step.
+    """
+
+    def __init__(
+        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS, seed: int = 0
+    ) -> None:
+        """`factors`: see `parameter_groups`. Raises RecipeError for an optimizer that cannot hold bfloat16 weights."""
+        self.trained = trained
+        self._rounding = StochasticRounding(trained, seed=seed)
+        if self._rounding.leaves and OPTIMIZERS[optim.name].counters:
+            raise RecipeError(
+                f"optim.name: {optim.name}: keeps means of the weights, which bfloat16 alone cannot hold. Use another "
+                "optimizer, or method.rounding: nearest."
+            )
+        self.leaves = {**trained, **self._rounding.leaves}
+        """The tensors that the libraries update: `trained`, with float32 copies in place of bfloat16 ones."""
+        chosen, others = OPTIMIZERS[optim.name], OPTIMIZERS["adamw"]
+        shares: dict[str, list[str]] = {chosen.name: [], others.name: []}
+        for name, tensor in self.leaves.items():
+            shares[chosen.name if chosen.takes(name, tensor) else others.name].append(name)
+        self.parts: list[tuple[OptimizerRow, list[str], torch.optim.Optimizer]] = [
+            (row, names, row.build(parameter_groups({n: self.leaves[n] for n in names}, optim, factors), optim))
+            for row, names in ((OPTIMIZERS[key], names) for key, names in shares.items())
+            if names
+        ]
+
+    def train_mode(self) -> bool:
+        """Go to the weights of the next step's gradient; return whether the tensors changed and must be published."""
+        return self._switch("train")
+
+    def step(self, lr: float, *, number: int = 0, divisor: float = 1.0) -> None:
+        """Update every tensor that has a gradient, and drop the gradients. `number`: of the step, for random rounding.
+        `divisor`: divides all gradients first, see `clip_divisor`."""
+        for row, names, optimizer in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate_factor"]
+            self._divide(row, names, optimizer, divisor)
+            if any(name not in self._rounding.leaves for name in names):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            for name in names:
+                if name in self._rounding.leaves and self.trained[name].grad is not None:
+                    with self._rounding.widened(name, number):
+                        optimizer.step()
+        self._switch("eval")
+
+    @torch.no_grad()
+    def _divide(
+        self, row: OptimizerRow, names: Sequence[str], optimizer: torch.optim.Optimizer, divisor: float
+    ) -> None:
+        """Divide inside the update's kernel where it can, which saves a pass over every gradient."""
+        tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
+        if row.divides(optimizer) and not self._rounding.leaves:
+            is_needed = divisor != 1 and tensors
+            scale = torch.tensor(divisor, dtype=torch.float32, device=tensors[0].device) if is_needed else None
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        elif divisor != 1:
+            for tensor in tensors:
+                assert tensor.grad is not None, "only those that have one"
+                tensor.grad.div_(divisor)
+
+    def eval_mode(self) -> None:
+        """Return to the weights that are evaluated and saved, without an update."""
+        self.zero_grad()
+        self._switch("eval")
+
+    def zero_grad(self) -> None:
+        for tensor in self.trained.values():
+            tensor.grad = None
+
+    def _switch(self, mode: str) -> bool:
+        switches = [getattr(optimizer, mode) for _, _, optimizer in self.parts if hasattr(optimizer, mode)]
+        for switch in switches:
+            switch()
+        return bool(switches)
+
+    def state(self) -> dict[str, Tensor]:
+        """The state, not copied: `<name of a trained tensor>/<part>` and `<optimizer>/<number of a group>/<counter>`.
+        Empty before the first update; a tensor that never had a gradient has no entries."""
+        found: dict[str, Tensor] = {}
+        for row, names, optimizer in self.parts:
+            begun = [name for name in names if optimizer.state.get(self.leaves[name])]
+            for name in begun:
+                kept, slots = optimizer.state[self.leaves[name]], row.state(self.leaves[name])
+                found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in slots}
+            if begun:
+                found |= {key: _as_tensor(value) for key, value in _counters(row, optimizer).items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, bit for bit. Raises CheckpointError, with nothing changed, for a name that is
+        unknown or misses a part, or a shape that does not fit."""
+        left = dict(tensors)
+        states: list[dict[Tensor, dict[str, Any]]] = []
+        numbers: list[dict[str, Any]] = []
+        for row, names, optimizer in self.parts:
+            states.append({})
+            for name in names:
+                tensor = self.leaves[name]
+                slots = row.state(tensor)
+                parts = {key: left.pop(f"{name}/{key}") for key in slots if f"{name}/{key}" in left}
+                if parts:
+                    _require_fit(name, parts, slots)
+                    placed = {key: _placed(parts[key], slot, tensor) for key, slot in slots.items()}
+                    states[-1][tensor] = {**row.constants(optimizer, tensor), **placed}
+            wanted = _counters(row, optimizer) if states[-1] else {}
+            if missing := sorted(wanted.keys() - left.keys()):
+                raise CheckpointError(f"optimizer state: {missing[0]} is missing")
+            numbers.append({key: left.pop(key).item() for key in wanted})
+        if left:
+            raise CheckpointError(f"optimizer state: nothing trained has the name {min(left)} ({len(left)} in all)")
+        for (_, _, optimizer), state, counted in zip(self.parts, states, numbers, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for key, value in counted.items():
+                _, at, counter = key.split("/")
+                optimizer.param_groups[int(at)][counter] = value
+
+    def describe(self) -> Choice:
+        """The code that computes the update, the share of each optimizer, and the size of the state."""
+        device = next(iter(self.trained.values())).device.type
+        row = self.parts[0][0]
+        value, reason = row.kernel(device)
+        total = sum(tensor.numel() for tensor in self.trained.values())
+        shares = [
+            f"{part.name} takes {sum(self.trained[name].numel() for name in names) / total:.0%} of the trained weights"
+            for part, names, _ in self.parts
+        ]
+        split = f"; {', '.join(shares)}" if len(shares) > 1 else ""
+        return Choice(
+            "optim.kernel", value, f"{reason}{split}; {self.state_bytes() / total:.2f} bytes of state a weight"
+        )
+
+    def state_bytes(self) -> int:
+        """The size of the state after the first update of every tensor."""
+        slots = (
+            slot for row, names, _ in self.parts for name in names for slot in row.state(self.trained[name]).values()
+        )
+        return sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots if slot.place != "number")
+
+
+def _counters(row: OptimizerRow, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    groups = enumerate(optimizer.param_groups)
+    return {f"{row.name}/{at}/{key}": group[key] for at, group in groups for key in row.counters}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _require_fit(name: str, parts: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
+    for key, slot in slots.items():
+        if key not in parts:
+            raise CheckpointError(f"optimizer state: {name}/{key} is missing")
+        if parts[key].shape != slot.shape or parts[key].dtype != slot.dtype:
+            raise CheckpointError(
+                f"optimizer state: {name}/{key} has shape {tuple(parts[key].shape)}, expected {tuple(slot.shape)}"
+            )
+
+
+def _placed(part: Tensor, slot: Slot, tensor: Tensor) -> Any:
+    if slot.place == "number":
+        return part.item()
+    return part.detach().clone().to(tensor.device if slot.place == "device" else "cpu")
