@@ -1,12 +1,12 @@
 """Conversations to ids and trained flags: rendered by the tokenizer's own template, tokenized as one text, checked.
 
-Where an answer stands in the rendered text S is found by rendering and never guessed. Two ways, tried in this order for
+The place of an answer in the rendered text S is found by rendering and never guessed. Two ways, tried in this order for
 each turn i:
 
 prefix    P = messages before i, with the assistant's turn opened, as serving feeds it; E = messages to i.
-          When S starts with both, the turn is what lies between.
+          When S starts with both, the turn is the text between them.
 sentinel  S again with the turn replaced by a word that occurs nowhere. When the text around that word is the text
-          around the turn in S, the turn is what the word stood for.
+          around the turn in S, the turn is the text that the word replaced.
 
 A template that allows neither is an error.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
@@ -37,11 +37,11 @@ CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether to open the assistant's turn) -> text"""
 MakeRequest = Callable[[Sequence[Message], bool], Request]
-"""The same, of a text that is rendered later with those of other rows."""
+"""The same for a text that is rendered later, with those of other rows."""
 
 
 class Ambiguous(Exception):
-    """The template changes a turn in a way that hides where it stands."""
+    """The template changes a turn in a way that hides its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Turn:
     """One trained turn, in characters of the whole text."""
 
     index: int
-    """Of its message."""
+    """Index of its message."""
     prompt: int | None
-    """How much of the whole text is what serving feeds before this turn. None: the text does not begin with that."""
+    """Characters of the prompt that serving feeds before this turn. None: the whole text does not begin with it."""
     start: int
     """First character that the message, not the template, contributed."""
     close: int | None
-    """Where the text that closes the turn begins. None: unknown, it ends at `limit`."""
+    """First character of the text that closes the turn. None: unknown, it ends at `limit`."""
     limit: int
     """End of the text of this turn, closing included; only needed where `close` is None."""
     shortened: bool = False
@@ -68,7 +68,7 @@ class _Text:
 
     whole: str
     turns: tuple[Turn, ...]
-    """Those that are trained."""
+    """Trained turns."""
     warnings: tuple[Problem, ...]
 
 
@@ -81,13 +81,12 @@ class _Row:
     ids: list[int]
     places: ControlPlaces
     openings: Mapping[int, tuple[str, int]]
-    """Of each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
-    and where that stands among the tokens. A control token cuts a text before the tokenizer looks further, so what
-    precedes it has the same ids in the prompt and in the whole text. To tokenize each prompt whole would be quadratic
-    in the turns."""
+    """For each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
+    and the index of that token. A control token cuts a text before the tokenizer looks further, so what precedes it has
+    the same ids in the prompt and in the whole text. To tokenize each prompt whole would be quadratic in the turns."""
 
 
-class ChatEncoder:
+class ChatEncoder(RowEncoder):
     """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> None:
@@ -103,7 +102,6 @@ class ChatEncoder:
         self._refuse_two_bos()
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         texts = self._template.render_all([self._render(example) for example in examples])
         tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)]))
         rows = [self._row(text, next(tokens)) if isinstance(text, _Text) else text for text in texts]
@@ -114,7 +112,14 @@ class ChatEncoder:
             for example, row in zip(examples, rows, strict=True)
         ]
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def prompt_ids(
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        on_cut: OnCut = ignore_cut,
+    ) -> list[int]:
         """The ids that serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
         messages = [as_message(part) for part in parts]
         try:
@@ -278,7 +283,7 @@ def as_message(part: Part) -> Message:
 
 
 def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: Sequence[Turn]) -> Iterator[Problem]:
-    """What a row says and the template does not show: warnings, an error where nothing of an answer is left."""
+    """Parts of a row that the template does not show: warnings, an error where nothing of an answer is left."""
     for turn in turns:
         text = whole[turn.start : turn.limit if turn.close is None else turn.close]
         fields = not_shown(messages[turn.index], text)
@@ -306,7 +311,7 @@ def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: 
 def find_turn(
     request: MakeRequest, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]
 ) -> Rendering[Turn]:
-    """Where the turn `index` stands in `whole`, the text of all messages; `ends` are the texts that close a turn.
+    """Find the turn `index` in `whole`, the text of all messages; `ends` are the texts that close a turn.
 
     Raises `Ambiguous`, or `TemplateRefusal` when the template does not take the messages before the turn.
     """
@@ -378,14 +383,14 @@ def _by_sentinel(
         raise Ambiguous("the text around it changes with it.")
     found, text = whole[start:close], messages[index].get("content") or ""
     if not _is_of(found, text, messages[index]):
-        raise Ambiguous("what stands in its place is not its text.")
+        raise Ambiguous("the text in its place is not its own.")
     served = None if prompt is None else len(prompt)
     shortened = text.strip() not in found
     return Turn(index, served, start=_start(prompt, before), close=close, limit=close, shortened=shortened)
 
 
 def _start(prompt: str | None, before: str) -> int:
-    """Where training begins: behind what the template puts before any answer, such as an empty <think> block.
+    """First trained character: behind the text that the template puts before any answer, as an empty <think> block.
 
     White space alone is trained: served the prompt, the model has to write it, mostly as part of its first token.
     """
@@ -431,7 +436,7 @@ class Stops:
     run: tuple[int, ...]
     """Tokens that close an answer, one directly after the other; mostly one, two for Command R7B."""
     ids: tuple[int, ...]
-    """Where generation stops: the last of `run`, and what closes a turn with tool calls where that is another."""
+    """Tokens where generation stops: the last of `run`, and the one that closes a turn with tool calls."""
 
 
 def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:

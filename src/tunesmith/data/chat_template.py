@@ -43,13 +43,13 @@ START_S = 120.0
 TICK_S, END_S = 0.1, 5.0
 MOST_REASON = 10_000
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl.h."""
+"""From prctl.h of Linux."""
 
 FLUSH_S = 0.05
 MOST_TOGETHER = 256
 """Answers that are ready wait at most this long for others, and for so many."""
 MOST_BYTES = 16 * OUTPUT_CHARS
-"""Of the answers that come together."""
+"""Largest message of answers."""
 
 Kind = Literal["text", "refused", "long", "memory", "deep"]
 """A text; the template raised, and its message; a text that is too long, and its number of characters; memory ran out;

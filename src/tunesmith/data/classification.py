@@ -10,21 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, RowEncoder
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Problem
 
 
-class ClassificationEncoder:
+class ClassificationEncoder(RowEncoder):
     """One answer a text, learnt at its first token by an encoder and at its last by a causal model.
 
     An encoder reads the tokenizer's own frame around one text or two. A causal model reads what the tokenizer makes of
     the text, and the second text on a line of its own; no EOS is put behind it, so that a text given to the tokenizer
     elsewhere meets the head as it was trained. Raises `RecipeError` for a limit without place for a token of each text.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
         self._fast = fast
@@ -37,7 +35,6 @@ class ClassificationEncoder:
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves two texts no token. Raise it.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         texts = [part.text for example in examples for part in example.parts]
         ids = iter(self._fast.ids(texts))
         return [self._draft(example, [next(ids) for _ in example.parts]) for example in examples]
@@ -68,7 +65,7 @@ class ClassificationEncoder:
 
 
 def cut_longest(lengths: Sequence[int], excess: int) -> list[int]:
-    """What is left of one or two lengths: the longer is cut down to the other, then both alike.
+    """One or two lengths after a cut: the longer is cut down to the other, then both alike.
 
     The rule "longest_first" of the library tokenizers.
     """

@@ -4,28 +4,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem
 
 PLACEHOLDER = "{document}"
-"""Where a document is inserted into a prompt."""
+"""Replaced by the document in a prompt."""
 
 
-class CompletionEncoder:
+class CompletionEncoder(RowEncoder):
     """Tokenizes a prompt as serving does, and its completion, closed by EOS.
 
     Raises `ModelError` for a tokenizer without EOS, or one that writes anything behind a text.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit) -> None:
         self._fast = fast
@@ -47,7 +45,6 @@ class CompletionEncoder:
             )
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         pairs = [pair_of(example) for example in examples]
         good = [pair for pair in pairs if not isinstance(pair, Problem)]
         prompts = iter(self._fast.ids([prompt for prompt, _ in good], add_special_tokens=True))
@@ -57,8 +54,15 @@ class CompletionEncoder:
             for example, pair in zip(examples, pairs, strict=True)
         ]
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any]) -> list[int]:
-        """What serving feeds: the tokenizer's ids of the text, BOS included if it adds one. `tools` have no meaning."""
+    def prompt_ids(
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        on_cut: OnCut = ignore_cut,
+    ) -> list[int]:
+        """The tokenizer's ids of the text, BOS included if it adds one. `tools` have no meaning."""
         text = "".join(part.text for part in parts)
         return [int(token_id) for token_id in self._fast.ids([text], add_special_tokens=True)[0]]
 
@@ -86,14 +90,12 @@ class CompletionEncoder:
         return self._limit.fit(example.source, draft)
 
 
-class Seq2SeqEncoder:
-    """What an encoder reads and a decoder writes, closed by EOS. `prompt`: what stands around a document.
+class Seq2SeqEncoder(RowEncoder):
+    """Source for the encoder and target for the decoder, closed by EOS. `prompt`: the text around a document.
 
     Each side may be as long as the room; only the source is ever cut, at its end. Raises `ModelError` for a tokenizer
     without EOS, `RecipeError` for a limit without place for a token.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str | None) -> None:
         if fast.eos_id is None:
@@ -112,7 +114,6 @@ class Seq2SeqEncoder:
         self.stop_ids = (self._eos_id,)
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         pairs = [pair_of(example) for example in examples]
         good = [pair for pair in pairs if not isinstance(pair, Problem)]
         sources = iter(self._fast.ids([self._prompt.replace(PLACEHOLDER, text) for text, _ in good]))
@@ -123,9 +124,14 @@ class Seq2SeqEncoder:
         ]
 
     def prompt_ids(
-        self, parts: Sequence[Part], tools: Sequence[Any], *, on_cut: Callable[[int], None] = lambda num_tokens: None
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        on_cut: OnCut = ignore_cut,
     ) -> list[int]:
-        """What serving feeds the encoder, cut as in training, which `on_cut` hears of. `tools` have no meaning."""
+        """The ids for the encoder, cut as in training. `tools` and `max_tokens` have no meaning."""
         text_T = self._fast.ids([self._prompt.replace(PLACEHOLDER, "".join(part.text for part in parts))])[0]
         source_S = self._source(text_T)
         if cut := len(text_T) + self._frame.num_added() - len(source_S):

@@ -37,16 +37,14 @@ from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, Labels, Problem, Row, Source
 
 VERSION = 4
-"""Of the file format and of the code that makes rows: raise it with any change that gives other rows for equal data."""
-
-
+"""Version of the file format and of encoding: raise it with any change that gives other rows for equal data."""
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the .json file says about the .arrow file."""
+    """The .json file: facts about the .arrow file."""
 
     version: int
     key: str
@@ -64,7 +62,7 @@ class Summary:
     many: bool | None
     """Whether classes came as lists; None: rows without classes."""
     data_sha256: list[str]
-    """Of each data file."""
+    """Hash of each data file."""
     arrow_sha256: str
     arrow_bytes: int
 
@@ -96,7 +94,7 @@ class LabelColumn:
         )
 
     def counts(self, times_I: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[V], how often each id stands in the rows, each taken so many times."""
+        """[V], how often each id occurs in the rows, row i counted `times_I[i]` times."""
         total_V = np.zeros(len(self.vocabulary), np.int64)
         for ids_N, rows_N in self._flat():
             is_known_N = (ids_N >= 0) & (times_I[rows_N] > 0)
@@ -106,12 +104,12 @@ class LabelColumn:
         return total_V
 
     def first_row(self, label: int, times_I: NDArray[np.int64]) -> int:
-        """The first of the rows, each taken so many times, that has an id. Raises StopIteration if none has."""
+        """The first row with an id, among those with `times_I` above 0. Raises StopIteration if none has it."""
         found = (rows_N[(ids_N == label) & (times_I[rows_N] > 0)] for ids_N, rows_N in self._flat())
         return int(next(rows_N[0] for rows_N in found if len(rows_N)))
 
     def _flat(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The ids of each record batch, and the row that each stands in."""
+        """The ids of each record batch, and the row of each id."""
         first = 0
         for offsets, ids in zip(self._offsets, self._ids, strict=True):
             num_rows = len(offsets) - 1
@@ -119,12 +117,12 @@ class LabelColumn:
             first += num_rows
 
     def targets_at(self, batch: int, place: int, labels: Labels) -> NDArray[np.generic]:
-        """What is learnt of one row."""
+        """Targets of one row."""
         ids_N = self.at(batch, place)
         return ids_N if IGNORE in ids_N else targets(labels, ids_N, self.vocabulary)
 
     def denominators(self, labels: Labels) -> NDArray[np.float64]:
-        """[I], what each row adds to the number that the loss is divided by."""
+        """[I], the share of each row in the denominator of the loss."""
         if labels.kind == "many":
             return np.full(sum(len(offsets) - 1 for offsets in self._offsets), float(labels.num_outputs))
         weights_V = np.ones(len(self.vocabulary))
@@ -150,7 +148,7 @@ class RowStore:
         self.reused = reused
         """Whether the rows had been encoded before."""
         self.notes = tuple(notes)
-        """How they were encoded."""
+        """Messages about how they were encoded."""
         self.paths = tuple(paths)
         self._folder = folder
         reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(folder, summary.key))))
@@ -162,14 +160,14 @@ class RowStore:
         self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
         self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
         self.inputs: NDArray[np.uint64] = _column(batches, "input", np.uint64)
-        """Of each row `examples.input_hash`."""
+        """`examples.input_hash` of each row."""
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]
         self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
         self._second: NDArray[np.int32] = _column(batches, "second", np.int32)
         self.num_bytes: NDArray[np.int32] = _column(batches, "bytes", np.int32)
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
-        """What each row adds to the number that the loss is divided by."""
+        """The share of each row in the denominator of the loss."""
         self.labels = LabelColumn(batches, summary.labels)
         """Classes of the rows, by the store's own ids."""
         self._learnt: Labels | None = None
@@ -184,7 +182,7 @@ class RowStore:
         return dict(zip(self.paths, self.summary.data_sha256, strict=True))
 
     def source(self, index: int) -> Source:
-        """Where a row came from."""
+        """The file and line of a row."""
         return Source(self.paths[self.file_index[index]], int(self.lines[index]))
 
     def row(self, index: int) -> Row:
@@ -217,7 +215,7 @@ class RowStore:
 
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
-        """All that occur in any row, ascending, each once."""
+        """Ids that occur in any row, ascending, each once."""
         seen_V = np.zeros(1 + max((int(ids.max()) for ids in self._ids if len(ids)), default=0), np.bool_)
         for ids in self._ids:  # flags, where sorting tens of millions of tokens would take seconds
             seen_V[ids] = True
@@ -237,23 +235,23 @@ class RowStore:
         return places_I - np.maximum.accumulate(np.where(is_first_I, places_I, 0))
 
     def use(self, labels: Labels) -> None:
-        """From now on rows hold what a model learns: `labels` say what that is."""
+        """Let rows hold the targets that `labels` define."""
         self._learnt = labels
         self.denominators = self.labels.denominators(labels)
 
     def use_masks(self, share: float) -> None:
-        """From now on this share of a row's trained tokens is counted as learnt, at least one; see `feed.Masking`."""
+        """Count this share of a row's trained tokens as learnt, at least one; see `feed.Masking`."""
         self.denominators = np.maximum(1.0, np.round(share * self.targets))
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The record batch that holds a row, and where."""
+        """The record batch of a row, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a store of {len(self)}")
         batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         return batch, index - int(self._first_rows[batch])
 
     def keep(self, folder: Path) -> None:
-        """Put the store into another folder too, by hard link where the disk allows; `build` finds it there.
+        """Put the store into another folder too, by hard link where the disk allows, where `build` finds it.
 
         Raises `StorageError`.
         """
@@ -292,8 +290,8 @@ def build(
 ) -> RowStore:
     """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
 
-    A folder among `files` stands for the documents in it; `store.paths` names those.
-    `on_problem` hears the first `data.limits.problems` problems, also of rows found; `summary` counts all of them.
+    A folder among `files` is replaced by the documents in it; `store.paths` names those. `on_problem` receives the
+    first `data.limits.problems` problems, also those of rows that were found; `summary` counts all of them.
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
@@ -443,7 +441,7 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
 
 
 def _signature(path: str) -> tuple[int, int, int, int]:
-    """What changes when a file is written to or replaced: size, inode, and both times."""
+    """Size, inode and both times of a file: they change when it is written to or replaced."""
     try:
         stat = os.stat(path)
     except OSError as error:

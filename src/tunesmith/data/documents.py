@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
@@ -22,14 +22,12 @@ OVERLAP_CHARS = 4_096
 """Characters that two stretches share. A token depends on what is near: in their middle both split the text alike."""
 
 
-class DocumentEncoder:
+class DocumentEncoder(RowEncoder):
     """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one.
 
     A window reads at least one token that the one before it has trained. Raises `RecipeError` for a limit or a
     `stride` (None: the longest) that leaves tokens out.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
         self.control = ControlTokens(tokenizer, "")
@@ -40,15 +38,21 @@ class DocumentEncoder:
         self._stride = _checked_stride(stride, width=self._width, num_read=1)
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         texts = [example.parts[0].text for example in examples]
         return [
             self._windows(example.source, text, spelled)
             for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
         ]
 
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Any]) -> list[int]:
-        """What serving feeds to have a text gone on with. `tools` have no meaning."""
+    def prompt_ids(
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        on_cut: OnCut = ignore_cut,
+    ) -> list[int]:
+        """The ids of a text that is to be continued. `tools` have no meaning."""
         ids_T = self._fast.ids([parts[0].text])[0]
         return [int(token_id) for token_id in np.concatenate([self._frame.before_ids, ids_T])]
 
@@ -64,14 +68,12 @@ class DocumentEncoder:
         return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
 
 
-class MaskedDocumentEncoder:
+class MaskedDocumentEncoder(RowEncoder):
     """Text for a model of masked tokens: every window in the tokenizer's own frame. Trained: what may be masked.
 
     Raises `ModelError` for a tokenizer without a mask; `RecipeError` for a limit or a `stride` (None: the longest) that
     leaves tokens out.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
         if tokenizer.mask_token_id is None:
@@ -86,7 +88,6 @@ class MaskedDocumentEncoder:
         self._stride = _checked_stride(stride, width=self._width, num_read=0)
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         texts = [example.parts[0].text for example in examples]
         return [
             self._windows(example.source, text, spelled)
@@ -107,7 +108,7 @@ class MaskedDocumentEncoder:
 
 
 def windows(num_tokens: int, *, width: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """(start, end, seen) of each window: tokens before `seen` stand in an earlier one, so they are only read again."""
+    """(start, end, seen) of each window: tokens before `seen` belong to an earlier one and are only read again."""
     start = seen = 0
     while seen < num_tokens:
         end = num_tokens if width is None else min(start + width, num_tokens)

@@ -1,16 +1,18 @@
-"""Examples as tokens, before they are rows, and how long a row may be."""
+"""Tokens of an example before they become rows, and the limit on the length of a row."""
 
 # T tokens, N targets
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.types import Problem, Source
+from tunesmith.data.tokenizer import ControlTokens
+from tunesmith.types import Example, Part, Problem, Source
 
 TooLong = Literal["error", "drop", "cut"]
 
@@ -25,18 +27,50 @@ class Draft:
     """Control tokens that are not spelled in its text."""
     warnings: list[Problem] = field(default_factory=list)
     classes_N: tuple[str, ...] | None = None
-    """What is learnt at the trained tokens by its words, instead of the tokens that stand there; empty: any."""
+    """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
     second: int = 0
     num_bytes: int = 0
 
 
 Drafts = list[Draft] | Problem
-"""The windows of an example, mostly one, or why it cannot be used."""
+"""The windows of an example, mostly one, or the problem that makes it unusable."""
+
+
+OnCut = Callable[[int], None]
+"""Receives the number of tokens that were cut off a prompt."""
+
+
+def ignore_cut(num_tokens: int) -> None:
+    """An `OnCut`."""
+
+
+class RowEncoder:
+    """Base of the encoders, one for each kind of task and model: examples to tokens, and prompts for serving."""
+
+    control: ControlTokens
+    template_text: str = ""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer; empty: the model writes none."""
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        """Aligned with `examples`."""
+        raise NotImplementedError
+
+    def prompt_ids(
+        self,
+        parts: Sequence[Part],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        on_cut: OnCut = ignore_cut,
+    ) -> list[int]:
+        """The ids that serving feeds to have `parts` answered, see `Renderer.prompt_ids`."""
+        raise AssertionError("a model of this task writes nothing")
 
 
 @dataclass(frozen=True, slots=True)
 class LengthLimit:
-    """How long a row may be (None: as long as it is), and what becomes of a longer one."""
+    """Longest row in tokens (None: no limit), and the treatment of a longer one."""
 
     max_tokens: int | None
     too_long: TooLong
@@ -55,7 +89,7 @@ class LengthLimit:
         return Problem(source, "cut", f"{what} are {self._rule}: {cost}.", severity="warning")
 
     def fit(self, source: Source, draft: Draft) -> Drafts:
-        """A draft of next tokens within the limit, its end cut off where that is asked for.
+        """A draft of next tokens within the limit, its end cut off where `too_long` says so.
 
         Its first token is not trained: nothing predicts it.
         """

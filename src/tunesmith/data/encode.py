@@ -163,13 +163,13 @@ class _Read:
     problems: Sequence[Problem]
     done_bytes: int
     error: TunesmithError | None = None
-    """What ended the reading."""
+    """The error that ended the reading."""
 
 
 class Encoding:
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    With `num_proc` above 1 processes beside this one encode; everything is the same but the time. Counts are complete
+    With `num_proc` above 1 other processes encode; everything is the same but the time. Counts are complete
     when the batches have been taken. `num_bytes`: of all files.
     """
 

@@ -1,4 +1,4 @@
-"""Rows that a program holds, as a file: what is trained on must be there when a run goes on."""
+"""Rows of a program, written to a file: the data must be there when a run is resumed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Examples to rows: which tokens, and which of them are trained. How: docs/rendering.md."""
+"""Examples to rows: token ids, and which of them are trained; see docs/rendering.md."""
 
 # T tokens, N targets
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,33 +14,13 @@ from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.classification import ClassificationEncoder
 from tunesmith.data.completion import CompletionEncoder, Seq2SeqEncoder
 from tunesmith.data.documents import DocumentEncoder, MaskedDocumentEncoder
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, TooLong
+from tunesmith.data.drafts import Draft, LengthLimit, OnCut, RowEncoder, TooLong, ignore_cut
 from tunesmith.data.summarization import SummarizationEncoder, summary_prompt
 from tunesmith.data.tagging import TaggingEncoder
-from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
+from tunesmith.data.tokenizer import FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, TaskName
 
 Encoded = list[Row] | list[Problem]
-
-
-class RowEncoder(Protocol):
-    """Turns the examples of one task into tokens."""
-
-    control: ControlTokens
-    template_text: str
-
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
-        ...
-
-
-@runtime_checkable
-class PromptEncoder(RowEncoder, Protocol):
-    """The same for a model that writes something."""
-
-    stop_ids: tuple[int, ...]
-
-    def prompt_ids(self, parts: Sequence[Part], tools: Sequence[Mapping[str, Any]]) -> list[int]: ...
 
 
 class Renderer:
@@ -79,7 +59,7 @@ class Renderer:
         self.date = date if "strftime_now" in self._encoder.template_text else None
         """The day that the chat template writes; None: none, or today."""
         self._control = self._encoder.control
-        self.stop_ids: tuple[int, ...] = self._encoder.stop_ids if isinstance(self._encoder, PromptEncoder) else ()
+        self.stop_ids: tuple[int, ...] = self._encoder.stop_ids
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
         self.fingerprint: str = fingerprint(tokenizer, self._encoder.template_text)
         """SHA-256 of the template and of what the tokenizer does to a probe text."""
@@ -93,7 +73,7 @@ class Renderer:
     ) -> list[Encoded]:
         """One or more rows for each example, or the problems that make it unusable. About 512 at a time are fast.
 
-        `on_warning` hears of rows that can be used but were cut, or are not what serving shows (codes `cut`,
+        `on_warning` receives the warnings about rows that were cut, or differ from what serving shows (codes `cut`,
         `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
         not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
         """
@@ -118,20 +98,15 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         max_tokens: int | None = None,
-        on_cut: Callable[[int], None] = lambda num_tokens: None,
+        on_cut: OnCut = ignore_cut,
     ) -> list[int]:
-        """The ids that serving feeds to have `parts` answered, or a document gone on with; the same code as training.
+        """The ids that serving feeds to have `parts` answered, or a document continued; the same code as training.
 
-        Where `data.too_long` is cut, a document that a causal model is to summarize is cut down to `max_tokens`, so
-        that there is room for the summary, and what an encoder reads as in training; `on_cut` hears how many tokens
-        that cost. Raises `DataError` when the template refuses the parts.
+        Where `data.too_long` is cut, a document that a causal model summarizes is cut down to `max_tokens`, which
+        leaves room for the summary, and the source of an encoder–decoder as in training; `on_cut` receives the number
+        of tokens that were cut off. Raises `DataError` when the template refuses the parts.
         """
-        assert isinstance(self._encoder, PromptEncoder), f"a model of task {self.task_name} writes nothing"
-        if isinstance(self._encoder, SummarizationEncoder):
-            return self._encoder.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
-        if isinstance(self._encoder, Seq2SeqEncoder):
-            return self._encoder.prompt_ids(parts, tools, on_cut=on_cut)
-        return self._encoder.prompt_ids(parts, tools)
+        return self._encoder.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
 
     def _make_encoder(self, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> RowEncoder:
         tokenizer, kind = self.tokenizer, self.kind

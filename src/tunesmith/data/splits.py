@@ -30,14 +30,14 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded rows and who they are for."""
+    """Encoded rows, split into those that are trained on and those that are held out."""
 
     data: Data
-    """Its files are those of the rows: a folder is replaced by the documents in it."""
+    """With the files that were read: a folder is replaced by the documents in it."""
     store: RowStore
-    """Of the files of data.train and then those of data.replay; `store.file_index` counts them in this order."""
+    """Rows of data.train, then of data.replay; `store.file_index` counts the files in this order."""
     held_store: RowStore
-    """Of the held-out files; the same store when a part of the training files is held out."""
+    """Rows of data.eval; the same store when a part of the training files is held out."""
     train_rows: NDArray[np.int64]
     """Rows of `store` that are trained on."""
     held_rows: NDArray[np.int64]
@@ -47,9 +47,9 @@ class Splits:
     notes: list[str]
     task: TaskName
     labels: Labels | None = None
-    """What a head learns; None for tasks without one."""
+    """Classes of a new head; None for tasks without one."""
     choices: list[Choice] = field(default_factory=list)
-    """What was decided of held-out rows and labels."""
+    """Automatic decisions about held-out rows and labels."""
     _texts: dict[bool, dict[int, str]] = field(default_factory=dict, repr=False)
     """Texts that were read, of held-out files (True) and of training files."""
 
@@ -73,7 +73,7 @@ class Splits:
             store.discard()
 
     def texts(self, store: RowStore, rows_I: NDArray[np.int64]) -> dict[int, str]:
-        """What some rows of one of the two stores say, as it was given, by their numbers; see `given.texts_of`."""
+        """The texts of some rows of one of the two stores, as their file has them, by row; see `texts_of`."""
         is_held = store is self.held_store and store is not self.store
         files = self.data.eval if is_held else (*self.data.train, *self.data.replay)
         known = self._texts.setdefault(is_held, {})
@@ -114,7 +114,7 @@ def first_example(data: Data) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class CacheDirs:
-    """Folders where encoded rows are looked for, and put when they are not there."""
+    """Folders of encoded rows: they are reused if they are there, else written there."""
 
     train: Path
     held_out: Path
@@ -193,7 +193,7 @@ def _labels(
     train_rows: NDArray[np.int64],
     **how: Any,
 ) -> tuple[Labels | None, list[Choice]]:
-    """What a head learns of the rows, if the task has one of its own."""
+    """The classes of a new head, if the task has one."""
     if task not in ("classify", "tag"):
         return None, []
     store, held_store = stores
@@ -214,7 +214,7 @@ def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Proble
 
 
 def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
-    """What was left out or changed: the first finding of each kind in its own words, and how many there are."""
+    """Notes on rows that were left out or changed: the first problem of each code, and how many there are."""
     totals: Counter[str] = Counter()
     for store in stores:
         totals.update(store.summary.errors)
@@ -230,7 +230,7 @@ def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str
 
 
 def given_text(example: Example) -> str | None:
-    """What the example says; None for a document, of which each row is a window."""
+    """The text of an example, for a person to read; None for a document, of which each row is a window."""
     if example.shape == "text":
         return None
     if example.shape == "tokens_tags":
@@ -272,7 +272,7 @@ def texts_of(
             if num_seen == len(wanted):
                 break
     except DataError:
-        pass  # a file that is gone by now must not end a run: whoever asks decodes tokens instead, and says so
+        pass  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
     return found
 
 

@@ -1,14 +1,14 @@
-"""Documents and their summaries for causal models: asked for in a chat, or as plain text; the summary stays whole."""
+"""Documents and summaries for causal models, as a chat or as plain text; the summary is never cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
-from tunesmith.data.drafts import Drafts, LengthLimit
+from tunesmith.data.drafts import Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Part, Problem
@@ -17,20 +17,20 @@ DEFAULT_PROMPTS: Mapping[ModelKind, str] = {
     "causal": f"Summarize the following text.\n\n{PLACEHOLDER}",
     "encoder_decoder": f"summarize: {PLACEHOLDER}",
 }
-"""What `data.prompt: null` stands for, by the kind of model."""
+"""Prompts for `data.prompt: null`, by the kind of model."""
 
 
-class SummarizationEncoder:
+class SummarizationEncoder(RowEncoder):
     """One question, the prompt with the document in it, and one answer, the summary.
 
     With a chat template two messages; without, plain text, in which two line breaks part a prompt that ends with the
-    document from the summary. Where the limit asks for a cut, the end of the document is cut off.
+    document from the summary. A row that is too long loses the end of its document.
     """
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str, date: str | None) -> None:
         unbounded = LengthLimit(None, limit.too_long)
         self._is_chat = bool(tokenizer.chat_template)
-        self._way = (
+        self._inner = (
             ChatEncoder(tokenizer, fast, unbounded, date)
             if self._is_chat
             else CompletionEncoder(tokenizer, fast, unbounded)
@@ -38,12 +38,11 @@ class SummarizationEncoder:
         self._fast = fast
         self._limit = limit
         self._prompt = prompt + ("\n\n" if prompt.endswith(PLACEHOLDER) and not self._is_chat else "")
-        self.control = self._way.control
-        self.template_text = self._way.template_text
-        self.stop_ids = self._way.stop_ids
+        self.control = self._inner.control
+        self.template_text = self._inner.template_text
+        self.stop_ids = self._inner.stop_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         documents = [example.parts[0].text for example in examples]
         results = self._answered(examples, documents)
         sizes = [_size(result) for result in results]
@@ -64,19 +63,16 @@ class SummarizationEncoder:
     def prompt_ids(
         self,
         parts: Sequence[Part],
-        tools: Sequence[Any],
+        tools: Sequence[Mapping[str, Any]],
         *,
         max_tokens: int | None = None,
-        on_cut: Callable[[int], None] = lambda num_tokens: None,
+        on_cut: OnCut = ignore_cut,
     ) -> list[int]:
-        """What serving feeds to have a document summarized, its end cut off down to `max_tokens` where cuts are made.
-
-        `on_cut` hears how many tokens were cut off. Raises `DataError` when the template refuses it.
-        """
+        """The ids of a document to be summarized; `data.too_long: cut` cuts its end down to `max_tokens`."""
         document = parts[0].text
         num_tokens = 0
         while True:
-            ids = self._way.prompt_ids([Part("user", self._ask(document), False)], tools)
+            ids = self._inner.prompt_ids([Part("user", self._question(document), False)], tools)
             num_tokens = num_tokens or len(ids)
             excess = LengthLimit(max_tokens, self._limit.too_long).excess(len(ids))
             if not excess or not document or self._limit.too_long != "cut":
@@ -86,14 +82,14 @@ class SummarizationEncoder:
             document = self._shorter(document, excess)
 
     def _answered(self, examples: Sequence[Example], documents: Sequence[str]) -> list[Drafts]:
-        asked = []
+        chats = []
         for example, document in zip(examples, documents, strict=True):
             summary = Part("assistant", example.parts[-1].text, True)
-            parts = (Part("user", self._ask(document), False), summary)
-            asked.append(replace(example, parts=parts, plain=not self._is_chat))
-        return self._way.encode(asked)
+            parts = (Part("user", self._question(document), False), summary)
+            chats.append(replace(example, parts=parts, plain=not self._is_chat))
+        return self._inner.encode(chats)
 
-    def _ask(self, document: str) -> str:
+    def _question(self, document: str) -> str:
         return self._prompt.replace(PLACEHOLDER, document)
 
     def _shorter(self, document: str, excess: int) -> str:
@@ -119,7 +115,5 @@ def _size(result: Drafts) -> int:
 def summary_prompt(prompt: str | None, kind: ModelKind) -> str:
     """The prompt with a place for the document. Raises `RecipeError` for one without."""
     if prompt is not None and PLACEHOLDER not in prompt:
-        raise RecipeError(
-            f"data.prompt: {prompt[:60]!r} does not say where the document stands: write {PLACEHOLDER} there."
-        )
+        raise RecipeError(f"data.prompt: {prompt[:60]!r} has no place for the document: write {PLACEHOLDER} there.")
     return DEFAULT_PROMPTS[kind] if prompt is None else prompt

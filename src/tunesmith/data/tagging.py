@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, RowEncoder
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Problem
 
 
-class TaggingEncoder:
+class TaggingEncoder(RowEncoder):
     """The words of a sentence with a space between, in the tokenizer's frame, and the first token of each.
 
     Raises `RecipeError` for a limit without place for a token.
     """
-
-    template_text = ""
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
         self._fast = fast
@@ -33,7 +31,6 @@ class TaggingEncoder:
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a word no token. Raise it.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        """Aligned with `examples`."""
         tokens = self._fast.encode([_sentence(example) for example in examples])
         return [self._draft(example, of_it) for example, of_it in zip(examples, tokens, strict=True)]
 

@@ -44,7 +44,7 @@ class Tokens:
         return np.fromiter((end for _, end in self.offsets), np.int64, len(self.offsets))
 
     def num_until(self, char: int) -> int:
-        """How many tokens end at or before a character."""
+        """Number of tokens that end at or before a character."""
         return bisect_right(self.offsets, char, key=_end)
 
 
@@ -69,7 +69,7 @@ class Frame:
         return np.concatenate([self.before_ids, first, *second, self.after_ids])
 
     def second(self, num_first: int) -> int:
-        """Where token type 1 begins behind a first text of so many tokens; 0: nowhere."""
+        """First token of type 1 behind a first text of so many tokens; 0: there is none."""
         return 0 if self.second_after is None else len(self.before_ids) + num_first + self.second_after
 
 
@@ -161,11 +161,11 @@ class ControlTokens:
         self._known = frozenset(known)
         self._cuts = _cuts(added)
         self._any = self._known | self.closing.keys() | self._cuts
-        self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry stands for every id beyond
+        self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry is for every id beyond
         self._is_reserved[list(known)] = True
 
     def in_text(self, text: str) -> str | None:
-        """The first control token that stands in a text."""
+        """The first control token in a text."""
         found = self._reserved_re.search(text)
         return found.group() if found else None
 
@@ -189,7 +189,7 @@ class ControlTokens:
     def closing_run(self, text: str) -> list[int]:
         """Ids of the tokens that can close a turn with which a text begins, one directly after the other.
 
-        White space may stand before the first.
+        White space may precede the first.
         """
         text, run = text.lstrip(), []
         while found := self._closing_re.match(text):
@@ -207,20 +207,20 @@ class ControlTokens:
         return next(token_id for token_id, content in self.closing.items() if content == text)
 
     def are_reserved(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which are control tokens that structure a text; the unknown token does not."""
+        """Mask of the control tokens that structure a text; the unknown token does not."""
         return self._is_reserved[np.minimum(ids_T, len(self._is_reserved) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class ControlPlaces:
-    """Where control tokens stand among the tokens of a text."""
+    """Indices of the control tokens among the tokens of a text."""
 
     cuts: list[int]
     """Tokens behind which a text is tokenized as if it began there, whatever precedes them."""
     closing: list[int]
     """Tokens that can close a turn."""
     num_reserved: int
-    """How many structure the text."""
+    """Number of tokens that structure the text."""
 
 
 def check_against_file(tokenizer: Any, file: Path) -> None:
