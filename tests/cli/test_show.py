@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from evaluation.fake_runs import fake_run
 from tunesmith.cli.app import app
-from tunesmith.cli.render import answers
+from tunesmith.cli.render import answers_table
 from tunesmith.evaluation import report
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
@@ -80,7 +80,7 @@ def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
 
     console = Console(width=100, record=True)
     rows = [{"prompt": "How was it?", "reference": "positive", "before": "Great!", "after": "positive"}]
-    console.print(answers(rows, width=100, most=4))
+    console.print(answers_table(dict(enumerate(rows)), width=100, most=4))
     text = console.export_text()
     for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive"):
         assert words in text
