@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -36,43 +37,7 @@ WIDTH, HEIGHT = 480, 250
 """Size of a plot in CSS pixels, at which its text has the size below."""
 NARROW = 620
 """Width up to which two plots fit in one row of the page."""
-_TEXT = 10.5
-
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
-    "svg.hashsalt": "tunesmith",  # ids follow from content alone
-    "text.parse_math": False,  # a dollar sign in a label is one
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout everywhere
-    "font.size": _TEXT,
-    "axes.titlesize": _TEXT,
-    "axes.labelsize": _TEXT,
-    "xtick.labelsize": _TEXT,
-    "ytick.labelsize": _TEXT,
-    "legend.fontsize": _TEXT,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "hatch.color": PAPER,
-    "hatch.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.handlelength": 2.4,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 
 MOST_POINTS = 2000
 """Most points of a line; beyond, the lowest and highest point of each part are drawn."""
@@ -108,7 +73,7 @@ def draw(
 ) -> Plot:
     """The plot that `paint` makes of empty axes."""
     file = io.StringIO()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
         # A script that DejaVu lacks is no fault: the browser has the font, only the space set aside is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
