@@ -82,7 +82,7 @@ def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path
     result = predict(one, rows, "--out", begun, "--json")
     assert begun.read_bytes() == whole.read_bytes()
     assert told(result) == [{"kind": "result", "out": str(begun), "answered": 20, "errors": 0}]
-    assert (f"goes on after {kept} row" in result.stderr) == bool(kept)
+    assert (f"continues after {kept} row" in result.stderr) == bool(kept)
     again = predict(one, rows, "--out", begun, "--json")
     assert "complete already" in again.stderr
     assert told(again) == told(result)
@@ -91,12 +91,13 @@ def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path
 def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
     """What a call leaves that is killed after some lines, in the middle of the next."""
     from tunesmith.inference.load import load_model
-    from tunesmith.inference.output import Output
+    from tunesmith.inference.output import OutputFile
     from tunesmith.inference.predict import Predictor, fingerprint
 
     predictor = Predictor(load_model(str(model), offline=True))
-    Output.open(out, fingerprint(predictor, str(rows), bare=False)).close()
-    out.write_bytes(b"".join(lines) + b'{"source": "ro')
+    output = OutputFile(out, fingerprint(predictor, str(rows), bare=False))
+    output.close()
+    output.part.write_bytes(b"".join(lines) + b'{"source": "ro')
 
 
 def test_id_reference_and_answer_stand_in_one_line(one: Path, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path,
 def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(
     one: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.inference import predictor
+    from tunesmith.inference import predict as module
 
     out, passes = tmp_path / "out.jsonl", iter(range(3))
 
@@ -143,11 +144,11 @@ def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(
             raise KeyboardInterrupt
         return real(model, batch)
 
-    real = predictor.sequence_logits
-    monkeypatch.setattr(predictor, "sequence_logits", forward)
-    monkeypatch.setattr(predictor.Predictor, "chunk_rows", 4)
-    assert "the same command goes on with it" in predict(one, rows, "--out", out, code=3).stderr
-    assert len(out.read_bytes().splitlines()) == 12  # three chunks of one pass each
+    real = module.sequence_logits
+    monkeypatch.setattr(module, "sequence_logits", forward)
+    monkeypatch.setattr(module.Predictor, "chunk_rows", 4)
+    assert "the same command continues it" in predict(one, rows, "--out", out, code=3).stderr
+    assert len(out.with_name("out.jsonl.part").read_bytes().splitlines()) == 12  # three chunks of one pass each
     monkeypatch.undo()
     predict(one, rows, "--out", out)
     assert [json.loads(line)["source"] for line in out.open()] == [f"{rows}:{n}" for n in range(1, 21)]
@@ -213,8 +214,8 @@ def test_eval_finds_what_the_run_found(run: Run, tmp_path: Path) -> None:
     after = [event for event in run.events() if event.kind == "evaluation"][-1].values
     assert (found["task"], found["rows"]) == ("classify", after["rows"])
     assert found["measures"].keys() == after["measures"].keys()
-    for key, interval in found["measures"].items():  # 1e-5: float32 in passes of other lengths
-        assert interval["value"] == pytest.approx(after["measures"][key]["value"], abs=1e-5)
+    for key, interval in found["measures"].items():  # 1e-5: float32 in micro-batches of other lengths
+        assert interval == pytest.approx(after["measures"][key], abs=1e-5), "the same resamples too"
     kept = {line["hash"]: line["predicted"] for line in _lines(run.path / "evaluation" / "after.jsonl")}
     assert {line["hash"]: line["predicted"] for line in _lines(out)} == kept
     plain = tunesmith("eval", run.path, held_out(run), "--offline").stdout
