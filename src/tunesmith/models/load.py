@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tunesmith.errors import ModelError
+from tunesmith.formatting import listed
 from tunesmith.models import heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
@@ -198,9 +199,9 @@ def load_model(
     fresh = heads.fresh_names(model, lacks, keep=keep)
     heads.init_head(model, fresh, seed=seed)
     if config is not None and not keep and set(fresh).isdisjoint(found["missing_keys"]):
-        on_note(f"{located.name} has a head for other labels ({_listed(config.id2label.values())}): it is replaced")
+        on_note(f"{located.name} has a head for other labels ({listed(config.id2label.values())}): it is replaced")
     if fresh:
-        on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {_listed(fresh)}")
+        on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}")
     if unused := sorted(found["unexpected_keys"]):
         on_note(f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}")
     if heads.pools_last(model):
@@ -247,11 +248,6 @@ def _lacking(located: ModelRef, model: PreTrainedModel, found: dict[str, Any], *
     if found.get("error_msgs"):
         raise ModelError(f"{located.name}: its weights cannot be loaded: {found['error_msgs'][0]}")
     return may_be_new
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = list(map(str, names))
-    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
 
 
 def _forget_gguf(model: PreTrainedModel, located: ModelRef) -> None:

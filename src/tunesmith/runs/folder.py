@@ -31,6 +31,7 @@ import filelock
 
 import tunesmith
 from tunesmith.errors import RunError
+from tunesmith.formatting import listed
 from tunesmith.runs import events
 from tunesmith.runs.atomic import (
     clean,
@@ -124,7 +125,7 @@ class Run:
         if len(matches) == 1:
             return _known_format(present[matches[0]])
         if matches:
-            several = f"the names of {len(matches)} runs in {root} begin with it: {_listed(matches)}"
+            several = f"the names of {len(matches)} runs in {root} begin with it: {listed(matches)}"
             raise RunError(f"{text}: {several}. Give more of the name.")
         raise RunError(no_such_run(text, root))
 
@@ -387,10 +388,6 @@ def _known_format(run: Run) -> Run:
     return run
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def no_such_run(text: str, root: Path) -> str:
     """Message for a name that no run in `root` has."""
     names = [run.path.name for run in runs(root)]
@@ -399,7 +396,7 @@ def no_such_run(text: str, root: Path) -> str:
     if not names:
         return f"{text}: no such run: {root} holds none. Start one with `tunesmith train`."
     near = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"{root} holds {_listed(names)}."
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{root} holds {listed(names)}."
     return f"{text}: no such run in {root}: {hint}"
 
 
