@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation.scores import Words, answer_scores, are_short, is_short, score_answers
+from tunesmith.evaluation.scores import WordTokenizer, answer_scores, are_short, is_short, score_answers
 
 ANSWERS = ["The cat sat on the mat.", "It rained all day in Rome", "", "No_one came: 3 of 10!"]
 REFERENCES = ["A cat sat on the mat.", "All day it rained", "Nothing", "no one came; 3 of 10"]
@@ -92,14 +92,14 @@ def test_corpus_measures_are_resampled_as_corpora(monkeypatch):
     ],
 )
 def test_words(text, words):
-    assert Words().tokenize(text) == words
+    assert WordTokenizer().tokenize(text) == words
 
 
 def test_words_are_those_of_rouge_score_for_every_ascii_character():
     from rouge_score.tokenizers import DefaultTokenizer
 
     text = "".join(f"a{chr(i)}b " for i in range(128))
-    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+    assert WordTokenizer().tokenize(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
 
 
 def test_empty_answers_score_nothing_and_no_answers_have_no_measures():

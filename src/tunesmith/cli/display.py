@@ -307,8 +307,7 @@ class RunDisplay:
             self.console.print(visible(f"note: {text}"), style="bright_black")
 
     def done(self, run: Run) -> None:
-        """Print where the result is and what to do with it, and make the exports of the recipe."""
-        from tunesmith.cli.export import make_planned
+        """Print where the result is and what to do with it."""
         from tunesmith.tasks import TASKS
 
         self.display.__exit__(None, None, None)
@@ -320,7 +319,6 @@ class RunDisplay:
             self.console.print(f"\nThe result is in {run.path}, its report in report.html. Next:\n")
             for verb, *more in TASKS[self.history.plan["task"]].next_commands:
                 self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
-        make_planned(run, as_json=self.as_json)
 
 
 @contextmanager

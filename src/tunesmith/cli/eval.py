@@ -12,7 +12,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tunesmith.inference.measure import Evaluation
+    from tunesmith.inference.measure import EvaluationResult
 
 
 def evaluate(
@@ -70,7 +70,7 @@ def measured(
     samples: int | None,
     offline: bool,
     keep: Callable[[Iterator[dict[str, Any]]], None],
-) -> Evaluation:
+) -> EvaluationResult:
     """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows."""
     from tunesmith.cli.display import phases
     from tunesmith.cli.render import visible
@@ -89,7 +89,7 @@ def measured(
     return found
 
 
-def _draw(found: Evaluation, out: Path | None) -> None:
+def _draw(found: EvaluationResult, out: Path | None) -> None:
     from tunesmith.cli.render import metrics_table, visible, with_bounds
     from tunesmith.cli.streams import console
     from tunesmith.evaluation.metrics import info_of

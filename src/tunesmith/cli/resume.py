@@ -28,6 +28,7 @@ def resume(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.display import run_display
+    from tunesmith.cli.export import make_planned
     from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
@@ -35,7 +36,9 @@ def resume(
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
         earlier = []
-    with run_display(as_json=as_json, quiet=quiet, earlier=earlier) as watch:
+    with run_display(as_json=as_json, quiet=quiet, earlier=earlier) as display:
         from tunesmith.training import trainer as training
 
-        watch.done(training.resume(found, settings=settings or [], offline=offline, listener=watch.listener()))
+        done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener())
+        display.done(done)
+        make_planned(done, as_json=as_json)

@@ -75,13 +75,16 @@ def train(
 
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
+    from tunesmith.cli.export import make_planned
 
-    with run_display(as_json=as_json, quiet=quiet) as watch:
+    with run_display(as_json=as_json, quiet=quiet) as display:
         from tunesmith.training import trainer as training
 
         if recipe.export.to:
             from tunesmith.export.export_run import check_planned
 
             for note in check_planned(recipe, root=root, offline=offline):
-                watch.note(note)
-        watch.done(training.train(recipe, root=root, out=out, offline=offline, listener=watch.listener()))
+                display.note(note)
+        run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener())
+        display.done(run)
+        make_planned(run, as_json=as_json)

@@ -345,7 +345,7 @@ def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[d
     return [dict(zip(keys, row, strict=True)) for row in np.stack(columns, axis=1).tolist()]
 
 
-class Words:
+class WordTokenizer:
     """Words in lower case: those of rouge-score in ASCII text, where other letters would be lost in the original."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -355,7 +355,7 @@ class Words:
 
 def is_short(reference: str) -> bool:
     """Whether an answer is so short that it is right or wrong as a whole."""
-    return len(Words().tokenize(reference)) <= SHORT_WORDS
+    return len(WordTokenizer().tokenize(reference)) <= SHORT_WORDS
 
 
 def are_short(references: Sequence[str]) -> bool:
@@ -374,7 +374,7 @@ def score_answers(answers: Sequence[str], references: Sequence[str], *, bleu: bo
     pairs = sorted(zip(answers, references, strict=True), key=lambda pair: (pair[1], pair[0]))
     answers, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     scores = answer_scores(answers, references)
-    words = Words().tokenize
+    words = WordTokenizer().tokenize
     keys = [key for key in ANSWER_SCORES if key != "rouge2" or any(len(words(text)) > 1 for text in references)]
     statistics = {key: ratio([one[key] for one in scores]) for key in keys}
     lengths_2I = [[len(words(text)) for text in texts] for texts in (answers, references)]
@@ -388,7 +388,7 @@ def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dic
     """Each answer's own `ANSWER_SCORES`, from 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer  # now: its imports take as long as loading a model
 
-    scorer = RougeScorer(ANSWER_SCORES[1:], tokenizer=Words())
+    scorer = RougeScorer(ANSWER_SCORES[1:], tokenizer=WordTokenizer())
     found = []
     for answer, reference in zip(answers, references, strict=True):
         rouges = {key: one.fmeasure for key, one in scorer.score(reference, answer).items()}

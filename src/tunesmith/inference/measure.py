@@ -57,7 +57,7 @@ SAMPLES = 50
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """Metrics of one model on one file."""
 
     task: str
@@ -114,7 +114,7 @@ def evaluate_file(
     samples: int | None = None,
     keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
     on_progress: OnProgress = lambda what, done, total: None,
-) -> Evaluation:
+) -> EvaluationResult:
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
     `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line a row, as
@@ -165,7 +165,9 @@ def evaluate_file(
     headline = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
     num, unit = (len(np.unique(store.hashes)), "document") if "text" in TASKS[task].shapes else (len(store), "row")
     headline += [*never_right(details), *too_few(num, unit)]
-    return Evaluation(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, [*notes, *more])
+    return EvaluationResult(
+        task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, [*notes, *more]
+    )
 
 
 def ignore(problem: Problem) -> None:

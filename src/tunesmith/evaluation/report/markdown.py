@@ -34,11 +34,11 @@ def _lines(block: s.Block) -> Iterator[str]:
             yield from ("", f"{'### ' if block.kind == 'heading' else ''}{inline(block.text, width=2000)}")
         case s.Items():
             yield from ("", *(f"- {inline(item, width=2000)}" for item in block.items))
-        case s.Facts():
+        case s.FactList():
             yield from _table(["", ""], [[inline(name), inline(fact, width=400)] for name, fact in block.facts])
         case s.Code():
             yield from ("", fenced("", block.text))
-        case s.Answers():
+        case s.SampleAnswers():
             for sample in block.samples:
                 yield from ("", *_answers(sample), "---")
         case s.Fold():

@@ -76,7 +76,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class SampleAnswers:
     """Prompts with their answers before and after, differences marked."""
 
     samples: Sequence[Mapping[str, Any]]
@@ -84,7 +84,7 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class FactList:
     """Names and what they stand for."""
 
     facts: Sequence[tuple[str, str]]
@@ -106,11 +106,11 @@ class Fold:
     kind: str = "fold"
 
 
-Block = Table | Paragraph | Heading | Items | Figures | Answers | Facts | Code | Fold
+Block = Table | Paragraph | Heading | Items | Figures | SampleAnswers | FactList | Code | Fold
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class PageSection:
     name: str
     title: str
     blocks: Sequence[Block]
@@ -125,7 +125,7 @@ class Page:
     summary: str
     cards: Sequence[text.MetricLine]
     columns: tuple[str, str]
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
 
 
 def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
@@ -143,7 +143,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("choices", "Choices"): _choices(series.plan.get("choices", [])),
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
-    sections = [Section(name, title, list(blocks)) for (name, title), blocks in made.items()]
+    sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
     lines, columns = text.headline_lines(report), text.sides(report)
     return Page(report, run.created, text.summary(report), lines, columns, [one for one in sections if one.blocks])
 
@@ -166,7 +166,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
             cells += [Cell(line.change), Cell("", whiskers=line.whiskers), verdict]
         rows.append(cells)
     yield Table(columns, rows, "stack")
-    yield Fold("What each measure is", [Facts([(line.label, line.doc) for line in lines])])
+    yield Fold("What each measure is", [FactList([(line.label, line.doc) for line in lines])])
 
 
 def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
@@ -215,7 +215,7 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block]:
             "Held-out prompts, answered before and after. Words that are gone are struck out, new ones underlined; "
             "✓ is equal to the reference."
         )
-        yield Answers(samples)
+        yield SampleAnswers(samples)
         return
     yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
@@ -273,7 +273,7 @@ def _general(general: Mapping[str, Any] | None) -> Iterator[Block]:
         yield Paragraph(general["verdict"], general["past_bound"])
         if answers := general["answers"]:
             title = f"{plural(len(answers), 'general instruction')}, answered before and after"
-            yield Fold(title, [Answers(answers)])
+            yield Fold(title, [SampleAnswers(answers)])
 
 
 def _data(report: Mapping[str, Any]) -> Iterator[Block]:
@@ -295,5 +295,5 @@ def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[
     hashes = [(key, digest) for key, digest in series.identity.items() if not key.startswith("setting ")]
     yield Code(f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}")
     yield Fold("Recipe", [Code(run.recipe_path.read_text("utf-8"))])
-    yield Fold("Versions", [Facts(list(report["versions"].items()))])
-    yield Fold("Hashes of model, data and tokenizer", [Facts(hashes)])
+    yield Fold("Versions", [FactList(list(report["versions"].items()))])
+    yield Fold("Hashes of model, data and tokenizer", [FactList(hashes)])
