@@ -123,7 +123,7 @@ class Predictor:
             given = generate(self.loaded.model, self.loaded.renderer, [prompts[i] for i in members], how)
             for i, one in zip(members, given, strict=True):
                 results[i] = {key: one.text}
-                if not one.stopped and self.task != "text":  # which never comes to an end by itself
+                if not one.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
                     warn(self._cut_off(examples[i]))
         return results
 
