@@ -190,7 +190,7 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     if newest is None:
         way = command("resume", run.path)
-        raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Go on with: {way}")
+        raise RunError(f"{run.path}: no result and no whole checkpoint: nothing to load. Continue with: {way}")
     attachment = attach(
         recipe,
         base.model,
@@ -199,7 +199,7 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
         pad_id=base.pad_id,
     )
     restore(attachment, newest.weights)
-    note = "; ".join(filter(None, [base.packed, f"not ended: these are the weights of step {newest.step}"]))
+    note = "; ".join(filter(None, [base.packed, f"not finished: these are the weights of step {newest.step}"]))
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
