@@ -49,7 +49,7 @@ from tunesmith.inference.load import LoadedModel
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Layout, Problem
+from tunesmith.types import Layout, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
@@ -162,12 +162,19 @@ def evaluate_file(
     if baseline is None and sampled:
         scored = zip(sampled, answer_scores(answers, references), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
-    headline = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
-    num, unit = (len(np.unique(store.hashes)), "document") if "text" in TASKS[task].shapes else (len(store), "row")
-    headline += [*never_right(details), *too_few(num, unit)]
-    return EvaluationResult(
-        task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, [*notes, *more]
-    )
+    headline = _headline(task, measures, baseline, details, store)
+    notes += more
+    return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
+
+
+def _headline(
+    task: TaskName, measures: dict[str, Interval], baseline: Any, details: dict[str, Any], store: RowStore
+) -> list[str]:
+    """The verdict in sentences, with a warning of few rows."""
+    sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
+    are_documents = "text" in TASKS[task].shapes
+    num, unit = (len(np.unique(store.hashes)), "document") if are_documents else (len(store), "row")
+    return [*sentence, *never_right(details), *too_few(num, unit)]
 
 
 def ignore(problem: Problem) -> None:
