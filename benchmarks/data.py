@@ -59,8 +59,8 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
     """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
     import numpy as np
 
-    from tunesmith.data.batch import Plan
     from tunesmith.data.dataset import build
+    from tunesmith.data.sampler import StepSampler
     from tunesmith.inference.load import make_renderer
     from tunesmith.models import load
     from tunesmith.models.load import model_kind
@@ -78,7 +78,7 @@ def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = 
         Path(folder), data=recipe.data, files=recipe.data.train, renderer=renderer, on_problem=lambda problem: None
     )
     seconds = time.perf_counter() - begun
-    plan = Plan(
+    plan = StepSampler(
         rows_I=np.arange(len(store)),
         weights_I=np.ones(len(store)),
         lengths_I=store.lengths,

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tiny_model import SETTINGS, tiny_model
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.types import Batch, Row, Source
 
 VOCAB = 96

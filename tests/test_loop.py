@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tiny_run import tiny_recipe
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.errors import NonFiniteError
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows

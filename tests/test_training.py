@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tiny_run import chats, tiny_recipe, values_of
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.inference.load import load_run
 from tunesmith.models.modes import eval_mode

@@ -178,7 +178,7 @@ class Batch:
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
     filling: int = 0
-    """Padding tokens after the rows of a packed micro-batch, which belong to none: see `data.filling`."""
+    """Padding tokens after the rows of a packed micro-batch: see `data.collate.pad_to_multiple`."""
     targets_B: tuple[int, ...] = ()
     """Tokens of each example that the decoder of an encoder–decoder reads."""
 

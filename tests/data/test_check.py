@@ -13,8 +13,7 @@ import pytest
 
 from data.rows_of import comma_separated, examples_in, json_lines, put
 from tiny import tiny_tokenizer
-from tunesmith.data.check import check
-from tunesmith.data.check_report import CheckReport, spans_of, token_stats
+from tunesmith.data.check import CheckReport, check, spans_of, token_stats
 from tunesmith.data.examples import content_hash
 from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile, Limits
@@ -149,7 +148,7 @@ def test_overlap_can_be_an_error(tmp_path: Path):
     path = put(tmp_path, "a.jsonl", json_lines([pair("a")]))
     report = check(data_of(path, held=[path], overlap="error"))
     assert report.errors == {"overlap": 1}
-    assert report.refusals == ("held-out rows stand in the training files, and data.overlap is error",)
+    assert report.refusals == ("held-out rows are also in the training files, and data.overlap is error",)
     assert check(data_of(path, held=[path], overlap="error", bad_rows="skip")).refusals == report.refusals
 
 
@@ -375,4 +374,4 @@ def test_statistics_of_lengths():
 def test_rows_of_a_small_file_are_held_out_by_a_fifth_and_said_to_be_few(tmp_path: Path):
     report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair(f"a{i}") for i in range(60)]))))
     assert report.held_out == 12
-    assert report.notes[0].startswith("12 held-out rows are too few to tell a small change from chance")
+    assert report.notes[0].startswith("12 held-out rows are too few to distinguish a small change from chance")

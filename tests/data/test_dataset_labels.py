@@ -15,7 +15,6 @@ import pytest
 from data.families import bert_like, t5_like
 from tunesmith.data import encode as encoding_module
 from tunesmith.data.dataset import LabelColumn, RowStore, build
-from tunesmith.data.labels import see
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -92,7 +91,7 @@ ROWS = [("b",), ("a", "b"), (), ("c", "a"), ("b",), ("d",)]
 @pytest.mark.parametrize("chosen", [None, [], [1, 3], [5, 1, 4], [1, 1, 3]])
 def test_labels_are_counted_as_row_by_row(chosen: list[int] | None, tmp_path: Path) -> None:
     store = store_of(tmp_path, texts(*map(list, ROWS)))
-    seen = see(store, None if chosen is None else np.array(chosen, np.int64))
+    seen = store.count_labels(None if chosen is None else np.array(chosen, np.int64))
     rows = range(len(ROWS)) if chosen is None else chosen
     assert seen.counts == Counter(name for i in rows for name in ROWS[i])
     for name in seen.counts:
@@ -104,7 +103,7 @@ def test_rows_that_wait_for_an_answer_have_no_labels(tmp_path: Path) -> None:
     store = store_of(tmp_path, texts("a", "b"))
     column = LabelColumn([pa.record_batch([pa.array([[IGNORE], [1]], pa.list_(pa.int64()))], ["labels"])], ("a", "b"))
     store.labels = column
-    assert see(store).counts == {"b": 1}
+    assert store.count_labels().counts == {"b": 1}
 
 
 def test_a_million_labels_are_counted_in_no_time() -> None:

@@ -110,7 +110,7 @@ def test_a_file_without_any_mapped_field_is_read_as_it_is_and_that_is_said(tmp_p
         ({"promt": "question"}, "did you mean prompt?"),
         ({"question": "prompt"}, "did you mean {prompt: question}?"),
         ({"zzz": "q"}, "one of messages"),
-        ({"prompt": "text", "completion": "text"}, "text stands for two fields"),
+        ({"prompt": "text", "completion": "text"}, "text is named for two fields"),
     ],
 )
 def test_columns_that_no_shape_has_are_refused(columns: dict[str, str], hint: str, tmp_path: Path):

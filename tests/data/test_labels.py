@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
+from tunesmith.data.label_column import LabelColumn
 
-from tunesmith.data.dataset import LabelColumn
-from tunesmith.data.labels import count_classes, decide_labels, is_number, order, remark_on, targets
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.labels import count_classes, is_number, order, resolve_labels, similar_names_notes, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, Labels, Source, TaskName
@@ -45,6 +46,8 @@ class FakeStore:
     def source(self, index: int) -> Source:
         return Source(self._path, index + 2)
 
+    count_labels = RowStore.count_labels
+
 
 def decided(
     rows: Sequence[Any],
@@ -58,13 +61,13 @@ def decided(
     store: Any = FakeStore(rows)
     held_store: Any = store if held is None else FakeStore(held, "test.csv")
     chosen = np.array(range(len(rows)) if train_rows is None else train_rows)
-    return decide_labels(
+    sides = [store.count_labels()] if held is None else [store.count_labels(), held_store.count_labels()]
+    return resolve_labels(
         task=task,
         data=Data(**options),
         class_weights=class_weights,
-        store=store,
-        train_rows=chosen,
-        held_store=held_store,
+        trained=store.count_labels(chosen),
+        sides=sides,
     )
 
 
@@ -249,7 +252,7 @@ def test_lists_where_one_class_is_expected_are_refused():
 @pytest.mark.parametrize(
     ("rows", "options", "text"),
     [
-        (["a", "b"], {"labels": ("a", "b", "a")}, "data.labels: 'a' stands twice"),
+        (["a", "b"], {"labels": ("a", "b", "a")}, "data.labels: 'a' is there twice"),
         (["1.5", "2"], {"labels": ("1.5", "2"), "label_kind": "number"}, "data.labels: labels are numbers"),
         (["1.5", "2"], {"class_weights": "balanced"}, "train.class_weights: labels are numbers"),
         ([["a"], ["b"]], {"class_weights": "balanced"}, "train.class_weights: a row can have several"),
@@ -309,7 +312,7 @@ def test_targets_are_what_the_head_learns():
 
 def test_classes_of_some_rows_are_counted_by_id():
     store: Any = FakeStore(["b", "a", "b", "c"])
-    assert count_classes(Labels("one", ("a", "b", "c", "d")), store, np.array([0, 1, 2])).tolist() == [1, 2, 0, 0]
+    assert count_classes(store.count_labels(np.array([0, 1, 2])), ("a", "b", "c", "d")).tolist() == [1, 2, 0, 0]
 
 
 # remarks
@@ -326,8 +329,8 @@ def test_classes_of_some_rows_are_counted_by_id():
     ],
 )
 def test_classes_that_look_alike_are_remarked_on(names: tuple[str, ...], num: int):
-    assert len(remark_on(names)) == num
+    assert len(similar_names_notes(names)) == num
 
 
 def test_a_remark_shows_the_white_space():
-    assert "the classes 'eye' and 'eye ' differ only in white space" in remark_on(["eye ", "eye"])[0]
+    assert "the classes 'eye' and 'eye ' differ only in white space" in similar_names_notes(["eye ", "eye"])[0]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, json_lines, parquet, put, rows_in, said
-from tunesmith.data import read_text
+from tunesmith.data import read_json
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
@@ -199,7 +199,7 @@ def test_byte_of_a_finding_in_a_csv_text_is_that_of_the_file(tmp_path: Path):
 def test_arrays_are_cut_the_same_however_they_arrive(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = [{"a": '\\"]},[{' * n, "b": [[], {}, [{"c": "\\\\"}]], "d": "\\" * n} for n in range(6)]
     path = put(tmp_path, "rows.json", json.dumps(rows).encode())
-    monkeypatch.setattr(read_text, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(read_json, "CHUNK_BYTES", chunk_bytes)
     assert read_texts(path) == rows
 
 
@@ -213,7 +213,7 @@ def test_arrays_are_cut_the_same_however_they_arrive(chunk_bytes: int, tmp_path:
 )
 def test_any_array_is_cut_where_its_rows_end(rows: list[Any], chunk_bytes: int, tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_text, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(read_json, "CHUNK_BYTES", chunk_bytes)
         assert read_texts(put(tmp_path, "rows.json", json.dumps(rows).encode())) == rows
 
 
@@ -281,7 +281,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
 def test_a_disk_that_fails_while_reading_is_named_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = put(tmp_path, "rows.jsonl", json_lines([PAIR] * 10))
-    from tunesmith.data import opening
+    from tunesmith.data import detect_format
 
     class Failing:
         def __init__(self, file: Any) -> None:
@@ -299,8 +299,8 @@ def test_a_disk_that_fails_while_reading_is_named_with_its_line(tmp_path: Path, 
         def __exit__(self, *args: object) -> None:
             pass
 
-    real = opening._packed
-    monkeypatch.setattr(opening, "_packed", lambda path: Failing(real(path)))
+    real = detect_format._packed
+    monkeypatch.setattr(detect_format, "_packed", lambda path: Failing(real(path)))
     rows, problems = rows_in(path)
     assert len(rows) == 3
     assert said(problems) == [("unreadable", 4)]

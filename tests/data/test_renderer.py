@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tiny import CHATML, chat, pair, template, tiny_tokenizer
 from tunesmith.data import chat_template as template_module
 from tunesmith.data import tokenizer as tokens_module
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Part, Problem, Row, Source

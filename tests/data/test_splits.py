@@ -136,7 +136,7 @@ def test_few_measured_rows_are_of_every_class(tmp_path: Path):
 
 
 def test_the_smallest_hashes_alone_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.data.sides.measured", lambda hashes, classes, most: np.argsort(hashes)[:most])
+    monkeypatch.setattr("tunesmith.data.split.measured", lambda hashes, classes, most: np.argsort(hashes)[:most])
     with pytest.raises(AssertionError):
         every_class_is_measured(imbalanced(tmp_path, 10), 10)
 

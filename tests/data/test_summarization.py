@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.families import roberta_like, t5_like
 from tiny import CHATML, pair, tiny_tokenizer
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.data.summarization import DEFAULT_PROMPTS
 from tunesmith.errors import ModelError, RecipeError

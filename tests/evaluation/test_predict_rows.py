@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
-from tunesmith.data.feed import Feed
+from tunesmith.data.collate import Collator
 from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
@@ -47,7 +47,7 @@ def model_of(arch: str, *, dropout: float = 0.0):
 
 
 def outcomes(model, tokens_per_pass: int, *, layout="packed", rows=range(8)):
-    feed = Feed(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
+    feed = Collator(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
     return predict_rows(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
 
 
@@ -68,13 +68,13 @@ def test_loss_does_not_depend_on_batching(layout):  # trap: L5
 
 
 def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
-    from tunesmith.data.batch import build_batch
-    from tunesmith.data.passes import fill_passes
+    from tunesmith.data.collate import build_batch
+    from tunesmith.data.sampler import make_micro_batches
 
     model = model_of("gpt2").eval()
 
     def broken(tokens: int) -> float:
-        passes = fill_passes(range(8), SHELF.lengths.tolist(), tokens_per_pass=tokens, layout="packed")
+        passes = make_micro_batches(range(8), SHELF.lengths.tolist(), tokens_per_pass=tokens, layout="packed")
         means = []
         for members in passes:
             batch = build_batch([SHELF.row(i) for i in members], members, layout="packed", device="cpu")
@@ -124,7 +124,7 @@ def test_dropout_is_off_and_every_mode_comes_back():  # trap: L11
 
 
 def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
-    from tunesmith.data.batch import build_batch
+    from tunesmith.data.collate import build_batch
 
     model = model_of("gpt2", dropout=0.5)
     batch = build_batch(SHELF.rows, range(8), layout="packed", device="cpu")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from export.exports import card_head, finished, of_architecture, of_encoder, quick
 from tiny_model import ENCODERS
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export import onnx
 from tunesmith.export.export_run import Exported, export_run

@@ -27,14 +27,14 @@ from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models import heads
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.models.resolve_model import ModelRef, resolve_model
-from tunesmith.recipe.methods import FullMethod, LoraMethod, Section
+from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.types import HeadName, Labels
 
 VOCAB = 512
 THREE = Labels("one", ("a", "b", "c"))
 TAGS = Labels("tags", ("B", "I", "O"))
 IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
-SETTINGS: dict[str, Section] = {"lora": LoraMethod(rank=4), "full": FullMethod()}
+SETTINGS: dict[str, OptionGroup] = {"lora": LoraMethod(rank=4), "full": FullMethod()}
 WITH_HEADS = [*ENCODERS, "llama", "gpt2"]
 
 

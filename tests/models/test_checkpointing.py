@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import attach
 from tunesmith.models.attention import use_packed_attention

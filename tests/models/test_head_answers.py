@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.models import forward
 from tunesmith.models.attention import Segments, use_packed_attention
 from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits

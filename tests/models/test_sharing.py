@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from packed import CAN, VOCAB, batch_of, sharp
-from tunesmith.data.sharing import LEAST_TOKENS, Family, families, share
+from tunesmith.data.prefix_sharing import LEAST_TOKENS, PrefixGroup, prefix_groups, share_prefixes
 from tunesmith.models import attention, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
@@ -38,7 +38,7 @@ MIXED = rows_of((10, [9, 5, 5, 1]), (20, [7, 30]), (0, [12, 3]))
 
 def shared_batch(rows: list[Row]) -> tuple[Batch, Batch]:
     plain = batch_of(rows)
-    return plain, share(plain, [row.ids for row in rows])
+    return plain, share_prefixes(plain, [row.ids for row in rows])
 
 
 def answers(model, batch: Batch) -> list[torch.Tensor]:
@@ -128,7 +128,7 @@ def test_a_shared_batch_says_of_every_token_what_the_plain_one_says(prefixes, se
 def test_families_save_as_much_as_any_cut_of_the_sorted_rows(rows):
     """Against all 2^(n-1) cuts."""
     arrays = [np.array(row, np.int32) for row in rows]
-    found = families(arrays)
+    found = prefix_groups(arrays)
     assert sorted(i for family in found for i in family.members) == list(range(len(rows)))
     for family in found:
         heads = {tuple(rows[i][: family.prefix]) for i in family.members}
@@ -159,7 +159,7 @@ def _most_saved(rows: list[list[int]]) -> int:
 def test_rows_that_share_nothing_stay_as_they_are():
     plain, shared = shared_batch(rows_of((0, [9, 5, 4])))
     assert shared is plain
-    assert families([np.arange(3, dtype=np.int32)]) == [Family(0, (0,))]
+    assert prefix_groups([np.arange(3, dtype=np.int32)]) == [PrefixGroup(0, (0,))]
 
 
 def test_what_reads_both_ways_is_refused():

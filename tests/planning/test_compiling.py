@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.filling import filled
+from tunesmith.data.sampler import StepSampler, padded_size
 from tunesmith.planning import compiling
 from tunesmith.planning.compiling import COMPILED, in_bfloat16, in_float32
 from tunesmith.planning.memory import Memory, with_heap
@@ -19,8 +18,8 @@ from tunesmith.planning.tracing import MAPPED, Product, Segment, Tracer
 LENGTHS = (100, 100, 90, 80, 70, 60)
 
 
-def plan_with(tokens_per_pass: int = 200) -> Plan:
-    return Plan(
+def plan_with(tokens_per_pass: int = 200) -> StepSampler:
+    return StepSampler(
         rows_I=np.arange(6), weights_I=np.ones(6), lengths_I=np.array(LENGTHS, np.int32), rows_per_step=2,
         tokens_per_pass=tokens_per_pass, layout="packed", seed=0,
     )  # fmt: skip
@@ -43,7 +42,7 @@ def test_matrices_are_compiled_once_a_size_and_attention_once_a_length():
     """Three steps of a pass each, of two sizes; five lengths, two of them in the pass that was looked at, which has 12
     for them."""
     plan = plan_with()
-    assert len({filled(sum(plan.lengths_of(rows))) for step in (1, 2, 3) for rows in plan.step(step)}) == 2
+    assert len({padded_size(sum(plan.lengths_of(rows))) for step in (1, 2, 3) for rows in plan.step(step)}) == 2
     found = in_bfloat16(plan, 3, [segment(1, 1, 6, 6, 0)], [segment(1)], lengths_R=np.array([100, 90]))
     assert found.kept == COMPILED * (2 * 2 + 12 * 5 / 2 + compiling.PASSES_BEFORE)
     assert found.seconds == pytest.approx((2 * 2 / 3 + 30 / 3) * compiling.COMPILE_SECONDS)

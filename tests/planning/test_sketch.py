@@ -14,7 +14,7 @@ from packed import rows_of
 from tiny_model import tiny_model
 from tiny_run import model_folder
 from tiny_tasks import encoder_folder
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.models.resolve_model import ModelRef, resolve_model
 from tunesmith.planning.memory import Pass, highest, step_peak, timeline

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tunesmith.recipe import docs, load
 from tunesmith.recipe.docs import options, sections
 from tunesmith.recipe.schema import Recipe
-from tunesmith.recipe.text import parse
+from tunesmith.recipe.yaml_io import parse
 
 ROOT = Path(__file__).parents[2]
 

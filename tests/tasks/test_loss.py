@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tiny_model import tiny_model
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.types import Row, Source

@@ -16,7 +16,7 @@ from test_resume import same_run, stop_at
 from tiny_model import tiny_model
 from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.errors import ModelError, RecipeError, Stopped
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.neftune import EmbeddingNoise

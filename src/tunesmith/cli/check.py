@@ -48,7 +48,7 @@ def check(
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
-    from tunesmith.cli.checking import draw
+    from tunesmith.cli.check_report import draw
     from tunesmith.cli.display import progress_bar
     from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
@@ -66,9 +66,9 @@ def check(
 
 
 def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
-    """The renderer that training would use; None where no row is good enough to tell the task from.
+    """The renderer that training would use; None if no row is good enough to detect the task.
 
-    Raises ModelError where the model cannot learn the task.
+    Raises ModelError if the model cannot learn the task.
     """
     from tunesmith.errors import DataError
     from tunesmith.inference.load import make_renderer

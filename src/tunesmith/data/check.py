@@ -1,73 +1,147 @@
-"""Everything that is wrong with the data, at once: files, rows, labels, repeats and, with a model, tokens."""
+"""Everything that is wrong with the data, at once: a dry run of reading and encoding, with statistics."""
 
-# I rows
+# I rows, K bins
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.check_report import (
-    CheckReport,
-    FileReport,
-    Pairs,
-    Side,
-    Span,
-    TokenStats,
-    file_report,
-    folder_report,
-    spans_of,
-    token_stats,
-)
-from tunesmith.data.check_sides import Judged, SideRows, chunks_of, judge, spans_of_example
-from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
+from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
+from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
-from tunesmith.data.folders import expand
-from tunesmith.data.opening import FileFacts
-from tunesmith.data.repeats import conflicts, duplicates, input_overlap, overlap
-from tunesmith.data.split import few_note
+from tunesmith.data.formats import SHAPES
+from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
+from tunesmith.data.read import expand_folders
+from tunesmith.data.split import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, LabelKind, Problem, Row, Source, TaskName
+from tunesmith.types import Example, LabelKind, Problem, Row, Shape, Source, TaskName
 
+if TYPE_CHECKING:
+    from tunesmith.data.renderer import Renderer
+
+Side = Literal["train", "replay", "eval"]
+SIDES: tuple[Side, ...] = ("train", "replay", "eval")
+Span = tuple[str, bool]
+"""Text and whether it is trained."""
 FIRST_ROWS = 3
 PAIRS_LISTED = 20
-"""Repeated rows named one by one; all are counted."""
+"""Repeated rows listed one by one; all are counted."""
+FIRST_BIN = 32
+"""Tokens that the first bin of the length histogram holds; each further bin is twice as wide."""
+CHUNK_EXAMPLES = 512
+CHUNK_CHARS = 4_000_000
+"""Examples encoded at once: whichever bound is met first."""
+MOST_LABELS = 100_000
+"""Different labels remembered: numbers can be as many as rows."""
 
 OnProgress = Callable[[int, int], None]
-"""Bytes read and bytes in all."""
+"""Bytes read and bytes in total."""
+Message = Callable[[Source, int, int], str]
+"""Makes the message about a row that repeats another, from the place of the other, the row, and the other."""
 
 
-Tell = Callable[[Source, int, int], str]
-"""What to say of a row that repeats another: where that is, the row, the other."""
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """Contents of one file, or of all files of one folder."""
+
+    path: str
+    side: Side
+    format: str
+    """JSON lines, JSON array, CSV, TSV, Parquet, CoNLL, text, with ", gzipped" if it is; "12 documents" for a folder;
+    "" if it could not be opened."""
+    shape: Shape | None
+    """None if no row can be used."""
+    rows: int
+    """Rows read, usable or not."""
+    usable: int
+    skipped: int
+    blank: int
+    """Blank lines, which are no rows."""
+    is_readable: bool
+    """False if reading ended before the end of the file, or never began."""
 
 
-class Encodes(Protocol):
-    """What a check asks of `tunesmith.data.renderer.Renderer`."""
+@dataclass(frozen=True, slots=True)
+class RepeatedRows:
+    """Rows that repeat others."""
 
-    tokenizer: Any
+    num: int
+    """Rows that repeat an earlier one, held-out rows that are also in training files, or texts with two labels."""
+    examples: tuple[tuple[Source, Source], ...]
+    """The first few: the row, and the one that it repeats."""
 
-    def encode(
-        self, examples: Sequence[Example], *, on_warning: Callable[[Problem], None] | None = None
-    ) -> Sequence[Sequence[Row] | Sequence[Problem]]: ...
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Lengths of the usable rows of one side, in tokens."""
+
+    rows: int
+    tokens: int
+    trained: int
+    """Targets: trained tokens."""
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    edges: tuple[int, ...]
+    """K + 1 edges: bin k counts lengths from edges[k] to edges[k + 1] - 1."""
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """Result of a check. `problems` lists the first ones; the counts are complete."""
+
+    problems: tuple[Problem, ...]
+    """In the order of files and lines: the first data.limits.problems errors, and as many warnings."""
+    errors: dict[str, int]
+    """Problems that make rows unusable, by code."""
+    warnings: dict[str, int]
+    files: tuple[FileReport, ...]
+    duplicates: RepeatedRows
+    overlap: RepeatedRows
+    held_out: int
+    """Rows that are measured: those of the held-out files, or the part that is split off."""
+    notes: tuple[str, ...]
+    tokens: dict[Side, TokenStats]
+    """Empty without a model, or without a usable row."""
+    first_rows: tuple[tuple[Span, ...], ...]
+    """The first training rows as the model sees them; for classes and tags, the texts and their labels."""
+    refusals: tuple[str, ...]
+    """Why training would refuse this data, one line each; empty if it would not."""
+    label_kind: LabelKind | None = None
+    """Kind of the labels of the training rows; None: they have none, or they are refused."""
+    labels: tuple[tuple[str, int], ...] = ()
+    """Classes in the order of their ids, with the number of training rows (for tags: words); none for numbers."""
+    conflicts: RepeatedRows = RepeatedRows(0, ())
+    """Training rows whose text is also in an earlier one, with another label."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.refusals
 
 
 def check(
     data: Data,
     *,
-    renderer: Encodes | None = None,
+    renderer: Renderer | None = None,
     task: TaskName | None = None,
     progress: OnProgress = lambda done, total: None,
 ) -> CheckReport:
-    """What is wrong with the rows of `data`, and what they are; in memory bounded by about 40 bytes a row.
+    """Read and encode all rows as training would, keep about 40 bytes of each, and report every problem.
 
-    Without a renderer, nothing is said about tokens; without a task, rows are taken for what their fields are made for.
-    Nothing is written.
+    Without a renderer nothing is said about tokens; without a task the fields of rows decide what they are for. Nothing
+    is written.
 
     Raises:
         RecipeError: data.columns names a field that no shape has; data.labels does not fit the labels.
@@ -76,107 +150,165 @@ def check(
     return _Check(data, renderer, task, progress).report()
 
 
+class _Side:
+    """Facts kept of the usable rows of one side."""
+
+    def __init__(self) -> None:
+        self.hashes, self.inputs = array("Q"), array("Q")
+        self.files, self.lines = array("i"), array("q")
+        self.lengths, self.targets = array("i"), array("i")
+        self.first_labels = array("i")
+        """First label of each row of the shape text_label; -1: none, or one too many to be remembered."""
+        self.names: dict[str, int] = {}
+        """Labels by first appearance."""
+        self.counts: list[int] = []
+        self.firsts: list[Source] = []
+        self.many = False
+
+    def add_labels(self, example: Example) -> None:
+        if example.shape not in ("text_label", "tokens_tags"):
+            return
+        ids = [self._id(name, example.source) for name in example.labels]
+        for label in ids:
+            if label >= 0:
+                self.counts[label] += 1
+        self.many |= example.many
+        if example.shape == "text_label":
+            self.first_labels.append(ids[0] if ids else -1)
+
+    def _id(self, name: str, source: Source) -> int:
+        if name not in self.names:
+            if len(self.names) == MOST_LABELS:
+                return -1
+            self.names[name] = len(self.names)
+            self.counts.append(0)
+            self.firsts.append(source)
+        return self.names[name]
+
+    def label_counts(self) -> LabelCounts:
+        counts_V = np.array(self.counts, np.int64)
+        return LabelCounts(tuple(self.names), counts_V, self.many, lambda label: self.firsts[label])
+
+    def array(self, name: str, dtype: Any) -> NDArray[Any]:
+        return np.frombuffer(getattr(self, name), dtype)
+
+    def conflict(self, there: Source, row: int, other: int) -> str:
+        """The message about two rows with one text and two labels."""
+        here, that = self.first_labels[row], self.first_labels[other]
+        names = tuple(self.names)
+        is_known = not self.many and min(here, that) >= 0
+        which = f" ({names[that][:40]!r} there, {names[here][:40]!r} here)" if is_known else ""
+        return f"the text is also at {there}, with another label{which}: one of them is likely wrong."
+
+
 class _Check:
     """One pass over all files."""
 
-    def __init__(self, data: Data, renderer: Encodes | None, task: TaskName | None, progress: OnProgress) -> None:
+    def __init__(self, data: Data, renderer: Renderer | None, task: TaskName | None, progress: OnProgress) -> None:
         self._data = data
         self._renderer = renderer
         self._task = task
         self._progress = progress
-        self._files: list[tuple[Side, DataFile]] = []
-        """Files and the documents of folders, as they are come to."""
-        self._total_bytes = 0
-        self._done_bytes = 0
-        self._rows: dict[Side, SideRows] = {"train": SideRows(), "replay": SideRows(), "eval": SideRows()}
+        self._paths: list[str] = []
+        """Files and the documents of folders, in the order in which they are read."""
+        self._total_bytes = self._done_bytes = 0
+        self._sides: dict[Side, _Side] = {side: _Side() for side in SIDES}
         self._first_rows: list[tuple[Span, ...]] = []
         self._counts: dict[str, Counter[str]] = {"error": Counter(), "warning": Counter()}
         self._listed: dict[str, list[Problem]] = {"error": [], "warning": []}
         self._notes: list[str] = []
+        self._label_kind: LabelKind | None = None
 
     def report(self) -> CheckReport:
-        refuse_unknown_columns(self._data)
-        given: list[tuple[Side, DataFile]] = [
-            *(("train", file) for file in self._data.train),
-            *(("replay", file) for file in self._data.replay),
-            *(("eval", file) for file in self._data.eval),
-        ]
-        members = [self._members(side, file) for side, file in given]
-        self._total_bytes = sum(_size(file.path) for _, file in self._files)
-        files = [
-            folder_report(side, file, [self._file(index) for index in indices])
-            for (side, file), indices in zip(given, members, strict=True)
-        ]
-        train_I, held_I = (np.frombuffer(self._rows[side].hashes, np.uint64) for side in ("train", "eval"))
-        pairs = {
-            "duplicate": self._pairs(duplicates(train_I), "train", "duplicate", _repeats),
-            "overlap": self._pairs(
-                overlap(train_I, held_I),
-                "eval",
-                "overlap",
-                lambda there, row, other: f"this held-out row also stands at {there}, where it is trained.",
-                is_error=self._data.overlap == "error",
-            ),
-        }
-        of_train = self._rows["train"].labels
-        inputs_I, held_inputs_I = (np.frombuffer(self._rows[side].inputs, np.uint64) for side in ("train", "eval"))
+        check_columns_exist(self._data)
+        entries = [(side, file, self._members(file)) for side in SIDES for file in getattr(self._data, side)]
+        self._total_bytes = sum(_size(member.path) for *_, members in entries for member in members)
+        files = [self._entry(side, file, members) for side, file, members in entries]
+        train, held = self._sides["train"], self._sides["eval"]
+        train_I, held_I = (side.array("hashes", np.uint64) for side in (train, held))
+        inputs_I, held_inputs_I = (side.array("inputs", np.uint64) for side in (train, held))
+        repeated = self._pairs(duplicates(train_I), "train", "duplicate", lambda there, *_: f"the row repeats {there}.")
+        shared = self._pairs(
+            overlap(train_I, held_I),
+            "eval",
+            "overlap",
+            lambda there, *_: f"this held-out row is also at {there}, where it is trained.",
+            is_error=self._data.overlap == "error",
+        )
         self._notes += input_overlap(np.isin(held_I, train_I), inputs_I, held_inputs_I)
-        if len(of_train.of_rows) == len(train_I):
-            found_I = conflicts(inputs_I, train_I)
-            pairs["conflicts"] = self._pairs(found_I, "train", "conflicting_labels", of_train.difference)
-        labels = self._labels()
-        held_out = self._held_out(labels.kind)
+        conflicting = RepeatedRows(0, ())
+        if len(train.first_labels) == len(train_I):
+            pairs_I = conflicts(inputs_I, train_I)
+            conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
+        labels, label_refusals = self._labels()
+        held_out = self._held_out()
         return CheckReport(
             problems=self._in_order(),
             errors=dict(self._counts["error"]),
             warnings=dict(self._counts["warning"]),
             files=tuple(files),
-            duplicates=pairs["duplicate"],
-            overlap=pairs["overlap"],
+            duplicates=repeated,
+            overlap=shared,
             held_out=held_out,
             notes=tuple(self._notes),
-            tokens=self._token_stats(),
+            tokens={
+                side: token_stats(rows.array("lengths", np.int32), rows.array("targets", np.int32))
+                for side, rows in self._sides.items()
+                if len(rows.lengths)
+            },
             first_rows=tuple(self._first_rows),
-            refusals=(*self._refusals(files), *labels.refusals),
-            label_kind=labels.kind,
-            labels=labels.counts,
-            conflicts=pairs.get("conflicts", Pairs(0, ())),
+            refusals=(*self._refusals(files), *label_refusals),
+            label_kind=self._label_kind,
+            labels=labels,
+            conflicts=conflicting,
         )
 
-    def _members(self, side: Side, file: DataFile) -> range:
-        """Indices of the files that one entry stands for; none if it is a folder that cannot be used."""
+    def _members(self, file: DataFile) -> Sequence[DataFile]:
+        """The files of one entry of the data; none if it is a folder that cannot be used."""
         try:
-            members = expand([file], self._hear)
+            return expand_folders([file], self._hear)
         except DataError as error:
-            for problem in error.problems:
-                self._hear(problem)
-            return range(0)
-        self._files += ((side, member) for member in members)
-        return range(len(self._files) - len(members), len(self._files))
+            self._hear_all(error)
+            return ()
 
-    def _file(self, index: int) -> FileReport:
-        side, file = self._files[index]
+    def _entry(self, side: Side, file: DataFile, members: Sequence[DataFile]) -> FileReport:
+        found = [self._file(side, member) for member in members]
+        if len(found) == 1 and found[0].path == file.path:
+            return found[0]
+        noun = "document" if all(member.format.startswith("text") for member in found) else "file"
+        return FileReport(
+            path=file.path,
+            side=side,
+            format=f"{len(found):,} {noun}{'' if len(found) == 1 else 's'}" if found else "",
+            shape=next((member.shape for member in found if member.shape), None),
+            rows=sum(member.rows for member in found),
+            usable=sum(member.usable for member in found),
+            skipped=sum(member.skipped for member in found),
+            blank=sum(member.blank for member in found),
+            is_readable=bool(found) and all(member.is_readable for member in found),
+        )
+
+    def _file(self, side: Side, file: DataFile) -> FileReport:
+        self._paths.append(file.path)
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
         source = examples([file], self._data, self._hear, facts=facts, task=self._task)
         try:
-            for chunk in chunks_of(example for _, example in source):
+            for chunk in _chunks(example for _, example in source):
                 shape = chunk[-1].shape
-                usable += self._chunk(chunk, index)
-                done = min(self._done_bytes + facts[0].done_bytes, self._total_bytes)
-                self._progress(done, self._total_bytes)
+                usable += self._chunk(side, chunk)
+                self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
         except DataError as error:
             is_readable = False
-            for problem in error.problems:
-                self._hear(problem)
+            self._hear_all(error)
         self._done_bytes += _size(file.path)
         self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
-        return file_report(side, file, facts, usable=usable, shape=shape, is_readable=is_readable)
+        num, blank, form = (facts[0].rows, facts[0].blank, str(facts[0])) if facts else (0, 0, "")
+        return FileReport(file.path, side, form, shape, num, usable, num - usable, blank, is_readable)
 
-    def _chunk(self, chunk: Sequence[Example], index: int) -> int:
-        """Remember what is usable of some examples. Returns how many are."""
-        side = self._files[index][0]
-        rows = self._rows[side]
+    def _chunk(self, side: Side, chunk: Sequence[Example]) -> int:
+        """Encode examples and remember those that can be used. Returns how many can."""
+        rows = self._sides[side]
         encoded: Sequence[Sequence[Row] | Sequence[Problem]] = [()] * len(chunk)
         if self._renderer is not None:
             encoded = self._renderer.encode(chunk, on_warning=self._hear)
@@ -188,26 +320,25 @@ class _Check:
             if bad:
                 continue
             usable += 1
-            rows.labels.add(example)
-            if example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
-                self._first_rows.append(spans_of_example(example))
+            rows.add_labels(example)
             content, read = both_hashes(example)
             rows.hashes.append(content)
             rows.inputs.append(read)
-            rows.files.append(index)
+            rows.files.append(len(self._paths) - 1)
             rows.lines.append(example.source.line)
-            for row in result:
-                assert isinstance(row, Row)
+            made = [row for row in result if isinstance(row, Row)]
+            for row in made:
                 rows.lengths.append(len(row.ids))
-                trained = row.trained if row.labels is not None else row.trained[1:]
-                rows.targets.append(int(trained.sum()))
-                if not example.labels and side == "train" and len(self._first_rows) < FIRST_ROWS:
-                    self._first_rows.append(self._spans(row))
+                rows.targets.append(int((row.trained if row.labels is not None else row.trained[1:]).sum()))
+            if side == "train":
+                self._show(example, made)
         return usable
 
-    def _spans(self, row: Row) -> tuple[Span, ...]:
-        assert self._renderer is not None
-        return spans_of(row, self._renderer.tokenizer.decode)
+    def _show(self, example: Example, rows: Sequence[Row]) -> None:
+        shown = [_labelled_spans(example)] if example.labels else []
+        if not example.labels and self._renderer is not None and len(self._first_rows) < FIRST_ROWS:
+            shown = [spans_of(row, self._renderer.tokenizer.decode) for row in rows[:FIRST_ROWS]]
+        self._first_rows += shown[: FIRST_ROWS - len(self._first_rows)]
 
     def _hear(self, problem: Problem) -> None:
         self._counts[problem.severity][problem.code] += 1
@@ -215,69 +346,147 @@ class _Check:
         if len(listed) < self._data.limits.problems:
             listed.append(problem)
 
-    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str, tell: Tell, *, is_error: bool = False) -> Pairs:
-        """Say of the first rows, given as (row, row that it repeats), that they repeat another; count all."""
-        examples = []
+    def _hear_all(self, error: DataError) -> None:
+        for problem in error.problems:
+            self._hear(problem)
+
+    def _pairs(
+        self, found_I: NDArray[np.int64], side: Side, code: str, message: Message, *, is_error: bool = False
+    ) -> RepeatedRows:
+        """Report the first rows that repeat another, given as (row, row that it repeats); count all."""
+        severity: Literal["error", "warning"] = "error" if is_error else "warning"
+        listed = []
         for row, other in found_I[:PAIRS_LISTED].tolist():
             here, there = self._source(side, row), self._source("train", other)
-            examples.append((here, there))
-            self._hear(Problem(here, code, tell(there, row, other), "", "error" if is_error else "warning"))
-        more = len(found_I) - len(examples)
-        if more:
-            self._counts["error" if is_error else "warning"][code] += more
-        return Pairs(len(found_I), tuple(examples))
+            listed.append((here, there))
+            self._hear(Problem(here, code, message(there, row, other), "", severity))
+        if more := len(found_I) - len(listed):
+            self._counts[severity][code] += more
+        return RepeatedRows(len(found_I), tuple(listed))
 
     def _source(self, side: Side, row: int) -> Source:
-        rows = self._rows[side]
-        return Source(self._files[rows.files[row]][1].path, rows.lines[row])
+        rows = self._sides[side]
+        return Source(self._paths[rows.files[row]], rows.lines[row])
 
-    def _labels(self) -> Judged:
-        sides: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
-        judged = judge([self._rows[side].labels for side in sides], self._data)
-        for problem in judged.problems:
-            self._hear(problem)
-        self._notes += judged.notes
-        return judged
+    def _labels(self) -> tuple[tuple[tuple[str, int], ...], list[str]]:
+        """Classes and their counts if training accepts the labels, else why it refuses them."""
+        train = self._sides["train"]
+        if not train.names and not train.many:
+            return (), []
+        seen = [self._sides[side].label_counts() for side in (("train", "eval") if self._data.eval else ("train",))]
+        shape: Shape = "text_label" if train.first_labels else "tokens_tags"
+        task = next(task for task, shapes in SHAPES.items() if shape in shapes)
+        try:
+            labels, _ = resolve_labels(task=task, data=self._data, class_weights="equal", trained=seen[0], sides=seen)
+        except DataError as error:
+            self._hear_all(error)
+            return (), ["labels that cannot be learnt" if error.problems else str(error)]
+        self._label_kind, counts = labels.kind, seen[0].counts
+        if labels.kind == "number":
+            numbers = sorted(map(float, counts))
+            self._notes.append(f"labels are numbers from {numbers[0]:g} to {numbers[-1]:g}")
+            return (), []
+        self._notes += similar_names_notes(labels.names)
+        return tuple((name, counts.get(name, 0)) for name in labels.names), []
 
-    def _held_out(self, kind: LabelKind | None) -> int:
-        num, notes = len(self._rows["eval"].hashes), list[str]()
+    def _held_out(self) -> int:
+        """Number of rows that training would hold out."""
+        num, notes, rows = len(self._sides["eval"].hashes), list[str](), self._sides["train"]
         if not self._data.eval:
-            num, notes = self._rows["train"].held_out(self._data.held_out, kind)
+            share = self._data.held_out
+            part = float(choose_share(len(rows.inputs)).value) if share == "auto" else share
+            hashes_I, inputs_I = rows.array("hashes", np.uint64), rows.array("inputs", np.uint64)
+            is_one = self._label_kind == "one"
+            classes_I = rows.array("first_labels", np.int32).astype(np.int64) if is_one else None
+            mask_I, notes = hold_out(inputs_I, hashes_I, classes_I, part)
+            num = int(mask_I.sum())
         self._notes += [*notes, few] if (few := few_note(num)) else notes
         return num
 
-    def _token_stats(self) -> dict[Side, TokenStats]:
-        return {
-            side: token_stats(np.frombuffer(rows.lengths, np.int32), np.frombuffer(rows.targets, np.int32))
-            for side, rows in self._rows.items()
-            if len(rows.lengths)
-        }
-
     def _in_order(self) -> tuple[Problem, ...]:
-        order = {file.path: index for index, (_, file) in reversed(list(enumerate(self._files)))}
+        order = {path: index for index, path in reversed(list(enumerate(self._paths)))}
         listed = [*self._listed["error"], *self._listed["warning"]]
         return tuple(sorted(listed, key=lambda p: (order.get(p.source.path, 0), p.source.line)))
 
-    def _refusals(self, files: Sequence[FileReport]) -> Iterator[str]:
-        for file in files:
-            if not file.is_readable:
-                yield f"{file.path} cannot be used as it is"
-        asked_for = {"overlap", "unknown_label"} | ({"too_long"} if self._data.too_long == "drop" else set())
-        num_bad = sum(n for code, n in self._counts["error"].items() if code not in asked_for)
-        if num_bad and self._data.bad_rows == "error" and all(file.is_readable for file in files):
+    def _refusals(self, files: Sequence[FileReport]) -> list[str]:
+        refusals = [f"{file.path} cannot be used as it is" for file in files if not file.is_readable]
+        allowed = {"overlap", "unknown_label"} | ({"too_long"} if self._data.too_long == "drop" else set())
+        num_bad = sum(num for code, num in self._counts["error"].items() if code not in allowed)
+        if num_bad and self._data.bad_rows == "error" and not refusals:
             what = "1 problem makes its row unusable" if num_bad == 1 else f"{num_bad:,} problems make rows unusable"
-            yield f"{what}; --set data.bad_rows=skip leaves such rows out"
+            refusals.append(f"{what}; --set data.bad_rows=skip leaves such rows out")
         if self._counts["error"]["overlap"]:
-            yield "held-out rows stand in the training files, and data.overlap is error"
-        for side in ("train", "eval"):
-            if not any(file.usable for file in files if file.side == side) and (side == "train" or self._data.eval):
-                yield f"data.{side}: no row can be used"
-        if self._task is None and (question := ask_for_task(self._data)):
-            yield question
+            refusals.append("held-out rows are also in the training files, and data.overlap is error")
+        for side in ("train", "eval") if self._data.eval else ("train",):
+            if not any(file.usable for file in files if file.side == side):
+                refusals.append(f"data.{side}: no row can be used")
+        if self._task is None and (question := ask_text_or_classes(self._data)):
+            refusals.append(question)
+        return refusals
 
 
-def _repeats(there: Source, row: int, other: int) -> str:
-    return f"the row repeats {there}."
+def token_stats(lengths_I: NDArray[np.int32], targets_I: NDArray[np.int32]) -> TokenStats:
+    """Statistics of at least one row."""
+    longest = int(lengths_I.max())
+    edges = [0, FIRST_BIN]
+    while edges[-1] <= longest:
+        edges.append(2 * edges[-1])
+    counts_K, _ = np.histogram(lengths_I, edges)
+    median, p95 = np.percentile(lengths_I, [50, 95], method="higher")
+    return TokenStats(
+        rows=len(lengths_I),
+        tokens=int(lengths_I.sum(dtype=np.int64)),
+        trained=int(targets_I.sum(dtype=np.int64)),
+        shortest=int(lengths_I.min()),
+        median=int(median),
+        p95=int(p95),
+        longest=longest,
+        edges=tuple(edges),
+        counts=tuple(map(int, counts_K)),
+    )
+
+
+def spans_of(row: Row, decode: Callable[[Sequence[int]], str]) -> tuple[Span, ...]:
+    """A row as stretches of text, trained or not, which together are the text of the row."""
+    ids = row.ids.tolist()
+    cuts = [0, *(np.flatnonzero(row.trained[1:] != row.trained[:-1]) + 1).tolist(), len(ids)]
+    spans, before = [], ""
+    for start, end in pairwise(cuts):
+        # Decoded from the row's start: some tokenizers drop the space at the start of a text.
+        text = decode(ids[:end])
+        piece = text[len(before) :] if text.startswith(before) else decode(ids[start:end])
+        spans.append((piece, bool(row.trained[start])))
+        before = text
+    return tuple(spans)
+
+
+def _labelled_spans(example: Example) -> tuple[Span, ...]:
+    """A text and its labels, or words and their tags; labels are shown as trained."""
+    if example.shape == "tokens_tags":
+        pairs = zip(example.parts, example.labels, strict=True)
+        return tuple(span for part, tag in pairs for span in ((f"{part.text} ", False), (f"{tag} ", True)))
+    text = "\n".join(part.text for part in example.parts)
+    return (f"{text}\n", False), (", ".join(example.labels) or "none", True)
+
+
+def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
+    """Examples in chunks. Raises as `source`, after the chunks before."""
+    chunk: list[Example] = []
+    num_chars = 0
+    error = None
+    try:
+        for example in source:
+            chunk.append(example)
+            num_chars += sum(len(part.text) for part in example.parts)
+            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+                yield chunk
+                chunk, num_chars = [], 0
+    except DataError as raised:
+        error = raised
+    if chunk:
+        yield chunk
+    if error is not None:
+        raise error
 
 
 def _size(path: str) -> int:

@@ -1,4 +1,4 @@
-"""Names of fields: those that data.columns may give, and proposals for rows whose names no shape knows."""
+"""Names of fields: what data.columns may give, proposals for unknown names, and columns that look like classes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
+from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
-from tunesmith.errors import RecipeError
-from tunesmith.types import Shape, TaskName
-
-MOST_NAMES = 20
-"""Fields named in one line."""
+from tunesmith.data.problems import names, near
+from tunesmith.data.read import read
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Problem, Shape, TaskName
 
 _PROPOSED: tuple[Shape, ...] = ("prompt_completion", "document_summary", "tokens_tags", "text_label", "text")
 """Shapes that a row of unknown names may have been meant for, in the order in which they are tried."""
@@ -34,7 +36,7 @@ _OFTEN: Mapping[str, tuple[str, ...]] = {
         "completion", "output", "answer",
     ),
 }  # fmt: skip
-"""What else our fields are often called."""
+"""Other common names of our fields."""
 
 
 _ASKED = ("prompt", "instruction")
@@ -43,11 +45,11 @@ _WELL_KNOWN: tuple[tuple[Mapping[str, str], set[str]], ...] = (
     ({"prompt": "question", "completion": "answer"}, {"context", "passage", "choices", "options"}),
     ({"prompt": "user", "completion": "assistant"}, {"context"}),
 )
-"""Names that are read without being asked for: ours to theirs, and fields beside which the answer would lack them."""
+"""Names that are read without data.columns: ours to theirs, and fields that rule this out, since answers need them."""
 _PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
+def check_column_names(columns: Mapping[str, str]) -> None:
     """Raise `RecipeError` when data.columns names a field that no shape has, or one of the data's twice."""
     for ours, theirs in columns.items():
         if ours not in FIELDS:
@@ -57,7 +59,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
             raise RecipeError(f"data.columns.{ours}: no shape has such a field, {hint}")
     twice = sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1})
     if twice:
-        raise RecipeError(f"data.columns: {twice[0]} stands for two fields; a column can be one.")
+        raise RecipeError(f"data.columns: {twice[0]} is named for two fields; a column can be one.")
 
 
 def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str, str]:
@@ -104,7 +106,7 @@ def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str
 
 
 def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
-    """What to add to a command, as a shell takes it."""
+    """The options to add to a command, quoted for a shell."""
     listed = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
     words = [f"--set task={task}"] if task else []
     return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
@@ -112,12 +114,6 @@ def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
 
 def _quoted(name: str) -> str:
     return name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
-
-
-def near(name: str, others: Iterable[str]) -> str:
-    """ "Did you mean ...?" for a name that is not there; "" where none is like it."""
-    found = difflib.get_close_matches(name, list(others), n=1)
-    return f"Did you mean {found[0]}?" if found else ""
 
 
 def preferred_label(name: str) -> int:
@@ -128,7 +124,7 @@ def preferred_label(name: str) -> int:
 
 def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool) -> Mapping[str, str]:
     """Our names of the fields, to theirs, where a row has the ones of a well-known data set; else empty."""
-    if task not in (None, "chat", "generate"):
+    if task is not None and "prompt_completion" not in SHAPES[task]:
         return {}
     for columns, others in _WELL_KNOWN:
         needed = [theirs for ours, theirs in columns.items() if ours != "input" and (answered or ours in _ASKED)]
@@ -140,8 +136,127 @@ def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool)
     return {}
 
 
-def names(record: Iterable[str]) -> str:
-    """The names of a row's fields, as many as fit on a line."""
-    quoted = [repr(name[:60]) for name in record] or ["none"]
-    more = f" and {len(quoted) - MOST_NAMES} more" if len(quoted) > MOST_NAMES else ""
-    return ", ".join(quoted[:MOST_NAMES]) + more
+ROWS_LOOKED_AT = 1000
+MOST_VALUES = 100
+"""Different values that a column of classes has at most among those rows; and half as many as there are rows."""
+MOST_CHARS = 60
+ALONE = 50
+"""Rows without any other field, after which none is expected: documents can be long."""
+LISTED = 4
+_OTHERS: tuple[Shape, ...] = ("prompt_completion", "document_summary", "tokens_tags", "text_label")
+
+
+def check_columns_exist(data: Data) -> None:
+    """Raise `RecipeError` where data.columns names a field that no row of any file has.
+
+    Files are read until every name is found: in nearly all data the first row, in a table the header.
+    """
+    missing = {theirs: ours for ours, theirs in data.columns.items()}
+    seen: dict[str, None] = {}
+    for file in (*data.train, *data.eval, *data.replay) if missing else ():
+        facts: list[FileFacts] = []
+        try:
+            for _, record, _ in read([file], limits=data.limits, on_problem=_ignore, facts=facts):
+                for name in record:
+                    missing.pop(name, None)
+                    if len(seen) < ROWS_LOOKED_AT:
+                        seen[name] = None
+                if not missing or facts[-1].columns is not None:
+                    break
+        except DataError:  # which is said when its rows are read
+            return
+        if not missing:
+            return
+    for theirs, ours in missing.items():
+        hint = near(theirs, seen) or f"There are: {names(seen)}."
+        raise RecipeError(f"data.columns.{ours}: no row has a field {theirs!r}. {hint}")
+
+
+def ask_text_or_classes(data: Data) -> str | None:
+    """The question to the user if rows of text have a column that looks like classes; None if they do not."""
+    for file in data.train:
+        try:
+            found = class_columns(file, data)
+        except DataError:  # which is said when its rows are read
+            continue
+        if found:
+            return _question(file.path, found, data)
+    return None
+
+
+def class_columns(file: DataFile, data: Data, text: str | None = None) -> dict[str, list[str]]:
+    """Columns next to the text with few values that repeat, the likeliest first, with their values.
+
+    `text`: the column that holds the text; None: that of the rows' own shape, where it is `text`. Raises `DataError`.
+    """
+    values: dict[str, dict[str, int]] = {}
+    num_rows = 0
+    for _, record, _ in islice(read([file], limits=data.limits, on_problem=_ignore), ROWS_LOOKED_AT):
+        if text is None:
+            renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
+            shape = find_shape({**record, **renamed})
+            if shape != "text":
+                return {}
+        num_rows += 1
+        if num_rows == ALONE and not values:
+            return {}
+        for name, value in record.items():
+            if name in (text or data.columns.get("text", "text"), "text_pair"):
+                continue
+            for label in value if isinstance(value, list) else [value]:
+                if isinstance(label, str | int | float) and str(label).strip():
+                    counts = values.setdefault(name, {})
+                    if len(counts) <= MOST_VALUES:
+                        counts[str(label)] = counts.get(str(label), 0) + 1
+    most = min(MOST_VALUES, num_rows // 2)
+    few = {
+        name: sorted(counts)
+        for name, counts in values.items()
+        if 2 <= len(counts) <= most and max(map(len, counts)) <= MOST_CHARS
+    }
+    return {name: few[name] for name in sorted(few, key=lambda name: (preferred_label(name), len(few[name])))}
+
+
+def describe(found: Mapping[str, list[str]]) -> str:
+    """The columns with some of their values."""
+    return "; ".join(
+        f"{name!r} has {len(values)} values ({', '.join(values[:LISTED])}{', ...' if len(values) > LISTED else ''})"
+        for name, values in islice(found.items(), LISTED)
+    )
+
+
+def hint_for_text(record: Mapping[str, Any], file: DataFile, data: Data) -> str:
+    """The hint for a row that can only be text under another name, if a column of its file looks like classes."""
+    columns = propose(record, ("text",))
+    if not columns or propose(record, _OTHERS):
+        return ""
+    try:
+        found = class_columns(file, data, text=columns["text"])
+    except DataError:
+        return ""
+    if not found:
+        return ""
+    label = next(iter(found))
+    return (
+        f"{describe(found)}. Did you mean {paste({**columns, 'label': label}, task='classify')}, to learn the class, "
+        f"or {paste(columns, task='text')}, to learn the text?"
+    )
+
+
+def _question(path: str, found: Mapping[str, list[str]], data: Data) -> str:
+    label = next(iter(found))
+    columns = {"text": data.columns.get("text", "text"), "label": label}
+    several = next((value for value in found[label] if "|" in value), None)
+    note = (
+        f" Each different value is one class, {several!r} too: for several classes a row, write lists in JSON lines."
+        if several
+        else ""
+    )
+    return (
+        f"{path}: the rows are text, and {describe(found)}. Is the text to be learnt, or its class? To learn the "
+        f"class: {paste(columns, task='classify')}. To learn the text itself: --set task=text.{note}"
+    )
+
+
+def _ignore(problem: Problem) -> Any:
+    return None

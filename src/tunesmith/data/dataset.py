@@ -27,9 +27,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, num_processes
-from tunesmith.data.folders import expand
-from tunesmith.data.labels import targets
-from tunesmith.data.read import look_at_all
+from tunesmith.data.labels import LabelCounts, targets
+from tunesmith.data.read import expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -213,6 +212,15 @@ class RowStore:
         """The classes of one row, in the order of its targets. Raises IndexError."""
         return self.labels.at(*self._place(index))
 
+    def count_labels(self, rows_I: NDArray[np.int64] | None = None) -> LabelCounts:
+        """The labels of some rows, or of all."""
+        times_I = np.ones(len(self), np.int64) if rows_I is None else np.bincount(rows_I, minlength=len(self))
+
+        def place(label: int) -> Source:
+            return self.source(self.labels.first_row(label, times_I))
+
+        return LabelCounts(self.vocabulary, self.labels.counts(times_I), bool(self.summary.many), place)
+
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
         """Ids that occur in any row, ascending, each once."""
@@ -295,8 +303,8 @@ def build(
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
-    files = expand(files, on_problem)
-    look_at_all(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
+    files = expand_folders(files, on_problem)
+    inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
     before = [_signature(file.at) for file in files]
     num_bytes = sum(size for size, *_ in before)
     hashes = [_sha256(file.at) for file in files]

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
-from tunesmith.data.opening import FileFacts
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import TunesmithError

@@ -1,4 +1,4 @@
-"""Rows to examples: fields renamed, the shape of a file found on its first good row and held to. See docs/data.md."""
+"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/data.md."""
 
 from __future__ import annotations
 
@@ -11,16 +11,68 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.class_columns import hint_for_text
-from tunesmith.data.columns import check_columns, explain, names, near, paste, propose, read_as
-from tunesmith.data.findings import refusal
-from tunesmith.data.formats import FORMATS, SHAPES, find_shape
-from tunesmith.data.opening import FileFacts
+from tunesmith.data.columns import check_column_names, explain, hint_for_text, paste, propose, read_as
+from tunesmith.data.detect_format import FileFacts
+from tunesmith.data.formats import CHATS, FORMATS, SHAPES, find_shape
+from tunesmith.data.problems import names, near, refusal
 from tunesmith.data.read import read
-from tunesmith.data.remarks import remarks
 from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
+
+_ALTERNATING = ("user", "assistant")
+
+
+def warnings_of(example: Example) -> Iterator[Problem]:
+    """Warnings, one a kind: two turns of one role in a row, a turn without text, an end that is not trained, tags."""
+    if example.shape == "tokens_tags":
+        yield from _odd_tags(example)
+        return
+    parts = example.parts
+    last = parts[-1]
+    if len(parts) == 2 and last.trained and parts[0].text and parts[0].role != last.role:
+        return  # nearly every row
+    for i, (before, part) in enumerate(itertools.pairwise(parts), start=1):
+        if before.role == part.role and part.role in _ALTERNATING:
+            yield _warning(
+                example,
+                "same_role_twice",
+                f"messages {i} and {i + 1} are both of the {part.role}.",
+                "Join them: many chat templates refuse that.",
+            )
+            break
+    blank = next((i for i, part in enumerate(parts) if not part.text.strip() and part.role != "assistant"), None)
+    if blank is not None:
+        turn = f"message {blank + 1} ({parts[blank].role})" if example.shape in CHATS else parts[blank].role
+        yield _warning(example, "empty_text", f"{turn} has no text.", "")
+    if last.role != "assistant" and not last.trained and any(part.trained for part in parts):
+        yield _warning(
+            example,
+            "untrained_end",
+            f"it ends with a message of the {last.role}: nothing after the last answer is trained.",
+            "Add the answer, or remove that message.",
+        )
+
+
+def _odd_tags(example: Example) -> Iterator[Problem]:
+    """The first tag that begins a span as if it went on with one, or names no type: see seqeval on IOB1 and IOB2."""
+    before = "O"
+    for i, tag in enumerate(example.labels):
+        mark, _, kind = tag.partition("-")
+        if tag in ("B-", "I-"):
+            yield _warning(example, "odd_tag", f"word {i + 1} has the tag {tag!r}, which names no type.", "Write one.")
+            return
+        if mark == "I" and kind and before[2:] != kind:
+            message = f"word {i + 1} has the tag {tag!r} after {before!r}: no span of {kind!r} is open."
+            fix = "A span begins there all the same; in IOB2 it would be written B-."
+            yield _warning(example, "odd_tag", message, fix)
+            return
+        before = tag
+
+
+def _warning(example: Example, code: str, message: str, fix: str) -> Problem:
+    return Problem(example.source, code, message, fix, severity="warning")
+
 
 OnProblem = Callable[[Problem], None]
 
@@ -38,11 +90,11 @@ def examples(
     answered: bool = True,
     keep: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, Example]]:
-    """Index of the file and example of every row that can be used; all problems of the others go to `on_problem`.
+    """Yield the index of the file and the example of every usable row; problems of other rows go to `on_problem`.
 
     `facts` is filled with what is known of each file, as by `read`. Only the shapes that `task` learns from are looked
     for. Not `answered`: what is to be predicted may be missing and is not read; an example then holds what it is
-    predicted from, and beside it what is `kept`: the fields `keep`, and the row's own answer as `reference`; None:
+    predicted from, and in `kept` the fields `keep` and the row's own answer as `reference`; None:
     nothing.
 
     Raises:
@@ -50,7 +102,7 @@ def examples(
         RecipeError: data.columns names a field that no shape has.
         DataError: a file cannot be read, see `read`; or the columns of a table are those of no shape.
     """
-    check_columns(data.columns)
+    check_column_names(data.columns)
     known: list[FileFacts] = [] if facts is None else facts
     of_file: FileExamples | None = None
     index = -1
@@ -104,7 +156,7 @@ class FileExamples:
             if shape is None:
                 return None
         module = FORMATS[shape]
-        problems = self._too_many(record, source, module.FIELDS) if shape in SHAPES["chat"] else []
+        problems = self._too_many(record, source, module.FIELDS) if shape in CHATS else []
         parsed = problems or module.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
@@ -117,7 +169,7 @@ class FileExamples:
         if self.keep is not None:
             parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))
         self.shape = shape
-        for problem in remarks(parsed):
+        for problem in warnings_of(parsed):
             self.on_problem(problem)
         return parsed
 
@@ -263,12 +315,11 @@ def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
 
 
 _ANSWER: Mapping[Shape, str] = {"text_label": "label", "tokens_tags": "tags", "document_summary": "summary"}
-_CHATS = SHAPES["chat"]
 _KNOWN = {name: frozenset(module.FIELDS) for name, module in FORMATS.items()}
 
 
 def content_hash(example: Example) -> int:
-    """64 bits of what an example says: roles, texts, what is trained, fields, tools and labels, not where it stands.
+    """64-bit hash of the content of an example: roles, texts, trained flags, fields, tools and labels, not its place.
 
     The same on every machine and in every release.
     """
@@ -279,14 +330,14 @@ def content_hash(example: Example) -> int:
 
 
 def input_hash(example: Example) -> int:
-    """64 bits of what an example gives to be answered: its prompt, document, text or words, whatever the answer is.
+    """64-bit hash of the input of an example: its prompt, document, text or words, without the answer.
 
-    Of conversations what stands before the first answer: the instructions and the first turn of the user. Of plain
-    text, which has no such side, the `content_hash`. The same on every machine and in every release: the held-out rows
+    For conversations the turns before the first answer: the instructions and the first turn of the user. For plain
+    text, which has no input, the `content_hash`. The same on every machine and in every release: the held-out rows
     of a data set follow from it.
     """
     parts = example.parts
-    if example.shape in _CHATS and not example.plain:
+    if example.shape in CHATS and not example.plain:
         parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
     read = [[part.role, part.text, part.fields] for part in parts if not part.trained]
     return _hash([read, example.tools]) if _has_side(example) and read else content_hash(example)
@@ -299,7 +350,7 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*_CHATS, "text_label", "tokens_tags")
+    return example.plain or example.shape in (*CHATS, "text_label", "tokens_tags")
 
 
 def _hash(content: list[Any]) -> int:

@@ -1,4 +1,4 @@
-"""Classes, their order and what they weigh: from the words of the rows to the numbers that a head learns.
+"""Classes, their order and their weights: from the words of rows to the targets of a head.
 
 The order of classes is that of the recipe's data.labels, or the sorted classes of the training files: whole numbers
 first, by value, then all other words by code point. It never follows from the order of rows. Resolved, it is written
@@ -15,23 +15,21 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.columns import paste
+from tunesmith.data.formats import SHAPES
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
-if TYPE_CHECKING:
-    from tunesmith.data.dataset import RowStore
-
 ClassWeights = Literal["equal", "balanced"] | Mapping[str, float]
 
 MOST_CLASSES = 1000
-"""Classes that rows may bring without being asked for in data.labels."""
+"""Most classes that rows may bring if data.labels names none."""
 MOST_LISTED = 20
 """Rows named one by one, one for each label that cannot be used."""
 
@@ -40,20 +38,20 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class LabelCounts:
     """The labels of some rows."""
 
     names: Sequence[str]
     counts_V: NDArray[np.int64]
-    """How often each stands there: in how many rows, of tags at how many words."""
+    """Frequency of each: number of rows, for tags number of words."""
     many: bool
     """Whether rows have lists of them."""
     place: Callable[[int], Source]
-    """Where one of `names` stands first, by its index."""
+    """Returns the first place of a name, by its index."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each name stands there, of those that a row has."""
+        """Frequency of each name that a row has."""
         return {name: count for name, count in zip(self.names, self.counts_V.tolist(), strict=True) if count}
 
 
@@ -67,39 +65,31 @@ def _rank(name: str) -> tuple[bool, int, str]:
     return not is_whole, int(name) if is_whole else 0, name
 
 
-def decide_labels(
+def resolve_labels(
     *,
     task: TaskName,
     data: Data,
     class_weights: ClassWeights,
-    store: RowStore,
-    train_rows: NDArray[np.int64],
-    held_store: RowStore,
+    trained: LabelCounts,
+    sides: Sequence[LabelCounts],
     own_classes: Sequence[str] = (),
 ) -> tuple[Labels, list[Choice]]:
-    """What the head of a classifier or tagger learns, and what was decided for the user.
+    """Labels that the head of a classifier or tagger learns, and what was decided for the user.
 
-    Classes are those of all rows of the training files, or `own_classes`, those of a head that the model has, where
-    the rows bring no other; weights follow from the rows that are trained on.
+    `trained`: labels of the rows that are trained on, from which weights follow. `sides`: labels of all rows of the
+    training files, then those of held-out files if there are any. Classes are those of the training files, or
+    `own_classes`, those of the head that the model has, if the rows bring no other.
 
     Raises:
         DataError: a label is not one of the classes, or no number; there is one class, or far too many.
         RecipeError: data.labels or train.class_weights do not fit.
     """
-    trained = see(store, train_rows)
-    sides = [see(store)] if held_store is store else [see(store), see(held_store)]
     if not data.labels and own_classes and set(sides[0].counts) <= set(own_classes):
-        given = data.model_copy(update={"labels": tuple(own_classes)})
-        how = {"task": task, "class_weights": class_weights, "trained": trained, "sides": sides}
-        labels, choices = decide(data=given, **how)  # type: ignore[arg-type]
+        data = data.model_copy(update={"labels": tuple(own_classes)})
+        labels, choices = resolve_labels(
+            task=task, data=data, class_weights=class_weights, trained=trained, sides=sides
+        )
         return labels, [*choices, Choice("data.labels", labels.names, "the classes of the model's own head")]
-    return decide(task=task, data=data, class_weights=class_weights, trained=trained, sides=sides)
-
-
-def decide(
-    *, task: TaskName, data: Data, class_weights: ClassWeights, trained: Seen, sides: Sequence[Seen]
-) -> tuple[Labels, list[Choice]]:
-    """As `decide_labels`, from labels that were counted. `sides`: those of the training files, of held-out files."""
     kind, choices = find_kind(task, data, sides)
     if kind == "number":
         if data.labels or class_weights != "equal":
@@ -112,17 +102,17 @@ def decide(
     names = data.labels or order(sides[0].counts)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise RecipeError(f"data.labels: {twice!r} stands twice. Name each class once.")
+        raise RecipeError(f"data.labels: {twice!r} is there twice. Name each class once.")
     known = frozenset(names)
     _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, names, is_given=bool(data.labels)))
     if not data.labels:
         _refuse_too_many(names, sides[0], data, task)
         choices.append(Choice("data.labels", names, "classes of the training files, whole numbers first, then by name"))
-    counts_C = _by_class(trained, names)
+    counts_C = count_classes(trained, names)
     if (counts_C > 0).sum() < (1 if kind == "many" else 2):
         only = next((name for name, count in zip(names, counts_C, strict=True) if count), None)
         which = f"every training row has the class {only!r}" if only else "no training row has a class"
-        raise DataError(f"data.train: {which}: there is nothing to tell apart. Add rows of other classes.")
+        raise DataError(f"data.train: {which}: there is nothing to distinguish. Add rows of other classes.")
     weights_C = weights_of(class_weights, kind, names, counts_C)
     if class_weights == "balanced" and weights_C is not None:
         by_name = dict(zip(names, weights_C.tolist(), strict=True))
@@ -130,18 +120,18 @@ def decide(
     return Labels(kind, names, weights_C), choices
 
 
-def refuse_unknown(labels: Labels, store: RowStore) -> None:
-    """Raise DataError for labels of a store that a head which was trained before cannot answer with."""
+def refuse_unknown(labels: Labels, counts: LabelCounts) -> None:
+    """Raise DataError for labels that a head which was trained before cannot answer with."""
     if labels.kind == "number":
-        _refuse([see(store)], lambda name: not is_number(name), _no_number)
+        _refuse([counts], lambda name: not is_number(name), _no_number)
     else:
         known = frozenset(labels.names)
-        _refuse([see(store)], lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=True))
+        _refuse([counts], lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=True))
 
 
-def find_kind(task: TaskName, data: Data, sides: Sequence[Seen]) -> tuple[LabelKind, list[Choice]]:
-    """What a row's labels are, and the choice if it was one. Raises DataError where lists are no lists."""
-    if task == "tag":
+def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple[LabelKind, list[Choice]]:
+    """Kind of the labels, and the choice if it was made for the user. Raises DataError for unexpected lists."""
+    if "tokens_tags" in SHAPES[task]:
         return "tags", []
     has_lists = [side for side in sides if side.many]
     if data.label_kind == "auto":
@@ -164,8 +154,8 @@ def is_number(name: str) -> bool:
     return _NUMBER.fullmatch(name) is not None and abs(float(name)) < float(np.finfo(np.float32).max)
 
 
-def remark_on(names: Iterable[str]) -> list[str]:
-    """What to say of classes that differ only by white space, case or Unicode's ways of writing one character."""
+def similar_names_notes(names: Iterable[str]) -> list[str]:
+    """Notes about classes that differ only by white space, case or Unicode form."""
     alike: dict[str, list[str]] = {}
     for name in order(names):
         alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
@@ -177,28 +167,14 @@ def remark_on(names: Iterable[str]) -> list[str]:
     ]
 
 
-def see(store: RowStore, rows_I: NDArray[np.int64] | None = None) -> Seen:
-    """The labels of some rows of a store, or of all."""
-    times_I = np.ones(len(store), np.int64) if rows_I is None else np.bincount(rows_I, minlength=len(store))
-
-    def place(label: int) -> Source:
-        return store.source(store.labels.first_row(label, times_I))
-
-    return Seen(store.vocabulary, store.labels.counts(times_I), bool(store.summary.many), place)
-
-
-def count_classes(labels: Labels, store: RowStore, rows_I: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[C], how many of some rows (of tags: words) have each class."""
-    return _by_class(see(store, rows_I), labels.names)
-
-
-def _by_class(seen: Seen, names: Sequence[str]) -> NDArray[np.int64]:
+def count_classes(seen: LabelCounts, names: Sequence[str]) -> NDArray[np.int64]:
+    """[C], how many rows (for tags: words) have each class."""
     counts = seen.counts
     return np.array([counts.get(name, 0) for name in names], np.int64)
 
 
 def targets(labels: Labels, local_ids: NDArray[np.int64], vocabulary: Sequence[str]) -> NDArray[np.generic]:
-    """What a head learns of one row, whose labels are given as indices into `vocabulary`.
+    """Targets of a head for one row, whose labels are given as indices into `vocabulary`.
 
     Class ids int64 [N], a number float32 [1], or 0 and 1 for each class float32 [1, C]. Raises DataError for a label
     that is not one of the classes.
@@ -239,8 +215,10 @@ def weights_of(
     return np.array([class_weights.get(name, 1.0) for name in names], np.float64)
 
 
-def _refuse(sides: Sequence[Seen], is_bad: Callable[[str], bool], explain: Callable[[str], tuple[str, str]]) -> None:
-    """Raise for labels that cannot be used, each with the place where it stands first."""
+def _refuse(
+    sides: Sequence[LabelCounts], is_bad: Callable[[str], bool], explain: Callable[[str], tuple[str, str]]
+) -> None:
+    """Raise for labels that cannot be used, each with its first place."""
     problems: list[Problem] = []
     for side in sides:
         for i, name in enumerate(side.names):
@@ -273,7 +251,7 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _refuse_too_many(names: Sequence[str], seen: Seen, data: Data, task: TaskName) -> None:
+def _refuse_too_many(names: Sequence[str], seen: LabelCounts, data: Data, task: TaskName) -> None:
     total = int(seen.counts_V.sum())
     is_unique = len(names) >= 20 and len(names) > total / 2
     if len(names) <= MOST_CLASSES and not is_unique:
@@ -282,7 +260,7 @@ def _refuse_too_many(names: Sequence[str], seen: Seen, data: Data, task: TaskNam
     ways = []
     if all(map(is_number, names)):
         ways.append("if they are numbers, set data.label_kind: number")
-    elif task == "classify":
+    elif "text_label" in SHAPES[task]:
         columns = {"prompt": data.columns.get("text", "text"), "completion": data.columns.get("label", "label")}
         ways.append(f"if they are answers to be written, add {paste(columns, task='generate')}")
     ways.append("if they are classes, name them in data.labels")

@@ -1,22 +1,109 @@
-"""Rows of files as they are written: streamed, byte for byte, each with the place it came from. See docs/data.md."""
+"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/data.md."""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tunesmith.data.findings import kind_of, refusal
-from tunesmith.data.folders import expand
-from tunesmith.data.kinds import Kind
-from tunesmith.data.opening import FileFacts, look_at, opened
-from tunesmith.data.read_documents import conll_sentences, document
+from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, FileFacts, FileFormat, inspect_file, open_text, suffix_of
+from tunesmith.data.problems import describe_type, names, refusal
+from tunesmith.data.read_json import BadRow, json_array, json_lines
 from tunesmith.data.read_parquet import parquet_rows
-from tunesmith.data.read_tables import csv_rows
-from tunesmith.data.read_text import json_array, json_lines
-from tunesmith.data.strict_json import BadRow
+from tunesmith.data.read_table import csv_rows
+from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Problem, Source
+
+_HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
+
+
+def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> tuple[DataFile, ...]:
+    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight.
+
+    Documents end in .txt or .md; a README next to files of rows is not one. Hidden files and folders are left out; all
+    others are named in one warning a folder.
+
+    Raises:
+        DataError: a folder cannot be listed, or holds nothing to read, or held-out files among others; all such
+            folders are named.
+    """
+    found: list[DataFile] = []
+    refused: list[Problem] = []
+    for file in files:
+        if not os.path.isdir(file.at):
+            found.append(file)
+            continue
+        try:
+            for name in _documents(file.path, file.at, on_problem):
+                document = file.model_copy(update={"path": os.path.join(file.path, name)})
+                found.append(document.at_place(os.path.join(file.at, name)))
+        except DataError as error:
+            refused += error.problems
+    if refused:
+        raise DataError("\n".join(map(str, refused)), refused)
+    return tuple(found)
+
+
+def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> list[str]:
+    """Their paths from the folder on, which is read `at` a place."""
+    listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
+    documents = [name for name in listed if suffix_of(name) in DOCUMENTS and _is_text(name)]
+    rows = [name for name in listed if suffix_of(name) in SUFFIXES and _is_text(name)]
+    if rows and all(_is_about(name) for name in documents):
+        chosen, what = rows, "files of rows"
+        _refuse_held_out(folder, rows)
+    else:
+        chosen, what = documents, "documents (.txt, .md)"
+    others = [os.fsencode(name).decode("utf-8", "replace") for name in listed if name not in set(chosen)]
+    if not chosen:
+        held = f"It holds {names(others)}." if others else "It is empty."
+        message = "this is a folder without a document (.txt, .md) or a file of rows (.jsonl, .csv, .parquet, ...)."
+        raise refusal(folder, 1, "is_folder", f"{message} {held}", "Give files by their names.")
+    if others:
+        counted = "1 file was" if len(others) == 1 else f"{len(others):,} files were"
+        message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
+        on_problem(Problem(Source(folder, 1), "left_out", message, "Give files of rows by name.", severity="warning"))
+    return chosen
+
+
+def _is_about(name: str) -> bool:
+    """Whether a document is about the data, rather than data."""
+    return os.path.basename(name).lower().startswith(("readme", "license", "licence", "changelog", "citation"))
+
+
+def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
+    """Raise `DataError` where files of a folder are held-out rows by their names: they would be trained."""
+    held = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
+    if held and len(held) < len(rows):
+        message = f"by their names, files of this folder are held-out rows: {names(held)}. They would be trained."
+        others = " ".join(shlex.quote(os.path.join(folder, name)) for name in rows if name not in held)
+        fix = f"Give the files by name: {others} --eval {shlex.quote(os.path.join(folder, held[0]))}"
+        raise refusal(folder, 1, "is_folder", message, fix)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Every file that is not hidden, by its path from the folder on."""
+
+    def refuse(error: OSError) -> None:
+        raise refusal(str(error.filename), 1, "unreadable", f"the folder cannot be listed: {error.strerror}.")
+
+    for here, folders, members in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.relpath(os.path.join(here, name), folder) for name in members if not name.startswith("."))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: some file systems hold names that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 OnProblem = Callable[[Problem], None]
 
@@ -33,25 +120,25 @@ def read(
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
             Files that cannot be opened are named together, before the first row.
     """
-    for index, of_file in look_at_all(files, on_problem):
+    for index, of_file in inspect_files(files, on_problem):
         if facts is not None:
             facts.append(of_file)
         yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
 
 
-def look_at_all(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[int, FileFacts]]:
-    """What each file is, and each document of a folder, with its index. Raises one `DataError` for all unreadable."""
+def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[int, FileFacts]]:
+    """Facts of every file and document of a folder, with its index. Raises one `DataError` for all unreadable ones."""
     found: list[tuple[int, FileFacts]] = []
     refused: list[DataError] = []
     for index, file in enumerate(files):
         try:
-            members = expand([file], on_problem)
+            members = expand_folders([file], on_problem)
         except DataError as error:
             refused.append(error)
             continue
         for member in members:
             try:
-                facts, warnings = look_at(member.path, member.at)
+                facts, warnings = inspect_file(member.path, member.at)
             except DataError as error:
                 refused.append(error)
             else:
@@ -76,7 +163,7 @@ def _rows(
         if isinstance(record, dict):
             yield index, record, Source(path, line)
         else:
-            message = f"the row is {kind_of(record)}, not an object with named fields."
+            message = f"the row is {describe_type(record)}, not an object with named fields."
             on_problem(Problem(Source(path, line), "not_an_object", message, 'Write {"prompt": ..., ...}.'))
     facts.done_bytes = facts.total_bytes
     if facts.marks:
@@ -90,7 +177,7 @@ def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, in
     if facts.kind == "Parquet":
         yield from parquet_rows(facts, limits=limits, on_bad=on_bad)
         return
-    readers: dict[Kind, Callable[..., Iterator[tuple[int, Any]]]] = {
+    readers: dict[FileFormat, Callable[..., Iterator[tuple[int, Any]]]] = {
         "JSON lines": json_lines,
         "JSON array": json_array,
         "CSV": csv_rows,
@@ -98,5 +185,5 @@ def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, in
         "text": document,
     }
     reader = readers[facts.kind]
-    with opened(facts) as stream:
+    with open_text(facts) as stream:
         yield from reader(stream, facts, limits=limits, on_bad=on_bad)

@@ -1,4 +1,4 @@
-"""Parquet rows as they are stored: text as text, everything else as what it is, for the shape to accept or refuse."""
+"""Parquet rows with their stored types: the shape of a row accepts or refuses them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.findings import refusal
-from tunesmith.data.opening import FileFacts, distinct, opened_parquet
-from tunesmith.data.read_text import OnBadRow, too_long
-from tunesmith.data.strict_json import BadRow, nul_character, strings
+from tunesmith.data.detect_format import FileFacts, distinct, open_parquet
+from tunesmith.data.problems import refusal
+from tunesmith.data.read_json import BadRow, OnBadRow, nul_character, strings, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 
@@ -21,13 +20,13 @@ UNPACKED_BYTES = 64 * 1024 * 1024
 """That rows read at once may have if each of their texts is the longest that it can be."""
 HEADER_BYTES, NEXT_NUMBER, DICTIONARY_PAGE = 32, 0x15, 2
 _BROKEN = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises for a damaged file; a ValueError where a column's name is no text."""
+"""Errors of pyarrow for a damaged file; ValueError for a column name that is not text."""
 _UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
 
 
 def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row's number, from 1, and values by column. Raises `DataError` when the file is damaged."""
-    with opened_parquet(facts) as stream:
+    with open_parquet(facts) as stream:
         try:
             table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         except _BROKEN as error:

@@ -1,193 +1,146 @@
-"""JSON lines and JSON arrays, one row at a time and never more than one row in memory."""
+"""Plain text, a document a file; and CoNLL files, sentences of a word and its tag a line."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from tunesmith.data.findings import refusal
-from tunesmith.data.opening import FileFacts, Stream
-from tunesmith.data.strict_json import BadRow, loads
-from tunesmith.errors import DataError
+from tunesmith.data.detect_format import BOM, HEAD_BYTES, TAGGED, ByteStream, FileFacts, no_text
+from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, rest_of_line, too_long
 from tunesmith.recipe.schema import Limits
 
-OnBadRow = Callable[[int, BadRow, int], None]
-"""Line, what is wrong with it, and the byte at which the row begins."""
 
-CHUNK_BYTES = 256 * 1024
-
-
-def json_lines(stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
-    """Each line's number and value; blank lines are counted and left out."""
-    limit, depth = limits.line_bytes, limits.depth
-    offset = 3 if facts.has_bom else 0
-    while raw := stream.readline(limit + 2):
-        facts.line += 1
-        if len(raw) > limit and len(raw.rstrip(b"\r\n")) > limit:
-            size = len(raw) + rest_of_line(stream, raw)
-            facts.rows += 1
-            on_bad(facts.line, too_long(size, limit), offset)
-            offset += size
-            continue
-        if raw.isspace():
-            facts.blank += 1
-        else:
-            facts.rows += 1
-            try:
-                yield facts.line, loads(raw, depth=depth)
-            except BadRow as bad:
-                on_bad(facts.line, bad, offset)
-        offset += len(raw)
+def document(
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The one row of a file, byte for byte. What is wrong with it is a problem of that row."""
+    raw = stream.read(limits.line_bytes + 1)
+    while raw and len(raw) <= limits.line_bytes and (more := stream.read(limits.line_bytes + 1 - len(raw))):
+        raw += more
+    facts.line = facts.rows = 1
+    offset = len(BOM) if facts.has_bom else 0
+    try:
+        if len(raw) > limits.line_bytes:
+            raise _too_large(len(raw) + _rest(stream), limits.line_bytes)
+        if reason := no_text(raw[:HEAD_BYTES]):
+            code, message, fix = reason
+            raise BadRow(code, message.rstrip("."), fix)
+        if b"\0" in raw:
+            raise nul_character(raw.find(b"\0"))
+        yield 1, {"text": decode(raw)}
+    except BadRow as bad:
+        on_bad(1, bad, offset)
 
 
-def rest_of_line(stream: Stream, raw: bytes) -> int:
-    """Skip to the end of a line of which `raw` was read. Returns the number of bytes skipped."""
+def _rest(stream: ByteStream) -> int:
+    """Bytes that are left, none of them held."""
     size = 0
-    while raw and not raw.endswith(b"\n"):
-        raw = stream.readline(CHUNK_BYTES)
-        size += len(raw)
+    while piece := stream.read(1 << 20):
+        size += len(piece)
     return size
 
 
-def too_long(size: int, limit: int) -> BadRow:
-    return BadRow(
-        "line_too_long",
-        f"its {size:,} bytes are more than data.limits.line_bytes, which is {limit:,}",
-        "Split it, or raise the limit.",
-    )
+def _too_large(size: int, limit: int) -> BadRow:
+    message = f"the document has {size:,} bytes, more than data.limits.line_bytes, which is {limit:,}"
+    return BadRow("line_too_long", message, f"Split it, or set data.limits.line_bytes: {size}.")
 
 
-def json_array(stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
-    """Each element's number, from 1, and value.
+def conll_sentences(
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+) -> Iterator[tuple[int, dict[str, list[str]]]]:
+    """Each sentence's first line, its words (the first column) and tags (the last; none where there is one column).
 
-    Raises `DataError` where the array is not JSON: nothing then says where the next row begins.
+    Columns are separated by tabs, or else by spaces. Lines of -DOCSTART-, which end a sentence, and comments
+    before one are counted.
     """
-    for raw, size, offset in _elements(stream, facts, limits.line_bytes):
-        facts.line += 1
-        facts.rows += 1
-        if size > limits.line_bytes:
-            on_bad(facts.line, too_long(size, limits.line_bytes), offset)
-            continue
-        if not raw.strip():
-            raise _broken(facts, f"no value stands beside a comma (byte {offset}).", "Remove the comma.")
-        try:
-            value = loads(raw, depth=limits.depth)
-        except BadRow as bad:
-            if bad.code in ("bad_json", "truncated_json"):
-                raise _broken(facts, f"{bad.message} (byte {offset + (bad.at or 0)}).", bad.fix) from None
-            on_bad(facts.line, bad, offset)
-        else:
-            yield facts.line, value
-
-
-_DEEP = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
-_FLAT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
-_TO_QUOTE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-
-def _elements(stream: Stream, facts: FileFacts, limit: int) -> Iterator[tuple[bytes, int, int]]:
-    """The elements of an array: bytes (cut where longer than `limit`), size, and place in the file."""
-    cutter = _Cutter(limit, 3 if facts.has_bom else 0)
-    while chunk := stream.read(CHUNK_BYTES):
-        yield from cutter.feed(chunk)
-        if cutter.ended:
-            _nothing_follows(cutter, stream, facts)
+    sentence = _Sentence(len(BOM) if facts.has_bom else 0)
+    while True:
+        raw = stream.readline(limits.line_bytes + 2)
+        is_blank, is_mark = not raw.strip(), sentence.is_mark(raw)
+        if sentence.size and (is_blank or is_mark):
+            facts.rows += 1
+            try:
+                yield sentence.first, sentence.record(limits.line_bytes)
+            except BadRow as bad:
+                on_bad(sentence.first, bad, sentence.offset)
+        elif raw and is_blank:
+            facts.blank += 1
+        if not raw:
             return
-    facts.line += 1
-    message = f"the array is not closed: the file ends in row {facts.line}, …{cutter.tail()!r}."
-    raise refusal(facts.path, facts.line, "truncated_json", message, "Copy or export it again.")
+        facts.line += 1
+        size = len(raw) + (rest_of_line(stream, raw) if len(raw) > limits.line_bytes and not is_blank else 0)
+        if is_blank or is_mark:
+            facts.marks += is_mark
+            sentence.begin(size)
+        else:
+            sentence.add(raw, facts.line, size, limits.line_bytes)
 
 
-class _Cutter:
-    """Cuts a JSON array into its elements, however the bytes arrive, without looking into them."""
+class _Sentence:
+    """The lines of a sentence as they are read; what is wrong with one is kept until its end."""
 
-    def __init__(self, limit: int, offset: int) -> None:
-        self.rest = b""
-        """What follows the array."""
-        self.ended = False
-        self._limit = limit
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._begin = offset
-        self._num_cut = 0
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        """Byte at which it begins."""
+        self.first = 1
+        """Line on which it begins."""
+        self.size = 0
+        self._words: list[str] = []
+        self._tags: list[str] = []
+        self._num_columns = 0
+        """Columns of the lines before, in this sentence and earlier ones."""
+        self._bad: BadRow | None = None
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[bytes, int, int]]:
-        """The elements that end in this chunk."""
-        kept = at = 0
-        if self._in_string:
-            at = self._leave_string(chunk)
-        while not self._in_string:
-            match = (_DEEP if self._depth > 1 else _FLAT).search(chunk, at)
-            if match is None:
-                break
-            at = match.end()
-            mark = chunk[match.start()]
-            if mark in b"[{":
-                self._depth += 1
-                if self._depth == 1:
-                    self._begin += at
-                    kept = at
-            elif mark in b"]}":
-                self._depth -= 1
-            elif mark == ord('"') and at - match.start() == 1:
-                self._in_string = True
-                self._escaped = _ends_escaped(chunk[at:])
-            is_cut = (self._depth == 1 and mark == ord(",")) or self._depth == 0
-            if is_cut:
-                yield from self._cut(chunk[kept : match.start()], is_last=self._depth == 0)
-                kept = at
-            if self._depth == 0:
-                self.ended = True
-                self.rest = chunk[at:]
-                return
-        self._keep(chunk[kept:])
+    def begin(self, skipped: int) -> None:
+        """Forget this sentence. `skipped`: bytes between it and the next."""
+        self.offset += self.size + skipped
+        self.size = 0
+        self._words, self._tags, self._bad = [], [], None
 
-    def tail(self) -> str:
-        return b"".join(self._parts)[-40:].decode("utf-8", "replace")
+    def is_mark(self, raw: bytes) -> bool:
+        """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have.
 
-    def _leave_string(self, chunk: bytes) -> int:
-        """Where the string ends that began in an earlier chunk; `_in_string` stays set when it does not."""
-        start = 1 if self._escaped else 0
-        match = _TO_QUOTE.match(chunk, start)
-        if match is None:
-            self._escaped = _ends_escaped(chunk[start:])
-            return len(chunk)
-        self._in_string = False
-        return match.end()
+        Before any word was read, a comment is what does not end with the tag of a span.
+        """
+        if raw.startswith(b"-DOCSTART-"):
+            return True
+        if self.size or not raw.startswith(b"# "):
+            return False
+        if not self._num_columns:
+            return TAGGED.fullmatch(raw.rstrip()) is None
+        return len(_columns(raw)) != self._num_columns
 
-    def _keep(self, piece: bytes) -> None:
-        if self._size <= self._limit:
-            self._parts.append(piece)
-        self._size += len(piece)
+    def add(self, raw: bytes, line: int, size: int, limit: int) -> None:
+        if not self.size:
+            self.first = line
+        at, self.size = self.size, self.size + size
+        if self._bad is not None or self.size > limit:
+            return
+        try:
+            if b"\0" in raw:
+                raise nul_character(raw.find(b"\0"))
+            columns = [decode(column) for column in _columns(raw)]
+            if self._num_columns and len(columns) != self._num_columns:
+                message = f"line {line} has {len(columns)} columns, the lines before it have {self._num_columns}"
+                raise BadRow(
+                    "ragged_row", message, "Write a word and its tag on each line, a blank line between sentences."
+                )
+        except BadRow as bad:
+            bad.at = None if bad.at is None else at + bad.at
+            self._bad = bad
+            return
+        self._num_columns = len(columns)
+        self._words.append(columns[0])
+        self._tags += columns[1:][-1:]
 
-    def _cut(self, piece: bytes, *, is_last: bool) -> Iterator[tuple[bytes, int, int]]:
-        self._keep(piece)
-        raw, size, begin = b"".join(self._parts), self._size, self._begin
-        self._parts, self._size, self._begin = [], 0, begin + size + 1
-        if raw.strip() or self._num_cut or not is_last:
-            yield raw, size, begin
-        self._num_cut += 1
+    def record(self, limit: int) -> dict[str, list[str]]:
+        """Raises `BadRow`."""
+        if self.size > limit:
+            raise too_long(self.size, limit)
+        if self._bad is not None:
+            raise self._bad
+        return {"tokens": self._words, "tags": self._tags}
 
 
-def _ends_escaped(piece: bytes) -> bool:
-    return (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-
-
-def _nothing_follows(cutter: _Cutter, stream: Stream, facts: FileFacts) -> None:
-    rest = cutter.rest
-    while rest or (rest := stream.read(CHUNK_BYTES)):
-        if rest.strip():
-            facts.line += 1
-            what = rest.strip()[:20].decode("utf-8", "replace")
-            fix = "Several arrays in one file: join them, or write one object a line."
-            raise refusal(facts.path, facts.line, "trailing_data", f"{what!r} stands after the end of the array.", fix)
-        rest = b""
-
-
-def _broken(facts: FileFacts, message: str, fix: str) -> DataError:
-    fix = f"{fix} Nothing after it was read.".strip()
-    return refusal(facts.path, facts.line, "bad_json", message, fix)
+def _columns(raw: bytes) -> list[bytes]:
+    line = raw.rstrip(b"\r\n")
+    return line.split(b"\t") if b"\t" in line else line.split()

@@ -1,18 +1,25 @@
-"""Which rows are held out and measured: by what they say alone."""
-
-# I rows
+"""Division of rows into trained and held-out ones, rows that repeat each other, and notes about both."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.types import Choice
+from tunesmith.data.formats import SHAPES
+from tunesmith.data.labels import MOST_LISTED, find_kind, order
+from tunesmith.errors import DataError
+from tunesmith.recipe.schema import Data, resolved
+from tunesmith.types import Choice, Labels, TaskName
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import RowStore
 
 FLOOR, PART, LEAST, MOST = 50, 0.1, 0.05, 0.2
 """By itself: a twentieth of many rows, a tenth of up to a thousand, 50 where that is a fifth or less."""
 FEW = 30
-"""Held-out rows below which hardly any difference can be told from chance."""
+"""Held-out rows below which hardly any difference is distinguishable from chance."""
 
 
 def choose_share(num_rows: int) -> Choice:
@@ -31,7 +38,7 @@ def choose_share(num_rows: int) -> Choice:
 
 
 def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Which rows are held out, by a hash of their input or content; those with an equal one are always on one side.
+    """Mask of held-out rows, by a hash of input or content; rows with an equal hash are always on one side.
 
     As many as the share says, those with the smallest hashes: where rows with one hash would be torn, the nearest
     number that does not. One that has more than a fifth of all rows comes last. A share that is not 0 holds out at
@@ -48,20 +55,20 @@ def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool
 
 
 def split_note(hashes_I: NDArray[np.uint64], share: float) -> str | None:
-    """What to say where nothing can be held out; None if something is."""
+    """Note if nothing can be held out, else None."""
     if share == 0 or len(np.unique(hashes_I)) != 1:
         return None
     return "nothing is held out: it takes two different rows"
 
 
 def few_note(num_held: int) -> str | None:
-    """What cannot be concluded from so few held-out rows; None where they are not few, or none."""
+    """Note about the uncertainty of few held-out rows; None if there are enough, or none."""
     if not 0 < num_held < FEW:
         return None
     points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval of a share: 1.96 * sqrt(0.25 / n)
     rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
     return (
-        f"{rows} too few to tell a small change from chance: a share measured on so few is uncertain by up to "
+        f"{rows} too few to distinguish a small change from chance: a share measured on so few is uncertain by up to "
         f"{points} points. Give more rows with --eval, or raise data.held_out"
     )
 
@@ -72,12 +79,12 @@ def has_one_input(inputs_I: NDArray[np.uint64]) -> bool:
 
 
 def crowd_note(keys_I: NDArray[np.uint64], mask_I: NDArray[np.bool_], share: float) -> str | None:
-    """What to say where one input or document has more of the held-out rows than data.held_out asks for."""
+    """Note if one input or document has more of the held-out rows than data.held_out wants."""
     most = np.unique(keys_I[mask_I], return_counts=True)[1].max(initial=0)
     if most < 2 or most <= 2 * share * len(keys_I):
         return None
     return (
-        f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) asks for "
+        f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) wants "
         f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
     )
 
@@ -85,7 +92,7 @@ def crowd_note(keys_I: NDArray[np.uint64], mask_I: NDArray[np.bool_], share: flo
 def stratified_mask(
     inputs_I: NDArray[np.uint64], hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], share: float
 ) -> NDArray[np.bool_]:
-    """Which rows are held out so that every class gives its share: those of it with the smallest input hashes.
+    """Mask of held-out rows in which every class has its share: its rows with the smallest input hashes.
 
     Of n rows of a class round(share * n), at least one where n is 2 or more, never all. Rows with one input are on one
     side: an input with several classes counts for that of its row with the smallest content hash.
@@ -102,6 +109,24 @@ def stratified_mask(
             is_held = inputs_I[rows] <= inputs_I[rows[num - 1]]
             mask_I[rows] = inputs_I[rows] < inputs_I[rows[num - 1]] if is_held.all() else is_held
     return mask_I
+
+
+def hold_out(
+    inputs_I: NDArray[np.uint64], hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64] | None, share: float
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """Mask of held-out rows, stratified if `classes_I` is given, and notes about it.
+
+    Rows with one input stay together, unless all have the same: then they are split by content.
+    """
+    keys_I = hashes_I if has_one_input(inputs_I) else inputs_I
+    if not len(keys_I):
+        return np.zeros(0, np.bool_), []
+    if classes_I is not None:
+        mask_I = stratified_mask(keys_I, hashes_I, classes_I, share)
+        note = stratified_note(classes_I, mask_I, share)
+    else:
+        mask_I, note = held_out_mask(keys_I, share), split_note(keys_I, share)
+    return mask_I, [text for text in (note, crowd_note(keys_I, mask_I, share)) if text]
 
 
 def _classes_of_inputs(
@@ -130,10 +155,139 @@ def measured(hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], most: i
 
 
 def stratified_note(classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_], share: float) -> str | None:
-    """What to say of classes of which no row could be held out; None if there is none."""
+    """Note about classes of which no row could be held out; None if there is none."""
     num_alone = len(np.setdiff1d(classes_I, classes_I[mask_I]))
     if share == 0 or not num_alone:
         return None
     if num_alone == 1:
         return "1 class has no two different texts of its own: it is trained and never measured"
     return f"{num_alone:,} classes have no two different texts of their own: they are trained and never measured"
+
+
+def duplicates(hashes_I: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(row, the first row that is the same) of every row that repeats one, in the order of rows."""
+    order_I = np.argsort(hashes_I, kind="stable")
+    sorted_I = hashes_I[order_I]
+    starts_I = np.ones(len(sorted_I), np.bool_)
+    starts_I[1:] = sorted_I[1:] != sorted_I[:-1]
+    firsts_I = order_I[np.flatnonzero(starts_I)][np.cumsum(starts_I) - 1] if len(order_I) else order_I
+    again_I = np.sort(order_I[~starts_I])
+    first_of_I = np.empty_like(order_I)
+    first_of_I[order_I] = firsts_I
+    return np.stack([again_I, first_of_I[again_I]], axis=1)
+
+
+def overlap(train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(held-out row, the first training row that is the same), in the order of held-out rows."""
+    shared_I = np.flatnonzero(np.isin(held_I, train_I))
+    if not len(shared_I):
+        return np.empty((0, 2), np.int64)
+    values, firsts = np.unique(train_I, return_index=True)
+    return np.stack([shared_I, firsts[np.searchsorted(values, held_I[shared_I])]], axis=1)
+
+
+def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> list[str]:
+    """Note about held-out rows whose input is also trained, with another answer.
+
+    `is_equal_I`: the held-out rows that are trained as they are; the others are hashes of inputs.
+    """
+    num = int((np.isin(held_I, train_I) & ~is_equal_I).sum())
+    if not num:
+        return []
+    return [
+        f"{num:,} of {len(held_I):,} held-out rows have an input that is also trained, with another answer: "
+        "their measures are not those of unseen rows"
+    ]
+
+
+def conflicts(texts_I: NDArray[np.uint64], rows_I: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(row, the first row with the same text) of every row that is another than that one, in the order of rows.
+
+    `texts_I` are hashes of texts alone, `rows_I` of texts and their labels.
+    """
+    _, firsts, of_text_I = np.unique(texts_I, return_index=True, return_inverse=True)
+    first_I = firsts[of_text_I]
+    found_I = np.flatnonzero(rows_I != rows_I[first_I])
+    return np.stack([found_I, first_I[found_I]], axis=1)
+
+
+def never_trained(
+    labels: Labels, stores: tuple[RowStore, RowStore], train: NDArray[np.int64], held: NDArray[np.int64]
+) -> list[str]:
+    """Note about classes that only held-out rows have."""
+    trained, shown = (store.count_labels(rows).counts for store, rows in zip(stores, (train, held), strict=True))
+    missing = order(shown.keys() - trained.keys()) if labels.kind != "number" else ()
+    if not missing:
+        return []
+    listed = ", ".join(map(repr, missing[:MOST_LISTED])) + (", ..." if len(missing) > MOST_LISTED else "")
+    return [
+        f"{len(missing):,} of {len(labels.names):,} classes are in held-out rows alone, so they are measured and "
+        f"never learnt: {listed}. Add rows of them, or choose the held-out rows yourself: --eval"
+    ]
+
+
+def measured_rows(
+    held: NDArray[np.int64], store: RowStore, most: int | None, notes: list[str], *, by_class: bool
+) -> NDArray[np.int64]:
+    """The held-out rows by content hash, at most `most` of them; adds to `notes` how many are left out.
+
+    `by_class`: of each class its share, rather than those with the smallest hashes.
+    """
+    size = len(held) if most is None else most
+    classes_I = store.first_labels[held] if by_class else np.zeros(len(held), np.int64)
+    if len(held) > size:
+        how = ", each class its share" if by_class else ""
+        notes.append(
+            f"{size:,} of {len(held):,} held-out rows are measured{how}: {len(held) - size:,} are left out "
+            "(evaluation.max_rows)"
+        )
+    return held[measured(store.hashes[held], classes_I, size)]
+
+
+def choose_held_out(data: Data, store: RowStore) -> tuple[Data, list[Choice]]:
+    """The data with a share of rows to hold out, and the choice where it was left open and no file is given for it."""
+    if data.held_out != "auto" or data.eval:
+        return data, []
+    choice = choose_share(int((store.file_index < len(data.train)).sum()))
+    return data.model_copy(update={"held_out": choice.value}), [choice]
+
+
+def split(
+    data: Data, store: RowStore, held_store: RowStore, task: TaskName
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Rows to train on, rows to measure, and what to say of the split. Rows of data.replay are never held out."""
+    is_replay = store.file_index >= len(data.train)
+    own = np.flatnonzero(~is_replay)
+    if len(own) == 0:
+        raise DataError(f"{', '.join(file.path for file in data.train)}: no row is left to use")
+    is_held = np.zeros(len(store), np.bool_)
+    notes: list[str] = []
+    if data.eval:
+        held = np.arange(len(held_store))
+        is_leaked = is_replay & np.isin(store.hashes, held_store.hashes)
+    else:
+        keys = store.hashes if has_one_input(store.inputs[own]) else store.inputs
+        has_classes = "text_label" in SHAPES[task] and find_kind(task, data, [store.count_labels()])[0] == "one"
+        classes = store.first_labels[own] if has_classes else None
+        is_held[own], notes = hold_out(store.inputs[own], store.hashes[own], classes, resolved(data.held_out))
+        held = np.flatnonzero(is_held)
+        is_leaked = is_replay & np.isin(keys, keys[held])
+    if is_leaked.any():
+        notes.append(f"{int(is_leaked.sum()):,} rows of data.replay are also held out, and so not trained")
+    return np.flatnonzero(~is_held & ~is_leaked), held, notes
+
+
+def overlap_notes(data: Data, store: RowStore, held_store: RowStore, train: NDArray[np.int64]) -> list[str]:
+    """Notes about held-out rows that are also trained, and about those that differ in their answer only."""
+    is_equal = np.isin(held_store.hashes, store.hashes[train])
+    alike = input_overlap(is_equal, store.inputs[train], held_store.inputs)
+    shared = np.flatnonzero(is_equal)
+    if len(shared) == 0:
+        return alike
+    text = (
+        f"{len(shared):,} of {len(held_store):,} held-out rows are also in the training files, "
+        f"the first at {held_store.source(int(shared[0]))}"
+    )
+    if data.overlap == "error":
+        raise DataError(f"{text}. Remove them, or set data.overlap: warn.")
+    return [f"{text}: the measures flatter the tuned model", *alike]

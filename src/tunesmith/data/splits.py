@@ -12,14 +12,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.class_columns import refuse_unknown_columns
+from tunesmith.data.columns import check_columns_exist
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import OnProblem, content_hash, examples
-from tunesmith.data.folders import expand
-from tunesmith.data.labels import ClassWeights, decide_labels, remark_on
+from tunesmith.data.formats import SHAPES
+from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
+from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.sides import choose_held_out, measured_rows, never_trained, overlap_notes, split
-from tunesmith.data.split import few_note
+from tunesmith.data.split import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
@@ -135,11 +135,11 @@ def encode_rows(
 
     Raises:
         DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is "error", or
-            labels cannot be learnt, see `decide_labels`.
+            labels cannot be learnt, see `resolve_labels`.
         RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns names what is not there.
     """
     problems: list[Problem] = []
-    refuse_unknown_columns(data)
+    check_columns_exist(data)
     data = _without_folders(data, problems.append)
     notes = [str(problem) for problem in problems]
 
@@ -171,7 +171,7 @@ def encode_rows(
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
     if labels is not None:
-        notes += [*remark_on(labels.names), *never_trained(labels, (store, held_store), train, held)]
+        notes += [*similar_names_notes(labels.names), *never_trained(labels, (store, held_store), train, held)]
     by_class = labels is not None and labels.kind == "one"
     held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
     notes += [few] if (few := few_note(len(held))) else []
@@ -182,7 +182,7 @@ def encode_rows(
 
 
 def _without_folders(data: Data, on_problem: OnProblem) -> Data:
-    files = {side: expand(getattr(data, side), on_problem) for side in ("train", "replay", "eval")}
+    files = {side: expand_folders(getattr(data, side), on_problem) for side in ("train", "replay", "eval")}
     return data.model_copy(update=files)
 
 
@@ -194,10 +194,10 @@ def _labels(
     **how: Any,
 ) -> tuple[Labels | None, list[Choice]]:
     """The classes of a new head, if the task has one."""
-    if task not in ("classify", "tag"):
+    if not {"text_label", "tokens_tags"} & set(SHAPES[task]):
         return None, []
-    store, held_store = stores
-    return decide_labels(task=task, data=data, store=store, train_rows=train_rows, held_store=held_store, **how)
+    sides = [each.count_labels() for each in dict.fromkeys(stores)]
+    return resolve_labels(task=task, data=data, trained=stores[0].count_labels(train_rows), sides=sides, **how)
 
 
 def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from tunesmith.data.batch import build_batch
-from tunesmith.data.passes import fill_passes
+from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.sampler import make_micro_batches
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
@@ -109,7 +109,7 @@ def text_batches(
 ) -> Iterator[tuple[Sequence[int], Batch]]:
     """Micro-batches of the rows of the general text, each with the indices of its rows."""
     lengths = [len(row.ids) for row in rows]
-    for members in fill_passes(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
+    for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
         yield members, build_batch([rows[i] for i in members], members, layout=layout, device=device)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.feed import Feed, passes_of
-from tunesmith.data.labels import count_classes, see
+from tunesmith.data.labels import count_classes
+from tunesmith.data.sampler import micro_batches_of
 from tunesmith.evaluation.scores import Constant, RowResult
 from tunesmith.models.modes import eval_mode
 from tunesmith.types import HeadName, Labels, Task
@@ -48,7 +49,7 @@ class Predictions:
 def predict_rows(
     model: nn.Module,
     task: Task,
-    feed: Feed,
+    feed: Collator,
     rows: Sequence[int],
     *,
     tokens_per_pass: int,
@@ -66,7 +67,7 @@ def predict_rows(
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     done = 0
     with eval_mode(model):
-        for members in passes_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
+        for members in micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
             row_of_N = batch.row_of_N.cpu().numpy()
@@ -176,9 +177,9 @@ def constant_answer(labels: Labels | None, store: RowStore, rows_I: NDArray[np.i
     if labels is None or len(rows_I) == 0:
         return None
     if labels.kind == "number":
-        seen = see(store, rows_I)
+        seen = store.count_labels(rows_I)
         return float(np.average([float(name) for name in seen.names], weights=seen.counts_V))
-    counts_C = count_classes(labels, store, rows_I)
+    counts_C = count_classes(store.count_labels(rows_I), labels.names)
     if labels.kind == "many":
         return [labels.names[i] for i in np.flatnonzero(counts_C * 2 > len(rows_I))]
     return labels.names[int(counts_C.argmax())]

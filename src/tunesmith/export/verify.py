@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import Masking, build_batch
 from tunesmith.data.examples import examples
-from tunesmith.data.feed import Masking
-from tunesmith.data.folders import expand
 from tunesmith.data.formats import FORMATS, find_shape
 from tunesmith.data.labels import targets
+from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
@@ -128,7 +127,7 @@ def find_rows(result: RunResult) -> CheckRows:
 
 def _examples(result: RunResult, side: str) -> Iterator[Example]:
     data = result.recipe.data
-    files = expand(getattr(data, side), lambda problem: None)
+    files = expand_folders(getattr(data, side), lambda problem: None)
     for _, example in examples(files, data, lambda problem: None, task=result.renderer.task_name):
         yield example
 

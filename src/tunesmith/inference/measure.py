@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
-from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.folders import expand
-from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, see, weights_of
-from tunesmith.data.sides import split
+from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, weights_of
+from tunesmith.data.read import expand_folders
+from tunesmith.data.split import split
 from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval
@@ -98,7 +98,7 @@ def load_training_rows(run: Run) -> TrainingRows | None:
     if store is None or held_store is None:
         return None
     try:
-        num_replay = len(expand(recipe.data.replay, lambda problem: None))
+        num_replay = len(expand_folders(recipe.data.replay, lambda problem: None))
     except DataError:  # a folder that is gone: the run's own rows cannot be separated from it
         return None
     own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
@@ -195,8 +195,8 @@ def _encoded(
     )
     refuse_bad(data, [store], problems)
     if loaded.labels is not None:
-        find_kind(loaded.renderer.task_name, data, [see(store)])
-        refuse_unknown(loaded.labels, store)
+        find_kind(loaded.renderer.task_name, data, [store.count_labels()])
+        refuse_unknown(loaded.labels, store.count_labels())
         store.use(loaded.labels)
     return store
 
@@ -211,7 +211,7 @@ def _with_class_weights(loaded: LoadedModel, trained: TrainingRows | None) -> tu
         return loaded, [
             "the loss is not weighted as in training: the rows that train.class_weights follows from are gone"
         ]
-    counts_C = count_classes(labels, trained.store, trained.rows_I)
+    counts_C = count_classes(trained.store.count_labels(trained.rows_I), labels.names)
     weights_C = weights_of("balanced", labels.kind, labels.names, counts_C)
     return replace(loaded, labels=replace(labels, weights_C=weights_C)), []
 
@@ -242,14 +242,14 @@ def _data_of(loaded: LoadedModel, path: str) -> Data:
     return loaded.recipe.data.model_copy(update=update)
 
 
-def _feed(loaded: LoadedModel, store: RowStore) -> Feed:
+def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
     if loaded.head == "masked_token":
         # The seed by which every run masks its held-out rows, so that metrics compare.
         masking = Masking.of(loaded.renderer.tokenizer, share=loaded.recipe.train.masked, seed=0)
-    return Feed(
+    return Collator(
         store,
         layout=layout,
         device=loaded.model.device,

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import build_batch
-from tunesmith.data.folders import expand
-from tunesmith.data.opening import FileFacts
-from tunesmith.data.passes import fill_passes
+from tunesmith.data.collate import build_batch
+from tunesmith.data.detect_format import FileFacts
+from tunesmith.data.read import expand_folders
+from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
@@ -177,7 +177,7 @@ class Predictor:
         """Indices of rows of similar length; `done` gets how many rows are, after each micro-batch."""
         most = self.loaded.tokens_per_pass(lengths.values())
         num_done = 0
-        for members in fill_passes(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
+        for members in make_micro_batches(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
             yield members
             num_done += len(members)
             done(num_done)
@@ -288,7 +288,7 @@ def predict_to(
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
-    found = expand([DataFile(path=path)], lambda warning: None)
+    found = expand_folders([DataFile(path=path)], lambda warning: None)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
     hashes = [f"{file.path} {sha256_file(Path(file.path))}\n" for file in found if Path(file.path).is_file()]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from io import BufferedIOBase
 from typing import Any, cast
 
+from tunesmith.data.detect_format import BOM, ByteStream, FileFacts
 from tunesmith.data.examples import FileExamples, examples
-from tunesmith.data.findings import kind_of, refusal
-from tunesmith.data.kinds import BOM
-from tunesmith.data.opening import FileFacts, Stream
-from tunesmith.data.read_text import json_lines, rest_of_line, too_long
-from tunesmith.data.strict_json import BadRow
+from tunesmith.data.problems import describe_type, refusal
+from tunesmith.data.read_json import BadRow, json_lines, rest_of_line, too_long
 from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.tasks import TASKS
@@ -192,7 +190,7 @@ def read_pipe(
     facts = FileFacts(PIPE, "JSON lines", has_bom=head.startswith(BOM))
     if facts.has_bom:
         reader.read(len(BOM))
-    opened = Stream(cast(Any, reader), cast(Any, pipe), facts)
+    opened = ByteStream(cast(Any, reader), cast(Any, pipe), facts)
 
     def on_bad(line: int, bad: BadRow, begin: int) -> None:
         stream.report(Problem(Source(PIPE, line), bad.code, f"{bad.message}.", bad.fix))
@@ -227,7 +225,7 @@ def _read_records(
     for number, record in records:
         source = Source(facts.path, number)
         if not isinstance(record, dict):
-            message = f"the row is {kind_of(record)}, not an object with named fields."
+            message = f"the row is {describe_type(record)}, not an object with named fields."
             stream.report(Problem(source, "not_an_object", message, 'Write {"text": ..., ...}.'))
             continue
         example = of_file.example(record, source)
@@ -237,7 +235,7 @@ def _read_records(
 
 
 def _plain_lines(
-    stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: Callable[[int, BadRow, int], None]
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: Callable[[int, BadRow, int], None]
 ) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is not blank."""
     limit = limits.line_bytes

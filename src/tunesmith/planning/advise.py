@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.labels import see
 from tunesmith.data.splits import Splits
 from tunesmith.environment import default_threads
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
@@ -19,7 +18,7 @@ from tunesmith.methods.peft import LEARNING_RATES
 from tunesmith.models import machine
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.methods import FullMethod, LoraMethod, LowRankMethod, PeftMethod, Section
+from tunesmith.recipe.methods import FullMethod, LoraMethod, LowRankMethod, OptionGroup, PeftMethod
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, task_of
 from tunesmith.types import Choice, Example, ModelKind, TaskName
@@ -131,7 +130,7 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     """The recipe with one option set and checked; where a run's files are now, it still knows."""
     data = recipe.model_dump()
     section, _, name = choice.key.rpartition(".")
-    value = choice.value.model_dump() if isinstance(choice.value, Section) else choice.value
+    value = choice.value.model_dump() if isinstance(choice.value, OptionGroup) else choice.value
     (data[section] if section else data)[name] = value
     checked = validate(data)
     # Which method it is decides its class, so all of it is made anew but the files, which know their places.
@@ -144,7 +143,7 @@ def far_numbers(rows: Splits) -> list[str]:
     """A note where a head, which starts near 0 and moves by small steps, would have far to go."""
     if rows.labels is None or rows.labels.kind != "number":
         return []
-    seen = see(rows.store, rows.train_rows)
+    seen = rows.store.count_labels(rows.train_rows)
     values_V, counts_V = np.array([float(name) for name in seen.names]), seen.counts_V
     mean = float(np.average(values_V, weights=counts_V))
     deviation = float(np.sqrt(np.average((values_V - mean) ** 2, weights=counts_V)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tunesmith.data.class_columns import ask_for_task
+from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.splits import first_example
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.models import machine
@@ -62,7 +62,7 @@ _KINDS: dict[ModelKind, str] = {
 def _choose_task(recipe: Recipe, kind: ModelKind) -> Choice:
     """The task of the first row. Raises DataError where only the person can tell."""
     choice = advise.choose_task(first_example(recipe.data), kind)
-    if choice.value == "text" and (question := ask_for_task(recipe.data)):
+    if choice.value == "text" and (question := ask_text_or_classes(recipe.data)):
         raise DataError(question)
     return choice
 

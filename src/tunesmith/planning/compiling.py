@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.filling import filled
-from tunesmith.data.passes import Pass
+from tunesmith.data.sampler import MicroBatch, StepSampler, padded_size
 from tunesmith.planning.tracing import Segment
 
 COMPILED = 650 * 1024
@@ -47,7 +45,12 @@ class Compiling:
 
 
 def in_bfloat16(
-    plan: Plan, steps: int, segments: Iterable[Segment], looking: Iterable[Segment], *, lengths_R: NDArray[np.int32]
+    plan: StepSampler,
+    steps: int,
+    segments: Iterable[Segment],
+    looking: Iterable[Segment],
+    *,
+    lengths_R: NDArray[np.int32],
 ) -> Compiling:
     """For a run of which one pass of training rows and one of held-out rows is known. `lengths_R`: of the former.
 
@@ -81,9 +84,9 @@ def in_bfloat16(
     return Compiling(kept(MANY_STEPS), products * COMPILE_SECONDS, later=kept(MANY_STEPS) - kept(FEW_STEPS))
 
 
-def _size(plan: Plan, rows: Pass) -> int:
+def _size(plan: StepSampler, rows: MicroBatch) -> int:
     num = plan.computed(rows)
-    return filled(num) if plan.layout == "packed" else num
+    return padded_size(num) if plan.layout == "packed" else num
 
 
 def _compiled(sizes: Sequence[int], room: int) -> tuple[int, int]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.feed import Feed
+from tunesmith.data.collate import Collator
+from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
@@ -36,9 +36,9 @@ from tunesmith.planning.work import Duration, Kind, Work
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, Layout, ModelKind
 
-Feeds = Callable[[Recipe, Any, Plan], tuple[Feed, Feed]]
+Feeds = Callable[[Recipe, Any, StepSampler], tuple[Collator, Collator]]
 """(recipe, model of shapes, plan) → the passes of training and of held-out rows, on the CPU."""
-PlanOf = Callable[[Recipe, Layout], Plan]
+PlanOf = Callable[[Recipe, Layout], StepSampler]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Forecast:
     tokens: int
     """Of that pass."""
     targets: int
-    plan: Plan
+    plan: StepSampler
     num_layers: int
     recomputed: int
     trained_parameters: int
@@ -179,13 +179,13 @@ class Forecaster:
         some = [int(i) for i in self.rows.train_rows[:2]]
         return packed if sketch.can_pack(feed.batch(some, draw=1)) else others[0]
 
-    def _plan(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> Plan:
+    def _plan(self, recipe: Recipe, sketch: Sketch, layout: Layout) -> StepSampler:
         """Steps and passes as they will be if the model answers alike where rows share what they begin with."""
         plan = self.plan_of(recipe, layout)
         feed, _ = self.feeds(recipe, sketch.model, plan)
         return filled_by(plan, self.rows.store) if feed.shares else plan
 
-    def _heaviest(self, recipe: Recipe, plan: Plan, steps: int) -> list[Heavy]:
+    def _heaviest(self, recipe: Recipe, plan: StepSampler, steps: int) -> list[Heavy]:
         return heaviest(plan, steps, self.rows.store.denominators)
 
     def _step(
@@ -235,7 +235,7 @@ class Forecaster:
         return [replace(one, runtime=runtime) for one in with_heap(phases, devices.HEAP_FRAGMENTS, pinned=pinned)]
 
     def _compiling(
-        self, recipe: Recipe, plan: Plan, steps: int, found: tuple[Heavy, Pass], looked: Looked | None
+        self, recipe: Recipe, plan: StepSampler, steps: int, found: tuple[Heavy, Pass], looked: Looked | None
     ) -> Compiling:
         heavy, one = found
         if recipe.precision == "float32":
@@ -247,7 +247,7 @@ class Forecaster:
         self,
         recipe: Recipe,
         sketch: Sketch,
-        plan: Plan,
+        plan: StepSampler,
         *,
         steps: int,
         run: tuple[list[Any], int],

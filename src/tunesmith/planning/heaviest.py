@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import Plan
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.feed import passes_of
-from tunesmith.data.passes import Pass
+from tunesmith.data.sampler import MicroBatch, StepSampler, micro_batches_of
 from tunesmith.types import Layout
 
 MOST_STEPS = 1000
@@ -27,12 +25,12 @@ class Heavy:
     """One pass of one step."""
 
     step: int
-    rows: Pass
+    rows: MicroBatch
     accumulating: bool
     """Whether the step has other passes, so that gradients are there already."""
 
 
-def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> list[Heavy]:
+def heaviest(plan: StepSampler, total_steps: int, targets_I: NDArray[np.float64]) -> list[Heavy]:
     """The pass that computes most, and that of the most targets where it is another one: layers keep by the token, the
     head by the target. Where rows share what they begin with also that whose rows have most tokens, by which they keep
     keys. `targets_I`: of each row of the store."""
@@ -58,9 +56,9 @@ def heaviest(plan: Plan, total_steps: int, targets_I: NDArray[np.float64]) -> li
     return most if any(targets(heavy) > 0.9 * targets(richest) for heavy in most) else [*most, richest]
 
 
-def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> Pass:
+def heaviest_looked(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> MicroBatch:
     """Of the passes over held-out rows that of the most targets."""
-    passes = passes_of(store, rows, tokens_per_pass=tokens_per_pass, layout=layout)
+    passes = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=layout)
     return max(passes, key=lambda members: float(sum(store.denominators[i] for i in members)))
 
 

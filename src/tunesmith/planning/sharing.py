@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.data.batch import Plan, build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.sharing import families, share
+from tunesmith.data.prefix_sharing import prefix_groups, share_prefixes
+from tunesmith.data.sampler import StepSampler
 from tunesmith.methods.peft import randomness
 from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
@@ -42,7 +43,7 @@ class Sharing:
     """Some rows that begin alike."""
 
 
-def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: RowStore, *, ask: Ask) -> Choice:
+def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: StepSampler, store: RowStore, *, ask: Ask) -> Choice:
     """For packed batches of a causal model without token types. `ask`: `disagreement`, or what stands for it where
     there is no model yet."""
     sharing = look(plan, store)
@@ -58,7 +59,7 @@ def decide_sharing(model: PreTrainedModel, recipe: Recipe, plan: Plan, store: Ro
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 
 
-def look(plan: Plan, store: RowStore) -> Sharing:
+def look(plan: StepSampler, store: RowStore) -> Sharing:
     """What the first steps share: a function of the plan alone."""
     plan = filled_by(plan, store)
     tokens, computed = 0, 0
@@ -67,14 +68,14 @@ def look(plan: Plan, store: RowStore) -> Sharing:
         for members in plan.step(step):
             rows = [store.row(i) for i in members]
             tokens += sum(len(row.ids) for row in rows)
-            for family in families([row.ids for row in rows]):
+            for family in prefix_groups([row.ids for row in rows]):
                 computed += family.prefix + sum(len(rows[i].ids) - family.prefix for i in family.members)
                 if family.prefix and not probe:
                     probe = tuple(rows[i] for i in family.members[:PROBE_ROWS])
     return Sharing(1 - computed / tokens, probe)
 
 
-def filled_by(plan: Plan, store: RowStore) -> Plan:
+def filled_by(plan: StepSampler, store: RowStore) -> StepSampler:
     """The same steps, in passes filled by what is computed where beginnings are shared."""
     return replace(plan, ids_of=lambda index: store.row(index).ids)
 
@@ -99,7 +100,7 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
     ways; what is wrong, or None."""
     rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
     plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
-    shared = share(plain, [row.ids for row in rows])
+    shared = share_prefixes(plain, [row.ids for row in rows])
     prefix = shared.pieces[0].tokens
     with eval_mode(model), torch.enable_grad():
         hidden, grad = _answer(model, plain, prefix)

@@ -1,4 +1,4 @@
-"""What there is to say about each option, from its declaration in schema.py: YAML with comments, schema, docs page."""
+"""Documentation of every option, from its declaration in schema.py: YAML with comments, JSON schema, docs page."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
-from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, Section
+from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup
 from tunesmith.recipe.schema import DataFile, Recipe
-from tunesmith.recipe.text import dump
+from tunesmith.recipe.yaml_io import dump
 
 _WIDTH = 110
 
@@ -44,13 +44,13 @@ class Option:
     """One option as a person sees it."""
 
     key: str
-    """Dotted; `[]` stands for any entry of a list."""
+    """Dotted; `[]` is any entry of a list."""
     doc: str
     default: Any
     kinds: tuple[str, ...]
     """Its alternatives without bounds: ("a number", "auto")."""
     allowed: str
-    """The same with bounds: "a number above 0, or auto"."""
+    """Alternatives with bounds: "a number above 0, or auto"."""
     choices: tuple[str, ...]
     """The words among them."""
     required: bool = False
@@ -82,12 +82,12 @@ def sections() -> Mapping[str, str]:
     return types.MappingProxyType(dict(_sections_of(Recipe, "")))
 
 
-def document(section: type[Section]) -> str:
+def document(section: type[OptionGroup]) -> str:
     """The doc of a section as one line."""
     return " ".join((section.__doc__ or "").split())
 
 
-def _sections_of(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
+def _sections_of(section: type[OptionGroup], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in section.model_fields.items():
         inner = _section_in(field.annotation)
         if name == "method":
@@ -97,7 +97,7 @@ def _sections_of(section: type[Section], prefix: str) -> Iterator[tuple[str, str
             yield from _sections_of(inner, f"{prefix}{name}.")
 
 
-def _options_of(section: type[Section], prefix: str, methods: tuple[str, ...]) -> Iterator[Option]:
+def _options_of(section: type[OptionGroup], prefix: str, methods: tuple[str, ...]) -> Iterator[Option]:
     for name, field in section.model_fields.items():
         key = prefix + name
         inner = _section_in(field.annotation)
@@ -128,8 +128,8 @@ def _option(key: str, field: FieldInfo, methods: tuple[str, ...]) -> Option:
     )
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def _section_in(annotation: Any) -> type[OptionGroup] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, OptionGroup) else None
 
 
 def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, str, bool]]:
@@ -246,15 +246,15 @@ def changed(recipe: Recipe) -> dict[str, Any]:
     return dict(leaves(recipe.model_dump(), start, ""))
 
 
-def _section_lines(section: Section, prefix: str, comments: bool) -> Iterator[str]:
+def _section_lines(section: OptionGroup, prefix: str, comments: bool) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     after_section = False
     for name in type(section).model_fields:
         key, value = prefix + name, getattr(section, name)
-        if comments and after_section and not isinstance(value, Section):
+        if comments and after_section and not isinstance(value, OptionGroup):
             yield ""
-        after_section = isinstance(value, Section)
-        if isinstance(value, Section):
+        after_section = isinstance(value, OptionGroup)
+        if isinstance(value, OptionGroup):
             if comments:
                 yield ""
                 yield from _comment(sections()[key], indent)
@@ -270,7 +270,7 @@ def _option_lines(option: Option, name: str, value: Any, indent: str, comments: 
     allowed = f"  # {option.allowed}" if comments else ""
     if comments:
         yield from _comment(option.doc, indent)
-    if isinstance(value, tuple) and value and isinstance(value[0], Section):
+    if isinstance(value, tuple) and value and isinstance(value[0], OptionGroup):
         yield f"{indent}{name}:{allowed}"
         yield from (f"{indent}  - {dump(entry.model_dump())}" for entry in value)
     else:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import text
+from tunesmith.recipe import yaml_io
 from tunesmith.recipe.docs import Option, options, sections
 from tunesmith.recipe.methods import METHOD_OPTIONS
 from tunesmith.recipe.schema import Recipe
@@ -53,7 +53,7 @@ OTHER_NAMES = {
     "label_smoothing_factor": "loss.label_smoothing",
     "neftune_noise_alpha": "loss.neftune_alpha",
 }
-"""What other tools call an option, for suggestions."""
+"""Names of options in other tools, for suggestions."""
 
 SETTING = "--set"
 
@@ -61,7 +61,7 @@ SETTING = "--set"
 def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
 
-    Mappings are merged key by key; an override replaces what stands under its key. Values of overrides are YAML.
+    Mappings are merged key by key; an override replaces the value of its key. Values of overrides are YAML.
     Raises RecipeError with a line for every problem.
     """
     data: dict[str, Any] = _merged({}, base or {})
@@ -103,7 +103,7 @@ def _read_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}.") from error
     try:
-        value = text.parse(content.decode("utf-8-sig"), path)
+        value = yaml_io.parse(content.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise RecipeError(f"{path}:{line}: not UTF-8 text: save the recipe as UTF-8.") from error
@@ -135,10 +135,10 @@ def _apply(data: dict[str, Any], override: str) -> str:
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
-    if key.count(".") >= text.MAX_DEPTH:
-        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {text.MAX_DEPTH}: no option is.")
+    if key.count(".") >= yaml_io.MAX_DEPTH:
+        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {yaml_io.MAX_DEPTH}: no option is.")
     try:
-        value = text.parse(value_text, SETTING)
+        value = yaml_io.parse(value_text, SETTING)
     except RecipeError as error:
         rule = str(error).splitlines()[0].removeprefix(f"{SETTING}:1: ")
         raise RecipeError(f"{SETTING} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
@@ -169,7 +169,7 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
     placed = [(*_place(detail["loc"]), detail) for detail in details]
     problems = []
     groups = [(place, list(group)) for place, group in groupby(placed, key=lambda item: item[:2])]
-    for (shown, known), group in groups[: text.MOST_PROBLEMS]:
+    for (shown, known), group in groups[: yaml_io.MOST_PROBLEMS]:
         key, problem = _problem(shown, known, [detail for _, _, detail in group])
         problems.append(f"{where(key)}: {key}: {problem}" if key else f"{where(key)}: {problem}")
     if more := len(groups) - len(problems):

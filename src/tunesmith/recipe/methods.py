@@ -1,4 +1,4 @@
-"""What every group of options is made of, and the options of each method."""
+"""Types of options, and the options of each method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _is_day(text: str) -> str:
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_is_day)]
 
 
-class Section(BaseModel):  # noqa: PLW1641 (pydantic gives frozen models a hash)
+class OptionGroup(BaseModel):  # noqa: PLW1641 (pydantic gives frozen models a hash)
     """A group of options: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(
@@ -57,7 +57,7 @@ def _as_texts(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """One text or a list of texts."""
 LayerWords = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
-"""The same, where a number is the number of a layer."""
+"""Texts or numbers of layers."""
 
 Start: TypeAlias = Literal["kaiming", "pissa", "orthogonal"]
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
@@ -66,8 +66,8 @@ Quant: TypeAlias = Literal["nf4", "int8"]
 LAYER_WORD = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
 
 
-class LowRankMethod(Section):
-    """What LoRA and its relatives share: the model stays frozen, small matrices beside its layers are trained."""
+class LowRankMethod(OptionGroup):
+    """Options that LoRA and its relatives share: the model is frozen, small matrices next to its layers are trained."""
 
     name: str
     rank: Positive = 16
@@ -79,10 +79,10 @@ class LowRankMethod(Section):
     dropout: Fraction = 0.0
     """Dropout on the input of the low-rank path."""
     targets: Words = ("all-linear",)
-    """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression
-    over whole module names (re:layers\\.[0-3]\\..*)."""
+    """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression over
+    whole module names (re:layers\\.[0-3]\\..*)."""
     layers: LayerWords = ()
-    """Of the targets only those in these layers: last:4, first:4, 7 or 0-3, counted from 0. Empty: all."""
+    """Restricts the targets to these layers: last:4, first:4, 7 or 0-3, counted from 0. Empty: all."""
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
     counts."""
@@ -91,8 +91,8 @@ class LowRankMethod(Section):
     bias: Bias = "none"
     """Biases to train too: all of the model's, or those of the adapted layers."""
     also_train: Words = ()
-    """Modules trained whole beside the adapters, such as embed_tokens: the end of a module's name, or re: and a
-    regular expression over whole names."""
+    """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, or re: and
+    a regular expression over whole names."""
     init: Start = "kaiming"
     """First matrices. kaiming: B is zero. pissa: the largest singular vectors of the weight. orthogonal: neither is
     zero, their product is."""
@@ -109,7 +109,7 @@ class LowRankMethod(Section):
 
 
 class LoraMethod(LowRankMethod):
-    """Low-rank adaptation: the model stays frozen, two small matrices beside each linear layer are trained."""
+    """Low-rank adaptation: the model is frozen, two small matrices next to each linear layer are trained."""
 
     name: Literal["lora"] = "lora"
 
@@ -120,7 +120,7 @@ class DoraMethod(LowRankMethod):
     name: Literal["dora"] = "dora"
 
 
-class PeftMethod(Section):
+class PeftMethod(OptionGroup):
     """Any method of the installed peft library by its name, such as IA3, PROMPT_TUNING or VERA."""
 
     name: Literal["peft"] = "peft"
@@ -140,10 +140,10 @@ class QloraMethod(LowRankMethod):
 
     name: Literal["qlora"] = "qlora"
     quant: Quant = "nf4"
-    """How the linear layers of the base are kept: nf4, 4 bits and a scale for 64 weights; int8, 8 bits and a scale a
-    row. They compute in `precision`; embeddings, norms, the head and what `also_train` names stay as they are."""
+    """Storage of the linear layers of the base: nf4, 4 bits and a scale for 64 weights; int8, 8 bits and a scale a row.
+    They compute in `precision`; embeddings, norms, the head and what `also_train` names stay as they are."""
     double_quant: bool | None = None
-    """Of nf4 alone: keep the scales in 8 bits too, 0.37 bits a weight less. null: true; of int8 there are none."""
+    """nf4 only: keep the scales in 8 bits too, which saves 0.37 bits a weight. null: true; int8 has none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +159,7 @@ class QloraMethod(LowRankMethod):
         return self
 
 
-class FullMethod(Section):
+class FullMethod(OptionGroup):
     """Full fine-tuning: every weight is trained, or those that are named."""
 
     name: Literal["full"] = "full"
@@ -167,25 +167,25 @@ class FullMethod(Section):
     """Weights to train: layers counted from 0 (last:4, first:4, 7, 0-3), the end of a module's or weight's name
     (lm_head, norm.weight), or re: and a regular expression over whole names of weights. Empty: all."""
     freeze: LayerWords = ()
-    """Of those, weights that stay as they are, in the same words."""
+    """Weights among them that stay frozen, in the same words."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How updates reach bfloat16 weights. nearest: from float32 masters. stochastic: without masters, up or down at
-    random so that on average nothing is lost; 4 bytes a weight less, noisier."""
+    """Rounding of updates to bfloat16 weights. nearest: from float32 master weights. stochastic: without master
+    weights, up or down at random so that nothing is lost on average; 4 bytes a weight less, noisier."""
 
 
-class AutoMethod(Section):
+class AutoMethod(OptionGroup):
     """LoRA, unless the model is so small that training every weight is as cheap."""
 
     name: Literal["auto"] = "auto"
 
 
-class RegisteredMethod(Section):
+class RegisteredMethod(OptionGroup):
     """Base of the settings of a method that is added from outside: put the class into METHOD_OPTIONS."""
 
     name: str
 
 
-_BUILT_IN: dict[str, type[Section]] = {
+_BUILT_IN: dict[str, type[OptionGroup]] = {
     "auto": AutoMethod,
     "lora": LoraMethod,
     "dora": DoraMethod,
@@ -193,7 +193,7 @@ _BUILT_IN: dict[str, type[Section]] = {
     "full": FullMethod,
     "peft": PeftMethod,
 }
-METHOD_OPTIONS: dict[str, type[Section]] = dict(_BUILT_IN)
+METHOD_OPTIONS: dict[str, type[OptionGroup]] = dict(_BUILT_IN)
 """The settings of each method, by its name."""
 
 

@@ -1,7 +1,7 @@
-"""Where a run was made, and where its model and its data are now, whatever the current folder.
+"""Finds the model and the data of a run again, whatever the current folder.
 
-run.json says so beside what was typed: `made` = {"in": the folder one stood in, "root": the folder of the run,
-"places": {typed: absolute path}}. Runs of earlier versions have none: theirs are looked for as they were typed.
+run.json records `made` = {"in": the current folder then, "root": the folder of the run, "places": {typed: absolute
+path}}. Runs of earlier versions have no record: their paths are used as typed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunesmith.recipe.schema import Base, Recipe
 
 
 def record(recipe: Recipe, root: Path) -> dict[str, Any]:
-    """What run.json says of a run that is made in the folder `root`; empty where there is no current folder."""
+    """The record for run.json of a run in the folder `root`; empty if there is no current folder."""
     with suppress(OSError):
         found = {typed: Path(at).expanduser() for typed, at in _typed(recipe)}
         places = {typed: str(path.absolute()) for typed, path in found.items() if path.exists()}
@@ -38,12 +38,12 @@ def _typed(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a run was made."""
+    """The places recorded when a run was made."""
 
     run: Path
     """Its folder now."""
     base: str | None = None
-    """Where its base is now, as a person says."""
+    """Place of its base now, as given by the user."""
     made_in: str = ""
     root: str = ""
     places: Mapping[str, str] = field(default_factory=dict)
@@ -58,8 +58,7 @@ class Origin:
         return cls(run, base, str(made.get("in", "")), str(made.get("root", "")), places)
 
     def find(self, typed: str) -> str:
-        """Where that is now: at its recorded place, moved together with the run, or as it was typed; else the recorded
-        place, to be named."""
+        """The place now: as recorded, moved with the run, or as typed; else the recorded place, for a message."""
         then = self.places.get(typed)
         if then is None:
             return typed
@@ -89,7 +88,7 @@ class Origin:
         return recipe.on_base(Base(recipe.model, self.base or self.find(recipe.model), self._missing(recipe.model)))
 
     def _missing(self, model: str) -> str:
-        """What to say where the base is not found."""
+        """The message for a base that is not found."""
         if self.base is not None:
             return ""
         if then := self.places.get(model):

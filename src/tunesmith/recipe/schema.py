@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, Positive, Section, Words
+from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, OptionGroup, Positive, Words
 
 T = TypeVar("T")
 
 
-class DataFile(Section):
+class DataFile(OptionGroup):
     """One file of rows and how often each of its rows is seen in an epoch."""
 
     path: str
-    """JSONL, JSON array, CSV, TSV, Parquet or CoNLL, each may be gzipped (.gz), told apart by content; or documents: a
+    """JSONL, JSON array, CSV, TSV, Parquet or CoNLL, each may be gzipped (.gz), detected by content; or documents: a
     .txt or .md file, or a folder of them."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
@@ -31,17 +31,17 @@ class DataFile(Section):
 
     @property
     def at(self) -> str:
-        """Where it is read: its path, or where a run's file is now; no option."""
+        """Place where it is read: its path, or the place of a run's file now; not an option."""
         return self._at or self.path
 
     def at_place(self, place: str) -> DataFile:
-        """The same file, read from another place."""
+        """This file, read from another place."""
         copy = self.model_copy()
         copy._at = place
         return copy
 
 
-class Limits(Section):
+class Limits(OptionGroup):
     """Bounds that keep one hostile or broken row from taking the machine down."""
 
     line_bytes: Positive = 8 * 1024 * 1024
@@ -54,8 +54,8 @@ class Limits(Section):
     """Most problems listed one by one; all are counted."""
 
 
-class Data(Section):
-    """What is trained on and how rows become tokens."""
+class Data(OptionGroup):
+    """Datasets, and how rows become tokens."""
 
     train: tuple[DataFile, ...] = ()
     """Training files. Each entry is a path, or {path, weight}."""
@@ -70,22 +70,22 @@ class Data(Section):
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
     date: Day | Auto | None = "auto"
-    """The day (2026-11-27) that a chat template writes which asks for the date, as those of Llama 3.2 do: in training,
-    and wherever the run is used here. auto: the day on which the run is made, null for other templates."""
+    """Day (2026-11-27) for chat templates that write a date, such as those of Llama 3.2: in training and wherever the
+    run is used here. auto: the day on which the run is made, null for other templates."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
     spells in many pieces. With adapters, only these rows of the embedding are trained. Causal models only."""
     max_tokens: Positive | Auto = "auto"
     """Longest row, in tokens. auto: what the model can attend to."""
     too_long: Literal["error", "drop", "cut"] | Auto = "auto"
-    """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted).
-    auto: cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
+    """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted). auto:
+    cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
-    """Task text: tokens from the start of one window of a long document to the start of the next. auto: of a causal
-    model one token stands in two windows, of an encoder none. Smaller: each window begins with context that is read
+    """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows of a
+    causal model overlap by one token, those of an encoder do not. Smaller: each window begins with context that is read
     but not trained."""
     prompt: str | None = None
-    """Task summarize: what is asked, with {document} where the document stands. null: a stated default."""
+    """Task summarize: the prompt, with {document} in place of the document. null: a default that is printed."""
     labels: tuple[str, ...] = ()
     """Tasks classify and tag: the classes in the order of their ids. Empty: those of the training rows, whole numbers
     first by value, then words by code point. A class that is not in the list is an error."""
@@ -99,7 +99,7 @@ class Data(Section):
     control_tokens: Literal["error", "allow"] = "error"
     """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or trusted."""
     overlap: Literal["error", "warn"] = "warn"
-    """Held-out rows that also stand in the training files: refuse, or train and say how many."""
+    """Held-out rows that are also in the training files: refuse, or train and report how many."""
     num_proc: Positive | None = None
     """Processes that encode rows. null: one, or for files of 16 MiB and more together one a core, at most 8. Rows,
     counts and errors are the same."""
@@ -108,11 +108,11 @@ class Data(Section):
 
     @property
     def template_at(self) -> str | None:
-        """Where the template is read, as `DataFile.at`."""
+        """Place where the template is read, see `DataFile.at`."""
         return self._template_at or self.template
 
     def with_template_at(self, place: str) -> Data:
-        """The same, its template read from another place."""
+        """These options, with the template read from another place."""
         copy = self.model_copy()
         copy._template_at = place
         return copy
@@ -138,10 +138,10 @@ USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "schedule_free": {**_ADAM, "schedule": "constant"},
     }
 )
-"""What each optimizer has of the options that not all have, and its value where the recipe says null."""
+"""Options that only some optimizers have, with the values that null means."""
 
 
-class Optim(Section):
+class Optim(OptionGroup):
     """The update: the optimizer and the rate of each step."""
 
     name: OptimizerName = "adamw"
@@ -163,7 +163,7 @@ class Optim(Section):
     """Added to the root of the second mean, so that no update divides by zero. null: 1e-8; lion and adafactor have
     none."""
     momentum: Fraction | None = None
-    """Of muon alone: decay of the running mean of the gradient that is made orthogonal. null: 0.95."""
+    """muon only: decay of the running mean of the gradient that is made orthogonal. null: 0.95."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null never clips."""
 
@@ -190,9 +190,9 @@ class Optim(Section):
         return self
 
 
-class Loss(Section):
-    """What is added to the loss in training. It stays a sum over targets divided once, and held-out rows are measured
-    without any of it."""
+class Loss(OptionGroup):
+    """Additions to the loss in training. It stays a sum over targets divided once; held-out rows are measured without
+    them."""
 
     label_smoothing: Fraction = 0.0
     """Share of each target that is spread evenly over all tokens or classes."""
@@ -202,33 +202,35 @@ class Loss(Section):
     """NEFTune: uniform noise of at most alpha / √(tokens of the row · width) on every embedding; 5 is usual."""
 
 
-class Train(Section):
-    """How long, and how much at once."""
+class Train(OptionGroup):
+    """Length of training, and sizes of steps and micro-batches."""
 
     epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Passes over the training rows; fractions are allowed."""
     max_steps: Positive | None = None
     """Stop after this many updates even if epochs are left; the schedule ends there too."""
     rows_per_step: Positive | Auto = "auto"
-    """Rows in one update. The loss is divided by the targets of the whole step, however it is cut into passes."""
+    """Rows in one update. The loss is divided by the targets of the whole step, however it is divided into
+    micro-batches."""
     tokens_per_pass: Positive | Auto = "auto"
-    """Most tokens in one forward and backward: with padding, and what rows begin with alike once. Smaller needs less
-    memory and gives the same update, but for what dropout draws. auto: what fills the machine's products, or less where
-    memory forces it."""
+    """Most tokens in one micro-batch (one forward and backward), padding included, shared prefixes counted once.
+    Smaller needs less memory and gives the same update, apart from dropout. auto: enough to use the machine well, or
+    less if memory requires it."""
     group_by_length: bool = False
-    """Where the model needs rows padded, true makes steps of rows of like length, so that little is padded and a step
-    is faster. Each is then one of short rows or of long ones, no random sample, from which a little less is learnt:
-    see docs/performance.md, "Padding". Of an encoder–decoder both sides count."""
+    """Make steps of rows of similar length where the model needs padding, so that steps are faster. A step is then
+    no random sample, from which a little less is learnt: see docs/performance.md. For an encoder–decoder both sides
+    count."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory forces."""
+    """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory
+    requires."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
-    """Task classify and tag: what an example of a class counts. balanced: rare classes count as much as frequent ones;
-    or a weight by name."""
+    """Task classify and tag: weight of each class. balanced: rare classes count as much as frequent ones; or a weight
+    by name."""
     masked: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Task text on an encoder: share of the tokens that are masked and learnt, drawn anew at every step."""
 
 
-class Evaluation(Section):
+class EvaluationOptions(OptionGroup):
     """Measuring on held-out rows."""
 
     every: Positive | None = None
@@ -257,42 +259,42 @@ class Evaluation(Section):
     the rows trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
 
     @model_validator(mode="after")
-    def _patience_needs_evaluations(self) -> Evaluation:
+    def _patience_needs_evaluations(self) -> EvaluationOptions:
         if self.every is None and (self.patience is not None or self.keep == "best"):
             option = "patience" if self.patience is not None else "keep: best"
             raise ValueError(f"{option}: needs evaluations on the way: set evaluation.every too")
         return self
 
 
-class Checkpoint(Section):
-    """What is kept so that a run can go on."""
+class CheckpointOptions(OptionGroup):
+    """Checkpoints, from which a run resumes."""
 
     every: Positive | Auto = "auto"
     """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500; more where they are short."""
     keep: Positive = 2
-    """Newest checkpoints kept; the best by evaluation.metric is kept beside them."""
+    """Newest checkpoints kept; the best by evaluation.metric is kept too."""
 
 
-class Export(Section):
-    """What the result becomes when the run is done."""
+class ExportOptions(OptionGroup):
+    """Exports of the result when the run is done."""
 
     to: Words = ()
-    """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. What this model or method cannot become is
-    said before the first step."""
+    """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. Exports that this model or method does not
+    support are refused before the first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Where the model of a run is now; see `tunesmith.recipe.origin`."""
+    """Place of the model of a run now; see `tunesmith.recipe.origin`."""
 
     model: str
     """As it was typed."""
     place: str
     missing: str = ""
-    """What to say where nothing is there; empty: whoever looks for it says it."""
+    """Message if nothing is there; empty: that of the reader."""
 
 
-class Recipe(Section):
+class Recipe(OptionGroup):
     """A run, completely."""
 
     model: str = ""
@@ -302,46 +304,45 @@ class Recipe(Section):
     name: str | None = None
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Literal["auto", "chat", "generate", "text", "summarize", "classify", "tag"] = "auto"
-    """What is learnt: answers of the assistant in a chat, the completion of a prompt, plain text, summaries, classes
-    of texts, or a tag for each word. auto: what the rows are made for."""
+    """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, or a
+    tag for each word. auto: detected from the rows."""
     method: Method = AutoMethod()
-    """How weights change."""
+    """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
     optim: Optim = Optim()
     loss: Loss = Loss()
     train: Train = Train()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    export: Export = Export()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    export: ExportOptions = ExportOptions()
     precision: Auto | Literal["float32", "bfloat16"] = "auto"
-    """Of weights and activations; what is trained is always kept in float32."""
+    """Type of weights and activations; trained weights are always kept in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     memory: Literal["refuse", "warn"] = "refuse"
-    """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or go on and
-    say so."""
+    """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
     threads: Positive | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """fast: LoRA layers, the loss of tokens and the attention of short rows by functions of this package, and
-    what rows begin with alike computed once, where that gives the model's own answer; plain: as torch and the model
-    have them, slower, for comparison."""
+    """fast: LoRA layers, token loss and attention of short rows by functions of this package, and shared
+    prefixes computed once, where that gives the model's own answer; plain: those of torch and the model, slower, for
+    comparison."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
     _base: Base | None = PrivateAttr(None)
 
     @property
     def base(self) -> Base | None:
-        """Where the model is now, in the recipe of a run that was made from it; no option."""
+        """Place of the model now, in the recipe of a run that was made from it; not an option."""
         return None if self._base is None or self._base.model != self.model else self._base
 
     @property
     def place(self) -> str:
-        """Where the model is looked for: as it was typed, or where a run's is now."""
+        """Place of the model: as typed, or that of a run's model now."""
         return self.model if self.base is None else self.base.place
 
     def on_base(self, base: Base) -> Recipe:
-        """The same recipe, its model looked for there."""
+        """This recipe, with its model at another place."""
         copy = self.model_copy()
         copy._base = base
         return copy
@@ -361,19 +362,19 @@ class Recipe(Section):
         paths = [file.path for file in self.data.train]
         twice = sorted({path for path in paths if paths.count(path) > 1})
         if twice:
-            raise ValueError(f"data.train: {twice[0]} stands twice: give it once with a weight")
+            raise ValueError(f"data.train: {twice[0]} is there twice: give it once with a weight")
         return self
 
 
 def resolved(value: T | Auto) -> T:
-    """The value of an option after "auto" has been decided."""
+    """The value of an option after "auto" was resolved."""
     if value == "auto":
-        raise AssertionError("an undecided option reached the run: planning.advise must resolve every auto")
+        raise AssertionError("an option is still auto: planning resolves every auto before a run")
     return value
 
 
 def required(value: T | None) -> T:
-    """The value of an option that its section has filled in where it was null."""
+    """The value of an option that its section fills in if it is null."""
     if value is None:
-        raise AssertionError("an option that this optimizer does not have was asked for")
+        raise AssertionError("this optimizer does not have the option")
     return value

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.dataset import RowStore, open_kept
 from tunesmith.data.examples import examples
-from tunesmith.data.folders import expand
+from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import DataError, RunError
 from tunesmith.inference.load import assumed_date
@@ -167,7 +167,7 @@ def _ids(encoded: Encoded) -> list[int]:
 def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     """Of the files as they were when they were trained on. Raises DataError, OSError."""
     recipe = run.recipe()
-    files = expand((*recipe.data.train, *recipe.data.replay), lambda problem: None)
+    files = expand_folders((*recipe.data.train, *recipe.data.replay), lambda problem: None)
     first = files[:1]
     if sha256_file(Path(first[0].at)) != store.summary.data_sha256[0]:
         raise DataError(f"{first[0].path} is not the file that it was tuned on any more")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.data.passes import fill_passes
+from tunesmith.data.sampler import make_micro_batches
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Predictor
 from tunesmith.inference.rows import Line
@@ -67,7 +67,7 @@ class Embedder:
         vectors: dict[int, list[float]] = {}
         lengths = [len(row) for row in rows]
         with eval_mode(self.speaker.model):
-            for members in fill_passes(
+            for members in make_micro_batches(
                 range(len(rows)), lengths, tokens_per_pass=self.speaker.tokens_per_pass(lengths), layout="padded"
             ):
                 vectors |= zip(members, self._vectors([rows[i] for i in members]), strict=True)

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from tunesmith.data.strict_json import BadRow, check_depth, loads
+from tunesmith.data.read_json import BadRow, check_depth, loads
 from tunesmith.serve.refusals import Refusal
 
 MOST_BYTES = 1 << 20

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 
-from tunesmith.data.passes import Pass
+from tunesmith.data.sampler import MicroBatch
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, gradient_norm, rate
@@ -79,7 +79,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
 
 
 def _require_finite(
-    state: TrainState, step: int, *, passes: list[Pass], losses: list[float], grad_norm: float, lr: float
+    state: TrainState, step: int, *, passes: list[MicroBatch], losses: list[float], grad_norm: float, lr: float
 ) -> None:
     if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
         return

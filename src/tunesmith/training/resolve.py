@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.feed import Feed, Masking
-from tunesmith.data.filling import fills
+from tunesmith.data.collate import Collator, Masking, pads_to_multiple
+from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import forgetting
@@ -259,8 +258,8 @@ def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
 
 
 def feeds(
-    recipe: Recipe, start: Start, rows: Splits, model: Any, plan: Plan, *, device: str, on: str, ask: Ask
-) -> tuple[Feed, Feed, list[Choice]]:
+    recipe: Recipe, start: Start, rows: Splits, model: Any, plan: StepSampler, *, device: str, on: str, ask: Ask
+) -> tuple[Collator, Collator, list[Choice]]:
     """The passes of training rows and of held-out rows, and what was decided of them.
 
     Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
@@ -275,8 +274,8 @@ def feeds(
     if start.kind == "causal" and plan.layout == "packed" and not has_types:
         choices = [decide_sharing(model, recipe, plan, rows.store, ask=ask)]
 
-    def feed(store: Any, seed: int, *, shares: bool) -> Feed:
-        return Feed(
+    def feed(store: Any, seed: int, *, shares: bool) -> Collator:
+        return Collator(
             store,
             layout=plan.layout,
             device=device,
@@ -285,17 +284,17 @@ def feeds(
             has_types=has_types,
             pad_id=pad_id(model, tokenizer),
             shares=shares,
-            fills=fills(plan.layout, device=on, precision=resolved(recipe.precision)),
+            pads=pads_to_multiple(plan.layout, device=on, precision=resolved(recipe.precision)),
         )
 
     shares = any(choice.value for choice in choices)
     return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
 
 
-def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> Plan:
+def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
     """Which rows make which step."""
     weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
-    return Plan(
+    return StepSampler(
         rows_I=rows.train_rows,
         weights_I=weights[rows.store.file_index[rows.train_rows]],
         lengths_I=rows.store.lengths[rows.train_rows],

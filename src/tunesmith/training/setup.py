@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tunesmith.data import order
-from tunesmith.data.feed import Feed
+from tunesmith.data import sampler
+from tunesmith.data.collate import Collator
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import Splits
 from tunesmith.evaluation.forgetting import can_generate
@@ -62,7 +62,7 @@ class Setup(TrainState):
     head: HeadName
     rows: Splits
     """The rows of `store` that are trained, those held out, and their labels."""
-    held_feed: Feed
+    held_feed: Collator
     """Makes batches from rows of `rows.held_store`."""
     samples: list[SamplePrompt]
     new_head: bool
@@ -227,7 +227,7 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "tokenizer and template": renderer.fingerprint,
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
-        "setting order of rows": f"version {order.VERSION}",
+        "setting order of rows": f"version {sampler.VERSION}",
     }
     return {**settings, **model, **data, **own}
 

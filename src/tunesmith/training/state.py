@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from tunesmith.data.batch import Plan
+    from tunesmith.data.collate import Collator
     from tunesmith.data.dataset import RowStore
-    from tunesmith.data.feed import Feed
+    from tunesmith.data.sampler import StepSampler
     from tunesmith.models.neftune import EmbeddingNoise
     from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
@@ -32,9 +32,9 @@ class TrainState:
     """The optimizer and its state."""
     store: RowStore
     """The encoded training rows."""
-    feed: Feed
+    feed: Collator
     """Makes a batch from rows of `store`."""
-    plan: Plan
+    plan: StepSampler
     """Says which rows make which step, and how they are cut into micro-batches."""
     noise: EmbeddingNoise
     total_steps: int

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.passes import Pass, copies_in
+from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.training.state import TrainState
@@ -19,9 +18,9 @@ from tunesmith.training.state import TrainState
 class StepGradients:
     """The result of a step's forward and backward passes; the gradients themselves are in the attachment."""
 
-    plan: Plan
+    plan: StepSampler
     """The plan for the next step: with smaller micro-batches if memory ran out."""
-    passes: list[Pass]
+    passes: list[MicroBatch]
     losses: list[Tensor]
     """Loss sum of each micro-batch."""
     penalty: float | None
@@ -31,7 +30,7 @@ class StepGradients:
     halved: bool
 
 
-def compute_gradients(state: TrainState, plan: Plan, step: int) -> StepGradients:
+def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGradients:
     """Run forward and backward for every micro-batch of a step.
 
     If memory runs out, all of them run again with micro-batches half as large: the same rows, and the same loss
@@ -62,7 +61,9 @@ def compute_gradients(state: TrainState, plan: Plan, step: int) -> StepGradients
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
 
 
-def _pass(state: TrainState, rows: Pass, copies: Sequence[int], step: int, num_targets: float) -> tuple[Tensor, int]:
+def _pass(
+    state: TrainState, rows: MicroBatch, copies: Sequence[int], step: int, num_targets: float
+) -> tuple[Tensor, int]:
     """Run forward and backward; return the loss sum and the number of computed positions."""
     batch = state.feed.batch(rows, draw=step, copies=copies)
     with state.noise.on(state.model, batch, step):

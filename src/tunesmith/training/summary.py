@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tunesmith import __version__
-from tunesmith.data.filling import fills, padding_share
+from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
@@ -52,7 +52,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "rows_per_step": plan.rows_per_step,
         "tokens_per_pass": plan.tokens_per_pass,
         "layout": plan.layout,
-        "padding": round(padding_share(plan, fills=setup.feed.fills), 4),
+        "padding": round(plan.padding(pads=setup.feed.pads), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
@@ -79,8 +79,8 @@ def foreseen_values(seen: Foreseen) -> dict[str, Any]:
     padding: dict[str, float] = {}
     if forecast is not None:
         plan = forecast.plan
-        is_filled = fills(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
-        padding = {"padding": round(padding_share(plan, fills=is_filled), 4)}
+        is_filled = pads_to_multiple(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
+        padding = {"padding": round(plan.padding(pads=is_filled), 4)}
     return {
         "model": seen.start.located.name,
         "task": recipe.task,
@@ -150,7 +150,7 @@ def label_counts(setup: Setup) -> dict[str, int]:
     labels = setup.rows.labels
     if labels is None or labels.kind == "number":
         return {}
-    counts_C = count_classes(labels, setup.rows.store, setup.rows.train_rows)
+    counts_C = count_classes(setup.rows.store.count_labels(setup.rows.train_rows), labels.names)
     return {name: int(num) for name, num in zip(labels.names, counts_C, strict=True)}
 
 

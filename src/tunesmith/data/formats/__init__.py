@@ -28,16 +28,16 @@ parse(record, source, answered=). The first match counts."""
 FIELDS = tuple(dict.fromkeys(field for module in FORMATS.values() for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 
-_CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
+CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
 SHAPES: Mapping[TaskName, tuple[Shape, ...]] = {
-    "chat": _CHATS,
-    "generate": _CHATS,  # of which it takes those that are plain pairs, and says so row by row
+    "chat": CHATS,
+    "generate": CHATS,  # of which it takes those that are plain pairs, and says so row by row
     "text": ("text",),
     "summarize": ("document_summary",),
     "classify": ("text_label",),
     "tag": ("tokens_tags",),
 }
-"""What a file is looked through for, by task."""
+"""Shapes that a task learns from."""
 
 
 def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:

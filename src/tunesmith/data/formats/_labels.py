@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.data.findings import Findings
+from tunesmith.data.problems import RowProblems
 
 
-def labels_of(values: Sequence[Any], found: Findings, place: str) -> tuple[str, ...]:
+def labels_of(values: Sequence[Any], found: RowProblems, place: str) -> tuple[str, ...]:
     """The names in a list of labels."""
     return tuple(label_of(value, found, f"{place}[{i}]") for i, value in enumerate(values))
 
 
-def label_of(value: Any, found: Findings, place: str) -> str:
+def label_of(value: Any, found: RowProblems, place: str) -> str:
     """The name of one label: a text byte for byte, a number as JSON writes it, true or false."""
     if isinstance(value, str) and value.strip():
         return value

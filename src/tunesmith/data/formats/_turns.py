@@ -7,15 +7,15 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.findings import Findings, kind_of
+from tunesmith.data.problems import RowProblems, describe_type
 from tunesmith.types import Part
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 _PLAIN = {"role", "content"}
 
 
-def parts_of(messages: Any, found: Findings, *, place: str = "messages", trained: bool = True) -> list[Part]:
-    """A part a message, in order; a part stands in for a message with a problem.
+def parts_of(messages: Any, found: RowProblems, *, place: str = "messages", trained: bool = True) -> list[Part]:
+    """One part per message, in order; a message with a problem has a placeholder.
 
     `trained`: whether answers are trained where the message does not say so by its weight.
     """
@@ -25,7 +25,7 @@ def parts_of(messages: Any, found: Findings, *, place: str = "messages", trained
     return [_part(message, found, f"{place}[{i}]", trained) for i, message in enumerate(messages)]
 
 
-def _part(message: Any, found: Findings, place: str, trained: bool) -> Part:
+def _part(message: Any, found: RowProblems, place: str, trained: bool) -> Part:
     if not isinstance(message, dict):
         found.wrong_type(place, message, 'an object such as {"role": "user", "content": "Hi"}')
         return Part("", "", False)
@@ -47,7 +47,7 @@ def _part(message: Any, found: Findings, place: str, trained: bool) -> Part:
     return part
 
 
-def _role(message: Mapping[str, Any], found: Findings, place: str) -> str:
+def _role(message: Mapping[str, Any], found: RowProblems, place: str) -> str:
     role = message.get("role")
     if role == "function":  # what tools were called before they had the name
         return "tool"
@@ -68,19 +68,19 @@ def _role(message: Mapping[str, Any], found: Findings, place: str) -> str:
     return ""
 
 
-def _weight(message: Mapping[str, Any], found: Findings, place: str, is_answer: bool) -> bool | None:
+def _weight(message: Mapping[str, Any], found: RowProblems, place: str, is_answer: bool) -> bool | None:
     weight = message.get("weight")
     if weight is None:
         return None
     if isinstance(weight, bool) or weight not in (0, 1):
-        value = weight if isinstance(weight, int | float) else kind_of(weight)
+        value = weight if isinstance(weight, int | float) else describe_type(weight)
         found.add("bad_weight", f"{place}.weight is {value}.", "1 trains an answer, 0 does not.")
     elif not is_answer and weight == 1:
         found.add("bad_weight", f"{place}.weight is 1, but only the assistant's answers are trained.", "Remove it.")
     return bool(weight)
 
 
-def _text(content: Any, fields: Mapping[str, Any], found: Findings, place: str) -> str:
+def _text(content: Any, fields: Mapping[str, Any], found: RowProblems, place: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
@@ -95,7 +95,7 @@ def _text(content: Any, fields: Mapping[str, Any], found: Findings, place: str) 
     return ""
 
 
-def _piece(piece: Any, found: Findings, place: str) -> str:
+def _piece(piece: Any, found: RowProblems, place: str) -> str:
     if not isinstance(piece, dict):
         found.wrong_type(place, piece, 'an object such as {"type": "text", "text": "Hi"}')
     elif piece.get("type") == "text" and isinstance(piece.get("text"), str):
@@ -108,8 +108,8 @@ def _piece(piece: Any, found: Findings, place: str) -> str:
     return ""
 
 
-def _fields(message: Mapping[str, Any], found: Findings, place: str) -> dict[str, Any]:
-    """What a message carries beside role, content and weight. Null is the same as missing."""
+def _fields(message: Mapping[str, Any], found: RowProblems, place: str) -> dict[str, Any]:
+    """Fields of a message other than role, content and weight. Null is the same as missing."""
     fields = {
         key: value for key, value in message.items() if value is not None and key not in ("role", "content", "weight")
     }
@@ -127,7 +127,7 @@ def _fields(message: Mapping[str, Any], found: Findings, place: str) -> dict[str
     return fields
 
 
-def check_calls(calls: Any, found: Findings, place: str) -> None:
+def check_calls(calls: Any, found: RowProblems, place: str) -> None:
     """Problems of the tool calls of one message: each has a function with a name and arguments."""
     if not isinstance(calls, list):
         found.wrong_type(place, calls, "a list of calls")
@@ -149,10 +149,12 @@ def check_calls(calls: Any, found: Findings, place: str) -> None:
                 found.add("bad_tool_call", f"{place}[{i}]: its arguments are not JSON: {error.msg}.", "Correct them.")
                 continue
         if not isinstance(arguments, dict):
-            found.add("bad_tool_call", f"{place}[{i}]: its arguments are {kind_of(arguments)}.", "They are an object.")
+            found.add(
+                "bad_tool_call", f"{place}[{i}]: its arguments are {describe_type(arguments)}.", "They are an object."
+            )
 
 
-def tools_of(record: Mapping[str, Any], found: Findings) -> tuple[Mapping[str, Any], ...]:
+def tools_of(record: Mapping[str, Any], found: RowProblems) -> tuple[Mapping[str, Any], ...]:
     """The tool definitions of a row: a list, or the text of one."""
     tools = record.get("tools")
     if tools is None or tools == "":
@@ -176,8 +178,8 @@ def tools_of(record: Mapping[str, Any], found: Findings) -> tuple[Mapping[str, A
     return tuple(tools)
 
 
-def check_order(parts: Sequence[Part], found: Findings, *, place: str = "messages", answered: bool = True) -> None:
-    """Problems of the order in which roles stand, and of a row in which nothing is to be learnt."""
+def check_order(parts: Sequence[Part], found: RowProblems, *, place: str = "messages", answered: bool = True) -> None:
+    """Problems of the order of roles, and of a row without anything to learn."""
     roles = [part.role for part in parts]
     for i, role in enumerate(roles):
         if role in ("system", "developer") and i > 0:
@@ -206,8 +208,8 @@ def check_order(parts: Sequence[Part], found: Findings, *, place: str = "message
         found.add("no_target", "the weight of every answer is 0: there is nothing to learn.", "Remove the row.")
 
 
-def without_answer(parts: Sequence[Part], found: Findings) -> list[Part]:
-    """The turns up to the last answer, which is to be given anew: what a prediction is asked from."""
+def without_answer(parts: Sequence[Part], found: RowProblems) -> list[Part]:
+    """The turns before the last answer, from which it is predicted."""
     end = len(parts)
     while end and parts[end - 1].role == "assistant":
         end -= 1
@@ -216,7 +218,7 @@ def without_answer(parts: Sequence[Part], found: Findings) -> list[Part]:
     return list(parts[:end])
 
 
-def _check_ids(parts: Sequence[Part], found: Findings, place: str) -> None:
+def _check_ids(parts: Sequence[Part], found: RowProblems, place: str) -> None:
     called: set[str] = set()
     for i, part in enumerate(parts):
         for call in part.fields.get("tool_calls", ()) if isinstance(part.fields.get("tool_calls"), list) else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.findings import Findings
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "alpaca"
@@ -22,7 +22,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 
     Answers in `history` are trained too.
     """
-    found = Findings(source)
+    found = RowProblems(source)
     instruction = found.text(record, "instruction")
     extra = found.optional_text(record, "input")
     system = found.optional_text(record, "system")
@@ -34,7 +34,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(tuple(parts), source, NAME)
 
 
-def _history(history: Any, found: Findings) -> list[Part]:
+def _history(history: Any, found: RowProblems) -> list[Part]:
     if history is None or history == "":
         return []
     if not isinstance(history, list):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.findings import Findings
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Problem, Shape, Source
 
 NAME: Shape = "messages"
@@ -20,7 +20,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row; every answer whose weight is not 0 is trained. Not `answered`: up to its last answer."""
-    found = Findings(source)
+    found = RowProblems(source)
     if record.get("messages") is None:
         found.add("missing_field", "messages is missing or null.", "Remove the row.")
         return found.problems

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.data.findings import Findings, kind_of
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of
+from tunesmith.data.problems import RowProblems, describe_type
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "prompt_completion"
@@ -21,7 +21,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the completion is trained; in messages, its answers are."""
-    found = Findings(source)
+    found = RowProblems(source)
     prompt, completion = record.get("prompt"), record.get("completion")
     tools = tools_of(record, found)
     if not answered:
@@ -32,7 +32,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         check_order([*asked, *told], found, place="prompt and completion")
         return found.problems or Example((*asked, *told), source, NAME, tools)
     if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
-        message = f"prompt is {kind_of(prompt)}, but completion is {kind_of(completion)}."
+        message = f"prompt is {describe_type(prompt)}, but completion is {describe_type(completion)}."
         found.add("wrong_type", message, "Both are text, or both are lists of messages.")
         return found.problems
     parts = (
@@ -42,7 +42,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(parts, source, NAME, tools, plain=True)
 
 
-def _prompt(prompt: Any, tools: tuple[Mapping[str, Any], ...], found: Findings) -> Example | list[Problem]:
+def _prompt(prompt: Any, tools: tuple[Mapping[str, Any], ...], found: RowProblems) -> Example | list[Problem]:
     """The example of a prompt that waits for its completion."""
     if isinstance(prompt, list):
         asked = parts_of(prompt, found, place="prompt", trained=False)

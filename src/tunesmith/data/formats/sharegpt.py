@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.findings import Findings
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Problem, Shape, Source
 
 NAME: Shape = "sharegpt"
@@ -40,7 +40,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 
     Not `answered`: up to its last answer.
     """
-    found = Findings(source)
+    found = RowProblems(source)
     turns = record.get("conversations")
     if not isinstance(turns, list):
         if turns is None:
@@ -62,7 +62,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(tuple(parts), source, NAME, tools)
 
 
-def _message(turn: Any, found: Findings, place: str) -> dict[str, Any]:
+def _message(turn: Any, found: RowProblems, place: str) -> dict[str, Any]:
     """A turn with the names of a message."""
     if not isinstance(turn, dict):
         found.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
@@ -91,7 +91,7 @@ def _message(turn: Any, found: Findings, place: str) -> dict[str, Any]:
     return {**rest, "role": ROLES.get(str(speaker), ""), "content": value}
 
 
-def _calls(value: str, found: Findings, place: str) -> list[dict[str, Any]]:
+def _calls(value: str, found: RowProblems, place: str) -> list[dict[str, Any]]:
     """The calls written as JSON in a function_call turn: one, or a list of them."""
     try:
         calls = orjson.loads(value)

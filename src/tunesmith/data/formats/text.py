@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.findings import Findings
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "text"
@@ -19,7 +19,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: all of it is trained."""
-    found = Findings(source)
+    found = RowProblems(source)
     text = found.text(record, "text")
     if answered and isinstance(record.get("text"), str) and not text.strip():
         found.add(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.findings import Findings
 from tunesmith.data.formats._labels import label_of, labels_of
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "text_label"
@@ -20,7 +20,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row. A label is a text, a number, true or false; a list of them says which classes hold."""
-    found = Findings(source)
+    found = RowProblems(source)
     parts = [Part("text", found.text(record, "text"), False)]
     if record.get("text_pair") is not None:
         parts.append(Part("text_pair", found.text(record, "text_pair"), False))

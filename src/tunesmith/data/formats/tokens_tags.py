@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.findings import Findings
 from tunesmith.data.formats._labels import labels_of
+from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "tokens_tags"
@@ -20,7 +20,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: a part a word, and as many labels."""
-    found = Findings(source)
+    found = RowProblems(source)
     words = _list(record, "tokens", found)
     for i, word in enumerate(words):
         if not isinstance(word, str):
@@ -36,7 +36,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(tuple(Part("word", word, False) for word in words), source, NAME, labels=tags)
 
 
-def _list(record: dict[str, Any], key: str, found: Findings) -> list[Any]:
+def _list(record: dict[str, Any], key: str, found: RowProblems) -> list[Any]:
     value = record.get(key)
     if isinstance(value, list):
         return value

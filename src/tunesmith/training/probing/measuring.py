@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.feed import Feed, passes_of
-from tunesmith.data.passes import Pass
+from tunesmith.data.collate import Collator
+from tunesmith.data.sampler import MicroBatch, micro_batches_of
 from tunesmith.evaluation.forgetting import general_rows, text_batches
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
@@ -131,17 +131,17 @@ def _surprising(setup: Setup) -> dict[str, Any]:
     return {"surprising": asdict(_looks(setup, setup.feed, rows))} if len(rows) else {}
 
 
-def _looks(setup: Setup, feed: Feed, rows_I: NDArray[np.int64]) -> Timed:
+def _looks(setup: Setup, feed: Collator, rows_I: NDArray[np.int64]) -> Timed:
     """Passes over these rows of a feed: the heaviest one, in which memory is most, and then usual ones."""
     rows = [int(i) for i in rows_I]
     tokens, layout = setup.plan.tokens_per_pass, setup.plan.layout
     _look(setup, feed, heaviest_looked(feed.store, rows, tokens_per_pass=tokens, layout=layout))
-    passes = passes_of(feed.store, rows, tokens_per_pass=tokens, layout=layout)
+    passes = micro_batches_of(feed.store, rows, tokens_per_pass=tokens, layout=layout)
     amounts = [amount(feed.store, np.asarray(members)) for members in passes]
     return _usual(lambda members: _look(setup, feed, members), passes, amounts)
 
 
-def _look(setup: Setup, feed: Feed, members: Pass) -> None:
+def _look(setup: Setup, feed: Collator, members: MicroBatch) -> None:
     predict_rows(setup.model, setup.task, feed, members, tokens_per_pass=setup.plan.tokens_per_pass)
 
 

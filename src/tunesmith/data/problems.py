@@ -1,13 +1,17 @@
-"""What is wrong with one row, collected while it is parsed: all of it at once."""
+"""Problems of one row, collected while it is parsed, so that all of them are reported at once."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.types import Problem, Source
 
+MOST_NAMES = 20
+"""Fields named in one line."""
 MOST = 50
 """Problems listed of one row: a row can have millions."""
 
@@ -18,7 +22,7 @@ def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> Dat
     return DataError(str(problem), [problem])
 
 
-class Findings:
+class RowProblems:
     """Problems of one row."""
 
     def __init__(self, source: Source) -> None:
@@ -32,7 +36,7 @@ class Findings:
             self.problems.append(Problem(self.source, "and_more", "more is wrong with this row."))
 
     def text(self, record: dict[str, Any], key: str) -> str:
-        """The text of a field that has to be there; "" beside a problem when it is not text."""
+        """The text of a required field; "" and a problem if it is not text."""
         value = record.get(key)
         if isinstance(value, str):
             return value
@@ -60,7 +64,7 @@ class Findings:
 
     def wrong_type(self, place: str, value: Any, expected: str) -> None:
         fix = "Put it in quotes." if expected == "text" and isinstance(value, int | float) else ""
-        self.add("wrong_type", f"{place} is {kind_of(value)}, expected {expected}.", fix)
+        self.add("wrong_type", f"{place} is {describe_type(value)}, expected {expected}.", fix)
 
     def only_json(self, place: str, value: Any) -> None:
         """A problem where a value handed on to a template is not what JSON can hold. Parquet has dates and more."""
@@ -77,10 +81,23 @@ class Findings:
                 self.wrong_type(name, one, "what JSON can hold")
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
+def describe_type(value: Any) -> str:
+    """The type of a value, in words."""
     names = {
         str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
         type(None): "null", bytes: "raw bytes",
     }  # fmt: skip
     return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def near(name: str, others: Iterable[str]) -> str:
+    """ "Did you mean ...?" for a name that is not there; "" where none is like it."""
+    found = difflib.get_close_matches(name, list(others), n=1)
+    return f"Did you mean {found[0]}?" if found else ""
+
+
+def names(record: Iterable[str]) -> str:
+    """The names of a row's fields, as many as fit on a line."""
+    quoted = [repr(name[:60]) for name in record] or ["none"]
+    more = f" and {len(quoted) - MOST_NAMES} more" if len(quoted) > MOST_NAMES else ""
+    return ", ".join(quoted[:MOST_NAMES]) + more

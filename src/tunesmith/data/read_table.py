@@ -1,20 +1,19 @@
-"""CSV and TSV: every value stays the text it is, and a row that cannot be told from its neighbours ends the file."""
+"""CSV and TSV: every value stays text; a broken quote ends the file, since nobody knows where the next row begins."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
 
-from tunesmith.data.findings import refusal
-from tunesmith.data.opening import FileFacts, Stream, distinct
-from tunesmith.data.read_text import OnBadRow, too_long
-from tunesmith.data.strict_json import BadRow, invalid_utf8, nul_character
+from tunesmith.data.detect_format import ByteStream, FileFacts, distinct
+from tunesmith.data.problems import refusal
+from tunesmith.data.read_json import BadRow, OnBadRow, invalid_utf8, nul_character, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 
 
 def csv_rows(
-    stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row's first line and values by column; blank lines are counted and left out.
 
@@ -40,7 +39,9 @@ def _ragged(values: Sequence[str], columns: Sequence[str]) -> BadRow:
     )
 
 
-def _records(stream: Stream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, list[str]]]:
+def _records(
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
+) -> Iterator[tuple[int, list[str]]]:
     # The csv module knows one limit for the whole process; ours is kept by _Lines.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
     lines = _Lines(stream, facts, limits.line_bytes)
@@ -73,7 +74,7 @@ def _broken_quote(facts: FileFacts, lines: _Lines, reason: str = "") -> DataErro
         code, message = "unclosed_quote", "a double quote opens here and is never closed."
         fix = "Close it; write a quote in text twice."
     elif "new-line" in reason:
-        code, message = "bad_csv", "a carriage return stands in it alone."
+        code, message = "bad_csv", "it has a carriage return without a line feed."
         fix = "Save the file with ordinary line ends."
     else:
         code, message, fix = "bad_csv", f"not CSV: {reason}.", 'Write a quote inside quoted text twice, "".'
@@ -87,7 +88,7 @@ class _TooLong(Exception):
 class _Lines:
     """The lines of a file for the csv module, as text; what is wrong with the current row is kept in `bad`."""
 
-    def __init__(self, stream: Stream, facts: FileFacts, limit: int) -> None:
+    def __init__(self, stream: ByteStream, facts: FileFacts, limit: int) -> None:
         self.first = 1
         """Line on which the current row begins."""
         self.offset = 0

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import bert_like
-from tunesmith.data import passes
-from tunesmith.data.batch import build_batch
+from tunesmith.data.collate import Collator, Masking, build_batch
 from tunesmith.data.dataset import RowStore, build
-from tunesmith.data.feed import Feed, Masking
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.sampler import copies_in
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Row, Source
 
@@ -143,7 +142,7 @@ def store_of(path: Path, text: str, **options: Any) -> RowStore:
 def test_a_feed_masks_what_the_store_counts_and_is_the_same_however_rows_are_grouped(tmp_path: Path) -> None:
     text = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n{"text": "山"}\n'
     store = store_of(tmp_path / "rows", text, task_name="text")
-    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     assert store.denominators.tolist() == [max(1, round(0.3 * int(n))) for n in store.targets]
     together = made.batch(range(len(store)), draw=5)
     assert together.row_of_N.bincount().tolist() == store.denominators.tolist()
@@ -157,7 +156,7 @@ def held_out_masks_follow_from_what_rows_say(folder: Path) -> None:
     masks = []
     for name, text in (("one", long + short), ("turned", short + long), ("more", short * 3 + long)):
         store = store_of(folder / name, text, task_name="text")
-        made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+        made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
         rows = [i for i in range(len(store)) if store.hashes[i] == store.hashes[0 if name == "one" else -1]]
         assert len(rows) > 1
         masks.append([made.batch([i], draw=0).ids_BT.tolist() for i in rows])
@@ -169,14 +168,14 @@ def test_held_out_rows_are_masked_alike_in_every_file_and_order(tmp_path: Path) 
 
 
 def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Feed, "_content", lambda feed, index: index)
+    monkeypatch.setattr(Collator, "_content", lambda feed, index: index)
     with pytest.raises(AssertionError):
         held_out_masks_follow_from_what_rows_say(tmp_path)
 
 
 def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(tmp_path: Path) -> None:
     store = store_of(tmp_path / "rows", '{"text": "' + "fox " * 30 + '"}\n', task_name="text")
-    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     for draw in (0, 1):
         full = [i for i in range(len(store)) if store.targets[i] == store.targets[0]]
         places = [made.batch([i], draw=draw).predict_N.tolist() for i in full]
@@ -187,7 +186,7 @@ def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(t
 # trap: L15
 def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path) -> None:
     store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task_name="text")
-    made = Feed(store, layout="padded", device="cpu", masking=masking(share=0.3))
+    made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     together = made.batch([0, 0, 0, 0], draw=5, copies=copies)
     assert len({str(line) for line in together.ids_BT.tolist()}) > 1
     alone = [made.batch([0], draw=5, copies=[copy]).targets_N for copy in copies]  # whichever pass they are in
@@ -195,7 +194,7 @@ def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path)
 
 
 def test_copies_of_a_row_in_one_step_have_masks_of_their_own(tmp_path: Path) -> None:
-    assert passes.copies_in([(3, 3), (5, 3), (5,)]) == [(0, 1), (0, 2), (1,)]
+    assert copies_in([(3, 3), (5, 3), (5,)]) == [(0, 1), (0, 2), (1,)]
     assert_copies_teach_different_words((0, 1, 2, 3), tmp_path)
 
 
@@ -206,5 +205,5 @@ def test_copies_that_are_not_counted_would_be_seen(tmp_path: Path) -> None:  # t
 
 def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:
     store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index]))
-    batch = Feed(store, layout="padded", device="cpu").batch([1, 0], draw=0)
+    batch = Collator(store, layout="padded", device="cpu").batch([1, 0], draw=0)
     assert (batch.row_indices, batch.targets_N.tolist()) == ((1, 0), [2, 1, 3])

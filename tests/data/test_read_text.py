@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.rows_of import examples_in, json_lines, put, rows_in, said
-from tunesmith.data.folders import expand
-from tunesmith.data.read import read
-from tunesmith.data.read_documents import _Sentence
+from tunesmith.data.read import expand_folders, read
+from tunesmith.data.read_text import _Sentence
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Source
@@ -118,7 +117,7 @@ def a_folder(tmp_path: Path) -> Path:
 
 def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
     folder, heard = a_folder(tmp_path), []
-    found = expand([DataFile(path=str(folder), weight=2.0)], heard.append)
+    found = expand_folders([DataFile(path=str(folder), weight=2.0)], heard.append)
     assert [Path(file.path).relative_to(folder).as_posix() for file in found] == [
         "a/b/c.txt.gz", "a/z.md", "a.txt", "b.txt",
     ]  # fmt: skip
@@ -129,12 +128,12 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
         "'a/p.pdf', 'rows.jsonl'. "
         "Give files of rows by name."
     )
-    assert expand(found, heard.append) == found
+    assert expand_folders(found, heard.append) == found
 
 
 def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = a_folder(tmp_path)
-    straight = expand([DataFile(path=str(folder))], lambda problem: None)
+    straight = expand_folders([DataFile(path=str(folder))], lambda problem: None)
     walk = os.walk
 
     def turned(top: str, onerror: Any = None) -> Any:
@@ -143,7 +142,7 @@ def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeyp
             yield here, folders, members[::-1]
 
     monkeypatch.setattr("os.walk", turned)
-    assert expand([DataFile(path=str(folder))], lambda problem: None) == straight
+    assert expand_folders([DataFile(path=str(folder))], lambda problem: None) == straight
 
 
 def test_rows_of_a_folder_carry_its_index_and_their_own_file(tmp_path: Path):
@@ -158,22 +157,22 @@ def test_rows_of_a_folder_carry_its_index_and_their_own_file(tmp_path: Path):
 
 def test_a_folder_without_documents_names_what_it_holds(tmp_path: Path):
     with pytest.raises(DataError, match=r"a folder without a document .* It is empty"):
-        expand([DataFile(path=str(tmp_path))], lambda problem: None)
+        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
     put(tmp_path, "rows.pdf", b"%PDF")
     with pytest.raises(DataError, match=r"It holds 'rows.pdf'\. Give files by their names"):
-        expand([DataFile(path=str(tmp_path))], lambda problem: None)
+        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
 
 
 def test_a_folder_of_rows_is_read_in_the_order_of_its_names(tmp_path: Path):
     for name in ("b.jsonl", "a.csv", "README.md"):
         put(tmp_path, name, b"x,y\n")
     heard: list[Any] = []
-    found = expand([DataFile(path=str(tmp_path))], heard.append)
+    found = expand_folders([DataFile(path=str(tmp_path))], heard.append)
     assert [Path(file.path).name for file in found] == ["a.csv", "b.jsonl"]
     assert ["README.md" in problem.message for problem in heard] == [True]
     put(tmp_path, "test.jsonl", b"{}")
     with pytest.raises(DataError, match=r"held-out rows: 'test.jsonl'.* --eval .*test.jsonl"):
-        expand([DataFile(path=str(tmp_path))], heard.append)
+        expand_folders([DataFile(path=str(tmp_path))], heard.append)
 
 
 # CoNLL

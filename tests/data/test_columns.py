@@ -11,7 +11,7 @@ import yaml
 
 from data.rows_of import comma_separated, examples_in, json_lines, put
 from tunesmith.data.check import check
-from tunesmith.data.class_columns import ask_for_task, refuse_unknown_columns
+from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Data, DataFile
 
@@ -29,7 +29,7 @@ def test_a_named_column_that_no_row_has_is_refused(tmp_path: Path):
     for path in (put(tmp_path, "a.csv", comma_separated(rows)), put(tmp_path, "a.jsonl", json_lines(rows))):
         data = data_of(path, columns={"label": "lable"})
         with pytest.raises(RecipeError, match=r"data.columns.label: no row has a field 'lable'. Did you mean label\?"):
-            refuse_unknown_columns(data)
+            check_columns_exist(data)
         with pytest.raises(RecipeError, match="lable"):
             check(data)
 
@@ -38,9 +38,9 @@ def test_a_named_column_of_another_file_or_a_later_row_is_there(tmp_path: Path):
     path = put(tmp_path, "a.jsonl", json_lines([{"prompt": "a", "completion": "b"}] * 5))
     other = put(tmp_path, "b.jsonl", json_lines([{"q": "a", "completion": "b"}, {"q": "a", "a": "b"}]))
     data = data_of(path, columns={"prompt": "q", "completion": "a"})
-    refuse_unknown_columns(data.model_copy(update={"eval": (DataFile(path=str(other)),)}))
+    check_columns_exist(data.model_copy(update={"eval": (DataFile(path=str(other)),)}))
     with pytest.raises(RecipeError, match=r"data.columns.prompt: no row has a field 'q'"):
-        refuse_unknown_columns(data)
+        check_columns_exist(data)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_text_beside_a_column_of_few_values_is_asked_about(name: str, value: Any
 def test_text_without_classes_is_plain_text(tmp_path: Path):
     rows = texts(id=str, url=lambda i: f"https://{i}", source=lambda i: "web", note=lambda i: "long " * (i % 3 + 20))
     path = put(tmp_path, "a.csv", comma_separated(rows))
-    assert ask_for_task(data_of(path)) is None
+    assert ask_text_or_classes(data_of(path)) is None
     assert check(data_of(path)).ok
 
 

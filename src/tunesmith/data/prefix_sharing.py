@@ -1,7 +1,7 @@
-"""Beginnings that rows of a pass have in common, so that a causal model computes them once.
+"""Prefixes that rows of a micro-batch share, so that a causal model computes them once.
 
-What a causal model makes of a token follows from the tokens up to it alone: rows that begin alike have the same states
-there, and the gradients of all that is learnt from them add up. Nothing is approximated. The idea for preference pairs:
+The states of a causal model at a token follow from the tokens up to it alone: rows with one prefix have the same states
+there, and the gradients of their losses add up. Nothing is approximated. The idea for preference pairs:
 Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.
 """
 
@@ -21,30 +21,30 @@ from torch import Tensor
 from tunesmith.types import Batch, Piece
 
 LEAST_TOKENS = 8
-"""A shorter beginning is not worth the piece of its own."""
+"""A shorter prefix is not worth computing apart."""
 MOST_ROWS = 512
-"""Of a pass with more rows they are looked at in so many at a time: finding the best families costs their square."""
+"""Rows looked at together: the search for the best groups costs their square."""
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Rows of a pass that begin with the same tokens."""
+class PrefixGroup:
+    """Rows of a micro-batch that begin with the same tokens."""
 
     prefix: int
-    """How many; 0 for a row on its own."""
+    """Number of shared tokens; 0 for a row on its own."""
     members: tuple[int, ...]
 
 
-def share(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
-    """A packed batch of these whole rows with what they share computed once; the same batch if they share nothing.
+def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
+    """A packed batch of these whole rows with shared prefixes computed once; the same batch if there are none.
 
-    Rows, targets and their order stay; what changes is where they stand. For causal models.
+    Rows, targets and their order stay; only positions change. For causal models.
     """
     ids, positions, pieces, end = [], [], [], 0
     places = [np.arange(0)] * len(rows)
-    """Of each row where its tokens stand."""
+    """Positions of the tokens of each row."""
 
-    def stand(tokens: NDArray[np.int32], piece: Piece) -> NDArray[np.int64]:
+    def place(tokens: NDArray[np.int32], piece: Piece) -> NDArray[np.int64]:
         nonlocal end
         ids.append(tokens)
         positions.append(np.arange(piece.prefix, piece.keys))
@@ -52,12 +52,12 @@ def share(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
         end += piece.tokens
         return np.arange(end - piece.tokens, end)
 
-    for family in families(rows):
-        start, prefix = end, family.prefix
-        first = stand(rows[family.members[0]][:prefix], Piece(prefix)) if prefix else np.arange(0)
-        for i in family.members:
+    for group in prefix_groups(rows):
+        start, prefix = end, group.prefix
+        first = place(rows[group.members[0]][:prefix], Piece(prefix)) if prefix else np.arange(0)
+        for i in group.members:
             rest = rows[i][prefix:]
-            places[i] = np.concatenate([first, stand(rest, Piece(len(rest), prefix, start if prefix else 0))])
+            places[i] = np.concatenate([first, place(rest, Piece(len(rest), prefix, start if prefix else 0))])
     if len(pieces) == len(rows):
         return batch
     assert batch.layout == "packed"
@@ -75,28 +75,28 @@ def share(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
     )
 
 
-def families(rows: Sequence[NDArray[np.int32]]) -> list[Family]:
-    """The rows in families, so that the fewest tokens are computed; every row is longer than its family's beginning.
+def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[PrefixGroup]:
+    """Group rows by prefix so that the fewest tokens are computed; every row is longer than its group's prefix.
 
-    A function of the rows alone. Families stand in the order of their first member, members in the order given.
+    A function of the rows alone. Groups are in the order of their first member, members in the order given.
     """
     order = sorted(range(len(rows)), key=lambda i: (rows[i].astype(">i4").tobytes(), i))
-    found: list[Family] = []
+    found: list[PrefixGroup] = []
     for at in range(0, len(order), MOST_ROWS):
         found += _best(rows, order[at : at + MOST_ROWS])
-    return sorted(found, key=lambda family: family.members)
+    return sorted(found, key=lambda group: group.members)
 
 
 def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
-    """Tokens that a pass over these rows computes."""
-    return sum(family.prefix + sum(len(rows[i]) - family.prefix for i in family.members) for family in families(rows))
+    """Tokens that a micro-batch of these rows computes."""
+    return sum(group.prefix + sum(len(rows[i]) - group.prefix for i in group.members) for group in prefix_groups(rows))
 
 
-def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Family]:
-    """Of all ways to cut the sorted rows into neighbours, the one that saves the most tokens."""
+def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[PrefixGroup]:
+    """The way to cut sorted rows into groups of neighbours that saves the most tokens."""
     common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
     saved, cuts = [0], [(0, 0)]
-    """Of the first n rows: the most that can be saved, and where their last family begins, with its prefix."""
+    """For the first n rows: the most that can be saved, and the start of their last group with its prefix."""
     for stop in range(1, len(order) + 1):
         best, cut = saved[stop - 1], (stop - 1, 0)
         prefix = len(rows[order[stop - 1]]) - 1
@@ -111,13 +111,13 @@ def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Famil
     found, stop = [], len(order)
     while stop:
         start, prefix = cuts[stop]
-        found.append(Family(prefix, tuple(sorted(order[start:stop]))))
+        found.append(PrefixGroup(prefix, tuple(sorted(order[start:stop]))))
         stop = start
     return found
 
 
 def _common(a_T: NDArray[np.int32], b_T: NDArray[np.int32]) -> int:
-    """Tokens that both begin with."""
+    """Length of the common prefix."""
     shorter = min(len(a_T), len(b_T))
     different = np.flatnonzero(a_T[:shorter] != b_T[:shorter])
     return int(different[0]) if len(different) else shorter

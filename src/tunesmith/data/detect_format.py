@@ -1,10 +1,13 @@
-"""What a file is, by its content, and a stream of its bytes. Its name decides only where the content does not."""
+"""The format of a file, detected by its first bytes, and a stream of its bytes.
+
+The name of a file decides only between plain text and what looks like a table."""
 
 from __future__ import annotations
 
 import difflib
 import gzip
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -13,13 +16,167 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
-from tunesmith.data.findings import refusal
-from tunesmith.data.kinds import BOM, GZIP, HEAD_BYTES, NAMED, SAVE_AS, Kind, kind_and_delimiter, suffix_of
+from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.runs.atomic import storing
 from tunesmith.types import Problem, Source
+
+FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
+
+HEAD_BYTES = 64 * 1024
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+DOCUMENTS = (".txt", ".text", ".md", ".markdown")
+"""Ends of names of files that each hold one document."""
+
+SUFFIXES: dict[str, tuple[FileFormat, ...]] = {
+    ".jsonl": ("JSON lines",),
+    ".ndjson": ("JSON lines",),
+    ".json": ("JSON lines", "JSON array"),
+    ".csv": ("CSV",),
+    ".tsv": ("CSV",),
+    ".parquet": ("Parquet",),
+    ".conll": ("CoNLL",),
+    ".bio": ("CoNLL",),
+    ".iob": ("CoNLL",),
+}
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
+    b"PK\x05\x06": "an empty zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"\xfd7zXZ\x00": "an xz file",
+    b"BZh": "a bzip2 file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\x04\x22\x4d\x18": "an lz4 file",
+    GZIP: "gzipped twice",
+}
+_SHEET, _LETTER = "Save the sheet as CSV (UTF-8).", "Save the text as .txt (UTF-8)."
+_OFFICE = {
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), _SHEET),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf"), _LETTER),
+}
+"""Advice for files of office programs, by suffix."""
+_OTHER_BINARIES = {
+    b"ARROW1\x00\x00": "an Arrow file",
+    b"ORC": "an ORC file",
+    b"Obj\x01": "an Avro file",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"%PDF": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"GGUF": "a GGUF model",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x80\x04\x95": "a Python pickle",
+}
+_KNOWN_COLUMNS = {
+    b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion", b"text", b"label", b"document",
+    b"summary",
+}  # fmt: skip
+SAVE_AS = "Save it as JSON lines, CSV or Parquet, or a document as .txt."
+_CONTROLS = bytes(byte for byte in range(32) if byte < 9 or byte > 13)
+_JSON_ROW = re.compile(rb'\{\s*["}]|\[\s*\{')
+TAGGED = re.compile(rb"\S.*[ \t](?:O|[BIES]-\S+)")
+"""A line of a CoNLL file that names spans: a word, and a tag that is O or begins as in IOB1, IOB2 and IOBES."""
+
+
+def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
+    """Detect the format of a file, and the delimiter of a CSV. Raises `DataError` for other formats.
+
+    A file named as a document is taken for one: problems of its text are problems of that row.
+    """
+    text = head.removeprefix(BOM).lstrip()
+    if suffix_of(path) in DOCUMENTS and not head.startswith(b"PAR1"):
+        return _document(text)
+    if head.startswith(b"PAR1"):
+        return "Parquet", ","
+    if reason := no_text(head):
+        code, message, fix = reason
+        raise refusal(path, 1, code, message, _OFFICE.get(suffix_of(path), fix))
+    if not text and len(head) < HEAD_BYTES:
+        raise refusal(path, 1, "empty_dataset", "it holds no row.")
+    if "CoNLL" in SUFFIXES.get(suffix_of(path), ()) or _is_tagged(text):
+        return "CoNLL", " "
+    if text[:1] in (b"{", b""):
+        return "JSON lines", ","
+    if text[:1] == b"[":
+        return "JSON array", ","
+    return _table(path, text)
+
+
+def no_text(head: bytes) -> tuple[str, str, str] | None:
+    """Code, message and way out where bytes are those of something else than UTF-8 text."""
+    for magic, what in {**_ARCHIVES, **_OTHER_BINARIES}.items():
+        if head.startswith(magic):
+            is_archive = magic in _ARCHIVES
+            return (
+                ("archive" if is_archive else "binary"),
+                f"this is {what}.",
+                ("Unpack it." if is_archive else SAVE_AS),
+            )
+    if head[257:262] == b"ustar":
+        return "archive", "this is a tar archive.", "Unpack it."
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
+        fix = "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
+        return "wrong_encoding", "this is UTF-16.", fix
+    if _num_controls(head) > len(head) // 5:
+        return "binary", "this is not text.", SAVE_AS
+    return None
+
+
+def suffix_of(path: str) -> str:
+    """The end of a name, in small letters, before .gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _document(text: bytes) -> tuple[FileFormat, str]:
+    """Text, unless it is rows without doubt: those are often named .txt too."""
+    if _JSON_ROW.match(text):
+        return ("JSON lines" if text.startswith(b"{") else "JSON array"), ","
+    if _is_tagged(text):
+        return "CoNLL", " "
+    delimiter, cells = _header(text)
+    if len(_KNOWN_COLUMNS.intersection(cells)) >= 2:
+        return "CSV", delimiter
+    return "text", ","
+
+
+def _is_tagged(text: bytes) -> bool:
+    """Whether lines are words with the tags of spans: three quarters of those that were read, and at least two."""
+    words = [
+        line.rstrip() for line in text.split(b"\n") if line.strip() and not line.startswith((b"-DOCSTART-", b"# "))
+    ]
+    return len(words) > 1 and sum(TAGGED.fullmatch(line) is not None for line in words) >= 0.75 * len(words)
+
+
+def _table(path: str, text: bytes) -> tuple[FileFormat, str]:
+    """CSV by its header; JSON lines that begin wrongly where the name says so; else a refusal."""
+    named = SUFFIXES.get(suffix_of(path), ())
+    if _num_controls(text) and not named:
+        raise refusal(path, 1, "binary", "this is not text.", SAVE_AS)
+    delimiter, cells = _header(text, prefer="\t" if suffix_of(path) == ".tsv" else ",")
+    has_columns = len(cells) > 1
+    if "JSON lines" in named and not (has_columns and _KNOWN_COLUMNS.intersection(cells)):
+        return "JSON lines", ","
+    if "CSV" in named or has_columns:
+        return "CSV", delimiter
+    message = f"it begins with {text[:30].decode('utf-8', 'replace')!r}, which is no JSON and no header of a table."
+    raise refusal(path, 1, "unknown_format", message, SAVE_AS)
+
+
+def _header(text: bytes, prefer: str = ",") -> tuple[str, list[bytes]]:
+    """The most frequent delimiter of a table's first line, and the values between."""
+    header = text.split(b"\n", 1)[0].rstrip(b"\r")
+    counts = Counter({delimiter: header.count(delimiter.encode()) for delimiter in ",\t;"})
+    delimiter = max(counts, key=lambda d: (counts[d], d == prefer))
+    return delimiter, [cell.strip(b' "') for cell in header.split(delimiter.encode())]
+
+
+def _num_controls(text: bytes) -> int:
+    return len(text) - len(text.translate(None, _CONTROLS))
+
 
 MOST_UNPACKED = 20
 """Times its size that a gzipped Parquet file may unpack to: Parquet is compressed already."""
@@ -27,16 +184,16 @@ MOST_UNPACKED = 20
 
 @dataclass(slots=True)
 class FileFacts:
-    """What a file turned out to be, and how far it has been read."""
+    """Format of a file, and how far it has been read."""
 
     path: str
-    kind: Kind
+    kind: FileFormat
     gzipped: bool = False
     has_bom: bool = False
     delimiter: str = ","
     """Between the values of a CSV file."""
     columns: tuple[str, ...] | None = None
-    """Of a table, once its header is read."""
+    """Columns of a table, after its header is read."""
     line: int = 0
     """Lines read, or rows of a JSON array or Parquet file; of a document 1."""
     rows: int = 0
@@ -47,9 +204,9 @@ class FileFacts:
     """Lines of a CoNLL file that hold no word: -DOCSTART- and comments."""
     done_bytes: int = 0
     total_bytes: int = 0
-    """Of the file as it lies on the disk."""
+    """Size on disk."""
     at: str = ""
-    """Where it is read, if not at its path."""
+    """Place where it is read, if not at its path."""
 
     def __str__(self) -> str:
         kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind
@@ -64,8 +221,8 @@ def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, 
     return tuple(columns)
 
 
-def look_at(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
-    """What a file is, and warnings where its name says otherwise. `at`: where it is read, if not at its path.
+def inspect_file(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
+    """Detect the format of a file and warn if its name says otherwise. `at`: where it is read, if not at its path.
 
     Raises:
         DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
@@ -90,30 +247,30 @@ def look_at(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
     gzipped = head.startswith(GZIP)
     if gzipped:
         head = _unpacked_head(path, head)
-    kind, delimiter = kind_and_delimiter(path, head)
+    kind, delimiter = detect_format(path, head)
     facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size, at=at)
     return facts, list(_misnamed(facts))
 
 
 @contextmanager
-def opened(facts: FileFacts) -> Iterator[Stream]:
+def open_text(facts: FileFacts) -> Iterator[ByteStream]:
     """The unpacked bytes of a text file, after its byte order mark. Raises `DataError` when it cannot be read."""
     with _packed(facts) as packed:
-        stream = Stream(gzip.GzipFile(fileobj=packed) if facts.gzipped else packed, packed, facts)
+        stream = ByteStream(gzip.GzipFile(fileobj=packed) if facts.gzipped else packed, packed, facts)
         if facts.has_bom:
             stream.read(len(BOM))
         yield stream
 
 
 @contextmanager
-def opened_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
+def open_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
     """A Parquet file, unpacked to a temporary file where it is gzipped. Raises `DataError` when it cannot be read."""
     with _packed(facts) as packed:
         if not facts.gzipped:
             yield packed
             return
         with tempfile.TemporaryFile() as copy:
-            stream = Stream(gzip.GzipFile(fileobj=packed), packed, facts)
+            stream = ByteStream(gzip.GzipFile(fileobj=packed), packed, facts)
             while block := stream.read(1 << 20):
                 with storing(Path(tempfile.gettempdir()), num_bytes=copy.tell() + len(block)):
                     copy.write(block)
@@ -132,7 +289,7 @@ def _packed(facts: FileFacts) -> BinaryIO:
         raise cannot_open(facts.path, error) from None
 
 
-class Stream:
+class ByteStream:
     """Bytes of one file. Reading keeps `done_bytes` of its facts up to date and raises nothing but `DataError`."""
 
     LINES_A_LOOK = 64
@@ -207,7 +364,7 @@ def _misnamed(facts: FileFacts) -> Iterator[Problem]:
     """Warnings: the name says another format than the content has, which was believed."""
     suffix = suffix_of(facts.path)
     is_tabs = facts.kind == "CSV" and facts.delimiter == "\t"
-    expected = NAMED.get(suffix, (facts.kind,))
+    expected = SUFFIXES.get(suffix, (facts.kind,))
     if facts.kind not in expected or (suffix in (".tsv", ".csv") and is_tabs != (suffix == ".tsv")):
         yield _renamed(facts, f"the name ends in {suffix}, but this is {facts}, and was read as that.")
     if facts.gzipped != facts.path.lower().endswith(".gz"):

@@ -11,16 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import Plan, build_batch
-from tunesmith.data.passes import MOST_READ, PASS_PLACES, fill_passes, fill_sharing
-from tunesmith.data.sharing import num_computed
+from tunesmith.data.collate import build_batch
+from tunesmith.data.prefix_sharing import num_computed
+from tunesmith.data.sampler import (
+    MICRO_BATCH_COST,
+    MOST_READ,
+    StepSampler,
+    make_micro_batches,
+    make_sharing_micro_batches,
+)
 from tunesmith.types import Row, Source
 
 LENGTHS = np.array([(7 * i) % 23 + 3 for i in range(64)], np.int32)
 
 
-def plan(lengths=LENGTHS, *, weights=None, seed=0, rows_per_step=5, tokens_per_pass=40, layout="packed") -> Plan:
-    return Plan(
+def plan(lengths=LENGTHS, *, weights=None, seed=0, rows_per_step=5, tokens_per_pass=40, layout="packed") -> StepSampler:
+    return StepSampler(
         rows_I=np.arange(len(lengths)) * 2 + 1,
         weights_I=np.ones(len(lengths)) if weights is None else np.asarray(weights, float),
         lengths_I=lengths,
@@ -114,7 +120,7 @@ def test_weights_set_how_often_rows_are_seen():
     layout=st.sampled_from(["packed", "padded"]),
 )
 def test_passes_hold_every_row_once_within_the_budget(lengths, budget, layout):
-    passes = fill_passes(range(len(lengths)), lengths, tokens_per_pass=budget, layout=layout)
+    passes = make_micro_batches(range(len(lengths)), lengths, tokens_per_pass=budget, layout=layout)
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
     for members in passes:
         sizes = [lengths[i] for i in members]
@@ -142,8 +148,8 @@ def wastes_little(fill, lengths: list[int], budget: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=150), budget=st.integers(60, 200))
-def test_packed_passes_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
-    wastes_little(fill_passes, lengths, budget)
+def test_ragged_passes_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
+    wastes_little(make_micro_batches, lengths, budget)
 
 
 def test_passes_that_are_closed_when_a_row_does_not_fit_would_be_seen():
@@ -161,7 +167,7 @@ def test_passes_that_are_closed_when_a_row_does_not_fit_would_be_seen():
 
 def places(passes, lengths) -> int:
     """What padded passes compute, the passes themselves included."""
-    return sum(PASS_PLACES + len(members) * max(lengths[i] for i in members) for members in passes)
+    return sum(MICRO_BATCH_COST + len(members) * max(lengths[i] for i in members) for members in passes)
 
 
 def cuts(num: int):
@@ -180,7 +186,10 @@ def test_padded_passes_compute_the_least_of_all_ways_to_cut(lengths, budget):
         return len(members) == 1 or len(members) * lengths[members[0]] <= budget
 
     least = min(places(way, lengths) for way in cuts(len(lengths)) if all(map(fits, way)))
-    assert places(fill_passes(range(len(lengths)), lengths, tokens_per_pass=budget, layout="padded"), lengths) == least
+    assert (
+        places(make_micro_batches(range(len(lengths)), lengths, tokens_per_pass=budget, layout="padded"), lengths)
+        == least
+    )
 
 
 def test_padding_of_a_plan_is_told():
@@ -198,11 +207,11 @@ def test_padding_of_a_plan_is_told():
 def test_many_rows_are_packed_in_no_time():
     lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int).clip(2, 2048).tolist()
     begun = time.process_time()
-    passes = fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="packed")
+    passes = make_micro_batches(range(20_000), lengths, tokens_per_pass=2048, layout="packed")
     assert time.process_time() - begun < 0.5  # 0.03 s; looking at every pass for every row took 1.5 s
     assert len(passes) == -(-sum(lengths) // 2048)  # no pass more than their tokens need
     begun = time.process_time()
-    fill_passes(range(20_000), lengths, tokens_per_pass=2048, layout="padded")
+    make_micro_batches(range(20_000), lengths, tokens_per_pass=2048, layout="padded")
     assert time.process_time() - begun < 2.0  # 0.15 s
 
 
@@ -274,13 +283,13 @@ def beginnings(rng, num: int):
 def test_sharing_passes_hold_every_row_once_and_compute_no_more_than_the_budget(seed, num, budget):
     rng = np.random.default_rng(seed)
     ids = beginnings(rng, num)
-    passes = fill_sharing(range(num), ids, tokens_per_pass=budget)
+    passes = make_sharing_micro_batches(range(num), ids, tokens_per_pass=budget)
     assert sorted(i for members in passes for i in members) == list(range(num))
     for members in passes:
         assert num_computed([ids[i] for i in members]) <= budget or len(members) == 1
         assert sum(len(ids[i]) for i in members) <= MOST_READ * budget or len(members) == 1
     order = rng.permutation(num)
-    again = fill_sharing(order.tolist(), [ids[i] for i in order], tokens_per_pass=budget)
+    again = make_sharing_micro_batches(order.tolist(), [ids[i] for i in order], tokens_per_pass=budget)
     assert again == passes  # a function of the rows, in whatever order they come
 
 
@@ -288,8 +297,8 @@ def test_passes_are_filled_by_what_they_compute():
     """60 rows of 100 and 10 tokens: filled by whole tokens, each pass of 700 would compute 100 + 6 * 10."""
     common = np.arange(100, dtype=np.int32)
     ids = [np.concatenate([common, np.full(10, 1000 + i)]).astype(np.int32) for i in range(60)]
-    whole = fill_passes(range(60), [110] * 60, tokens_per_pass=700, layout="packed")
-    shared = fill_sharing(range(60), ids, tokens_per_pass=700)
+    whole = make_micro_batches(range(60), [110] * 60, tokens_per_pass=700, layout="packed")
+    shared = make_sharing_micro_batches(range(60), ids, tokens_per_pass=700)
     assert (len(whole), len(shared)) == (10, 3)
     assert sum(num_computed([ids[i] for i in members]) for members in whole) == 10 * 100 + 600
     assert sum(num_computed([ids[i] for i in members]) for members in shared) == 3 * 100 + 600
@@ -300,6 +309,6 @@ def test_rows_without_a_common_beginning_are_packed_as_ever():
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 10_000, size).astype(np.int32) for size in rng.integers(1, 60, 50)]
     lengths = [len(row) for row in ids]
-    assert fill_sharing(range(50), ids, tokens_per_pass=200) == fill_passes(
+    assert make_sharing_micro_batches(range(50), ids, tokens_per_pass=200) == make_micro_batches(
         range(50), lengths, tokens_per_pass=200, layout="packed"
     )

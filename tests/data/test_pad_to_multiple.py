@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from tunesmith.models.noise import EmbeddingNoise
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.data.batch import Plan
-from tunesmith.data.filling import WHOLE, fill, filled, filling_share, fills
-from tunesmith.data.sharing import share
-from tunesmith.models.attention import use_packed_attention
+from tunesmith.data.collate import pad_to_multiple, pads_to_multiple
+from tunesmith.data.prefix_sharing import share_prefixes
+from tunesmith.data.sampler import MULTIPLE, StepSampler, padded_size
+from tunesmith.models.attention import use_ragged
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.types import Batch, Row, Source
 
 
@@ -39,10 +39,10 @@ def sizes(batch: Batch) -> tuple[int, int, int]:
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
 def test_a_model_answers_and_learns_the_same(arch):
     model, batch = sharp(arch).double(), batch_of(rows_of())
-    use_packed_attention(model)
-    whole = fill(batch)
+    use_ragged(model)
+    whole = pad_to_multiple(batch)
     assert whole.filling > 0
-    assert sizes(whole) == (filled(batch.num_tokens),) * 3
+    assert sizes(whole) == (padded_size(batch.num_tokens),) * 3
     assert (whole.num_tokens, whole.num_targets) == (batch.num_tokens, batch.num_targets)
     assert_alike(model, whole, batch)
 
@@ -51,19 +51,19 @@ def test_rows_that_share_what_they_begin_with_are_filled_too():
     first = np.arange(3, 23, dtype=np.int32)
     texts = [np.concatenate([first, np.array([i, i + 1], np.int32)]) for i in (4, 9)]
     batch = batch_of([Row(ids, np.ones(len(ids), bool), Source("x", 1)) for ids in texts])
-    shared = share(batch, texts)
+    shared = share_prefixes(batch, texts)
     assert shared.pieces
     model = sharp("llama").double()
-    use_packed_attention(model)
-    assert fill(shared).filling > 0
-    assert_alike(model, fill(shared), shared)
+    use_ragged(model)
+    assert pad_to_multiple(shared).filling > 0
+    assert_alike(model, pad_to_multiple(shared), shared)
 
 
 def test_the_test_catches_filling_that_a_row_reads():
     """As if what stands behind belonged to the first rows: every row would be one place off."""
     model, batch = sharp("llama").double(), batch_of(rows_of())
-    use_packed_attention(model)
-    whole = fill(batch)
+    use_ragged(model)
+    whole = pad_to_multiple(batch)
     joined = replace(whole, filling=0, lengths=(whole.filling, *batch.lengths))
     with pytest.raises(AssertionError):
         assert_alike(model, joined, batch)
@@ -71,22 +71,22 @@ def test_the_test_catches_filling_that_a_row_reads():
 
 def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
     batch = replace(batch_of(rows_of((7, 5))), types_BT=torch.ones(1, 12, dtype=torch.int64))
-    whole = fill(batch)
-    assert whole.ids_BT[0, 12:].tolist() == [batch.ids_BT[0, -1].item()] * (WHOLE - 12)
-    assert whole.positions_BT[0, 12:].tolist() == list(range(WHOLE - 12))
+    whole = pad_to_multiple(batch)
+    assert whole.ids_BT[0, 12:].tolist() == [batch.ids_BT[0, -1].item()] * (MULTIPLE - 12)
+    assert whole.positions_BT[0, 12:].tolist() == list(range(MULTIPLE - 12))
     assert whole.types_BT is not None
-    assert whole.types_BT[0].tolist() == [1] * 12 + [0] * (WHOLE - 12)
+    assert whole.types_BT[0].tolist() == [1] * 12 + [0] * (MULTIPLE - 12)
 
 
 def test_a_pass_of_a_whole_size_stays_as_it_is():
-    batch = batch_of(rows_of((WHOLE - 5, 5)))
-    assert fill(batch) is batch
+    batch = batch_of(rows_of((MULTIPLE - 5, 5)))
+    assert pad_to_multiple(batch) is batch
 
 
 def test_noise_is_on_rows_and_not_on_what_is_filled_up():
-    batch, noise = fill(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
-    drawn_BTD = noise.noise(batch, 1, width=4)
-    assert drawn_BTD.shape == (1, WHOLE, 4)
+    batch, noise = pad_to_multiple(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
+    drawn_BTD = noise.drawn(batch, 1, width=4)
+    assert drawn_BTD.shape == (1, MULTIPLE, 4)
     assert drawn_BTD[0, :12].ne(0).all()
     assert drawn_BTD[0, 12:].eq(0).all()
 
@@ -94,12 +94,12 @@ def test_noise_is_on_rows_and_not_on_what_is_filled_up():
 def test_a_plan_tells_how_much_fills_up():
     lengths = np.full(8, 20, np.int32)
     some = {"rows_per_step": 2, "tokens_per_pass": 64, "layout": "packed", "seed": 0}
-    plan = Plan(rows_I=np.arange(8), weights_I=np.ones(8), lengths_I=lengths, **some)
-    assert filling_share(plan) == pytest.approx(1 - 40 / 64)
+    plan = StepSampler(rows_I=np.arange(8), weights_I=np.ones(8), lengths_I=lengths, **some)
+    assert plan.padding(pads=True) == pytest.approx(1 - 40 / 64)
 
 
-def test_only_packed_passes_whose_products_are_compiled_are_filled():
-    assert fills("packed", device="cpu", precision="bfloat16")
-    assert not fills("padded", device="cpu", precision="bfloat16")
-    assert not fills("packed", device="cuda", precision="bfloat16")
-    assert not fills("packed", device="cpu", precision="float32")
+def test_only_ragged_passes_whose_products_are_compiled_are_filled():
+    assert pads_to_multiple("packed", device="cpu", precision="bfloat16")
+    assert not pads_to_multiple("padded", device="cpu", precision="bfloat16")
+    assert not pads_to_multiple("packed", device="cuda", precision="bfloat16")
+    assert not pads_to_multiple("packed", device="cpu", precision="float32")

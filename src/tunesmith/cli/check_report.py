@@ -1,4 +1,4 @@
-"""What a check found, on the screen."""
+"""Prints the report of a check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunesmith.cli.streams import console
 from tunesmith.formatting import plural
 
 if TYPE_CHECKING:
-    from tunesmith.data.check_report import CheckReport, TokenStats
+    from tunesmith.data.check import CheckReport, TokenStats
 
 BAR = 32
 """Width of the longest bar of the histogram."""

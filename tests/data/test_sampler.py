@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import Plan
-from tunesmith.data.order import POOL_STEPS, in_line, pool_of, sort_keys
+from tunesmith.data.sampler import POOL_STEPS, StepSampler, in_line, pool_of, sort_keys
 
 PAIRS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=90)
 
 
-def plan(sides, *, weights=None, rows_per_step=4, seed=0, grouped=True) -> Plan:
+def plan(sides, *, weights=None, rows_per_step=4, seed=0, grouped=True) -> StepSampler:
     """Rows of one side, or of (source, target)."""
     sides = np.array(sides, np.int32)
     is_pair = sides.ndim == 2
-    return Plan(
+    return StepSampler(
         rows_I=np.arange(len(sides)) * 2 + 1,
         weights_I=np.ones(len(sides)) if weights is None else np.asarray(weights, float),
         lengths_I=sides.sum(1) if is_pair else sides,
@@ -33,11 +32,11 @@ def plan(sides, *, weights=None, rows_per_step=4, seed=0, grouped=True) -> Plan:
     )
 
 
-def rows_of(given: Plan, step: int) -> list[int]:
+def rows_of(given: StepSampler, step: int) -> list[int]:
     return [row for rows in given.step(step) for row in rows]
 
 
-def epoch_of(given: Plan, epoch: int = 0) -> list[list[int]]:
+def epoch_of(given: StepSampler, epoch: int = 0) -> list[list[int]]:
     num = given.steps_per_epoch
     return [rows_of(given, epoch * num + step + 1) for step in range(num)]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.text import MAX_BYTES, dump, parse
+from tunesmith.recipe.yaml_io import MAX_BYTES, dump, parse
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_commas_and_tabs_of_json_are_read():
 
 
 BROKEN = [
-    ("a: 1\nb: 2\na: 3", "r.yaml:3: a: stands twice, first in line 1: keep one"),
-    ("a:\n  b: 1\n  b: 2\nc: 1\nc: 2", "r.yaml:5: c: stands twice, first in line 4: keep one"),
-    ('{"a": 1, "a": 2}', "r.yaml: a: stands twice: keep one"),
+    ("a: 1\nb: 2\na: 3", "r.yaml:3: a: is there twice, first in line 1: keep one"),
+    ("a:\n  b: 1\n  b: 2\nc: 1\nc: 2", "r.yaml:5: c: is there twice, first in line 4: keep one"),
+    ('{"a": 1, "a": 2}', "r.yaml: a: is there twice: keep one"),
     ("a: [1,\nb: 2", "r.yaml:2: expected ',' or ']'"),
     ("a: 'x\nb: 1", "r.yaml:2: found unexpected end of stream"),
     ("a:\n\t- b", "r.yaml:2: found character '\\t'"),
@@ -69,7 +69,7 @@ BROKEN = [
     ("a: !!binary aGk=", "(tags) are not for recipes"),
     ("? [a]\n: 1", "r.yaml:1: a list or mapping cannot be a key"),
     ("a:\n" + "[" * 40, "r.yaml:2: nested deeper than 32"),
-    ("a: 1\nb: \x07", "r.yaml:2: the character U+0007 cannot stand here"),
+    ("a: 1\nb: \x07", "r.yaml:2: the character U+0007 is not allowed"),
     ("x" * (MAX_BYTES + 1), "r.yaml: larger than 256 KiB"),
 ]
 
@@ -86,7 +86,7 @@ def test_broken_text_is_named_with_its_line(text, message):
     [
         ('{\n"a": 1,\n}', "r.json:"),
         ("a: 1", "r.json:1: Expecting value"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "r.json: c: stands twice: keep one"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "r.json: c: is there twice: keep one"),
         ('{"a":' * 50_000 + "1" + "}" * 50_000, "r.json: "),
     ],
 )

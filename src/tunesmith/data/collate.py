@@ -1,0 +1,251 @@
+"""Rows as the tensors of a micro-batch: targets shifted, padded or packed, and masked where a model learns masked
+tokens."""
+
+# B rows, T tokens, N targets, U tokens of the decoder
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from tunesmith.data.prefix_sharing import share_prefixes
+from tunesmith.data.sampler import padded_size, sort_keys
+from tunesmith.types import Batch, Layout, Row
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import RowStore
+
+Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
+"""Flat positions that predict, and what."""
+RANDOM_BEYOND = 0.8
+KEPT_BEYOND = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Masked language modelling: chooses the tokens of a row to predict and what replaces them.
+
+    80 % show the mask, 10 % a random token, 10 % themselves. Source: Devlin et al. 2018, "BERT", section 3.1.
+    """
+
+    mask_id: int
+    ordinary_ids: NDArray[np.int64]
+    """Tokens that can replace another."""
+    share: float
+    """Share of a row's trained tokens that is predicted; at least one is."""
+    seed: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, share: float, seed: int) -> Masking:
+        """Masking with the mask token of a tokenizer."""
+        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+        return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)
+
+    def apply(self, row: Row, *, num: int, draw: int, index: int, copy: int = 0) -> Row:
+        """Mask `num` of a row's trained tokens: a pure function of (seed, draw, index, copy).
+
+        `index` is any whole number that names the row, `copy` numbers its copies in one draw.
+        """
+        places = np.flatnonzero(row.trained)
+
+        def keys(purpose: int) -> NDArray[np.uint64]:
+            return sort_keys(places, self.seed, draw, salt=4 * index + purpose, copy=copy)
+
+        order = np.argsort(keys(1), kind="stable")[:num]
+        order.sort()
+        chosen_N = places[order]
+        shares_N = (keys(2) / 2.0**64)[order]
+        random_N = self.ordinary_ids[(keys(3) % np.uint64(len(self.ordinary_ids))).astype(np.int64)[order]]
+        ids_T = row.ids.astype(np.int64)
+        originals_N = ids_T[chosen_N]
+        shown_N = np.where(shares_N < RANDOM_BEYOND, self.mask_id, random_N)
+        ids_T[chosen_N] = np.where(shares_N < KEPT_BEYOND, shown_N, originals_N)
+        trained_T = np.zeros(len(ids_T), np.bool_)
+        trained_T[chosen_N] = True
+        return replace(row, ids=ids_T.astype(np.int32), trained=trained_T, labels=originals_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Makes batches of the rows of a store."""
+
+    store: RowStore
+    layout: Layout
+    device: torch.device | str
+    masking: Masking | None = None
+    """None: not a masked language model."""
+    decoder_start: int | None = None
+    has_types: bool = False
+    shares: bool = False
+    """Whether shared prefixes are computed once."""
+    pads: bool = False
+    """Whether packed batches are padded to a multiple."""
+    pad_id: int = 0
+    """See `models.padding.pad_id`."""
+
+    def __post_init__(self) -> None:
+        if self.masking is not None:
+            self.store.use_masks(self.masking.share)
+
+    def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = ()) -> Batch:
+        """The batch of some rows of the store. `draw` numbers the maskings of a row: the step, or 0 for measuring.
+        `copies`: see `sampler.copies_in`; empty: each row is there once.
+
+        In a step, masks follow from a row's index in the store; for measuring, from the content of its example, so that
+        they are the same in another file, order or run.
+        """
+        copies = tuple(copies) or (0,) * len(members)
+        rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
+        batch = build_batch(
+            rows,
+            members,
+            layout=self.layout,
+            device=self.device,
+            decoder_start=self.decoder_start,
+            has_types=self.has_types,
+            pad_id=self.pad_id,
+        )
+        batch = replace(batch, copies_B=copies)
+        batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
+        return pad_to_multiple(batch) if self.pads else batch
+
+    def _row(self, index: int, draw: int, copy: int) -> Row:
+        row = self.store.row(index)
+        if self.masking is None:
+            return row
+        name = index if draw else self._content(index)
+        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=name, copy=copy)
+
+    def _content(self, index: int) -> int:
+        """A number for the content of a row: the content hash of its example plus the number of the window."""
+        return int(self.store.hashes[index]) + int(self.store.windows[index])
+
+
+def build_batch(
+    rows: Sequence[Row],
+    row_indices: Sequence[int],
+    *,
+    layout: Layout,
+    device: torch.device | str,
+    decoder_start: int | None = None,
+    has_types: bool = False,
+    pad_id: int = 0,
+) -> Batch:
+    """The tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token t + 1 of
+    its row.
+
+    Rows with labels are not shifted: a label is predicted at its own position. An encoder–decoder reads the source, and
+    its decoder reads `decoder_start` and the target without its last token. `has_types`: the model distinguishes the
+    two texts of a pair by token types. `pad_id`: the token that shorter rows are padded with.
+    """
+    is_pair, is_packed = layout == "encoder_decoder", layout == "packed"
+    read = [_source(row) if is_pair else row.ids for row in rows]
+    lengths = [len(ids) for ids in read]
+    longest = max(lengths)
+    starts, ids_BT = _laid_out(read, is_packed=is_packed, pad_id=pad_id)
+    if is_packed:
+        positions_BT = np.concatenate([np.arange(n) for n in lengths])[None]
+        mask_BT = None
+    else:
+        positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
+        # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
+        mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
+    decoder_ids_BU, targets = None, list[NDArray[np.int32]]()
+    learnt = [_learnt(row, int(start)) for row, start in zip(rows, starts, strict=True)]
+    if is_pair:
+        assert decoder_start is not None, "the model does not say which token its decoder starts from"
+        targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
+        decoder_ids_BU, learnt = _decoder(targets, decoder_start, pad_id=pad_id)
+    counts = [len(places) for places, _ in learnt]
+
+    def tensor(array: NDArray[np.generic]) -> torch.Tensor:
+        whole = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
+        return torch.from_numpy(np.array(whole)).to(device, non_blocking=True)
+
+    return Batch(
+        layout=layout,
+        ids_BT=tensor(ids_BT),
+        positions_BT=tensor(positions_BT),
+        mask_BT=None if mask_BT is None else tensor(mask_BT),
+        lengths=tuple(len(row.ids) for row in rows),
+        predict_N=tensor(np.concatenate([places for places, _ in learnt])),
+        targets_N=tensor(np.concatenate([targets for _, targets in learnt])),
+        row_of_N=tensor(np.repeat(np.arange(len(rows)), counts)),
+        row_indices=tuple(row_indices),
+        types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
+        decoder_ids_BU=None if decoder_ids_BU is None else tensor(decoder_ids_BU),
+        targets_B=tuple(map(len, targets)),
+    )
+
+
+def _learnt(row: Row, start: int) -> Learnt:
+    """Labels are predicted at their own position, tokens at the one before."""
+    if row.labels is not None:
+        return start + np.flatnonzero(row.trained), row.labels
+    return start + np.flatnonzero(row.trained[1:]), row.ids[1:][row.trained[1:]]
+
+
+def _source(row: Row) -> NDArray[np.int32]:
+    return row.ids[: int(np.argmax(row.trained))]
+
+
+def _decoder(
+    targets: Sequence[NDArray[np.int32]], start_id: int, *, pad_id: int
+) -> tuple[NDArray[np.generic], list[Learnt]]:
+    """Decoder inputs [B, U] and targets: each target token is predicted from those before it."""
+    read = [np.concatenate([[start_id], ids[:-1]]) for ids in targets]
+    starts, ids_BU = _laid_out(read, is_packed=False, pad_id=pad_id)
+    learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
+    return ids_BU, learnt
+
+
+def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.generic]) -> NDArray[np.int64]:
+    flat = np.zeros(ids_BT.size, np.int64)
+    for row, start in zip(rows, starts, strict=True):
+        if row.second:
+            flat[start + row.second : start + len(row.ids)] = 1
+    return flat.reshape(ids_BT.shape)
+
+
+def _laid_out(
+    lines: Sequence[NDArray[np.generic]], *, is_packed: bool, pad_id: int
+) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.generic]]:
+    """Flat start of each line, and the lines as one array: end to end, or padded one below the other."""
+    lengths = [len(line) for line in lines]
+    if is_packed:
+        return np.cumsum([0, *lengths[:-1]]), np.concatenate(lines)[None]
+    padded = np.full((len(lines), max(lengths)), pad_id, np.int64)
+    for b, line in enumerate(lines):
+        padded[b, : len(line)] = line
+    return np.arange(len(lines)) * max(lengths), padded
+
+
+def pads_to_multiple(layout: Layout, *, device: str, precision: str) -> bool:
+    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each shape on a CPU, and
+    numbers of tokens hardly ever repeat. On short rows of an encoder compiling was a quarter of a step."""
+    return layout == "packed" and device == "cpu" and precision == "bfloat16"
+
+
+def pad_to_multiple(batch: Batch) -> Batch:
+    """Append a row of fewer than `MULTIPLE` tokens to a packed batch, without targets and unread by other rows.
+
+    They repeat the last token: another token may have no row in an embedding that is trained in part.
+    """
+    num_tokens = batch.ids_BT.shape[1]
+    num = padded_size(num_tokens) - num_tokens
+    if num == 0:
+        return batch
+    positions_T = batch.positions_BT.new_tensor(range(num))
+    return replace(
+        batch,
+        ids_BT=F.pad(batch.ids_BT, (0, num), value=int(batch.ids_BT[0, -1])),
+        positions_BT=F.pad(batch.positions_BT, (0, num)).index_copy_(1, positions_T + num_tokens, positions_T[None]),
+        types_BT=None if batch.types_BT is None else F.pad(batch.types_BT, (0, num)),
+        filling=num,
+    )

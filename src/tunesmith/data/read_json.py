@@ -1,0 +1,380 @@
+"""JSON lines and JSON arrays, one row at a time in memory, and strict JSON: what orjson accepts silently is refused
+here, with place and reason."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import orjson
+
+from tunesmith.data.detect_format import ByteStream, FileFacts
+from tunesmith.data.problems import refusal
+from tunesmith.errors import DataError
+from tunesmith.recipe.schema import Limits
+
+DEEPEST = 250
+"""Deepest nesting that orjson writes, and so the most that `limits.depth` can allow."""
+
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_NOT_NUMBERS = ("NaN", "Infinity", "-Infinity", "nan", "inf", "-inf")
+
+
+class BadRow(Exception):
+    """A row that cannot be read. `at`: the byte of the row with the problem, if known."""
+
+    def __init__(self, code: str, message: str, fix: str = "", *, at: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.fix = fix
+        self.at = at
+
+
+def loads(raw: bytes, *, depth: int) -> Any:
+    """The value of one JSON text.
+
+    Raises:
+        BadRow: it is not JSON, nests deeper than `depth`, names a key twice, or holds NaN, a NUL, a lone surrogate,
+            or a whole number that cannot be kept exactly.
+    """
+    if raw.count(b"{") + raw.count(b"[") > depth:
+        check_depth(raw, depth)
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise _reason(raw, error) from None
+    # A repeated key is the only thing that orjson reads and does not write again.
+    if _num_quotes(raw) != _num_quotes(orjson.dumps(value)):
+        raise _duplicate_key(raw)
+    if b"\\u0000" in raw and any("\0" in text for text in strings(value)):
+        raise nul_character(raw.find(b"\\u0000"))
+    _check_numbers(raw)
+    return value
+
+
+def check_depth(raw: bytes, depth: int) -> None:
+    """Raise `BadRow` when objects and arrays nest deeper than `depth`, before any parser sees them."""
+    allowed = min(depth, DEEPEST)
+    now = 0
+    for match in _STRING_OR_BRACKET.finditer(raw):
+        mark = match.group()
+        if mark in (b"{", b"["):
+            now += 1
+            if now > allowed:
+                raise BadRow(
+                    "too_deep",
+                    f"it nests deeper than {allowed}, which is "
+                    + ("data.limits.depth" if depth <= DEEPEST else "the deepest that can be read"),
+                    "Flatten the row" + (", or raise the limit." if depth < DEEPEST else "."),
+                    at=match.start(),
+                )
+        elif mark in (b"}", b"]"):
+            now -= 1
+
+
+def decode(raw: bytes) -> str:
+    """Text of UTF-8 bytes, never repaired. Raises `BadRow` with the first byte that is not UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise invalid_utf8(raw, error.start) from None
+
+
+def invalid_utf8(raw: bytes, at: int) -> BadRow:
+    byte = raw[at]
+    around = raw[max(0, at - 12) : at + 12].decode("latin-1")
+    if byte == 0xED and raw[at + 1 : at + 2] >= b"\xa0":
+        fix = "It is half of a UTF-16 pair: have the program that wrote it write UTF-8."
+    elif 0xC2 <= byte <= 0xF4 and (at + 1 == len(raw) or 0x80 <= raw[at + 1] <= 0xBF):
+        fix = "A character is cut off: take the text from where it was whole."
+    else:
+        fix = (
+            f"Read as Latin-1 (Windows-1252) it says {around!r}. "
+            "If that is right, convert the file: iconv -f WINDOWS-1252 -t UTF-8."
+        )
+    return BadRow("invalid_utf8", f"byte 0x{byte:02X} is not UTF-8", fix, at=at)
+
+
+def nul_character(at: int) -> BadRow:
+    return BadRow("nul_character", "its text holds a NUL character, which no model can read", "Remove it.", at=at)
+
+
+def strings(value: Any) -> Iterable[str]:
+    """Every string in a JSON value, keys included."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting.extend(one)
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+
+
+def _num_quotes(raw: bytes) -> int:
+    """Quotes that open or close a string: two a key, two a string."""
+    quotes = raw.count(b'"')
+    if b"\\" in raw:
+        quotes -= raw.replace(b"\\\\", b"").count(b'\\"')
+    return quotes
+
+
+def _duplicate_key(raw: bytes) -> BadRow:
+    twice: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(kept := dict(pairs)) < len(pairs):
+            twice.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return kept
+
+    json.loads(raw, object_pairs_hook=collect)
+    name = repr(twice[0][:60]) if twice else "a key"
+    return BadRow("duplicate_key", f"{name} is there twice in one object", "Keep one of them.")
+
+
+def _check_numbers(raw: bytes) -> None:
+    """Refuse whole numbers beyond 64 bits, which orjson rounds: two classes would become one."""
+    if _LONG_NUMBER.search(raw) is None:
+        return
+
+    def exact(digits: str) -> int:
+        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+            raise BadRow(
+                "number_too_large", f"{digits[:40]} does not fit in 64 bits and would be rounded", "Write it as text."
+            )
+        return int(digits)
+
+    json.loads(raw, parse_int=exact)
+
+
+def _reason(raw: bytes, error: orjson.JSONDecodeError) -> BadRow:
+    """The reason why orjson refuses a text."""
+    try:
+        text = decode(raw)
+    except BadRow as bad:
+        return bad
+    if "\0" in text:
+        return nul_character(raw.find(b"\0"))
+    code, message, fix = _finding(text, error.pos, error.msg)
+    return BadRow(code, message, fix, at=len(text[: error.pos].encode()))
+
+
+def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
+    rest = text[pos:]
+    if "surrogate" in reason:
+        message = f"{text[pos - 1 : pos + 5]!r} is half of a character"
+        return "lone_surrogate", message, "Have the program that wrote it write both halves, or UTF-8."
+    if "infinity" in reason:
+        return "not_a_number", f"{rest[:12]}… is too large a number", "Write it as text, or leave it out."
+    if rest.startswith(_NOT_NUMBERS):
+        return "not_a_number", f"{rest[:12]!r} is not a number in JSON", "Leave it out."
+    if "end of data" in reason or pos >= len(text.rstrip()):
+        message = f"the row stops before its end: …{text.rstrip()[-40:]!r}"
+        return "truncated_json", message, "A row of JSON lines is on one line. If it is, export the file again."
+    return "bad_json", f"not JSON: {reason}, {_around(text, pos)}", _hint(rest, reason)
+
+
+def _around(text: str, pos: int) -> str:
+    return f"near {text[max(0, pos - 15) : pos + 25].strip()!r}"
+
+
+def _hint(rest: str, reason: str) -> str:
+    if "control character" in reason:
+        return "Inside text, write a line break as \\n and a tab as \\t."
+    if rest.startswith("'"):
+        return "JSON takes double quotes only."
+    if rest.startswith(("True", "False", "None")):
+        return "That is Python: JSON has true, false and null. Write the file with json.dumps."
+    if rest.startswith("\ufeff") or "BOM" in reason:
+        return "A byte order mark is in the middle of the file: remove it."
+    if rest.startswith("{"):
+        return "One row a line."
+    return ""
+
+
+OnBadRow = Callable[[int, BadRow, int], None]
+"""Line, what is wrong with it, and the byte at which the row begins."""
+
+CHUNK_BYTES = 256 * 1024
+
+
+def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
+    """Each line's number and value; blank lines are counted and left out."""
+    limit, depth = limits.line_bytes, limits.depth
+    offset = 3 if facts.has_bom else 0
+    while raw := stream.readline(limit + 2):
+        facts.line += 1
+        if len(raw) > limit and len(raw.rstrip(b"\r\n")) > limit:
+            size = len(raw) + rest_of_line(stream, raw)
+            facts.rows += 1
+            on_bad(facts.line, too_long(size, limit), offset)
+            offset += size
+            continue
+        if raw.isspace():
+            facts.blank += 1
+        else:
+            facts.rows += 1
+            try:
+                yield facts.line, loads(raw, depth=depth)
+            except BadRow as bad:
+                on_bad(facts.line, bad, offset)
+        offset += len(raw)
+
+
+def rest_of_line(stream: ByteStream, raw: bytes) -> int:
+    """Skip to the end of a line of which `raw` was read. Returns the number of bytes skipped."""
+    size = 0
+    while raw and not raw.endswith(b"\n"):
+        raw = stream.readline(CHUNK_BYTES)
+        size += len(raw)
+    return size
+
+
+def too_long(size: int, limit: int) -> BadRow:
+    return BadRow(
+        "line_too_long",
+        f"its {size:,} bytes are more than data.limits.line_bytes, which is {limit:,}",
+        "Split it, or raise the limit.",
+    )
+
+
+def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
+    """Each element's number, from 1, and value.
+
+    Raises `DataError` where the array is not JSON: nothing then says where the next row begins.
+    """
+    for raw, size, offset in _elements(stream, facts, limits.line_bytes):
+        facts.line += 1
+        facts.rows += 1
+        if size > limits.line_bytes:
+            on_bad(facts.line, too_long(size, limits.line_bytes), offset)
+            continue
+        if not raw.strip():
+            raise _broken(facts, f"there is no value next to a comma (byte {offset}).", "Remove the comma.")
+        try:
+            value = loads(raw, depth=limits.depth)
+        except BadRow as bad:
+            if bad.code in ("bad_json", "truncated_json"):
+                raise _broken(facts, f"{bad.message} (byte {offset + (bad.at or 0)}).", bad.fix) from None
+            on_bad(facts.line, bad, offset)
+        else:
+            yield facts.line, value
+
+
+_DEEP = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
+_FLAT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_TO_QUOTE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def _elements(stream: ByteStream, facts: FileFacts, limit: int) -> Iterator[tuple[bytes, int, int]]:
+    """The elements of an array: bytes (cut where longer than `limit`), size, and place in the file."""
+    cutter = _Cutter(limit, 3 if facts.has_bom else 0)
+    while chunk := stream.read(CHUNK_BYTES):
+        yield from cutter.feed(chunk)
+        if cutter.ended:
+            _nothing_follows(cutter, stream, facts)
+            return
+    facts.line += 1
+    message = f"the array is not closed: the file ends in row {facts.line}, …{cutter.tail()!r}."
+    raise refusal(facts.path, facts.line, "truncated_json", message, "Copy or export it again.")
+
+
+class _Cutter:
+    """Cuts a JSON array into its elements, however the bytes arrive, without looking into them."""
+
+    def __init__(self, limit: int, offset: int) -> None:
+        self.rest = b""
+        """Bytes after the array."""
+        self.ended = False
+        self._limit = limit
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._begin = offset
+        self._num_cut = 0
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[bytes, int, int]]:
+        """The elements that end in this chunk."""
+        kept = at = 0
+        if self._in_string:
+            at = self._leave_string(chunk)
+        while not self._in_string:
+            match = (_DEEP if self._depth > 1 else _FLAT).search(chunk, at)
+            if match is None:
+                break
+            at = match.end()
+            mark = chunk[match.start()]
+            if mark in b"[{":
+                self._depth += 1
+                if self._depth == 1:
+                    self._begin += at
+                    kept = at
+            elif mark in b"]}":
+                self._depth -= 1
+            elif mark == ord('"') and at - match.start() == 1:
+                self._in_string = True
+                self._escaped = _ends_escaped(chunk[at:])
+            is_cut = (self._depth == 1 and mark == ord(",")) or self._depth == 0
+            if is_cut:
+                yield from self._cut(chunk[kept : match.start()], is_last=self._depth == 0)
+                kept = at
+            if self._depth == 0:
+                self.ended = True
+                self.rest = chunk[at:]
+                return
+        self._keep(chunk[kept:])
+
+    def tail(self) -> str:
+        return b"".join(self._parts)[-40:].decode("utf-8", "replace")
+
+    def _leave_string(self, chunk: bytes) -> int:
+        """End of a string that began in an earlier chunk; `_in_string` stays set if it does not end here."""
+        start = 1 if self._escaped else 0
+        match = _TO_QUOTE.match(chunk, start)
+        if match is None:
+            self._escaped = _ends_escaped(chunk[start:])
+            return len(chunk)
+        self._in_string = False
+        return match.end()
+
+    def _keep(self, piece: bytes) -> None:
+        if self._size <= self._limit:
+            self._parts.append(piece)
+        self._size += len(piece)
+
+    def _cut(self, piece: bytes, *, is_last: bool) -> Iterator[tuple[bytes, int, int]]:
+        self._keep(piece)
+        raw, size, begin = b"".join(self._parts), self._size, self._begin
+        self._parts, self._size, self._begin = [], 0, begin + size + 1
+        if raw.strip() or self._num_cut or not is_last:
+            yield raw, size, begin
+        self._num_cut += 1
+
+
+def _ends_escaped(piece: bytes) -> bool:
+    return (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
+
+
+def _nothing_follows(cutter: _Cutter, stream: ByteStream, facts: FileFacts) -> None:
+    rest = cutter.rest
+    while rest or (rest := stream.read(CHUNK_BYTES)):
+        if rest.strip():
+            facts.line += 1
+            what = rest.strip()[:20].decode("utf-8", "replace")
+            fix = "Several arrays in one file: join them, or write one object a line."
+            raise refusal(facts.path, facts.line, "trailing_data", f"{what!r} follows the end of the array.", fix)
+        rest = b""
+
+
+def _broken(facts: FileFacts, message: str, fix: str) -> DataError:
+    fix = f"{fix} Nothing after it was read.".strip()
+    return refusal(facts.path, facts.line, "bad_json", message, fix)

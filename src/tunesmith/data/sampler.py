@@ -1,0 +1,381 @@
+"""Rows of each step, and their division into micro-batches, which go through the model together.
+
+All of it is a pure function of (lengths, weights, seed, epoch), so any step can be named, repeated and resumed to
+without replaying those before it.
+"""
+
+# I rows, R places in an epoch, a pool or a step, B rows of a micro-batch, S sides of a row
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.prefix_sharing import num_computed, prefix_groups
+from tunesmith.types import Layout
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import RowStore
+
+MicroBatch = tuple[int, ...]
+"""Indices of the rows that go through the model together in one forward and backward."""
+MICRO_BATCH_COST = 64
+"""Cost of a micro-batch in addition to its tokens, in tokens: a small model on a CPU computes so many in that
+time."""
+MOST_READ = 4
+"""Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys of its
+prefix."""
+MULTIPLE = 32
+"""Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
+large one."""
+POOL_STEPS = 256
+"""Least steps whose rows are sorted by length together; fewer if an epoch has fewer. With 64 of them, steps of
+eight short texts would still compute 2.5 % of padding."""
+VERSION = "2"
+"""Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
+In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSampler:
+    """Chooses the rows of every step of a run and groups them into micro-batches.
+
+    `rows_I` holds the store's row indices that are trained on, `weights_I` how often each is seen in an epoch,
+    `lengths_I` their tokens.
+    """
+
+    rows_I: NDArray[np.int64]
+    weights_I: NDArray[np.float64]
+    lengths_I: NDArray[np.int32]
+    rows_per_step: int
+    tokens_per_pass: int
+    layout: Layout
+    seed: int
+    targets_I: NDArray[np.int32] | None = None
+    """For an encoder–decoder: the tokens of each row that its decoder reads, which are padded apart from the others."""
+    groups_by_length: bool = False
+    """Rows of similar length make a step, see `grouped`. False: a step is a random sample."""
+    ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
+    """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what is
+    computed. None: rows are computed whole."""
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        if "rows_per_epoch" not in self._kept:
+            self._kept["rows_per_epoch"] = int(copies(self.weights_I, seed=self.seed, epoch=0).sum())
+        return int(self._kept["rows_per_epoch"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows_per_epoch // self.rows_per_step)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of an optimizer step, counted from 1."""
+        epoch, offset = divmod(step - 1, self.steps_per_epoch)
+        rows: list[int] = self.rows_I[self._chosen(epoch, offset)].tolist()
+        if self.ids_of is not None:
+            return make_sharing_micro_batches(
+                rows, [self.ids_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass
+            )
+        return make_micro_batches(
+            rows,
+            self.lengths_of(rows),
+            tokens_per_pass=self.tokens_per_pass,
+            layout=self.layout,
+            targets=() if self.targets_I is None else self._sides_of(rows)[:, 1].tolist(),
+        )
+
+    def computed(self, rows: MicroBatch) -> int:
+        """Positions that a micro-batch of these rows computes, padding included."""
+        if self.ids_of is not None:
+            return num_computed([self.ids_of(row) for row in rows])
+        return sum(self.lengths_of(rows)) if self.layout == "packed" else padded_positions(self._sides_of(rows))
+
+    def padding(self, *, pads: bool = False) -> float:
+        """Share of the positions computed in the first steps of a run that hold no token.
+
+        `pads`: packed micro-batches are padded to a multiple, see `collate.pad_to_multiple`.
+        """
+        if self.layout == "packed" and not pads:
+            return 0.0
+        num_steps = min(POOL_STEPS // 4 if pads else POOL_STEPS, self.steps_per_epoch)
+        batches = [rows for step in range(num_steps) for rows in self.step(step + 1)]
+        if pads:
+            sizes = list(map(self.computed, batches))
+            return 1.0 - sum(sizes) / sum(map(padded_size, sizes))
+        tokens = sum(sum(self.lengths_of(rows)) for rows in batches)
+        return 1.0 - tokens / sum(map(self.computed, batches))
+
+    def lengths_of(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of each of these training rows."""
+        lengths: list[int] = self._sides_of(rows).sum(1).tolist()
+        return lengths
+
+    def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
+        """Tokens of these rows, [B, S]: source and target apart for an encoder–decoder."""
+        if "sides" not in self._kept:
+            self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, self._sides.shape[1]), np.int32)
+            self._kept["sides"][self.rows_I] = self._sides
+        found: NDArray[np.int32] = self._kept["sides"][list(rows)]
+        return found
+
+    @property
+    def _sides(self) -> NDArray[np.int32]:
+        """Tokens of all training rows, [I, S]."""
+        if self.targets_I is None:
+            return self.lengths_I[:, None]
+        return np.stack([self.lengths_I - self.targets_I, self.targets_I], axis=1)
+
+    def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
+        """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
+        if self._kept.get("epoch") != epoch:  # cached: one epoch serves many steps
+            self._kept.update(epoch=epoch, pool=range(0))
+            self._kept["order"] = shuffled(self.weights_I, seed=self.seed, epoch=epoch)
+        order, size = self._kept["order"], self.rows_per_step
+        if not self.groups_by_length:
+            found: NDArray[np.int64] = order[offset * size : (offset + 1) * size]
+            return found
+        if offset not in self._kept["pool"]:
+            pool = pool_of(offset, self.steps_per_epoch)
+            rows_R = order[pool.start * size : pool.stop * size]
+            sides_RS = self._sides_of(self.rows_I[rows_R])
+            steps = grouped(sides_RS, pool, rows_per_step=size, seed=self.seed, epoch=epoch)
+            self._kept.update(pool=pool, steps=[rows_R[at] for at in steps])
+        found = self._kept["steps"][offset - self._kept["pool"].start]
+        return found
+
+
+def make_micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout, targets: Sequence[int] = ()
+) -> list[MicroBatch]:
+    """Group rows into micro-batches of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
+
+    Every row is in exactly one micro-batch. Packed rows are placed by best-fit decreasing (Johnson et al. 1974,
+    "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by length,
+    and padding counts. `targets`: for an encoder–decoder the tokens of each row that its decoder reads, which are
+    padded apart from the others.
+    """
+    if layout == "packed":
+        by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
+        batches = _fill_packed([lengths[i] for i in by_length], tokens_per_pass)
+        return [tuple(rows[by_length[at]] for at in members) for members in batches]
+    sides_RS = np.array([lengths], np.int64).T
+    if targets:
+        sides_RS = np.array([np.subtract(lengths, targets), targets], np.int64).T
+    ways = [(*_fill_padded(sides_RS[order_R], tokens_per_pass), order_R) for order_R in _orders(sides_RS, rows)]
+    _, members_of_batches, order_R = min(ways, key=lambda way: way[0])
+    return [tuple(rows[i] for i in order_R[members]) for members in members_of_batches]
+
+
+def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+    """Number the copies of each row in a step: 0, and 1, 2, ... where its weight is above 1."""
+    seen: dict[int, int] = {}
+
+    def number(row: int) -> int:
+        seen[row] = seen.get(row, -1) + 1
+        return seen[row]
+
+    return [tuple(map(number, rows)) for rows in batches]
+
+
+def padded_positions(sides_RS: NDArray[np.signedinteger[Any]]) -> int:
+    """Positions of one padded micro-batch: every side is as long as its longest."""
+    return len(sides_RS) * int(sides_RS.max(0).sum())
+
+
+def make_sharing_micro_batches(
+    rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, tokens_per_pass: int
+) -> list[MicroBatch]:
+    """Group packed rows into micro-batches of at most `tokens_per_pass` computed tokens, with shared prefixes
+    computed once; a longer row goes alone. A function of the rows, whatever their order.
+
+    Rows with one prefix stay together as far as they fit; the groups are packed as `make_micro_batches` packs rows.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-len(ids[i]), rows[i], i))
+    lengths = [len(ids[i]) for i in order]
+    units: list[tuple[int, list[int]]] = []
+    """(tokens, indices into `order`)."""
+    for group in prefix_groups([ids[i] for i in order]):
+        computed, read, unit = group.prefix, 0, list[int]()
+        for member in group.members:
+            more = computed + lengths[member] - group.prefix, read + lengths[member]
+            if unit and _size(*more) > tokens_per_pass:
+                units.append((_size(computed, read), unit))
+                unit, more = [], (lengths[member], lengths[member])
+            unit.append(member)
+            computed, read = more
+        units.append((_size(computed, read), unit))
+    units.sort(key=lambda unit: (-unit[0], unit[1]))
+    batches = _fill_packed([size for size, _ in units], tokens_per_pass)
+    return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in batches]
+
+
+def _size(computed: int, read: int) -> int:
+    return max(computed, -(-read // MOST_READ))
+
+
+def _fill_packed(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Indices of `lengths`, which must be in falling order, micro-batch by micro-batch."""
+    batches: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []
+    """(tokens left, micro-batch), by tokens left."""
+    for i, length in enumerate(lengths):
+        at = bisect_left(rooms, (length, 0))
+        if at < len(rooms):
+            left, place = rooms.pop(at)
+            batches[place].append(i)
+        else:
+            left, place = tokens_per_pass, len(batches)
+            batches.append([i])
+        insort(rooms, (left - length, place))
+    return batches
+
+
+def _orders(sides_RS: NDArray[np.int64], rows: Sequence[int]) -> Iterator[NDArray[np.intp]]:
+    """Candidate orders of rows before they are cut into padded micro-batches: by length, and for two sides also by
+    either side first."""
+    tokens_R = sides_RS.sum(1)
+    yield np.lexsort((rows, -tokens_R))
+    if sides_RS.shape[1] > 1:
+        for side_R in sides_RS.T:
+            yield np.lexsort((rows, -tokens_R, -side_R))
+
+
+def _fill_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> tuple[float, list[slice]]:
+    """Cut ordered rows into the micro-batches of the lowest cost; returns the cost and the cuts.
+
+    All rows of a micro-batch cost as much as its longest. Dynamic programming from the last row on.
+    """
+    num = len(sides_RS)
+    costs = np.zeros(num + 1)
+    """Lowest cost of the rows from each index on."""
+    ends = [num] * num
+    for i in range(num - 1, -1, -1):
+        most = max(1, tokens_per_pass // max(1, int(sides_RS[i].sum())))
+        longest = np.maximum.accumulate(sides_RS[i : i + most], axis=0).sum(1)
+        sizes = np.arange(1, len(longest) + 1)
+        computed = sizes * longest
+        fitting = max(1, int(np.searchsorted(computed, tokens_per_pass, side="right")))
+        found = MICRO_BATCH_COST + computed[:fitting] + costs[i + 1 : i + 1 + fitting]
+        best = int(found.argmin())
+        costs[i], ends[i] = found[best], i + 1 + best
+    batches, start = [], 0
+    while start < num:
+        batches.append(slice(start, ends[start]))
+        start = ends[start]
+    return float(costs[0]), batches
+
+
+def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int, copy: int = 0) -> NDArray[np.uint64]:
+    """One 64-bit sort key per item: splitmix64 of (seed, epoch, salt, copy, item), the same on every platform and
+    numpy release.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
+    """
+    start = np.zeros(1, np.uint64)
+    for part in (seed, epoch, salt, copy):  # each is mixed before the next is added: sums of them would meet
+        start = _mixed(start + np.uint64(part % 2**64))
+    return _mixed(start + items.astype(np.uint64) * _GAMMA)
+
+
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = z + _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def copies(weights_I: NDArray[np.float64], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Copies of each row in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
+    whole_I = np.floor(weights_I).astype(np.int64)
+    part_I = weights_I - whole_I
+    for weight in np.unique(part_I[part_I > 0]):
+        members = np.flatnonzero(part_I == weight)
+        keys = sort_keys(members, seed, epoch, salt=1)
+        extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
+        whole_I[extra] += 1
+    return whole_I
+
+
+def shuffled(weights_I: NDArray[np.float64], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """[R], the rows of an epoch in random order."""
+    rows_R = np.repeat(np.arange(len(weights_I)), copies(weights_I, seed=seed, epoch=epoch))
+    return rows_R[np.argsort(sort_keys(np.arange(len(rows_R)), seed, epoch, salt=0), kind="stable")]
+
+
+def pool_of(step: int, num_steps: int) -> range:
+    """The steps, counted from 0, that are sorted by length together with this one."""
+    num_pools = max(1, num_steps // POOL_STEPS)
+    number = step * num_pools // num_steps
+    first, last = (-(-some * num_steps // num_pools) for some in (number, number + 1))
+    return range(first, last)
+
+
+def grouped(
+    sides_RS: NDArray[np.int32], pool: range, *, rows_per_step: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """Indices of the rows of each step of a pool: rows of similar length make a step, steps are in random order.
+
+    `sides_RS`: tokens of the pool's rows in shuffled order, so that rows of one length are divided at random; [R, 2]
+    for an encoder–decoder. If rows are missing, the last step is the short one.
+    """
+    steps = np.arange(pool.start, pool.stop)
+    turn = np.argsort(sort_keys(steps, seed, epoch, salt=2), kind="stable")
+    sizes = np.full(len(pool), rows_per_step)
+    sizes[turn[-1]] -= len(pool) * rows_per_step - len(sides_RS)
+    # An epoch may be one pool: steps start at another row in each epoch, so that the same rows do not always meet.
+    shifts = np.argsort(sort_keys(np.arange(rows_per_step), seed, epoch // rows_per_step, salt=3), kind="stable")
+    places_R = np.roll(in_line(sides_RS, num_steps=len(pool)), shifts[epoch % rows_per_step])
+    steps_of_places = np.split(places_R, np.cumsum(sizes)[:-1])
+    return [steps_of_places[i] for i in turn]
+
+
+def in_line(sides_RS: NDArray[np.int32], *, num_steps: int) -> NDArray[np.int64]:
+    """[R], rows in an order in which neighbours cost about the same.
+
+    With one side: by length. With two: strips of similar source, each sorted by target, up and down in turn, so many
+    that a step is about as wide in sources as in targets, each as a share of its spread.
+    """
+    by_source_R = np.argsort(sides_RS[:, 0], kind="stable")
+    if sides_RS.shape[1] == 1:
+        return by_source_R
+    strips_R = np.empty(len(sides_RS), np.int64)
+    strips_R[by_source_R] = np.arange(len(sides_RS)) * _num_strips(sides_RS, num_steps) // len(sides_RS)
+    targets_R = sides_RS[:, 1]
+    return np.lexsort((np.where(strips_R % 2, -targets_R, targets_R), strips_R))
+
+
+def _num_strips(sides_RS: NDArray[np.int32], num_steps: int) -> int:
+    """√(steps · spread of sources / what is left of the spread of targets once the source is known).
+
+    In whole numbers, so that no rounding makes another order elsewhere.
+    """
+    num = len(sides_RS)
+    sources, targets = sides_RS.astype(np.int64).T
+    source, target = int(sources.sum()), int(targets.sum())
+    of_sources = num * int(sources @ sources) - source**2
+    of_targets = num * int(targets @ targets) - target**2
+    of_both = num * int(sources @ targets) - source * target
+    left = math.sqrt(max(1, of_sources * of_targets - of_both**2))
+    return min(num, max(1, int(math.sqrt(num_steps * of_sources / left))))
+
+
+def micro_batches_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[MicroBatch]:
+    """Group rows of a store into micro-batches for measuring, where their order does not matter."""
+    rows_I = np.asarray(rows, np.int64)
+    targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
+    lengths = store.lengths[rows_I].tolist()
+    return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout, targets=targets)
+
+
+def padded_size(num_tokens: int) -> int:
+    """Tokens of a packed micro-batch after padding to a multiple."""
+    return -(-num_tokens // MULTIPLE) * MULTIPLE
