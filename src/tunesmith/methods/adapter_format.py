@@ -74,14 +74,14 @@ def save_result(
 ) -> None:
     """Write the adapter, the labels of a head, and the tokenizer with the template that it was trained with."""
     config = to_config(attachment, base=base_reference(located), revision=located.revision)
-    with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as beside:
-        _write(attachment, config, beside)
+    with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as staged:
+        _write(attachment, config, staged)
 
 
 def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revision: str | None = None) -> None:
     """Write the adapter alone, completely or not at all; float32, whatever the model computes in."""
-    with _replacing(folder, _num_bytes(attachment)) as beside:
-        _write(attachment, to_config(attachment, base=base, revision=revision), beside)
+    with _replacing(folder, _num_bytes(attachment)) as staged:
+        _write(attachment, to_config(attachment, base=base, revision=revision), staged)
 
 
 @contextmanager
@@ -90,10 +90,10 @@ def writing_adapter(
 ) -> Iterator[Path]:
     """Give a folder to write an adapter into; at the end it gets tokenizer and labels, and takes the place of `folder`.
     After an exception nothing remains."""
-    with _replacing(folder, num_bytes) as beside:
-        yield beside
-        save_tokenizer(with_pad_token(model, renderer.tokenizer), beside, located=located)
-        heads.write_labels(model, beside)
+    with _replacing(folder, num_bytes) as staged:
+        yield staged
+        save_tokenizer(with_pad_token(model, renderer.tokenizer), staged, located=located)
+        heads.write_labels(model, staged)
 
 
 def base_reference(located: ModelRef) -> str:
@@ -208,13 +208,13 @@ def _num_bytes(attachment: LoraAttachment) -> int:
 
 @contextmanager
 def _replacing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    beside = temporary_folder(folder.parent, folder.name)
+    staged = temporary_folder(folder.parent, folder.name)
     try:
         with storing(folder, num_bytes=num_bytes):
-            yield beside
-        replace_folder(beside, folder, swap=True)
+            yield staged
+        replace_folder(staged, folder, swap=True)
     except BaseException:
-        remove(beside)
+        remove(staged)
         raise
 
 

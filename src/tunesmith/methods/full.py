@@ -168,7 +168,7 @@ def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[s
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    meant = {knob: _meant(model, words, names, knob) for knob, words in (("train", train), ("freeze", freeze))}
+    meant = {option: _meant(model, words, names, option) for option, words in (("train", train), ("freeze", freeze))}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -193,7 +193,7 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     return (f"frozen: {len(frozen)} weights, {num / total:.1%} of the model, such as {frozen[0][0]}",)
 
 
-def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[str]], knob: str) -> set[int]:
+def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:
     """Ids of the parameters that `words` mean."""
     counts = layer_counts(model)
     problems: list[str] = []
@@ -201,7 +201,7 @@ def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[
     for word in words:
         some = {key for key, known in names.items() if any(_means(word, name, counts) for name in known)}
         if not some:
-            problems.append(f"method.{knob}: {word!r} means no weight.{_hint(word, names, counts)}")
+            problems.append(f"method.{option}: {word!r} means no weight.{_hint(word, names, counts)}")
         found |= some
     if problems:
         raise RecipeError("\n".join(problems))

@@ -51,7 +51,7 @@ class Adapted:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Names, in the plain model, of what is trained whole beside adapters."""
+    """Names, in the plain model, of weights that are trained whole, with adapters."""
 
     head: tuple[str, ...] = ()
     """Weights."""

@@ -371,10 +371,10 @@ def save_result(
     config = attachment.config
     config.base_model_name_or_path, config.revision = base_reference(located), located.revision
     num_bytes = sum(tensor.nbytes for tensor in attachment.trained.values())
-    with writing_adapter(folder, num_bytes, model=model, renderer=renderer, located=located) as beside, silent():
+    with writing_adapter(folder, num_bytes, model=model, renderer=renderer, located=located) as staged, silent():
         state = attachment.state_dict()
-        attachment.wrapped.save_pretrained(beside, state_dict=state, save_embedding_layers=False)
-        (beside / "README.md").unlink(missing_ok=True)
+        attachment.wrapped.save_pretrained(staged, state_dict=state, save_embedding_layers=False)
+        (staged / "README.md").unlink(missing_ok=True)
 
 
 def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:

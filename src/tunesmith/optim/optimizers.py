@@ -110,7 +110,7 @@ def _adamw_kernel(device: str) -> tuple[str, str]:
 
 
 def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
-    # The plain kernel counts steps on the CPU, the fused one beside the tensor.
+    # The plain kernel counts steps on the CPU, the fused one on the device.
     place: Literal["device", "cpu"] = "device" if tensor.device.type in FUSED_DEVICES else "cpu"
     return {
         "step": Slot(torch.Size(), torch.float32, place),
@@ -133,7 +133,7 @@ def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
 
 
 def _adamw_8bit_codes(optimizer: Any, tensor: Tensor) -> Mapping[str, Tensor]:
-    """What each of the 256 bytes stands for."""
+    """The values of the 256 bytes."""
     signed, unsigned = (optimizer.name2qmap[key].to(tensor.device) for key in ("dynamic", "udynamic"))
     return {"qmap1": signed, "qmap2": unsigned}
 
@@ -368,11 +368,11 @@ class Optimizer:
         Empty before the first update; a tensor that never had a gradient has no entries."""
         found: dict[str, Tensor] = {}
         for row, names, optimizer in self.parts:
-            begun = [name for name in names if optimizer.state.get(self.leaves[name])]
-            for name in begun:
+            started = [name for name in names if optimizer.state.get(self.leaves[name])]
+            for name in started:
                 kept, slots = optimizer.state[self.leaves[name]], row.state(self.leaves[name])
                 found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in slots}
-            if begun:
+            if started:
                 found |= {key: _as_tensor(value) for key, value in _counters(row, optimizer).items()}
         return found
 
