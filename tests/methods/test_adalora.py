@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.test_peft_kinds import base_model, by_peft, ids_of, logits, saved
+from methods.test_peft import base_model, by_peft, ids_of, logits, saved
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import RecipeError, Stopped

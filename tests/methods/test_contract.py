@@ -66,7 +66,7 @@ PEFT: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 4},
     "VERA": {"r": 16},
 }
-"""Kinds of peft and settings that suit a model of width 64; tests/methods/test_peft_kinds.py goes through all."""
+"""Kinds of peft and settings that suit a model of width 64; tests/methods/test_peft.py goes through all."""
 for kind in PEFT.keys() & {"ADALORA", "BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
     PEFT[kind]["target_modules"] = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, Settings] = {
