@@ -202,7 +202,7 @@ class _Side:
 
 
 class _Check:
-    """One pass over all files."""
+    """One read of all files."""
 
     def __init__(self, data: Data, renderer: Renderer | None, task: TaskName | None, progress: OnProgress) -> None:
         self._data = data

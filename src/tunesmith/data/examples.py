@@ -132,7 +132,7 @@ class FileExamples:
     many: bool | None = None
     """Whether the labels of its rows are lists."""
     ignored: dict[str, Source] = field(default_factory=dict)
-    """Fields that no one reads, and where each stood first."""
+    """Fields that are not used, with the first place of each."""
     is_mapped: bool = False
     well_known: Mapping[str, str] = field(default_factory=dict)
     """Our names of fields to those of a well-known data set, which the file has."""

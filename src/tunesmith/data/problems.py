@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tunesmith.errors import DataError
@@ -61,6 +61,28 @@ class RowProblems:
     def optional_text(self, record: dict[str, Any], key: str) -> str:
         """The text of a field that may be missing or null: then ""."""
         return "" if record.get(key) is None else self.text(record, key)
+
+    def label(self, value: Any, place: str) -> str:
+        """The name of one label: a text byte for byte, a number as JSON writes it, true or false."""
+        if isinstance(value, str) and value.strip():
+            return value
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+            return repr(value)
+        if isinstance(value, str):
+            self.add("bad_label", f"{place} is empty.", "Write it, or remove the row.")
+        elif isinstance(value, float):
+            self.add("bad_label", f"{place} is {value}.", "Write a number, or remove the row.")
+        elif value is None:
+            self.add("bad_label", f"{place} is null.", "Write it, or remove it.")
+        else:
+            self.wrong_type(place, value, "text or a number")
+        return ""
+
+    def labels(self, values: Sequence[Any], place: str) -> tuple[str, ...]:
+        """The names in a list of labels."""
+        return tuple(self.label(value, f"{place}[{i}]") for i, value in enumerate(values))
 
     def wrong_type(self, place: str, value: Any, expected: str) -> None:
         fix = "Put it in quotes." if expected == "text" and isinstance(value, int | float) else ""

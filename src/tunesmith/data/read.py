@@ -113,8 +113,8 @@ def read(
 ) -> Iterator[tuple[int, dict[str, Any], Source]]:
     """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
 
-    A row that cannot be read goes to `on_problem` and reading goes on at the next one. `facts` is filled with what is
-    known of each file, before its first row, and kept up to date; of a folder, with each document's.
+    A row that cannot be read goes to `on_problem`, and reading continues with the next one. `facts` gets the facts of
+    every file and document of a folder, before its first row, and is kept up to date.
 
     Raises:
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.

@@ -27,10 +27,10 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if not answered:
         return _prompt(prompt, tools, found)
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = parts_of(prompt, found, place="prompt", trained=False)
-        told = parts_of(completion, found, place="completion")
-        check_order([*asked, *told], found, place="prompt and completion")
-        return found.problems or Example((*asked, *told), source, NAME, tools)
+        before = parts_of(prompt, found, place="prompt", trained=False)
+        answers = parts_of(completion, found, place="completion")
+        check_order([*before, *answers], found, place="prompt and completion")
+        return found.problems or Example((*before, *answers), source, NAME, tools)
     if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
         message = f"prompt is {describe_type(prompt)}, but completion is {describe_type(completion)}."
         found.add("wrong_type", message, "Both are text, or both are lists of messages.")
@@ -45,8 +45,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 def _prompt(prompt: Any, tools: tuple[Mapping[str, Any], ...], found: RowProblems) -> Example | list[Problem]:
     """The example of a prompt that waits for its completion."""
     if isinstance(prompt, list):
-        asked = parts_of(prompt, found, place="prompt", trained=False)
-        check_order(asked, found, place="prompt", answered=False)
-        return found.problems or Example(tuple(asked), found.source, NAME, tools)
+        before = parts_of(prompt, found, place="prompt", trained=False)
+        check_order(before, found, place="prompt", answered=False)
+        return found.problems or Example(tuple(before), found.source, NAME, tools)
     parts = (Part("user", found.text({"prompt": prompt}, "prompt"), False),)
     return found.problems or Example(parts, found.source, NAME, tools, plain=True)

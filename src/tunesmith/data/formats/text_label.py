@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.formats._labels import label_of, labels_of
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
@@ -29,7 +28,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if answered and label is None:
         found.text(record, "label")
     elif answered:
-        labels = labels_of(label, found, "label") if isinstance(label, list) else (label_of(label, found, "label"),)
+        labels = found.labels(label, "label") if isinstance(label, list) else (found.label(label, "label"),)
         twice = next((name for i, name in enumerate(labels) if name in labels[:i]), None)
         if twice:
             found.add("bad_label", f"label names {twice[:40]!r} twice.", "Name it once.")

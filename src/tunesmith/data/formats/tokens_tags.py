@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.formats._labels import labels_of
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
@@ -29,7 +28,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         found.add("no_text", "tokens is empty: there is nothing to learn.", "Remove the row.")
     tags: tuple[str, ...] = ()
     if answered:
-        tags = labels_of(_list(record, "tags", found), found, "tags")
+        tags = found.labels(_list(record, "tags", found), "tags")
         if not found.problems and len(tags) != len(words):
             message = f"tokens has {len(words):,} entries, but tags has {len(tags):,}."
             found.add("ragged_tags", message, "Each word needs one tag.")
