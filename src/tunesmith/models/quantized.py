@@ -31,7 +31,6 @@ from tunesmith.recipe.methods import Quant
 
 BLOCK = 64
 NESTED_BLOCK = 256
-_NESTED = "nested_"
 
 
 def check_installed() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -68,11 +67,11 @@ def resolve_model(model: str, *, revision: str | None = None, offline: bool = Fa
         raise ModelError(f"{model}: no such folder or file.{_near(path) or _GIVE}")
     else:
         try:
-            found = from_hub(model, revision=revision, offline=offline, weights=weights)
+            located = _from_hub(model, revision=revision, offline=offline, weights=weights)
         except ModelError as error:
             raise ModelError(f"{error}{_near(path)}") from error
-        check_folder(found.folder, model)
-        return ModelRef("hub", found.folder, model, found.commit, found.headers)
+        check_folder(located.path, model)
+        return located
     if revision is not None:
         raise ModelError(f"{model}: revision {revision}: a {located.kind} has no revisions. Leave it out.")
     return located
@@ -143,17 +142,7 @@ _SMALL = (".json", ".jinja", ".model", ".txt")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A model of the hub in the local cache."""
-
-    folder: Path
-    commit: str
-    headers: tempfile.TemporaryDirectory[str] | None = None
-    """The folder, as long as this object lives, where only the headers of weights were fetched; None: it is whole."""
-
-
-def from_hub(model: str, *, revision: str | None, offline: bool, weights: bool = True) -> Snapshot:
+def _from_hub(model: str, *, revision: str | None, offline: bool, weights: bool) -> ModelRef:
     """The files of a hub id, downloaded unless cached; without `weights` only the headers of weight files.
 
     Raises ModelError: unknown, gated, out of reach, or without safetensors.
@@ -169,7 +158,7 @@ def from_hub(model: str, *, revision: str | None, offline: bool, weights: bool =
         ) from error
     cached = _cached(model, revision)
     if cached is not None:
-        return Snapshot(cached, cached.name)
+        return ModelRef("hub", cached, model, cached.name)
     if offline:
         raise ModelError(
             f"{model}: neither a folder nor a model in the local cache, and --offline forbids to fetch it. "
@@ -194,7 +183,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
     return folder if whole and tokenizer and (folder / "config.json").is_file() else None
 
 
-def _download(model: str, revision: str | None, *, weights: bool) -> Snapshot:
+def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
     """Small files first: a model that cannot be used is refused before its weights are fetched."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -213,7 +202,7 @@ def _download(model: str, revision: str | None, *, weights: bool) -> Snapshot:
             return _with_headers(model, info.sha, folder, files)
         # By the name as it was given, which the cache then knows: by a commit alone it would not be found again.
         whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
-        return Snapshot(whole, whole.name)
+        return ModelRef("hub", whole, model, whole.name)
     except GatedRepoError as error:
         raise ModelError(
             f"{model}: its owner asks you to accept terms first: https://huggingface.co/{model}. Then `hf auth login`."
@@ -232,11 +221,11 @@ def _download(model: str, revision: str | None, *, weights: bool) -> Snapshot:
         ) from error
 
 
-def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) -> Snapshot:
+def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) -> ModelRef:
     """A folder whose weight files have their headers and full size, but take no room on the disk."""
     from huggingface_hub import HfApi
 
-    headers = tempfile.TemporaryDirectory(prefix="tunesmith-headers-")
+    headers = TemporaryDirectory(prefix="tunesmith-headers-")
     folder = Path(headers.name)
     for file in small.iterdir():
         if file.is_file() and file.name not in files:
@@ -251,7 +240,7 @@ def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) ->
         with storing(folder / name), open(folder / name, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             out.truncate(out.tell() + max((one.data_offsets[1] for one in metadata.tensors.values()), default=0))
-    return Snapshot(folder, commit, headers)
+    return ModelRef("hub", folder, model, commit, headers)
 
 
 def _check_names(model: str, names: list[str]) -> None:
