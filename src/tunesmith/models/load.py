@@ -1,4 +1,4 @@
-"""Config, tokenizer and weights of a model that was resolved, through transformers.
+"""Loading of config, tokenizer and weights through transformers.
 
 Every weight comes from the file: a layer that the file does not fill is an error, never a random start, except
 for the head of a task that is new to the model.
@@ -72,7 +72,7 @@ def load_config(located: ModelRef) -> PreTrainedConfig:
 
 
 def pretrained_args(located: ModelRef) -> dict[str, Any]:
-    """The arguments of from_pretrained that name a model that is here already, and forbid all else."""
+    """The arguments of from_pretrained for a local model; they forbid network and remote code."""
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if located.is_gguf:
         return {"pretrained_model_name_or_path": str(located.path.parent), "gguf_file": located.path.name, **here}

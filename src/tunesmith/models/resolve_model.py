@@ -1,4 +1,4 @@
-"""From what a person wrote to a model that can be used, before anything heavy is imported or a weight is read.
+"""Resolution of a model's name to its files, before anything heavy is imported or a weight is read.
 
 A model is a folder as Hugging Face writes it, an id of the hub (a cached one is used without asking the hub), or a GGUF
 file. Weights are read from safetensors and GGUF alone; code that comes with a model is never run.
@@ -103,7 +103,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """A question after a folder or file of nearly this name, if there is one."""
+    """A suggestion of a folder or file with a similar name, if there is one."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:

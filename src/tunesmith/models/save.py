@@ -1,4 +1,4 @@
-"""A model folder that others read: safetensors, the tokenizer as it came, and a generation config that stops.
+"""Saving a model: safetensors, the original tokenizer, and a generation config with the tokens that end an answer.
 
 A folder is written next to its place and renamed: there is a whole model or none.
 """
