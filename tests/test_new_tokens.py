@@ -115,7 +115,7 @@ def test_a_token_that_is_there_already_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     for texts, message in (
         (["the", "<|im_end|>"], "'<|im_end|>' is a token of this model already"),
-        (["abc", "abc"], "'abc' stands twice"),
+        (["abc", "abc"], "'abc' is there twice"),
         ([" "], "' ' is no text"),
     ):
         with pytest.raises(RecipeError) as raised:

@@ -253,7 +253,7 @@ def test_copies_of_a_row_in_one_step_have_noise_of_their_own(tmp_path: Path) -> 
     data = recipe.data.model_copy(update={"train": (file,), "held_out": 0.0})
     setup = prepare(recipe.model_copy(update={"data": data}), root=tmp_path)
     drawn: list[Tensor] = []
-    right = EmbeddingNoise.drawn
+    right = EmbeddingNoise.noise
 
     def keep(noise: EmbeddingNoise, batch: Batch, step: int, *, width: int) -> Tensor:
         found = right(noise, batch, step, width=width)
@@ -262,7 +262,7 @@ def test_copies_of_a_row_in_one_step_have_noise_of_their_own(tmp_path: Path) -> 
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EmbeddingNoise, "drawn", keep)
+        patch.setattr(EmbeddingNoise, "noise", keep)
         [event] = training_steps(setup)
     assert sorted(event.values["rows"]) == [0, 0, 0, 1, 1, 1]
     assert len({str(noise.flatten()[:8].tolist()) for noise in drawn}) == 6
