@@ -78,7 +78,6 @@ class _Row:
 
     text: _Text
     tokens: Tokens
-    ids: list[int]
     places: ControlPlaces
     openings: Mapping[int, tuple[str, int]]
     """For each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
@@ -163,18 +162,17 @@ class ChatEncoder(RowEncoder):
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
     def _row(self, text: _Text, tokens: Tokens) -> _Row:
-        ids = tokens.ids_T.tolist()
-        places = self.control.places(ids)
+        places = self.control.places(tokens.ids)
         openings = {}
         for turn in text.turns:
             if turn.prompt is not None:
                 last = bisect_left(places.cuts, tokens.num_until(turn.prompt)) - 1
                 at, start = (places.cuts[last], tokens.offsets[places.cuts[last]][0]) if last >= 0 else (0, 0)
                 openings[turn.index] = text.whole[start : turn.prompt], at
-        return _Row(text, tokens, ids, places, openings)
+        return _Row(text, tokens, places, openings)
 
     def _draft(self, source: Source, row: _Row, prompt_ids: Mapping[str, list[int]]) -> Drafts:
-        if self._starts_with_two_bos(row.ids):
+        if self._starts_with_two_bos(row.tokens.ids):
             return Problem(
                 source,
                 "double_bos",
@@ -193,7 +191,7 @@ class ChatEncoder(RowEncoder):
             if turn.index in row.openings:
                 opening, at = row.openings[turn.index]
                 end = at + len(prompt_ids[opening])
-                served = end if row.ids[at:end] == prompt_ids[opening] else None
+                served = end if row.tokens.ids[at:end] == prompt_ids[opening] else None
             first = _first_token(source, whole, turn, row.tokens, served=served, warnings=draft.warnings)
             if isinstance(first, Problem):
                 return first
@@ -223,9 +221,9 @@ class ChatEncoder(RowEncoder):
             between = whole[turn.close : start]
         else:
             between = whole[end : turn.limit] if end > turn.start else "before"
-        if row.ids[last : last + len(self._run)] == self._run:
+        if row.tokens.ids[last : last + len(self._run)] == self._run:
             last += len(self._run) - 1
-        return last if not between.strip() and row.ids[last] in self.stop_ids else None
+        return last if not between.strip() and row.tokens.ids[last] in self.stop_ids else None
 
     def _refuse_two_bos(self) -> None:
         text = self._bare_render([QUESTION], True)

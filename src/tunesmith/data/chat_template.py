@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -307,6 +308,7 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
         run = _runner()
         _limit_memory(growth)
         _end_with_parent()
+        gc.freeze()  # the collector need not look through the libraries again and again
     except Exception as error:
         connection.send_bytes(_as_bytes(repr(error)[:MOST_REASON]))
         return

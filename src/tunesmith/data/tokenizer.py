@@ -32,8 +32,12 @@ PROBE = (
 class Tokens:
     """The tokens of one text, each with its characters [start, end): white space at its sides may be left out."""
 
-    ids_T: NDArray[np.int32]
-    offsets: Sequence[tuple[int, int]]
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    @property
+    def ids_T(self) -> NDArray[np.int32]:
+        return np.array(self.ids, np.int32)
 
     @property
     def starts_T(self) -> NDArray[np.int64]:
@@ -95,7 +99,7 @@ class FastTokenizer:
         """Tokens of each text, without special tokens around it: a chat template has already written BOS."""
         self._reset()
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [Tokens(np.array(encoding.ids, np.int32), encoding.offsets) for encoding in encodings]
+        return [Tokens(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[NDArray[np.int32]]:
         """Ids of each text."""
