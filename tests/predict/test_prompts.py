@@ -14,7 +14,7 @@ from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import predict
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.measure import evaluate_file
-from tunesmith.inference.predict import Predictor, predict_stream
+from tunesmith.inference.predict import Predictor, predict_file
 from tunesmith.training.setup import Setup, prepare
 
 NEW_TOKENS = 4
@@ -48,7 +48,7 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
         monkeypatch.setattr(module, "generate", answer)
     speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
     held = setup.recipe.data.eval[0].path
-    tally = predict_stream(lambda lines: None, Predictor(speaker, NEW_TOKENS), held)
+    tally = predict_file(Predictor(speaker, NEW_TOKENS), held, lambda lines: None).counts
     evaluated = evaluate_file(speaker, held, samples=1)
     [sample] = setup.samples
     assert asked == [list(sample.ids)] * 2

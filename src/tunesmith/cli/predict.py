@@ -130,7 +130,7 @@ def _file(
 ) -> Counts:
     from tunesmith.cli.display import progress_bar
     from tunesmith.cli.streams import console, data_line
-    from tunesmith.inference.predict import predict_stream, predict_to
+    from tunesmith.inference.predict import predict_file, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
         if out is not None:
@@ -143,9 +143,8 @@ def _file(
             for line in lines:
                 data_line(line)
 
-        return predict_stream(
-            write, predictor, data, bare=options["bare"], keep=options["keep"], progress=progress, say=say
-        )
+        bare, keep = options["bare"], options["keep"]
+        return predict_file(predictor, data, write, bare=bare, keep=keep, progress=progress, say=say).counts
 
 
 def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:

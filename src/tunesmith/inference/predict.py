@@ -273,9 +273,8 @@ def predict_to(
     try:
         if output.num_lines:
             say(f"{out}: continues after {output.num_lines:,} rows")
-        rows = _stream(
-            predictor, path, output.write, bare=bare, keep=keep, skip=output.num_lines, progress=progress, say=say
-        )
+        skip = output.num_lines
+        rows = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress, say=say)
         if str(rows.last_skipped or "") != output.last_source:
             raise InputError(f"{out}: its last line is not of {rows.last_skipped}. Start anew with --overwrite.")
         output.finish()
@@ -296,37 +295,26 @@ def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[s
     return {**predictor.identity(), "fields": fields, "rows": rows}
 
 
-def predict_stream(
-    write: Callable[[Sequence[Line]], None],
+def predict_file(
     predictor: Predictor,
     path: str,
+    write: Callable[[Sequence[Line]], None],
     *,
     bare: bool = False,
     keep: Sequence[str] = (),
+    skip: int = 0,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
-) -> Counts:
-    """Predict the rows of a file, or of "-", the standard input, and pass lines to `write` as they are made."""
-    return _stream(predictor, path, write, bare=bare, keep=keep, skip=0, progress=progress, say=say).counts
-
-
-def _stream(
-    predictor: Predictor,
-    path: str,
-    write: Callable[[Sequence[Line]], None],
-    *,
-    bare: bool,
-    keep: Sequence[str],
-    skip: int,
-    progress: Progress,
-    say: Callable[[str], None],
 ) -> RowStream:
+    """Predict the rows of a file, or of "-", the standard input, and pass lines to `write` as they are made; the first
+    `skip` of them were written before."""
     data = predictor.loaded.recipe.data
     facts: list[FileFacts] = []
 
-    def tick(within: int, of_chunk: int) -> None:
-        if facts:
-            progress(*_position(facts[-1], left=of_chunk - within))
+    def tick(done: int, of_chunk: int) -> None:
+        if facts:  # bytes of the file that are done, as far as the rows that were read are answered
+            read = max(facts[-1].rows, 1)
+            progress(round(facts[-1].done_bytes * (read - of_chunk + done) / read), facts[-1].total_bytes)
 
     stream = RowStream(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
     if path == STDIN:
@@ -335,12 +323,6 @@ def _stream(
         read_file(path, data, predictor.task, stream, facts, keep=keep)
     stream.flush()
     return stream
-
-
-def _position(facts: FileFacts, *, left: int) -> tuple[int, int]:
-    """Bytes of the file that are done, and all, where `left` of the rows that were read are not answered yet."""
-    read = max(facts.rows, 1)
-    return round(facts.done_bytes * (read - left) / read), facts.total_bytes
 
 
 def predict_list(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:
