@@ -11,7 +11,7 @@ from tunesmith.evaluation.metrics import VERDICTS
 from tunesmith.evaluation.report import text
 from tunesmith.evaluation.report.build import MOST_LISTED, RunSeries, label_text, target_of
 from tunesmith.evaluation.report.plots import Plot, answer_plots, length_plot, training_plots
-from tunesmith.formatting import option, plural
+from tunesmith.formatting import duration, option, plural, size
 from tunesmith.runs.folder import Run
 
 Whiskers = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -152,8 +152,14 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
     lines, (other, ours) = text.metric_lines(report), text.sides(report)
     if not lines:
         return
+    reading = "Each value has its 95 % interval."
+    if other:
+        reading += (
+            " Both sides are measured on the same rows: a difference is called better or worse where its paired "
+            "interval excludes 0."
+        )
     circles = " ○ before, ● after." if report["metrics"]["before"] else ""
-    yield Paragraph(f"{text.sample_text(report)} {text.reading_text(report)}{circles}")
+    yield Paragraph(f"{text.sample_text(report)} {reading}{circles}")
     compared = [Column(other, "number")] if other else []
     columns = [Column("measure", "head"), *compared, Column(ours, "result")]
     columns += [Column("difference", "number"), Column("", "whiskers"), Column("", "verdict")] if other else []
@@ -178,9 +184,19 @@ def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
-    yield Paragraph(text.selected_step_text(report))
+    best, step, tokens, seconds = report["best"], text.selected_step(report), report["tokens"], report["seconds"]
+    aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
+    reason = report["kept"].get("reason", "the last step")
+    yield Paragraph(f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
     yield Figures(training_plots(series, report))
-    yield Paragraph(text.cost_text(report, series.plan))
+    trained, total = (series.plan.get(f"{which}_parameters", 0) for which in ("trained", "total"))
+    share = f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%}); " if total else ""
+    yield Paragraph(
+        f"{share}{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were targets; "
+        f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}; "
+        f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
+        f"{duration(seconds['evaluate'])} to measure; at most {size(report['peak_memory_bytes'])} of memory."
+    )
 
 
 def _classes(details: Mapping[str, Any]) -> Iterator[Block]:
@@ -258,7 +274,11 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block]:
     rows = report["surprising"]["rows"]
     if not rows:
         return
-    yield Paragraph(f"{text.high_loss_text(report)} Wrong labels and broken rows are often among them.")
+    listed, looked = plural(len(rows), "training row"), report["surprising"]["looked_at"]
+    yield Paragraph(
+        f"The {listed} that the tuned model finds least likely, of {looked:,} that were measured. Wrong labels and "
+        "broken rows are often among them."
+    )
     has_labels = "predicted" in rows[0]
     names = [Column("label", "name"), Column("model says", "name")] if has_labels else []
     cells = []

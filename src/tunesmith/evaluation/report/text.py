@@ -111,24 +111,15 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: M
     return info.difference(change or {"value": difference})
 
 
-def _is_interval(interval: Interval) -> bool:
-    return all(math.isfinite(interval.get(end, math.nan)) for end in ("low", "high"))
-
-
 def _whiskers(
     before: Interval, after: Interval
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-    if not (_is_interval(before) and _is_interval(after)):
+    ends = [one.get(end, math.nan) for one in (before, after) for end in ("low", "value", "high")]
+    low, high = min(ends), max(ends)
+    if not (all(map(math.isfinite, ends)) and high > low):
         return None
-    low, high = min(before["low"], after["low"]), max(before["high"], after["high"])
-    if not high > low:
-        return None
-
-    def scaled(one: Interval) -> tuple[float, float, float]:
-        a, b, c = ((one[end] - low) / (high - low) for end in ("low", "value", "high"))
-        return (a, b, c)
-
-    return scaled(before), scaled(after)
+    a, b, c, d, e, f = ((end - low) / (high - low) for end in ends)
+    return (a, b, c), (d, e, f)
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -163,7 +154,11 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         moved = f"{info.phrase} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
         worth = verdict_words(key, change) if change else ""
         yield f"{where}{moved}{f': {worth}' if worth else ''}."
-        yield from _without_pairs(report)
+        if "loss" not in report["changes"]:
+            yield (
+                "Whether the change may be chance is not known: evaluation/before.jsonl and after.jsonl, which hold "
+                "the results of each row, are not both in the run's folder."
+            )
     elif baseline is None or baseline["key"] != key:
         yield f"{where}{info.phrase} is {now}."
     if baseline is not None:
@@ -182,20 +177,10 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _leading_key(report: Mapping[str, Any]) -> str:
     """The most important metric that is a number on both sides: a constant model has no rank correlation."""
-    keys, measured = (
-        headline_metrics(report),
-        [side["measures"] for side in report["metrics"].values() if side is not None],
-    )
+    keys = headline_metrics(report)
+    measured = [side["measures"] for side in report["metrics"].values() if side is not None]
     are_finite = (key for key in keys if all(math.isfinite(measures[key]["value"]) for measures in measured))
     return next(are_finite, keys[0])
-
-
-def _without_pairs(report: Mapping[str, Any]) -> Iterator[str]:
-    if "loss" not in report["changes"]:
-        yield (
-            "Whether the change may be chance is not known: evaluation/before.jsonl and after.jsonl, which hold the "
-            "outcome of each row, are not both in the run's folder."
-        )
 
 
 def _num_counted(after: Mapping[str, Any], key: str) -> tuple[int, str]:
@@ -223,16 +208,6 @@ def _overlap(report: Mapping[str, Any]) -> str:
     return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out {verb} also in the training files"
 
 
-def reading_text(report: Mapping[str, Any]) -> str:
-    """A line on reading the table of metrics."""
-    if not sides(report)[0]:
-        return "Each value has its 95 % interval."
-    return (
-        "Each value has its 95 % interval. Both sides are measured on the same rows: a difference is called better or "
-        "worse where its paired interval excludes 0."
-    )
-
-
 def sample_text(report: Mapping[str, Any]) -> str:
     """The items behind all metrics."""
     after, overlap = report["metrics"]["after"], _overlap(report)
@@ -244,40 +219,11 @@ def sample_text(report: Mapping[str, Any]) -> str:
     return f"Counted on {', '.join(parts)}. {fair}."
 
 
-def selected_step_text(report: Mapping[str, Any]) -> str:
-    """The step whose weights are the result, and why."""
-    best, step = report["best"], selected_step(report)
-    aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
-    reason = report["kept"].get("reason", "the last step")
-    return f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}"
-
-
-def cost_text(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """Trained parameters, tokens, speed, time and memory."""
-    tokens, seconds = report["tokens"], report["seconds"]
-    trained, total = plan.get("trained_parameters", 0), plan.get("total_parameters", 0)
-    parts = [f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%})"] if total else []
-    parts += [
-        f"{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were targets",
-        f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}",
-        f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
-        f"{duration(seconds['evaluate'])} to measure",
-        f"at most {report['peak_memory_bytes'] / 2**30:.2f} GiB of memory",
-    ]
-    return "; ".join(parts) + "."
-
-
 def mark(answer: str, reference: str | None) -> str:
     """right: equal to the reference; wrong: not, where that is so short that nothing else counts; else empty."""
     if not reference:
         return ""
     return "right" if answer.strip() == reference.strip() else "wrong" if is_short(reference) else ""
-
-
-def high_loss_text(report: Mapping[str, Any]) -> str:
-    """A line on the choice of the high-loss rows."""
-    rows, looked = plural(len(report["surprising"]["rows"]), "training row"), report["surprising"]["looked_at"]
-    return f"The {rows} that the tuned model finds least likely, of {looked:,} that were measured."
 
 
 def selected_step(report: Mapping[str, Any]) -> int:
