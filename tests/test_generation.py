@@ -19,6 +19,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation import generate as generation
 from tunesmith.evaluation.generate import Answer, Sampling, generate
 from tunesmith.models.attention import use_packed_attention
+from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
 
 TOKENIZER = tiny_tokenizer()
@@ -148,12 +149,12 @@ def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, mo
     monkeypatch.setattr(generation, "evaluating", lambda model: nullcontext())
     monkeypatch.setattr(generation, "_contiguous_head_input", nullcontext)
     tokenizer = tiny_tokenizer(None, eos="</s>", metaspace=metaspace, adds_bos=metaspace)
-    made = Renderer(tokenizer, "generate", max_tokens=None, too_long="error", control_tokens="error")
+    made = Renderer(tokenizer, TASKS["generate"], max_tokens=None, too_long="error", control_tokens="error")
     example = pair("Is it you?", completion)
     [[row]] = made.encode([example])
     [told] = generate(Writes(row.ids[row.trained].tolist()), made, [made.prompt_ids(example.parts[:1])], HOW)
     assert told == Answer(completion, stopped=True)
-    talks = Renderer(tiny_tokenizer(), "chat", max_tokens=None, too_long="error", control_tokens="error")
+    talks = Renderer(tiny_tokenizer(), TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
     assert generation.trimmed(talks, completion) == "yes"
 
 

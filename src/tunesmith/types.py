@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
 
-Shape = Literal[
-    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "document_summary", "text_label", "tokens_tags"
-]
+Shape = str
+"""A key of `data.formats.FORMATS`."""
 Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
@@ -222,6 +221,8 @@ class Task:
     A task that learns classes takes its `labels` too, see `tasks.bind`."""
     measure: Callable[..., Measured]
     """(model, batch) -> the same losses one by one, without gradient, and the model's outputs."""
+    encoder: Callable[[Any], Any]
+    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.drafts`."""
     record: Callable[..., dict[str, Any]]
     """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
     is_chat: bool = False

@@ -14,6 +14,7 @@ from tiny import CHATML, chat, template, tiny_tokenizer
 from tunesmith.data import chat as chat_module
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import ModelError
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Row
 
 USER = ("apple pie", "cherry pie?", "elder tea")
@@ -37,7 +38,7 @@ FAMILIES = {
 def renderer(family: str, *, metaspace: bool = False, **options: object) -> tuple[Renderer, object]:
     tokenizer = tiny_tokenizer(template(family), eos="</s>", metaspace=metaspace)
     settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
-    return Renderer(tokenizer, "chat", **settings), tokenizer  # type: ignore[arg-type]
+    return Renderer(tokenizer, TASKS["chat"], **settings), tokenizer  # type: ignore[arg-type]
 
 
 def three_turns() -> Example:
@@ -127,9 +128,9 @@ def test_a_template_that_never_ends_an_answer_is_refused() -> None:
 
 
 def test_an_end_text_that_is_no_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", "<|fin|>"))
     with pytest.raises(ModelError, match="never stop"):
-        Renderer(tiny_tokenizer(CHATML.replace("<|im_end|>", "<|fin|>")), "chat", max_tokens=None, too_long="error",
-                 control_tokens="error")  # fmt: skip
+        Renderer(tokenizer, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
 
 
 def test_what_phi_writes_behind_the_last_turn_is_not_trained() -> None:

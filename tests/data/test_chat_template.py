@@ -27,6 +27,7 @@ from tunesmith.errors import ModelError
 from tunesmith.serve.call_formats import call_format
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.serving import open_serving
+from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
 
 MOST_S = 20.0
@@ -77,7 +78,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def renderer(text: str) -> Renderer:
-    return Renderer(tiny_tokenizer(text), "chat", max_tokens=None, too_long="error", control_tokens="error")
+    return Renderer(tiny_tokenizer(text), TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
 
 
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))

@@ -17,6 +17,7 @@ from tunesmith.data.check import CheckReport, check, spans_of, token_stats
 from tunesmith.data.examples import content_hash
 from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Row, Source
 
 
@@ -32,7 +33,7 @@ def data_of(*train: Path, held: Sequence[Path] = (), **options: Any) -> Data:
 
 def renderer(task: Any = "chat", **options: Any) -> Renderer:
     options = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
-    return Renderer(tiny_tokenizer(), task, **options)
+    return Renderer(tiny_tokenizer(), TASKS[task], **options)
 
 
 def places(problems: Sequence[Problem]) -> list[tuple[str, int, str]]:

@@ -13,6 +13,7 @@ from tiny import tiny_tokenizer
 from tunesmith.data.classification import cut_longest
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import RecipeError
+from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
 
 TOKENIZERS = {name: make() for name, make in MASKED.items()}
@@ -28,7 +29,7 @@ def labelled(*texts: str, labels: tuple[str, ...] = ("good",), many: bool = Fals
 def renderer(name: str, **options: Any) -> Renderer:
     settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **options}
     kind = "causal" if name == "causal" else "encoder"
-    return Renderer(TOKENIZERS[name], "classify", kind=kind, **settings)  # type: ignore[arg-type]
+    return Renderer(TOKENIZERS[name], TASKS["classify"], kind=kind, **settings)  # type: ignore[arg-type]
 
 
 def only_row(encoded: Encoded) -> Row:
@@ -78,7 +79,9 @@ def test_a_causal_text_that_is_cut_learns_at_the_last_token_that_is_left() -> No
 
 
 def test_a_text_of_no_token_is_named() -> None:
-    made = Renderer(tiny_tokenizer(None, eos=None), "classify", max_tokens=9, too_long="cut", control_tokens="error")
+    made = Renderer(
+        tiny_tokenizer(None, eos=None), TASKS["classify"], max_tokens=9, too_long="cut", control_tokens="error"
+    )
     assert only_row(made.encode([labelled("9")])[0]).trained.tolist() == [True]
     assert [problem.code for problem in made.encode([labelled("")])[0]] == ["empty"]
 

@@ -18,6 +18,7 @@ from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import copies_in
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.tasks import TASKS
 from tunesmith.types import Row, Source
 
 BERT = bert_like()
@@ -141,7 +142,7 @@ def store_of(path: Path, text: str, **options: Any) -> RowStore:
 
 def test_a_feed_masks_what_the_store_counts_and_is_the_same_however_rows_are_grouped(tmp_path: Path) -> None:
     text = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n{"text": "山"}\n'
-    store = store_of(tmp_path / "rows", text, task_name="text")
+    store = store_of(tmp_path / "rows", text, task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     assert store.denominators.tolist() == [max(1, round(0.3 * int(n))) for n in store.targets]
     together = made.batch(range(len(store)), draw=5)
@@ -155,7 +156,7 @@ def held_out_masks_follow_from_what_rows_say(folder: Path) -> None:
     long, short = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n', '{"text": "the lazy dog"}\n'
     masks = []
     for name, text in (("one", long + short), ("turned", short + long), ("more", short * 3 + long)):
-        store = store_of(folder / name, text, task_name="text")
+        store = store_of(folder / name, text, task=TASKS["text"])
         made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
         rows = [i for i in range(len(store)) if store.hashes[i] == store.hashes[0 if name == "one" else -1]]
         assert len(rows) > 1
@@ -174,7 +175,7 @@ def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: p
 
 
 def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "rows", '{"text": "' + "fox " * 30 + '"}\n', task_name="text")
+    store = store_of(tmp_path / "rows", '{"text": "' + "fox " * 30 + '"}\n', task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     for draw in (0, 1):
         full = [i for i in range(len(store)) if store.targets[i] == store.targets[0]]
@@ -185,7 +186,7 @@ def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(t
 
 # trap: L15
 def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path) -> None:
-    store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task_name="text")
+    store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     together = made.batch([0, 0, 0, 0], draw=5, copies=copies)
     assert len({str(line) for line in together.ids_BT.tolist()}) > 1

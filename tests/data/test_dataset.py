@@ -19,6 +19,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.tasks import TASKS
 from tunesmith.types import Problem, Row
 
 
@@ -34,7 +35,9 @@ def write(path: Path, *lines: str) -> DataFile:
 def make_renderer(**options: Any) -> Renderer:
     text = options.pop("template", CHATML)
     return Renderer(
-        tiny_tokenizer(text), "chat", **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **options}
+        tiny_tokenizer(text),
+        TASKS["chat"],
+        **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **options},
     )
 
 

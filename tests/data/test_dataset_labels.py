@@ -18,6 +18,7 @@ from tunesmith.data.dataset import LabelColumn, RowStore, build
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Labels
 
 BERT = bert_like()
@@ -33,7 +34,7 @@ def store_of(
         folder / "store",
         data=Data(),
         files=[DataFile(path=str(file))],
-        renderer=Renderer(tokenizer, task, **settings),
+        renderer=Renderer(tokenizer, TASKS[task], **settings),
         on_problem=lambda problem: None,
     )
 

@@ -16,6 +16,7 @@ from tunesmith.data.documents import spell, windows
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Problem, Row, Source
 
 KINDS = {**dict.fromkeys(CAUSAL, "causal"), **dict.fromkeys(MASKED, "encoder")}
@@ -30,7 +31,7 @@ def document(text: str) -> Example:
 
 def renderer(name: str, **options: Any) -> Renderer:
     settings = {"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
-    return Renderer(TOKENIZERS[name], "text", kind=KINDS[name], **settings)  # type: ignore[arg-type]
+    return Renderer(TOKENIZERS[name], TASKS["text"], kind=KINDS[name], **settings)  # type: ignore[arg-type]
 
 
 def rows_of(encoded: Encoded) -> list[Row]:
@@ -159,7 +160,9 @@ def test_windows_that_leave_tokens_out_are_refused(name: str, options: dict[str,
 
 def test_a_tokenizer_without_mask_is_refused_for_masked_text() -> None:
     with pytest.raises(ModelError, match=r"no mask token.*causal model"):
-        Renderer(bert_like(mask=None), "text", kind="encoder", max_tokens=9, too_long="error", control_tokens="error")
+        Renderer(
+            bert_like(mask=None), TASKS["text"], kind="encoder", max_tokens=9, too_long="error", control_tokens="error"
+        )
 
 
 # --- Documents that are tokenized in stretches

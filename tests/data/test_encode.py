@@ -24,6 +24,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.environment import for_child, num_cpus
 from tunesmith.errors import DataError, ModelError
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.tasks import TASKS
 from tunesmith.types import Problem
 
 CHATS: dict[str, Any] = {"max_tokens": 60, "too_long": "cut", "control_tokens": "error"}
@@ -81,7 +82,7 @@ def same(folder: Path, renderer: Renderer, *names: str, num_proc: int = 2) -> Ro
 def test_chats_are_the_same(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("\n".join(chats(40)), "utf-8")
-    store = same(tmp_path, Renderer(tiny_tokenizer(), "chat", **CHATS), "a.jsonl", "b.jsonl", num_proc=3)
+    store = same(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), "a.jsonl", "b.jsonl", num_proc=3)
     assert len(store) > 50
     assert {"cut", "ignored_fields"} <= store.summary.warnings.keys()
     assert {"control_token", "no_answer", "bad_json"} <= store.summary.errors.keys()
@@ -92,7 +93,9 @@ def test_labelled_rows_are_the_same(tmp_path: Path) -> None:
     labels = ["late", "early", "never", "always", "some,times"]
     rows = [f'"text {i} of it","{labels[3 * i % 5]}"' for i in range(50)]
     (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows), "utf-8")
-    renderer = Renderer(bert_like(), "classify", kind="encoder", max_tokens=12, too_long="cut", control_tokens="error")
+    renderer = Renderer(
+        bert_like(), TASKS["classify"], kind="encoder", max_tokens=12, too_long="cut", control_tokens="error"
+    )
     store = same(tmp_path, renderer, "rows.csv")
     assert store.vocabulary == ("late", "always", "early", "some,times", "never")
 
@@ -101,7 +104,9 @@ def test_documents_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
     for i in range(8):
         (tmp_path / "books" / f"{i}.txt").write_text(f"Chapter {i}. " + "The fox jumps over 山. " * 30 * i, "utf-8")
-    renderer = Renderer(tiny_tokenizer(), "text", max_tokens=50, too_long="error", control_tokens="error", stride=20)
+    renderer = Renderer(
+        tiny_tokenizer(), TASKS["text"], max_tokens=50, too_long="error", control_tokens="error", stride=20
+    )
     assert len(same(tmp_path, renderer, "books")) > 100
 
 
@@ -109,7 +114,9 @@ def test_a_file_that_breaks_off_says_the_same_where(tmp_path: Path) -> None:
     """The rows before it were heard of first, as when one process reads and encodes in turn."""
     rows = [f"text {i},a" for i in range(30)]
     (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join([*rows, 'x,"open', *rows]), "utf-8")
-    renderer = Renderer(bert_like(), "classify", kind="encoder", max_tokens=12, too_long="cut", control_tokens="error")
+    renderer = Renderer(
+        bert_like(), TASKS["classify"], kind="encoder", max_tokens=12, too_long="cut", control_tokens="error"
+    )
     found = []
     for num in (1, 2):
         heard: list[Problem] = []
@@ -124,7 +131,7 @@ def test_an_error_comes_back_from_a_process_as_it_is(tmp_path: Path) -> None:
     """A template that exceeds a limit ends the run, also where a process meets it."""
     eats = "{% if 'question 9' in messages[0].content %}{{ 'a' * 3000000000 }}{% endif %}"
     (tmp_path / "a.jsonl").write_text("\n".join(chats(20)), "utf-8")
-    renderer = Renderer(tiny_tokenizer(eats + CHATML), "chat", **CHATS)
+    renderer = Renderer(tiny_tokenizer(eats + CHATML), TASKS["chat"], **CHATS)
     with pytest.raises(ModelError, match=r"chat template took more than 1,024 MiB of memory\. Give another"):
         built(tmp_path, renderer)
     assert list((tmp_path / "rows").iterdir()) == []
@@ -142,7 +149,7 @@ def test_rows_of_a_process_that_dies_are_encoded_here(tmp_path: Path, monkeypatc
         return submitted[-1]
 
     monkeypatch.setattr(encode_module._Pool, "_submit", killing)
-    store = same(tmp_path, Renderer(tiny_tokenizer(), "chat", **CHATS), "a.jsonl")
+    store = same(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), "a.jsonl")
     assert store.notes[1:] == ("a process that encodes rows ended: the others are encoded by one process",)
 
 
@@ -156,13 +163,13 @@ def test_processes_end_with_the_work_and_with_what_stops_it(tmp_path: Path, monk
         close(self)
 
     monkeypatch.setattr(encode_module._Pool, "close", noting)
-    built(tmp_path, Renderer(tiny_tokenizer(), "chat", **CHATS))
+    built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS))
 
     def stop(rows: int, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, Renderer(tiny_tokenizer(), "chat", **CHATS), to="stopped", progress=stop)
+        built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), to="stopped", progress=stop)
     assert len(started) == 4
     assert not any(is_there(pid) for pid in started)
     assert list((tmp_path / "stopped").iterdir()) == []
@@ -181,7 +188,7 @@ from tunesmith.recipe.schema import Data, DataFile
 encode.CHUNK_EXAMPLES = 3
 wait = lambda *_: (print("encoding", flush=True), time.sleep(float(sys.argv[2])))
 store = build(Path(sys.argv[1], "rows"), data=Data(num_proc=2), files=[DataFile(path=sys.argv[1] + "/a.jsonl")],
-              renderer=Renderer(tiny_tokenizer(), "chat", **CHATS), on_problem=lambda _: None, progress=wait)
+              renderer=Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), on_problem=lambda _: None, progress=wait)
 print(len(store), store.notes)
 """
 
@@ -216,7 +223,7 @@ def test_processes_end_with_the_one_that_started_them_however_that_ends(tmp_path
 
 def test_a_process_never_imports_torch(tmp_path: Path) -> None:
     """Two hundred megabytes and seconds for nothing."""
-    (tmp_path / "renderer").write_bytes(pickle.dumps(Renderer(tiny_tokenizer(), "chat", **CHATS)))
+    (tmp_path / "renderer").write_bytes(pickle.dumps(Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS)))
     code = (
         "import pickle, sys, tunesmith.data.encode\n"
         f"assert pickle.load(open({str(tmp_path / 'renderer')!r}, 'rb')).stop_ids\n"
@@ -242,7 +249,7 @@ def test_reading_is_at_most_a_few_chunks_ahead() -> None:
             read.append(i)
             yield encode_module._Read([(0, chat(("user", f"{i}"), ("assistant", "a")))], (), i)
 
-    with closing(encode_module._Pool(Renderer(tiny_tokenizer(), "chat", **CHATS), 2)) as pool:
+    with closing(encode_module._Pool(Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), 2)) as pool:
         for i, (found, encoded) in enumerate(pool.in_order(reads())):
             assert (found.done_bytes, encoded is None) == (i, False)
             assert len(read) <= i + 6

@@ -20,11 +20,14 @@ from tunesmith.data import tokenizer as tokens_module
 from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import DataError, ModelError
+from tunesmith.tasks import TASKS
 from tunesmith.types import Part, Problem, Row, Source
 
 
 def renderer(tokenizer: Any, task: Any = "chat", **options: Any) -> Renderer:
-    return Renderer(tokenizer, task, **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **options})
+    return Renderer(
+        tokenizer, TASKS[task], **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
+    )
 
 
 def only_row(result: Encoded) -> Row:

@@ -20,6 +20,7 @@ from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, first_example
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
+from tunesmith.tasks import TASKS
 from tunesmith.types import TaskName
 
 CLASSES = ("eye", "ear", "skin")
@@ -33,7 +34,7 @@ def rows_for(
     folder: Path, task: TaskName, *, max_tokens: int = 32, max_held: int | None = None, **options: Any
 ) -> Splits:
     renderer = Renderer(
-        tiny_tokenizer(), task, kind="causal", max_tokens=max_tokens, too_long="cut", control_tokens="error"
+        tiny_tokenizer(), TASKS[task], kind="causal", max_tokens=max_tokens, too_long="cut", control_tokens="error"
     )
     places = CacheDirs(folder / ".rows", folder / ".rows")
     return encode_rows(

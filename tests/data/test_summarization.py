@@ -14,6 +14,7 @@ from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.data.summarization import DEFAULT_PROMPTS
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Problem, Row, Source
 
 CHAT = tiny_tokenizer(CHATML)
@@ -32,7 +33,7 @@ def summed_up(document: str = DOCUMENT, summary: str = SUMMARY) -> Example:
 def renderer(tokenizer: Any, task: Any = "summarize", **options: Any) -> Renderer:
     kind = "encoder_decoder" if tokenizer in (T5, BART) else "causal"
     settings = {"max_tokens": None, "too_long": "cut", "control_tokens": "error", "kind": kind, **options}
-    return Renderer(tokenizer, task, **settings)
+    return Renderer(tokenizer, TASKS[task], **settings)
 
 
 def only_row(encoded: Encoded) -> Row:

@@ -12,6 +12,7 @@ from data.families import bert_like, roberta_like, t5_like
 from tiny import tiny_tokenizer
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.errors import RecipeError
+from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
 
 BERT = bert_like()
@@ -30,7 +31,7 @@ def sentence(*words: str, tags: tuple[str, ...] | None = None) -> Example:
 def renderer(tokenizer: Any, **options: Any) -> Renderer:
     settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **options}
     kind = "causal" if tokenizer is CAUSAL else "encoder"
-    return Renderer(tokenizer, "tag", kind=kind, **settings)  # type: ignore[arg-type]
+    return Renderer(tokenizer, TASKS["tag"], kind=kind, **settings)  # type: ignore[arg-type]
 
 
 def only_row(encoded: Encoded) -> Row:
@@ -94,7 +95,7 @@ def test_words_without_a_token_are_said_and_left_out() -> None:
 def test_a_word_that_shares_its_token_with_the_one_before_has_none() -> None:
     tokenizer = tiny_tokenizer(None, eos="</s>")
     tokenizer.add_tokens(["new york"])
-    made = Renderer(tokenizer, "tag", max_tokens=None, too_long="cut", control_tokens="error")
+    made = Renderer(tokenizer, TASKS["tag"], max_tokens=None, too_long="cut", control_tokens="error")
     assert learnt(made, sentence("in", "new", "york", "city")) == [0, 1, 3]
 
 

@@ -93,7 +93,7 @@ def test_instructions_are_asked_as_chats_where_there_is_a_template(tokenizer, ta
         return [type("Answer", (), {"text": "Paris"})] * len(prompts)
 
     monkeypatch.setattr(forgetting, "generate", answer)
-    renderer = Renderer(tokenizer, task, max_tokens=None, too_long="error", control_tokens="error")
+    renderer = Renderer(tokenizer, TASKS[task], max_tokens=None, too_long="error", control_tokens="error")
     found = forgetting.answers(model(), renderer)
     assert len(found) == 12
     assert found[0] == {"prompt": "What is the capital of France?", "answer": "Paris"}
@@ -102,7 +102,7 @@ def test_instructions_are_asked_as_chats_where_there_is_a_template(tokenizer, ta
 
 def test_instructions_are_answered(monkeypatch):
     monkeypatch.setattr(forgetting, "ANSWER_TOKENS", 2)
-    renderer = Renderer(TOKENIZER, "chat", max_tokens=None, too_long="error", control_tokens="error")
+    renderer = Renderer(TOKENIZER, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
     found = forgetting.answers(model(), renderer)
     assert [one["prompt"] for one in found] == list(forgetting.GENERAL_INSTRUCTIONS)
     assert all(isinstance(one["answer"], str) for one in found)

@@ -13,6 +13,7 @@ from tiny import template, tiny_tokenizer
 from tunesmith.data.renderer import Renderer
 from tunesmith.export.export_run import export_run
 from tunesmith.export.ollama import go_template, modelfile
+from tunesmith.tasks import TASKS
 
 DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
@@ -23,7 +24,7 @@ DEFAULT_SYSTEM = (
 def source(text: str, *, adds_bos: bool = False, task: Any = "chat") -> Any:
     tokenizer = tiny_tokenizer(text, adds_bos=adds_bos)
     settings: Any = {"max_tokens": None, "too_long": "error", "control_tokens": "error"}
-    renderer = Renderer(tokenizer, task, **settings)
+    renderer = Renderer(tokenizer, TASKS[task], **settings)
     return SimpleNamespace(
         tokenizer=tokenizer, renderer=renderer, recipe=SimpleNamespace(task=task), weights=SimpleNamespace(name="tiny")
     )
@@ -100,7 +101,7 @@ def test_exported_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def on_day(head: str) -> Any:
     one = source("<|im_start|>system\n" + head + "<|im_end|>\n" + template("chatml"))
     options: Any = {"max_tokens": None, "too_long": "error", "control_tokens": "error", "date": "2026-11-20"}
-    one.renderer = Renderer(one.tokenizer, "chat", **options)
+    one.renderer = Renderer(one.tokenizer, TASKS["chat"], **options)
     return one
 
 

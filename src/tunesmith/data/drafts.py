@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.tokenizer import ControlTokens
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
+from tunesmith.types import Example, ModelKind, Part, Problem, Source
 
 TooLong = Literal["error", "drop", "cut"]
 
@@ -42,6 +42,22 @@ OnCut = Callable[[int], None]
 
 def ignore_cut(num_tokens: int) -> None:
     """An `OnCut`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """Everything that a task's encoder of rows is made from."""
+
+    tokenizer: Any
+    fast: FastTokenizer
+    limit: LengthLimit
+    kind: ModelKind
+    stride: int | None
+    """Tokens from the start of one window of a document to that of the next."""
+    prompt: str | None
+    """`data.prompt`."""
+    date: str | None
+    """The date that a chat template writes; None: today."""
 
 
 class RowEncoder:

@@ -164,7 +164,7 @@ class FileExamples:
             for problem in parsed:
                 self.on_problem(problem)
             return None
-        if record.keys() - _KNOWN[shape]:
+        if record.keys() - set(FORMATS[shape].FIELDS):
             self._ignore(record, source, shape)
         if self.keep is not None:
             parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))
@@ -264,7 +264,7 @@ class FileExamples:
         shape = find_shape(record, task=self.task, answered=self.answered)
         if self.shape is not None and shape is None:
             shape = find_shape(record)  # of another task
-        if self.shape is not None and (shape is None or _KNOWN[shape] <= _KNOWN[self.shape]):
+        if self.shape is not None and (shape is None or set(FORMATS[shape].FIELDS) <= set(FORMATS[self.shape].FIELDS)):
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task)
@@ -295,7 +295,7 @@ class FileExamples:
         ]
 
     def _ignore(self, record: dict[str, Any], source: Source, shape: Shape) -> None:
-        for name in record.keys() - _KNOWN[shape] - self.ignored.keys() - set(self.keep or ()):
+        for name in record.keys() - set(FORMATS[shape].FIELDS) - self.ignored.keys() - set(self.keep or ()):
             self._ignore_one(name, source)
 
     def _ignore_one(self, name: str, source: Source) -> None:
@@ -315,7 +315,6 @@ def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
 
 
 _ANSWER: Mapping[Shape, str] = {"text_label": "label", "tokens_tags": "tags", "document_summary": "summary"}
-_KNOWN = {name: frozenset(module.FIELDS) for name, module in FORMATS.items()}
 
 
 def content_hash(example: Example) -> int:

@@ -10,15 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.chat import ChatEncoder
-from tunesmith.data.classification import ClassificationEncoder
-from tunesmith.data.completion import CompletionEncoder, Seq2SeqEncoder
-from tunesmith.data.documents import DocumentEncoder, MaskedDocumentEncoder
-from tunesmith.data.drafts import Draft, LengthLimit, OnCut, RowEncoder, TooLong, ignore_cut
-from tunesmith.data.summarization import SummarizationEncoder, summary_prompt
-from tunesmith.data.tagging import TaggingEncoder
+from tunesmith.data.drafts import Draft, EncoderSettings, LengthLimit, OnCut, RowEncoder, TooLong, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer, fingerprint
-from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, TaskName
+from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, Task
 
 Encoded = list[Row] | list[Problem]
 
@@ -35,7 +29,7 @@ class Renderer:
     def __init__(
         self,
         tokenizer: Any,
-        task_name: TaskName,
+        task: Task,
         *,
         kind: ModelKind = "causal",
         max_tokens: int | None,
@@ -48,14 +42,14 @@ class Renderer:
         fast = FastTokenizer(tokenizer)
         limit = LengthLimit(max_tokens, too_long)
         self.tokenizer = tokenizer
-        self.task_name = task_name
+        self.task_name = task.name
         self.kind = kind
         self.max_tokens = max_tokens
         self.too_long = too_long
         self.control_tokens = control_tokens
         self.stride = stride
         self.prompt = prompt
-        self._encoder = self._make_encoder(fast, limit, date)
+        self._encoder: RowEncoder = task.encoder(EncoderSettings(tokenizer, fast, limit, kind, stride, prompt, date))
         self.date = date if "strftime_now" in self._encoder.template_text else None
         """The day that the chat template writes; None: none, or today."""
         self._control = self._encoder.control
@@ -107,24 +101,6 @@ class Renderer:
         of tokens that were cut off. Raises `DataError` when the template refuses the parts.
         """
         return self._encoder.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
-
-    def _make_encoder(self, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> RowEncoder:
-        tokenizer, kind = self.tokenizer, self.kind
-        prompt = summary_prompt(self.prompt, kind) if self.task_name == "summarize" else ""
-        if self.task_name == "classify":
-            return ClassificationEncoder(tokenizer, fast, limit, kind)
-        if self.task_name == "tag":
-            return TaggingEncoder(tokenizer, fast, limit, kind)
-        if self.task_name == "text":
-            return (MaskedDocumentEncoder if kind == "encoder" else DocumentEncoder)(
-                tokenizer, fast, limit, self.stride
-            )
-        if kind == "encoder_decoder":
-            return Seq2SeqEncoder(tokenizer, fast, limit, prompt)
-        if self.task_name == "summarize":
-            return SummarizationEncoder(tokenizer, fast, limit, prompt, date)
-        is_chat = self.task_name == "chat"
-        return ChatEncoder(tokenizer, fast, limit, date) if is_chat else CompletionEncoder(tokenizer, fast, limit)
 
     def control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""

@@ -139,7 +139,7 @@ def _instruction_renderer(tokenizer: Any) -> Renderer | None:
         if not (task.is_chat or (task.raw_text and task.writes_answers)):
             continue
         try:
-            return Renderer(tokenizer, task.name, max_tokens=None, too_long="error", control_tokens="allow")
+            return Renderer(tokenizer, task, max_tokens=None, too_long="error", control_tokens="allow")
         except ModelError:
             continue
     return None

@@ -376,7 +376,7 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
     """The renderer of a resolved recipe."""
     return Renderer(
         tokenizer,
-        resolved(recipe.task),
+        TASKS[resolved(recipe.task)],
         kind=kind,
         max_tokens=resolved(recipe.data.max_tokens),
         too_long=resolved(recipe.data.too_long),

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 from pydantic.fields import FieldInfo
 
 from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup
-from tunesmith.recipe.schema import DataFile, Recipe
+from tunesmith.recipe.schema import DataFile, OneOf, Recipe
 from tunesmith.recipe.yaml_io import dump
 
 _WIDTH = 110
@@ -143,6 +143,9 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
     elif origin is Literal:
         for word in arguments:
             yield str(word), "", True
+    elif words := next((found.words for found in metadata if isinstance(found, OneOf)), None):
+        for word in words:
+            yield word, "", True
     elif origin is tuple and Ellipsis not in arguments:
         bounds = next(_alternatives(arguments[0], []))[1]
         yield f"a list of {len(arguments)} numbers", f", each{bounds}" if bounds else "", False

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, OptionGroup, Positive, Words
 
@@ -283,6 +284,23 @@ class ExportOptions(OptionGroup):
     support are refused before the first step."""
 
 
+TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag"]
+"""Values of `task`; `tasks.register` adds to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """The words that an option takes, from a list that can grow."""
+
+    words: list[str]
+
+
+def _known_task(name: str) -> str:
+    if name not in TASK_NAMES:
+        raise PydanticCustomError("literal_error", "no such task")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """Place of the model of a run now; see `tunesmith.recipe.origin`."""
@@ -303,7 +321,7 @@ class Recipe(OptionGroup):
     """Commit, tag or branch of a hub id."""
     name: str | None = None
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
-    task: Literal["auto", "chat", "generate", "text", "summarize", "classify", "tag"] = "auto"
+    task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, or a
     tag for each word. auto: detected from the rows."""
     method: Method = AutoMethod()

@@ -9,8 +9,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.schema import Loss
+from tunesmith.recipe.docs import options
+from tunesmith.recipe.schema import TASK_NAMES, Loss
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
 
 TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG)}
 """By name. `bind` gives a task its classes and losses before it is trained."""
+
+
+def register(task: Task) -> None:
+    """Add a task from outside of this package: recipes and data formats then know its name."""
+    TASKS[task.name] = task
+    SHAPES[task.name] = task.shapes
+    if task.name not in TASK_NAMES:
+        TASK_NAMES.append(task.name)
+        options.cache_clear()
 
 
 def task_of(shape: Shape) -> Task | None:

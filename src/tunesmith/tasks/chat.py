@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
+
+if TYPE_CHECKING:
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.chat import ChatEncoder
+
+    return ChatEncoder(settings.tokenizer, settings.fast, settings.limit, settings.date)
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -20,6 +29,7 @@ CHAT = Task(
     heads={"causal": "next_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
+    encoder=_encoder,
     record=_record,
     is_chat=True,
     writes_answers=True,

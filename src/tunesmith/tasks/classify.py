@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.tasks.losses import sequence_loss_sum, sequence_measure
 from tunesmith.types import Task
+
+if TYPE_CHECKING:
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.classification import ClassificationEncoder
+
+    return ClassificationEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind)
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -19,6 +28,7 @@ CLASSIFY = Task(
     heads={"encoder": "sequence", "causal": "sequence"},
     loss_sum=sequence_loss_sum,
     measure=sequence_measure,
+    encoder=_encoder,
     record=_record,
     learns_classes=True,
     takes_pairs=True,

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
+
+if TYPE_CHECKING:
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.completion import Seq2SeqEncoder
+    from tunesmith.data.summarization import SummarizationEncoder, summary_prompt
+
+    prompt = summary_prompt(settings.prompt, settings.kind)
+    if settings.kind == "encoder_decoder":
+        return Seq2SeqEncoder(settings.tokenizer, settings.fast, settings.limit, prompt)
+    return SummarizationEncoder(settings.tokenizer, settings.fast, settings.limit, prompt, settings.date)
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -19,6 +32,7 @@ SUMMARIZE = Task(
     heads={"causal": "next_token", "encoder_decoder": "next_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
+    encoder=_encoder,
     record=_record,
     has_prompt=True,
     writes_answers=True,

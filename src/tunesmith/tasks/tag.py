@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.tasks.losses import word_loss_sum, word_measure
 from tunesmith.types import Task
+
+if TYPE_CHECKING:
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.tagging import TaggingEncoder
+
+    return TaggingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind)
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -20,6 +29,7 @@ TAG = Task(
     heads={"encoder": "tokens", "causal": "tokens"},
     loss_sum=word_loss_sum,
     measure=word_measure,
+    encoder=_encoder,
     record=_record,
     learns_classes=True,
     by_word=True,

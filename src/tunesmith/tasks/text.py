@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
+
+if TYPE_CHECKING:
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.documents import DocumentEncoder, MaskedDocumentEncoder
+
+    return (MaskedDocumentEncoder if settings.kind == "encoder" else DocumentEncoder)(
+        settings.tokenizer, settings.fast, settings.limit, settings.stride
+    )
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -19,6 +30,7 @@ TEXT = Task(
     heads={"causal": "next_token", "encoder": "masked_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
+    encoder=_encoder,
     record=_record,
     raw_text=True,
     answer_key="continuation",

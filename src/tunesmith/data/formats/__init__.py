@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from tunesmith.data.formats import (
@@ -18,7 +17,7 @@ from tunesmith.data.formats import (
 )
 from tunesmith.types import Shape, TaskName
 
-FORMATS: Mapping[Shape, ModuleType] = {
+FORMATS: dict[Shape, Any] = {
     module.NAME: module
     for module in (messages, sharegpt, alpaca, prompt_completion, document_summary, text_label, tokens_tags, text)
 }
@@ -29,7 +28,7 @@ FIELDS = tuple(dict.fromkeys(field for module in FORMATS.values() for field in m
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
-SHAPES: Mapping[TaskName, tuple[Shape, ...]] = {
+SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "chat": CHATS,
     "generate": CHATS,  # of which it takes those that are plain pairs, and says so row by row
     "text": ("text",),
