@@ -18,7 +18,6 @@ from tunesmith.data.completion import CompletionEncoder
 from tunesmith.data.drafts import EncoderSettings, RowEncoder
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import schema
-from tunesmith.recipe.docs import options
 from tunesmith.recipe.load import validate
 from tunesmith.tasks import TASKS, register
 from tunesmith.tasks.losses import token_loss_sum, token_measure
@@ -69,7 +68,6 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     schema.TASK_NAMES.remove("echo")
     del TASKS["echo"], formats.SHAPES["echo"]
-    options.cache_clear()
 
 
 def rows(path: Path, num: int, seed: int) -> Path:

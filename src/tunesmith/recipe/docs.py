@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 from pydantic.fields import FieldInfo
 
 from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup
-from tunesmith.recipe.schema import DataFile, OneOf, Recipe
+from tunesmith.recipe.schema import TASK_NAMES, DataFile, OneOf, Recipe
 from tunesmith.recipe.yaml_io import dump
 
 _WIDTH = 110
@@ -60,11 +60,11 @@ class Option:
 
 def options() -> Mapping[str, Option]:
     """Every option by its dotted key, in the order of declaration."""
-    return _options(tuple(METHOD_OPTIONS))
+    return _options(tuple(METHOD_OPTIONS), tuple(TASK_NAMES))
 
 
 @functools.cache
-def _options(words: tuple[str, ...]) -> Mapping[str, Option]:
+def _options(words: tuple[str, ...], tasks: tuple[str, ...]) -> Mapping[str, Option]:
     found: dict[str, Option] = {}
     for option in _options_of(Recipe, "", ()):
         before = found.get(option.key)

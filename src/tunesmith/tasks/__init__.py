@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.docs import options
 from tunesmith.recipe.schema import TASK_NAMES, Loss
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
@@ -35,7 +34,6 @@ def register(task: Task) -> None:
     SHAPES[task.name] = task.shapes
     if task.name not in TASK_NAMES:
         TASK_NAMES.append(task.name)
-        options.cache_clear()
 
 
 def task_of(shape: Shape) -> Task | None:
