@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
 from tunesmith.data.examples import both_hashes, content_hash, input_hash
-from tunesmith.data.split import choose_share, few_note, held_out_mask, split_note
+from tunesmith.data.hold_out import choose_share, few_note, held_out_mask, split_note
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, Part, Source, TaskName
 

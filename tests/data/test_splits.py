@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
+from tunesmith.data.hold_out import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.split import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, first_example
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
@@ -137,7 +137,7 @@ def test_few_measured_rows_are_of_every_class(tmp_path: Path):
 
 
 def test_the_smallest_hashes_alone_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.data.split.measured", lambda hashes, classes, most: np.argsort(hashes)[:most])
+    monkeypatch.setattr("tunesmith.data.hold_out.measured", lambda hashes, classes, most: np.argsort(hashes)[:most])
     with pytest.raises(AssertionError):
         every_class_is_measured(imbalanced(tmp_path, 10), 10)
 

@@ -19,9 +19,9 @@ from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.formats import SHAPES
+from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.read import expand_folders
-from tunesmith.data.split import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Shape, Source, TaskName

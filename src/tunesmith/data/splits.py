@@ -16,10 +16,10 @@ from tunesmith.data.columns import check_columns_exist
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import OnProblem, content_hash, examples
 from tunesmith.data.formats import SHAPES
+from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.split import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic

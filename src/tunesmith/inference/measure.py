@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
+from tunesmith.data.hold_out import split
 from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, weights_of
 from tunesmith.data.read import expand_folders
-from tunesmith.data.split import split
 from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval
