@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportedModel, ExportOptions
 from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import make_renderer
-from tunesmith.recipe.load import validate
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 from tunesmith.types import Part
@@ -31,9 +29,6 @@ HOPS = {
     "gguf q8_0": ("gguf", ExportOptions(quant="q8_0")),
     "gguf-adapter": ("gguf-adapter", ExportOptions(quant="f16")),
 }
-SMOLLM2 = Path(
-    os.environ.get("TUNESMITH_SMOLLM2_GGUF", Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct.gguf")
-)
 
 
 def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,31 +47,6 @@ def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyP
             f"{hop} in llama.cpp" for hop in bounds if "gguf" in hop
         }
         assert all(value < 1e-2 for hop, value in kl.items() if " in llama.cpp" in hop), kl
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it, or TUNESMITH_SMOLLM2_GGUF names it")
-@pytest.mark.timeout(3600)
-def test_a_phrase_survives_every_hop_of_smollm2(tmp_path: Path) -> None:
-    """Each hop in a process of its own; its numbers are printed."""
-    say_the_phrase(tmp_path / "chats.jsonl", 4)
-    recipe = validate(
-        {
-            "model": str(SMOLLM2),
-            "task": "chat",
-            "method": {"name": "lora", "rank": 8, "targets": ["attention"]},
-            "data": {"train": [str(tmp_path / "chats.jsonl")], "held_out": 0},
-            "optim": {"lr": 2e-3},
-            "train": {"epochs": 8, "rows_per_step": 4},
-            "evaluation": {"samples": 1, "sample_tokens": 2, "surprising": 0, "general": False},
-            "checkpoint": {"every": 99},
-            "precision": "float32",
-            "device": "cpu",
-        }
-    )
-    run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
-    for hop, kl in survived(run, tmp_path).items():
-        print(f"{hop}: KL {kl:.1e} nats, the phrase to the letter")
 
 
 def say_the_phrase(path: Path, num: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from tiny import template, tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError
 from tunesmith.export import adapter as adapter_module
-from tunesmith.export import export_run as export_run_module
 from tunesmith.export import gguf as gguf_module
 from tunesmith.export import gguf_tokenizer, ollama
 from tunesmith.export.export_run import Exported, export_run
@@ -246,13 +244,3 @@ def test_tokenizer_files_go_out_byte_for_byte(tmp_path: Path, monkeypatch: pytes
 def assert_same_bytes(run: Run, target: str, folder: Path) -> None:
     found = exported(run, target, folder).path / "tokenizer.json"
     assert found.read_bytes() == (Path(run.recipe().model) / "tokenizer.json").read_bytes()
-
-
-def test_a_moved_adapter_still_knows_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Onto another machine, or into another person's folder: nothing in it says where it was made."""
-    done = exported(of_architecture("llama"), "adapter", tmp_path)
-    shutil.move(done.path, tmp_path / "elsewhere")
-    said = "".join(path.read_text() for path in (tmp_path / "elsewhere").glob("*.json"))
-    assert str(Path(of_architecture("llama").recipe().model).parent) not in said
-    assert json.loads((tmp_path / "elsewhere" / "base.json").read_text())["sha256"]
-    assert export_run_module.CHECK_FILE in {path.name for path in (tmp_path / "elsewhere").iterdir()}
