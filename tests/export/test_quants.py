@@ -165,7 +165,7 @@ def test_room_is_counted_for_what_is_only_there_meanwhile(monkeypatch: pytest.Mo
     """The file that the quantizer reads; the base that llama.cpp puts an adapter on."""
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     source = open_result(of_architecture("llama", hidden=256), offline=True)
-    num_params = gguf_module.size(source.weights).num_params
+    num_params = gguf_module.model_size(source.weights).num_params
     assert TARGETS["gguf"].num_bytes(source, ExportOptions(quant="f16")) == 2 * num_params
     assert TARGETS["gguf"].num_bytes(source, ExportOptions(quant="q4_k_m")) >= int(
         2 * num_params + num_params * 8.5 / 8

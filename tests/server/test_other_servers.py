@@ -131,7 +131,7 @@ def test_a_name_is_never_read_as_an_option(monkeypatch: pytest.MonkeyPatch) -> N
         (["--print"], "--engine vllm or llama.cpp"),
         (["--engine", "vllm", "--streams", "4", "--grace", "3"], "--streams, --grace: for --engine own only"),
         (["--engine", "vllm", "--print", "--host", "0.0.0.0"], "needs an API key"),
-        (["--engine", "llama.cpp", "--print", "other"], "llama.cpp serves one model by its name"),
+        (["--engine", "llama.cpp", "--print", "other"], "llama.cpp serves one model"),
         (["--engine", "vllm", "--print", "nowhere/model", "--offline"], "nowhere/model"),
     ],
 )
