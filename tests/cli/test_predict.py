@@ -343,7 +343,7 @@ def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
     lines = told(predict(run.path, "-", "--bare", given="".join(f"{text}\n" for text in said)))
     labels = [line["label"] for line in lines]
     assert [line["label"] for line in package.predict(run, said, offline=True)] == labels
-    assert set(labels) <= {"fruit", "none"}
+    assert set(labels) <= {"fruit", "place"}
     measures = package.evaluate(run, held_out(run), offline=True)
     assert measures["accuracy"]["low"] <= measures["accuracy"]["value"] <= measures["accuracy"]["high"]
 

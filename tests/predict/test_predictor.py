@@ -114,7 +114,7 @@ def test_a_word_without_a_token_is_tagged_outside_and_counted(tmp_path: Path, ha
         assert warned == ["cut", "no_tag"]
     else:
         assert isinstance(line, Problem)
-        assert "8 of its words have no token that was read, and no tag stands for none" in str(line)
+        assert "8 of its words have no token that was read, and the model has no tag for that" in str(line)
 
 
 def test_a_threshold_says_when_the_second_of_two_classes_is_answered(tmp_path: Path) -> None:
