@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
         ("serve", {"fastapi", "uvicorn", "h11", "prometheus-client"}),
         ("bleu", {"sacrebleu"}),
         ("llama-cpp", {"llama-cpp-python"}),
-        ("json", {"xgrammar"}),
+        ("json", {"llguidance"}),
     ],
 )
 def test_the_command_names_the_packages_and_this_python(extra: str, packages: set[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from export.exports import quick
-from inference.batches import run as run_batch
-from inference.engines import says
+from serve.batches import run as run_batch
+from serve.engines import says
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
@@ -21,9 +21,9 @@ from tunesmith.inference.load import load_any, load_run
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
-from tunesmith.serve.batch import Batch
 from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.serving import open_serving
+from tunesmith.serve.registry import open_registry
+from tunesmith.serve.scheduler import Scheduler
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
@@ -139,10 +139,10 @@ def test_an_adapter_for_llama_cpp_is_of_our_own_lora(straight: Run, tmp_path: Pa
 def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     notes: list[str] = []
     options = EngineOptions(max_new_tokens=16, threads=1, offline=True)
-    serving = open_serving([str(straight.path)], root=Path("runs"), options=options, note=notes.append)
-    voice = serving.voices[straight.path.name]
-    ask = says(voice.served.name, "hello dog", max_tokens=8)
-    heard = run_batch(Batch(voice.decoder, streams=1), voice.job(0, ask, options))
+    serving = open_registry([str(straight.path)], root=Path("runs"), options=options, note=notes.append)
+    voice = serving.models[straight.path.name]
+    ask = says(voice.card.name, "hello dog", max_tokens=8)
+    heard = run_batch(Scheduler(voice.decoder, streams=1), voice.prepare(0, ask, options))
     tuned = load_run(straight)
     [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
     assert heard[0].texts[0] == alone.text

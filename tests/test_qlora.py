@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.engines import OPTIONS
+from serve.engines import OPTIONS
 from test_resume import same_run, stop_at
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, Stopped
@@ -23,7 +23,7 @@ from tunesmith.export.verify import ExportComparison, compare
 from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.runs.folder import Run
-from tunesmith.serve.serving import open_serving
+from tunesmith.serve.registry import open_registry
 from tunesmith.training.trainer import resume, train
 
 
@@ -121,8 +121,8 @@ def test_it_is_served_from_the_quantised_base_and_beside_no_other(finished: Run)
     """The proof before the first ask holds on it, and a base that is not quantised is another one."""
     notes: list[str] = []
     root = finished.path.parent
-    serving = open_serving([str(finished.path)], root=root, options=OPTIONS, note=notes.append)
-    assert finished.path.name in serving.voices
+    serving = open_registry([str(finished.path)], root=root, options=OPTIONS, note=notes.append)
+    assert finished.path.name in serving.models
     assert any("the base itself answers quantised too" in note for note in notes)
     with pytest.raises(InputError, match=rf"in {finished.recipe().method.quant}.*Serve apart"):
-        open_serving([str(finished.path), finished.recipe().model], root=root, options=OPTIONS, note=notes.append)
+        open_registry([str(finished.path), finished.recipe().model], root=root, options=OPTIONS, note=notes.append)

@@ -70,18 +70,18 @@ def generate(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
 def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """The batch of the engine, every request at once."""
     from tunesmith.inference.load import load_model
-    from tunesmith.serve.adapters import Adapters
-    from tunesmith.serve.batch import Batch, Job
-    from tunesmith.serve.decoder import Together
+    from tunesmith.serve.adapters import AdapterSet
+    from tunesmith.serve.decoder import BatchedDecoder
+    from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 
     speaker = load_model(job["model"], offline=True)
-    decoder = Together(speaker.model, Adapters(speaker.model))
+    decoder = BatchedDecoder(speaker.model, AdapterSet(speaker.model))
 
-    class Kept(Batch):
+    class Kept(Scheduler):
         """Which notes the tokens beside the text."""
 
         def _write(self, answer: Any, choice: Any) -> Any:
-            kept[answer.job.key].append(choice.token_id)
+            kept[answer.request.key].append(choice.token_id)
             return super()._write(answer, choice)
 
     kept: dict[int, list[int]] = {}
@@ -92,7 +92,7 @@ def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
         for key, prompt in enumerate(prompts):
             kept[key] = []
             tokenizer = speaker.renderer.tokenizer
-            batch.add(Job(key, tuple(prompt), tokenizer, max_new_tokens=job["new_tokens"]))
+            batch.add(PreparedRequest(key, tuple(prompt), tokenizer, max_new_tokens=job["new_tokens"]))
         while batch.is_busy:
             batch.step()
         return [list(kept[key]) for key in range(len(prompts))]

@@ -24,9 +24,8 @@ from tunesmith.data.chat_template import ChatTemplate, Request, TemplateRefusal
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import for_child
 from tunesmith.errors import ModelError
-from tunesmith.serve.call_formats import call_format
 from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.serving import open_serving
+from tunesmith.serve.registry import open_registry, tool_call_format
 from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
 
@@ -185,9 +184,9 @@ def test_a_loop_for_tools_alone_does_not_hang_a_server(tmp_path: Path) -> None:
     (Path(recipe.model) / "chat_template.jinja").write_text(WITH_TOOLS + CHATML, "utf-8")
     run = training.train(recipe, root=tmp_path / "runs", offline=True)  # no row has tools
     with pytest.raises(ModelError, match=TIME):
-        open_serving([str(run.path)], root=tmp_path, options=EngineOptions(offline=True), note=lambda text: None)
+        open_registry([str(run.path)], root=tmp_path, options=EngineOptions(offline=True), note=lambda text: None)
     with pytest.raises(ModelError, match=TIME):
-        call_format(tiny_tokenizer(WITH_TOOLS + CHATML))
+        tool_call_format(tiny_tokenizer(WITH_TOOLS + CHATML))
 
 
 @pytest.mark.parametrize("command", ["check", "train", "plan"])

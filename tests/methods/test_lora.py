@@ -20,7 +20,7 @@ from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
 from tunesmith.recipe.schema import Optim
-from tunesmith.serve.adapters import Adapters
+from tunesmith.serve.adapters import AdapterSet
 
 VOCAB = 61
 
@@ -325,12 +325,12 @@ def test_an_adapter_knows_whether_it_can_share_its_base(settings: LowRankMethod,
     assert attachment.unshareable == why
     randomise(attachment)
     live = logits(model)
-    shared = Adapters(model)
+    shared = AdapterSet(model)
     if why is not None:
         with pytest.raises(ModelError, match=r"^mine: .*cannot be shared with other adapters. Export it as merged"):
             shared.take("mine", attachment)
         return
     shared.take("mine", attachment)
     shared.install()
-    with shared.serving(["mine"] * some_ids().numel()):
+    with shared.active(["mine"] * some_ids().numel()):
         assert (logits(model) - live).abs().max() <= 1e-5

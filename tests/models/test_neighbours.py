@@ -18,9 +18,9 @@ from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
 from tunesmith.models import attention, packing_check
 from tunesmith.models.packing_check import check_packing
-from tunesmith.serve import proofs
-from tunesmith.serve.adapters import Adapters
-from tunesmith.serve.decoder import Apart
+from tunesmith.serve import startup_checks
+from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.decoder import SequentialDecoder
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 
@@ -67,7 +67,7 @@ def assert_rows_are_not_packed(kind: str) -> None:
 def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) -> None:
     assert "carry a state" in packing_check.recurrent_layer(hybrid(kind))
     assert_rows_are_not_packed(kind)
-    assert "carry a state" in proofs.why_apart(hybrid(kind), Adapters(hybrid(kind)))
+    assert "carry a state" in startup_checks.why_sequential(hybrid(kind), AdapterSet(hybrid(kind)))
 
 
 @pytest.mark.parametrize("kind", ["recurrent_gemma"])
@@ -91,13 +91,13 @@ def test_sound_models_are_packed_as_ever(arch: str) -> None:
     assert packing_check.recurrent_layer(model) == ""
     found = check_packing(model, "causal", rows_of((37, 11, 20)))
     assert found.ok, found
-    assert proofs.why_apart(model, Adapters(model)) == ""
+    assert startup_checks.why_sequential(model, AdapterSet(model)) == ""
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_a_model_that_is_decoded_apart_says_what_it_says_alone_or_is_refused(kind: str) -> None:
     model = hybrid(kind)
-    problem = proofs.why_not_apart(model, Adapters(model))
+    problem = startup_checks.why_single(model, AdapterSet(model))
     assert (REFUSED.get(kind, "") in problem) if kind in REFUSED else problem == ""
 
 
@@ -191,16 +191,16 @@ def logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def test_texts_are_decoded_apart_where_one_can_cross_the_border() -> None:
     """And one that crosses while it is written says what the model says of it whole."""
     model = longrope()
-    adapters = Adapters(model)
-    assert proofs.why_apart(model, adapters, longest=BORDER) == ""
-    assert "changes the positions" in proofs.why_apart(model, adapters, longest=BORDER + 1)
-    decoder = Apart(model, adapters)
+    adapters = AdapterSet(model)
+    assert startup_checks.why_sequential(model, adapters, longest=BORDER) == ""
+    assert "changes the positions" in startup_checks.why_sequential(model, adapters, longest=BORDER + 1)
+    decoder = SequentialDecoder(model, adapters)
     ids = torch.randint(3, VOCAB, (BORDER + 4,), generator=torch.Generator().manual_seed(0)).tolist()
-    lane = decoder.begin(None, BORDER - 4)
-    decoder.step({}, [(lane, ids[: BORDER - 4])])
-    [lane] = decoder.join(lane, 1)
+    slot = decoder.begin(None, BORDER - 4)
+    decoder.step({}, [(slot, ids[: BORDER - 4])])
+    [slot] = decoder.join(slot, 1)
     for num in range(BORDER - 4, BORDER + 4):
-        _, [said] = decoder.step({lane: ids[num]}, [])
+        _, [said] = decoder.step({slot: ids[num]}, [])
         torch.testing.assert_close(said, logits(model, ids[: num + 1]), atol=1e-4, rtol=1e-4)
 
 

@@ -12,7 +12,7 @@ from tunesmith.cli.options import Json
 
 EXTRAS = {
     "serve": ("fastapi uvicorn prometheus_client", "a server that answers as OpenAI's API does"),
-    "json": ("xgrammar", "answers that follow a JSON schema, on the server"),
+    "json": ("llguidance", "answers that follow a JSON schema, on the server"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
     "peft": ("peft", "the methods of PEFT"),
     "schedulefree": ("schedulefree", "optimizers without a schedule"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.render import visible
-from tunesmith.cli.serving import Access, check_extra, refuse_open_door
+from tunesmith.cli.server import Access, check_extra, refuse_open_door
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 
@@ -42,8 +42,8 @@ def serve_elsewhere(
         raise InputError(f"{options}: for --engine own only. Start {engine} by hand with the command of --print.")
     check_extra()
     from tunesmith.export.server_commands import llama_cpp_command, vllm_command
-    from tunesmith.serve.keys import read_keys
-    from tunesmith.serve.listening import bind
+    from tunesmith.serve.http import bind
+    from tunesmith.serve.middleware import read_keys
 
     program = PROGRAMS[engine]
     path = shutil.which(program) or _in_environment(program)

@@ -14,26 +14,23 @@ Targets = Annotated[
     list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name.")
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")]
 KeyFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="API keys that are let in, one a line; or one in TUNESMITH_API_KEY.")
+    Path | None, typer.Option(metavar="FILE", help="Accepted API keys, one a line; or one in TUNESMITH_API_KEY.")
 ]
-Engine = Annotated[
-    str, typer.Option(metavar="own|vllm|llama.cpp", help="Who answers; the others have to be installed.")
-]
-Print = Annotated[bool, typer.Option("--print", help="Show the command of vllm or llama.cpp, and do nothing.")]
+Engine = Annotated[str, typer.Option(metavar="own|vllm|llama.cpp", help="Engine; the others have to be installed.")]
+Print = Annotated[bool, typer.Option("--print", help="Print the command of vllm or llama.cpp, and do nothing.")]
 Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
-Queue = Annotated[int, typer.Option(min=0, help="Requests that wait for a place at most.")]
-Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt; without, what the model's window takes.")]
+Queue = Annotated[int, typer.Option(min=0, help="Most requests that wait for a place.")]
+Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt (default: the model's context window).")]
 Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Memory = Annotated[
-    float | None,
-    typer.Option(min=0.1, help="Memory at which the model is started again; without, 90 % of the machine's."),
+    float | None, typer.Option(min=0.1, help="Memory at which the model is restarted (default: 90 % of the machine).")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model; without, one a core.")]
-Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For what is under way at the end.")]
-Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A name by which this server is asked.")]
-Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may ask from a browser.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")]
+Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests under way at the end.")]
+Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further name of this server.")]
+Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may send requests.")]
 
 
 def serve(
@@ -59,7 +56,7 @@ def serve(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does, with tuned models and their base.
+    """Serve tuned models and their base over HTTP, with OpenAI's API.
 
     tunesmith serve last
 
@@ -67,7 +64,8 @@ def serve(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.other_servers import ENGINES, serve_elsewhere
-    from tunesmith.cli.serving import Access, serve_own
+    from tunesmith.cli.server import Access, ServerOutput, serve_own
+    from tunesmith.cli.streams import console
     from tunesmith.serve.protocol import EngineOptions
 
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
@@ -80,14 +78,9 @@ def serve(
         how = {"root": root, "offline": offline, "base": model, "only_print": only_print, "as_json": as_json}
         serve_elsewhere(engine, targets, access, given, how)
         return
+    memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     options = EngineOptions(
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        streams=streams,
-        queue=queue,
-        memory_limit_bytes=None if memory_gib is None else int(memory_gib * 2**30),
-        threads=threads,
-        offline=offline,
-        base=model,
+        max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
     )
-    serve_own(targets, access, options, root=root, grace_s=grace, quiet=quiet, as_json=as_json)
+    output = ServerOutput(console(stderr=as_json), quiet, as_json)
+    serve_own(targets, access, options, root=root, grace_s=grace, output=output)

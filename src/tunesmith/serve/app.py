@@ -1,50 +1,235 @@
-"""The app: the routes over one engine, behind the gate."""
+"""The web application: routes over one engine, the chat page at `/` and the metrics, behind the access rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import hashlib
+import re
+import secrets
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunesmith import __version__
-from tunesmith.serve.gate import Answered, Gate, Rules
-from tunesmith.serve.metrics import Metrics
-from tunesmith.serve.page import page
-from tunesmith.serve.protocol import Engine, Refused
-from tunesmith.serve.refusals import Refusal, on_fault, on_http_error, on_invalid, on_refused
-from tunesmith.serve.routes import json_response, make_router
+from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
+from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError
+from tunesmith.serve.request_schemas import (
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    EmbeddingBody,
+    SampledBody,
+    StrictRoute,
+)
+from tunesmith.serve.responses import (
+    ChatFormat,
+    CompletionFormat,
+    Events,
+    EventStream,
+    Format,
+    Usage,
+    json_response,
+    merge_streams,
+    on_error,
+    whole_answer,
+    with_tool_calls,
+)
+
+_ROUTES = {"text": "/v1/chat/completions or /v1/completions", "labels": "/v1/classify", "embeddings": "/v1/embeddings"}
+_PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
-def make_app(engine: Engine, rules: Rules, listeners: Sequence[Callable[[Answered], None]] = ()) -> Gate:
-    """An ASGI app that answers with `engine`. `listeners` are told of each request that has ended."""
-    # No pages of documentation: theirs load scripts from elsewhere. /openapi.json says the same.
+def make_app(
+    engine: Engine, policy: AccessPolicy, listeners: Sequence[Callable[[RequestLog], None]] = ()
+) -> AccessMiddleware:
+    """An ASGI app that answers with `engine`. Each listener is called for every request that has ended."""
+    # No documentation pages: theirs load scripts from elsewhere. /openapi.json has the same content.
     api = FastAPI(title="tunesmith", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for kind, handler in (
-        (Refusal, on_refused),
-        (Refused, on_refused),
-        (HTTPException, on_http_error),
-        (RequestValidationError, on_invalid),
-        (Exception, on_fault),
-    ):
-        api.add_exception_handler(kind, handler)
+    for kind in (RequestError, HTTPException, RequestValidationError, Exception):
+        api.add_exception_handler(kind, on_error)
     api.include_router(make_router(engine))
-    api.add_api_route("/", page, include_in_schema=False)
+    page_headers = {"Content-Security-Policy": _page_policy(), "Referrer-Policy": "no-referrer"}
     metrics = Metrics(engine)
+
+    @api.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(_PAGE, 200, page_headers, "text/html")
 
     @api.get("/health")
     async def health() -> Response:
-        """Whether the model can answer: 200, or 503 while it is started again."""
+        """200 while the model can answer, 503 while it is started again."""
         state = engine.state()
-        said = {"status": "ok" if state.alive else "starting", "models": [served.name for served in engine.served]}
-        return json_response({**said, "engine": asdict(state)}, 200 if state.alive else 503)
+        body = {"status": "ok" if state.alive else "starting", "models": [card.name for card in engine.served]}
+        return json_response({**body, "engine": asdict(state)}, 200 if state.alive else 503)
 
     @api.get("/metrics")
     async def read_metrics() -> Response:
         """Counters for Prometheus."""
-        return metrics.response()
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return Gate(api, rules, [metrics.count, *listeners])
+    return AccessMiddleware(api, policy, [metrics.count, *listeners])
+
+
+def _page_policy() -> str:
+    """Only the page's own script and style run, and they reach this server only."""
+
+    def digest(tag: str) -> str:
+        found = re.search(f"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
+        assert found is not None, f"the page has one <{tag}>"
+        return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def find_model(engine: Engine, name: str, answers: Modality | None = None) -> ModelCard:
+    """The model of that name. Raises RequestError if there is none, or if it answers something else."""
+    found = next((card for card in engine.served if card.name == name), None)
+    if found is None:
+        names = ", ".join(card.name for card in engine.served)
+        message = f"There is no model {name[:100]!r}. Served here: {names}."
+        raise RequestError(message, status=404, code="model_not_found", param="model")
+    if answers not in (None, found.answers):
+        message = f"The model {name!r} answers with {found.answers}: use {_ROUTES[found.answers]}."
+        raise RequestError(message, code="wrong_route", param="model")
+    return found
+
+
+def make_router(engine: Engine) -> APIRouter:
+    """All routes of the API over one engine."""
+    router = APIRouter(route_class=StrictRoute)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """All models."""
+        return json_response({"object": "list", "data": [_model(card) for card in engine.served]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One model."""
+        return json_response(_model(find_model(engine, name)))
+
+    @router.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """The answer to a conversation."""
+        card = find_model(engine, body.model, "text")
+        tools = tuple(body.tools) if body.tool_choice != "none" else ()
+        generation = GenerationRequest(
+            messages=tuple(body.messages), tools=tools,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            json_schema=body.response_format.wanted,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            **body.sampling,
+        )  # fmt: skip
+        events = merge_streams(engine, [generation])
+        if tools and card.calls is not None:
+            events = with_tool_calls(events, card.calls, {str(tool["function"]["name"]) for tool in tools})
+        return await _answer(events, body, request, ChatFormat(logprobs=body.logprobs, n=body.n), prefix="chatcmpl")
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """The continuation of texts."""
+        find_model(engine, body.model, "text")
+        settings = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, **body.sampling}
+        events = merge_streams(engine, [GenerationRequest(prompt=prompt, **settings) for prompt in body.prompt])
+        form = CompletionFormat(logprobs=body.logprobs is not None)
+        return await _answer(events, body, request, form, prefix="cmpl")
+
+    @router.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """A vector for each text."""
+        find_model(engine, body.model, "embeddings")
+        vectors, num_tokens = await engine.embed(body.model, body.input)
+        request.state.usage = Usage(num_tokens)
+        encode = _base64 if body.encoding_format == "base64" else list
+        data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]
+        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        return json_response({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+    @router.post("/v1/classify")
+    async def classify(body: ClassifyBody, request: Request) -> Response:
+        """A label for each text, and the probability of each class."""
+        find_model(engine, body.model, "labels")
+        lines = await engine.classify(body.model, body.input)
+        data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
+        return json_response({"object": "list", "data": data, "model": body.model})
+
+    return router
+
+
+def _model(card: ModelCard) -> dict[str, Any]:
+    fields = {"task": card.task, "answers": card.answers, "max_tokens": card.max_tokens, "base": card.is_base}
+    labels = {"labels": list(card.labels)} if card.labels else {}
+    calls = {"tool_calls": card.calls} if card.answers == "text" else {}
+    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "you", **fields, **labels, **calls}
+
+
+async def _answer(events: Events, body: SampledBody, request: Request, form: Format, *, prefix: str) -> Response:
+    """The whole answer, or a stream whose first event is there: a refusal before it still decides the status."""
+    head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    request.state.usage = usage = Usage()
+    if not body.stream:
+        return json_response(await whole_answer(events, head, form, usage))
+    try:
+        first = await anext(events)
+    except BaseException:
+        await events.aclose()
+        raise
+    shows_usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(first, events, head, form, usage, shows_usage=shows_usage)
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """float32, little-endian: what OpenAI's client requests by default."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+class Metrics:
+    """Counters of requests, and the state of the engine when they are read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self.registry)
+        labels, registry = ("route", "status"), self.registry
+        self._requests = Counter("tunesmith_requests", "Requests answered.", labels, registry=registry)
+        self._seconds = Histogram(
+            "tunesmith_request_seconds", "Time to the end of an answer.", ("route",),
+            registry=registry, buckets=_BUCKETS_S,
+        )  # fmt: skip
+
+    def count(self, log: RequestLog) -> None:
+        """A listener of the middleware."""
+        route = log.route or "none"  # never the path itself: a client can send a million different ones
+        self._requests.labels(route, str(log.status)).inc()
+        self._seconds.labels(route).observe(log.seconds)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        state = self._engine.state()
+        yield GaugeMetricFamily("tunesmith_engine_up", "1 while the model can answer.", float(state.alive))
+        yield GaugeMetricFamily("tunesmith_running", "Answers that are being written.", state.running)
+        yield GaugeMetricFamily("tunesmith_waiting", "Requests that wait for a place.", state.waiting)
+        yield GaugeMetricFamily("tunesmith_engine_rss_bytes", "Memory of the worker process.", state.rss_bytes)
+        yield CounterMetricFamily("tunesmith_engine_restarts", "Times the worker was started again.", state.restarts)
+        yield CounterMetricFamily("tunesmith_prompt_tokens", "Tokens read.", state.prompt_tokens)
+        yield CounterMetricFamily("tunesmith_completion_tokens", "Tokens written.", state.completion_tokens)

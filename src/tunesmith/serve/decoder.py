@@ -1,199 +1,183 @@
-"""The next tokens of many texts at once, each with what was read of it before.
+"""Next-token logits of many sequences, each with what was read of it before.
 
-`Together` runs all of them in one forward pass. `Apart` runs each alone with the cache of transformers: for models
-whose attention is their own, for encoder–decoders, and as what the other is held equal to.
+`BatchedDecoder` runs all of them in one forward pass. `SequentialDecoder` runs each alone with the cache of
+transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in tests.
 """
 
-# T tokens of a pass, N texts, V vocabulary
+# T tokens of a pass, N sequences, V vocabulary
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from tunesmith.models.attention import Segments, longrope_limit, packed_forward
-from tunesmith.serve.adapters import Adapters
-from tunesmith.serve.cache import Block, Cache, Lane, Pass, Rows, Span, room_for, use_cached
+from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.kv_cache import (
+    BatchLayout,
+    DecodeRows,
+    KVBlock,
+    KVCache,
+    PrefillSpan,
+    SequenceSlot,
+    room_for,
+    use_cached_attention,
+)
 
-Fill = tuple[Lane, Sequence[int]]
-"""A text whose prompt is read, and the next tokens of the prompt."""
-
-
-class Decoder(Protocol):
-    """Reads prompts and tells the next tokens of texts."""
-
-    reads_whole: bool
-    """Whether a prompt has to be read in one piece."""
-
-    def begin(self, adapter: str | None, num_tokens: int) -> Lane:
-        """A place for a prompt of so many tokens, of which nothing is read."""
-        ...
-
-    def step(self, written: Mapping[Lane, int], fills: Sequence[Fill]) -> tuple[list[Lane], Tensor]:
-        """Read one more token of every text that is written, and more of the prompts.
-
-        `written` has the newest token of every lane that has joined. Returns the lanes in some order and float32
-        [N, V]: what each says of the token after those read.
-        """
-        ...
-
-    def join(self, lane: Lane, copies: int) -> list[Lane]:
-        """The texts that go on from a prompt that has been read, whose own lane is not used any more."""
-        ...
-
-    def leave(self, lane: Lane) -> None:
-        """Forget a text."""
-        ...
-
-    def tokens_in(self, num_bytes: int) -> int | None:
-        """How many tokens' keys and values so much memory holds; None where it cannot be told."""
-        ...
+PromptPart = tuple[SequenceSlot, Sequence[int]]
+"""A sequence whose prompt is read, and the next tokens of the prompt."""
 
 
-class Together:
-    """All texts in one forward pass, their keys and values in pools."""
+class BatchedDecoder:
+    """All sequences in one forward pass, their keys and values in pools."""
 
-    def __init__(self, model: PreTrainedModel, adapters: Adapters) -> None:
-        use_cached(model)
-        self.reads_whole = False
+    reads_whole = False
+    """Whether a prompt has to be read in one part."""
+
+    def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
+        use_cached_attention(model)
         self.model = model
         self._adapters = adapters
-        self._cache = Cache()
+        self._cache = KVCache()
 
-    def begin(self, adapter: str | None, num_tokens: int) -> Lane:
-        return Lane(adapter, Block(1, room_for(num_tokens)))
-
-    @torch.inference_mode()
-    def join(self, lane: Lane, copies: int) -> list[Lane]:
-        lanes = [Lane(lane.adapter, lane.block, lane.length) for _ in range(copies)]
-        for one in lanes:
-            self._cache.join(one)
-        return lanes
+    def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
+        """A slot for a prompt of so many tokens, of which nothing has been read."""
+        return SequenceSlot(adapter, KVBlock(1, room_for(num_tokens)))
 
     @torch.inference_mode()
-    def leave(self, lane: Lane) -> None:
-        self._cache.leave(lane)
-
-    def tokens_in(self, num_bytes: int) -> int | None:
-        lane = self.begin(None, 1)
-        self.step({}, [(lane, [0])])
-        return max(0, num_bytes) // lane.block.bytes_per_token()
+    def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
+        """Sequences that continue a prompt that has been read; its own slot is not used any more."""
+        slots = [SequenceSlot(slot.adapter, slot.block, slot.length) for _ in range(copies)]
+        for one in slots:
+            self._cache.add(one)
+        return slots
 
     @torch.inference_mode()
-    def step(self, written: Mapping[Lane, int], fills: Sequence[Fill]) -> tuple[list[Lane], Tensor]:
+    def close(self, slot: SequenceSlot) -> None:
+        """Free a sequence."""
+        self._cache.free(slot.pool, slot.row)
+
+    def token_capacity(self, num_bytes: int) -> int | None:
+        """Number of tokens whose keys and values fit into so much memory; None if unknown."""
+        slot = self.open(None, 1)
+        self.step({}, [(slot, [0])])
+        return max(0, num_bytes) // slot.block.bytes_per_token()
+
+    @torch.inference_mode()
+    def step(
+        self, last_tokens: Mapping[SequenceSlot, int], parts: Sequence[PromptPart]
+    ) -> tuple[list[SequenceSlot], Tensor]:
+        """Read one more token of every forked sequence, and more of the prompts.
+
+        Returns the slots, in some order and those of `parts` last, and float32 logits [N, V] of the tokens to come.
+        """
         device = self.model.device
         self._cache.make_room()
-        lanes = self._cache.lanes()
-        ids = [written[lane] for lane in lanes]
-        positions = [lane.length for lane in lanes]
-        adapters = [lane.adapter for lane in lanes]
-        last = list(range(len(lanes)))
-        rows, first = [], 0
+        slots = self._cache.slots
+        ids = [last_tokens[slot] for slot in slots]
+        positions = [slot.length for slot in slots]
+        adapters = [slot.adapter for slot in slots]
+        last = list(range(len(slots)))
+        rows: list[DecodeRows] = []
         for pool in self._cache.pools.values():
-            rows.append(Rows.of(pool, first, device))
-            first += len(pool.lanes)
+            rows.append(DecodeRows.of(pool, sum(len(one.pool.slots) for one in rows), device))
         spans = []
-        for lane, prompt in fills:
-            spans.append(Span(lane, len(ids), len(prompt)))
+        for slot, prompt in parts:
+            spans.append(PrefillSpan(slot, len(ids), len(prompt)))
             ids += prompt
-            positions += range(lane.length, lane.length + len(prompt))
-            adapters += [lane.adapter] * len(prompt)
+            positions += range(slot.length, slot.length + len(prompt))
+            adapters += [slot.adapter] * len(prompt)
             last.append(len(ids) - 1)
-        segments = Segments(sizes=(), device=device)
-        # An adapted head has to see every token: which row goes through which adapter is counted by tokens.
-        head = self.model.get_output_embeddings()
-        kept = 0 if self._adapters.adapts(head) else torch.tensor(last, device=device)
-        with packed_forward(), self._adapters.serving(adapters, mixed=True):
+        # An adapted head has to see every token, since adapters are assigned by token.
+        head_is_adapted = self._adapters.adapts(self.model.get_output_embeddings())
+        with packed_forward(), self._adapters.active(adapters, mixed=True):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=kept,
-                lanes=Pass(rows, spans, segments),
+                logits_to_keep=0 if head_is_adapted else torch.tensor(last, device=device),
+                layout=BatchLayout(rows, spans, Segments(sizes=(), device=device)),
             ).logits[0]
-        if len(logits_NV) != len(last):  # of a model that does not know logits_to_keep, or whose head is adapted
+        if len(logits_NV) != len(last):  # a model without logits_to_keep, or an adapted head
             logits_NV = logits_NV[last]
-        for lane in lanes:
-            lane.length += 1
-        for lane, prompt in fills:
-            lane.length += len(prompt)
-        return [*lanes, *(lane for lane, _ in fills)], logits_NV.float()
+        for slot in slots:
+            slot.length += 1
+        for slot, prompt in parts:
+            slot.length += len(prompt)
+        return [*slots, *(slot for slot, _ in parts)], logits_NV.float()
 
 
-class Apart:
-    """Each text in a pass of its own, with the cache of transformers."""
+class SequentialDecoder:
+    """Each sequence in a forward pass of its own, with the cache of transformers."""
 
-    def __init__(self, model: PreTrainedModel, adapters: Adapters) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         self.reads_whole = bool(model.config.is_encoder_decoder)
         self.model = model
         self._adapters = adapters
-        self._caches: dict[Lane, Any] = {}
-        self._encoded: dict[Lane, Any] = {}
+        self._caches: dict[SequenceSlot, Any] = {}
+        self._encoded: dict[SequenceSlot, Any] = {}
         self._border = longrope_limit(model.config)
-        self._texts: dict[Lane, list[int]] = {}
-        """What was read, of a model whose positions change at a border."""
+        self._ids: dict[SequenceSlot, list[int]] = {}
+        """Tokens read, for models whose positions change at a border."""
 
-    def begin(self, adapter: str | None, num_tokens: int) -> Lane:
-        lane = Lane(adapter, Block(0, 0))
-        self._caches[lane], self._texts[lane] = self._new_cache(), []
-        return lane
+    def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
+        slot = SequenceSlot(adapter, KVBlock(0, 0))
+        self._caches[slot], self._ids[slot] = self._new_cache(), []
+        return slot
 
     def _new_cache(self) -> Any:
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        return EncoderDecoderCache(cache, DynamicCache()) if self.model.config.is_encoder_decoder else cache
+        return EncoderDecoderCache(cache, DynamicCache()) if self.reads_whole else cache
 
-    def join(self, lane: Lane, copies: int) -> list[Lane]:
-        lanes = [Lane(lane.adapter, lane.block, lane.length) for _ in range(copies)]
-        for one in lanes:
-            self._caches[one], self._texts[one] = copy.deepcopy((self._caches[lane], self._texts[lane]))
-            if lane in self._encoded:
-                self._encoded[one] = self._encoded[lane]
-        self.leave(lane)
-        return lanes
+    def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
+        slots = [SequenceSlot(slot.adapter, slot.block, slot.length) for _ in range(copies)]
+        for one in slots:
+            self._caches[one], self._ids[one] = copy.deepcopy((self._caches[slot], self._ids[slot]))
+            if slot in self._encoded:
+                self._encoded[one] = self._encoded[slot]
+        self.close(slot)
+        return slots
 
-    def leave(self, lane: Lane) -> None:
-        self._caches.pop(lane, None)
-        self._texts.pop(lane, None)
-        self._encoded.pop(lane, None)
+    def close(self, slot: SequenceSlot) -> None:
+        for kept in (self._caches, self._ids, self._encoded):
+            kept.pop(slot, None)
 
-    def tokens_in(self, num_bytes: int) -> int | None:
+    def token_capacity(self, num_bytes: int) -> int | None:
         return None
 
     @torch.inference_mode()
-    def step(self, written: Mapping[Lane, int], fills: Sequence[Fill]) -> tuple[list[Lane], Tensor]:
-        told = [self._read(lane, [token]) for lane, token in written.items()]
-        told += [self._read(lane, prompt) for lane, prompt in fills]
-        return [*written, *(lane for lane, _ in fills)], torch.stack(told).float()
+    def step(
+        self, last_tokens: Mapping[SequenceSlot, int], parts: Sequence[PromptPart]
+    ) -> tuple[list[SequenceSlot], Tensor]:
+        logits = [self._read(slot, [token]) for slot, token in last_tokens.items()]
+        logits += [self._read(slot, prompt) for slot, prompt in parts]
+        return [*last_tokens, *(slot for slot, _ in parts)], torch.stack(logits).float()
 
-    def _read(self, lane: Lane, ids: Sequence[int]) -> Tensor:
+    def _read(self, slot: SequenceSlot, ids: Sequence[int]) -> Tensor:
         """[V]"""
         if self._border is not None:
-            text = self._texts[lane]
-            text += ids
-            if lane.length <= self._border < len(text):  # keys that were read with other positions are of no use
-                self._caches[lane], lane.length, ids = self._new_cache(), 0, text
+            read = self._ids[slot]
+            read += ids
+            if slot.length <= self._border < len(read):  # keys with the other positions are of no use
+                self._caches[slot], slot.length, ids = self._new_cache(), 0, read
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
-        how: dict[str, Any] = {"past_key_values": self._caches[lane], "use_cache": True}
-        num_tokens = len(ids)
-        if not self.model.config.is_encoder_decoder:
-            how["input_ids"] = ids_1T
-        elif lane in self._encoded:
-            how |= {"decoder_input_ids": ids_1T, "encoder_outputs": self._encoded[lane]}
-        else:
-            num_tokens = 1
-        with self._adapters.serving([lane.adapter] * len(ids)):
-            if self.model.config.is_encoder_decoder and lane not in self._encoded:
-                self._encoded[lane] = self.model.get_encoder()(input_ids=ids_1T)
-                start = self.model.config.decoder_start_token_id
-                how |= {"encoder_outputs": self._encoded[lane]}
-                how["decoder_input_ids"] = torch.tensor([[start]], device=self.model.device)
-        with self._adapters.serving([lane.adapter] * num_tokens):
-            out = self.model(**how)
-        lane.length += num_tokens
+        inputs = {"input_ids": ids_1T}
+        if self.reads_whole:
+            if slot not in self._encoded:
+                with self._adapters.active([slot.adapter] * len(ids)):
+                    self._encoded[slot] = self.model.get_encoder()(input_ids=ids_1T)
+                ids_1T = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.model.device)
+            inputs = {"decoder_input_ids": ids_1T, "encoder_outputs": self._encoded[slot]}
+        with self._adapters.active([slot.adapter] * ids_1T.shape[1]):
+            out = self.model(past_key_values=self._caches[slot], use_cache=True, **inputs)
+        slot.length += ids_1T.shape[1]
         logits_V: Tensor = out.logits[0, -1]
         return logits_V
+
+
+Decoder: TypeAlias = BatchedDecoder | SequentialDecoder

@@ -1,0 +1,191 @@
+"""A server from its start to its end, and its output."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tunesmith.cli.render import one_line, visible
+from tunesmith.cli.signals import stopping_on_signals
+from tunesmith.cli.streams import json_line
+from tunesmith.environment import install_command
+from tunesmith.errors import InputError
+from tunesmith.formatting import plural
+from tunesmith.serve.protocol import EngineOptions, ModelCard
+
+if TYPE_CHECKING:
+    from tunesmith.serve.http import BoundSocket
+    from tunesmith.serve.middleware import RequestLog
+
+PATH_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class Access:
+    """The address of a server and who may use it, from the command line."""
+
+    host: str
+    port: int
+    key_file: Path | None = None
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+
+@dataclass
+class ServerOutput:
+    """What a server prints: lines for people, or JSON lines."""
+
+    screen: Console
+    quiet: bool
+    as_json: bool
+    has_started: bool = False
+
+    def note(self, text: str) -> None:
+        if self.as_json:
+            json_line({"kind": "note", "message": text})
+        elif not self.quiet:
+            self.screen.print(visible(text), style="bright_black")
+
+    def serving(self, bound: BoundSocket, served: Sequence[ModelCard], *, has_key: bool) -> None:
+        self.has_started = True
+        if self.as_json:
+            json_line({"kind": "serving", "url": bound.url, "key": has_key, "models": [asdict(one) for one in served]})
+            return
+        if self.quiet:
+            self.screen.print(bound.url)
+            return
+        width = max(len(one.name) for one in served)
+        for one in served:
+            what = "the untouched base" if one.is_base else "tuned"
+            self.screen.print(
+                f"  {visible(one.name):<{width}}  {one.task}, {what}, answers with {one.answers}, "
+                f"{plural(one.max_tokens, 'token')} at most"
+            )
+        who = "only this machine" if bound.is_loopback else "every machine that reaches it"
+        key = "with a key" if has_key else "without a key"
+        self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
+        # Not wrapped, so that a line can be copied at any width.
+        self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n", soft_wrap=True)
+        if any(one.answers == "text" for one in served):
+            self.screen.print(
+                f"Or open {bound.url}/ in a browser.\nA request without a temperature has 1, as in OpenAI's API, at "
+                "which small models ramble; tunesmith chat has 0.\n",
+                soft_wrap=True,
+            )
+
+    def request(self, log: RequestLog) -> None:
+        """A line for each request, with nothing of its content or its answer."""
+        path, usage = one_line(log.path, PATH_WIDTH), log.usage
+        milliseconds = round(log.seconds * 1000)
+        if self.as_json:
+            json_line({
+                "kind": "request", "id": log.id, "method": log.method, "path": log.route or path, "status": log.status,
+                "ms": milliseconds, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+                "failed": usage.failed, "fault": log.fault,
+            })  # fmt: skip
+        elif log.fault:
+            self.screen.print(f"{log.id}: {log.fault}. This is a fault in tunesmith; please report it.", style="red")
+        elif not self.quiet:
+            failed = f", {usage.failed}" if usage.failed else ""
+            tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens{failed}"
+            self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms, {tokens}")
+
+
+def to_try(url: str, served: Sequence[ModelCard], *, has_key: bool) -> list[str]:
+    """A line for a shell, and lines of Python for the openai package, about the first model."""
+    import orjson
+
+    name, answers, text = served[0].name, served[0].answers, "The parcel never came."
+    messages = [{"role": "user", "content": "Hello"}]
+    path, body, call, result = {
+        "text": (
+            "/v1/chat/completions", {"model": name, "messages": messages},
+            f"chat.completions.create(model={name!r}, messages={messages!r})", "choices[0].message.content",
+        ),
+        "embeddings": (
+            "/v1/embeddings", {"model": name, "input": text},
+            f"embeddings.create(model={name!r}, input={text!r})", "data[0].embedding",
+        ),
+        "labels": ("/v1/classify", {"model": name, "input": text}, "", ""),
+    }[answers]  # fmt: skip
+    key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
+    data = shlex.quote(orjson.dumps(body).decode())
+    curl = f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d {data}"
+    api_key = 'os.environ["TUNESMITH_API_KEY"]' if has_key else '"none"'
+    python = (
+        ("  import os\n" if has_key else "")
+        + "  from openai import OpenAI\n"
+        + f'  client = OpenAI(base_url="{url}/v1", api_key={api_key})\n'
+        + f"  print(client.{call}.{result})"
+    )
+    return [curl, python] if call else [curl]
+
+
+def check_extra() -> None:
+    """Raises InputError naming a missing package of the extra `serve`."""
+    try:
+        from tunesmith.serve import app, http  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"serve needs the package {error.name}, which is not installed. Run {install_command('serve')}"
+        ) from None
+
+
+def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> None:
+    """Raises InputError for an address that other machines reach, without a key."""
+    from tunesmith.serve.middleware import KEY_VARIABLE
+
+    if not has_key and not bound.is_loopback:
+        raise InputError(
+            f"--host {access.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
+            f'{KEY_VARIABLE}. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+
+
+def serve_own(
+    targets: Sequence[str], access: Access, options: EngineOptions, *, root: Path, grace_s: float, output: ServerOutput
+) -> None:
+    """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
+    check_extra()
+    from tunesmith.serve.app import make_app
+    from tunesmith.serve.engine import start_engine
+    from tunesmith.serve.http import bind, make_server
+    from tunesmith.serve.http import serve as serve_http
+    from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
+
+    keys, notes = read_keys(access.key_file, os.environ)
+    for note in notes:
+        output.note(f"note: {note}")
+    bound = bind(access.host, access.port)
+    refuse_open_door(access, bound, has_key=bool(keys))
+    machine = () if bound.is_loopback else (socket.gethostname(),)
+    hosts = frozenset(name.lower() for name in ("localhost", access.host, *machine, *access.names))
+    policy = AccessPolicy(ApiKeys.of(keys), hosts, frozenset(origin.rstrip("/") for origin in access.origins))
+
+    async def run() -> None:
+        output.note(f"loading {', '.join(targets)}")
+        engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+        try:
+            server = make_server(make_app(engine, policy, [output.request]), grace_s=grace_s)
+            output.serving(bound, engine.served, has_key=bool(keys))
+        except BaseException:
+            await engine.close(0)
+            raise
+        await serve_http(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
+
+    words = f"stopping: what is under way has {grace_s:g} s to end. Once more to leave at once."
+    with (
+        bound.socket,
+        stopping_on_signals(has_begun=lambda: output.has_started, say=output.note, words=words) as should_stop,
+    ):
+        asyncio.run(run())
+    if not output.as_json and not output.quiet:
+        output.screen.print("ended")

@@ -1,0 +1,183 @@
+"""The socket, the limits of each connection, and the end of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tunesmith.errors import InputError
+from tunesmith.serve.middleware import MAX_HEADER_BYTES, AccessMiddleware
+from tunesmith.serve.protocol import Engine, RequestError
+from tunesmith.serve.responses import error_body
+
+MAX_CONNECTIONS = 512
+HEADERS_TIMEOUT_S = 15.0
+"""From the first byte of a connection or a request to the end of its headers."""
+WRITE_TIMEOUT_S = 60.0
+"""While the client reads nothing."""
+KEEP_ALIVE_S = 30
+AFTER_GRACE_S = 5
+"""For the last answers, after the engine has ended what it could not finish."""
+_POLL_S = 0.05
+
+_BIND_ERRORS = {
+    errno.EADDRINUSE: "in use by another program. Choose another port: --port 8001, or --port 0 for any.",
+    errno.EACCES: "ports below 1024 are for the administrator. Choose another: --port 8000.",
+    errno.EADDRNOTAVAIL: "this machine has no such address. Choose another with --host.",
+}
+
+
+@dataclass(frozen=True)
+class BoundSocket:
+    """A socket that has its address."""
+
+    socket: socket.socket
+    host: str
+    port: int
+    is_loopback: bool
+    """Whether only this machine can reach it."""
+
+    @property
+    def url(self) -> str:
+        """For a person on this machine."""
+        address = ipaddress.ip_address(self.host)
+        if address.is_unspecified:
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        return f"http://[{address}]:{self.port}" if address.version == 6 else f"http://{address}:{self.port}"
+
+
+def bind(host: str, port: int) -> BoundSocket:
+    """Take the address, before the model is loaded. Raises InputError with the reason if it cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: {error.strerror}. Give an address of this machine.") from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1)  # two sockets can be bound to one address until one of them listens
+    except OSError as error:
+        listener.close()
+        why = _BIND_ERRORS.get(error.errno or 0, f"{error.strerror}. Choose another with --host and --port.")
+        raise InputError(f"{host}:{port}: {why}") from None
+    name = listener.getsockname()
+    return BoundSocket(listener, name[0], name[1], ipaddress.ip_address(name[0].partition("%")[0]).is_loopback)
+
+
+class BoundedConnection(H11Protocol):
+    """A connection that cannot be held open by doing nothing, which uvicorn bounds only between requests."""
+
+    _headers_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._end(503, "too_many_connections", "There are too many connections. Try again soon.")
+        else:
+            self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_headers()
+        else:
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.conn.trailing_data[0]:
+            self._await_headers()  # part of the next request is there
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(400, "bad_request", "This is no HTTP request that can be read.")
+
+    def _await_headers(self) -> None:
+        if self._headers_timer is None and not self.transport.is_closing():
+            message = "The headers did not arrive in time."
+            self._headers_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._end, 408, "request_timeout", message)
+
+    def _stop_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _end(self, status: int, code: str, message: str) -> None:
+        """The last answer on this connection, to something that is no request yet."""
+        body = orjson.dumps(error_body(RequestError(message, status=status, code=code)))
+        head = f"HTTP/1.1 {status} \r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, ended by its caller and not by signals of its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def make_server(app: AccessMiddleware, *, grace_s: float) -> HttpServer:
+    """A server of `app` that waits so long for requests under way once `should_exit` is set."""
+    # uvicorn's own log would quote requests; the middleware logs what may be shown.
+    silent = {"handlers": ["nowhere"], "level": "CRITICAL", "propagate": False}
+    settings: dict[str, Any] = {
+        "http": BoundedConnection,
+        "ws": "none",
+        "lifespan": "off",
+        "log_config": {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": {"nowhere": {"class": "logging.NullHandler"}},
+            "loggers": {"uvicorn": silent},
+        },
+        "access_log": False,
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": int(grace_s) + AFTER_GRACE_S,
+        "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+    }
+    return HttpServer(uvicorn.Config(app, **settings))
+
+
+async def serve(
+    server: HttpServer, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
+) -> None:
+    """Answer until `should_stop()`; then refuse new requests, finish the others within the grace, and end."""
+    serving = asyncio.create_task(server.serve(sockets=[bound.socket]))
+    while not serving.done() and not should_stop():
+        await asyncio.sleep(_POLL_S)
+    server.should_exit = True
+    # The engine ends in time what takes longer, so that each client gets a reason.
+    await asyncio.gather(serving, engine.close(grace_s))

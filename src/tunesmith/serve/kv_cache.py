@@ -1,0 +1,278 @@
+"""Keys and values of the sequences in a batch, and the attention that reads them.
+
+A prompt is read into a block of its own. Sequences that are decoded have rows in pools of 128, 256, 512, ... tokens, so
+that one call of the kernel attends for all rows of a pool and at most half of it is waste. A full row moves to the next
+pool; a row that ends is filled with the last one, so that rows stay dense.
+"""
+
+# N rows of a pool, H heads, G groups of heads that share keys, R heads of a group, T tokens of a pass, L room, D head
+# size, Q queries, K keys
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from tunesmith.models import attention
+from tunesmith.models.attention import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
+
+NAME = "tunesmith_cached"
+SMALLEST = 128
+"""Tokens of room in the smallest pool."""
+
+
+def use_cached_attention(model: PreTrainedModel) -> None:
+    """Let the model read a `BatchLayout`; calls without one work as before."""
+    attention.register()
+    AttentionInterface.register(NAME, cached_attention)
+    AttentionMaskInterface.register(NAME, attention.packed_mask)
+    model.set_attn_implementation(NAME)
+
+
+def room_for(num_tokens: int) -> int:
+    """The room of the pool for a sequence of this length."""
+    return max(SMALLEST, 1 << (num_tokens - 1).bit_length())
+
+
+class KVBlock:
+    """Keys and values of `rows` sequences, by layer: [N, G, L, D] each, allocated when a layer first writes."""
+
+    def __init__(self, rows: int, room: int) -> None:
+        self.rows = rows
+        self.room = room
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, shaped after its new ones."""
+        if layer not in self.layers:
+            # Zeros: masked values are multiplied by zero, and garbage can be NaN.
+            shapes = ((self.rows, like.shape[1], self.room, like.shape[3]) for like in (key_1GTD, value_1GTD))
+            key_shape, value_shape = shapes
+            self.layers[layer] = (key_1GTD.new_zeros(key_shape), value_1GTD.new_zeros(value_shape))
+        return self.layers[layer]
+
+    def bytes_per_token(self) -> int:
+        """Of one sequence, in all layers that have written."""
+        tensors = (tensor for pair in self.layers.values() for tensor in pair)
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
+    def copy_row(self, row: int, source: KVBlock, source_row: int, num_tokens: int) -> None:
+        """Copy the first tokens of a row of another block, or of this one, into a row of this; zeros follow."""
+        for layer, (key_NGLD, value_NGLD) in source.layers.items():
+            own = self.of(layer, key_NGLD[:1], value_NGLD[:1])
+            for to_NGLD, from_NGLD in zip(own, (key_NGLD, value_NGLD), strict=True):
+                to_NGLD[row, :, :num_tokens] = from_NGLD[source_row, :, :num_tokens]
+                to_NGLD[row, :, num_tokens:] = 0  # an earlier sequence's values are masked, but 0 times NaN is NaN
+
+
+@dataclass(eq=False)
+class SequenceSlot:
+    """One sequence: how much of it has been read, and where that is kept."""
+
+    adapter: str | None
+    block: KVBlock
+    """Its own while the prompt is read, then that of its pool."""
+    length: int = 0
+    row: int = 0
+    pool: KVPool | None = None
+
+
+class KVPool:
+    """Sequences with `room` tokens each, in rows 0 to N - 1."""
+
+    def __init__(self, room: int) -> None:
+        self.block = KVBlock(1, room)
+        self.slots: list[SequenceSlot] = []
+
+    def add(self, slot: SequenceSlot) -> None:
+        """Copy a sequence into a row of this pool."""
+        num = len(self.slots)
+        if num == self.block.rows:
+            larger = KVBlock(2 * num, self.block.room)
+            for row, other in enumerate(self.slots):
+                larger.copy_row(row, self.block, row, other.length)
+                other.block = larger
+            self.block = larger
+        self.block.copy_row(num, slot.block, slot.row, slot.length)
+        slot.block, slot.row, slot.pool = self.block, num, self
+        self.slots.append(slot)
+
+    def free(self, row: int) -> None:
+        """Free a row; the last one takes its place."""
+        last = self.slots.pop()
+        if row != len(self.slots):
+            self.block.copy_row(row, self.block, last.row, last.length)
+            self.slots[row] = last
+            last.row = row
+
+
+class KVCache:
+    """The pools in use, by their room."""
+
+    def __init__(self) -> None:
+        self.pools: dict[int, KVPool] = {}
+
+    @property
+    def slots(self) -> list[SequenceSlot]:
+        """All sequences that are decoded, in the order of the pools and their rows."""
+        return [slot for pool in self.pools.values() for slot in pool.slots]
+
+    def add(self, slot: SequenceSlot) -> None:
+        """Give a sequence a row with room for one more token."""
+        room = room_for(slot.length + 1)
+        self.pools.setdefault(room, KVPool(room)).add(slot)
+
+    def free(self, pool: KVPool | None, row: int) -> None:
+        """Free a row and, with its last one, the pool."""
+        if pool is not None:
+            pool.free(row)
+            if not pool.slots:
+                del self.pools[pool.block.room]
+
+    def make_room(self) -> None:
+        """Move every sequence that fills its room to the next pool."""
+        for slot in self.slots:
+            pool, row = slot.pool, slot.row
+            if pool is not None and slot.length == pool.block.room:
+                self.add(slot)
+                self.free(pool, row)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """A pool's tokens in a pass: one a row, from token `first` of the pass."""
+
+    pool: KVPool
+    first: int
+    positions_N: Tensor
+    index_N: Tensor
+    longest: int
+    """Tokens of the longest row, with the new one."""
+    masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pool: KVPool, first: int, device: torch.device) -> DecodeRows:
+        lengths = [slot.length for slot in pool.slots]
+        positions_N = torch.tensor(lengths, device=device)
+        return cls(pool, first, positions_N, torch.arange(len(lengths), device=device), max(lengths) + 1)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[N, 1, 1, L], bool or added to scores; None if every row reads everything."""
+        key = (window, dtype)
+        if key not in self.masks:
+            places_1L = torch.arange(self.longest, device=self.positions_N.device)[None]
+            last_N1 = self.positions_N[:, None]
+            seen_NL = places_1L <= last_N1
+            if window is not None:
+                seen_NL &= places_1L > last_N1 - window
+            mask = None if bool(seen_NL.all()) else seen_NL[:, None, None]
+            if mask is not None and dtype != torch.bool:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+            self.masks[key] = mask
+        return self.masks[key]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Tokens of one prompt in a pass, from token `first`, behind the `slot.length` that were read before."""
+
+    slot: SequenceSlot
+    first: int
+    num: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """The sequences of the tokens of a forward pass: rows of pools, then parts of prompts."""
+
+    rows: Sequence[DecodeRows]
+    spans: Sequence[PrefillSpan]
+    segments: Segments
+    """Keeps the masks of prompts that are read in parts."""
+
+
+_New = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of all tokens of a pass."""
+
+
+def cached_attention(
+    module: nn.Module,
+    query_1HTD: Tensor,
+    key_1GTD: Tensor,
+    value_1GTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: BatchLayout | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """[1, T, H, D]: every token reads the earlier ones of its own sequence, and is kept for later ones.
+
+    Without `layout` it is `attention.packed_attention`. Raises UnsupportedAttentionError for attention sinks and
+    position biases, and for layers without a number.
+    """
+    if layout is None:
+        others |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        return attention.packed_attention(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **others)
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise UnsupportedAttentionError("its attention has sinks, position biases, or layers without a number")
+    attention.trace_call(sliding_window)
+    how = AttentionOptions(True, 0.0, scaling, sliding_window, softcap)
+    new = (query_1HTD, key_1GTD, value_1GTD)
+    parts = [_decode(rows, layer, new, how) for rows in layout.rows]
+    parts += [_prefill(span, layer, new, how, layout.segments) for span in layout.spans]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _decode(rows: DecodeRows, layer: int, new: _New, how: AttentionOptions) -> Tensor:
+    """[N, H, D]"""
+    query_1HTD, key_1GTD, value_1GTD = new
+    num = len(rows.pool.slots)
+    place = slice(rows.first, rows.first + num)
+    key_NGLD, value_NGLD = rows.pool.block.of(layer, key_1GTD, value_1GTD)
+    key_NGLD[rows.index_N, :, rows.positions_N] = key_1GTD[0, :, place].transpose(0, 1)
+    value_NGLD[rows.index_N, :, rows.positions_N] = value_1GTD[0, :, place].transpose(0, 1)
+    k_NGLD, v_NGLD = key_NGLD[:num, :, : rows.longest], value_NGLD[:num, :, : rows.longest]
+    q_NHD = query_1HTD[0, :, place].transpose(0, 1)
+    if how.softcap is not None:
+        mask = rows.mask(how.window, torch.bool)
+        return explicit_attention(q_NHD[:, :, None], k_NGLD, v_NGLD, mask, how)[:, :, 0]
+    # Heads that share keys are queries of one row, so that no keys are copied for them.
+    q_NGRD = torch.unflatten(q_NHD, 1, (k_NGLD.shape[1], -1))
+    mask = rows.mask(how.window, q_NGRD.dtype)
+    out_NGRD = F.scaled_dot_product_attention(q_NGRD, k_NGLD, v_NGLD, attn_mask=mask, scale=how.scaling)
+    return out_NGRD.flatten(1, 2)
+
+
+def _prefill(span: PrefillSpan, layer: int, new: _New, how: AttentionOptions, segments: Segments) -> Tensor:
+    """[T of the span, H, D]"""
+    query_1HTD, key_1GTD, value_1GTD = new
+    length = span.slot.length
+    place, stop = slice(span.first, span.first + span.num), length + span.num
+    key_1GLD, value_1GLD = span.slot.block.of(layer, key_1GTD, value_1GTD)
+    key_1GLD[:, :, length:stop] = key_1GTD[:, :, place]
+    value_1GLD[:, :, length:stop] = value_1GTD[:, :, place]
+    # The first key that the first query's window reaches.
+    first = 0 if how.window is None else max(0, length - how.window + 1)
+    q_1HQD, k_1GKD, v_1GKD = query_1HTD[:, :, place], key_1GLD[:, :, first:stop], value_1GLD[:, :, first:stop]
+    num_keys = stop - first
+    window = num_keys if how.window is None else min(how.window, num_keys)
+    if how.softcap is not None:
+        band = segments.band(span.num, num_keys, window)
+        return explicit_attention(q_1HQD, k_1GKD, v_1GKD, band, how)[0].transpose(0, 1)
+    causal = span.num == num_keys == window
+    mask = None if causal else segments.band(span.num, num_keys, window)
+    shared = q_1HQD.shape[1] != k_1GKD.shape[1]
+    out_1HQD = F.scaled_dot_product_attention(
+        q_1HQD, k_1GKD, v_1GKD, attn_mask=mask, is_causal=causal, scale=how.scaling, enable_gqa=shared
+    )
+    return out_1HQD[0].transpose(0, 1)

@@ -1,0 +1,290 @@
+"""Access rules of every request, before any route: Host, Origin, API key and number; and a log entry for each."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunesmith.errors import InputError
+from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.responses import Usage, error_response
+
+MAX_HEADER_BYTES = 32 * 1024
+CLIENT_GONE = 499
+"""Logged status of a request whose client went away before its answer."""
+KEY_VARIABLE = "TUNESMITH_API_KEY"
+MIN_KEY_LENGTH = 20
+
+_MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+_HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+_PREFLIGHT = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-requested-with"),
+    (b"access-control-max-age", b"600"),
+)
+
+
+@dataclass(frozen=True)
+class ApiKeys:
+    """SHA-256 digests of the accepted API keys. The keys themselves are not kept."""
+
+    digests: tuple[bytes, ...]
+
+    def accepts(self, authorization: bytes | None) -> bool:
+        """Whether an Authorization header carries one of the keys. Compared in constant time."""
+        scheme, _, given = (authorization or b"").partition(b" ")
+        digest = hashlib.sha256(given.strip()).digest()
+        same = [hmac.compare_digest(digest, known) for known in self.digests]  # all of them: which one must not show
+        return scheme.lower() == b"bearer" and any(same)
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> ApiKeys | None:
+        """None if there are no keys."""
+        return cls(tuple(hashlib.sha256(key.encode()).digest() for key in keys)) if keys else None
+
+
+def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The keys in `file`, one a line, or the one in TUNESMITH_API_KEY; and notes for the user.
+
+    Raises InputError if the file cannot be read or holds no key, and for a key that is too short.
+    """
+    notes: list[str] = []
+    if file is not None:
+        try:
+            lines, mode = file.read_text("utf-8").splitlines(), file.stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or "it is no UTF-8 text"
+            raise InputError(f"{file}: no key can be read: {why}.") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise InputError(f"{file}: holds no key. One a line. {_MAKE_ONE}")
+        if mode & 0o077:
+            notes.append(f"{file}: others on this machine may read it. chmod 600 {file} keeps it yours.")
+    else:
+        keys = [environment[KEY_VARIABLE].strip()] if environment.get(KEY_VARIABLE) else []
+    for number, key in enumerate(keys, 1):
+        place = str(file or KEY_VARIABLE) + (f": key {number}" if len(keys) > 1 else "")
+        if len(key) < MIN_KEY_LENGTH:
+            raise InputError(
+                f"{place}: a key needs {MIN_KEY_LENGTH} characters or more, and has {len(key)}. {_MAKE_ONE}"
+            )
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError(f"{place}: a key consists of printable ASCII characters without blanks. {_MAKE_ONE}")
+    return keys, notes
+
+
+@dataclass(frozen=True)
+class RequestLog:
+    """A request that has ended. Contains nothing of its content or its answer."""
+
+    id: str
+    method: str
+    path: str
+    route: str
+    """The declared path; "" if there is none."""
+    status: int
+    seconds: float
+    usage: Usage
+    fault: str = ""
+    """Where in the code an unexpected error came from; its message could quote the request."""
+
+
+@dataclass(frozen=True)
+class AccessPolicy:
+    """Who may send requests, and how many at once."""
+
+    keys: ApiKeys | None = None
+    """None: no key is needed."""
+    hosts: frozenset[str] = frozenset({"localhost"})
+    """Allowed names in a Host header. Addresses are always allowed: only a name can be made to point elsewhere."""
+    origins: frozenset[str] = frozenset()
+    """Web pages that may send requests from a browser, such as https://chat.example.org."""
+    max_requests: int = 256
+
+
+@dataclass
+class AccessMiddleware:
+    """An ASGI app around another: refuses what the policy does not allow, cancels what nobody waits for, logs all."""
+
+    app: ASGIApp
+    policy: AccessPolicy
+    listeners: list[Callable[[RequestLog], None]] = field(default_factory=list)
+    num_active: int = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started = time.monotonic()
+        response = _Response(send, secrets.token_hex(8), self._allowed_origin(scope))
+        scope.setdefault("state", {})["request_id"] = response.id
+        self.num_active += 1
+        fault, is_gone = "", False
+        try:
+            await self._until_disconnect(scope, receive, response)
+        except ClientDisconnect:
+            is_gone = True
+        except asyncio.CancelledError:
+            is_gone = True
+            raise
+        except Exception as error:
+            fault = _where(error)
+            if not response.is_complete:
+                raise  # the server closes the connection: half an answer must not look whole
+        finally:
+            self.num_active -= 1
+            status = CLIENT_GONE if is_gone else response.status or 500
+            self._log(scope, response.id, status, time.monotonic() - started, fault)
+
+    async def _until_disconnect(self, scope: Scope, receive: Receive, response: _Response) -> None:
+        """Answer; raises ClientDisconnect when the client goes away before the end."""
+        body_read = asyncio.Event()
+
+        async def receiving() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            if not message.get("more_body", False):
+                body_read.set()
+            return message
+
+        async def disconnected() -> None:
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.create_task(self._answer(scope, receiving, response)), asyncio.create_task(disconnected())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not (tasks[0].done() or response.is_complete):
+                raise ClientDisconnect
+            await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._refusal(scope)
+        if error is not None:
+            await error_response(error)(scope, receive, send)
+        elif _is_preflight(scope):
+            await send({"type": "http.response.start", "status": 204, "headers": list(_PREFLIGHT)})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        return self._wrong_source(scope) or self._wrong_key(scope) or self._not_now(scope)
+
+    def _wrong_source(self, scope: Scope) -> RequestError | None:
+        if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
+            # A proxy that believes the other of the two would read the rest of the body as a request (RFC 9112, 6.1).
+            message = "A request has a Content-Length or a Transfer-Encoding, not both."
+            return RequestError(message, code="bad_request", headers={"Connection": "close"})
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"The headers have more than {MAX_HEADER_BYTES:,} bytes."
+            return RequestError(message, status=431, code="headers_too_large")
+        hosts, origins = _headers(scope, b"host"), _headers(scope, b"origin")
+        if len(hosts) != 1 or not self._is_allowed_host(hosts[0]):
+            message = "The Host of this request is not one that is served here. Allow it with --allow-host NAME."
+            return RequestError(message, status=403, code="host_not_allowed")
+        own = (b"http://" + hosts[0].lower(), b"https://" + hosts[0].lower())
+        if origins and origins[0].lower() not in own and self._allowed_origin(scope) is None:
+            message = "Web pages of this origin may not send requests here. Allow it with --allow-origin URL."
+            return RequestError(message, status=403, code="origin_not_allowed")
+        return None
+
+    def _wrong_key(self, scope: Scope) -> RequestError | None:
+        # Browsers ask without a key whether a page of this origin may send requests. The page at / is not secret.
+        is_question = bool(_headers(scope, b"origin")) and _is_preflight(scope)
+        is_page = scope["method"] == "GET" and scope["path"] == "/"
+        if self.policy.keys is not None and not is_question and not is_page:
+            given = _headers(scope, b"authorization")
+            if len(given) != 1 or not self.policy.keys.accepts(given[0]):
+                message = "This server needs an API key: Authorization: Bearer KEY."
+                headers = {"WWW-Authenticate": "Bearer"}
+                return RequestError(message, status=401, code="invalid_api_key", headers=headers)
+        return None
+
+    def _not_now(self, scope: Scope) -> RequestError | None:
+        if scope["query_string"]:
+            message = "Nothing is read from the query of a URL. Parameters belong in the body, a key in a header."
+            return RequestError(message, code="unknown_parameter")
+        if self.num_active > self.policy.max_requests:
+            message = f"{self.policy.max_requests} requests are under way, and no more are taken. Try again soon."
+            return RequestError(message, status=429, code="too_many_requests")
+        return None
+
+    def _is_allowed_host(self, host: bytes) -> bool:
+        match = _HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = match[1].decode().lower().removesuffix(".")
+        with suppress(ValueError):
+            ipaddress.ip_address(name.strip("[]"))
+            return True
+        return name in self.policy.hosts
+
+    def _allowed_origin(self, scope: Scope) -> str | None:
+        origins = [origin.decode("latin-1") for origin in _headers(scope, b"origin")]
+        return origins[0] if len(origins) == 1 and origins[0] in self.policy.origins else None
+
+    def _log(self, scope: Scope, request_id: str, status: int, seconds: float, fault: str) -> None:
+        usage = scope["state"].get("usage") or Usage()
+        route = getattr(scope.get("route"), "path", "")
+        log = RequestLog(request_id, scope["method"], str(scope["path"]), route, status, seconds, usage, fault)
+        for listener in self.listeners:
+            listener(log)
+
+
+class _Response:
+    """`send` that remembers the status and adds the headers of every answer."""
+
+    def __init__(self, send: Send, request_id: str, origin: str | None) -> None:
+        self._send = send
+        self.id = request_id
+        self._origin = origin
+        self.status = 0
+        self.is_complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers += [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
+            if not any(name == b"cache-control" for name, _ in headers):
+                headers.append((b"cache-control", b"no-store"))
+            if self._origin is not None:
+                headers += [(b"access-control-allow-origin", self._origin.encode("latin-1")), (b"vary", b"Origin")]
+            message = {**message, "headers": headers}
+        await self._send(message)
+        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for header, value in scope["headers"] if header == name]
+
+
+def _is_preflight(scope: Scope) -> bool:
+    return scope["method"] == "OPTIONS" and bool(_headers(scope, b"access-control-request-method"))
+
+
+def _where(error: BaseException) -> str:
+    """The type of an error and the places it came through."""
+    frames = list(traceback.extract_tb(error.__traceback__)[-6:])
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return f"{type(error).__name__} at {places}"

@@ -1,0 +1,428 @@
+"""Answers in OpenAI's shapes from the events of an engine: whole, streamed as server-sent events, and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+import secrets
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import orjson
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tunesmith.serve.protocol import (
+    Delta,
+    Engine,
+    Finished,
+    GenerationRequest,
+    RequestError,
+    Started,
+    StreamEvent,
+    TokenLogprob,
+    ToolCall,
+    ToolCallFormat,
+)
+
+MAX_CONCURRENT = 8
+"""Prompts of one request that run together, so that its own do not fill the queue."""
+MAX_BUFFERED = 64
+"""Events kept for a client that reads slowly."""
+MIN_LOGPROB = -9999.0
+"""OpenAI's value for the logarithm of a probability of 0."""
+RETRY_AFTER_S = 1
+MAX_PROBLEMS = 10
+NOT_FOUND = "There is nothing here by this path. GET /openapi.json lists what there is."
+NO_RESPONSES = (
+    "The Responses API is not served here: use POST /v1/chat/completions (in OpenAI's package "
+    "client.chat.completions.create), which takes the same messages."
+)
+_ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
+
+Events: TypeAlias = AsyncGenerator[StreamEvent, None]
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, "application/json")
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    kind = _ERROR_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError) -> Response:
+    """The answer to a request that is refused."""
+    retry = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+    return json_response(error_body(error), error.status, {**retry, **error.headers})
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """FastAPI's handler of RequestError, of its own errors, and of what nobody expected."""
+    if isinstance(error, RequestError):
+        return error_response(error)
+    if isinstance(error, RequestValidationError):
+        found = [_problem(problem) for problem in error.errors()]
+        texts = [text for _, _, text in found[:MAX_PROBLEMS]]
+        texts += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+        return error_response(RequestError(" ".join(texts), code=found[0][1], param=found[0][0]))
+    if isinstance(error, HTTPException):
+        code, message = "error", str(error.detail)
+        if error.status_code == 404:
+            code, message = "not_found", NO_RESPONSES if request.url.path.startswith("/v1/responses") else NOT_FOUND
+        elif error.status_code == 405:
+            code, message = "method_not_allowed", "This path takes another method. GET /openapi.json lists them."
+        return error_response(RequestError(message, status=error.status_code, code=code, headers=error.headers))
+    # An unexpected error's own words could quote the request.
+    message = f"Something went wrong inside the server. It is in its log as {request.state.request_id}."
+    return error_response(RequestError(message, status=500, code="internal_error"))
+
+
+def _problem(problem: Mapping[str, Any]) -> tuple[str | None, str, str]:
+    """(param, code, message) of one problem that pydantic found."""
+    place = ""
+    for part in problem["loc"]:
+        if part != "body":
+            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
+    kind, context = str(problem["type"]), problem.get("ctx") or {}
+    if "code" in context:  # raised by our own validators
+        return str(context.get("param") or place) or None, str(context["code"]), str(problem["msg"])
+    if kind == "missing":
+        return place or None, "missing_required_parameter", f"{place or 'The body'}: missing."
+    if kind == "extra_forbidden":
+        return place, "unknown_parameter", f"{place}: there is no such parameter."
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    return place or None, "invalid_value", f"{place or 'The body'}: {message}."
+
+
+@dataclass
+class Usage:
+    """Tokens of one request so far."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: str | None = None
+    """Code of the error that ended a stream early."""
+
+    def count(self, event: StreamEvent) -> None:
+        if isinstance(event, Started):
+            self.prompt_tokens += event.prompt_tokens
+        elif isinstance(event, Finished):
+            self.completion_tokens += event.completion_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class ChatFormat:
+    """Choices of /v1/chat/completions."""
+
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *, logprobs: bool, n: int) -> None:
+        self._has_logprobs = logprobs
+        self._n = n
+
+    def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
+        """The streamed choices of one event."""
+        if isinstance(event, Started):
+            for index in range(self._n):
+                yield _chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        elif isinstance(event, Delta):
+            yield _chunk(event.index, {"content": event.text}, self._logprobs(event.tokens) if event.tokens else None)
+        elif isinstance(event, ToolCall):
+            yield _chunk(event.index, {"tool_calls": [{"index": event.number, **_call(event)}]})
+        else:
+            yield _chunk(event.index, {}, reason=event.reason)
+
+    def whole(self, deltas: Sequence[Delta], calls: Sequence[ToolCall], finished: Finished) -> dict[str, Any]:
+        """The choice of a complete answer."""
+        text = "".join(delta.text for delta in deltas)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+        logprobs = self._logprobs([token for delta in deltas for token in delta.tokens])
+        return {"index": finished.index, "message": message, "logprobs": logprobs, "finish_reason": finished.reason}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._has_logprobs:
+            return None
+        listed = [{**_chat_token(one), "top_logprobs": [_chat_token(top) for top in one.top]} for one in tokens]
+        return {"content": listed, "refusal": None}
+
+
+def _chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(token.bytes)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+class CompletionFormat:
+    """Choices of /v1/completions."""
+
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, *, logprobs: bool) -> None:
+        self._has_logprobs = logprobs
+        self._offsets: dict[int, _Offsets] = {}
+
+    def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Delta):
+            yield self._choice(event.index, event.text, event.tokens)
+        elif isinstance(event, Finished):
+            yield {"index": event.index, "text": "", "logprobs": None, "finish_reason": event.reason}
+
+    def whole(self, deltas: Sequence[Delta], calls: Sequence[ToolCall], finished: Finished) -> dict[str, Any]:
+        tokens = [token for delta in deltas for token in delta.tokens]
+        return self._choice(finished.index, "".join(delta.text for delta in deltas), tokens, finished.reason)
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._has_logprobs:
+            tops = [{_spelling(top): max(top.logprob, MIN_LOGPROB) for top in token.top} for token in tokens]
+            logprobs = {
+                "tokens": [_spelling(token) for token in tokens],
+                "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
+                "top_logprobs": tops,
+                "text_offset": list(self._offsets.setdefault(index, _Offsets()).of(tokens)),
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _spelling(token: TokenLogprob) -> str:
+    """A token's text, or its bytes where they are part of a character: two such would have one name."""
+    if token.text.encode() == token.bytes:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+
+
+class _Offsets:
+    """The place of each token in the answer's text, in characters: a character can be several tokens."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def of(self, tokens: Sequence[TokenLogprob]) -> Iterator[int]:
+        for token in tokens:
+            yield self._num_characters
+            self._num_characters += len(self._decoder.decode(token.bytes))
+
+
+Format: TypeAlias = ChatFormat | CompletionFormat
+
+
+async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, usage: Usage) -> dict[str, Any]:
+    """The body of an answer that is not streamed. `head`: id, created and model."""
+    deltas: dict[int, list[Delta]] = {}
+    calls: dict[int, list[ToolCall]] = {}
+    finished: dict[int, Finished] = {}
+    async with aclosing(events):
+        async for event in events:
+            usage.count(event)
+            if isinstance(event, Delta):
+                deltas.setdefault(event.index, []).append(event)
+            elif isinstance(event, ToolCall):
+                calls.setdefault(event.index, []).append(event)
+            elif isinstance(event, Finished):
+                finished[event.index] = event
+    choices = [form.whole(deltas.get(i, []), calls.get(i, []), finished[i]) for i in sorted(finished)]
+    return {**head, "object": form.whole_object, "choices": choices, "usage": usage.as_dict()}
+
+
+class EventStream(Response):
+    """An answer as server-sent events: `data: {...}` for each chunk, then `data: [DONE]`.
+
+    The first event has been awaited: a request that is refused at once has its own status. A later error is the last
+    event, since the status has been sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, first: StreamEvent, events: Events, head: Mapping[str, Any], form: Format, usage: Usage,
+        *, shows_usage: bool,
+    ) -> None:  # fmt: skip
+        # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
+        super().__init__(headers={"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._events, self._form, self._usage = first, events, form, usage
+        self._head = {**head, "object": form.chunk_object}
+        self._shows_usage = shows_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await self._write(self._first, send)
+                async for event in self._events:
+                    await self._write(event, send)
+                end = b"data: [DONE]\n\n"
+                if self._shows_usage:
+                    end = _sse({**self._head, "choices": [], "usage": self._usage.as_dict()}) + end
+            except RequestError as error:
+                self._usage.failed = error.code
+                end = _sse(error_body(error))
+            await send({"type": "http.response.body", "body": end, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, event: StreamEvent, send: Send) -> None:
+        self._usage.count(event)
+        usage: dict[str, Any] = {"usage": None} if self._shows_usage else {}
+        for choice in self._form.chunks(event):
+            piece = _sse({**self._head, "choices": [choice], **usage})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
+def _sse(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def merge_streams(engine: Engine, requests: Sequence[GenerationRequest]) -> Events:
+    """The events of several requests as one stream; answer `i` of request `k` has the index k·n + i.
+
+    Closing it frees their places. The first request that fails ends the others and raises its error.
+    """
+    queue: asyncio.Queue[StreamEvent | BaseException | None] = asyncio.Queue(MAX_BUFFERED)
+    waiting = iter(enumerate(requests))
+
+    async def work() -> None:
+        try:
+            for number, request in waiting:
+                async with aclosing(engine.generate(request)) as events:
+                    async for event in events:
+                        if not isinstance(event, Started):
+                            event = replace(event, index=number * request.n + event.index)  # noqa: PLW2901
+                        await queue.put(event)
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    workers = [asyncio.create_task(work()) for _ in range(min(MAX_CONCURRENT, len(requests)))]
+    try:
+        num_working = len(workers)
+        while num_working:
+            event = await queue.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
+                num_working -= 1
+            else:
+                yield event
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str]) -> Events:
+    """Tool calls in place of their text, and the reason "tool_calls" for answers that have some."""
+    parsers: dict[int, ToolCallParser] = {}
+    async with aclosing(events):
+        async for event in events:
+            if not isinstance(event, (Delta, Finished)):
+                yield event
+                continue
+            parser = parsers.setdefault(event.index, ToolCallParser(form, tools))
+            tokens = () if isinstance(event, Finished) else event.tokens
+            for found in parser.finish() if isinstance(event, Finished) else parser.feed(event.text):
+                if isinstance(found, ToolCall):
+                    yield replace(found, index=event.index)
+                else:
+                    yield Delta(event.index, found, tokens)
+                    tokens = ()
+            if tokens:
+                yield Delta(event.index, "", tokens)
+            if isinstance(event, Finished):
+                has_called = parser.num_calls > 0 and event.reason == "stop"
+                yield replace(event, reason="tool_calls") if has_called else event
+
+
+class ToolCallParser:
+    """Separates one answer's tool calls from its text, as it is written.
+
+    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, after text or not (Hermes, Qwen)
+    json     the whole answer is {"name": ..., "parameters": {...}} (Llama 3)
+
+    Anything that is no call of one of `tools` stays text.
+    """
+
+    def __init__(self, form: ToolCallFormat, tools: Set[str]) -> None:
+        self.num_calls = 0
+        self._form = form
+        self._tools = tools
+        self._held = ""
+        """Text that may be a call, or the start of one."""
+        self._is_text = False
+        self._blank = ""
+        """White space that counts only where text follows."""
+
+    def feed(self, piece: str) -> Iterator[str | ToolCall]:
+        """Text and calls that are certain after this piece."""
+        self._held += piece
+        if self._form == "json":
+            self._is_text = self._is_text or self._held.lstrip()[:1] not in ("", "{")
+            if self._is_text:
+                yield from self._text(self._held)
+                self._held = ""
+            return
+        while (start := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, start)) >= 0:
+            end += len(CLOSE)
+            yield from self._text(self._held[:start])
+            yield from self._call(self._held[start:end])
+            self._held = self._held[end:]
+        if start < 0:
+            partial = (num for num in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:num]))
+            start = len(self._held) - next(partial, 0)
+        yield from self._text(self._held[:start])
+        self._held = self._held[start:]
+
+    def finish(self) -> Iterator[str | ToolCall]:
+        """The rest; a call that was not closed is still read."""
+        if self._held:
+            yield from self._call(self._held)
+        if self._blank and not self.num_calls:
+            yield self._blank
+        self._held = self._blank = ""
+
+    def _text(self, text: str) -> Iterable[str]:
+        if stripped := text.rstrip():
+            yield self._blank + stripped
+            self._blank = ""
+        self._blank += text[len(stripped) :]
+
+    def _call(self, text: str) -> Iterator[str | ToolCall]:
+        try:
+            call: Any = json.loads(text.removeprefix(OPEN).removesuffix(CLOSE) if self._form == "hermes" else text)
+        except (ValueError, RecursionError):
+            call = None
+        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or call.get("name") not in self._tools:
+            yield from self._text(text)
+            return
+        self._blank = ""
+        # Nine letters and digits, as Mistral's templates require.
+        identifier, written = secrets.token_hex(5)[:9], json.dumps(arguments, ensure_ascii=False)
+        yield ToolCall(0, self.num_calls, identifier, call["name"], written)
+        self.num_calls += 1

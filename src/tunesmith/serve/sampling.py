@@ -1,0 +1,207 @@
+"""The next token of an answer: greedy or drawn, with penalties, and only what a JSON schema allows."""
+
+# V vocabulary, K most likely tokens
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.serve.protocol import RequestError
+
+MOST_LIKELY = 1024
+"""Tokens among which top-p looks first: sorting the whole vocabulary takes longer than many a model."""
+NO_TOKEN = -1
+MAX_SCHEMA_CHARS = 32_768
+_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
+_NAMING = ("properties", "patternProperties", "$defs", "definitions")
+_MEANINGLESS: dict[str, Any] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+"""Keywords that zod and others write with a value that demands nothing."""
+
+
+class Grammar(Protocol):
+    """The tokens an answer may continue with."""
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place."""
+        ...
+
+    def accept(self, token_id: int) -> None: ...
+
+    def is_complete(self) -> bool:
+        """Whether nothing more may be written."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The sampling parameters of a GenerationRequest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the highest logit is the answer."""
+        return not (self.temperature or self.presence_penalty or self.frequency_penalty) and self.logprobs is None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token, its log probability before temperature and penalties, and the most likely tokens with theirs."""
+
+    token_id: int
+    logprob: float = math.nan
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Samples one answer: the same tokens for the same seed and logits, whatever else is in the batch."""
+
+    def __init__(self, params: SamplingParams, *, index: int, grammar: Grammar | None) -> None:
+        self.params = params
+        self.grammar = grammar
+        self._counts: Counter[int] = Counter()
+        self._random = torch.Generator()
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._random.manual_seed((seed * 1_000_003 + index) % 2**63)  # answers of one request differ
+
+    def accept(self, token_id: int) -> None:
+        """Record a token that was written."""
+        self._counts[token_id] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
+
+    def sample(self, logits_V: Tensor) -> SampledToken:
+        """The next token, from float32 logits, which are not changed. `NO_TOKEN` if the grammar allows none."""
+        masked_V = self._penalized(logits_V)
+        if self.grammar is not None:
+            masked_V = masked_V.clone() if masked_V is logits_V else masked_V
+            self.grammar.mask(masked_V)
+            if float(masked_V.amax()) == -math.inf:
+                return SampledToken(NO_TOKEN)
+        token_id = int(masked_V.argmax()) if self.params.temperature == 0 else self._draw(masked_V)
+        if self.params.logprobs is None:
+            return SampledToken(token_id)
+        logprobs_V = logits_V.log_softmax(-1)
+        best = logprobs_V.topk(min(self.params.logprobs, len(logprobs_V)))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return SampledToken(token_id, float(logprobs_V[token_id]), top)
+
+    def _penalized(self, logits_V: Tensor) -> Tensor:
+        """As OpenAI defines it: logit - presence, if the token was written, - frequency x number of times."""
+        params = self.params
+        if not self._counts or not (params.presence_penalty or params.frequency_penalty):
+            return logits_V
+        ids = torch.tensor(list(self._counts), device=logits_V.device)
+        times = torch.tensor(list(self._counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+        return logits_V.index_add(0, ids, -(params.presence_penalty + params.frequency_penalty * times))
+
+    def _draw(self, logits_V: Tensor) -> int:
+        """A token drawn by its probability, among the most likely ones that together have `top_p`.
+
+        Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
+        """
+        # Temperatures beyond float32 make all tokens equal, or leave the most likely one.
+        probs_V = (logits_V.double() / self.params.temperature).softmax(-1)
+        point = float(torch.rand((), generator=self._random, dtype=torch.float64))
+        if self.params.top_p >= 1:
+            return _at(probs_V, point)
+        best_K, ids_K = probs_V.topk(min(MOST_LIKELY, len(probs_V)))
+        if float(best_K.sum()) < self.params.top_p:
+            best_K, ids_K = probs_V.sort(descending=True)
+        before_K = best_K.cumsum(0) - best_K
+        num = max(1, int((before_K < self.params.top_p).sum()))
+        return int(ids_K[_at(best_K[:num], point)])
+
+
+def _at(probs_K: Tensor, point: float) -> int:
+    """The index at a point in [0, 1) of the cumulated probabilities."""
+    sums_K = probs_K.cumsum(0)
+    place = int(torch.searchsorted(sums_K, point * float(sums_K[-1]), right=True))
+    return min(place, len(probs_K) - 1)
+
+
+def sample_all(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken]:
+    """The next token of each answer."""
+    best = logits_NV.argmax(-1).tolist()
+    return [
+        SampledToken(token_id) if sampler.params.is_plain and sampler.grammar is None else sampler.sample(logits_V)
+        for sampler, logits_V, token_id in zip(samplers, logits_NV, best, strict=True)
+    ]
+
+
+class JsonGrammars:
+    """Grammars of JSON schemas for one tokenizer, by the library llguidance (the extra `json`).
+
+    Keywords that it cannot enforce are refused, never ignored.
+    """
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: Sequence[int]) -> None:
+        try:
+            import llguidance.hf
+        except ImportError as error:
+            message = "answers in JSON need the package llguidance, which is not installed on the server"
+            raise RequestError(message, code="unsupported_parameter", param="response_format") from error
+        self._matcher = llguidance.LLMatcher
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(stop_ids) or None)
+
+    def compile(self, schema: Mapping[str, Any]) -> Callable[[], Grammar]:
+        """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
+        text = json.dumps(_simplified(schema) or {"type": "object"})
+        if len(text) > MAX_SCHEMA_CHARS:
+            raise _invalid(f"the schema has {len(text):,} characters, at most {MAX_SCHEMA_CHARS:,} are taken")
+        grammar = self._matcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
+        is_error, messages = self._matcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        if is_error or messages:
+            raise _invalid(f"the schema cannot be enforced: {'; '.join(messages)[:500]}")
+        return lambda: _JsonGrammar(self._matcher(self._tokenizer, grammar, log_level=0))
+
+
+class _JsonGrammar:
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def mask(self, logits_V: Tensor) -> None:
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        if self._matcher.is_error():  # a limit of the library: the answer cannot be continued
+            logits_V.fill_(-math.inf)
+        else:
+            logits_V[allowed[: len(logits_V)].to(logits_V.device) == 0] = -math.inf
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+
+    def is_complete(self) -> bool:
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
+
+
+def _simplified(schema: Any, *, is_schema: bool = True) -> Any:
+    """A schema without keywords that demand nothing. `is_schema`: the keys are keywords, not names of properties."""
+    if isinstance(schema, list):
+        return [_simplified(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    simplified = {}
+    for name, value in schema.items():
+        if is_schema and name in ("const", "enum"):
+            simplified[name] = value
+        elif not is_schema or value != _MEANINGLESS.get(name, ...):
+            simplified[name] = _simplified(value, is_schema=not (is_schema and name in _NAMING))
+    return simplified
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(message, code="invalid_schema", param="response_format")

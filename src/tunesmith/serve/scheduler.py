@@ -1,0 +1,222 @@
+"""Continuous batching: each step decodes one more token of every answer, and reads more of the waiting prompts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.serve.decoder import Decoder, PromptPart
+from tunesmith.serve.detokenizer import StreamingDecoder, TokenBytes
+from tunesmith.serve.kv_cache import SequenceSlot, room_for
+from tunesmith.serve.protocol import Delta, Finished, RequestError, Started, StreamEvent, TokenLogprob
+from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, SamplingParams, sample_all
+
+PREFILL_TOKENS = 256
+"""Prompt tokens read in a step that also decodes, so that answers do not wait long."""
+PREFILL_TOKENS_ALONE = 1024
+"""Prompt tokens read in a step that decodes nothing."""
+
+KeyedEvent = tuple[int, StreamEvent | RequestError]
+"""An event and the key of its request."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that has been rendered and tokenized."""
+
+    key: int
+    prompt: tuple[int, ...]
+    tokenizer: Any
+    adapter: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int = 64
+    stop_ids: frozenset[int] = frozenset()
+    stops: tuple[str, ...] = ()
+    n: int = 1
+    strip: bool = False
+    """Whether white space around an answer is left out."""
+    grammar: Callable[[], Grammar] | None = None
+
+    @property
+    def room(self) -> int:
+        """Most tokens of cache that its answers take, with the prompt."""
+        # A row is copied to the next pool before its old place is free, and a pool grows by doubling its rows.
+        return 2 * self.n * room_for(len(self.prompt) + self.max_new_tokens)
+
+
+@dataclass(slots=True)
+class _Prefill:
+    request: PreparedRequest
+    slot: SequenceSlot
+    num_read: int = 0
+
+
+@dataclass(slots=True)
+class _Answer:
+    request: PreparedRequest
+    index: int
+    sampler: Sampler
+    text: StreamingDecoder
+    slot: SequenceSlot
+    last_token: int = -1
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """At most `streams` answers are decoded together; further requests wait in order.
+
+    `room`: most tokens of cache that all answers may take; None: no limit.
+    """
+
+    def __init__(self, decoder: Decoder, *, streams: int, room: int | None = None) -> None:
+        self.streams = streams
+        self.room = room
+        self.waiting: deque[PreparedRequest] = deque()
+        self._decoder = decoder
+        self._prefills: deque[_Prefill] = deque()
+        self._answers: dict[SequenceSlot, _Answer] = {}
+        self._token_bytes: dict[int, TokenBytes] = {}
+
+    @property
+    def running(self) -> int:
+        """Answers that have a place."""
+        return len(self._answers) + sum(prefill.request.n for prefill in self._prefills)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self._prefills or self._answers)
+
+    def add(self, request: PreparedRequest) -> None:
+        """Put a request at the end of the queue."""
+        self.waiting.append(request)
+
+    def could_hold(self, request: PreparedRequest) -> bool:
+        """Whether there is room for a request when nothing else runs."""
+        return self.room is None or request.room <= self.room
+
+    def cancel(self, key: int) -> None:
+        """Drop a request, wherever it is; it has no further events."""
+        self.waiting = deque(request for request in self.waiting if request.key != key)
+        for prefill in [prefill for prefill in self._prefills if prefill.request.key == key]:
+            self._prefills.remove(prefill)
+            self._decoder.close(prefill.slot)
+        for slot in [slot for slot, answer in self._answers.items() if answer.request.key == key]:
+            self._close(slot)
+
+    def step(self) -> list[KeyedEvent]:
+        """One forward pass, and its events."""
+        events = self._admit()
+        parts = self._prompt_parts()
+        if not parts and not self._answers:
+            return events
+        last_tokens = {slot: answer.last_token for slot, answer in self._answers.items()}
+        slots, logits_NV = self._decoder.step(last_tokens, [part for _, part in parts])
+        num_decoded = len(slots) - len(parts)
+        events += self._sample([self._answers[slot] for slot in slots[:num_decoded]], logits_NV[:num_decoded])
+        for (prefill, (_, ids)), logits_V in zip(parts, logits_NV[num_decoded:], strict=True):
+            prefill.num_read += len(ids)
+            if prefill.num_read == len(prefill.request.prompt):
+                self._prefills.remove(prefill)
+                events += self._start_answers(prefill, logits_V)
+        return events
+
+    def _admit(self) -> list[KeyedEvent]:
+        events: list[KeyedEvent] = []
+        while self.waiting and self._has_place(self.waiting[0]):
+            request = self.waiting.popleft()
+            slot = self._decoder.open(request.adapter, len(request.prompt))
+            self._prefills.append(_Prefill(request, slot))
+            events.append((request.key, Started(len(request.prompt))))
+        return events
+
+    def _has_place(self, request: PreparedRequest) -> bool:
+        if self.running + request.n > self.streams:
+            return False
+        held = sum(prefill.request.room for prefill in self._prefills)
+        held += sum(answer.request.room // answer.request.n for answer in self._answers.values())
+        return self.room is None or held + request.room <= self.room
+
+    def _prompt_parts(self) -> list[tuple[_Prefill, PromptPart]]:
+        """The parts of prompts read in this step, first come first served."""
+        left = PREFILL_TOKENS if self._answers else PREFILL_TOKENS_ALONE
+        parts: list[tuple[_Prefill, PromptPart]] = []
+        for prefill in self._prefills:
+            if left <= 0:
+                break
+            prompt = prefill.request.prompt
+            most = len(prompt) if self._decoder.reads_whole else left
+            ids = prompt[prefill.num_read : prefill.num_read + most]
+            parts.append((prefill, (prefill.slot, ids)))
+            left -= len(ids)
+        return parts
+
+    def _start_answers(self, prefill: _Prefill, logits_V: Tensor) -> list[KeyedEvent]:
+        """The answers to a prompt that has been read, with their first tokens."""
+        request, answers = prefill.request, []
+        for index, slot in enumerate(self._decoder.fork(prefill.slot, request.n)):
+            sampler = Sampler(request.sampling, index=index, grammar=request.grammar() if request.grammar else None)
+            text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.stops, strip=request.strip)
+            self._answers[slot] = _Answer(request, index, sampler, text, slot)
+            answers.append(self._answers[slot])
+        return self._sample(answers, logits_V.expand(request.n, -1))
+
+    def _sample(self, answers: list[_Answer], logits_NV: Tensor) -> list[KeyedEvent]:
+        """The next token of each answer, and its events."""
+        events: list[KeyedEvent] = []
+        if not answers:
+            return events
+        not_finite = (~torch.isfinite(logits_NV.amax(-1))).tolist()
+        sampled = sample_all([answer.sampler for answer in answers], logits_NV)
+        for answer, token, is_bad in zip(answers, sampled, not_finite, strict=True):
+            if answer.slot not in self._answers:  # another answer of its request has just failed
+                continue
+            if not is_bad and token.token_id != NO_TOKEN:
+                events += self._write(answer, token)
+                continue
+            self.cancel(answer.request.key)
+            if is_bad:
+                message = "the model's logits are not finite: its precision may be too low for it"
+                error = RequestError(message, status=500, code="non_finite")
+            else:
+                message = "no token may follow here: the schema cannot be met by what this model writes"
+                error = RequestError(message, code="invalid_schema")
+            events.append((answer.request.key, error))
+        return events
+
+    def _write(self, answer: _Answer, token: SampledToken) -> list[KeyedEvent]:
+        request, text, grammar = answer.request, answer.text, answer.sampler.grammar
+        answer.num_tokens += 1
+        answer.last_token = token.token_id
+        is_end = token.token_id in request.stop_ids
+        if not is_end:
+            answer.sampler.accept(token.token_id)
+            text.add(token.token_id, self._logprob(request, token))
+        is_end = is_end or text.is_stopped or (grammar is not None and grammar.is_complete())
+        is_last = is_end or answer.num_tokens >= request.max_new_tokens
+        if is_last:
+            text.finish()
+            is_end = is_end or text.is_stopped
+        piece, tokens = text.take(last=is_last)
+        events: list[KeyedEvent] = []
+        if piece or tokens:
+            events.append((request.key, Delta(answer.index, piece, tokens)))
+        if is_last:
+            finished = Finished(answer.index, "stop" if is_end else "length", answer.num_tokens)
+            events.append((request.key, finished))
+            self._close(answer.slot)
+        return events
+
+    def _logprob(self, request: PreparedRequest, token: SampledToken) -> TokenLogprob | None:
+        if request.sampling.logprobs is None:
+            return None
+        tokenizer = request.tokenizer
+        return self._token_bytes.setdefault(id(tokenizer), TokenBytes(tokenizer)).logprob(token)
+
+    def _close(self, slot: SequenceSlot) -> None:
+        del self._answers[slot]
+        self._decoder.close(slot)

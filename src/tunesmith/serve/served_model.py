@@ -1,0 +1,241 @@
+"""Models by the names clients use: those that write text, those with a head that classifies, and text embedders."""
+
+# B texts, T tokens, D hidden size
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.renderer import Renderer
+from tunesmith.data.sampler import make_micro_batches
+from tunesmith.errors import DataError, ModelError
+from tunesmith.inference.load import LoadedModel
+from tunesmith.inference.predict import Predictor
+from tunesmith.inference.rows import Line
+from tunesmith.models.modes import eval_mode
+from tunesmith.models.pooling import Pooling, pool
+from tunesmith.runs.folder import Run
+from tunesmith.serve.decoder import Decoder
+from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
+from tunesmith.serve.sampling import JsonGrammars, SamplingParams
+from tunesmith.serve.scheduler import PreparedRequest
+from tunesmith.tasks import TASKS
+from tunesmith.types import Example, Part, Problem, Source
+
+MAX_LOGPROBS = 20
+
+
+@dataclass
+class ServedModel:
+    """A base model, or a run's adapter on it, that answers in text."""
+
+    card: ModelCard
+    renderer: Renderer
+    vocab_size: int
+    decoder: Decoder
+    adapter: str | None = None
+    run: Run | None = None
+    grammars: JsonGrammars | None = field(default=None, init=False)
+    """Made when it is first needed."""
+
+    def prepare(self, key: int, request: GenerationRequest, options: EngineOptions) -> PreparedRequest:
+        """The request as the scheduler takes it. Raises RequestError."""
+        _check_ranges(request, options)
+        prompt = self.prompt_ids(request)
+        max_new_tokens = self._max_new_tokens(request, len(prompt), options)
+        grammar = None
+        if request.json_schema is not None:
+            if self.grammars is None:
+                tokenizer, stop_ids = self.renderer.tokenizer, self.renderer.stop_ids
+                self.grammars = JsonGrammars(tokenizer, vocab_size=self.vocab_size, stop_ids=stop_ids)
+            grammar = self.grammars.compile(request.json_schema)
+        return PreparedRequest(
+            key,
+            tuple(prompt),
+            self.renderer.tokenizer,
+            adapter=self.adapter,
+            sampling=SamplingParams(
+                request.temperature, request.top_p, request.seed,
+                request.presence_penalty, request.frequency_penalty, request.logprobs,
+            ),
+            max_new_tokens=max_new_tokens,
+            stop_ids=frozenset(self.renderer.stop_ids),
+            stops=tuple(filter(None, request.stop)),
+            n=request.n,
+            strip=not TASKS[self.renderer.task_name].raw_text,
+            grammar=grammar,
+        )  # fmt: skip
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids that the model reads, from the code that rendered the training rows. Raises RequestError."""
+        prompt, is_chat = request.prompt, TASKS[self.renderer.task_name].is_chat
+        if prompt is not None and not isinstance(prompt, str):
+            unknown = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
+            if unknown is not None:
+                raise RequestError(
+                    f"token {unknown} is none of the {self.vocab_size:,} tokens of this model", param="prompt"
+                )
+            return list(prompt)
+        if prompt is not None and is_chat:  # a text to continue: no template is put around it
+            return list(self.renderer.tokenizer(prompt).input_ids)
+        tools, cuts = tuple(request.tools), list[int]()
+        try:
+            parts = self._conversation(request) if is_chat else [Part("user", self._single(request), trained=False)]
+            ids = self.renderer.prompt_ids(parts, tools, on_cut=cuts.append)
+            shows_tools = not tools or ids != self.renderer.prompt_ids(parts, (), on_cut=cuts.append)
+        except (DataError, ModelError) as error:  # the template refuses it, or exceeds its limits
+            raise RequestError(str(error), param="messages") from error
+        if not shows_tools:
+            message = f"the chat template of {self.card.name} does not show tools: leave them out"
+            raise RequestError(message, param="tools")
+        if sum(cuts):
+            message = f"the prompt has {sum(cuts):,} tokens more than {self.card.name} reads: shorten it"
+            raise RequestError(message, code="context_length_exceeded", param="messages")
+        return ids
+
+    def _single(self, request: GenerationRequest) -> str:
+        """The prompt of a task that is no conversation."""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        if len(request.messages) != 1 or request.messages[0].get("role") != "user" or request.tools:
+            raise RequestError(
+                f"{self.card.name} was tuned for the task {self.renderer.task_name}, not for conversations: send one "
+                "message of the user, or use /v1/completions",
+                param="messages",
+            )
+        return _content(request.messages[0])
+
+    def _conversation(self, request: GenerationRequest) -> list[Part]:
+        parts = [as_part(message) for message in request.messages]
+        example = Example(tuple(parts), Source("request", 1), "messages", tuple(request.tools))
+        for problem in self.renderer.control_problems(example):
+            raise RequestError(problem.message, param="messages")
+        return parts
+
+    def _max_new_tokens(self, request: GenerationRequest, num_prompt: int, options: EngineOptions) -> int:
+        param, code = "messages" if request.prompt is None else "prompt", "context_length_exceeded"
+        if num_prompt == 0:
+            raise RequestError("the prompt has no token: there is nothing to answer", param=param)
+        window, is_separate = self.card.max_tokens, self.renderer.kind == "encoder_decoder"
+        longest = min(options.max_prompt_tokens or window, window if is_separate else window - 1)
+        if num_prompt > longest:
+            message = f"the prompt has {num_prompt:,} tokens, at most {longest:,} are read here: shorten it"
+            raise RequestError(message, code=code, param=param)
+        room = min(options.max_new_tokens, window if is_separate else window - num_prompt)
+        if (request.max_tokens or 0) > options.max_new_tokens:
+            message = f"at most {options.max_new_tokens:,} tokens are written here: lower it"
+            raise RequestError(message, param="max_tokens")
+        if (request.max_tokens or 0) > room:
+            message = (
+                f"{num_prompt:,} tokens of prompt and {request.max_tokens:,} of answer are more than the {window:,} "
+                f"that {self.card.name} can attend to: shorten the prompt or lower max_tokens"
+            )
+            raise RequestError(message, code=code, param=param)
+        return room if request.max_tokens is None else request.max_tokens
+
+
+def as_part(message: Mapping[str, Any]) -> Part:
+    """A message as training rows have it. Raises RequestError."""
+    fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    return Part(str(message.get("role", "")), _content(message), trained=False, fields=fields)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if not isinstance(content, str | None):
+        raise RequestError("the content of a message has to be one text", param="messages")
+    return content or ""
+
+
+def _check_ranges(request: GenerationRequest, options: EngineOptions) -> None:
+    ranges: list[tuple[str, float | None, float, float]] = [
+        ("temperature", request.temperature, 0, math.inf),
+        ("top_p", request.top_p, 0, 1),
+        ("n", request.n, 1, options.streams),
+        ("max_tokens", 1 if request.max_tokens is None else request.max_tokens, 1, math.inf),
+        ("logprobs", request.logprobs or 0, 0, MAX_LOGPROBS),
+        ("presence_penalty", request.presence_penalty, -2, 2),
+        ("frequency_penalty", request.frequency_penalty, -2, 2),
+    ]
+    for name, value, low, high in ranges:
+        if value is None or not (low <= value <= high and math.isfinite(value)):  # JSON turns infinity into null
+            limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"a number from {low:g} up"
+            raise RequestError(f"{name} is {value}; it has to be {limit}", param=name)
+
+
+@dataclass
+class Classifier:
+    """A model whose head answers with classes, a number, or a tag for each word."""
+
+    card: ModelCard
+    loaded: LoadedModel
+
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Line]:
+        """A line for each text, as `tunesmith predict` writes it. Raises RequestError for the first bad text."""
+        lines = []
+        examples = [self._example(text, i) for i, text in enumerate(texts)]
+        for line in Predictor(self.loaded)(examples, lambda num: None, lambda problem: None):
+            if isinstance(line, Problem):
+                code = "context_length_exceeded" if line.code == "too_long" else "invalid_value"
+                raise RequestError(f"input[{line.source.line - 1}]: {line.message}", code=code, param="input")
+            lines.append(line)
+        return lines
+
+    def _example(self, text: str | tuple[str, str], index: int) -> Example:
+        source = Source("input", index + 1)
+        if TASKS[self.card.task].by_word:
+            if not isinstance(text, str):
+                raise RequestError("a model that tags words takes one text, not a pair")
+            return Example(tuple(Part("word", word, False) for word in text.split()), source, "tokens_tags")
+        texts = (text,) if isinstance(text, str) else text
+        parts = (Part(name, one, False) for name, one in zip(("text", "text_pair"), texts, strict=False))
+        return Example(tuple(parts), source, "text_label")
+
+
+@dataclass
+class Embedder:
+    """An encoder without a head: its hidden states, pooled as its files say."""
+
+    card: ModelCard
+    loaded: LoadedModel
+    pooling: Pooling
+
+    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """A vector for each text, and the number of tokens read. Raises RequestError for an empty or too long text."""
+        rows = [self._ids(text, i) for i, text in enumerate(texts)]
+        lengths = [len(row) for row in rows]
+        most = self.loaded.tokens_per_pass(lengths)
+        vectors: dict[int, list[float]] = {}
+        with eval_mode(self.loaded.model):
+            for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded"):
+                vectors |= zip(members, self._vectors([rows[i] for i in members]), strict=True)
+        return [vectors[i] for i in range(len(rows))], sum(lengths)
+
+    def _ids(self, text: str, index: int) -> list[int]:
+        if not text.strip():
+            raise RequestError(f"input[{index}] is empty", param="input")
+        ids, most = list(self.loaded.renderer.tokenizer(text).input_ids), self.card.max_tokens
+        if len(ids) > most:
+            message = f"input[{index}] has {len(ids):,} tokens, at most {most:,} are read: shorten it"
+            raise RequestError(message, code="context_length_exceeded", param="input")
+        return ids
+
+    def _vectors(self, rows: Sequence[list[int]]) -> Iterator[list[float]]:
+        ids_BT = torch.full((len(rows), max(map(len, rows))), self.loaded.pad_id)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, row in enumerate(rows):
+            ids_BT[b, : len(row)] = torch.tensor(row)
+            mask_BT[b, : len(row)] = 1
+        base: Any = self.loaded.model.base_model
+        ids_BT, mask_BT = ids_BT.to(self.loaded.model.device), mask_BT.to(self.loaded.model.device)
+        hidden_BTD: Tensor = base(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+        pooled_BD = pool(hidden_BTD, mask_BT, self.pooling.kind)
+        if self.pooling.normalizes:
+            pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=-1)
+        yield from pooled_BD.tolist()

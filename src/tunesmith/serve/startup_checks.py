@@ -1,0 +1,289 @@
+"""Checks before the first request: prompts are those of training, adapters have an effect, and sequences that are
+decoded together get the logits that each gets alone."""
+
+# T tokens, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.data.dataset import RowStore, open_kept
+from tunesmith.data.examples import examples
+from tunesmith.data.read import expand_folders
+from tunesmith.data.renderer import Renderer
+from tunesmith.errors import DataError, ModelError, RunError
+from tunesmith.inference.load import LoadedModel, assumed_date
+from tunesmith.models.attention import UnsupportedAttentionError, longrope_conflict, packed_forward
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
+from tunesmith.recipe.schema import resolved
+from tunesmith.runs.atomic import sha256_file
+from tunesmith.runs.folder import Run
+from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.decoder import BatchedDecoder, Decoder, SequentialDecoder
+from tunesmith.serve.protocol import GenerationRequest, RequestError
+from tunesmith.serve.served_model import ServedModel
+from tunesmith.tasks import TASKS
+from tunesmith.types import Example, Problem, Row
+
+MAX_ROWS = 32
+PROBES = ((37, 23), (11, 5), (64, 40))
+"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
+_MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
+"""A model that cannot be called in this way raises any of these."""
+_WAY_OUT = "Its tokenizer or template has changed since: put back what it was tuned with, or tune it again."
+
+Note = Callable[[str], None]
+
+
+def check_writers(models: Sequence[ServedModel], note: Note) -> None:
+    """Raises RunError for a run whose prompts are not those of its training, or whose adapter has no effect."""
+    for model in models:
+        if model.run is not None:
+            check_prompts(model, model.run, note)
+            if model.adapter is not None:
+                _check_adapter(model, model.run)
+
+
+def check_prompts(model: ServedModel, run: Run, note: Note) -> None:
+    """The tokens of the first training prompts, rendered as a request is, are those of the rows."""
+    num, renderer = 0, model.renderer
+    for example, row in _training_rows(run, renderer, note):
+        last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+        prompt = example.parts[:last] or example.parts[:1]
+        request = GenerationRequest(model.card.name, prompt=prompt[0].text)
+        if TASKS[renderer.task_name].is_chat:
+            messages = [{**part.fields, "role": part.role, "content": part.text} for part in prompt]
+            request = GenerationRequest(model.card.name, messages=messages, tools=example.tools)
+        try:
+            served = model.prompt_ids(request)
+        except RequestError as error:
+            raise RunError(f"{run.path}: {example.source}: trained on, but refused now: {error}") from error
+        trained = row.ids.tolist()
+        # A document is trained as it is, its prompt included.
+        length = len(served) if TASKS[renderer.task_name].writes_answers else min(len(served), len(trained))
+        _compare(run, renderer, example, served=served[:length], trained=trained[:length])
+        num += 1
+    if num:
+        note(f"{run.path}: {num} training prompts are the same tokens when they are served")
+    if renderer.date is not None:
+        what = assumed_date(run, renderer)
+        note(f"{run.path}: {what or f'its chat template writes the date: {renderer.date}, as in training'}")
+
+
+def check_encoding(run: Run | None, renderer: Renderer, note: Note) -> None:
+    """The tokens of the first training rows of a model with a head are those that it reads now."""
+    num = 0
+    for example, row in _training_rows(run, renderer, note) if run is not None else ():
+        [encoded] = renderer.encode([replace(example, labels=())])
+        served = encoded[0].ids.tolist() if isinstance(encoded[0], Row) else []
+        _compare(run, renderer, example, served=served, trained=row.ids.tolist())  # type: ignore[arg-type]
+        num += 1
+    if num and run is not None:
+        note(f"{run.path}: {num} training rows are the same tokens when they are served")
+
+
+def _compare(run: Run, renderer: Renderer, example: Example, *, served: Sequence[int], trained: Sequence[int]) -> None:
+    if list(served) == list(trained):
+        return
+    pairs = enumerate(zip(served, trained, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
+
+    def shown(ids: Sequence[int]) -> str:
+        return f"{ids[place]} ({renderer.tokenizer.decode([ids[place]])!r})" if place < len(ids) else "nothing"
+
+    raise RunError(
+        f"{run.path}: {example.source}: token {place} of its prompt was trained as {shown(trained)}, but would be "
+        f"served as {shown(served)}. {_WAY_OUT}"
+    )
+
+
+def _training_rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row]]:
+    """The first training rows of a run with their examples, read again.
+
+    Rows whose earlier turns the template rewrites are left out: no request renders them. Rows that were cut are
+    compared here, encoded again. Raises RunError if one has other tokens.
+    """
+    store = open_kept(run.rows_path / "train", run.identity().get("rows"))
+    if store is None:
+        note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
+        return
+    rows: dict[tuple[int, int], int] = {}
+    for i in range(min(len(store), 50 * MAX_ROWS)):  # the first window of a document, where a prompt begins
+        rows.setdefault((int(store.file_index[i]), int(store.lines[i])), i)
+    try:
+        found = list(islice(_examples(run, store), 4 * MAX_ROWS))
+    except (DataError, OSError) as error:
+        note(f"{run.path}: whether prompts are served as they were trained was not compared: {error}")
+        return
+    found = [(file, example) for file, example in found if (file, example.source.line) in rows]
+    warned: dict[str, set[str]] = {"context_rewritten": set(), "cut": set()}
+
+    def hear(problem: Problem) -> None:
+        warned.get(problem.code, set()).add(str(problem.source))
+
+    encoded: Sequence[Any] = [()] * len(found)
+    if TASKS[resolved(run.recipe().task)].writes_answers:
+        encoded = renderer.encode([example for _, example in found], on_warning=hear)
+    num = 0
+    for (file, example), again in zip(found, encoded, strict=True):
+        source, row = str(example.source), store.row(rows[file, example.source.line])
+        if num == MAX_ROWS or source in warned["context_rewritten"]:
+            continue
+        num += 1
+        if source in warned["cut"]:  # no request is cut, so the whole row is compared
+            now = again[0].ids.tolist() if isinstance(again[0], Row) else []
+            _compare(run, renderer, example, served=now, trained=row.ids.tolist())
+        else:
+            yield example, row
+
+
+def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
+    """The examples of the first data file. Raises DataError if it has changed since training, OSError."""
+    recipe = run.recipe()
+    first = expand_folders((*recipe.data.train, *recipe.data.replay), lambda problem: None)[:1]
+    if sha256_file(Path(first[0].at)) != store.summary.data_sha256[0]:
+        raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
+    return examples(first, recipe.data, lambda problem: None, task=resolved(recipe.task))
+
+
+def _check_adapter(model: ServedModel, run: Run) -> None:
+    """The logits of a probe are others with the adapter than without."""
+    decoder, logits = model.decoder, []
+    for adapter in (None, model.adapter):
+        slot = decoder.open(adapter, PROBES[0][0])
+        logits.append(decoder.step({}, [(slot, _probe(model.vocab_size, PROBES[0][0]))])[1])
+        decoder.close(slot)
+    if torch.equal(*logits):
+        raise RunError(
+            f"{run.path}: its adapter changes nothing: the base alone would answer in its name. Look at its report, "
+            "and train it longer."
+        )
+
+
+def choose_decoder(loaded: LoadedModel, adapters: AdapterSet, note: Note, *, streams: int | None = None) -> Decoder:
+    """A decoder of many sequences at once if the model gives them the logits that it gives each alone.
+
+    `streams`: number of sequences at a time; None: several. Raises ModelError for a model that keeps the state of a
+    sequence in itself, if there are several.
+    """
+    model = loaded.model
+    is_encoder_decoder = model.config.is_encoder_decoder
+    reason = (
+        "it is an encoder–decoder" if is_encoder_decoder else why_sequential(model, adapters, longest=loaded.max_tokens)
+    )
+    if not reason:
+        return BatchedDecoder(model, adapters)
+    note(f"answers are decoded one by one, not together: {reason}")
+    if streams != 1 and not is_encoder_decoder and (problem := why_single(model, adapters)):
+        raise ModelError(
+            f"{loaded.located.name}: cannot be served: {problem}. Use `tunesmith chat` or `tunesmith predict`."
+        )
+    return SequentialDecoder(model, adapters)
+
+
+def why_sequential(model: PreTrainedModel, adapters: AdapterSet, *, longest: int = 0) -> str:
+    """The reason why sequences cannot be decoded in one pass; "" if their logits are the same together and alone.
+
+    Texts of different lengths are read in parts and then continued together, and their logits compared with those of
+    the model's own attention, each text alone; and those of one text beside others with those beside others again.
+    `longest`: tokens of the longest sequence that may come.
+    """
+    if reason := recurrent_layer(model) or longrope_conflict(model.config, longest):
+        return reason
+    own = model.config._attn_implementation
+    texts = _probes(model)
+    with eval_mode(model):
+        alone = [_whole(model, ids) for ids in texts]
+        try:
+            with (
+                silence_transformers(),
+                packed_forward() as trace,
+            ):  # transformers warns of attention that cannot be replaced
+                together = _batched(BatchedDecoder(model, adapters), texts)
+                again = _batched(BatchedDecoder(model, adapters), [texts[0], *(ids[::-1] for ids in texts[1:])])
+        except _MODEL_ERRORS as refusal:
+            return str(refusal) or type(refusal).__name__
+        finally:
+            with silence_transformers():
+                model.set_attn_implementation(own)
+    if trace.calls == 0:
+        return "its attention is its own and cannot be replaced"
+    if missing := trace.local_masks - trace.windows:
+        return f"its attention is limited to {min(missing)} tokens by a mask alone"
+    error, leak = _distance(together, alone), _distance(again[:1], together[:1])
+    if error <= TOLERANCES[model.dtype] and leak <= leak_tolerance(model):
+        return ""
+    return f"others beside a text change its logits, by {max(error, leak):.2g}"
+
+
+def why_single(model: PreTrainedModel, adapters: AdapterSet) -> str:
+    """The reason why sequences cannot even be decoded in turn, each with a cache of its own; "" if they can.
+
+    Some models keep the state of a sequence in themselves, where another one finds it.
+    """
+    texts = _probes(model)[1:]
+    with eval_mode(model):
+        alone = [_whole(model, ids) for ids in texts]
+        try:
+            in_turn = _sequential(SequentialDecoder(model, adapters), texts)
+            one_by_one = [_sequential(SequentialDecoder(model, adapters), [ids])[0] for ids in texts]
+        except _MODEL_ERRORS as refusal:
+            return str(refusal) or type(refusal).__name__
+    if not (leak := _distance(in_turn, one_by_one)) <= leak_tolerance(model):
+        return f"a text changes the logits of another, by {leak:.2g} of their spread: it keeps the state of one"
+    error = _distance(in_turn, alone)
+    return "" if error <= TOLERANCES[model.dtype] else f"its cache changes its logits, by {error:.2g} of their spread"
+
+
+def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    return max(normalized_error(a_V[None], b_V[None]) for a_V, b_V in zip(some, others, strict=True))
+
+
+def _whole(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[V] of the last token, by the model itself."""
+    logits_V: Tensor = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, -1]
+    return logits_V.float()
+
+
+def _sequential(decoder: SequentialDecoder, texts: Sequence[list[int]]) -> list[Tensor]:
+    """[V] of the last token of each text, which are read in turn, the last two tokens one by one."""
+    slots = [decoder.open(None, len(ids)) for ids in texts]
+    for part in (slice(0, -2), slice(-2, -1), slice(-1, None)):
+        _, logits_NV = decoder.step({}, [(slot, ids[part]) for slot, ids in zip(slots, texts, strict=True)])
+    return list(logits_NV)
+
+
+def _batched(decoder: BatchedDecoder, texts: Sequence[list[int]]) -> list[Tensor]:
+    """[V] of the last token of each text."""
+    slots = [decoder.open(None, num) for num, _ in PROBES]
+    prompts = [ids[:num] for ids, (_, num) in zip(texts, PROBES, strict=True)]
+    for parts in ([ids[: len(ids) // 2] for ids in prompts], [ids[len(ids) // 2 :] for ids in prompts]):
+        decoder.step({}, list(zip(slots, parts, strict=True)))
+    decoding = {decoder.fork(slot, 1)[0]: i for i, slot in enumerate(slots)}
+    found: dict[int, Tensor] = {}
+    while decoding:
+        slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in decoding.items()}, [])
+        for slot, logits_V in zip(slots, logits_NV, strict=True):
+            if slot.length == len(texts[decoding[slot]]):
+                found[decoding.pop(slot)] = logits_V
+                decoder.close(slot)
+    return [found[i] for i in range(len(texts))]
+
+
+def _probes(model: PreTrainedModel) -> list[list[int]]:
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    return [_probe(vocab_size, num) for num, _ in PROBES]
+
+
+def _probe(vocab_size: int, num: int) -> list[int]:
+    """The same tokens at every call."""
+    return torch.randint(0, vocab_size, (num,), generator=torch.Generator().manual_seed(num)).tolist()

@@ -1,0 +1,176 @@
+"""A run is trained, `tunesmith serve` is a process with a real model in its child, and the openai package asks it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import openai
+import pytest
+
+from serve.running import wait_for
+from tiny_run import tiny_recipe
+from tunesmith.evaluation import generate
+from tunesmith.evaluation.generate import Sampling
+from tunesmith.inference.load import load_base, load_run
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
+from tunesmith.types import Part
+
+SOURCE = str(Path(__file__).parents[2] / "src")
+QUESTIONS = ("the quick brown fox", "what is tallest", "hello", "a lazy dog on Earth please jumps over yes")
+NUM_TOKENS = 12
+
+
+@dataclass
+class Live:
+    """The process, where it is asked, and the run that it serves."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    run: Run
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def ask(self, text: str, **how: object) -> openai.types.chat.ChatCompletion:
+        asked = {"model": self.run.path.name, "temperature": 0, "max_tokens": NUM_TOKENS, **how}
+        return self.client.chat.completions.create(messages=[{"role": "user", "content": text}], **asked)  # type: ignore[call-overload, no-any-return]
+
+    def child(self) -> int:
+        """The process that holds the model."""
+        children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
+        return int(children[-1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("served")
+    recipe = tiny_recipe(folder, train={"epochs": 1}, data={"max_tokens": 256, "too_long": "error"})
+    return train(recipe, root=folder / "runs", out=folder / "runs" / "support", offline=True)
+
+
+@pytest.fixture
+def live(run: Run) -> Iterator[Live]:
+    words = [sys.executable, "-m", "tunesmith", "serve", str(run.path), "--port", "0", "--quiet", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    assert popen.stdout is not None
+    url = popen.stdout.readline().strip()
+    assert url.startswith("http://127.0.0.1:"), "it did not start"
+    yield Live(popen, url, run)
+    popen.kill()
+    popen.wait()
+
+
+def offline_answers(run: Run) -> tuple[list[str], list[str]]:
+    """What `tunesmith chat` says to the questions, tuned and untouched, without a server."""
+    found = []
+    for speaker in (load_run(run, offline=True), load_base(run, offline=True)):
+        how = Sampling(max_new_tokens=NUM_TOKENS, temperature=0.0, top_p=1.0)
+        parts = [[Part("user", text, trained=False)] for text in QUESTIONS]
+        prompts = [speaker.renderer.prompt_ids(part) for part in parts]
+        found.append([generate.generate(speaker.model, speaker.renderer, [prompt], how)[0].text for prompt in prompts])
+    return found[0], found[1]
+
+
+def test_answers_are_those_without_a_server(live: Live, run: Run) -> None:
+    tuned, base = offline_answers(run)
+    assert tuned != base, "a run that changes nothing would prove nothing"
+    names = [model.id for model in live.client.models.list()]
+    assert names[0] == run.path.name
+    answers: dict[tuple[str, str], str] = {}
+
+    def ask(name: str, text: str) -> None:
+        answers[name, text] = str(live.ask(text, model=name).choices[0].message.content)
+
+    asking = [threading.Thread(target=ask, args=(name, text)) for name in names for text in QUESTIONS]
+    for thread in asking:  # all at once, so that tuned and untouched share a batch
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert [answers[names[0], text] for text in QUESTIONS] == tuned
+    assert [answers[names[1], text] for text in QUESTIONS] == base
+
+
+def test_every_way_of_asking(live: Live, run: Run) -> None:
+    text, name, client = QUESTIONS[0], run.path.name, live.client
+    whole = live.ask(text, logprobs=True, top_logprobs=3)
+    said = str(whole.choices[0].message.content)
+    stream = client.chat.completions.create(
+        model=name, messages=[{"role": "user", "content": text}], temperature=0, max_tokens=NUM_TOKENS, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+    assert last.usage == whole.usage
+    assert whole.usage is not None
+    assert whole.choices[0].logprobs is not None
+    listed = whole.choices[0].logprobs.content or []
+    assert len(listed) == whole.usage.completion_tokens
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in listed), "greedy takes the likeliest"
+    drawn = [live.ask(text, temperature=1, seed=5, n=2) for _ in range(2)]
+    first, second = ([choice.message.content for choice in one.choices] for one in drawn)
+    assert first == second
+    assert first[0] != first[1]
+    middle = said[len(said) // 2]
+    stopped = live.ask(text, stop=[middle]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (said[: said.index(middle)].strip(), "stop")
+    gone_on = client.completions.create(model=name, prompt="the quick", temperature=0, max_tokens=5, logprobs=2)
+    assert gone_on.choices[0].logprobs is not None
+    assert len(gone_on.choices[0].logprobs.tokens or []) == 5
+
+
+def test_what_is_under_way_is_answered_after_sigterm(live: Live) -> None:
+    answered: list[int] = []
+
+    def ask() -> None:
+        usage = live.ask(QUESTIONS[0], max_tokens=400, temperature=2, seed=1).usage
+        answered.append(usage.completion_tokens if usage is not None else 0)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: answered or '"running":1' in urlopen(f"{live.url}/health").read().decode())
+    live.popen.send_signal(signal.SIGTERM)
+    assert live.popen.wait(timeout=30) == 0
+    asking.join()
+    assert len(answered) == 1
+
+
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists(), reason="finds it in /proc")
+def test_a_killed_model_is_one_failed_request_and_a_restart(live: Live) -> None:
+    failed: list[openai.APIStatusError] = []
+
+    def ask() -> None:
+        try:
+            live.ask(QUESTIONS[0], max_tokens=450, temperature=2, seed=1, n=8)
+        except openai.APIStatusError as error:
+            failed.append(error)
+
+    before = live.ask(QUESTIONS[0]).choices[0].message.content
+    child = live.child()
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: '"running":8' in urlopen(f"{live.url}/health").read().decode())
+    os.kill(child, signal.SIGKILL)
+    asking.join()
+    assert [error.status_code for error in failed] == [500]
+    wait_for(lambda: is_healthy(live), timeout_s=60)
+    assert live.child() != child
+    assert live.ask(QUESTIONS[0]).choices[0].message.content == before
+    assert "tunesmith_engine_restarts_total 1.0" in urlopen(f"{live.url}/metrics").read().decode()
+
+
+def is_healthy(live: Live) -> bool:
+    try:
+        return bool(urlopen(f"{live.url}/health").status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,365 @@
+"""The engine: a child process that holds the models, its limits, its end and its next life."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
+from tunesmith.errors import InputError
+from tunesmith.evaluation import generate
+from tunesmith.evaluation.generate import Answer, Sampling
+from tunesmith.inference import load as loading
+from tunesmith.runs.folder import Run
+from tunesmith.serve import engine
+from tunesmith.serve.protocol import GenerationRequest, RequestError
+from tunesmith.types import Part
+
+QUESTIONS = ("What is the tallest mountain?", "hello", "the quick brown fox jumps over a lazy dog please")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    two_runs(folder)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def asked(root: Path) -> Iterator[Asked]:
+    with engine_over(["first", "second"], root) as made:
+        yield made
+
+
+def offline(root: Path, model: str, text: str, tokens: int) -> Answer:
+    """What `tunesmith predict` would answer."""
+    if model == "model-llama":
+        speaker = loading.load_model(str(root.parent / model), offline=True)
+    else:
+        speaker = loading.load_run(Run.open(model, root), offline=True)
+    prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
+    how = Sampling(max_new_tokens=tokens)
+    return generate.generate(speaker.model, speaker.renderer, [prompt], how)[0]
+
+
+def test_runs_and_their_base_are_served(asked: Asked) -> None:
+    served = {one.name: one for one in asked.engine.served}
+    assert list(served) == ["first", "second", "model-llama"]
+    assert [one.is_base for one in served.values()] == [False, False, True]
+    assert {one.answers for one in served.values()} == {"text"}
+    assert {one.task for one in served.values()} == {"chat"}
+    assert all(one.max_tokens == 512 and one.created > 1e9 for one in served.values())
+
+
+def test_the_parent_holds_no_torch(root: Path) -> None:
+    code = """
+import asyncio, pathlib, sys
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.engine import start_engine
+from tunesmith.errors import InputError
+try:
+    asyncio.run(start_engine(["no-such-run"], root=pathlib.Path(sys.argv[1]), options=EngineOptions(offline=True)))
+except InputError as error:
+    print(error)
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    words = [sys.executable, "-c", code, str(root)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert "no-such-run" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_greedy_answers_at_once_are_those_of_generation(asked: Asked, root: Path) -> None:
+    models = ("first", "second", "model-llama")
+    cases = [(model, text, tokens) for model in models for text in QUESTIONS for tokens in (3, 12)]
+
+    async def all_at_once() -> list[Any]:
+        asks = [says(model, text, max_tokens=tokens) for model, text, tokens in cases]
+        gate = asyncio.Semaphore(8)  # as many as may wait
+
+        async def one(ask: GenerationRequest) -> Any:
+            async with gate:
+                return await heard(asked.engine.generate(ask))
+
+        return await asyncio.gather(*map(one, asks))
+
+    found = asked.run(all_at_once())
+    answers = [offline(root, *case) for case in cases]
+    assert [one.answer() for one in found] == answers
+    assert len(set(answers)) > 6
+    by_model = [[answers[i].text for i, case in enumerate(cases) if case[0] == model] for model in models]
+    assert by_model[0] != by_model[1] != by_model[2] != by_model[0]
+
+
+def test_pieces_end_and_counts(asked: Asked) -> None:
+    found = asked.answer(says("first", "hello", n=2, temperature=1.0, seed=3, logprobs=2, max_tokens=5))
+    assert sorted(found.ended) == [0, 1]
+    assert found.begun is not None
+    for index, ended in found.ended.items():
+        assert 1 <= ended.completion_tokens <= 5
+        assert len(found.tokens[index]) in (ended.completion_tokens, ended.completion_tokens - 1)
+        for token in found.tokens[index]:
+            assert len(token.top) == 2
+            assert token.logprob <= token.top[0].logprob <= 0
+    before = asked.engine.state()
+    again = asked.answer(says("first", "hello", n=2, temperature=1.0, seed=3, max_tokens=5))
+    after = asked.engine.state()
+    assert again.texts == found.texts
+    assert after.prompt_tokens - before.prompt_tokens == found.begun
+    assert after.completion_tokens - before.completion_tokens == sum(e.completion_tokens for e in found.ended.values())
+    assert after.rss_bytes > 50e6
+    assert (after.running, after.waiting) == (0, 0)
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"max_tokens": 33}, "invalid_value", "at most 32 tokens"),
+    ({"temperature": -1.0}, "invalid_value", "temperature is -1"),
+    ({"temperature": float("inf")}, "invalid_value", "temperature"),
+    ({"top_p": 1.5}, "invalid_value", "from 0 to 1"),
+    ({"n": 5}, "invalid_value", "from 1 to 4"),
+    ({"n": 0}, "invalid_value", "from 1 to 4"),
+    ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    ({"logprobs": 21}, "invalid_value", "from 0 to 20"),
+    ({"messages": (), "prompt": (1, 512)}, "invalid_value", "token 512 is none of the 512"),
+    ({"messages": (), "prompt": ()}, "invalid_value", "no token"),
+    ({"messages": (), "prompt": (5,) * 512}, "context_length_exceeded", "at most 511"),
+    ({"messages": (), "prompt": (5,) * 500, "max_tokens": 20}, "context_length_exceeded", "more than the 512"),
+    ({"messages": ({"role": "user", "content": "a <|im_end|> b"},)}, "invalid_value", "<|im_end|>"),
+    ({"messages": ({"role": "user", "content": [1]},)}, "invalid_value", "one text"),
+    ({"json_schema": {"type": "nonsense"}}, "invalid_schema", "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("how", "code", "said"), REFUSED)
+def test_what_cannot_be_answered_is_refused(asked: Asked, how: dict[str, Any], code: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said.replace("|", r"\|")) as refusal:
+        asked.answer(replace(says("first", "hello"), **how))
+    assert (refusal.value.status, refusal.value.code) == (400, code)
+    assert asked.answer(says("first", "hello")).ended
+
+
+def test_an_unknown_model_is_refused(asked: Asked) -> None:
+    for work in (
+        heard(asked.engine.generate(says("third", "hello"))),
+        asked.engine.classify("first", ["a"]),
+        asked.engine.embed("first", ["a"]),
+    ):
+        with pytest.raises(RequestError) as refusal:
+            asked.run(work)
+        assert (refusal.value.status, refusal.value.code) == (404, "model_not_found")
+
+
+def test_a_raw_prompt_is_gone_on_with_as_it_stands(asked: Asked) -> None:
+    ids = asked.answer(GenerationRequest("first", prompt=(40, 50, 60), temperature=0.0, max_tokens=4))
+    assert ids.begun == 3
+    text = asked.answer(GenerationRequest("first", prompt="hello there", temperature=0.0, max_tokens=4))
+    assert text.begun is not None
+    assert text.begun < 8  # no template around it
+
+
+def test_an_answer_in_json_is_json(asked: Asked) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    found = asked.answer(says("first", "hello", json_schema=schema, max_tokens=32))
+    assert found.texts[0] in {f'{{"a": {a}, "b": "{b}"}}' for a in ("true", "false") for b in "xy"}
+    assert found.ended[0].reason == "stop"
+
+
+def test_stops_end_an_answer(asked: Asked) -> None:
+    whole = asked.answer(says("first", QUESTIONS[0], max_tokens=32)).texts[0]
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    found = asked.answer(says("first", QUESTIONS[0], max_tokens=32, stop=(stop,)))
+    assert found.answer() == Answer(whole.partition(stop)[0].strip(), stopped=True)
+
+
+def long(model: str = "first") -> GenerationRequest:
+    """An ask that takes a while."""
+    return GenerationRequest(model, prompt=(40, 41), temperature=2.0, max_tokens=32, n=4, seed=1)
+
+
+def test_who_goes_away_frees_the_place_at_once(asked: Asked) -> None:
+    async def scene() -> None:
+        for _ in range(10):
+            told = asked.engine.generate(long())
+            await told.__anext__()
+            await told.aclose()
+        assert asked.engine.state().running == 0
+        await heard(asked.engine.generate(long()))
+
+    asked.run(scene())
+
+
+def test_answers_go_on_while_a_huge_prompt_is_read(asked: Asked) -> None:
+    """A megabyte of text takes its tokenizer as long as many steps of a model take."""
+
+    async def scene() -> int:
+        num = 0
+        told = asked.engine.generate(
+            GenerationRequest("first", prompt=(40, 41), temperature=2.0, max_tokens=32, seed=1)
+        )
+        assert await told.__anext__()
+        refusing = asyncio.ensure_future(heard(asked.engine.generate(says("first", "x" * 900_000))))
+        async for _ in told:
+            num += not refusing.done()
+        with pytest.raises(RequestError, match="at most 511 are read here"):
+            await refusing
+        return num
+
+    assert asked.run(scene()) > 10  # of 32: with one thread for both there would be two or three
+
+
+def test_who_goes_away_before_the_prompt_is_read_is_forgotten(asked: Asked) -> None:
+    async def scene() -> None:
+        huge = asyncio.ensure_future(heard(asked.engine.generate(says("first", "x" * 900_000))))
+        waiting = asyncio.ensure_future(heard(asked.engine.generate(long())))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(RequestError):
+            await huge
+        await heard(asked.engine.generate(says("first", "hello")))
+        assert (asked.engine.state().running, asked.engine.state().waiting) == (0, 0)
+
+    before = asked.engine.state().completion_tokens
+    asked.run(scene())
+    assert asked.engine.state().completion_tokens - before <= 12, "nothing of the one that went away was written"
+
+
+def test_a_full_queue_is_said(asked: Asked) -> None:
+    async def scene() -> list[Any]:
+        return await asyncio.gather(*(heard(asked.engine.generate(long())) for _ in range(12)), return_exceptions=True)
+
+    found = asked.run(scene())
+    refused = [one for one in found if isinstance(one, RequestError)]
+    assert len(refused) == 4  # 8 may wait, and none has begun when all are sent
+    assert {(one.status, one.code) for one in refused} == {(429, "queue_full")}
+
+
+def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked) -> None:
+    expected = asked.answer(says("second", "hello")).texts
+    process = asked.engine._worker.process  # type: ignore[union-attr]
+
+    async def scene() -> list[Any]:
+        work = [asyncio.ensure_future(heard(asked.engine.generate(long()))) for _ in range(3)]
+        await until(lambda: asked.engine.state().running > 0)
+        os.kill(process.pid, signal.SIGKILL)
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    found = asked.run(scene())
+    assert all(isinstance(one, RequestError) for one in found)
+    assert (found[0].status, found[0].code) == (500, "engine_crashed")
+    assert "SIGKILL" in str(found[0])
+    assert {one.status for one in found[1:]} <= {500, 503}  # 503: it had not begun
+    with pytest.raises(RequestError) as refusal:
+        asked.answer(says("second", "hello"))
+    assert (refusal.value.status, refusal.value.code) == (503, "engine_unavailable")
+    asked.run(until(lambda: asked.engine.state().alive))
+    assert asked.answer(says("second", "hello")).texts == expected
+    assert asked.engine.state().restarts == 1
+
+
+def test_a_child_that_hangs_is_seen_and_started_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "UNHEALTHY_S", 1.0)
+    monkeypatch.setattr(engine, "HANGS_S", 3.0)
+    monkeypatch.setattr(engine, "WATCH_S", 0.2)
+    with engine_over(["first"], root) as asked:
+        expected = asked.answer(says("first", "hello")).texts
+        pid = asked.engine._worker.process.pid  # type: ignore[union-attr]
+
+        async def scene() -> None:
+            work = asyncio.ensure_future(heard(asked.engine.generate(long())))
+            await until(lambda: asked.engine.state().running > 0)
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: not asked.engine.state().alive, seconds=20)
+            with pytest.raises(RequestError, match="it sent nothing for 3 s"):
+                await work
+            await until(lambda: asked.engine.state().alive)
+
+        asked.run(scene())
+        assert asked.answer(says("first", "hello")).texts == expected
+        assert asked.engine.state().restarts == 1
+
+
+def test_an_answer_that_nobody_reads_is_abandoned(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_UNREAD", 20)
+
+    async def scene() -> None:
+        told = asked.engine.generate(long())
+        await told.__anext__()
+        await until(lambda: next(iter(asked.engine._calls.values())).is_abandoned)
+        with pytest.raises(RequestError, match="was not read") as refusal:
+            async for _ in told:
+                pass
+        assert refusal.value.code == "unread"
+        await heard(asked.engine.generate(says("second", "hello", max_tokens=2)))
+
+    asked.run(scene())
+
+
+def test_closing_finishes_what_is_under_way_and_ends_the_child(root: Path) -> None:
+    with engine_over(["first"], root) as asked:
+        pid = asked.engine._worker.process.pid  # type: ignore[union-attr]
+
+        async def scene() -> Any:
+            work = asyncio.ensure_future(heard(asked.engine.generate(long())))
+            await until(lambda: asked.engine.state().running > 0)
+            closing = asyncio.ensure_future(asked.engine.close(60.0))
+            await asyncio.sleep(0)
+            with pytest.raises(RequestError) as refusal:
+                await heard(asked.engine.generate(long()))
+            assert (refusal.value.status, refusal.value.code) == (503, "shutting_down")
+            await closing
+            return await work
+
+        assert len(asked.run(scene()).ended) == 4
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_child_over_its_memory_is_ended_before_it_is_ready(root: Path) -> None:
+    with pytest.raises(Exception, match=r"it held \d+ MiB of memory, more than the 100 it may"):
+        Asked(["first"], root, replace(OPTIONS, memory_limit_bytes=100 * 1024**2))
+
+
+def test_the_child_ends_with_its_parent(root: Path) -> None:
+    code = f"""
+import asyncio, os, pathlib
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.engine import start_engine
+async def main():
+    engine = await start_engine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
+    print(engine._worker.process.pid, flush=True)
+    os._exit(1)
+asyncio.run(main())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    pid = int(done.stdout)
+
+    def is_gone() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    asyncio.run(until(is_gone, seconds=10))
+
+
+def test_runs_on_several_bases_are_refused(root: Path, tmp_path: Path) -> None:
+    from tiny_run import model_folder
+
+    other = model_folder(tmp_path / "other", seed=5)
+    with pytest.raises(InputError, match=r"these are on 2: .*other.*; .*first.*Serve apart"):
+        Asked([str(other), "first"], root)

@@ -1,0 +1,178 @@
+"""Requests as bytes: what is read, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.fake import FakeEngine
+from serve.running import Running, running
+from tunesmith.serve import request_schemas
+from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBody
+
+CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
+VECTORS = {"model": "vectors", "input": "a"}
+BARE_SCHEMA = {"type": "json_schema"}
+
+
+def test_classes_come_with_their_probabilities(server: Running) -> None:
+    asked = {"model": "mood", "input": ["fine", {"text": "a", "text_pair": "b"}]}
+    status, answer, _ = server.ask("POST", "/v1/classify", asked)
+    assert status == 200
+    line = {"object": "classification", "label": "good", "probabilities": {"good": 0.75, "bad": 0.25}}
+    assert answer == {"object": "list", "model": "mood", "data": [{**line, "index": 0}, {**line, "index": 1}]}
+    status, answer, _ = server.ask("POST", "/v1/classify", {"model": "mood", "input": [{"text": "a"}]})
+    assert (status, answer["error"]["param"]) == (400, "input")
+
+
+def test_health_and_metrics(server: Running) -> None:
+    status, health, _ = server.ask("GET", "/health")
+    assert (status, health["status"], health["engine"]["restarts"]) == (200, "ok", 3)
+    server.ask("POST", "/v1/chat/completions", CHAT)
+    server.ask("GET", "/v1/nowhere-1")
+    server.wait_until_idle()
+    status, text, head = server.ask("GET", "/metrics")
+    assert status == 200
+    assert "text/plain" in head
+    assert 'tunesmith_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert 'tunesmith_requests_total{route="none",status="404"}' in text
+    assert "nowhere-1" not in text
+    for name in ("tunesmith_engine_up 1.0", "tunesmith_engine_restarts_total 3.0", "tunesmith_completion_tokens_total"):
+        assert name in text
+
+
+def test_health_says_when_the_model_cannot_answer() -> None:
+    with running(engine=FakeEngine(alive=False)) as server:
+        assert server.ask("GET", "/health")[:2][0] == 503
+
+
+def test_a_stream_is_server_sent_events(server: Running) -> None:
+    status, text, head = server.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+    assert status == 200
+    assert "content-type: text/event-stream; charset=utf-8" in head.lower()
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "code"),
+    [
+        ("GET", "//v1/models", None, {}, 404, "not_found"),
+        ("GET", "/docs", None, {}, 404, "not_found"),
+        ("GET", "/v1/models/", None, {}, 404, "model_not_found"),
+        ("GET", "/v1/chat/completions", None, {}, 405, "method_not_allowed"),
+        ("HEAD", "/v1/models", None, {}, 405, None),
+        ("GET", "/v1/models?api_key=x", None, {}, 400, "unknown_parameter"),
+        ("POST", "/v1/chat/completions", None, {"Content-Type": "application/json"}, 400, "missing_required_parameter"),
+        ("POST", "/v1/chat/completions", b"{}", {}, 400, "missing_required_parameter"),
+        ("POST", "/v1/chat/completions", b"[]", {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", b"{", {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"model": "a", "model": "b"}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"temperature": NaN}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"temperature": 1e999}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"model": "\xff"}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"model": "\\ud800"}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", b'{"model": "\\u0000"}', {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", CHAT, {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+        ("POST", "/v1/chat/completions", CHAT, {"Content-Type": ""}, 415, "unsupported_media_type"),
+        (
+            "POST", "/v1/chat/completions", CHAT, {"Content-Type": "application/json; charset=latin-1"},
+            415, "unsupported_media_type",
+        ),
+        ("POST", "/v1/chat/completions", CHAT, {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
+        ("POST", "/v1/chat/completions", {**CHAT, "n": "2"}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "n": True}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "n": 1.5}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "seed": 2**70}, {}, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", {**CHAT, "model": 7}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "messages": "hi"}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "messages": ["hi"]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, {}, 400, "invalid_messages"),
+        ("POST", "/v1/chat/completions", {**CHAT, "response_format": {"type": "xml"}}, {}, 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", {**CHAT, "response_format": BARE_SCHEMA}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": []}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": [-1]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": ["a", 1]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": ["a"] * 129}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "unsupported_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "suffix": "b"}, {}, 400, "unsupported_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "best_of": 3}, {}, 400, "unsupported_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "logprobs": 6}, {}, 400, "invalid_value"),
+        ("POST", "/v1/embeddings", {"model": "vectors", "input": ""}, {}, 400, "invalid_value"),
+        ("POST", "/v1/embeddings", {"model": "vectors", "input": [[1, 2]]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/embeddings", {"model": "support", "input": "a"}, {}, 400, "wrong_route"),
+        ("POST", "/v1/embeddings", {**VECTORS, "dimensions": 2}, {}, 400, "unsupported_parameter"),
+        ("POST", "/v1/fine_tuning/jobs", CHAT, {}, 404, "not_found"),
+    ],
+)  # fmt: skip
+def test_refused_in_one_shape(
+    server: Running, *, method: str, path: str, body: object, headers: dict[str, str], status: int, code: str | None
+) -> None:
+    found, answer, head = server.ask(method, path, body, headers=headers)
+    assert found == status, answer
+    assert "x-request-id: " in head
+    if code is None:
+        return
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert (answer["error"]["code"], answer["error"]["type"]) == (code, "invalid_request_error")
+    assert server.engine.open == 0
+
+
+def test_everything_wrong_is_said_at_once(server: Running) -> None:
+    asked = {**CHAT, "temperature": 3, "n": 0, "top_p": "x"}
+    message = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]["message"]
+    assert all(name in message for name in ("temperature", "n:", "top_p"))
+    asked = {**CHAT, "temprature": 1, "best_off": 2}
+    error = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]
+    assert error["param"] == "temprature"
+    assert "did you mean temperature?" in error["message"]
+    assert "best_off" in error["message"]
+
+
+def test_a_text_with_braces_in_a_name_is_only_text(server: Running) -> None:
+    """Messages are filled in by a library that reads {names}."""
+    error = server.ask("POST", "/v1/chat/completions", {**CHAT, "{code}{0}": 1})[1]["error"]
+    assert error["message"].startswith("{code}{0}: unknown parameter")
+
+
+def test_an_error_that_nobody_expected_says_nothing_of_what_was_asked(server: Running) -> None:
+    asked = {**CHAT, "messages": [{"role": "user", "content": "FAULT"}]}
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", asked)
+    server.wait_until_idle()
+    [told] = server.answered
+    assert status == 500
+    assert told.id in answer["error"]["message"]
+    assert told.fault.startswith("RuntimeError at fake.py:")
+    assert "secret" not in json.dumps(answer) + told.fault
+
+
+def test_one_line_can_be_told_of_each_request(server: Running) -> None:
+    server.ask("POST", "/v1/chat/completions", CHAT)
+    server.ask("GET", "/v1/models/nobody")
+    server.wait_until_idle()
+    first, second = server.answered
+    assert (first.method, first.path, first.route, first.status) == (
+        "POST", "/v1/chat/completions", "/v1/chat/completions", 200,
+    )  # fmt: skip
+    assert (first.usage.prompt_tokens, first.usage.completion_tokens) == (4, 2)
+    assert (second.route, second.status) == ("/v1/models/{name:path}", 404)
+
+
+def test_every_parameter_is_on_its_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text("utf-8")
+    taken = {*ChatBody.model_fields, *CompletionBody.model_fields, *ClassifyBody.model_fields}
+    for name in {*taken, *request_schemas.NO_EFFECT, *request_schemas.ONLY, *request_schemas.REFUSED}:
+        assert f"`{name}" in page or f'"{name}"' in page, name
+
+
+def test_every_route_is_described(server: Running) -> None:
+    status, described, _ = server.ask("GET", "/openapi.json")
+    assert status == 200
+    assert set(described["paths"]) == {
+        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+        "/v1/classify", "/health", "/metrics",
+    }  # fmt: skip
+    assert described["components"]["schemas"]["ChatBody"]["additionalProperties"] is False

@@ -1,0 +1,251 @@
+"""The verb: what is said at the start, for each request and at the end, and what is refused before all of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import openai
+import pytest
+from rich.console import Console
+
+from serve.fake import MODELS
+from tunesmith.cli.server import ServerOutput
+from tunesmith.serve.http import bind
+
+FAKE = Path(__file__).with_name("fake_verb.py")
+PATHS = os.pathsep.join([str(FAKE.parents[1]), str(FAKE.parents[2] / "src")])
+KEY = "k-0123456789abcdef-0123456789abcdef"
+
+
+class Process:
+    """`tunesmith serve`, its lines as they come, and its address."""
+
+    def __init__(self, *words: str, **environment: str) -> None:
+        command = [sys.executable, str(FAKE), "serve", *words]
+        self.popen = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": PATHS, **environment},
+        )
+        self.lines: list[str] = []
+
+    def until(self, pattern: str) -> re.Match[str]:
+        assert self.popen.stdout is not None
+        while line := self.popen.stdout.readline():
+            self.lines.append(line)
+            if found := re.search(pattern, line):
+                return found
+        pytest.fail(f"it ended without {pattern}:\n{''.join(self.lines)}")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.popen.send_signal(number)
+        return self.rest()
+
+    def rest(self) -> int:
+        assert self.popen.stdout is not None
+        self.lines += self.popen.stdout.readlines()
+        return self.popen.wait(timeout=20)
+
+    @property
+    def said(self) -> str:
+        return "".join(self.lines)
+
+
+@contextmanager
+def serving(*words: str, **environment: str) -> Iterator[tuple[Process, str]]:
+    process = Process(*words, "--port", "0", **environment)
+    try:
+        url = process.until(r"(http://127\.0\.0\.1:\d+)")[1]
+        yield process, url
+    finally:
+        process.popen.kill()
+        process.popen.wait()
+
+
+def ask(url: str, text: str = "hello there", key: str = "none") -> str:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    answer = client.chat.completions.create(model="support", messages=[{"role": "user", "content": text}])
+    return str(answer.choices[0].message.content)
+
+
+def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
+    with serving("support") as (process, _):
+        process.until("choices\\[0\\]")
+        assert "support     chat, tuned, answers with text, 512 tokens at most" in process.said
+        assert "owner/base  chat, the untouched base" in process.said
+        assert "for only this machine, without a key" in process.said
+        [curl] = [line for line in process.lines if line.startswith("  curl ")]
+        if shutil.which("curl"):
+            answer = subprocess.run([*shlex.split(curl), "-s"], capture_output=True, check=True)
+            assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Hello"
+        code = process.said[process.said.index("  from openai") :]
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == "Hello\n", done.stderr
+        process.until("A request without a temperature has 1")
+        assert process.end() == 0
+    assert process.said.endswith("ended\n")
+
+
+def test_the_line_to_try_can_be_copied_at_any_width() -> None:
+    bound = bind("127.0.0.1", 0)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=60, no_color=True)
+    with bound.socket:
+        ServerOutput(screen, quiet=False, as_json=False).serving(bound, MODELS, has_key=True)
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    [curl] = [line for line in said.splitlines() if line.startswith("  curl ")]
+    assert json.loads(shlex.split(curl)[-1])["messages"]
+
+
+# trap: S8
+
+
+def told_without_what_was_asked(told: str) -> None:
+    assert re.search(r"^POST /v1/chat/completions 200 \d+ ms, 5 \+ 3 tokens$", told, re.MULTILINE)
+    assert re.search(r"^GET /v1/x\\x1b\[2Jy 404 ", told, re.MULTILINE)
+    assert re.search(r"^[0-9a-f]{16}: RuntimeError at fake.py:\d+ generate", told, re.MULTILINE)
+    assert "secret" not in told
+    assert "\x1b" not in told
+
+
+def log_of(**environment: str) -> str:
+    """What is said of a secret that was answered, one that went wrong, and a path with a control character."""
+    with serving("support", **environment) as (process, url):
+        assert ask(url, "my secret word") == "my secret word"
+        with pytest.raises(openai.InternalServerError):
+            ask(url, "FAULT secret")
+        with pytest.raises(OSError, match="404"):
+            urlopen(Request(f"{url}/v1/x%1b%5b2Jy"))
+        assert process.end() == 0
+    return process.said
+
+
+def test_a_line_a_request_and_nothing_of_what_was_asked() -> None:
+    told_without_what_was_asked(log_of())
+
+
+@pytest.mark.parametrize("bug", ["faults tell what was asked", "control characters are written", "answers are written"])
+def test_the_test_sees_what_should_not_be_said(bug: str) -> None:
+    with pytest.raises(AssertionError):
+        told_without_what_was_asked(log_of(PLANTED=bug))
+
+
+def test_machines_read_json_lines() -> None:
+    with serving("support", "--json") as (process, url):
+        ask(url)
+        assert process.end(signal.SIGINT) == 0
+    lines = [json.loads(line) for line in process.lines]
+    assert [line["kind"] for line in lines[:3]] == ["note", "note", "serving"]
+    [request] = [line for line in lines[3:] if line["kind"] == "request"]
+    assert lines[2]["url"] == url
+    assert [model["name"] for model in lines[2]["models"]] == ["support", "owner/base", "mood", "vectors"]
+    assert (request["status"], request["prompt_tokens"], request["completion_tokens"]) == (200, 4, 2)
+
+
+def test_quiet_says_the_address_alone() -> None:
+    with serving("support", "--quiet") as (process, url):
+        ask(url)
+        assert process.end() == 0
+    assert process.said == f"{url}\n"
+
+
+def test_what_is_under_way_is_answered_after_sigterm() -> None:
+    with serving("support") as (process, url):
+        texts: list[str] = []
+        asking = threading.Thread(target=lambda: texts.append(ask(url, "SLOW " + "x " * 20)))
+        asking.start()
+        while '"running":1' not in urlopen(f"{url}/health").read().decode():
+            pass
+        assert process.end() == 0
+        asking.join()
+    assert texts == ["SLOW " + "x " * 20]
+    assert "stopping: what is under way has 30 s to end" in process.said
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    with serving("support") as (process, url):
+        failed: list[Exception] = []
+
+        def give_up() -> None:
+            try:
+                ask(url, "SLOW " + "x " * 2000)
+            except openai.APIConnectionError as error:
+                failed.append(error)
+
+        asking = threading.Thread(target=give_up)
+        asking.start()
+        while '"running":1' not in urlopen(f"{url}/health").read().decode():
+            pass
+        process.popen.send_signal(signal.SIGTERM)
+        process.until("stopping")
+        assert process.end() == -signal.SIGTERM
+        asking.join()
+    assert len(failed) == 1
+
+
+def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    (tmp_path / "keys").chmod(0o600)
+    for words, environment in ((("--key-file", str(tmp_path / "keys")), {}), ((), {"TUNESMITH_API_KEY": KEY})):
+        with serving("support", "--host", "0.0.0.0", *words, **environment) as (process, url):
+            with pytest.raises(openai.AuthenticationError):
+                ask(url)
+            assert ask(url, key=KEY) == "hello there"
+            assert process.end() == 0
+        assert KEY not in process.said
+        assert "every machine that reaches it, with a key" in process.said
+        assert "$TUNESMITH_API_KEY" in process.said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["support", "--host", "0.0.0.0"], "other machines can reach that address, so it needs an API key"),
+        (["support", "--host", "nowhere.invalid"], "--host nowhere.invalid"),
+        (["support", "--key-file", "none.txt"], "none.txt: no key can be read"),
+        (["broken"], "broken: its prompts are not those of training"),
+        ([], "Missing argument"),
+    ],
+)
+def test_refused_before_anything_is_served(words: list[str], said: str) -> None:
+    process = Process(*words, "--port", "0")
+    assert process.rest() == 2
+    assert said in " ".join(process.said.split())
+    assert "http://" not in process.said
+
+
+def test_a_port_in_use_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = Process("support", "--port", str(taken.getsockname()[1]))
+        assert process.rest() == 2
+    assert "in use by another program" in process.said
+    assert "loading" not in process.said
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; from serve.fake_verb import main; main()"
+    words = [sys.executable, "-c", code, "serve", "support"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": PATHS})
+    assert done.returncode == 2
+    assert "serve needs the package uvicorn" in done.stderr
+    assert f"Run {sys.executable} -m pip install 'fastapi>=" in " ".join(done.stderr.split())

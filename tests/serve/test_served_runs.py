@@ -1,0 +1,258 @@
+"""A run that trained well is served, whatever its rows went through: windows, cuts, and templates that write a date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers.utils.chat_template_utils as chat_templates
+
+from serve.batches import Heard, hear
+from serve.engines import OPTIONS, says
+from tiny_run import tiny_recipe
+from tiny_tasks import task_recipe
+from tunesmith.api import predict
+from tunesmith.errors import RunError
+from tunesmith.inference import load as loading
+from tunesmith.runs.folder import Run
+from tunesmith.serve.protocol import GenerationRequest
+from tunesmith.serve.registry import Registry, open_registry
+from tunesmith.serve.scheduler import Scheduler
+from tunesmith.training import trainer as training
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on")
+
+
+def served(run: Run, notes: list[str] | None = None) -> Registry:
+    heard = [] if notes is None else notes
+    return open_registry([str(run.path)], root=Path("runs"), options=OPTIONS, note=heard.append)
+
+
+def assert_served(run: Run) -> None:
+    try:
+        served(run)
+    except RunError as error:
+        raise AssertionError(str(error)) from error
+
+
+def answered(serving: Registry, ask: GenerationRequest) -> str:
+    voice = serving.models[ask.model]
+    batch = Scheduler(voice.decoder, streams=1)
+    batch.add(voice.prepare(0, ask, OPTIONS))
+    heard: dict[int, Heard] = defaultdict(Heard)
+    while batch.is_busy:
+        hear(batch.step(), heard)
+    return heard[0].ended[0].reason
+
+
+def words(num: int, start: int = 0) -> str:
+    return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(num))
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return {"train": [str(path)], "eval": [], "held_out": 0.2}
+
+
+def trained(recipe: Any, folder: Path) -> Run:
+    return training.train(recipe, root=folder / "runs", offline=True)
+
+
+def a_document_of_windows(folder: Path) -> Run:
+    data = lines(folder / "a.jsonl", [{"text": words(30 + i, i)} for i in range(12)])
+    return trained(task_recipe(folder, "text", "causal", data={**data, "max_tokens": 16}), folder)
+
+
+def a_cut_summary(folder: Path) -> Run:
+    data = lines(folder / "a.jsonl", [{"document": words(6 + 6 * i, i), "summary": words(2, i)} for i in range(12)])
+    return trained(task_recipe(folder, "summarize", "causal", data={**data, "max_tokens": 64}), folder)
+
+
+def a_cut_chat(folder: Path) -> Run:
+    def turns(i: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": words(8, i + k)} for k in range(1 + i % 4) for role in ("user", "assistant")]
+
+    data = lines(folder / "a.jsonl", [{"messages": turns(i)} for i in range(16)])
+    return trained(tiny_recipe(folder, data={**data, "max_tokens": 48, "too_long": "cut"}), folder)
+
+
+def a_cut_source(folder: Path) -> Run:
+    rows = [{"prompt": words(4 + 4 * i, i), "completion": words(2, i)} for i in range(12)]
+    data = lines(folder / "a.jsonl", rows)
+    recipe = task_recipe(folder, "generate", "encoder_decoder", data={**data, "max_tokens": 24, "too_long": "cut"})
+    return trained(recipe, folder)
+
+
+CUT = {"windows": a_document_of_windows, "summary": a_cut_summary, "chat": a_cut_chat, "source": a_cut_source}
+
+
+@pytest.fixture(params=CUT)
+def cut(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    return CUT[request.param](tmp_path)
+
+
+# trap: T7
+def test_a_run_of_long_rows_is_served_and_answers(cut: Run) -> None:
+    notes: list[str] = []
+    serving = served(cut, notes)
+    name = cut.path.name
+    is_chat = serving.models[name].renderer.task_name == "chat"
+    ask = (
+        says(name, "hello") if is_chat else GenerationRequest(name, prompt="hello there", max_tokens=4, temperature=0.0)
+    )
+    assert answered(serving, ask) in ("stop", "length")
+    assert any("are the same tokens when they are" in note for note in notes)
+
+
+# trap: T7
+def test_another_tokenizer_is_still_noticed_where_rows_were_cut(cut: Run) -> None:
+    """The planted bug: a tokenizer that was saved otherwise."""
+    folder = cut.model_path if cut.model_path.exists() else cut.adapter_path
+    saved = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    if "merges" in saved["model"]:
+        saved["model"]["merges"] = saved["model"]["merges"][:20]
+    else:
+        vocab = saved["model"]["vocab"]
+        vocab["the"], vocab["a"] = vocab["a"], vocab["the"]
+    (folder / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
+    (cut.path / "result.json").unlink()  # which would refuse the file itself
+    with pytest.raises(AssertionError, match="tuned with"):
+        assert_served(cut)
+
+
+# --- Dates
+
+_WRITE = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+_HEAD = "<|start_header_id|>system<|end_header_id|>\n\n"
+DATED = {
+    "Llama 3.2": "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    '{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}{% endif %}'
+    "{% endif %}{{ bos_token + '" + _HEAD.replace("\n", "\\n") + "Today: ' + date_string + '<|eot_id|>' }}" + _WRITE,
+    "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}" + _HEAD + "Today's date: {{ today }}<|eot_id|>" + _WRITE,
+    "Granite 3": "{% if messages[0].role != 'system' %}{% set system = 'Date: ' + strftime_now('%B %d, %Y') %}"
+    "{{ '" + _HEAD.replace("\n", "\\n") + "' + system + '<|eot_id|>' }}{% endif %}" + _WRITE,
+    "Mistral Small": "{% set today = strftime_now('%Y-%m-%d') %}{% set system = 'It is ' + today + '.' %}" + _HEAD
+    + "{{ system }}<|eot_id|>" + _WRITE,
+    "gpt-oss": "{% macro head() %}{{ 'Current date: ' + strftime_now('%Y-%m-%d') }}{% endmacro %}" + _HEAD
+    + "{{ head() }}<|eot_id|>" + _WRITE,
+}  # fmt: skip
+DAY, NEXT_DAY = "2026-11-20", "2026-11-21"
+
+
+class Clock:
+    """The day that this process has."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def turn_to(self, day: str) -> None:
+        now = datetime.datetime.fromisoformat(day)
+
+        class Then(datetime.datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return now
+
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> Any:
+                return now.date()
+
+        self._monkeypatch.setattr(chat_templates, "datetime", Then)
+        self._monkeypatch.setattr("tunesmith.training.inputs.date", Day, raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(monkeypatch)
+    clock.turn_to(DAY)
+    return clock
+
+
+def dated_recipe(folder: Path, family: str, **sections: Any) -> Any:
+    recipe = tiny_recipe(folder, **sections)
+    (Path(recipe.model) / "chat_template.jinja").write_text(DATED[family], "utf-8")
+    tokenizer = json.loads((Path(recipe.model) / "tokenizer_config.json").read_text("utf-8"))
+    tokenizer["eos_token"] = "<|eot_id|>"
+    (Path(recipe.model) / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+    return recipe
+
+
+# trap: T16
+@pytest.mark.parametrize("family", DATED)
+def test_a_template_that_writes_the_date_is_served_and_asked_the_day_after(
+    family: str, clock: Clock, tmp_path: Path
+) -> None:
+    run = trained(dated_recipe(tmp_path, family), tmp_path)
+    assert run.recipe().data.date == DAY
+    choices = next(event.values for event in run.events() if event.kind == "plan")["choices"]
+    assert any("data.date" in str(choice) and DAY in str(choice) for choice in choices)
+    clock.turn_to(NEXT_DAY)
+    notes: list[str] = []
+    serving = served(run, notes)
+    assert f"{run.path}: its chat template writes the date: {DAY}, as in training" in notes
+    voice = serving.models[run.path.name]
+    prompt = voice.renderer.tokenizer.decode(voice.prompt_ids(says(run.path.name, "hello")))
+    assert "20" in prompt
+    assert "21" not in prompt
+    assert answered(serving, says(run.path.name, "hello")) in ("stop", "length")
+    [line] = predict(run, {"messages": [{"role": "user", "content": "hello"}]}, max_new_tokens=4, offline=True)
+    assert "answer" in line
+
+
+# trap: T16
+def test_a_date_of_the_day_of_serving_would_be_seen(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted bug: what serves renders with today's date."""
+    run = trained(dated_recipe(tmp_path, "SmolLM3"), tmp_path)
+    own = loading.make_renderer
+
+    def today(recipe: Any, *rest: Any) -> Any:
+        return own(recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": NEXT_DAY})}), *rest)
+
+    monkeypatch.setattr(loading, "make_renderer", today)
+    with pytest.raises(AssertionError, match="of its prompt was trained as"):
+        assert_served(run)
+
+
+def test_a_run_is_resumed_the_day_after_as_if_nothing_had_happened(clock: Clock, tmp_path: Path) -> None:
+    straight = trained(dated_recipe(tmp_path, "Llama 3.2"), tmp_path)
+    stop = iter([False, False, False, True])
+    listener = training.Listener(should_stop=lambda: next(stop, False))
+    with pytest.raises(training.Stopped):
+        training.train(
+            dated_recipe(tmp_path, "Llama 3.2"), root=tmp_path / "runs", out=tmp_path / "stopped", offline=True,
+            listener=listener,
+        )  # fmt: skip
+    clock.turn_to(NEXT_DAY)
+    resumed = training.resume(Run(tmp_path / "stopped"), offline=True)
+    weights = [(run.adapter_path / "adapter_model.safetensors").read_bytes() for run in (straight, resumed)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_of_an_earlier_version_has_the_day_it_was_made(clock: Clock, tmp_path: Path) -> None:
+    run = trained(dated_recipe(tmp_path, "SmolLM3"), tmp_path)
+    recipe = run.recipe_path.read_text("utf-8")
+    run.recipe_path.write_text("".join(line for line in recipe.splitlines(True) if "date:" not in line), "utf-8")
+    facts = json.loads((run.path / "run.json").read_text("utf-8"))
+    facts["created"] = datetime.datetime.fromisoformat(f"{DAY} 12:00").timestamp()
+    (run.path / "run.json").write_text(json.dumps(facts), "utf-8")
+    clock.turn_to(NEXT_DAY)
+    notes: list[str] = []
+    served(run, notes)
+    said = f"its chat template writes the date, which its recipe does not record: {DAY}, the day it was made"
+    assert f"{run.path}: {said}" in notes
+    assert loading.load_run(run, offline=True).note == said
+
+
+def test_a_template_without_a_date_has_none(tmp_path: Path) -> None:
+    run = trained(tiny_recipe(tmp_path), tmp_path)
+    assert run.recipe().data.date is None
