@@ -18,9 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
-from tunesmith.data.label_column import LabelColumn
 
-from tunesmith.data.dataset import RowStore
+from tunesmith.data.dataset import LabelColumn, RowStore
 from tunesmith.data.labels import count_classes, is_number, order, resolve_labels, similar_names_notes, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data

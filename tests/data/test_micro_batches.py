@@ -148,7 +148,7 @@ def wastes_little(fill, lengths: list[int], budget: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=150), budget=st.integers(60, 200))
-def test_ragged_passes_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
+def test_packed_batches_are_at_most_one_in_a_hundred_more_than_first_fit(lengths, budget):
     wastes_little(make_micro_batches, lengths, budget)
 
 

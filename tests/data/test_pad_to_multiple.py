@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from tunesmith.models.noise import EmbeddingNoise
 
 from packed import batch_of, rows_of, sharp
 from tunesmith.data.collate import pad_to_multiple, pads_to_multiple
 from tunesmith.data.prefix_sharing import share_prefixes
 from tunesmith.data.sampler import MULTIPLE, StepSampler, padded_size
-from tunesmith.models.attention import use_ragged
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.types import Batch, Row, Source
 
 
@@ -39,7 +39,7 @@ def sizes(batch: Batch) -> tuple[int, int, int]:
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gpt2"])
 def test_a_model_answers_and_learns_the_same(arch):
     model, batch = sharp(arch).double(), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     whole = pad_to_multiple(batch)
     assert whole.filling > 0
     assert sizes(whole) == (padded_size(batch.num_tokens),) * 3
@@ -54,7 +54,7 @@ def test_rows_that_share_what_they_begin_with_are_filled_too():
     shared = share_prefixes(batch, texts)
     assert shared.pieces
     model = sharp("llama").double()
-    use_ragged(model)
+    use_packed_attention(model)
     assert pad_to_multiple(shared).filling > 0
     assert_alike(model, pad_to_multiple(shared), shared)
 
@@ -62,7 +62,7 @@ def test_rows_that_share_what_they_begin_with_are_filled_too():
 def test_the_test_catches_filling_that_a_row_reads():
     """As if what stands behind belonged to the first rows: every row would be one place off."""
     model, batch = sharp("llama").double(), batch_of(rows_of())
-    use_ragged(model)
+    use_packed_attention(model)
     whole = pad_to_multiple(batch)
     joined = replace(whole, filling=0, lengths=(whole.filling, *batch.lengths))
     with pytest.raises(AssertionError):
@@ -85,7 +85,7 @@ def test_a_pass_of_a_whole_size_stays_as_it_is():
 
 def test_noise_is_on_rows_and_not_on_what_is_filled_up():
     batch, noise = pad_to_multiple(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
-    drawn_BTD = noise.drawn(batch, 1, width=4)
+    drawn_BTD = noise.noise(batch, 1, width=4)
     assert drawn_BTD.shape == (1, MULTIPLE, 4)
     assert drawn_BTD[0, :12].ne(0).all()
     assert drawn_BTD[0, 12:].eq(0).all()
@@ -98,7 +98,7 @@ def test_a_plan_tells_how_much_fills_up():
     assert plan.padding(pads=True) == pytest.approx(1 - 40 / 64)
 
 
-def test_only_ragged_passes_whose_products_are_compiled_are_filled():
+def test_only_packed_batches_whose_products_are_compiled_are_filled():
     assert pads_to_multiple("packed", device="cpu", precision="bfloat16")
     assert not pads_to_multiple("padded", device="cpu", precision="bfloat16")
     assert not pads_to_multiple("packed", device="cuda", precision="bfloat16")
