@@ -131,7 +131,7 @@ def save_whole(folder: Path, names: list[str]) -> None:
 
 HEAD_KEY = "base_model.model.classifier.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no head": (lambda f: rewrite(f, lambda t: t.pop(HEAD_KEY)), "no weights for the head's classifier.weight"),
+    "no head": (lambda f: rewrite(f, lambda t: t.pop(HEAD_KEY)), "no weights for classifier.weight"),
     "a head of another width": (
         lambda f: rewrite(f, lambda t: t.update({HEAD_KEY: t[HEAD_KEY][:2].clone()})),
         r"classifier.weight has shape \(2, 64\), expected \(3, 64\)",
