@@ -13,11 +13,11 @@ import pytest
 import tunesmith
 from tiny_run import model_folder
 from tiny_tasks import texts
+from tunesmith import types
 from tunesmith.data import formats
 from tunesmith.data.completion import CompletionEncoder
 from tunesmith.data.drafts import EncoderSettings, RowEncoder
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import schema
 from tunesmith.recipe.load import validate
 from tunesmith.tasks import TASKS, register
 from tunesmith.tasks.losses import token_loss_sum, token_measure
@@ -66,7 +66,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(formats.FORMATS, "said", SAID)
     register(ECHO)
     yield
-    schema.TASK_NAMES.remove("echo")
+    types.TASK_NAMES.remove("echo")
     del TASKS["echo"], formats.SHAPES["echo"]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.types import TaskName
+from tunesmith.types import TASK_NAMES, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -45,7 +45,9 @@ Eval = Annotated[
     list[str] | None,
     typer.Option("--eval", metavar="DATA", help="Held-out rows (default: a part of DATA, see data.held_out)."),
 ]
-Task = Annotated[str | None, typer.Option(metavar="|".join(TASK_NAMES), help="Task to learn (default: detected from DATA).")]
+Task = Annotated[
+    str | None, typer.Option(metavar="|".join(TASK_NAMES), help="Task to learn (default: detected from DATA).")
+]
 MethodName = Annotated[
     str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="Training method.")
 ]

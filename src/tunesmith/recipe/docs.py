@@ -14,8 +14,9 @@ from typing import Any, Literal, Union
 from pydantic.fields import FieldInfo
 
 from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup
-from tunesmith.recipe.schema import TASK_NAMES, DataFile, OneOf, Recipe
+from tunesmith.recipe.schema import DataFile, OneOf, Recipe
 from tunesmith.recipe.yaml_io import dump
+from tunesmith.types import TASK_NAMES
 
 _WIDTH = 110
 

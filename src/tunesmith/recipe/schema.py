@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 from pydantic_core import PydanticCustomError
 
 from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, OptionGroup, Positive, Words
+from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")
 
@@ -282,10 +283,6 @@ class ExportOptions(OptionGroup):
     to: Words = ()
     """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. Exports that this model or method does not
     support are refused before the first step."""
-
-
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag"]
-"""Values of `task`; `tasks.register` adds to them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.schema import TASK_NAMES, Loss
+from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
@@ -19,7 +19,7 @@ from tunesmith.tasks.losses import PLAIN
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import TAG
 from tunesmith.tasks.text import TEXT
-from tunesmith.types import Labels, Shape, Task, TaskName
+from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
