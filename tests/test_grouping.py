@@ -13,9 +13,9 @@ from tunesmith.cli.render import plan_facts
 from tunesmith.errors import RunError, Stopped
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps
-from tunesmith.training.resolve import foresee
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import Setup, prepare
-from tunesmith.training.summary import foreseen_values, plan_values
+from tunesmith.training.summary import plan_values, resolved_values
 from tunesmith.training.trainer import Listener, resume, train
 
 GROUPING = "train.group_by_length"
@@ -40,7 +40,7 @@ def test_what_a_person_says_holds(tmp_path):
 
 def test_padding_is_told_before_and_is_what_the_steps_compute(tmp_path):
     recipe = recipe_of(tmp_path, epochs=1)
-    foreseen = foreseen_values(foresee(recipe, root=tmp_path))
+    foreseen = resolved_values(resolve_run(recipe, root=tmp_path))
     setup = prepare(recipe, root=tmp_path)
     told = plan_values(setup)
     steps = list(training_steps(setup))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tiny_run import tiny_recipe
 from tunesmith.data.collate import build_batch
@@ -149,7 +148,7 @@ def poison(monkeypatch, at: int) -> None:
 
     def poisoned(model, batch, **how):
         loss = chat.loss_sum(model, batch, **how)
-        calls["n"] += not isinstance(loss, FakeTensor)  # a plan's pass has no numbers
+        calls["n"] += 1
         return loss * float("nan") if calls["n"] == at else loss
 
     monkeypatch.setitem(TASKS, "chat", replace(chat, loss_sum=poisoned))

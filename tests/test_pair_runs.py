@@ -14,9 +14,9 @@ from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps
-from tunesmith.training.resolve import foresee
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import Setup, prepare
-from tunesmith.training.summary import foreseen_values, plan_values
+from tunesmith.training.summary import plan_values, resolved_values
 from tunesmith.training.trainer import Listener, resume, train
 
 
@@ -32,7 +32,7 @@ def losses(setup: Setup) -> list[float]:
 
 def test_the_plan_names_the_layout_and_the_padding_that_the_steps_compute(tmp_path):
     recipe = recipe_of(tmp_path, train={"epochs": 1})
-    foreseen = foreseen_values(foresee(recipe, root=tmp_path))
+    foreseen = resolved_values(resolve_run(recipe, root=tmp_path))
     setup = prepare(recipe, root=tmp_path)
     told = plan_values(setup)
     steps = list(training_steps(setup))

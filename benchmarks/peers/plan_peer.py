@@ -12,13 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tunesmith.evaluation.predict_rows import predict_rows
-from tunesmith.planning.counting import seen_rows
+from tunesmith.planning.duration import seen_rows
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.loop import training_steps
-from tunesmith.training.probing.correcting import corrected
-from tunesmith.training.probing.process import probe
-from tunesmith.training.resolve import foresee
+from tunesmith.training.probe import probe
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>")
@@ -115,14 +114,14 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
 
 
 def probed(recipe: Any, root: Path) -> dict[str, Any]:
-    """What `tunesmith plan` predicts once it has measured."""
-    seen = foresee(recipe, root=root)
-    found = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
-    assert seen.forecast is not None, seen.notes
-    plan = seen.forecast.plan
-    made = corrected(seen.forecast, found, mean_tokens=float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
-    assert made.duration is not None, found.ended
-    return {"probe_bytes": made.memory, "probe_peak": found.peak, "probe_seconds": made.duration.step}
+    """The estimates of `tunesmith plan` after its probe."""
+    resolved = resolve_run(recipe, root=root)
+    found = probe(resolved.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
+    assert resolved.forecast is not None, resolved.notes
+    plan = resolved.forecast.plan
+    duration = found.duration(resolved.forecast, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
+    assert duration is not None, found.ended
+    return {"probe_bytes": found.peak, "probe_seconds": duration.step}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.whole import PARTS, foreseen, markdown, measure, taken_by_part
 
 from tiny_run import chats, model_folder
-from tunesmith.planning.work import KINDS
+from tunesmith.planning.duration import KINDS
 
 RUN = {"command": "tunesmith train m a.jsonl", "by_formula": 130.0, "after_probe": 95.0, "measured": 100.0}
 RUN["parts"] = {"training": [80.0, 100.0, 75.0]}

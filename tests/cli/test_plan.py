@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
-from tunesmith.planning.work import KINDS
+from tunesmith.planning.duration import KINDS
 
 FORECAST = {
     "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
@@ -62,11 +62,11 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
     assert "note: memory: this run needs" in plan(tmp_path, code=2)
 
 
-def test_a_probe_is_told_beside_what_was_predicted_and_leaves_no_run(tmp_path):
+def test_a_probe_is_told_beside_what_was_estimated_and_leaves_no_run(tmp_path):
     text = plan(tmp_path, "--probe")
     for word in ("measured memory: ", "measured step: ", "measured held out: ", "measured saving: "):
         assert word in text
-    assert "predicted" in text
+    assert "estimated" in text
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"]
 
 
@@ -83,7 +83,7 @@ def test_for_machines_a_probe_is_plain_values(tmp_path):
 def test_what_is_not_probed_is_said(tmp_path, monkeypatch, more, why):
     if not more:
         monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: 2**20)
-    monkeypatch.setattr("tunesmith.training.probing.process.probe", lambda *args, **how: pytest.fail("it was probed"))
+    monkeypatch.setattr("tunesmith.training.probe.probe", lambda *args, **how: pytest.fail("it was probed"))
     assert f"note: not probed: {why}" in plan(tmp_path, "--probe", *more, code=0 if more else 2)
 
 
@@ -108,19 +108,19 @@ PROBE = {
 
 def test_words_of_a_probe():
     assert probe_facts(PROBE, FORECAST, 200.0) == [
-        ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run), predicted 3.0 GiB (+33%)"),
-        ("step", "2 s (the heaviest: step 7; 400 tokens), predicted 3 s (+50%)"),
-        ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), predicted 1.5 s (+0%)"),
+        ("memory", "2.2 GiB, estimated 3.0 GiB (+33%)"),
+        ("step", "2 s (the heaviest: step 7; 400 tokens), estimated 3 s (+50%)"),
+        ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), estimated 1.5 s (+0%)"),
         ("starting", "3 s (until the first event)"),
-        ("held out", "0.025 s (per token of held-out rows), predicted 0.02 s (-20%)"),
+        ("held out", "0.025 s (per token of held-out rows), estimated 0.02 s (-20%)"),
         ("saving", "0.5 s (per checkpoint, 1.0 MiB)"),
         ("ended", "early: the system killed it, as it does where memory ends"),
     ]
 
 
-def test_words_of_a_probe_of_what_cannot_be_predicted():
+def test_words_of_a_probe_of_what_cannot_be_estimated():
     assert probe_facts(PROBE, None, 200.0)[:2] == [
-        ("memory", "2.2 GiB (2.0 GiB now, and 256.0 MiB in the course of the run)"),
+        ("memory", "2.2 GiB"),
         ("step", "2 s (the heaviest: step 7; 400 tokens)"),
     ]
 
@@ -138,5 +138,5 @@ def test_a_run_of_an_earlier_version_is_still_shown():
     earlier = FORECAST | {"seconds": {"step": 1.0, "training": 60.0, "looking": 2.0, "spread": 0.3}}
     assert (
         dict(forecast_facts(earlier))["time"]
-        == "predicted by an earlier version of tunesmith, in parts that this one cannot show"
+        == "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     )

@@ -24,7 +24,7 @@ from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.resolve_model import resolve_model
-from tunesmith.planning.before_rows import find_head
+from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe

@@ -13,11 +13,11 @@ from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.planning import budget
-from tunesmith.planning.advise import with_choice
 from tunesmith.planning.budget import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring
+from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
-from tunesmith.training.resolve import foresee
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.trainer import train
 from tunesmith.types import Choice
 
@@ -105,4 +105,4 @@ def test_the_plan_says_what_was_given(tmp_path: Path) -> None:
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert told["given"]["evaluation.samples"] == 0
     assert "device" not in told["given"]
-    assert foresee(tiny_recipe(tmp_path), root=tmp_path / "runs").given["train.rows_per_step"] == 3
+    assert resolve_run(tiny_recipe(tmp_path), root=tmp_path / "runs").given["train.rows_per_step"] == 3

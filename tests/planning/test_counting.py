@@ -10,10 +10,10 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.evaluation import forgetting
-from tunesmith.planning.work import KINDS
+from tunesmith.planning.duration import KINDS
 from tunesmith.training import evaluate as looking
 from tunesmith.training import trainer as training
-from tunesmith.training.resolve import foresee
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.trainer import train
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monkeypatch, way):
     recipe = tiny_recipe(tmp_path, **WAYS[way])
-    duration = foresee(recipe, root=tmp_path / "runs").forecast.duration
+    duration = resolve_run(recipe, root=tmp_path / "runs").forecast.duration
     done = work_of_a_run(recipe, tmp_path, monkeypatch)
     foreseen = {kind: work.count for kind, work in duration.work.items()}
     if recipe.evaluation.keep == "best":  # each best is saved, and which ones are cannot be foreseen

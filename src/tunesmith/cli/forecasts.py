@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.formatting import duration, plural, size, span
-from tunesmith.training.probing.found import usual
 
 Facts = list[tuple[str, str]]
+SETTLED = 8
+"""Steps of usual size that count in a probe, the last ones."""
 
 _PHASES = {
     "step": "in the heaviest pass of step {step}",
@@ -18,7 +19,7 @@ _PHASES = {
 }
 
 
-_BESIDE_TRAINING = {
+_OTHER_WORK = {
     "{} to start": ("starting",),
     "{} to measure rows": ("held_out", "surprising", "general"),
     "up to {} to answer prompts": ("answering",),
@@ -37,7 +38,7 @@ _ONCE = {
 
 
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
-    """(name, text) of what is predicted, the most important first; where a probe was made, what it measured too."""
+    """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
     facts = [("memory", _memory(forecast))]
     seconds = (probe and probe["seconds"]) or forecast["seconds"]
     if seconds:
@@ -49,26 +50,25 @@ def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None 
 
 
 def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, tokens_per_step: float) -> Facts:
-    """(name, text) of what a probe measured, beside what was predicted."""
+    """(name, text) of what a probe measured, and what was estimated."""
     seconds = (forecast or {}).get("seconds")
     facts = []
     if probe["memory"]:
         total = forecast["memory"]["total"] if forecast else 0
-        later = probe["memory"] - probe["peak"]
-        more = f"{size(probe['peak'])} now, and {size(later)} in the course of the run" if later else ""
-        facts.append(("memory", _beside(size(probe["memory"]), more, size(total), probe["memory"], total)))
-    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual(probe["steps"]), "usual ones: step {}")):
+        facts.append(("memory", _measured(size(probe["memory"]), "", size(total), probe["memory"], total)))
+    usual = probe["steps"][1:][-SETTLED:]
+    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual, "usual ones: step {}")):
         if some:
             tokens, taken = sum(one["count"] for one in some), sum(one["seconds"] for one in some)
             expected = _price(seconds, "training") * tokens / tokens_per_step / len(some)
             where = f"{what.format(', '.join(str(one['step']) for one in some))}; {tokens / len(some):,.0f} tokens"
             mean = taken / len(some)
-            facts.append(("step", _beside(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
+            facts.append(("step", _measured(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
     for kind, what in _ONCE.items():
         if one := probe["work"].get(kind):
             found, expected = one["seconds"] / one["count"], _price(seconds, kind)
             where = f"{what}, {size(one['num_bytes'])}" if one["num_bytes"] else what
-            text = _beside(f"{found:.2g} s", where, f"{expected:.2g} s", found, expected)
+            text = _measured(f"{found:.2g} s", where, f"{expected:.2g} s", found, expected)
             facts.append((kind.replace("_", " "), text))
     facts += [("note", text) for text in probe["notes"]]
     if probe["ended"]:
@@ -76,9 +76,9 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
     return facts
 
 
-def _beside(measured: str, where: str, predicted: str, found: float, expected: float) -> str:
+def _measured(measured: str, where: str, predicted: str, found: float, expected: float) -> str:
     of = f" ({where})" if where else ""
-    return f"{measured}{of}" + (f", predicted {predicted} ({expected / found - 1:+.0%})" if expected and found else "")
+    return f"{measured}{of}" + (f", estimated {predicted} ({expected / found - 1:+.0%})" if expected and found else "")
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
         return "predicted by an earlier version of tunesmith, in parts that this one cannot show"
     work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
-    parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _BESIDE_TRAINING.items()}
+    parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _OTHER_WORK.items()}
     others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part)
     return (
         f"{span(low * seconds['total'], high * seconds['total'])}: "

@@ -74,7 +74,7 @@ def plan(
 
     from tunesmith.cli.streams import console, json_line
 
-    values, fits = _foresee(found, root, offline=offline, device=device, probe=probe)
+    values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody
     if as_json:
         json_line({"kind": "plan", **values})
@@ -84,7 +84,7 @@ def plan(
         raise typer.Exit(InputError.exit_code)
 
 
-def _foresee(
+def _resolve(
     recipe: Recipe, root: Path, *, offline: bool, device: str | None, probe: bool
 ) -> tuple[dict[str, Any], bool]:
     from tunesmith.cli.display import phases
@@ -92,20 +92,20 @@ def _foresee(
 
     with phases(console(stderr=True)) as tick:
         from tunesmith.planning.devices import named
-        from tunesmith.training.resolve import foresee
-        from tunesmith.training.summary import foreseen_values
+        from tunesmith.training.resolve import resolve_run
+        from tunesmith.training.summary import resolved_values
 
         card = named(device) if device else None
-        seen = foresee(recipe, root=root, offline=offline, on_progress=tick, device=card)
-        values, fits = foreseen_values(seen), seen.forecast is None or seen.forecast.fits
-        if small := _small_disk(seen.forecast, root):
+        resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, device=card)
+        values, fits = resolved_values(resolved), resolved.forecast is None or resolved.forecast.fits
+        if small := _small_disk(resolved.forecast, root):
             values["warnings"].append(small)
             fits = False
         values["probe"] = None
-        if probe and (why := f"{device} is not here" if card else _why_not(seen, fits=fits)):
+        if probe and (why := f"{device} is not here" if card else _why_not(resolved, fits=fits)):
             values["warnings"].append(f"not probed: {why}")
         elif probe:
-            values["probe"] = _probe(seen, values, root, offline=offline, tick=tick)
+            values["probe"] = _probe(resolved, values, root, offline=offline, tick=tick)
     return values, fits
 
 
@@ -121,26 +121,25 @@ def _small_disk(forecast: Any, root: Path) -> str:
     return f"{root}: the disk has {size(free)} free, but this run needs {size(needed)}: train will refuse it"
 
 
-def _why_not(seen: Any, *, fits: bool) -> str:
+def _why_not(resolved: Any, *, fits: bool) -> str:
     """Why a plan for this machine is not tried; empty: it is."""
     from tunesmith.cli.render import size
     from tunesmith.models.folder import weight_files
 
     if not fits:
         return "it does not fit"
-    located = seen.start.located
+    located = resolved.inputs.located
     if located.has_weights:
         return ""
     num_bytes = sum(path.stat().st_size for path in weight_files(located.path, located.name))
     return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
 
 
-def _probe(seen: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:
-    from tunesmith.training.probing.correcting import corrected
-    from tunesmith.training.probing.process import probe
+def _probe(resolved: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:
+    from tunesmith.training.probe import probe
 
-    found = probe(seen.recipe, root=root, offline=offline, on_progress=tick)
-    return corrected(seen.forecast, found, mean_tokens=values["tokens_per_step"]).values()
+    found = probe(resolved.recipe, root=root, offline=offline, on_progress=tick)
+    return found.values(resolved.forecast, values["tokens_per_step"])
 
 
 def _draw(screen: Console, values: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.save import save_generation_config
 from tunesmith.models.special_tokens import resize_embeddings
-from tunesmith.planning.before_rows import find_head
+from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
 from tunesmith.types import Batch

@@ -33,7 +33,7 @@ from tunesmith.runs.atomic import (
     to_json,
 )
 from tunesmith.runs.folder import Run
-from tunesmith.training.inputs import begin
+from tunesmith.training.inputs import find_inputs
 
 CHECK_FILE = "verify.json"
 STALE_S = 24 * 3600.0
@@ -248,7 +248,7 @@ def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:
     words = [parse_export(word) for word in recipe.export.to]
     if not words:
         return []
-    start = begin(recipe, root=root, offline=offline)
+    start = find_inputs(recipe, root=root, offline=offline)
     run, method = Run(Path(start.recipe.name or "run")), start.recipe.method
     row = METHODS[method.name]
     folder = run.adapter_path if row.is_adapter else run.model_path

@@ -19,7 +19,7 @@ from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import save_model
 from tunesmith.models.size import model_size
-from tunesmith.planning.before_rows import find_head
+from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 
 

@@ -36,7 +36,7 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_generation_config, save_tokenizer
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import with_pad_token
-from tunesmith.planning.before_rows import find_head
+from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch
 

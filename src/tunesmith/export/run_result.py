@@ -27,7 +27,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.special_tokens import resize_embeddings
-from tunesmith.planning.before_rows import find_head
+from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.types import Attachment, HeadName, Labels, ModelKind

@@ -25,8 +25,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings
-from tunesmith.planning.advise import choose_precision, with_choice
-from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head, with_choice
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file

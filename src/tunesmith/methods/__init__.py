@@ -59,6 +59,8 @@ class Method:
     """Rows of tokens that the recipe adds can be trained."""
     reads_tokens: bool = False
     """`attach` takes `tokens`, all ids that training can meet, ascending; None where they are not known."""
+    kept_activations: float = 1.33
+    """How often a layer keeps the inputs and outputs of its linear layers for its backward: measured, for forecasts."""
     package: str | None = None
     """The optional package that it needs."""
 
@@ -104,6 +106,7 @@ METHODS: dict[str, Method] = {
     "dora": Method(
         name="dora",
         doc="LoRA that also trains the length of each row of a weight; the result is an adapter in PEFT's format.",
+        kept_activations=2.0,
         **_LOW_RANK,
     ),
     "qlora": Method(

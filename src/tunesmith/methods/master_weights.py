@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 
 class MasterWeights:
@@ -36,7 +35,7 @@ class MasterWeights:
                 self.trained[name] = parameter
                 continue
             master = parameter.detach().float()
-            if spread is not None and not is_fake(master):
+            if spread is not None and not master.is_meta:
                 device = master.device
                 spread_in_cells(master, generators.setdefault(device, torch.Generator(device).manual_seed(spread)))
             master.requires_grad_(True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -148,7 +147,7 @@ class _Embedded(torch.autograd.Function):
         # As torch's own embedding, so that the sum of each row has the same order; the last takes all other rows.
         grads = torch.ops.aten.embedding_dense_backward(g.float(), places, num_rows + 1, table.padding, False)
         grad_KD, lost_D = grads[:num_rows], grads[num_rows]
-        if table.alone and not is_fake(lost_D) and bool(lost_D.any()):
+        if table.alone and not lost_D.is_meta and bool(lost_D.any()):
             raise ModelError("a token learns whose row of the embedding is not trained: this is an error of Tunesmith")
         return grad_KD.mul_(table.scale).to(ctx.like.dtype), None, None, None
 

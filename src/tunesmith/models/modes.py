@@ -50,7 +50,7 @@ def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
     The recomputation is non-reentrant: gradients reach adapters in a layer whose input needs none, and dropout draws
     the same numbers again. Raises RecipeError if the model has fewer layers.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     if num_layers > len(layers):
         raise RecipeError(
             f"train.checkpointed_layers: {num_layers}: {type(model).__name__} has {len(layers)} layers that can be "
@@ -63,8 +63,9 @@ def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
 
 def count_layers(model: nn.Module) -> int:
     """The number of layers that can be recomputed."""
-    return len(_layers(model))
+    return len(layers_of(model))
 
 
-def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that can be recomputed, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

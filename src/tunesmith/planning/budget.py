@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tunesmith.evaluation.forgetting import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH
-from tunesmith.planning.advise import operations_per_second, with_choice
+from tunesmith.planning.defaults import operations_per_second, with_choice
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import Choice
 

@@ -1,9 +1,10 @@
-"""Machines by name, and what this one has: memory that a run may take, products a second, bytes a second."""
+"""Cards by name, and what this machine has: memory that a run may take, its speed in products and in copies."""
 
 from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,33 +14,22 @@ from typing import Any
 import torch
 
 from tunesmith.errors import InputError
-from tunesmith.planning.trying import stopwatch
 
 GB = 10**9
 EFFICIENCY = 0.4
-"""Of a graphics processor's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
+"""Share of a card's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
 performance summary, Llama 3 8B and Qwen2.5 7B)."""
+CUDA_LAUNCH, CPU_LAUNCH = 5e-6, 35e-6
+"""Seconds to start one operation; on a processor, which waits for it, with the code of the model and of torch."""
 CUDA_CONTEXT = 800 * 2**20
 """What CUDA and its libraries keep on a card for one process that computes."""
-CUDA_FRAGMENTS = 0.05
-"""Share of the tensors' memory that torch's allocator cannot use."""
-CUDA_LAUNCH = 5e-6
-"""Seconds to start one operation."""
-CPU_LAUNCH = 35e-6
-"""The same, with the code of the model and of torch around it; it is waited for."""
-MOVING = 0.65
-"""Of the bytes a second of a large copy what the small operations of a step reach. Both are fitted to the grid of
-docs/planning.md."""
-LIBRARIES = 48 * 2**20
-"""What torch's own code, its threads and the model's classes take when they are used for the first time."""
-HEAP_FRAGMENTS = 0.15
-"""Share of the heap of a processor, when it is largest, that lies in holes: 7 to 12 % were measured in
-docs/EXPERIMENTS.md, where large blocks lay beside it; that they lie in it is fitted to the grid of docs/planning.md."""
+CPU_MOVING = 0.65
+"""Share of a large copy's speed that the small operations of a step reach on a processor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a run is planned for."""
+    """A machine to plan for."""
 
     name: str
     kind: str
@@ -50,10 +40,8 @@ class Device:
     """Floating-point operations a second in matrix products, as reached; 0: not known."""
     bandwidth: float = 0.0
     """Bytes a second that operations read and write."""
-    fresh: float = 0.0
-    """The same of those that make a large block, where the system has to give its pages first."""
     launch: float = CUDA_LAUNCH
-    """Seconds that one operation takes beside its work."""
+    """Seconds that one operation takes besides its work."""
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -79,17 +67,17 @@ def named(name: str) -> Device:
         return Device(f"a card of {match[1]} GB", "cuda", int(match[1]) * GB)
     for card, (memory, peak, bandwidth) in _CARDS.items():
         if wanted in (card, card.partition("-")[0]):
-            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth, bandwidth)
+            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth)
     raise InputError(f"--device: {name}: not known. One of {', '.join(_CARDS)}, or its memory alone: 24G.")
 
 
 def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
-    """This machine, its speed measured for a fifth of a second."""
+    """This machine. Its speed is measured for a fifth of a second."""
     kind = torch.device(device).type
-    products, copied, cloned = _measured(device, threads=threads, dtype=dtype)
-    if kind != "cpu":  # whose allocator keeps what was given
-        return Device(device, kind, room(device), products, copied, copied, CUDA_LAUNCH)
-    return Device(device, kind, room(device), products, MOVING * copied, cloned, CPU_LAUNCH)
+    products, copied = _measured(device, threads=threads, dtype=dtype)
+    if kind != "cpu":
+        return Device(device, kind, room(device), products, copied)
+    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH)
 
 
 def room(device: str) -> int:
@@ -109,7 +97,7 @@ def resident() -> int:
 
 
 def _memory_free() -> int:
-    """What the system can give without swapping; where it does not say, all that there is."""
+    """Bytes that the system can give without swapping; all that there is where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -121,7 +109,7 @@ def _memory_free() -> int:
 
 
 def _group_free() -> int:
-    """What the control group of this process (a container) leaves; files that it has read can be given up."""
+    """Bytes that the control group of this process (a container) leaves; cached files can be given up."""
     for limit, used, stat, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -138,26 +126,30 @@ def _group_free() -> int:
 
 
 @cache
-def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """(operations a second in products of the size that layers have, bytes a second of a large copy into a block that
-    is there, and into a new one), the best of several."""
+def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second in products of the size that layers have, and bytes a second of a large copy."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2048)))
         large = torch.ones(16 * 2**20, dtype=torch.float32, device=device)
-        flops = 2 * 1024 * 1024 * 2048 / _fastest(lambda: a @ b, device)
         other = torch.zeros_like(large)
-        copied, cloned = (_fastest(do, device) for do in (lambda: other.copy_(large), large.clone))
-        return flops, 2 * large.nbytes / copied, 2 * large.nbytes / cloned
+        products = 2 * 1024 * 1024 * 2048 / _fastest(lambda: a @ b, device)
+        return products, 2 * large.nbytes / _fastest(lambda: other.copy_(large), device)
     finally:
         torch.set_num_threads(before)
 
 
 def _fastest(do: Callable[[], Any], device: str, *, seconds: float = 0.1) -> float:
+    """Seconds of the fastest of several calls. CUDA and MPS are waited for."""
+    is_cpu = torch.device(device).type == "cpu"
     do()
     best, spent = float("inf"), 0.0
     while spent < seconds:
-        took = stopwatch(do, device)
+        began = time.perf_counter()
+        do()
+        if not is_cpu:
+            torch.accelerator.synchronize()
+        took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
     return best

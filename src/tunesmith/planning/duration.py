@@ -1,94 +1,172 @@
-"""Predicted time: what a pass computes and moves, over what the machine reached a moment ago.
+"""Time by formula: a run as a list of kinds of work, each with a count and a price in seconds.
 
-    seconds of a pass = Σ products, each as it was tried + bytes moved / bandwidth + bytes made anew / fresh
-                        + number of operations · launch
+    price of a micro-batch = operations / operations a second + bytes moved / bytes a second + launches
 
-A product that was not tried counts max(operations / reached, bytes / bandwidth), the roofline of Williams, Waterman &
-Patterson 2009.
+The counts follow from the recipe and the rows; a probe measures the prices and keeps the counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.splits import Splits
+from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
+from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.devices import Device
-from tunesmith.planning.sketch import Kept
-from tunesmith.planning.tracing import Product, Segment
-from tunesmith.planning.trying import Tried
+from tunesmith.planning.memory import Load, Sizes
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.types import HeadName
 
-DECODE_LAUNCH = 20e-6
-"""Seconds of one small operation while an answer is written."""
-STARTING_S = 12.0
-"""By formula, on a processor of two cores: the libraries and the tokenizer imported, rows found, the plan made."""
-LOADED = 100e6
-"""Bytes of weights a second that are read, unpacked and hashed, by formula."""
-WRITTEN = 300e6
-"""Bytes a second that are written for good, by formula."""
-FINISHING_S = 4.0
-"""By formula, on a processor of two cores: the libraries that draw imported, the report drawn, the process ended."""
+Kind = Literal["starting", "training", "held_out", "surprising", "general", "answering", "saving", "finishing"]
+"""What a run does, and what is counted of it:
+
+    starting    once: from the start of the process to the first event, without encoding rows
+    training    steps
+    held_out    tokens of held-out rows, before and after and on the way
+    surprising  tokens of the training rows that are measured at the end
+    general     tokens of the general text, before and after
+    answering   tokens written one after the other, before and after, if every answer is as long as it may be
+    saving      checkpoints
+    finishing   once: the result and its rehearsal before the first step, the report, the end of the process
+"""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPREAD = 0.5
+"""Share by which a total by formula alone may be off, either way."""
+MOVED = 16
+"""How often a step reads or writes the inputs and outputs of the linear layers outside of matrix products."""
+OPERATIONS = 150
+"""Operations that a layer starts in a step."""
+DECODE_LAUNCH = 1e-3
+"""Seconds a layer for the next token of some answers."""
+STARTING_S, LOADED = 12.0, 100e6
+"""Libraries, tokenizer and plan on two cores; bytes of weights that are read and hashed in a second."""
+FINISHING_S, WRITTEN = 4.0, 300e6
+"""Report and end of the process on two cores; bytes that are written in a second."""
 
 
 @dataclass(frozen=True, slots=True)
-class Looking:
-    """Seconds of a pass that measures rows: those of its layers go by the token, those of its head by the target."""
+class Work:
+    """A kind of work."""
 
-    token: float
-    target: float
+    count: float
+    """How often it is done in a run."""
+    price: float
+    """Seconds of once."""
 
-    def price(self, targets: float, tokens: float) -> float:
-        """Of a token of rows that have so many targets in so many tokens."""
-        return self.token + self.target * targets / tokens if tokens else 0.0
-
-
-def looking(
-    segments: Sequence[Segment], device: Device, dtype: torch.dtype, tried: Tried | None, *, tokens: int, targets: int
-) -> Looking:
-    """Of the whole model's pass over so many tokens with so many targets."""
-    last = max((i for i, segment in enumerate(segments) if segment.place[0] == "forward"), default=len(segments) - 1)
-    body, head = segments[: last + 1], segments[last + 1 :]
-    return Looking(
-        token=pass_seconds(body, device, dtype, tried) / tokens,
-        target=pass_seconds(head, device, dtype, tried) / max(1, targets),
-    )
+    @property
+    def seconds(self) -> float:
+        return self.count * self.price
 
 
-def pass_seconds(segments: Iterable[Segment], device: Device, dtype: torch.dtype, tried: Tried | None) -> float:
-    """What one pass takes on a device whose products were measured in `dtype`; others take by the width. `tried`:
-    products that were tried there."""
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A whole run, from the start of its process to its end."""
 
-    def of(product: Product) -> float:
-        if tried is not None and (seconds := tried.seconds(product)) is not None:
-            return seconds
-        reached = device.products * dtype.itemsize / product.dtype.itemsize
-        return max(product.flops / reached, product.num_bytes / device.bandwidth)
+    work: Mapping[Kind, Work]
+    spread: float = SPREAD
+    """Share by which the total may be off, either way."""
 
-    total = 0.0
-    for segment in segments:
-        total += sum(times * of(product) for product, times in segment.products.items())
-        total += (segment.moved - segment.fresh) / device.bandwidth + segment.fresh / device.fresh
-        total += segment.num_ops * device.launch
-    return total
+    @property
+    def total(self) -> float:
+        return sum(work.seconds for work in self.work.values())
 
+    @property
+    def step(self) -> float:
+        """Seconds of a mean step."""
+        return self.work["training"].price
 
-def word_seconds(segments: Iterable[Segment], kept: Kept, device: Device) -> float:
-    """Of the next token of some answers: every weight is read, and every operation started."""
-    return kept.weights / device.bandwidth + DECODE_LAUNCH * sum(segment.num_ops for segment in segments)
+    def at(self, prices: Mapping[Kind, float], spread: float) -> Duration:
+        """The same work at other prices, as far as they are known."""
+        work = {kind: replace(one, price=prices.get(kind, one.price)) for kind, one in self.work.items()}
+        return Duration(work, spread)
 
-
-def update_seconds(kept: Kept, device: Device) -> float:
-    """Gradient, weight and state read, weight and state written, and the copy that computes."""
-    trained = 4 * kept.trained_parameters
-    return (3 * trained + 2 * kept.optimizer + 1.5 * kept.masters) / device.bandwidth
-
-
-def starting_seconds(kept: Kept) -> float:
-    """Of the libraries, the plan and the weights."""
-    return STARTING_S + kept.weights / LOADED
+    def values(self) -> dict[str, Any]:
+        """As JSON."""
+        work = {kind: {**asdict(one), "seconds": one.seconds} for kind, one in self.work.items()}
+        return {"total": self.total, "spread": self.spread, "work": work}
 
 
-def finishing_seconds(result_bytes: int) -> float:
-    """Of the result, which is written twice, and the report."""
-    return FINISHING_S + 2 * result_bytes / WRITTEN
+def num_tokens(store: RowStore, rows_I: NDArray[np.int64]) -> tuple[int, int]:
+    """Tokens and targets of these rows of a store."""
+    return int(store.lengths[rows_I].sum()), int(store.denominators[rows_I].sum())
+
+
+def seen_rows(recipe: Recipe, rows: Splits) -> NDArray[np.int64]:
+    """The training rows that are measured at the end."""
+    return sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
+
+
+def saves(recipe: Recipe, steps: int) -> int:
+    """Checkpoints, including the one before the first step, without those of a best evaluation."""
+    return 2 + (steps - 1) // resolved(recipe.checkpoint.every)
+
+
+def kept_checkpoints(recipe: Recipe, steps: int) -> int:
+    """Checkpoints that are on the disk at once, including the one that is being written."""
+    keeps_best = recipe.evaluation.every is not None
+    return min(saves(recipe, steps), recipe.checkpoint.keep + 1) + keeps_best
+
+
+def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
+    """How often a run does each kind of work. `general_tokens`: 0 where the general text is not measured."""
+    every = recipe.evaluation.every
+    evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
+    prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
+    answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    words = -(-prompts // ANSWER_BATCH) * answer + (ANSWER_TOKENS if general_tokens else 0)
+    return {
+        "starting": 1,
+        "training": steps,
+        "held_out": evaluations * num_tokens(rows.held_store, rows.held_rows)[0],
+        "surprising": num_tokens(rows.store, seen_rows(recipe, rows))[0],
+        "general": 2 * general_tokens,
+        "answering": 2 * words if head == "next_token" else 0,
+        "saving": saves(recipe, steps),
+        "finishing": 1,
+    }
+
+
+def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: int, device: Device) -> float:
+    """Seconds of a step that computes `load` in so many micro-batches, and of its update."""
+    layers = max(1, len(sizes.features_L))
+    again = recomputed / layers
+    # Products: forward; backward to the inputs, from the first layer with gradients on; backward to the weights.
+    times = 1 + (1 - sizes.first / layers) + sizes.trains_linear + again
+    operations = 2 * sizes.linear_weights * load.tokens * times
+    operations += 2 * sizes.hidden * sizes.outputs * load.targets * (2 + sizes.trains_output)
+    # Of attention two products forward and five backward (Dao et al. 2022, appendix B.2), half of each where causal.
+    operations += layers * sizes.hidden * load.squares * (7 + 2 * again)
+    moved = MOVED * (1 + again / 3) * sizes.itemsize * sum(sizes.features_L) * load.tokens
+    update = 3 * sizes.gradients + 2 * sizes.optimizer + 1.5 * sizes.masters
+    launches = micro_batches * layers * OPERATIONS * device.launch
+    return operations / device.products + (moved + update) / device.bandwidth + launches
+
+
+def token_seconds(sizes: Sizes, tokens: int, targets: int, device: Device) -> float:
+    """Seconds of a token of rows that are measured, which have so many tokens and targets; 0 where there are none."""
+    if not tokens:
+        return 0.0
+    operations = 2 * (sizes.linear_weights + sizes.hidden * sizes.outputs * targets / tokens)
+    moved = MOVED / 3 * sizes.itemsize * sum(sizes.features_L) + 10 * sizes.outputs * targets / tokens
+    return operations / device.products + moved / device.bandwidth
+
+
+def prices(sizes: Sizes, rows: Splits, recipe: Recipe, device: Device, *, result_bytes: int) -> dict[Kind, float]:
+    """Seconds of each kind of work but training, once."""
+    held = num_tokens(rows.held_store, rows.held_rows)
+    return {
+        "starting": STARTING_S + sizes.weights / LOADED,
+        "held_out": token_seconds(sizes, *held, device),
+        "surprising": token_seconds(sizes, *num_tokens(rows.store, seen_rows(recipe, rows)), device),
+        "general": token_seconds(sizes, 1, 1, device),
+        "answering": sizes.weights / device.bandwidth + DECODE_LAUNCH * len(sizes.features_L),
+        "saving": sizes.checkpoint / WRITTEN,
+        "finishing": FINISHING_S + 2 * result_bytes / WRITTEN,
+    }

@@ -1,29 +1,123 @@
-"""Predicted peak memory: what is held throughout, and what comes on top of it while a pass, an update or a look runs.
+"""Peak memory by formula. It is an estimate: docs/planning.md says how far it is off.
 
-    peak = run-time + max over phases of (held + transient)
+    peak = runtime + weights + masters + optimizer + the largest of what these phases hold besides, + allocator
 
-    held        weights + float32 masters + optimizer state (+ gradients, from the second pass of a step on)
-    step        for each layer forward what it keeps for the backward, then the head and its logits, then for each layer
-                backward what it frees and the gradients it makes: the highest point on that way, from `tracing`
-    update      gradients of everything that is trained
-    evaluation  a forward of held-out rows, nothing kept
+    step        activations kept + one layer at work + logits in pieces + gradients of the micro-batches before
+    update      gradients
+    evaluation  one layer at work + logits of the held-out targets
 
-A layer counts as one of two kinds: as it is, or recomputed, which keeps its input alone and needs the rest of itself
-again while it is gone back through (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone (Chen et
+al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass
+from typing import Any
 
-from tunesmith.planning.sketch import Kept, Stack
-from tunesmith.planning.tracing import Segment
+import torch
+from torch import Tensor, nn
+
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.sampler import MicroBatch
+from tunesmith.methods import METHODS, attach
+from tunesmith.methods.targets import LINEARS, inner_linears
+from tunesmith.models.fused_loss import (
+    CHUNK_BYTES,
+    CHUNK_BYTES_ELSEWHERE,
+    CHUNK_BYTES_TRAINED,
+    CHUNK_TARGETS,
+    output_layer_of,
+)
+from tunesmith.models.modes import layers_of, silence_transformers
+from tunesmith.models.packing_check import recurrent_layer
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.size import meta_model
+from tunesmith.optim import Optimizer
+from tunesmith.planning.devices import CUDA_CONTEXT, Device
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.types import HeadName, Labels
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AT_WORK = 0.7
+"""What the backward of a layer holds besides what the layer kept, in inputs and outputs of its linear layers."""
+LIBRARIES = 48 * 2**20
+"""Code of torch, its threads and the model's classes, loaded at first use."""
+COMPILED = 650 * 1024
+"""Bytes that oneDNN and torch keep of a product in bfloat16, for each of as many shapes as their caches hold."""
+BUFFERS = 64 * 2**20
+"""Operands of float32 products, copied by the library."""
+CUDA_UNUSED = 0.05
+"""Share of the tensors' memory that the allocator of a card cannot use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A model with its method attached, in numbers of bytes (what is held throughout) and of features."""
+
+    weights: int
+    masters: int
+    """float32 copies of what is trained, where it is computed in another type."""
+    optimizer: int
+    trained_parameters: int
+    itemsize: int
+    features_L: tuple[int, ...]
+    """Inputs and outputs of each layer's linear layers, for one token."""
+    kept: float
+    """How often a layer keeps these for its backward: the method's row says."""
+    first: int
+    """Index of the first layer with gradients: the layers below keep nothing."""
+    linear_weights: int
+    """In the layers."""
+    trains_linear: float
+    """Share of `linear_weights` that is trained."""
+    hidden: int
+    heads: int
+    outputs: int
+    """Logits of a target: the vocabulary, or the outputs of a head."""
+    trains_output: bool
+    fused_loss: bool
+    can_pack: bool
+    """No layer carries a state from token to token."""
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of float32 gradients."""
+        return 4 * self.trained_parameters
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint."""
+        return 4 * self.trained_parameters + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a micro-batch computes."""
+
+    tokens: int
+    targets: int
+    squares: int = 0
+    """Sum of the squared lengths of its rows: each head has as many scores."""
+    short_squares: int = 0
+    """The same of rows of at most `LONGEST` tokens, whose scores are kept on a processor in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heavy:
+    """A micro-batch of one step."""
+
+    step: int
+    rows: MicroBatch
+    accumulating: bool
+    """Whether the step has other micro-batches, so that gradients are there already."""
+    load: Load
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by what they are for, at the moment when they are most."""
+    """Bytes by what they are for, in the moment of a phase that needs the most."""
 
     phase: str
     weights: int
@@ -31,19 +125,11 @@ class Memory:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """Kept for the backward, and what the layer at work needs."""
     logits: int = 0
-    """Of the targets, and their gradients."""
     runtime: int = 0
     """Python, torch, and what they keep for themselves."""
     allocator: int = 0
-    """What is free in blocks that the process does not give back: see `with_heap`."""
-    heap: int = 0
-    """No component: most bytes of small blocks that come and go in this phase."""
-    mapped: int = 0
-    """No component: the same of blocks that are mapped one by one."""
-    held: int = 0
-    """No component: of the total what neither comes nor goes in this phase."""
+    """Freed memory that the process does not give back."""
 
     @property
     def total(self) -> int:
@@ -55,89 +141,132 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What one pass does, both ways of treating its layers."""
+def sizes_of(
+    recipe: Recipe, located: ModelRef, *, head: HeadName, labels: Labels | None, store: RowStore | None
+) -> tuple[Sizes, nn.Module]:
+    """The sizes of a recipe's model, made without weights, and that model.
 
-    plain: Sequence[Segment]
-    recomputed: Sequence[Segment]
-    """Empty: not traced, since no layer is."""
-
-
-def step_peak(kept: Kept, stacks: Sequence[Stack], one: Pass, *, recomputed: int, accumulating: bool) -> Memory:
-    """The most that a pass forward and backward needs, or the update after it."""
-    held = held_memory(kept)
-    base = replace(held, gradients=kept.gradients if accumulating else 0)
-    step = highest("step", base, timeline(one, stacks, recomputed))
-    update = replace(step, phase="update", gradients=kept.gradients, activations=0, logits=0)
-    return max(step, update, key=lambda memory: memory.total)
-
-
-def evaluation_peak(kept: Kept, stacks: Sequence[Stack], segments: Sequence[Segment]) -> Memory:
-    """The most that measuring rows needs."""
-    return highest("evaluation", held_memory(kept), timeline(Pass(segments, ()), stacks, 0))
-
-
-def held_memory(kept: Kept) -> Memory:
-    """What is there throughout."""
-    return Memory("rest", weights=kept.weights, masters=kept.masters, optimizer=kept.optimizer)
-
-
-def with_heap(phases: Sequence[Memory], fragments: float, *, pinned: bool) -> list[Memory]:
-    """What a processor's phases take with all that the C library keeps.
-
-    `fragments` of its heap lie in holes that nothing fits into. What is free at its upper end goes back to the system,
-    unless it is `pinned` by small things that came last and stay, as compiled products are: then the heap stays as
-    large as in the phase that needed most of it, and large blocks are mapped beside it whenever they come.
+    Raises ModelError where no model can be made from the config alone, and what attaching the method raises.
     """
-    if not pinned:
-        return [replace(one, allocator=int(one.heap * fragments)) for one in phases]
-    heap = int(max(phase.heap for phase in phases) * (1 + fragments))
-    return [replace(one, allocator=max(0, heap + one.mapped - (one.total - one.held))) for one in phases]
+    method = METHODS[recipe.method.name]
+    with torch.device("meta"), silence_transformers():
+        model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
+    layers = layers_of(model)
+    features_L = tuple(_features(layer) for layer in layers)
+    saved = _quantized_away(model, recipe) if method.quantizes else 0
+    linears = _linear_weights(model)
+    with torch.device("meta"):
+        attachment = attach(recipe, model, head=head, store=store, pad_id=0)
+    computing = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    trained: list[Tensor] = list(attachment.trained.values())
+    output = model.get_output_embeddings()
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    below = any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    first = 0 if below or not inside else next((i for i, layer in enumerate(layers) if _learns(layer)), len(layers))
+    config = model.config.get_text_config()
+    linear_weights = sum(weight.numel() for weight in linears)
+    return Sizes(
+        weights=sum(computing.values()) - saved,
+        masters=sum(tensor.nbytes for tensor in trained if id(tensor) not in computing),
+        optimizer=Optimizer(
+            attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed
+        ).state_bytes(),
+        trained_parameters=sum(tensor.numel() for tensor in trained),
+        itemsize=model.dtype.itemsize,
+        features_L=features_L,
+        kept=method.kept_activations,
+        first=first,
+        linear_weights=linear_weights,
+        trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
+        hidden=int(config.hidden_size),
+        heads=int(getattr(config, "num_attention_heads", 1)),
+        outputs=labels.num_outputs if labels is not None else int(config.vocab_size),
+        trains_output=output is not None and any(p.requires_grad for p in output.parameters()),
+        fused_loss=recipe.kernels == "fast" and method.fused_loss and output_layer_of(model) is not None,
+        can_pack=not recurrent_layer(model),
+    ), model
 
 
-def timeline(one: Pass, stacks: Sequence[Stack], recomputed: int) -> Iterator[Segment]:
-    """Every segment of the whole model's pass in order, the first `recomputed` layers as such."""
-    plain, again = ({segment.place: segment for segment in some} for some in (one.plain, one.recomputed))
-    firsts = [sum(len(stack.like) for stack in stacks[:number]) for number in range(len(stacks))]
-    told: set[tuple[str, int]] = set()
-    for segment in one.plain:
-        way, number, _ = segment.place
-        if way not in ("forward", "backward"):
-            yield segment
-            continue
-        if (way, number) in told:
-            continue
-        told.add((way, number))
-        layers = list(enumerate(stacks[number].like))
-        for index, like in layers if way == "forward" else reversed(layers):
-            of = again if firsts[number] + index < recomputed else plain
-            if (found := of.get((way, number, like))) is not None:  # below everything trained nothing goes back
-                yield found
+def phases(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device) -> list[Memory]:
+    """The most that each phase of a run needs; on a processor without what the process held before.
+
+    `look`: the heaviest micro-batch that is measured. `recomputed`: layers whose activations are.
+    """
+    step, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
+    scores = 0 if not is_cpu or wide else sizes.itemsize * sizes.heads * step.short_squares
+    kept_L = [int(sizes.kept * sizes.itemsize * step.tokens * features) + scores for features in sizes.features_L]
+    largest, widest = max(kept_L, default=0), sizes.itemsize * max(sizes.features_L, default=0)
+    at_work = int(AT_WORK * widest * step.tokens) + (largest if recomputed else 0)
+    inputs = recomputed * sizes.itemsize * step.tokens * sizes.hidden
+    activations = sum(kept_L[max(recomputed, sizes.first) :]) + inputs + at_work
+    # Logits as they are computed, in float32, and their softmax.
+    looked_logits = look.targets * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
+    needs = {  # gradients, activations, logits
+        "step": (sizes.gradients if heavy.accumulating else 0, activations, _logits(sizes, step.targets, is_cpu)),
+        "update": (sizes.gradients, at_work, 0),
+        "evaluation": (0, int(AT_WORK * widest * look.tokens), looked_logits),
+    }
+    # In bfloat16 small compiled products lie between the blocks of a phase: its memory does not go back to the system,
+    # and another phase takes its own besides.
+    left = 0 if wide or not is_cpu else min(sum(needs[phase][1:]) for phase in ("step", "evaluation"))
+    held = {"weights": sizes.weights, "masters": sizes.masters, "optimizer": sizes.optimizer}
+    runtime = LIBRARIES + libraries_keep(wide=wide) if is_cpu else CUDA_CONTEXT
+    found = []
+    for phase, (gradients, kept, logits) in needs.items():
+        unused = left if is_cpu else int(CUDA_UNUSED * (sum(held.values()) + gradients + kept + logits))
+        more = {"gradients": gradients, "activations": kept, "logits": logits, "runtime": runtime, "allocator": unused}
+        found.append(Memory(phase, **held, **more))
+    return found
 
 
-def highest(phase: str, base: Memory, segments: Iterator[Segment]) -> Memory:
-    """The moment of a pass at which it holds most, on top of `base`."""
-    alive = mapped = gradients = 0
-    heap_peak = mapped_peak = 0
-    best = base
-    for segment in segments:
-        made = min(segment.gradients, segment.peak)
-        inside = segment.peak - made
-        is_head = (segment.place[0] == "between" and segment.gradients == 0) or segment.place[0] == "head"
-        in_use = alive - gradients + (0 if is_head else inside)
-        now = replace(
-            base,
-            phase=phase,
-            # Of a table whose rows learn, the gradient is smaller than it is counted: the sum is what the pass holds.
-            gradients=base.gradients + gradients + made + min(0, in_use),
-            activations=max(0, in_use),
-            logits=inside if is_head else 0,
-        )
-        best = max(best, now, key=lambda memory: memory.total)
-        heap_peak = max(heap_peak, alive - mapped + segment.heap_peak)
-        mapped_peak = max(mapped_peak, mapped + segment.mapped_peak)
-        alive += segment.delta
-        mapped += segment.mapped
-        gradients += segment.gradients
-    return replace(best, heap=heap_peak, mapped=mapped_peak, held=base.total)
+def libraries_keep(*, wide: bool) -> int:
+    """Bytes that the libraries of a processor keep of products in float32 (`wide`) or bfloat16, at most."""
+    if wide:
+        return BUFFERS
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    return COMPILED * max(int(os.environ.get(name, "1024")) for name in names)
+
+
+def _logits(sizes: Sizes, targets: int, is_cpu: bool) -> int:
+    """Logits of a piece of the targets in float32 with their gradient, and the gradient of the output layer."""
+    weight = sizes.hidden * sizes.outputs
+    of_weight = (4 + sizes.itemsize) * weight if sizes.trains_output else 0
+    if not sizes.fused_loss:
+        return targets * sizes.outputs * (12 + sizes.itemsize) + of_weight
+    piece = CHUNK_BYTES["cpu"] if is_cpu else CHUNK_BYTES_ELSEWHERE
+    piece = max(piece, CHUNK_BYTES_TRAINED) if sizes.trains_output else max(piece, 4 * CHUNK_TARGETS * sizes.outputs)
+    return 2 * min(piece, 4 * targets * sizes.outputs) + of_weight
+
+
+def _features(layer: nn.Module) -> int:
+    """Outputs of a layer's linear layers, and their inputs: those of one module that are as wide count once."""
+    found = 0
+    for parent in layer.modules():
+        linears = [child for child in parent.children() if isinstance(child, LINEARS)]
+        shapes = [sorted(child.weight.shape) for child in linears]
+        outs = [int(getattr(child, "out_features", 0) or getattr(child, "nf", 0)) for child in linears]
+        ins = {sum(shape) - out for shape, out in zip(shapes, outs, strict=True)}
+        found += sum(outs) + sum(ins)
+    return found
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+QUANTIZED_BITS = {("nf4", True): 4.127, ("nf4", False): 4.5, ("int8", None): 8.03}
+"""Bits of a weight with its scales: 4 and 32 a block of 64; with double quantisation 8 a block, and 32 for 256 blocks
+(Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3); of int8 32 a row, of rows of a thousand."""
+
+
+def _quantized_away(model: nn.Module, recipe: Recipe) -> int:
+    """Bytes that a quantised base does not hold. One layer at a time is unpacked."""
+    weights = _linear_weights(model)
+    settings: Any = recipe.method
+    bits = QUANTIZED_BITS[settings.quant, settings.double_quant]
+    saved = sum(weight.nbytes - round(weight.numel() * bits / 8) for weight in weights)
+    return saved - max(weight.nbytes for weight in weights)
+
+
+def _linear_weights(model: nn.Module) -> list[Tensor]:
+    return [target.module.get_parameter("weight") for target in inner_linears(model)]

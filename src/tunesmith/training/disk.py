@@ -9,7 +9,7 @@ from pathlib import Path
 from tunesmith.errors import DoesNotFitError
 from tunesmith.formatting import size
 from tunesmith.methods import METHODS
-from tunesmith.planning.counting import kept_checkpoints
+from tunesmith.planning.duration import kept_checkpoints
 from tunesmith.training.setup import Setup
 
 

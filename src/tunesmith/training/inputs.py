@@ -11,25 +11,26 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import refuse_ranks
-from tunesmith.errors import RecipeError
-from tunesmith.inference.load import make_renderer
+from tunesmith.errors import RecipeError, RunError
+from tunesmith.inference.load import load_run, make_renderer
 from tunesmith.methods import method_of
 from tunesmith.models import load, special_tokens
 from tunesmith.models.heads import own_classes
 from tunesmith.models.load import model_kind
 from tunesmith.models.resolve_model import ModelRef, resolve_base
+from tunesmith.models.save import save_model
 from tunesmith.models.size import ModelSize, model_size
 from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
-from tunesmith.planning.advise import with_choice
-from tunesmith.planning.before_rows import decide_before_rows, find_head
+from tunesmith.planning.defaults import decide_before_rows, find_head, with_choice
 from tunesmith.recipe.schema import Recipe
-from tunesmith.training.init_from_run import start_from
+from tunesmith.runs.atomic import remove
+from tunesmith.runs.folder import Run, is_run
 from tunesmith.types import Choice, HeadName, ModelKind
 
 
 @dataclass(frozen=True)
-class Start:
+class Inputs:
     """What is known before a row is encoded."""
 
     recipe: Recipe
@@ -46,7 +47,7 @@ class Start:
     """Tokens that the recipe adds."""
 
 
-def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
+def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not cached
     only the headers of the weights are fetched.
 
@@ -55,7 +56,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     """
     refuse_ranks(os.environ)
     chained: str | None = None
-    if recipe.base is None:  # of a run that goes on it is decided
+    if recipe.base is None:  # a resumed run has its base already
         name, chained = start_from(recipe.model, root=root, offline=offline)
         recipe = recipe.model_copy(update={"model": name})
     check_installed(recipe.optim)
@@ -71,7 +72,7 @@ def begin(recipe: Recipe, *, root: Path, offline: bool) -> Start:
     recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
     choices += dates
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
-    return Start(
+    return Inputs(
         recipe=recipe,
         choices=choices,
         notes=notes,
@@ -118,3 +119,46 @@ def _room_left(size: ModelSize, recipe: Recipe) -> ModelSize:
             "tokens in all. Use fewer."
         )
     return replace(size, max_tokens=size.max_tokens - virtual)
+
+
+MERGED = "merged"
+
+
+def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | None]:
+    """The model that `model` names, and what to say of it where it is a run: its folder, its name in `root`, "last".
+
+    The beginning of a name is not enough here: `gpt2` is a model, whatever runs begin so. Raises RunError for a run
+    without a result.
+    """
+    is_whole_name = model == "last" or Path(model).exists() or (root / model / "run.json").is_file()
+    if not (is_whole_name and is_run(model, root)):
+        return model, None
+    run = Run.open(model, root)
+    if run.model_path.exists():
+        run.check_result(run.model_path)
+        return str(run.model_path), f"starts from the result of {run.path}"
+    if not run.adapter_path.exists():
+        raise RunError(
+            f"{run.path}: it has no result yet, so nothing can start from it. Go on with `tunesmith resume`."
+        )
+    merged = run.path / MERGED
+    if not _is_current(merged, run.adapter_path):
+        _merge(run, merged, offline=offline)
+    return str(merged), f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
+
+
+def _is_current(merged: Path, adapter: Path) -> bool:
+    """Whether the merged model is there whole, and not older than its adapter."""
+    config = merged / "config.json"
+    return config.is_file() and config.stat().st_mtime >= (adapter / "adapter_config.json").stat().st_mtime
+
+
+def _merge(run: Run, merged: Path, *, offline: bool) -> None:
+    with run.lock():
+        remove(merged)
+        speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
+        speaker.attachment.merge()
+        adapter = ModelRef("folder", run.adapter_path, str(run.adapter_path))
+        save_model(
+            speaker.model, speaker.renderer.tokenizer, merged, located=adapter, stop_ids=speaker.renderer.stop_ids
+        )

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.collate import Collator, Masking, pads_to_multiple
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
@@ -22,27 +21,25 @@ from tunesmith.methods import METHODS
 from tunesmith.models import load
 from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
-from tunesmith.models.special_tokens import pad_id
 from tunesmith.planning import devices
-from tunesmith.planning.advise import Facts, decide, total_steps, with_choice
 from tunesmith.planning.budget import HELD, RunSize, decide_measuring
+from tunesmith.planning.defaults import Facts, decide, total_steps, with_choice
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fitting import fit, refuse
+from tunesmith.planning.fit import fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
-from tunesmith.planning.sharing import Ask, decide_sharing
-from tunesmith.planning.sketch import DTYPES
-from tunesmith.planning.trying import Tried
+from tunesmith.planning.memory import DTYPES
+from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.training.inputs import Start, begin
+from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Foreseen:
+class ResolvedRun:
     """A run before its model is loaded."""
 
     recipe: Recipe
@@ -50,7 +47,7 @@ class Foreseen:
     choices: list[Choice]
     notes: list[str]
     """Of the prediction; those of the model and the rows are theirs."""
-    start: Start
+    inputs: Inputs
     rows: Splits
     given: dict[str, Any]
     """What the recipe said before anything was decided, where that is not the default."""
@@ -58,7 +55,7 @@ class Foreseen:
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
 
 
-def foresee(
+def resolve_run(
     recipe: Recipe,
     *,
     root: Path,
@@ -66,7 +63,7 @@ def foresee(
     on_progress: OnProgress = lambda what, done, total: None,
     run: Run | None = None,
     device: Device | None = None,
-) -> Foreseen:
+) -> ResolvedRun:
     """Encode rows and decide. `device`: another machine's, for which a plan is asked.
 
     Raises:
@@ -76,49 +73,49 @@ def foresee(
     given = changed(recipe)
     if device is not None:
         recipe = _elsewhere(recipe)
-    start = begin(recipe, root=root, offline=offline)
+    inputs = find_inputs(recipe, root=root, offline=offline)
     cache_dirs = _cache_dirs(root, run)
-    rows = _rows(start, cache_dirs, on_progress)
-    recipe = reduce(with_choice, rows.choices, start.recipe)
-    _check_evaluation(recipe, start.head, rows)
+    rows = _rows(inputs, cache_dirs, on_progress)
+    recipe = reduce(with_choice, rows.choices, inputs.recipe)
+    _check_evaluation(recipe, inputs.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
     targets_I = rows.held_store.targets[rows.held_rows]
     kind = device.kind if device else recipe.device
     free_tokens = recipe.train.tokens_per_pass == "auto"
-    recipe, choices = decide(recipe, Facts(start.size.num_params, kind, start.kind, lengths_I, targets_I))
-    if reason := _why_alone(start, rows):
+    recipe, choices = decide(recipe, Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I))
+    if reason := _why_alone(inputs, rows):
         free_tokens = False
         alone = Choice("train.tokens_per_pass", 1, reason)
         recipe = with_choice(recipe, alone)
         choices = [*(choice for choice in choices if choice.key != alone.key), alone]
     recipe, counted = _count_steps(recipe, rows)
-    rows, recipe, measuring = _measuring(recipe, start, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
+    rows, recipe, measuring = _measuring(recipe, inputs, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
     known_of = {choice.key for choice in measuring}
     choices = [choice for choice in choices if choice.key not in known_of]
-    choices = [*start.choices, *rows.choices, *choices, *counted, *measuring]
+    choices = [*inputs.choices, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None:
-        return Foreseen(_without_layers(recipe), choices, [], start, rows, given, None)
+        return ResolvedRun(_without_layers(recipe), choices, [], inputs, rows, given, None)
 
     on_progress("plan", 0, 1)
-    seen = Foreseen(recipe, choices, [], start, rows, given, None)
+    found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
     try:
-        _predict(seen, device, free_tokens=free_tokens)
+        _forecast(found, device, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
-        seen.recipe = _without_layers(recipe)
-        seen.notes.append(f"memory and time could not be forecast: {_reason(error)}")
+        found.recipe = _without_layers(recipe)
+        found.notes.append(f"memory and time could not be forecast: {_reason(error)}")
     on_progress("plan", 1, 1)
-    return seen
+    return found
 
 
-def _why_alone(start: Start, rows: Splits) -> str:
+def _why_alone(inputs: Inputs, rows: Splits) -> str:
     """Why each row goes through the model alone; empty: it need not."""
     sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
     longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
-    why = "" if start.located.is_gguf else longrope_conflict(load.load_config(start.located), longest)
+    why = "" if inputs.located.is_gguf else longrope_conflict(load.load_config(inputs.located), longest)
     return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
 
 
@@ -138,68 +135,74 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
 
 
 def _measuring(
-    recipe: Recipe, start: Start, rows: Splits, device: str, *, cache_dirs: CacheDirs, on_progress: OnProgress
+    recipe: Recipe, inputs: Inputs, rows: Splits, device: str, *, cache_dirs: CacheDirs, on_progress: OnProgress
 ) -> tuple[Splits, Recipe, list[Choice]]:
     """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
     row = float(rows.store.lengths[rows.train_rows].mean())
     steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
-    speaks = forgetting.can_generate(start.head, is_causal=start.kind == "causal", max_tokens=start.size.max_tokens)
+    speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     size = RunSize(
-        num_parameters=start.size.num_params,
+        num_parameters=inputs.size.num_params,
         device=device,
         trained=steps * resolved(recipe.train.rows_per_step) * row,
         row=row,
         held=int(rows.held_store.lengths[rows.held_rows].sum()),
         held_rows=len(rows.held_rows),
-        prompts=len(rows.held_rows) if start.head == "next_token" else 0,
+        prompts=len(rows.held_rows) if inputs.head == "next_token" else 0,
         answer_tokens=new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens),
         speaks=speaks,
     )
-    recipe, choices = decide_measuring(recipe, start.recipe, size)
+    recipe, choices = decide_measuring(recipe, inputs.recipe, size)
     if any(choice.key == "evaluation.max_rows" for choice in choices):
-        fewer = start.recipe.model_copy(update={"evaluation": recipe.evaluation})
-        rows = _rows(replace(start, recipe=fewer), cache_dirs, on_progress)
+        fewer = inputs.recipe.model_copy(update={"evaluation": recipe.evaluation})
+        rows = _rows(replace(inputs, recipe=fewer), cache_dirs, on_progress)
     return rows, recipe, choices
 
 
-def _predict(seen: Foreseen, device: Device | None, *, free_tokens: bool) -> None:
-    """Decide what memory decides, and what the run will need then. Raises DoesNotFitError; whatever else it raises
-    leaves `seen` as it was."""
-    start, rows, recipe = seen.start, seen.rows, seen.recipe
-    tried = None if device else Tried(recipe.device, threads=resolved(recipe.threads))
-    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
-    device = device or devices.here(recipe.device, threads=threads, dtype=dtype)
-    on = device.kind
-    free_cached_memory()  # what the machine's speed was tried with is no part of what the process holds
+def _forecast(found: ResolvedRun, device: Device | None, *, free_tokens: bool) -> None:
+    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
+    `found` as it was."""
+    inputs, rows, recipe = found.inputs, found.rows, found.recipe
+    device = device or devices.here(
+        recipe.device, threads=resolved(recipe.threads), dtype=DTYPES[resolved(recipe.precision)]
+    )
+    free_cached_memory()  # the process does not hold what measuring the machine's speed took
+
+    def shares(recipe: Recipe, model: Any, plan: StepSampler) -> bool:
+        choice = decide_sharing_for(recipe, inputs, rows, model, plan)
+        return choice is not None and bool(choice.value)
+
+    if inputs.head == "masked_token":
+        for store in (rows.store, rows.held_store):
+            store.use_masks(recipe.train.masked)
     forecaster = Forecaster(
-        located=start.located,
-        kind=start.kind,
-        head=start.head,
+        located=inputs.located,
+        kind=inputs.kind,
+        head=inputs.head,
         rows=rows,
-        feeds=lambda recipe, model, plan: feeds(
-            recipe, start, rows, model, plan, device="cpu", on=on, ask=lambda model, rows: None
-        )[:2],
         plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
+        shares=shares,
         device=device,
         base=devices.resident(),
-        tried=tried,
-        general_tokens=_general_tokens(recipe, start),
+        general_tokens=_general_tokens(recipe, inputs),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
     recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
-    notes = []
     if not forecast.fits:
         refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        notes.append(str(refusal))
-    if tried is not None and tried.refused:
-        names = ", ".join(sorted(tried.refused))
-        notes.append(f"the time is partly an estimate: {names} could not be tried on {recipe.device}")
+        found.notes.append(str(refusal))
     replaced = {choice.key for choice in fitted}
-    seen.choices = [*(choice for choice in seen.choices if choice.key not in replaced), *fitted]
-    seen.notes.extend(notes)
-    seen.recipe, seen.forecast = recipe, forecast
+    found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
+    found.recipe, found.forecast = recipe, forecast
+
+
+def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, plan: StepSampler) -> Choice | None:
+    """Whether shared prefixes are computed once, as far as it can be decided without weights; None: they cannot be."""
+    if inputs.kind != "causal" or plan.layout != "packed" or has_token_types(model, inputs.renderer.tokenizer):
+        return None
+    return decide_sharing(model, recipe, shared_prefixes(plan, rows.store))
 
 
 def _reason(error: Exception) -> str:
@@ -207,12 +210,12 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
 
 
-def _general_tokens(recipe: Recipe, start: Start) -> int:
+def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
     """Of the general text, where it is measured."""
-    speaks = forgetting.can_generate(start.head, is_causal=start.kind == "causal", max_tokens=start.size.max_tokens)
+    speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     if not (resolved(recipe.evaluation.general) and speaks):
         return 0
-    return sum(len(row.ids) for row in forgetting.general_rows(start.renderer.tokenizer))
+    return sum(len(row.ids) for row in forgetting.general_rows(inputs.renderer.tokenizer))
 
 
 def _without_layers(recipe: Recipe) -> Recipe:
@@ -227,16 +230,16 @@ def _elsewhere(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
 
 
-def _rows(start: Start, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
-    recipe = start.recipe
+def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
+    recipe = inputs.recipe
     return encode_rows(
         recipe.data,
-        start.renderer,
+        inputs.renderer,
         cache_dirs=cache_dirs,
         max_held=HELD if recipe.evaluation.max_rows == "auto" else recipe.evaluation.max_rows,
         task=resolved(recipe.task),
         class_weights=recipe.train.class_weights,
-        own_classes=start.own_classes,
+        own_classes=inputs.own_classes,
         on_progress=on_progress,
     )
 
@@ -255,40 +258,6 @@ def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
     """A new run shares encoded rows with others below `root`; a resumed one has its own."""
     shared = root / ".rows"
     return CacheDirs(shared, shared) if run is None else CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
-
-
-def feeds(
-    recipe: Recipe, start: Start, rows: Splits, model: Any, plan: StepSampler, *, device: str, on: str, ask: Ask
-) -> tuple[Collator, Collator, list[Choice]]:
-    """The passes of training rows and of held-out rows, and what was decided of them.
-
-    Held-out rows are masked by one seed in all runs, so that their measures can be compared, and each is computed
-    whole, as whoever measures the result again will. `device`: where their tensors are; `on`: the kind of device that
-    is to compute them, of which a plan for another machine has none here. `ask`: whether the model answers otherwise
-    where rows share what they begin with.
-    """
-    tokenizer = start.renderer.tokenizer
-    masks = start.head == "masked_token"
-    has_types = has_token_types(model, tokenizer)
-    choices = []
-    if start.kind == "causal" and plan.layout == "packed" and not has_types:
-        choices = [decide_sharing(model, recipe, plan, rows.store, ask=ask)]
-
-    def feed(store: Any, seed: int, *, shares: bool) -> Collator:
-        return Collator(
-            store,
-            layout=plan.layout,
-            device=device,
-            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
-            decoder_start=getattr(model.config, "decoder_start_token_id", None),
-            has_types=has_types,
-            pad_id=pad_id(model, tokenizer),
-            shares=shares,
-            pads=pads_to_multiple(plan.layout, device=on, precision=resolved(recipe.precision)),
-        )
-
-    shares = any(choice.value for choice in choices)
-    return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
 
 
 def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:

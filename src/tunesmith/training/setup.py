@@ -29,15 +29,16 @@ from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
-from tunesmith.planning.advise import far_numbers, total_steps
+from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
-from tunesmith.planning.sharing import disagreement, filled_by
+from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
-from tunesmith.training.inputs import Start
-from tunesmith.training.resolve import Foreseen, OnProgress, feeds, foresee, plan_of
+from tunesmith.training.feeds import feeds
+from tunesmith.training.inputs import Inputs
+from tunesmith.training.resolve import OnProgress, ResolvedRun, plan_of, resolve_run
 from tunesmith.training.state import TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
 
@@ -97,39 +98,39 @@ def prepare(
 
     Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
-    seen = _foreseen(recipe, root, offline=offline, on_progress=on_progress, run=run)
-    recipe, start, rows = seen.recipe, seen.start, seen.rows
+    found = _resolve(recipe, root, offline=offline, on_progress=on_progress, run=run)
+    recipe, inputs, rows = found.recipe, found.inputs, found.rows
     on_progress("load", 0, 1)
-    hashes = BackgroundCall(partial(load.fingerprint, start.located))
+    hashes = BackgroundCall(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
-    model, num_parameters = _load(recipe, start, rows.labels)
+    model, num_parameters = _load(recipe, inputs, rows.labels)
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
-    pad = pad_id(model, start.renderer.tokenizer)
-    attachment = attach(recipe, model, head=start.head, store=rows.store, pad_id=pad)
+    pad = pad_id(model, inputs.renderer.tokenizer)
+    attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
     with attachment.perturbed():
-        layout, padding_notes = _layout(model, recipe, rows, start)
+        layout, padding_notes = _layout(model, recipe, rows, inputs)
     fuses_loss = recipe.kernels == "fast" and METHODS[recipe.method.name].fused_loss
     output = find_output_layer(model) if fuses_loss else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    plan, on = plan_of(recipe, rows, layout), torch.device(recipe.device).type
-    feed, held_feed, sharing = feeds(recipe, start, rows, model, plan, device=recipe.device, on=on, ask=disagreement)
+    plan = plan_of(recipe, rows, layout)
+    feed, held_feed, sharing = feeds(recipe, inputs, rows, model, plan, device=recipe.device)
     plan = filled_by(plan, rows.store) if feed.shares else plan
-    samples, sample_notes = _samples(recipe, start, rows)
-    notes = [*start.notes, *seen.notes, *rows.notes, *far_numbers(rows), *padding_notes]
+    samples, sample_notes = _samples(recipe, inputs, rows)
+    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
-        choices=[*seen.choices, *sharing, optimizer.describe()],
+        choices=[*found.choices, *sharing, optimizer.describe()],
         notes=[*notes, *attachment.notes, *sample_notes],
-        located=start.located,
+        located=inputs.located,
         model=model,
-        room=start.size.max_tokens,
+        room=inputs.size.max_tokens,
         num_parameters=num_parameters,
-        renderer=start.renderer,
+        renderer=inputs.renderer,
         task=bind(resolved(recipe.task), rows.labels, recipe.loss, output),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
-        kind=start.kind,
-        head=start.head,
+        kind=inputs.kind,
+        head=inputs.head,
         attachment=attachment,
         optimizer=optimizer,
         rows=rows,
@@ -141,52 +142,52 @@ def prepare(
         device=recipe.device,
         samples=samples,
         new_head=new_head,
-        given=seen.given,
-        forecast=seen.forecast,
-        identity=_identity(recipe, rows, start.renderer, hashes.result()),
+        given=found.given,
+        forecast=found.forecast,
+        identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
     )
 
 
-def _foreseen(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> Foreseen:
+def _resolve(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> ResolvedRun:
     """Resolve the run, and download the weights of the model if they are missing."""
-    seen = foresee(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
-    if seen.start.located.has_weights:
-        return seen
+    found = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    if found.inputs.located.has_weights:
+        return found
     on_progress("download", 0, 1)  # it fits, so they are worth fetching
-    resolve_base(seen.start.recipe)
+    resolve_base(found.inputs.recipe)
     on_progress("download", 1, 1)
-    return foresee(recipe, root=root, on_progress=on_progress, run=run)
+    return resolve_run(recipe, root=root, on_progress=on_progress, run=run)
 
 
-def _load(recipe: Recipe, start: Start, labels: Labels | None) -> tuple[PreTrainedModel, int]:
+def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
     contention.watch()
     model = load.load_model(
-        start.located,
+        inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
         device="cpu",
-        head=start.head,
+        head=inputs.head,
         labels=labels,
         seed=recipe.seed,
-        tokenizer=start.renderer.tokenizer,
-        on_note=start.notes.append,
+        tokenizer=inputs.renderer.tokenizer,
+        on_note=inputs.notes.append,
     )
-    resize_embeddings(model, start.added)
+    resize_embeddings(model, inputs.added)
     num_parameters = model.num_parameters()  # what is packed is no parameter any more
     method = recipe.method
-    start.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
+    inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     return model, num_parameters
 
 
-def _samples(recipe: Recipe, start: Start, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
+def _samples(recipe: Recipe, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
     """Sample prompts that leave room for an answer in the model's context, and notes on those that do not."""
-    if start.head != "next_token":
+    if inputs.head != "next_token":
         return [], []
     examples = rows.sample_examples(resolved(recipe.evaluation.samples))
     new_tokens = answer_tokens(recipe, rows)
-    room = PromptLimit.of(start.renderer, model_tokens=start.size.max_tokens, new_tokens=new_tokens)
-    prompts = sample_prompts(start.renderer, examples, limit=room, new_tokens=new_tokens)
+    room = PromptLimit.of(inputs.renderer, model_tokens=inputs.size.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(inputs.renderer, examples, limit=room, new_tokens=new_tokens)
     return prompts, sample_notes(prompts, num_rows=len(examples))
 
 
@@ -195,14 +196,14 @@ def answer_tokens(recipe: Recipe, rows: Splits) -> int:
     return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
 
 
-def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, start: Start) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs) -> tuple[Layout, list[str]]:
     """Packed if the model computes the same for packed rows as for each alone; else padded, with a note."""
-    layout, *others = layouts_of(start.kind)
+    layout, *others = layouts_of(inputs.kind)
     if not others:
         return layout, []
     probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
     plain = recipe.kernels == "plain"
-    agreement = packed_agrees(model, start.kind, probe, tokenizer=start.renderer.tokenizer, plain=plain)
+    agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
         return layout, []

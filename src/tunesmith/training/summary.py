@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,9 @@ from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
-from tunesmith.planning.advise import total_steps
-from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.training.resolve import Foreseen, plan_of
+from tunesmith.training.resolve import ResolvedRun, plan_of
 from tunesmith.training.setup import Setup
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -69,59 +67,40 @@ def plan_values(setup: Setup) -> dict[str, Any]:
 
 def plan_timing(setup: Setup) -> dict[str, Any]:
     """The predicted memory and time; empty if there is no prediction."""
-    return {} if setup.forecast is None else {"forecast": forecast_values(setup.forecast)}
+    return {} if setup.forecast is None else {"forecast": setup.forecast.values()}
 
 
-def foreseen_values(seen: Foreseen) -> dict[str, Any]:
+def resolved_values(found: ResolvedRun) -> dict[str, Any]:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
-    recipe, forecast = seen.recipe, seen.forecast
-    plan = plan_of(recipe, seen.rows, "padded")
+    recipe, forecast = found.recipe, found.forecast
+    plan = plan_of(recipe, found.rows, "padded")
     padding: dict[str, float] = {}
     if forecast is not None:
         plan = forecast.plan
         is_filled = pads_to_multiple(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
         padding = {"padding": round(plan.padding(pads=is_filled), 4)}
     return {
-        "model": seen.start.located.name,
+        "model": found.inputs.located.name,
         "task": recipe.task,
         "method": recipe.method.name,
-        "given": seen.given,
-        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in seen.choices],
+        "given": found.given,
+        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in found.choices],
         "rows": {
-            "train": len(seen.rows.train_rows),
-            "held_out": len(seen.rows.held_rows),
-            "skipped": seen.rows.skipped,
+            "train": len(found.rows.train_rows),
+            "held_out": len(found.rows.held_rows),
+            "skipped": found.rows.skipped,
         },
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         **padding,
         "steps": total_steps(recipe, plan.steps_per_epoch),
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
-        "total_parameters": seen.start.size.num_params,
+        "total_parameters": found.inputs.size.num_params,
         "precision": recipe.precision,
         "device": recipe.device if forecast is None else forecast.device.name,
-        "warnings": [*seen.start.notes, *seen.notes, *seen.rows.notes],
+        "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes],
         "recipe": recipe.model_dump(mode="json"),
-        "forecast": None if forecast is None else forecast_values(forecast),
-    }
-
-
-def forecast_values(forecast: Forecast) -> dict[str, Any]:
-    """Bytes and seconds."""
-    memory, time, disk = forecast.memory, forecast.duration, forecast.disk
-    return {
-        "memory": {"total": memory.total, "phase": memory.phase, "parts": memory.parts()},
-        "phases": {phase.phase: phase.total for phase in forecast.phases},
-        "room": forecast.device.room,
-        "pass": {
-            "step": forecast.heavy.step,
-            "rows": len(forecast.heavy.rows),
-            "tokens": forecast.tokens,
-            "targets": forecast.targets,
-        },
-        "layers": {"all": forecast.num_layers, "recomputed": forecast.recomputed},
-        "seconds": None if time is None else time.values(),
-        "disk": {**asdict(disk), "total": disk.total},
+        "forecast": None if forecast is None else forecast.values(),
     }
 
 

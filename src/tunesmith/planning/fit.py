@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, TunesmithError
-from tunesmith.planning.advise import with_choice
+from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.methods import LoraMethod, LowRankMethod, QloraMethod
 from tunesmith.recipe.schema import Recipe, resolved

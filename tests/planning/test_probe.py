@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.planning.work import KINDS, Duration, Work
-from tunesmith.training.probing import process
-from tunesmith.training.probing.correcting import SPREAD, corrected
-from tunesmith.training.probing.found import Found, Timed
-from tunesmith.training.probing.measuring import MORE, USUAL
-from tunesmith.training.probing.process import KILLED, probe
-from tunesmith.training.resolve import Foreseen, foresee
+from tunesmith.planning.duration import KINDS, Duration, Work
+from tunesmith.training import probe as process
+from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, probe
+from tunesmith.training.resolve import ResolvedRun, resolve_run
 
 
-def foreseen(folder: Path, **sections: Any) -> Foreseen:
-    return foresee(tiny_recipe(folder, **sections), root=folder / "runs")
+def foreseen(folder: Path, **sections: Any) -> ResolvedRun:
+    return resolve_run(tiny_recipe(folder, **sections), root=folder / "runs")
 
 
 def nothing_left(root: Path) -> bool:
@@ -30,7 +27,7 @@ def nothing_left(root: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory) -> tuple[Foreseen, Found, list[str], Path]:
+def probed(tmp_path_factory) -> tuple[ResolvedRun, Found, list[str], Path]:
     folder = tmp_path_factory.mktemp("probed")
     seen, heard = foreseen(folder), []
     found = probe(
@@ -105,13 +102,12 @@ def test_what_a_child_said_last_is_told_where_it_fails(tmp_path, monkeypatch):
 
 def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
     from tunesmith.errors import OutOfMemoryError
-    from tunesmith.training.probing import measuring
     from tunesmith.training.setup import prepare
 
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
     monkeypatch.setattr("tunesmith.training.step._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(OutOfMemoryError, match="out of memory in a micro-batch of one row"):
-        measuring.measure(setup, tmp_path, tell=lambda message: None, on_progress=lambda what, done, total: None)
+        process.measure(setup, tmp_path, tell=lambda message: None, on_progress=lambda what, done, total: None)
 
 
 def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
@@ -146,7 +142,7 @@ def forecast_with(monkeypatch, tmp_path: Path):
     from dataclasses import replace
 
     forecast = foreseen(tmp_path).forecast
-    return replace(forecast, duration=FORMULA, later=1000)
+    return replace(forecast, duration=FORMULA)
 
 
 def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
@@ -163,9 +159,9 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
         },
         peak=5000,
     )
-    made = corrected(forecast_with(monkeypatch, tmp_path), found, mean_tokens=100.0)
-    assert made.memory == 6000
-    duration = made.duration
+    forecast = forecast_with(monkeypatch, tmp_path)
+    assert found.values(forecast, 100.0)["memory"] == 5000
+    duration = found.duration(forecast, 100.0)
     assert duration is not None
     seconds = {kind: work.seconds for kind, work in duration.work.items()}
     assert seconds == pytest.approx(dict(zip(KINDS, (3.0, 200.0, 10.0, 10.0, 200.0, 4.0, 2.5, 7.0), strict=True)))
@@ -176,12 +172,11 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
 def test_of_many_short_steps_the_first_do_not_count(tmp_path, monkeypatch):
     first = [Timed(5.0, 50, step=number) for number in range(1, 6)]
     later = [Timed(1.0, 50, step=number) for number in range(6, 14)]
-    made = corrected(forecast_with(monkeypatch, tmp_path), Found(steps=[*first, *later]), mean_tokens=100.0)
-    assert made.duration is not None
-    assert made.duration.step == 2.0
+    duration = Found(steps=[*first, *later]).duration(forecast_with(monkeypatch, tmp_path), 100.0)
+    assert duration is not None
+    assert duration.step == 2.0
 
 
 def test_a_probe_that_ended_before_a_step_corrects_nothing(tmp_path, monkeypatch):
-    made = corrected(forecast_with(monkeypatch, tmp_path), Found(ended=KILLED, peak=9), mean_tokens=100.0)
-    assert (made.memory, made.duration) == (0, None)
-    assert made.values()["ended"] == KILLED
+    values = Found(ended=KILLED, peak=9).values(forecast_with(monkeypatch, tmp_path), 100.0)
+    assert (values["memory"], values["seconds"], values["ended"]) == (0, None, KILLED)

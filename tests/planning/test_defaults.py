@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.models import machine
-from tunesmith.planning.advise import Facts, decide
+from tunesmith.planning.defaults import Facts, decide
 from tunesmith.recipe.load import validate
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
-from tunesmith.planning import devices, fitting
-from tunesmith.planning.advise import with_choice
+from tunesmith.planning import devices
+from tunesmith.planning import fit as fitting
+from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.devices import Device, named
-from tunesmith.planning.forecast import Disk, Forecast
-from tunesmith.planning.heaviest import Heavy, heaviest
-from tunesmith.planning.memory import Memory
-from tunesmith.planning.sketch import Sketch
-from tunesmith.planning.work import Work
+from tunesmith.planning.forecast import Disk, Forecast, heaviest
+from tunesmith.planning.memory import Heavy, Load, Memory
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.training.resolve import foresee
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 from tunesmith.types import Choice
 
@@ -41,7 +37,16 @@ def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
         memory = Memory("step", weights=held, activations=kept)
         device = Device("cpu", "cpu", room)
         return Forecast(
-            memory, (memory,), None, Disk(0, 0, 0), device, Heavy(1, (0,), False), 0, 0, None, LAYERS, recomputed, 1
+            memory,
+            (memory,),
+            None,
+            Disk(0, 0, 0),
+            device,
+            Heavy(1, (0,), False, Load(0, 0)),
+            None,
+            LAYERS,
+            recomputed,
+            1,
         )
 
     return predict
@@ -165,7 +170,7 @@ def test_the_number_of_layers_to_recompute_is_checked_against_the_model(tmp_path
 
 
 def test_a_plan_for_another_machine_takes_its_room(tmp_path):
-    seen = foresee(tiny_recipe(tmp_path, device="auto", precision="auto"), root=tmp_path, device=named("H100"))
+    seen = resolve_run(tiny_recipe(tmp_path, device="auto", precision="auto"), root=tmp_path, device=named("H100"))
     assert seen.forecast is not None
     assert (seen.forecast.device.name, seen.forecast.device.room) == ("H100-80G", 80 * 10**9)
     assert seen.recipe.precision == "bfloat16"
@@ -173,18 +178,12 @@ def test_a_plan_for_another_machine_takes_its_room(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "are_filled"), [(None, True), (named("H100"), False)])
-def test_a_plan_fills_passes_up_where_the_device_that_is_asked_about_does(tmp_path, monkeypatch, device, are_filled):
-    fillings = []
-
-    def step_pass(sketch, batch, **how):
-        fillings.append(batch.filling)
-        return own(sketch, batch, **how)
-
-    own = Sketch.step_pass
-    monkeypatch.setattr(Sketch, "step_pass", step_pass)
-    foresee(tiny_recipe(tmp_path, device="cpu", precision="bfloat16"), root=tmp_path, device=device)
-    assert fillings
-    assert any(fillings) is are_filled
+def test_a_plan_fills_micro_batches_up_where_its_device_does(tmp_path, device, are_filled):
+    recipe = tiny_recipe(tmp_path, device="cpu", precision="bfloat16")
+    found = resolve_run(recipe, root=tmp_path, device=device)
+    assert found.forecast is not None
+    heavy = found.forecast.heavy
+    assert (heavy.load.tokens != found.forecast.plan.computed(heavy.rows)) is are_filled
 
 
 def test_cards_are_named_or_known_by_their_memory_alone():
@@ -205,36 +204,10 @@ def test_the_heaviest_pass_is_one_that_will_occur(tmp_path, rows_per_step):
     setup = prepare(tiny_recipe(tmp_path, train={"rows_per_step": rows_per_step}), root=tmp_path)
     plan, store = setup.plan, setup.rows.store
     passes = [rows for step in range(1, setup.total_steps + 1) for rows in plan.step(step)]
-    found = heaviest(plan, setup.total_steps, store.denominators)
+    found = heaviest(plan, setup.total_steps, store)
     assert {heavy.rows for heavy in found} <= set(passes)
     assert all(heavy.rows in plan.step(heavy.step) for heavy in found)
     assert sum(store.lengths[list(found[0].rows)]) == max(sum(store.lengths[list(rows)]) for rows in passes)
-    assert sum(store.denominators[list(found[-1].rows)]) >= 0.9 * max(
+    assert sum(store.denominators[list(found[1].rows)]) >= 0.9 * max(
         sum(store.denominators[list(rows)]) for rows in passes
     )
-
-
-def test_a_forecast_rests_on_the_recipe_and_says_of_which_pass_it_speaks(tmp_path):
-    seen = foresee(tiny_recipe(tmp_path), root=tmp_path)
-    forecast = seen.forecast
-    assert forecast is not None
-    assert forecast.fits
-    assert forecast.memory.total == sum(forecast.memory.parts().values())
-    assert {phase.phase for phase in forecast.phases} >= {"step", "evaluation"}
-    assert forecast.tokens <= 96
-    assert forecast.duration is not None
-    assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
-    assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
-
-
-def test_a_model_that_cannot_be_run_in_shapes_is_trained_all_the_same(tmp_path: Path, monkeypatch):
-    from tunesmith.errors import ModelError
-
-    def fail(*args, **how):
-        raise ModelError("no config")
-
-    monkeypatch.setattr("tunesmith.planning.sketch.model_of_shapes", fail)
-    setup = prepare(tiny_recipe(tmp_path), root=tmp_path)
-    assert setup.forecast is None
-    assert setup.recipe.train.checkpointed_layers == 0
-    assert any("could not be forecast: no config" in note for note in setup.notes)

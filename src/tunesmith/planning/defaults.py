@@ -1,0 +1,327 @@
+"""Every "auto" of a recipe decided from model, rows and machine: a value and one sentence of reason each.
+
+`decide_before_rows` decides what has to be known before rows can be encoded, `decide` the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.columns import ask_text_or_classes
+from tunesmith.data.splits import Splits, first_example
+from tunesmith.environment import default_threads
+from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
+from tunesmith.formatting import plural
+from tunesmith.methods import METHODS
+from tunesmith.models import machine
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.size import UNBOUNDED, ModelSize
+from tunesmith.optim import OPTIMIZERS
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import TASKS, task_of
+from tunesmith.types import Choice, Example, HeadName, ModelKind, TaskName
+
+SMALL_MODEL = 30_000_000
+"""Most weights for which full tuning costs no more than LoRA."""
+FAR = 10.0
+"""Mean or deviation of numbers above which a head learns slowly."""
+FEW_PRODUCTS = 2e9
+"""Weights times tokens of a micro-batch, up to which float32 is as fast for full tuning on a processor."""
+TEXT_TOKENS = 1024
+"""Longest window of a document: attention to more costs more than it teaches, on most machines."""
+TEXT_STEP_TOKENS = 4096
+"""Targets of an update for task text."""
+OPERATIONS = 6
+"""Of a step for each weight and token, forward and backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+OPERATIONS_PER_SECOND = {"cpu": 1e11, "mps": 2e12}
+"""A low guess of the speed of a device; others: 1e13."""
+SAFE_SECONDS = 30.0
+"""Training time that a crash may cost."""
+FEW_LOOKS = 200
+"""Training rows measured after training even if that is more than a third of those trained on."""
+UNBOUNDED_TOKENS = 512
+"""Longest row for a model that names no limit, as T5 was trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the decisions depend on."""
+
+    num_parameters: int
+    device: str
+    kind: ModelKind
+    lengths_I: NDArray[np.int32]
+    """Tokens of each training row."""
+    held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Targets of each held-out row."""
+
+
+def decide_before_rows(
+    recipe: Recipe, located: ModelRef, size: ModelSize, kind: ModelKind
+) -> tuple[Recipe, list[Choice]]:
+    """The recipe with task, method, device and longest row decided, and why.
+
+    Raises:
+        ModelError: data.max_tokens is more than the model can attend to.
+        DataError: only the person can tell the task.
+        RecipeError: an option that the task or the model does not take.
+    """
+    limit = size.max_tokens
+    if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
+        raise ModelError(
+            f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
+            "tokens. Lower it."
+        )
+    choices: list[Choice] = []
+
+    def choose(key: str, rule: Callable[[], Choice]) -> None:
+        nonlocal recipe
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(recipe, section) if section else recipe, name)
+        if value == "auto" or getattr(value, "name", None) == "auto":
+            choices.append(rule())
+            recipe = with_choice(recipe, choices[-1])
+
+    choose("task", lambda: _task_of_first_row(recipe, kind))
+    choose("method", lambda: _method(size.num_params))
+    choose("device", lambda: machine.choose_device("auto"))
+    task = TASKS[resolved(recipe.task)]
+    choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
+    choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
+    if recipe.data.prompt is not None and not task.has_prompt:
+        raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
+    if recipe.loss.neftune_alpha and kind == "encoder_decoder":
+        raise RecipeError("loss.neftune_alpha: is for models that read one text; this one reads two. Leave it out.")
+    if task.name == "text" and kind == "causal":
+        stride = max(1, resolved(recipe.data.max_tokens) - 1)
+        reason = "each window begins with the last token of the one before it"
+        choose("data.stride", lambda: Choice("data.stride", stride, reason))
+    return recipe, choices
+
+
+def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
+    """The recipe without any "auto" that rows can decide, and what was chosen and why, in the order of the recipe."""
+    choices: list[Choice] = []
+    for key, rule in _RULES.items():
+        section, _, name = key.rpartition(".")
+        if getattr(getattr(recipe, section) if section else recipe, name) == "auto":
+            value, reason = rule(recipe, facts)
+            choices.append(Choice(key, value, reason))
+            recipe = with_choice(recipe, choices[-1])
+    return recipe, choices
+
+
+def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
+    """The recipe with one option set and checked. Its files keep their places."""
+    data = recipe.model_dump()
+    section, _, name = choice.key.rpartition(".")
+    value = choice.value.model_dump() if isinstance(choice.value, OptionGroup) else choice.value
+    (data[section] if section else data)[name] = value
+    checked = validate(data)
+    # The method's name decides its class, so everything is made again except the files, which know their places.
+    files = recipe.data.model_copy(update={name: getattr(checked.data, name)}) if section == "data" else recipe.data
+    checked = checked.model_copy(update={"data": files})
+    return checked if recipe.base is None else checked.on_base(recipe.base)
+
+
+_KINDS: dict[ModelKind, str] = {
+    "causal": "a causal model",
+    "encoder": "an encoder",
+    "encoder_decoder": "an encoder–decoder",
+}
+
+
+def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
+    """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
+    heads = TASKS[resolved(recipe.task)].heads
+    if kind not in heads:
+        others = " or ".join(_KINDS[name] for name in heads)
+        can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
+        raise ModelError(
+            f"{located.name}: {_KINDS[kind]} cannot learn the task {recipe.task}. "
+            f"Use {others}, or one of the tasks that it can learn: {can}."
+        )
+    return heads[kind]
+
+
+def far_numbers(rows: Splits) -> list[str]:
+    """A note where labels are numbers far from 0, which a head, whose weights start near 0, learns slowly."""
+    if rows.labels is None or rows.labels.kind != "number":
+        return []
+    seen = rows.store.count_labels(rows.train_rows)
+    values_V, counts_V = np.array([float(name) for name in seen.names]), seen.counts_V
+    mean = float(np.average(values_V, weights=counts_V))
+    deviation = float(np.sqrt(np.average((values_V - mean) ** 2, weights=counts_V)))
+    if abs(mean) <= FAR and deviation <= FAR:
+        return []
+    return [
+        f"labels are numbers of mean {mean:.4g} and deviation {deviation:.4g}, but a head learns numbers around 0 of "
+        "deviation 1 best: subtract the mean and divide by the deviation in your data, and undo it in the answers"
+    ]
+
+
+def operations_per_second(device: str) -> float:
+    """A low guess, the same every day."""
+    return OPERATIONS_PER_SECOND.get(device, 1e13)
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: epochs, or fewer if train.max_steps says so; at least one."""
+    epochs = recipe.train.epochs
+    assert epochs != "auto", "epochs are decided before steps are counted"
+    steps = max(1, round(epochs * steps_per_epoch))
+    return min(steps, recipe.train.max_steps or steps)
+
+
+def choose_task(example: Example, kind: ModelKind) -> Choice:
+    """The task for rows of this shape."""
+    if (task := task_of(example.shape)) is not None and task.detected:
+        return Choice("task", task.name, task.detected)
+    if example.plain or kind == "encoder_decoder":
+        other = "; task: chat would put them into the chat template" if kind == "causal" else ""
+        return Choice("task", "generate", f"rows are prompt and completion as plain text{other}")
+    return Choice(
+        "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
+    )
+
+
+def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
+    """The type that weights and activations are computed in, for micro-batches of so many tokens."""
+    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
+        return Choice("precision", "bfloat16", "stochastic rounding is for weights in bfloat16")
+    if recipe.method.name == "full" and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
+        reason = (
+            f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
+            "them and to round weights at every update costs more than narrow ones save"
+        )
+        return Choice("precision", "float32", reason)
+    return machine.choose_precision("auto", device)
+
+
+def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
+    choice = choose_task(first_example(recipe.data), kind)
+    if choice.value == "text" and (question := ask_text_or_classes(recipe.data)):
+        raise DataError(question)
+    return choice
+
+
+def _method(num_parameters: int) -> Choice:
+    if num_parameters <= SMALL_MODEL:
+        return Choice("method", FullMethod(), f"all {num_parameters / 1e6:.1f} M weights are few enough to train")
+    full, lora = 16 * num_parameters / 2**30, 2 * num_parameters / 2**30
+    reason = f"weights and optimizer need about {lora:.1f} GiB instead of {full:.1f} GiB, and the base is kept as it is"
+    return Choice("method", LoraMethod(), reason)
+
+
+def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
+    if task == "text" and kind == "causal" and limit > TEXT_TOKENS:
+        reason = f"documents are cut in windows; the model could attend to {limit:,}"
+        return Choice("data.max_tokens", TEXT_TOKENS, reason)
+    if kind == "encoder_decoder" and limit >= UNBOUNDED:
+        return Choice("data.max_tokens", UNBOUNDED_TOKENS, "the model names no limit; of source and target each")
+    return Choice("data.max_tokens", limit, "the most this model can attend to")
+
+
+def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    rate, reason = METHODS[recipe.method.name].learning_rate(recipe.method, facts.kind, facts.num_parameters)
+    times, source = OPTIMIZERS[recipe.optim.name].rate
+    return float(f"{rate * times:.3g}"), f"{reason}; {source}" if source else reason
+
+
+def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    rows = len(facts.lengths_I)
+    if TASKS[resolved(recipe.task)].learns_classes:
+        return (5.0 if rows < 1000 else 3.0), f"{plural(rows, 'row')}, and a new head has to be learnt"
+    epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
+    why = "few rows are seen more often" if epochs > 1 else "enough to see each once"
+    return epochs, f"{plural(rows, 'row')}: {why}"
+
+
+def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows = len(facts.lengths_I)
+    value = max(1, min(16, rows // 20))
+    if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
+        return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
+    return value, "about 20 updates an epoch at least" if value < 16 else "a steady gradient at little cost"
+
+
+def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    longest = int(facts.lengths_I.max())
+    usual = 8192 if facts.device.startswith("cuda") else 2048
+    if longest > usual:
+        return longest, f"the longest row has {plural(longest, 'token')}"
+    return usual, f"fills the matrix products of {facts.device}; the longest row has {plural(longest, 'token')}"
+
+
+def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    step = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
+    tokens = min(step, resolved(recipe.train.tokens_per_pass))
+    choice = choose_precision(recipe, facts.num_parameters, facts.device, tokens=tokens)
+    return choice.value, choice.reason
+
+
+def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    if recipe.evaluation.every is None:
+        return "last", "nothing is measured on the way"
+    return "best", f"the evaluation with the best {recipe.evaluation.metric} is the result"
+
+
+def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    return default_threads()
+
+
+def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows_per_step = resolved(recipe.train.rows_per_step)
+    steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
+    tokens = float(facts.lengths_I.mean()) * rows_per_step
+    seconds = OPERATIONS * facts.num_parameters * tokens / operations_per_second(facts.device)
+    share, short = max(10, steps // 10), math.ceil(SAFE_SECONDS / seconds)
+    if min(short, 500) > share:
+        return min(short, 500), "steps are short: less than a minute is the most that a crash costs"
+    every = min(500, share)
+    return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"
+
+
+def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    rows, rows_per_step = len(facts.lengths_I), resolved(recipe.train.rows_per_step)
+    seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
+    # Measuring a row is a forward pass: a half to a third of what training on it costs.
+    most = min(rows, seen, max(FEW_LOOKS, seen // 3))
+    return (
+        most,
+        "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the time of the run",
+    )
+
+
+def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    if TASKS[resolved(recipe.task)].learns_classes or facts.kind == "encoder":
+        return 0, "such a model writes no answers"
+    if not has_short_answers(facts.held_targets_I):
+        return FEW_ANSWERS, "enough to look at"
+    num = min(len(facts.held_targets_I), MOST_SHORT)
+    which = f"{num:,} of the" if num < len(facts.held_targets_I) else "all"
+    return num, f"answers are short: {which} held-out rows are answered, and counted as right or wrong"
+
+
+_RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
+    "optim.lr": _rate,
+    "train.epochs": _epochs,
+    "train.rows_per_step": _rows_per_step,
+    "train.tokens_per_pass": _tokens_per_pass,
+    "precision": _precision,
+    "threads": _threads,
+    "evaluation.keep": _keep,
+    "checkpoint.every": _checkpoint_every,
+    "evaluation.surprising": _surprising,
+    "evaluation.samples": _samples,
+}
+"""In order: a later rule may depend on what an earlier one decided."""

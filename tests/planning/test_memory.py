@@ -1,0 +1,84 @@
+"""The sizes that the formula rests on are those of the prepared run; the formula moves as memory does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tiny_run import tiny_recipe
+from tunesmith.planning.devices import CUDA_CONTEXT, Device, named
+from tunesmith.planning.memory import Heavy, Load, Sizes, phases, sizes_of
+from tunesmith.training.setup import Setup, prepare
+
+CPU = Device("cpu", "cpu", 2**40)
+SIZES = Sizes(
+    weights=1000, masters=0, optimizer=800, trained_parameters=100, itemsize=4, features_L=(10, 10, 10, 10), kept=1.0,
+    first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50, trains_output=False,
+    fused_loss=True, can_pack=True,
+)  # fmt: skip
+
+
+def held_by(setup: Setup) -> dict[str, int]:
+    trained = setup.attachment.trained.values()
+    tensors: list[Tensor] = [*setup.model.parameters(), *setup.model.buffers()]
+    model = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {
+        "weights": sum(model.values()),
+        "masters": sum(t.nbytes for t in trained if t.untyped_storage().data_ptr() not in model),
+        "optimizer": setup.optimizer.state_bytes(),
+        "trained_parameters": sum(t.numel() for t in trained),
+    }
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", [{"name": "full"}, {"name": "lora", "rank": 4}, {"name": "dora", "rank": 4}])
+def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
+    setup = prepare(tiny_recipe(tmp_path, method=method, precision=precision), root=tmp_path)
+    sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
+    assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
+    assert sizes.gradients == 4 * sizes.trained_parameters
+    assert len(sizes.features_L) == 2
+
+
+def step(sizes: Sizes = SIZES, *, tokens: int = 100, recomputed: int = 0, **more: Any) -> Any:
+    heavy = Heavy(1, (0,), more.pop("accumulating", False), Load(tokens, targets=10, **more))
+    return phases(sizes, heavy, Load(100, 10), recomputed=recomputed, device=CPU)[0]
+
+
+def test_layers_keep_their_inputs_and_outputs_and_recomputed_ones_their_input():
+    """4 layers of 10 features of 4 bytes a token, 0.7 of one at work; recomputed: 16 bytes, one layer whole."""
+    assert step().activations == 100 * (4 * 40) + 2800
+    assert step(recomputed=4).activations == 100 * (4 * 16 + 40) + 2800
+    assert step(recomputed=2).activations == 100 * (2 * 16 + 40 + 2 * 40) + 2800
+    assert step(replace(SIZES, first=2)).activations == 100 * (2 * 40) + 2800, (
+        "nothing below the first layer that learns"
+    )
+
+
+def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():
+    narrow = replace(SIZES, itemsize=2)
+    more = step(narrow, short_squares=1000).activations - step(narrow).activations
+    assert more == pytest.approx(4 * 2 * 2 * 1000, rel=0.3)
+    assert step(short_squares=1000).activations == step().activations
+
+
+def test_logits_are_those_of_a_piece_where_the_loss_is_fused():
+    large = replace(SIZES, outputs=50_000)
+    many = Load(2000, targets=2000)
+    for sizes, most in ((large, 2 * 4 * 96 * 50_000), (replace(large, fused_loss=False), 2000 * 50_000 * 16)):
+        found = phases(sizes, Heavy(1, (0,), False, many), Load(0, 0), recomputed=0, device=CPU)[0]
+        assert found.logits == most
+
+
+def test_gradients_of_earlier_micro_batches_are_there_already():
+    assert (step().gradients, step(accumulating=True).gradients) == (0, 400)
+
+
+def test_a_card_counts_its_context_and_what_its_allocator_cannot_use():
+    heavy = Heavy(1, (0,), False, Load(100, 10))
+    for one in phases(SIZES, heavy, Load(100, 10), recomputed=0, device=named("24G")):
+        assert one.runtime == CUDA_CONTEXT
+        assert one.allocator == int(0.05 * (one.total - one.runtime - one.allocator))
