@@ -9,9 +9,11 @@ import pytest
 from torch import Tensor
 
 from tiny_run import tiny_recipe
+from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.devices import CUDA_CONTEXT, Device, named
 from tunesmith.planning.memory import Heavy, Load, Sizes, phases, sizes_of
 from tunesmith.training.setup import Setup, prepare
+from tunesmith.types import Choice
 
 CPU = Device("cpu", "cpu", 2**40)
 SIZES = Sizes(
@@ -36,7 +38,8 @@ def held_by(setup: Setup) -> dict[str, int]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", [{"name": "full"}, {"name": "lora", "rank": 4}, {"name": "dora", "rank": 4}])
 def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
-    setup = prepare(tiny_recipe(tmp_path, method=method, precision=precision), root=tmp_path)
+    recipe = with_choice(tiny_recipe(tmp_path, precision=precision), Choice("method", method, ""))
+    setup = prepare(recipe, root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
     assert sizes.gradients == 4 * sizes.trained_parameters

@@ -97,7 +97,7 @@ def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:
 
 def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
-        return "predicted by an earlier version of tunesmith, in parts that this one cannot show"
+        return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
     parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _OTHER_WORK.items()}
     others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part)
