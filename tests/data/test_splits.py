@@ -223,9 +223,7 @@ def test_tags_that_only_held_out_rows_have_are_named(tmp_path: Path):
     put(tmp_path, "rows.jsonl", json_lines(found))
     rows = rows_for(tmp_path, "tag", train=str(path), held_out=0.2)
     (note,) = [note for note in rows.notes if "classes" in note]
-    assert note.startswith(
-        "1 of 3 classes stand in held-out rows alone, so they are measured and never learnt: 'B-SONG'"
-    )
+    assert note.startswith("1 of 3 classes are in held-out rows alone, so they are measured and never learnt: 'B-SONG'")
     assert not any("classes" in note for note in first.notes)
 
 
@@ -281,7 +279,7 @@ def test_held_out_files_with_trained_inputs_are_counted_beside_equal_rows(tmp_pa
     train = put(tmp_path, "train.jsonl", json_lines(labelled(5, "eye") + labelled(5, "ear")))
     held = [*labelled(2, "eye"), {"text": "eye text 3", "label": "ear"}, *labelled(1, "ear", start=50)]
     rows = rows_for(tmp_path, "classify", train=str(train), eval=str(put(tmp_path, "test.jsonl", json_lines(held))))
-    assert any(note.startswith("2 of 4 held-out rows also stand in the training files") for note in rows.notes)
+    assert any(note.startswith("2 of 4 held-out rows are also in the training files") for note in rows.notes)
     assert any(note.startswith("1 of 4 held-out rows have an input that is also trained") for note in rows.notes)
 
 
@@ -304,7 +302,7 @@ def test_an_input_that_brings_too_many_rows_is_said(tmp_path: Path):
     mask_I = np.arange(100) < 60
     note = crowd_note(np.maximum(np.arange(100), 50).astype(np.uint64), mask_I, 0.1)
     assert note == (
-        "60 rows are held out, where data.held_out (0.1) asks for 10: 51 of them have the same input or document, and "
+        "60 rows are held out, where data.held_out (0.1) wants 10: 51 of them have the same input or document, and "
         "so stay together"
     )
 
