@@ -132,7 +132,7 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
         if isinstance(attachment, LoraAttachment):
             for name in attachment.layers:
                 attachment.matrices(name)[1].normal_(0.0, 0.1)
-            for name in attachment.head:
+            for name in attachment.whole.head:
                 attachment.trained[name].normal_(0.0, 0.1)
         attachment.publish()
     folder = run.model_path if recipe.method.name == "full" else run.adapter_path
