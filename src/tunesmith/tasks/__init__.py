@@ -31,7 +31,7 @@ TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT
 def register(task: Task) -> None:
     """Add a task from outside of this package: recipes and data formats then know its name."""
     TASKS[task.name] = task
-    SHAPES[task.name] = task.shapes
+    SHAPES.setdefault(task.name, task.shapes)
     if task.name not in TASK_NAMES:
         TASK_NAMES.append(task.name)
 
