@@ -83,7 +83,7 @@ def test_a_head_that_is_new_is_not_left_random() -> None:
         ({"freeze": ("classifier",)}, "method.freeze: classifier.weight is new, .* Leave it out"),
     ):
         model = tiny_model("bert", vocab_size=64, head="sequence", labels=labels)
-        model.drawn = ("classifier.weight", "classifier.bias")
+        model.new_param_names = ("classifier.weight", "classifier.bias")
         with pytest.raises(RecipeError, match=message):
             attach(model, FullMethod(**settings), seed=0)
 

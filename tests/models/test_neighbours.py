@@ -196,9 +196,9 @@ def test_texts_are_decoded_apart_where_one_can_cross_the_border() -> None:
     assert "changes the positions" in startup_checks.why_sequential(model, adapters, longest=BORDER + 1)
     decoder = SequentialDecoder(model, adapters)
     ids = torch.randint(3, VOCAB, (BORDER + 4,), generator=torch.Generator().manual_seed(0)).tolist()
-    slot = decoder.begin(None, BORDER - 4)
+    slot = decoder.open(None, BORDER - 4)
     decoder.step({}, [(slot, ids[: BORDER - 4])])
-    [slot] = decoder.join(slot, 1)
+    [slot] = decoder.fork(slot, 1)
     for num in range(BORDER - 4, BORDER + 4):
         _, [said] = decoder.step({slot: ids[num]}, [])
         torch.testing.assert_close(said, logits(model, ids[: num + 1]), atol=1e-4, rtol=1e-4)
