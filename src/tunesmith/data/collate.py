@@ -87,7 +87,7 @@ class Collator:
     pads: bool = False
     """Whether packed batches are padded to a multiple."""
     pad_id: int = 0
-    """See `models.padding.pad_id`."""
+    """See `models.special_tokens.pad_id`."""
 
     def __post_init__(self) -> None:
         if self.masking is not None:

@@ -248,7 +248,7 @@ class RowStore:
         self.denominators = self.labels.denominators(labels)
 
     def use_masks(self, share: float) -> None:
-        """Count this share of a row's trained tokens as learnt, at least one; see `feed.Masking`."""
+        """Count this share of a row's trained tokens as learnt, at least one; see `collate.Masking`."""
         self.denominators = np.maximum(1.0, np.round(share * self.targets))
 
     def _place(self, index: int) -> tuple[int, int]:

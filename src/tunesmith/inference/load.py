@@ -318,6 +318,7 @@ def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> Task
     head: HeadName = "masked_token" if kind == "encoder" else "next_token"
     head = next((head for end, head in _HEADED.items() if architectures[0].endswith(end)), head)
     fitting = [task for task in TASKS.values() if task.heads.get(kind) == head]
+    fitting = fitting or [task for task in TASKS.values() if head in task.heads.values()]  # refused by name later
     return next(task.name for task in fitting if has_template or not task.is_chat)
 
 

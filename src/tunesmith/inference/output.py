@@ -83,6 +83,7 @@ class OutputFile:
             os.replace(self.path, self.part)
             self._file.close()
             self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115
+            _lock(self._file.fileno(), self.path)
 
     def _read_lines(self) -> None:
         """Count the lines, and drop what a killed process left behind the last line end."""

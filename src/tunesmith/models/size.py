@@ -94,7 +94,7 @@ def _gguf_size(located: ModelRef, header: GgufHeader) -> ModelSize:
 
 
 def meta_model(located: ModelRef, *, dtype: torch.dtype, head: HeadName, labels: Labels | None) -> PreTrainedModel:
-    """The model that `load.load_model` would load, without its numbers: call it in torch's FakeTensorMode.
+    """The model that `load.load_model` would load, without its numbers: call it with torch's default device meta.
 
     Raises ModelError where transformers cannot make it from its config alone.
     """

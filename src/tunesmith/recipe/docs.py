@@ -187,7 +187,7 @@ def _either(words: typing.Sequence[str]) -> str:
 
 
 def as_yaml(recipe: Recipe, comments: bool) -> str:
-    """Every option of `recipe`; `read.load` makes the same recipe of it. With `comments`, each with its doc."""
+    """Every option of `recipe`; `load.load` makes the same recipe of it. With `comments`, each with its doc."""
     lines = list(_section_lines(recipe, "", comments))
     if comments:
         lines.insert(
@@ -199,9 +199,10 @@ def as_yaml(recipe: Recipe, comments: bool) -> str:
 def schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a recipe file."""
     found = Recipe.model_json_schema()
+    found["properties"]["task"]["enum"] = list(TASK_NAMES)
     text = {"type": "string"}
     files = found["$defs"]["Data"]["properties"]
-    for name in ("train", "eval"):  # as options.py reads them: one file or several, each a path or a mapping
+    for name in ("train", "eval"):  # as schema.py reads them: one file or several, each a path or a mapping
         entry = {"anyOf": [text, files[name]["items"]]}
         files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
     several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "layers", "also_train"))
