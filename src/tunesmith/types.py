@@ -296,6 +296,11 @@ class Attachment(Protocol):
         """Whether the model without the adapter is the untouched base, so that `adapter_disabled` gives it."""
         return False
 
+    @property
+    def trains_token_rows(self) -> bool:
+        """Whether single rows of the input embedding are trained, as tensors outside of the model."""
+        return False
+
     def collect_gradients(self) -> None:
         """Add the gradients of one micro-batch to those of `trained`, in float32. Call after every backward."""
         ...

@@ -10,19 +10,20 @@ import torch
 from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder, tiny_recipe
+from tiny_tasks import task_recipe, write
 from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import Device, named
-from tunesmith.planning.duration import Work, step_seconds
+from tunesmith.planning.duration import Work, num_tokens, step_seconds
 from tunesmith.planning.memory import Load, Sizes
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 
 SIZES = Sizes(
-    weights=1000, masters=0, optimizer=0, trained_parameters=0, itemsize=4, features_L=(10, 10, 10, 10), kept=1.0,
-    first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50, trains_output=False,
-    fused_loss=True, can_pack=True,
+    weights=1000, masters=0, optimizer=0, trained_parameters=0, itemsize=4, features_L=(10, 10, 10, 10),
+    recomputable=4, kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50,
+    trains_output=False, fused_loss=True, can_pack=True,
 )  # fmt: skip
 SAID = "memory and time could not be forecast: "
 
@@ -37,6 +38,27 @@ def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
     assert forecast.duration is not None
     assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
     assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
+
+
+def test_the_tokens_that_a_plan_names_are_those_of_the_rows(tmp_path):
+    """Not the padding that a processor computes in bfloat16."""
+    forecast = resolve_run(tiny_recipe(tmp_path, precision="bfloat16"), root=tmp_path).forecast
+    assert forecast is not None
+    tokens = sum(forecast.plan.lengths_of(forecast.heavy.rows))
+    assert forecast.values()["pass"]["tokens"] == tokens < forecast.heavy.load.tokens
+
+
+def test_a_row_of_several_classes_is_one_target(tmp_path):
+    """Its logits are those of one position, though the loss counts each class."""
+    recipe = task_recipe(tmp_path, "classify", "encoder", data={"label_kind": "many"})
+    rows = [{"text": f"the old apple {i}", "label": ["a", "b", "c"][: i % 4]} for i in range(24)]
+    for path in (*recipe.data.train, *recipe.data.eval):
+        write(Path(path.path), rows)
+    found = resolve_run(recipe, root=tmp_path)
+    assert found.forecast is not None
+    assert set(found.rows.store.denominators) == {3.0}
+    assert found.forecast.heavy.load.targets == len(found.forecast.heavy.rows)
+    assert num_tokens(found.rows.store, found.rows.train_rows)[1] == len(found.rows.train_rows)
 
 
 def test_time_is_products_bytes_and_starts():

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import AutoConfig
 
 from tiny_run import tiny_recipe
+from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.devices import CUDA_CONTEXT, Device, named
 from tunesmith.planning.memory import Heavy, Load, Sizes, phases, sizes_of
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.types import Choice
 
 CPU = Device("cpu", "cpu", 2**40)
 SIZES = Sizes(
-    weights=1000, masters=0, optimizer=800, trained_parameters=100, itemsize=4, features_L=(10, 10, 10, 10), kept=1.0,
-    first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50, trains_output=False,
-    fused_loss=True, can_pack=True,
+    weights=1000, masters=0, optimizer=800, trained_parameters=100, itemsize=4, features_L=(10, 10, 10, 10),
+    recomputable=4, kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50,
+    trains_output=False, fused_loss=True, can_pack=True,
 )  # fmt: skip
 
 
@@ -44,6 +49,43 @@ def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
     assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
     assert sizes.gradients == 4 * sizes.trained_parameters
     assert len(sizes.features_L) == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "layers"),
+    [
+        ("mpnet", {}, 3),
+        ("albert", {"embedding_size": 8}, 3),  # one layer, used three times
+        ("squeezebert", {"embedding_size": 32}, 3),  # convolutions of width 1
+        ("xlm", {"emb_dim": 32, "n_layers": 3, "n_heads": 4}, 3),  # a list for each part of a layer
+    ],
+)
+def test_layers_that_cannot_be_recomputed_keep_activations_all_the_same(tmp_path, arch, settings, layers):
+    """A BERT-like layer of width 32 has at least 6 · 32 outputs of linear layers, and 4 · 32 inputs."""
+    recipe, located = encoder(tmp_path, arch, num_hidden_layers=3, **settings)
+    sizes, _ = sizes_of(recipe, located, head="masked_token", labels=None, store=None)
+    assert (len(sizes.features_L), sizes.recomputable, sizes.first) == (layers, 0, 0)
+    assert all(features >= 10 * 32 for features in sizes.features_L)
+    assert step(sizes).activations > 100 * 4 * sum(sizes.features_L)
+
+
+def encoder(folder: Path, arch: str, **settings: Any) -> tuple[Recipe, ModelRef]:
+    """Full tuning of an encoder of width 32 whose weights are not made."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50, **settings}
+    AutoConfig.for_model(arch, **sizes).save_pretrained(folder)
+    options = {"method": {"name": "full"}, "optim": {"lr": 1e-4}, "precision": "float32"}
+    recipe = validate({"model": str(folder), **options})
+    return recipe, ModelRef("folder", folder, str(folder))
+
+
+@pytest.mark.parametrize(("train", "first"), [(["embed_tokens"], 0), (["last:1"], 1), (["lm_head"], 2)])
+def test_layers_above_trained_rows_of_the_embedding_keep_activations(tmp_path, train, first):
+    """Full tuning trains the rows of the tokens in the data as tensors of their own, outside of the model."""
+    method = Choice("method", {"name": "full", "train": train}, "")
+    setup = prepare(with_choice(tiny_recipe(tmp_path), method), root=tmp_path)
+    sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
+    assert setup.attachment.trains_token_rows is (first == 0)
+    assert sizes.first == first
 
 
 def step(sizes: Sizes = SIZES, *, tokens: int = 100, recomputed: int = 0, **more: Any) -> Any:

@@ -55,6 +55,10 @@ class FullAttachment(Attachment):
                 parameter.requires_grad_(True).grad_dtype = torch.float32
         self.notes: tuple[str, ...] = (*_frozen_note(model, chosen), *remark)
 
+    @property
+    def trains_token_rows(self) -> bool:
+        return self._rows is not None
+
     def collect_gradients(self) -> None:
         self._masters.collect()
 

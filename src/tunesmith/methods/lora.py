@@ -106,6 +106,10 @@ class LoraAttachment(Attachment):
         return not (self.whole.modules or self.whole.biases or self.rows)
 
     @property
+    def trains_token_rows(self) -> bool:
+        return self.rows is not None
+
+    @property
     def unshareable(self) -> str | None:
         """Why other adapters cannot use the same base in memory; None: they can."""
         if isinstance(self.settings, DoraMethod):

@@ -19,7 +19,7 @@ from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers
 from tunesmith.formatting import plural
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import UNBOUNDED, ModelSize
@@ -196,9 +196,10 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
 
 def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
     """The type that weights and activations are computed in, for micro-batches of so many tokens."""
-    if isinstance(recipe.method, FullMethod) and recipe.method.rounding == "stochastic":
-        return Choice("precision", "bfloat16", "stochastic rounding is for weights in bfloat16")
-    if recipe.method.name == "full" and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
+    method = method_of(recipe)
+    if (required := method.required_precision(recipe.method)) is not None:
+        return Choice("precision", *required)
+    if not method.is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
         reason = (
             f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
             "them and to round weights at every update costs more than narrow ones save"

@@ -95,7 +95,13 @@ class Duration:
 
 def num_tokens(store: RowStore, rows_I: NDArray[np.int64]) -> tuple[int, int]:
     """Tokens and targets of these rows of a store."""
-    return int(store.lengths[rows_I].sum()), int(store.denominators[rows_I].sum())
+    return int(store.lengths[rows_I].sum()), int(targets_of(store)[rows_I].sum())
+
+
+def targets_of(store: RowStore) -> NDArray[np.float64]:
+    """[I], positions of each row whose logits are computed: of masked words those that are drawn, and one of a row with
+    several classes, which the denominator of the loss counts each."""
+    return np.minimum(store.denominators, store.targets)
 
 
 def seen_rows(recipe: Recipe, rows: Splits) -> NDArray[np.int64]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, TunesmithError
+from tunesmith.methods import METHODS
 from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
-from tunesmith.recipe.methods import LoraMethod, LowRankMethod, QloraMethod
+from tunesmith.recipe.methods import LoraMethod, QloraMethod
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import Choice
 
@@ -133,9 +134,8 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternati
 
 
 def _needs(recipe: Recipe) -> str:
-    if isinstance(recipe.method, QloraMethod) and find_spec("bitsandbytes") is None:
-        return install_command("bitsandbytes")
-    return ""
+    package = METHODS[recipe.method.name].package
+    return install_command(package) if package and find_spec(package) is None else ""
 
 
 def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe, Forecast]]:
@@ -171,16 +171,15 @@ def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str
     if recipe.precision == "float32":
         yield {"precision": "bfloat16"}
         yield {"precision": "bfloat16", **smallest}
-    if isinstance(recipe.method, QloraMethod):
+    method = METHODS[recipe.method.name]
+    if method.quantizes:
         return
-    if isinstance(recipe.method, LowRankMethod):  # which keeps its rank and targets
-        methods = [{"method.name": "qlora"}]
-    else:
-        methods = [{"method": "lora"}, {"method": "qlora"}]
-    for method in methods:
-        yield method
-        yield {**method, **smallest}
-        yield {**method, "precision": "bfloat16", **smallest}
+    # A method of low rank keeps its rank and targets.
+    methods = [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]
+    for other in methods:
+        yield other
+        yield {**other, **smallest}
+        yield {**other, "precision": "bfloat16", **smallest}
 
 
 _METHODS: dict[str, LoraMethod | QloraMethod] = {"lora": LoraMethod(), "qlora": QloraMethod()}

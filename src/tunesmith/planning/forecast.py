@@ -13,12 +13,22 @@ from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import MicroBatch, StepSampler, micro_batches_of, padded_size
 from tunesmith.data.splits import Splits
+from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import Device
-from tunesmith.planning.duration import Duration, Work, counts, kept_checkpoints, prices, seen_rows, step_seconds
+from tunesmith.planning.duration import (
+    Duration,
+    Work,
+    counts,
+    kept_checkpoints,
+    prices,
+    seen_rows,
+    step_seconds,
+    targets_of,
+)
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, phases, sizes_of
 from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.schema import Recipe, resolved
@@ -74,7 +84,7 @@ class Forecast:
             "pass": {
                 "step": heavy.step,
                 "rows": len(heavy.rows),
-                "tokens": heavy.load.tokens,
+                "tokens": sum(self.plan.lengths_of(heavy.rows)),
                 "targets": heavy.load.targets,
             },
             "layers": {"all": self.num_layers, "recomputed": self.recomputed},
@@ -115,7 +125,7 @@ class Forecaster:
             self._plans[plan_key] = self._plan(recipe, sizes, model)
         plan, candidates, look = self._plans[plan_key]
         layers = recipe.train.checkpointed_layers
-        recomputed = 0 if layers == "auto" else min(layers, len(sizes.features_L))
+        recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
 
         def peaks(heavy: Heavy) -> list[Memory]:
             found = phases(sizes, heavy, look, recomputed=recomputed, device=self.device)
@@ -130,7 +140,7 @@ class Forecaster:
         disk = Disk(
             rows=self.rows.store.summary.arrow_bytes,
             checkpoints=kept_checkpoints(recipe, steps) * sizes.checkpoint,
-            result=sizes.weights if recipe.method.name == "full" else 4 * sizes.trained_parameters,
+            result=4 * sizes.trained_parameters if METHODS[recipe.method.name].is_adapter else sizes.weights,
         )
         return Forecast(
             memory=highest(peaks(heavy)),
@@ -140,7 +150,7 @@ class Forecaster:
             device=self.device,
             heavy=heavy,
             plan=plan,
-            num_layers=len(sizes.features_L),
+            num_layers=sizes.recomputable,
             recomputed=recomputed,
             trained_parameters=sizes.trained_parameters,
         )
@@ -161,7 +171,7 @@ class Forecaster:
         for store, rows_I in ((rows.held_store, rows.held_rows), (rows.store, seen_rows(recipe, rows))):
             if len(rows_I):
                 some = heaviest_looked(store, [int(i) for i in rows_I], plan)
-                found.append(Load(int(store.lengths[list(some)].sum()), int(store.denominators[list(some)].sum())))
+                found.append(Load(int(store.lengths[list(some)].sum()), int(targets_of(store)[list(some)].sum())))
         return max(found, key=lambda load: load.targets)
 
     def _duration(
@@ -174,7 +184,7 @@ class Forecaster:
         lengths_I = plan.lengths_I.astype(np.float64)
         load = Load(
             tokens=round(float(lengths_I @ weights_I)),
-            targets=round(float(store.denominators[plan.rows_I] @ weights_I)),
+            targets=round(float(targets_of(store)[plan.rows_I] @ weights_I)),
             squares=round(float(lengths_I**2 @ weights_I)),
         )
         micro_batches = max(1.0, load.tokens / plan.tokens_per_pass)
@@ -187,6 +197,7 @@ class Forecaster:
 def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> list[Heavy]:
     """The micro-batches of most tokens, most targets and longest rows among those that will really occur."""
     most = MOST_STEPS if plan.ids_of is None else MOST_SHARING_STEPS
+    targets_I = targets_of(store)
     found: list[Heavy] = []
     for step in sorted({int(step) for step in np.linspace(1, total_steps, min(total_steps, most))}):
         passes = plan.step(step)
@@ -194,7 +205,7 @@ def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled:
             tokens, lengths = plan.computed(rows), plan.lengths_of(rows)
             load = Load(
                 tokens=padded_size(tokens) if is_filled else tokens,
-                targets=int(sum(store.denominators[i] for i in rows)),
+                targets=int(targets_I[list(rows)].sum()),
                 squares=sum(length * length for length in lengths),
                 short_squares=sum(length * length for length in lengths if length <= LONGEST),
             )
@@ -210,4 +221,5 @@ def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled:
 def heaviest_looked(store: RowStore, rows: list[int], plan: StepSampler) -> MicroBatch:
     """The micro-batch of most targets when these rows of a store are measured."""
     passes = micro_batches_of(store, rows, tokens_per_pass=plan.tokens_per_pass, layout=plan.layout)
-    return max(passes, key=lambda members: float(sum(store.denominators[i] for i in members)))
+    targets_I = targets_of(store)
+    return max(passes, key=lambda members: float(targets_I[list(members)].sum()))

@@ -1,4 +1,4 @@
-"""Peak memory by formula. It is an estimate: docs/planning.md says how far it is off.
+"""Peak memory by formula. It is an estimate: docs/planning.md says what it counts.
 
     peak = runtime + weights + masters + optimizer + the largest of what these phases hold besides, + allocator
 
@@ -63,13 +63,15 @@ class Sizes:
     trained_parameters: int
     itemsize: int
     features_L: tuple[int, ...]
-    """Inputs and outputs of each layer's linear layers, for one token."""
+    """Inputs and outputs of each layer's linear layers, for one token; of a shared layer once for each use."""
+    recomputable: int
+    """Layers whose activations can be recomputed, the first ones: all or none."""
     kept: float
     """How often a layer keeps these for its backward: the method's row says."""
     first: int
     """Index of the first layer with gradients: the layers below keep nothing."""
     linear_weights: int
-    """In the layers."""
+    """In the layers; those of a shared layer once for each use."""
     trains_linear: float
     """Share of `linear_weights` that is trained."""
     hidden: int
@@ -151,7 +153,7 @@ def sizes_of(
     method = METHODS[recipe.method.name]
     with torch.device("meta"), silence_transformers():
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
-    layers = layers_of(model)
+    layers = _stack(model)
     features_L = tuple(_features(layer) for layer in layers)
     saved = _quantized_away(model, recipe) if method.quantizes else 0
     linears = _linear_weights(model)
@@ -161,7 +163,8 @@ def sizes_of(
     trained: list[Tensor] = list(attachment.trained.values())
     output = model.get_output_embeddings()
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    below = any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    below = attachment.trains_token_rows or method.num_virtual_tokens(recipe.method) > 0
+    below = below or _learns(model.get_input_embeddings())
     first = 0 if below or not inside else next((i for i, layer in enumerate(layers) if _learns(layer)), len(layers))
     config = model.config.get_text_config()
     linear_weights = sum(weight.numel() for weight in linears)
@@ -174,9 +177,10 @@ def sizes_of(
         trained_parameters=sum(tensor.numel() for tensor in trained),
         itemsize=model.dtype.itemsize,
         features_L=features_L,
+        recomputable=len(layers_of(model)),
         kept=method.kept_activations,
         first=first,
-        linear_weights=linear_weights,
+        linear_weights=linear_weights * (len(layers) // max(1, len(set(layers)))),
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
         hidden=int(config.hidden_size),
         heads=int(getattr(config, "num_attention_heads", 1)),
@@ -238,16 +242,44 @@ def _logits(sizes: Sizes, targets: int, is_cpu: bool) -> int:
     return 2 * min(piece, 4 * targets * sizes.outputs) + of_weight
 
 
+def _stack(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, in its order; of layers that share weights, as ALBERT's, each as often as it is used.
+
+    Models whose layers cannot be recomputed keep them in the longest list of an encoder or a decoder, or in several
+    such lists, one for each part of a layer, as XLM does.
+    """
+    if layers := layers_of(model):
+        return list(layers)
+    lists: dict[str, list[nn.ModuleList]] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
+            lists.setdefault(name.rpartition(".")[0], []).append(module)
+            inside = (*inside, f"{name}.")
+    stack: list[nn.Module] = []
+    for some in lists.values():
+        most = max(map(len, some))
+        stack += map(nn.ModuleList, zip(*(one for one in some if len(one) == most), strict=True))
+    return stack * max(1, int(getattr(model.config, "num_hidden_layers", 0)) // max(1, len(stack)))
+
+
 def _features(layer: nn.Module) -> int:
     """Outputs of a layer's linear layers, and their inputs: those of one module that are as wide count once."""
     found = 0
     for parent in layer.modules():
-        linears = [child for child in parent.children() if isinstance(child, LINEARS)]
-        shapes = [sorted(child.weight.shape) for child in linears]
-        outs = [int(getattr(child, "out_features", 0) or getattr(child, "nf", 0)) for child in linears]
-        ins = {sum(shape) - out for shape, out in zip(shapes, outs, strict=True)}
-        found += sum(outs) + sum(ins)
+        widths = [width for child in parent.children() if (width := _width(child)) is not None]
+        found += sum(out for _, out in widths) + sum({inner for inner, _ in widths})
     return found
+
+
+def _width(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, which SqueezeBERT writes as a convolution; None for any other module."""
+    if isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
+        return module.in_channels, module.out_channels
+    if not isinstance(module, LINEARS):
+        return None
+    out = int(getattr(module, "out_features", 0) or getattr(module, "nf", 0))
+    return sum(module.get_parameter("weight").shape) - out, out
 
 
 def _learns(module: nn.Module) -> bool:
