@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -320,6 +321,12 @@ def test_the_refusal_test_sees_a_loader_that_takes_what_fits(folder: Path) -> No
     harm(folder)
     with pytest.raises(AssertionError):
         assert_damage_is_refused(lenient, folder, message)
+
+
+@pytest.mark.parametrize("indices", [{"embed_tokens": []}, []])
+def test_an_empty_list_of_tokens_is_none(folder: Path, indices: Any) -> None:
+    edit(folder, trainable_token_indices=indices)
+    assert load_adapter(base(), folder).rows is None
 
 
 def test_a_loaded_adapter_has_an_effect(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.adapter_format import shortest_ends
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.targets import find_targets
+from tunesmith.methods.targets import by_pattern, check_expression, find_modules, find_targets
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
@@ -71,6 +71,39 @@ def test_names_and_patterns() -> None:
         "model.layers.1.mlp.up_proj",
     ]
     assert names(model, r"re:layers\.[0-3]\..*v_proj") == names(model, "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("re:(", "this is no regular expression"),
+        ("re:(?x)(a) *b", "has flags"),
+        ("re:" + "a?" * 5, "could take forever"),
+        ("re:" + "(aa)?" * 30, "could take forever"),
+        ("re:" + "(a|a.)" * 30, "could take forever"),
+        ("re:" + ".{1,}" * 5, "could take forever"),
+    ],
+)
+def test_an_unusable_expression_is_refused_with_its_place(word: str, message: str) -> None:
+    model = tiny_model("llama", vocab_size=32)
+    with pytest.raises(RecipeError, match=rf"^method.targets: .*{message}"):
+        names(model, word)
+    with pytest.raises(RecipeError, match=rf"^method.also_train: .*{message}"):
+        find_modules(model, [word], [])
+    with pytest.raises(RecipeError, match=rf"^method.rank_pattern: .*{message}"):
+        by_pattern(model, [], {word: 2}, option="method.rank_pattern")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp).*?(?:[qkvo]_proj|up_proj).*?)|(?:\bmodel\.layers\.\d{1,}\.mlp)",
+        r"^(?!.*visual).*(?:q_proj|v_proj)$",
+        r"(?:a)(?:b)(?:c)(?:d)(?:e)(?P<f>f)\)*[)*+?{]",
+    ],
+)
+def test_expressions_of_other_tools_are_read(pattern: str) -> None:
+    check_expression(pattern)
 
 
 def test_a_layer_that_two_words_mean_is_adapted_once() -> None:

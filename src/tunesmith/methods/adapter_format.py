@@ -294,7 +294,7 @@ class SavedConfig:
     def token_ids(self) -> set[tuple[int, ...]]:
         """The tokens whose rows the adapter brings, as listed for each module; empty: none."""
         indices = self.config.get("trainable_token_indices") or {}
-        return {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices])}
+        return {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices]) if ids}
 
 
 def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
@@ -303,7 +303,8 @@ def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
 
 
 def _is_key_of(pattern: str, name: str) -> bool:
-    return matches(rf"(.*\.)?({pattern})", name, whole=True)
+    parts = name.split(".")
+    return any(matches(pattern, ".".join(parts[start:]), whole=True) for start in range(len(parts)))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
@@ -328,7 +329,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     problems += tied_reasons(model, targets)
     if len(ids) > 1:
         problems.append("rows of embedding and head are for different tokens")
-    num_rows = min(len(weight) for weight in tables(model).values())
+    num_rows = min(len(weight) for weight in tables(model).values()) if ids else 0
     problems += [
         f"rows for token {max(some)}, and the model has {num_rows}: its embedding has to grow first"
         for some in ids

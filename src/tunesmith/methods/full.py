@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embedding
-from tunesmith.methods.targets import is_in_layers, layer_counts, matches, means, near_words
+from tunesmith.methods.targets import check_word, is_in_layers, layer_counts, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
 from tunesmith.recipe.methods import LAYER_WORD, FullMethod
@@ -203,6 +203,7 @@ def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[
     problems: list[str] = []
     found: set[int] = set()
     for word in words:
+        check_word(word, f"method.{option}")
         some = {key for key, known in names.items() if any(_means(word, name, counts) for name in known)}
         if not some:
             problems.append(f"method.{option}: {word!r} means no weight.{_hint(word, names, counts)}")

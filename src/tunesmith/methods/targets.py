@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,10 +24,16 @@ from tunesmith.recipe.methods import Bias
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 GROUPS = ("all-linear", "attention", "mlp")
 MAX_REPEATS = 4
+MAX_PATHS = 2_000
 MAX_CHARS = 1_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
+_LITERAL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+"""An escape or a set: one character, whatever is written in it."""
+_OPENING = re.compile(r"\(\?(?::|<?[=!]|P<\w+>)")
+_PART = re.compile(r"[()|]|[*+?]\??|\{(?:[\d,]*\}\??)?")
+"""Brackets, alternatives and repeats, each with its mark for as few as possible."""
 _REPEATED = re.compile(r"\)[*+{]|\{\d*,?\d{4}")
 """A group, or anything a thousand times."""
 
@@ -60,6 +67,7 @@ def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[s
     problems: list[str] = []
     chosen: set[int] = set()
     for word in targets:
+        check_word(word, "method.targets")
         found = [target for target in linears if _is_meant(word, target, model)]
         chosen.update(id(target.module) for target in found)
         problems += [f"method.targets: {word!r}: {reason}" for reason in tied_reasons(model, found)]
@@ -106,6 +114,7 @@ def by_pattern(
     """
     values: dict[str, float] = {}
     for word, value in patterns.items():
+        check_word(word, option)
         found = [target.name for target in targets if _is_meant(word, target, model)]
         if not found:
             hint = near_words(word, [target.name for target in targets])
@@ -218,6 +227,7 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
     problems: list[str] = []
     chosen: set[str] = set()
     for word in words:
+        check_word(word, "method.also_train")
         found = [name for name in names if means(word, name)]
         if not found:
             problems.append(f"method.also_train: {word!r} matches no module with weights.{near_words(word, names)}")
@@ -303,14 +313,60 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
     return (re.fullmatch if whole else re.search)(pattern, name) is not None
 
 
+def check_word(word: str, option: str) -> None:
+    """Raise RecipeError for a word of an option that has no usable regular expression after `re:`."""
+    if word.startswith("re:") and (problem := _problem(word[3:])):
+        raise RecipeError(f"{option}: {word[:80]!r}: {problem}")
+
+
 def check_expression(pattern: str) -> None:
-    """Raise ModelError for a regular expression that may take forever: recipes and adapters can come from anywhere, and
-    time is exponential in the repeats of a group, and polynomial in the number of repeats."""
-    if len(pattern) > MAX_CHARS or len(re.findall(r"[*+]", pattern)) > MAX_REPEATS or _REPEATED.search(pattern):
-        raise ModelError(
-            f"{pattern[:80]!r}: this regular expression could take forever: it repeats a group, or has more than "
-            f"{MAX_REPEATS} repeats or {MAX_CHARS:,} characters. List the names of the modules instead."
+    """Raise ModelError for a regular expression that is none or may take forever: adapters can come from anywhere."""
+    if problem := _problem(pattern):
+        raise ModelError(f"{pattern[:80]!r}: {problem}")
+
+
+@lru_cache
+def _problem(pattern: str) -> str:
+    """The reason against a regular expression; empty: none. Time is exponential in the repeats of a group and in the
+    number of groups with alternatives, and polynomial in the number of repeats."""
+    instead = "List the names of the modules instead."
+    if len(pattern) > MAX_CHARS:
+        return f"this regular expression could take forever: it has more than {MAX_CHARS:,} characters. {instead}"
+    plain = _OPENING.sub("(", _LITERAL.sub("x", pattern))
+    if "(?" in plain:
+        return f"this regular expression has flags or a condition after (?, which are not allowed. {instead}"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"this is no regular expression: {error}. {instead}"
+    repeats, paths = _size(plain)
+    if repeats > MAX_REPEATS or paths > MAX_PATHS or _REPEATED.search(plain):
+        return (
+            f"this regular expression could take forever: it repeats a group, or has more than {MAX_REPEATS} repeats "
+            f"or {MAX_PATHS:,} combinations of alternatives. {instead}"
         )
+    return ""
+
+
+def _size(plain: str) -> tuple[int, int]:
+    """The most repeats on a path through the alternatives of an expression, and the number of such paths."""
+    groups = [(0, 0, 0, 1)]  # repeats and paths of the alternatives that are read, and of the one that is being read
+    for part in _PART.findall(plain):
+        if part == "(":
+            groups.append((0, 0, 0, 1))
+            continue
+        most, total, repeats, paths = groups.pop()
+        if part not in ("|", ")"):
+            groups.append((most, total, repeats + 1, paths))
+            continue
+        most, total = max(most, repeats), total + paths
+        if part == ")":
+            outer = groups.pop()
+            groups.append((*outer[:2], outer[2] + most, outer[3] * total))
+        else:
+            groups.append((most, total, 0, 1))
+    most, total, repeats, paths = groups[0]
+    return max(most, repeats), total + paths
 
 
 def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]:
