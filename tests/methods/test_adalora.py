@@ -20,7 +20,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import RecipeError, Stopped
 from tunesmith.methods import restore, state_dict
 from tunesmith.methods.adalora import RankAllocation
-from tunesmith.methods.peft import PeftAttachment, attach, load_result
+from tunesmith.methods.peft import PeftAttachment, attach, load_result, resolve_steps
 from tunesmith.optim import OPTIMIZERS, Optimizer, rate
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim, Recipe
@@ -307,6 +307,23 @@ def test_the_number_of_steps_is_the_runs_own(tmp_path: Path) -> None:
 def test_a_schedule_without_room_for_its_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^method.settings: ADALORA: peft refuses them: .*budgeting phase"):
         prepare(recipe_of(tmp_path, {"tinit": 5, "tfinal": 5}), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_r": 6}, r"target_r: 6: must be below init_r \(6\)"),
+        ({"target_r": 0}, "target_r: 0: must be a whole number above 0"),
+        ({"init_r": "six"}, "init_r: 'six': must be a whole number above 0"),
+        ({"deltaT": 0}, "deltaT: 0: must be a whole number above 0"),
+        ({"beta1": 1.0}, "beta1: 1.0: must be above 0 and below 1"),
+        ({"beta2": 0}, "beta2: 0: must be above 0 and below 1"),
+    ],
+)
+def test_a_schedule_that_cannot_run_is_refused(settings: dict[str, Any], message: str) -> None:
+    method = PeftMethod(kind="ADALORA", settings={**RANKS, **settings})
+    with pytest.raises(RecipeError, match=rf"^method.settings.{message}"):
+        resolve_steps(method, Optim(), lambda: STEPS)
 
 
 def test_a_setting_that_adalora_ignores_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.errors import InputError, ModelError, RecipeError
+from tunesmith.errors import InputError, ModelError, RecipeError, StorageError
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft import (
     MERGEABLE,
@@ -252,6 +254,8 @@ def test_a_prompt_does_not_meet_packed_rows() -> None:
         ("LORA", {"task_type": "CAUSAL_LM"}, r"^method.settings.task_type: follows from the model"),
         ("IA3", {"target_modules": ["kproj"]}, r"^method.kind: IA3 does not fit LlamaForCausalLM: .*kproj"),
         ("LORA", {"init_lora_weights": "pissa"}, r"^method.settings: LORA: they change the base itself"),
+        ("PROMPT_TUNING", {"num_virtual_tokens": "abc"}, "num_virtual_tokens: 'abc': must be a whole number above 0"),
+        ("P_TUNING", {"num_virtual_tokens": 0}, "num_virtual_tokens: 0: must be a whole number above 0"),
         ("PROMPT_TUNING", {"tokenizer_kwargs": {"trust_remote_code": True}}, r"trust_remote_code: a model's own code"),
     ],
 )
@@ -292,6 +296,25 @@ def test_a_tied_head_is_not_adapted() -> None:
             PeftMethod(kind="LORA", settings={"target_modules": ["lm_head"]}),
             seed=0,
         )
+
+
+def test_equal_runs_write_equal_configs(tmp_path: Path) -> None:
+    layers = ["v_proj", "q_proj", "up_proj", "o_proj", "k_proj", "gate_proj", "down_proj"]
+    attachment = attach(base_model(), PeftMethod(kind="LORA", settings={"r": 2, "target_modules": layers}), seed=0)
+    config = json.loads((saved(attachment, tmp_path) / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(layers)
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attachment = attach(base_model(), PeftMethod(kind="IA3"), seed=0)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(attachment.wrapped, "save_pretrained", full)
+    with pytest.raises(StorageError, match="No space left"):
+        saved(attachment, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_missing_tensor_is_not_loaded_in_silence(tmp_path: Path) -> None:

@@ -26,6 +26,28 @@ MASK = "mask"
 """Which of a layer's singular values count."""
 
 
+def schedule_problems(config: Any) -> list[str]:
+    """Settings of peft's config with which ranks cannot move, each with its rule; peft refuses none of these."""
+    whole = {key: getattr(config, key) for key in ("init_r", "target_r", "deltaT")}
+    found = [
+        f"{key}: {value!r}: must be a whole number above 0. Leave it out for peft's own."
+        for key, value in whole.items()
+        if type(value) is not int or value < 1
+    ]
+    if not found and config.target_r >= config.init_r:
+        found.append(
+            f"target_r: {config.target_r}: must be below init_r ({config.init_r}), from which ranks go down to it. "
+            "Lower it, or raise init_r."
+        )
+    means = {key: getattr(config, key) for key in ("beta1", "beta2")}
+    found += [
+        f"{key}: {value!r}: must be above 0 and below 1. Leave it out for peft's own."
+        for key, value in means.items()
+        if not isinstance(value, float) or not 0 < value < 1
+    ]
+    return found
+
+
 def freeze_rank_counts(wrapped: Any) -> None:
     """Freeze each layer's number of ranks, by which it divides, in float32: peft does not save it, yet would train it
     after a cast to bfloat16."""

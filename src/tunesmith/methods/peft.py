@@ -35,6 +35,7 @@ from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.quantized import import_bitsandbytes
+from tunesmith.models.save import writing_weights
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim
@@ -137,8 +138,19 @@ def is_prompt(kind: str) -> bool:
 
 
 def num_virtual_tokens(method: PeftMethod) -> int:
-    """Positions of each row that a method takes for itself; 0 for all but prompts."""
-    return int(method.settings["num_virtual_tokens"]) if is_prompt(method.kind) else 0
+    """Positions of each row that a method takes for itself; 0 for all but prompts.
+
+    Raises RecipeError where their number is none.
+    """
+    if not is_prompt(method.kind):
+        return 0
+    num = method.settings["num_virtual_tokens"]
+    if type(num) is not int or num < 1:
+        raise RecipeError(
+            f"method.settings.num_virtual_tokens: {num!r}: must be a whole number above 0. Leave it out for "
+            f"{NUM_VIRTUAL_TOKENS}."
+        )
+    return num
 
 
 def learning_rate(method: PeftMethod, kind: str, num_parameters: int) -> tuple[float, str]:
@@ -166,10 +178,12 @@ def resolve(method: PeftMethod) -> PeftMethod:
     """
     settings, given = dict(method.settings), {}
     if is_prompt(method.kind):
-        settings["num_virtual_tokens"] = settings.get("num_virtual_tokens") or NUM_VIRTUAL_TOKENS
+        given_num = settings.get("num_virtual_tokens")
+        settings["num_virtual_tokens"] = NUM_VIRTUAL_TOKENS if given_num is None else given_num
     if settings.get("prompt_tuning_init") == "TEXT" and "tokenizer_name_or_path" not in settings:
         given["tokenizer_name_or_path"] = "the model's"
     resolved = method.model_copy(update={"settings": settings})
+    num_virtual_tokens(resolved)
     if method.kind != adalora.KIND:  # its schedule is checked when the number of steps is known
         make_config(resolved, **given)
     return resolved
@@ -180,7 +194,7 @@ def resolve_steps(
 ) -> tuple[PeftMethod, list[tuple[str, Any]]]:
     """AdaLoRA with the run's number of steps, and what was chosen; other kinds as they are.
 
-    Raises RecipeError where the steps leave it no schedule, or the optimizer would undo it.
+    Raises RecipeError for a schedule that cannot run in these steps, or an optimizer that would undo it.
     """
     if method.kind != adalora.KIND:
         return method, []
@@ -191,7 +205,8 @@ def resolve_steps(
         )
     steps = num_steps()
     resolved = method.model_copy(update={"settings": {**method.settings, "total_step": steps}})
-    make_config(resolved)
+    if problems := adalora.schedule_problems(make_config(resolved)):
+        raise RecipeError("\n".join(f"method.settings.{problem}" for problem in problems))
     return resolved, [("method.settings.total_step", steps)] if resolved != method else []
 
 
@@ -370,10 +385,14 @@ def save_result(
     """Write the adapter as peft saves it, the labels of a head, and the tokenizer; completely or not at all."""
     config = attachment.config
     config.base_model_name_or_path, config.revision = base_reference(located), located.revision
+    for key, value in vars(config).items():
+        if isinstance(value, set):  # in another order in each process, and equal runs write equal bytes
+            setattr(config, key, sorted(value))
     num_bytes = sum(tensor.nbytes for tensor in attachment.trained.values())
     with writing_adapter(folder, num_bytes, model=model, renderer=renderer, located=located) as staged, silent():
         state = attachment.state_dict()
-        attachment.wrapped.save_pretrained(staged, state_dict=state, save_embedding_layers=False)
+        with writing_weights(folder, num_bytes):
+            attachment.wrapped.save_pretrained(staged, state_dict=state, save_embedding_layers=False)
         (staged / "README.md").unlink(missing_ok=True)
 
 

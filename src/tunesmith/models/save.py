@@ -62,13 +62,19 @@ def save_model(
 
 
 def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
+    # Its own generation config may be one that transformers refuses to save; the mended one is written later.
+    with writing_weights(folder, num_bytes), silence_transformers(), _generation_config(model, GenerationConfig()):
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
+
+
+@contextmanager
+def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
+    """Raise StorageError where safetensors cannot write: a full disk comes as its own error, not as an OSError."""
     try:
-        # Its own generation config may be one that transformers refuses to save; the mended one is written later.
-        with silence_transformers(), _generation_config(model, GenerationConfig()):
-            model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-        for file in folder.glob("*.safetensors"):
-            shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
-    except SafetensorError as error:  # a full disk comes as this, not as an OSError
+        yield
+    except SafetensorError as error:
         message = f"{folder}: the weights cannot be written ({num_bytes:,} bytes needed): {error}"
         raise StorageError(message, path=str(folder), errno_name="EIO", bytes_needed=num_bytes) from error
 
