@@ -26,6 +26,7 @@ PROBLEMS = [
         "method.rank: has no meaning for method full: drop it or set method.name: lora or dora",
     ),
     ({"method": "lorra"}, "method.name: 'lorra' is none of auto, lora, dora, qlora, full, peft, did you mean lora?"),
+    ({"method": "registered"}, "method.name: 'registered' is none of auto, lora, dora, qlora, full, peft"),
     ({"method": {"name": 3}}, "method.name: '3' is none of auto, lora, dora, qlora, full, peft"),
     ({"method": 5}, "method: 5 is not a section: write its options below it, or as method.<option>"),
     ({"method": {"targets": [3]}}, "method.targets: 3 is not a list of texts"),

@@ -195,11 +195,13 @@ _BUILT_IN: dict[str, type[OptionGroup]] = {
 }
 METHOD_OPTIONS: dict[str, type[OptionGroup]] = dict(_BUILT_IN)
 """The settings of each method, by its name."""
+_REGISTERED = "<registered>"
+"""Tag of every method that is added from outside; no name that anybody types."""
 
 
 def _tag(value: Any) -> str:
     name = str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
-    return "registered" if name in METHOD_OPTIONS.keys() - _BUILT_IN.keys() else name
+    return _REGISTERED if name in METHOD_OPTIONS.keys() - _BUILT_IN.keys() else name
 
 
 def _registered(value: Any) -> Any:
@@ -213,6 +215,6 @@ Method = Annotated[
     | Annotated[QloraMethod, Tag("qlora")]
     | Annotated[FullMethod, Tag("full")]
     | Annotated[PeftMethod, Tag("peft")]
-    | Annotated[SerializeAsAny[RegisteredMethod], BeforeValidator(_registered), Tag("registered")],
+    | Annotated[SerializeAsAny[RegisteredMethod], BeforeValidator(_registered), Tag(_REGISTERED)],
     Discriminator(_tag),
 ]
