@@ -361,7 +361,7 @@ def test_the_run_test_sees_a_state_that_is_lost(name: str, tmp_path: Path, monke
     straight = train(recipe, root=tmp_path / "straight")
     with pytest.raises(Stopped):
         train(straight.recipe(), root=tmp_path / "stopped", listener=stop_at(3))
-    monkeypatch.setattr("tunesmith.optim.Update.load", lambda self, tensors: None)
+    monkeypatch.setattr("tunesmith.optim.Optimizer.load", lambda self, tensors: None)
     run = resume(runs(tmp_path / "stopped")[0])
     with pytest.raises(AssertionError):
         same_run(run, straight)
