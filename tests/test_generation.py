@@ -146,7 +146,7 @@ class Writes:
 @pytest.mark.parametrize("completion", [" yes", "yes", "\n yes \n", "  yes"])
 def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learnt comes back: the tokens that a row trains, written by a model, are its completion."""
-    monkeypatch.setattr(generation, "evaluating", lambda model: nullcontext())
+    monkeypatch.setattr(generation, "eval_mode", lambda model: nullcontext())
     monkeypatch.setattr(generation, "_contiguous_head_input", nullcontext)
     tokenizer = tiny_tokenizer(None, eos="</s>", metaspace=metaspace, adds_bos=metaspace)
     made = Renderer(tokenizer, TASKS["generate"], max_tokens=None, too_long="error", control_tokens="error")

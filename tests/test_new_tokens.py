@@ -91,7 +91,7 @@ def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
     with pytest.raises(Stopped):
         train(finished.recipe(), out=folder / "stopped", listener=stop_at(5))
     stopped = Run.open(str(folder / "stopped"), folder)
-    assert "not ended" in load_run(stopped).note  # its checkpoint has the rows too
+    assert "not finished" in load_run(stopped).note  # its checkpoint has the rows too
     same_run(resume(stopped), finished)
 
 

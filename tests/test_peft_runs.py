@@ -147,7 +147,7 @@ def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
     assert heard[0].texts[0] == alone.text
     apart = any("decoded one by one" in note and "virtual tokens" in note for note in notes)
-    assert apart == (kind_of(straight) == "PROMPT_TUNING")
+    assert apart == (kind_of(straight) == "PROMPT_TUNING"), notes
 
 
 def test_another_run_starts_from_it_where_it_can_be_merged(straight: Run, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_resume_test_catches_a_fresh_optimizer(reference, monkeypatch):  # trap:
     with pytest.raises(Stopped):
         train(straight.recipe(), root=folder / "planted-optimizer", listener=stop_at(3))
     run = runs(folder / "planted-optimizer")[-1]
-    monkeypatch.setattr("tunesmith.optim.Update.load", lambda self, tensors: None)
+    monkeypatch.setattr("tunesmith.optim.Optimizer.load", lambda self, tensors: None)
     resume(run)
     with pytest.raises(AssertionError):
         same_run(run, straight)
@@ -164,7 +164,7 @@ def test_what_changed_refuses_to_resume_and_is_named(tmp_path, change, named):  
     run = stopped_run(tmp_path)
     change(run, tmp_path)
     before = run.events_path.read_bytes()
-    with pytest.raises(RunError, match="since this changed") as refusal:
+    with pytest.raises(RunError, match="because this changed") as refusal:
         resume(run)
     assert named in str(refusal.value)
     assert run.events_path.read_bytes() == before
@@ -195,7 +195,7 @@ def test_a_refused_resume_leaves_the_rows_of_the_run_alone(tmp_path):
     before, rows = file.read_bytes(), sorted(path.name for path in (run.rows_path / "train").iterdir())
     for seed in range(7, 13):
         chats(file, 19, seed=seed)
-        with pytest.raises(RunError, match="since this changed"):
+        with pytest.raises(RunError, match="because this changed"):
             resume(run)
         assert sorted(path.name for path in (run.rows_path / "train").iterdir()) == rows
     file.write_bytes(before)

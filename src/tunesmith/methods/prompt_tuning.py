@@ -54,8 +54,8 @@ class VirtualTokens:
             return None
         given = {**dict(zip(self._parameters, (None, *args), strict=False)), **kwargs}
         given.pop("self", None)
-        if given.get("segments") is not None or given.get("lanes") is not None:
-            raise UnsupportedAttentionError("virtual tokens stand before each row, which rows packed together have not")
+        if given.get("segments") is not None or given.get("layout") is not None:
+            raise UnsupportedAttentionError("virtual tokens precede each row, and packed rows have none")
         name = "cache" if "cache" in self._parameters else "past_key_values"
         cache, mask, positions = given.get(name), given.get("attention_mask"), given.get("position_ids")
         past = int(cache.get_seq_length()) if cache is not None else 0
