@@ -100,7 +100,9 @@ def patched(monkeypatch, act, folder, *, tokens: int):
 
 
 def test_a_row_that_is_too_much_ends_the_run_saved_with_the_way_on(tmp_path, monkeypatch):
-    with pytest.raises(OutOfMemoryError, match=r"a micro-batch of one row of \d+ tokens; .* Saved: step 0. .*--set") as told:
+    with pytest.raises(
+        OutOfMemoryError, match=r"a micro-batch of one row of \d+ tokens; .* Saved: step 0. .*--set"
+    ) as told:
         patched(monkeypatch, lambda recipe: train(recipe, root=tmp_path / "runs"), tmp_path, tokens=3)
     run = runs(tmp_path / "runs")[0]
     assert checkpoint.steps(run.checkpoints_path) == [0]
