@@ -76,9 +76,15 @@ def spawning() -> Iterator[None]:
     """A block in which `multiprocessing` starts processes of this package by "spawn".
 
     They do not import the program's main module, so that a script needs no `if __name__ == "__main__"`, and Ctrl-C is
-    not for them.
+    not for them. A daemonic process (a worker of multiprocessing.Pool or Celery) may start them too, which
+    `multiprocessing` forbids since such a process can be killed and leave children behind: these end with it by
+    themselves.
     """
+    import multiprocessing  # whoever starts processes has it
+
     with _SPAWNING:
+        config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+        daemon = config.pop("daemon", None)
         main = sys.modules["__main__"]
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else None
         sys.modules["__main__"] = ModuleType("__main__")
@@ -86,6 +92,8 @@ def spawning() -> Iterator[None]:
             yield
         finally:
             sys.modules["__main__"] = main
+            if daemon is not None:
+                config["daemon"] = daemon
             if sys.platform != "win32" and blocked is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -263,6 +264,27 @@ def wait_until(holds: Any, *, seconds: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def render_in_a_daemon(to: Any) -> None:
+    text = ChatTemplate(tiny_tokenizer()).render([{"role": "user", "content": "Hi"}], prompt=True)
+    child = template_module.PROCESS._child
+    assert child is not None
+    to.send((text, child.process.pid, multiprocessing.current_process().daemon))
+
+
+def test_a_daemonic_process_renders_too() -> None:
+    """A worker of multiprocessing.Pool or Celery."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=render_in_a_daemon, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    text, pid, is_daemonic = ours.recv()
+    process.join()
+    assert text == ChatTemplate(tiny_tokenizer()).render([{"role": "user", "content": "Hi"}], prompt=True)
+    assert is_daemonic
+    wait_until(lambda: not is_there(pid))
 
 
 PARENT = """

@@ -14,6 +14,7 @@ import pytest
 
 from faults import Faults, in_child
 from tunesmith.errors import InputError, StorageError
+from tunesmith.inference import output as output_module
 from tunesmith.inference.output import OutputFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,44 @@ def test_a_file_that_an_earlier_version_left_unfinished_is_continued(tmp_path: P
     part(path).rename(path)
     go_on(path)
     assert lines_in(path) == WHOLE
+
+
+def test_an_unfinished_file_replaces_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    go_on(path, most=20)
+    before = part(path).read_bytes()
+    path.write_bytes(before.splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match=r"is there unfinished, and out\.part too"):
+        OutputFile(path, IDENTITY)
+    assert part(path).read_bytes() == before
+    part(path).unlink()
+    go_on(path)
+    assert lines_in(path) == WHOLE
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_where_open_files_cannot_be_moved_none_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows renames, replaces and removes no file that is open."""
+    monkeypatch.setattr(output_module, "MOVES_OPEN_FILES", False)
+    replace, unlink = os.replace, Path.unlink
+    moved = []
+
+    def closed(*paths: Path) -> None:
+        moved.extend(paths)
+        opened = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)}
+        assert not {str(path) for path in paths} & opened
+
+    monkeypatch.setattr(os, "replace", lambda a, b: (closed(Path(a), Path(b)), replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: (closed(path), unlink(path, **more)))
+    path = tmp_path / "out"
+    go_on(path, most=20)
+    part(path).rename(path)
+    go_on(path)
+    go_on(path)
+    with pytest.raises(InputError, match="model was m, is other"):
+        OutputFile(path, {**IDENTITY, "model": "other"})
+    assert lines_in(path) == WHOLE
+    assert moved.count(part(path)) == 4  # replaced, given its name, and twice removed
 
 
 def test_a_complete_file_is_known_as_complete_and_never_written_over_unasked(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ class _Row:
     text: _Text
     tokens: Tokens
     places: ControlPlaces
+    ends: Sequence[int]
+    """The last character of each closing control token, plus one."""
     openings: Mapping[int, tuple[str, int]]
     """For each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
     and the index of that token. A control token cuts a text before the tokenizer looks further, so what precedes it has
@@ -169,7 +171,7 @@ class ChatEncoder(RowEncoder):
                 last = bisect_left(places.cuts, tokens.num_until(turn.prompt)) - 1
                 at, start = (places.cuts[last], tokens.offsets[places.cuts[last]][0]) if last >= 0 else (0, 0)
                 openings[turn.index] = text.whole[start : turn.prompt], at
-        return _Row(text, tokens, places, openings)
+        return _Row(text, tokens, places, [tokens.offsets[place][1] for place in places.closing], openings)
 
     def _draft(self, source: Source, row: _Row, prompt_ids: Mapping[str, list[int]]) -> Drafts:
         if self._starts_with_two_bos(row.tokens.ids):
@@ -210,8 +212,7 @@ class ChatEncoder(RowEncoder):
     def _last_token(self, row: _Row, turn: Turn) -> int | None:
         """The token that closes a turn, which may have white space before and after it."""
         whole, closing = row.text.whole, row.places.closing
-        ends = [row.tokens.offsets[place][1] for place in closing]
-        behind = bisect_right(ends, turn.limit if turn.close is None else turn.close)
+        behind = bisect_right(row.ends, turn.limit if turn.close is None else turn.close)
         at = behind - 1 if turn.close is None else behind
         if not 0 <= at < len(closing):
             return None

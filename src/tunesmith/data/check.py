@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
+from tunesmith.data.encode import rare_collection
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
@@ -272,7 +273,8 @@ class _Check:
             return ()
 
     def _entry(self, side: Side, file: DataFile, members: Sequence[DataFile]) -> FileReport:
-        found = [self._file(side, member) for member in members]
+        with rare_collection():
+            found = [self._file(side, member) for member in members]
         if len(found) == 1 and found[0].path == file.path:
             return found[0]
         noun = "document" if all(member.format.startswith("text") for member in found) else "file"
@@ -335,10 +337,11 @@ class _Check:
         return usable
 
     def _show(self, example: Example, rows: Sequence[Row]) -> None:
-        shown = [_labelled_spans(example)] if example.labels else []
-        if not example.labels and self._renderer is not None and len(self._first_rows) < FIRST_ROWS:
-            shown = [spans_of(row, self._renderer.tokenizer.decode) for row in rows[:FIRST_ROWS]]
-        self._first_rows += shown[: FIRST_ROWS - len(self._first_rows)]
+        num = FIRST_ROWS - len(self._first_rows)
+        if num > 0 and example.labels:
+            self._first_rows.append(_labelled_spans(example))
+        elif num > 0 and self._renderer is not None:
+            self._first_rows += [spans_of(row, self._renderer.tokenizer.decode) for row in rows[:num]]
 
     def _hear(self, problem: Problem) -> None:
         self._counts[problem.severity][problem.code] += 1

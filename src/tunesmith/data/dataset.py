@@ -26,7 +26,7 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, num_processes
+from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, num_processes, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
@@ -342,7 +342,7 @@ def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check:
         hashing = _Hashing(file)
         batches = encoding.batches()
         sink = pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA)
-        with closing(batches), sink:
+        with rare_collection(), closing(batches), sink:
             for batch in batches:
                 sink.write_batch(batch)
         check()

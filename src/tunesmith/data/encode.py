@@ -11,9 +11,9 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -40,6 +40,12 @@ WORTH_BYTES = 8 * 1024**2
 """Size of files from which on processes are worth their start."""
 MOST_PROCESSES = 8
 """One process reads for them and writes, and cannot feed more."""
+COLLECT_AFTER = 100_000
+"""New objects between two looks of the garbage collector through rows at work, which take a fifth of the time else."""
+TICK_S = 0.5
+GRACE_S = 3.0
+"""Time in which an executor notices that a process ended: it does not where it waits for the rest of a result."""
+END_S = 5.0
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -55,6 +61,7 @@ SCHEMA = pa.schema(
         ("bytes", pa.int32()),
     ]
 )
+ENDED = "a process that encodes rows ended: the others are encoded by one process"
 Chunk = Sequence[tuple[int, Example]]
 """Examples, each with the index of its file."""
 OnProblem = Callable[[Problem], None]
@@ -71,6 +78,18 @@ def num_processes(num_proc: int | None, *, num_bytes: int) -> int:
     if num_proc is not None:
         return num_proc
     return min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1
+
+
+@contextmanager
+def rare_collection() -> Iterator[None]:
+    """A block in which the garbage collector looks as rarely through rows at work as in the processes of a pool."""
+    before = gc.get_threshold()
+    if before[0]:  # 0: it is off
+        gc.set_threshold(max(before[0], COLLECT_AFTER), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +256,7 @@ class Encoding:
             with closing(_Pool(self._renderer, self._num_proc)) as pool:
                 for read, encoded in pool.in_order(reads):
                     if encoded is None and len(self.notes) == 1:
-                        self.notes.append("a process that encodes rows ended: the others are encoded by one process")
+                        self.notes.append(pool.note)
                     yield read, encode(self._renderer, read.chunk) if encoded is None else encoded
         else:
             for read in reads:
@@ -291,12 +310,16 @@ class _Pool:
         context = multiprocessing.get_context("spawn")
         theirs, self._lifeline = context.Pipe(duplex=False)
         self._most_ahead = 2 * num_proc
+        self._is_broken = False
+        self.note = ""
+        """The reason of the first chunk that was not encoded by a process."""
         self._executor = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(renderer, theirs))
 
     def in_order(self, reads: Iterator[_Read]) -> Iterator[tuple[_Read, Encoded | None]]:
-        """Each chunk that is read and its rows; None for a chunk that no process is left to encode.
+        """Each chunk that is read and its rows; None for a chunk that the caller has to encode: no process is left, or
+        the one that had it failed, as for want of memory.
 
-        Raises what `encode` raised in a process.
+        Raises the TunesmithError that `encode` raised in a process.
         """
         ahead: deque[tuple[_Read, Future[Encoded] | None]] = deque()
         for read in reads:
@@ -307,19 +330,68 @@ class _Pool:
             yield self._result(*ahead.popleft())
 
     def close(self) -> None:
-        """Kill the processes."""
-        self._lifeline.close()
-        self._executor.shutdown(cancel_futures=True)
+        """Kill the processes. No wait is without end: one may have been killed in the middle of writing a result."""
+        processes = list((self._executor._processes or {}).values())
+        results: Any = self._executor._result_queue
+        manager: Any = self._executor._executor_manager_thread
+        try:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+        finally:
+            self._lifeline.close()
+            for process in processes:
+                process.kill()
+            if results is not None:
+                results._writer.close()  # the last one: the thread that waits for the rest of a result sees an end
+            if manager is not None:
+                manager.join(END_S)
+            for process in processes:
+                process.join(END_S)
 
     def _submit(self, chunk: Chunk) -> Future[Encoded] | None:
-        with suppress(BrokenProcessPool), spawning():
-            return self._executor.submit(_encode_there, chunk)
+        if self._is_broken:
+            return None
+        try:
+            with spawning():
+                return self._executor.submit(_encode_there, chunk)
+        except BrokenProcessPool:
+            self._give_up(ENDED)
+        except Exception as error:  # an encoder that cannot be pickled, no memory for a process, ...
+            self._give_up(f"no process starts to encode rows, which one process does: {_line(error)}")
         return None
 
     def _result(self, read: _Read, future: Future[Encoded] | None) -> tuple[_Read, Encoded | None]:
-        with suppress(BrokenProcessPool):
-            return read, None if future is None else future.result()
+        if future is None or not self._is_done(future):
+            return read, None
+        try:
+            return read, future.result()
+        except TunesmithError:
+            raise
+        except BrokenProcessPool:
+            self._give_up(ENDED)
+        except Exception as error:  # what is wrong with the rows is raised again where they are encoded next
+            self.note = self.note or f"rows that a process did not encode are encoded by this one: {_line(error)}"
         return read, None
+
+    def _is_done(self, future: Future[Encoded]) -> bool:
+        """Wait for it, but not for ever: a process that dies in the middle of writing a result leaves the executor
+        waiting for the rest."""
+        num_ticks = 0
+        while not self._is_broken and not wait([future], TICK_S).done:
+            has_ended = not all(process.is_alive() for process in list(self._executor._processes.values()))
+            num_ticks = num_ticks + 1 if has_ended else 0
+            if num_ticks * TICK_S >= GRACE_S:
+                self._give_up(ENDED)
+        return future.done() and not future.cancelled()
+
+    def _give_up(self, note: str) -> None:
+        if not self._is_broken:
+            self._is_broken = True
+            self.note = self.note or note
+            self.close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 _RENDERER: list[Renderer] = []
@@ -333,7 +405,7 @@ def _start_worker(renderer: Renderer, lifeline: Connection) -> None:
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     gc.collect()
     gc.freeze()  # what is there now stays
-    gc.set_threshold(100_000)  # or the collector looks again and again through rows at work, for a fifth of the time
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def _end_with(lifeline: Connection) -> None:

@@ -9,7 +9,9 @@ FILE.progress.json   the identity of model, rows and options; of a complete file
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tunesmith.errors import InputError, StorageError
 from tunesmith.runs import atomic
 
 COMPLETE = "complete: its SHA-256"
+MOVES_OPEN_FILES = sys.platform != "win32"
+"""Whether the system renames and removes files that are open."""
 
 
 class OutputFile:
@@ -51,8 +55,10 @@ class OutputFile:
                 self._check_identity()
                 self._read_lines()
         except BaseException:
-            if not os.fstat(self._file.fileno()).st_size:
-                self.part.unlink(missing_ok=True)
+            self._release()
+            with suppress(OSError):
+                if not self.part.stat().st_size:
+                    self.part.unlink()
             self._file.close()
             raise
 
@@ -79,7 +85,13 @@ class OutputFile:
                 "--overwrite."
             )
         self.is_complete = exists and whole is not None
-        if exists and whole is None:  # of an earlier version, or killed before the last line of `finish`
+        if exists and whole is None:  # an earlier version wrote under this name from the start
+            if os.fstat(self._file.fileno()).st_size:
+                raise InputError(
+                    f"{self.path}: is there unfinished, and {self.part.name} too, which one is to be continued is "
+                    "not known. Remove one of them, choose another --out, or start again with --overwrite."
+                )
+            self._release()
             os.replace(self.path, self.part)
             self._file.close()
             self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115
@@ -119,14 +131,21 @@ class OutputFile:
         with atomic.storing(self.path):
             facts = {**self._identity, COMPLETE: atomic.sha256_file(self.part)}
             atomic.write_atomic(self._progress, atomic.to_json(facts, indent=True) + b"\n")
+            self._release()
             os.replace(self.part, self.path)
         self.close()
 
     def close(self) -> None:
         """Close the file, to be continued by a later call."""
+        self._release()
         if self.is_complete:
             self.part.unlink(missing_ok=True)
         self._file.close()
+
+    def _release(self) -> None:
+        """Close the file where only a closed one can be renamed or removed; elsewhere it keeps its lock until then."""
+        if not MOVES_OPEN_FILES:
+            self._file.close()
 
 
 def _lock(descriptor: int, path: Path) -> None:
