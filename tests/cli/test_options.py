@@ -218,5 +218,6 @@ def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch
     told = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
     assert set(told["extras"]) == set(EXTRAS)
     assert told["extras"]["peft"] is False
+    assert isinstance(told["threads"], int)
     lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output.splitlines()
     assert any(line.startswith("extra peft") and "not installed" in line for line in lines)

@@ -164,6 +164,7 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert "its rank is 600, and vLLM takes 512 at most. Export merged" in lines("chat", r=600)["vLLM"]
     assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
+    assert lines("chat", target_modules="model.*_proj") == lines("chat")  # an expression
     assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
     assert "export gguf-adapter for" in lines("chat", use_rslora=True)["llama.cpp"]
     assert lines("chat", use_dora=True)["vLLM"].startswith("no: it rescales rows of weights (DoRA)")

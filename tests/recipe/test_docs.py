@@ -141,4 +141,5 @@ def test_schema_describes_every_option():
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["$defs"]["Optim"]["properties"]["lr"]["description"].startswith("Peak learning rate.")
     assert {"type": "string"} in schema["properties"]["method"]["anyOf"]
+    assert "RegisteredMethod" not in str(schema), "any name would be a method"
     assert "string" in schema["$defs"]["Data"]["properties"]["train"]["type"]

@@ -271,6 +271,42 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
     assert asked.engine.state().restarts == 1
 
 
+def test_a_worker_that_sends_something_else_is_ended() -> None:
+    async def scene() -> str:
+        code = "import time; print('{', flush=True); time.sleep(300)"
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe)
+        worker = engine.WorkerProcess(process, on_message=lambda message: None)
+        worker._tasks.append(asyncio.create_task(worker._read()))
+        why = await asyncio.wait_for(worker.ended(), 60)
+        await worker.end()
+        return why
+
+    assert asyncio.run(scene()) == "it sent a message that cannot be read"
+
+
+def test_whatever_a_crash_interrupts_gets_500_and_what_waits_503() -> None:
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS, on_note=lambda text: None)
+    waiting, started, reading = calls = (
+        engine._Call(), engine._Call(has_started=True), engine._Call(is_generation=False)
+    )  # fmt: skip
+    made._calls = dict(enumerate(calls))
+    made._fail_all("it ended", status=500, code="engine_crashed")
+    assert [call.events.get_nowait().status for call in (waiting, started, reading)] == [503, 500, 500]
+
+
+def test_log_probabilities_count_as_unread() -> None:
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS, on_note=lambda text: None)
+    call = made._calls[0] = engine._Call()
+    listed = {"text": "a", "bytes": [97], "logprob": -1.0}
+    token = {**listed, "top": [{**listed, "top": []}] * 20}
+    for _ in range(engine.MAX_UNREAD // 22):
+        made._on_message({"events": [[0, "Delta", {"index": 0, "text": "a", "tokens": [token]}]]})
+    assert not call.is_abandoned
+    made._on_message({"events": [[0, "Delta", {"index": 0, "text": "a", "tokens": [token]}]]})
+    assert call.is_abandoned
+
+
 def test_a_child_that_hangs_is_seen_and_started_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "UNHEALTHY_S", 1.0)
     monkeypatch.setattr(engine, "HANGS_S", 3.0)

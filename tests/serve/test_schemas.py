@@ -74,6 +74,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "string", "format": "nonsense"}, "nonsense"),
     ({"type": "string", "pattern": "^(?!a).*$"}, "look-ahead"),
     ({"type": "string", "enum": ["x" * 40_000]}, "characters"),
+    ({"type": "object", "x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
 ]  # fmt: skip
 
 
@@ -111,6 +112,22 @@ def test_a_keyword_that_cannot_be_enforced_is_refused_by_name(
     with pytest.raises(RequestError, match=said) as error:
         grammars.compile(schema)
     assert (error.value.status, error.value.code) == (400, "invalid_schema")
+
+
+def test_answers_of_one_schema_do_not_share_their_place(grammars: JsonGrammars) -> None:
+    make = grammars.compile({"type": "object"})
+    first, second = make(), make()
+    before_V, after_V = torch.zeros(len(TOKENIZER)), torch.zeros(len(TOKENIZER))
+    second.mask(before_V)
+    first.accept(int(torch.isfinite(before_V).nonzero()[0]))
+    second.mask(after_V)
+    assert torch.equal(before_V, after_V)
+
+
+def test_a_tokenizer_that_the_library_cannot_read_is_said() -> None:
+    with pytest.raises(RequestError, match="cannot read this model's tokenizer") as error:
+        JsonGrammars(object(), vocab_size=3, stop_ids=[2])
+    assert error.value.code == "unsupported_parameter"
 
 
 def test_schemas_of_pydantic_are_accepted(grammars: JsonGrammars) -> None:

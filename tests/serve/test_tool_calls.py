@@ -57,6 +57,7 @@ JSON: list[tuple[str, str, int]] = [
     ('{"name": "find", "parameters": {"word": "fox ä", "num": 2}}', "", 1),
     (' {"name": "find", "arguments": {"word": "fox ä", "num": 2}} ', "", 1),
     ('{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', 0),
+    ('{"name": ["find"], "parameters": {}}', '{"name": ["find"], "parameters": {}}', 0),
     ('{"a": 1}', '{"a": 1}', 0),
     ("{", "{", 0),
     ('Hello {"name": "find"}', 'Hello {"name": "find"}', 0),

@@ -317,7 +317,8 @@ class RunDisplay:
             self.console.print(str(run.path))
         else:
             self.console.print(f"\nThe result is in {run.path}, its report in report.html. Next:\n")
-            for verb, *more in TASKS[self.history.plan["task"]].next_commands:
+            task = TASKS.get(self.history.plan.get("task", ""))
+            for verb, *more in task.next_commands if task else (("eval", "FILE"), ("show",)):
                 self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
 
 

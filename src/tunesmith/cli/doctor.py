@@ -37,8 +37,9 @@ def doctor(as_json: Json = False) -> None:
         return
     screen = console()
     for name, value in found.items():
-        if name != "extras":
-            screen.print(f"{name:<14} {value}", soft_wrap=True)
+        if name not in ("extras", "threads reason"):
+            why = f": {found['threads reason']}" if name == "threads" else ""
+            screen.print(f"{name:<14} {value}{why}", soft_wrap=True)
     for name, is_here in found["extras"].items():
         state = "" if is_here else f"; not installed: {install_command(name)}"
         screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
@@ -63,7 +64,8 @@ def findings() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": f"{device.value}: {device.reason}",
         "precision": f"{precision.value}: {precision.reason}",
-        "threads": f"{threads}: {why}",
+        "threads": threads,
+        "threads reason": why,
         "disk free": size(shutil.disk_usage(".").free),
         "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }

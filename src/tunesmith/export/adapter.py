@@ -253,7 +253,9 @@ def more_than_low_rank(result: RunResult, config: Mapping[str, Any]) -> str | No
     }
     if why := next((why for why, is_so in unread.items() if is_so), None):
         return why
-    touched = [name for name in config.get("target_modules") or [] if name.rpartition(".")[2] in _EMBEDDINGS]
+    targets = config.get("target_modules") or []
+    names = result.adapted if isinstance(targets, str) else targets  # a string is an expression
+    touched = [name for name in names if name.rpartition(".")[2] in _EMBEDDINGS]
     return f"it adapts {', '.join(touched)}" if touched else None
 
 

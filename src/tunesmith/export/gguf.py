@@ -323,7 +323,7 @@ def load_model(folder: Path, recipe: Recipe) -> TorchModel:
     if found["missing_keys"]:
         raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
     if ROPE_FACTORS in header.tensors:
-        model.base_model.rotary_emb.inv_freq.div_(dict(read_tensors(path))[ROPE_FACTORS])
+        model.base_model.rotary_emb.inv_freq.div_(dict(read_tensors(path, only=ROPE_FACTORS))[ROPE_FACTORS])
     by = f"transformers {version('transformers')}"
     return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
 
@@ -361,10 +361,11 @@ def _read_model(path: Path, header: GgufHeader, dtype: torch.dtype) -> PreTraine
     return model
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file by llama.cpp's name, as float32."""
+def read_tensors(path: Path, *, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file, or only one, by llama.cpp's name, as float32."""
     for tensor in gguf.GGUFReader(path).tensors:
-        yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if only in (None, tensor.name):
+            yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:

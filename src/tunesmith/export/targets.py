@@ -21,9 +21,7 @@ TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, G
 
 def check_options(target: str, options: ExportOptions) -> ExportTarget:
     """The target. Raises InputError if there is none of this name, or it does not read an option."""
-    if target not in TARGETS:
-        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
-    chosen = TARGETS[target]
+    chosen = _find(target)
     if options.license is not None and not options.license.isprintable():
         raise InputError(f"--license: {options.license!r}: a license is named on one line, such as apache-2.0.")
     for key, default in asdict(ExportOptions()).items():
@@ -35,6 +33,12 @@ def check_options(target: str, options: ExportOptions) -> ExportTarget:
         if key in chosen.reads and value not in known:
             raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
     return chosen
+
+
+def _find(target: str) -> ExportTarget:
+    if target not in TARGETS:
+        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
+    return TARGETS[target]
 
 
 def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
@@ -53,8 +57,8 @@ def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
 
 
 def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:
-    """The folder of an export unless another is named."""
-    quant = f"-{(options or ExportOptions()).quant}" if TARGETS[target].quants else ""
+    """The folder of an export unless another is named. Raises InputError if there is no such target."""
+    quant = f"-{(options or ExportOptions()).quant}" if _find(target).quants else ""
     return run.path / "exports" / f"{target}{quant}"
 
 

@@ -210,7 +210,9 @@ def schema() -> dict[str, Any]:
         for name in names:
             found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
     method = found["properties"]["method"]
-    method["anyOf"] = [text, *method.pop("oneOf")]
+    added = {"$ref": "#/$defs/RegisteredMethod"}  # stands for methods from outside, whose keys are not known here
+    method["anyOf"] = [text, *(one for one in method.pop("oneOf") if one != added)]
+    del found["$defs"]["RegisteredMethod"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 

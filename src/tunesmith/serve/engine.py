@@ -19,6 +19,7 @@ import orjson
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.serve.protocol import (
+    Delta,
     Engine,
     EngineOptions,
     EngineState,
@@ -43,8 +44,8 @@ WATCH_S = 1.0
 MAX_PAUSE_S = 30.0
 LONG_LIFE_S = 60.0
 """A worker that lived so long is started again at once."""
-MAX_UNREAD = 16_384
-"""Events that may wait for a client that does not read: some 10 MiB."""
+MAX_UNREAD = 32_768
+"""Events and listed log probabilities that may wait for a client that does not read: some 10 MiB."""
 MAX_LINE_BYTES = 1 << 28
 MAX_PRINTED = 20
 """Lines of the worker's output kept for the reason of its end."""
@@ -107,9 +108,9 @@ class WorkerProcess:
 
     async def ended(self) -> str:
         """The reason of the worker's end, once it has ended."""
-        outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
         self.is_alive = False
-        if any(isinstance(outcome, Exception) for outcome in outcomes):
+        if any(not task.cancelled() and task.exception() for task in done):
             self.kill("it sent a message that cannot be read")
         code = await self.process.wait()
         if self._why_ended:
@@ -187,7 +188,9 @@ class _Call:
     """A request under way; one that is not for generation has a single event, its reply."""
 
     n: int = 1
+    is_generation: bool = True
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    num_unread: int = 0
     is_abandoned: bool = False
     has_started: bool = False
     num_finished: int = 0
@@ -239,6 +242,7 @@ class WorkerEngine:
         try:
             while not is_over:
                 event = await call.events.get()
+                call.num_unread -= _weight(event)
                 call.num_finished += isinstance(event, Finished)
                 is_over = isinstance(event, RequestError) or call.num_finished == call.n
                 if isinstance(event, RequestError):
@@ -260,7 +264,7 @@ class WorkerEngine:
         return vectors, num_tokens
 
     async def _reply(self, message: Mapping[str, Any]) -> Any:
-        worker, key, call = self._open(_Call())
+        worker, key, call = self._open(_Call(is_generation=False))
         try:
             worker.send({"key": key, **message})
             event = await call.events.get()
@@ -329,7 +333,8 @@ class WorkerEngine:
                 continue
             call.has_started = call.has_started or isinstance(event, Started)
             call.events.put_nowait(event)
-            if call.events.qsize() > MAX_UNREAD:
+            call.num_unread += _weight(event)
+            if call.num_unread > MAX_UNREAD:
                 call.is_abandoned = True
                 call.events = asyncio.Queue()
                 message_ = "the answer was not read, and was abandoned"
@@ -364,8 +369,13 @@ class WorkerEngine:
 
     def _fail_all(self, message: str, *, status: int, code: str) -> None:
         for call in self._calls.values():
-            error = RequestError(message, status=status if call.has_started else 503, code=code)
+            waits = call.is_generation and not call.has_started
+            error = RequestError(message, status=503 if waits else status, code=code)
             call.events.put_nowait(error)
+
+
+def _weight(event: StreamEvent | RequestError) -> int:
+    return 1 + sum(1 + len(token.top) for token in event.tokens) if isinstance(event, Delta) else 1
 
 
 async def _watch(worker: WorkerProcess) -> None:

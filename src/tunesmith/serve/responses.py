@@ -418,11 +418,12 @@ class ToolCallParser:
         except (ValueError, RecursionError):
             call = None
         arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
-        if not isinstance(arguments, dict) or call.get("name") not in self._tools:
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self._tools:
             yield from self._text(text)
             return
         self._blank = ""
         # Nine letters and digits, as Mistral's templates require.
         identifier, written = secrets.token_hex(5)[:9], json.dumps(arguments, ensure_ascii=False)
-        yield ToolCall(0, self.num_calls, identifier, call["name"], written)
+        yield ToolCall(0, self.num_calls, identifier, name, written)
         self.num_calls += 1

@@ -156,10 +156,17 @@ class JsonGrammars:
             message = "answers in JSON need the package llguidance, which is not installed on the server"
             raise RequestError(message, code="unsupported_parameter", param="response_format") from error
         self._matcher = llguidance.LLMatcher
-        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(stop_ids) or None)
+        eos = list(stop_ids) or None
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+        except ValueError as error:
+            message = f"answers in JSON are not supported: llguidance cannot read this model's tokenizer: {error}"
+            raise RequestError(message, code="unsupported_parameter", param="response_format") from error
 
     def compile(self, schema: Mapping[str, Any]) -> Callable[[], Grammar]:
         """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
+        if "x-guidance" in schema:
+            raise _invalid("the schema cannot be enforced: x-guidance would change how it is enforced: leave it out")
         text = json.dumps(_simplified(schema) or {"type": "object"})
         if len(text) > MAX_SCHEMA_CHARS:
             raise _invalid(f"the schema has {len(text):,} characters, at most {MAX_SCHEMA_CHARS:,} are taken")
@@ -167,7 +174,8 @@ class JsonGrammars:
         is_error, messages = self._matcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if is_error or messages:
             raise _invalid(f"the schema cannot be enforced: {'; '.join(messages)[:500]}")
-        return lambda: _JsonGrammar(self._matcher(self._tokenizer, grammar, log_level=0))
+        first = self._matcher(self._tokenizer, grammar, log_level=0)
+        return lambda: _JsonGrammar(first.deep_copy())
 
 
 class _JsonGrammar:

@@ -70,8 +70,8 @@ def main() -> int:
 class Worker:
     """Answers messages, one step of all requests after another.
 
-    Prompts are rendered, tokenized and their schemas compiled on a second thread: a megabyte of text takes a tokenizer
-    seconds, for which the answers under way do not wait.
+    Prompts are rendered and tokenized on a second thread, and those with a schema to compile on a third: a megabyte of
+    text takes a tokenizer seconds, for which the answers under way do not wait, nor does a prompt for a schema.
     """
 
     def __init__(self, registry: Registry, options: EngineOptions, send: Send, *, limit: int) -> None:
@@ -80,7 +80,7 @@ class Worker:
         self._options = options
         self._send = send
         self._preparing: set[int] = set()
-        self._preparer = ThreadPoolExecutor(1)
+        self._plain_preparer, self._schema_preparer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         decoders = registry.decoders
         free = limit - resident_bytes() - SCRATCH_BYTES
         self._schedulers = {
@@ -103,7 +103,8 @@ class Worker:
                 scheduler.cancel(message["cancel"])
         elif "request" in message:
             self._preparing.add(message["key"])
-            self._preparer.submit(self.prepare, message)
+            has_schema = message["request"].get("json_schema") is not None
+            (self._schema_preparer if has_schema else self._plain_preparer).submit(self.prepare, message)
         elif "prepared" in message:
             if message["key"] in self._preparing:
                 self._preparing.discard(message["key"])
@@ -115,7 +116,7 @@ class Worker:
                 self._refuse(message["key"], error)
 
     def prepare(self, message: Mapping[str, Any]) -> None:
-        """Put a request, ready for its scheduler, or its error into the inbox. Runs on the second thread."""
+        """Put a request, ready for its scheduler, or its error into the inbox. Runs on a thread of its own."""
         key = message["key"]
         if key not in self._preparing:
             return
