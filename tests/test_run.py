@@ -128,7 +128,7 @@ def test_open_says_what_is_wrong(root, tmp_path):
         Run.open(tmp_path, root)
     for _ in range(7):
         Run.create(root, "x", "")
-    with pytest.raises(RunError, match=r"the names of 7 runs in .* begin with it: .* and 2 more"):
+    with pytest.raises(RunError, match=r"the names of 7 runs in .* begin with it: .* and 1 more"):
         Run.open("x", root)
     with pytest.raises(RunError, match="no such run"):
         Run.open("", root)
