@@ -180,7 +180,7 @@ def _opened(run: Run | str | PathLike[str], root: str | PathLike[str], model: st
 
 
 def _where(target: Run | str | PathLike[str], model: str | PathLike[str] | None) -> str | None:
-    """Where the base of a run is now: as it is said here, or as the run was opened."""
+    """The place of a run's base now: the one given here, or the one the run was opened with."""
     if model is not None:
         return fspath(model)
     return target.base if isinstance(target, Run) else None

@@ -1,4 +1,4 @@
-"""What a run will need, in words: memory, time and disk of a "plan" event's forecast."""
+"""Needs of a run in words: memory, time and disk of a "plan" event's forecast."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _resolve(
 
 
 def _small_disk(forecast: Any, root: Path) -> str:
-    """What to say where the disk has less room than the run takes; empty: it has enough."""
+    """A warning if the disk has less room than the run takes; empty: it has enough."""
     from tunesmith.cli.render import size
     from tunesmith.training.disk import free_bytes
 

@@ -60,7 +60,7 @@ class Method:
     reads_tokens: bool = False
     """`attach` takes `tokens`, all ids that training can meet, ascending; None where they are not known."""
     kept_activations: float = 1.33
-    """How often a layer keeps the inputs and outputs of its linear layers for its backward: measured, for forecasts."""
+    """Times that a layer keeps the inputs and outputs of its linear layers for its backward; measured."""
     package: str | None = None
     """The optional package that it needs."""
 

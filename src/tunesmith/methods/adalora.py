@@ -23,7 +23,7 @@ KIND = "ADALORA"
 SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """peft's names of its state of every matrix: the last sensitivity, the means of it and of its deviation."""
 MASK = "mask"
-"""Which of a layer's singular values count."""
+"""Mask of a layer's singular values that count."""
 
 
 def schedule_problems(config: Any) -> list[str]:

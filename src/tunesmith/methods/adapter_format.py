@@ -417,7 +417,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _find_whole(folder: Path, saved: SavedConfig, model: PreTrainedModel, targets: Sequence[Target]) -> Whole:
-    """What an adapter brings whole, as peft finds it: modules by the ends of their names, biases by a word."""
+    """Weights that an adapter brings whole, as peft finds them: modules by name endings, biases by a word."""
     ends = tuple(saved.config.get("modules_to_save") or ())
     found = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
     head = tuple(name for name in heads.new_head_names(model) if is_inside(name, found))

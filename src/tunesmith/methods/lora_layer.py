@@ -28,7 +28,7 @@ from tunesmith.models.quantized import QuantizedLinear, product
 from tunesmith.recipe.methods import Start
 
 ITERATIONS = 8
-"""Of subspace iteration."""
+"""Iterations of the subspace method."""
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 """A frozen weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""

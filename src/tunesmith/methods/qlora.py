@@ -63,7 +63,7 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
 
 
 def base_format(settings: QloraMethod) -> str:
-    """How the weights of the base are stored, in words."""
+    """Storage of the base's weights, in words."""
     return f"{settings.quant}{' with scales in 8 bits' if settings.double_quant else ''}"
 
 

@@ -1,4 +1,4 @@
-"""How much a run measures where the recipe leaves it open: at most about a third of the run, however short it is.
+"""The amount that a run measures if the recipe leaves it open: at most about a third of the run, however short it is.
 
 What is counted are tokens, so that the same command decides the same on a machine that is slow today.
 """
@@ -21,21 +21,21 @@ FEW_HELD = 50
 FEW_PROMPTS = 4
 """Prompts that are answered at least, if any are."""
 TRAINED = 3.0
-"""What a trained token costs, in tokens that are only read: SmolLM2 in LoRA 3.4 times as much, by its forecast."""
+"""Cost of a trained token, in tokens that are only read: SmolLM2 in LoRA 3.4 times as much, by its forecast."""
 SHARE = 1 / 3
-"""Of a run, most that measuring takes."""
+"""Largest share of a run that measuring takes."""
 WORD = 80
-"""What the next word of some answers costs, in tokens that are read together, since every weight comes from memory for
+"""Cost of the next word of some answers, in tokens that are read together, since every weight comes from memory for
 it: 86 by the forecast of SmolLM2 on two cores; more on a card."""
 GENERAL_TOKENS = 5400
-"""Of the general text, by the tokenizer of SmolLM2."""
+"""Tokens of the general text, by the tokenizer of SmolLM2."""
 UNNOTICED_S = 10.0
-"""Of measuring that no run does without: as long as its start takes."""
+"""Seconds of measuring in every run: as long as its start takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSize:
-    """What the decision rests on."""
+    """Inputs of the decision."""
 
     num_parameters: int
     device: str

@@ -41,7 +41,7 @@ TEXT_TOKENS = 1024
 TEXT_STEP_TOKENS = 4096
 """Targets of an update for task text."""
 OPERATIONS = 6
-"""Of a step for each weight and token, forward and backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+"""Operations of a step for each weight and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
 OPERATIONS_PER_SECOND = {"cpu": 1e11, "mps": 2e12}
 """A low guess of the speed of a device; others: 1e13."""
 SAFE_SECONDS = 30.0
@@ -54,7 +54,7 @@ UNBOUNDED_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the decisions depend on."""
+    """Inputs of the decisions."""
 
     num_parameters: int
     device: str

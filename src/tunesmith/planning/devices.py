@@ -22,7 +22,7 @@ performance summary, Llama 3 8B and Qwen2.5 7B)."""
 CUDA_LAUNCH, CPU_LAUNCH = 5e-6, 35e-6
 """Seconds to start one operation; on a processor, which waits for it, with the code of the model and of torch."""
 CUDA_CONTEXT = 800 * 2**20
-"""What CUDA and its libraries keep on a card for one process that computes."""
+"""Memory that CUDA and its libraries keep on a card for one process that computes."""
 CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
 

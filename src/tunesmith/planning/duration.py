@@ -25,7 +25,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName
 
 Kind = Literal["starting", "training", "held_out", "surprising", "general", "answering", "saving", "finishing"]
-"""What a run does, and what is counted of it:
+"""Kinds of work in a run, and the counts of each:
 
     starting    once: from the start of the process to the first event, without encoding rows
     training    steps
@@ -40,7 +40,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SPREAD = 0.5
 """Share by which a total by formula alone may be off, either way."""
 MOVED = 16
-"""How often a step reads or writes the inputs and outputs of the linear layers outside of matrix products."""
+"""Times that a step reads or writes the inputs and outputs of the linear layers outside of matrix products."""
 OPERATIONS = 150
 """Operations that a layer starts in a step."""
 DECODE_LAUNCH = 1e-3
@@ -56,7 +56,7 @@ class Work:
     """A kind of work."""
 
     count: float
-    """How often it is done in a run."""
+    """Times that it is done in a run."""
     price: float
     """Seconds of once."""
 
@@ -83,7 +83,7 @@ class Duration:
         return self.work["training"].price
 
     def at(self, prices: Mapping[Kind, float], spread: float) -> Duration:
-        """The same work at other prices, as far as they are known."""
+        """This work at other prices, as far as they are known."""
         work = {kind: replace(one, price=prices.get(kind, one.price)) for kind, one in self.work.items()}
         return Duration(work, spread)
 
@@ -121,7 +121,7 @@ def kept_checkpoints(recipe: Recipe, steps: int) -> int:
 
 
 def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
-    """How often a run does each kind of work. `general_tokens`: 0 where the general text is not measured."""
+    """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured."""
     every = recipe.evaluation.every
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
     prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))

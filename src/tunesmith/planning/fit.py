@@ -35,7 +35,7 @@ class Alternative:
     total: int
     """Predicted peak, bytes."""
     needs: str = ""
-    """What has to be installed first; empty: nothing."""
+    """Packages to install first; empty: none."""
 
     def words(self) -> str:
         """For the command line, with the prediction."""
@@ -84,7 +84,7 @@ def _layers_choice(recipe: Recipe, without: Forecast, forecast: Forecast) -> Cho
 
 
 def _fewest_layers(recipe: Recipe, predict: Predict) -> tuple[Recipe, Forecast]:
-    """With as few layers recomputed as fit easily; all if that is not enough, none if it makes no difference."""
+    """Recompute as few layers as fit easily; all if that is not enough, none if it makes no difference."""
     plain = predict(recipe)
     if _easily(plain) or not plain.num_layers:
         return recipe, plain
@@ -110,7 +110,7 @@ def _easily(forecast: Forecast) -> bool:
 
 
 def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int) -> DoesNotFitError:
-    """What to tell of a run that does not fit: what it needs, and the nearest plans that do."""
+    """Refusal of a run that does not fit: its needs, and the nearest plans that do."""
     found = nearest(recipe, predict, longest=longest)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in forecast.memory.parts().items() if size)
     lines = [

@@ -1,4 +1,4 @@
-"""What a run will need before its model is loaded, by formula: memory by component, time, disk."""
+"""Estimate the needs of a run before its model is loaded, by formula: memory by component, time, disk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Disk:
 
     rows: int
     checkpoints: int
-    """Those kept, and the one that is being written."""
+    """Checkpoints that are kept, and the one being written."""
     result: int
 
     @property
@@ -108,7 +108,7 @@ class Forecaster:
     base: int
     """Bytes that the process holds with its libraries and without a model."""
     general_tokens: int = 0
-    """Of the general text; 0 where it is not measured."""
+    """Tokens of the general text; 0 if it is not measured."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
     _plans: dict[tuple[str, int], tuple[StepSampler, list[Heavy], Load]] = field(default_factory=dict)
 

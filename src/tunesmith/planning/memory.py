@@ -41,7 +41,7 @@ from tunesmith.types import HeadName, Labels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AT_WORK = 0.7
-"""What the backward of a layer holds besides what the layer kept, in inputs and outputs of its linear layers."""
+"""Memory that the backward of a layer holds besides kept activations, in inputs and outputs of its linear layers."""
 LIBRARIES = 48 * 2**20
 """Code of torch, its threads and the model's classes, loaded at first use."""
 COMPILED = 650 * 1024
@@ -67,7 +67,7 @@ class Sizes:
     recomputable: int
     """Layers whose activations can be recomputed, the first ones: all or none."""
     kept: float
-    """How often a layer keeps these for its backward: the method's row says."""
+    """Times that a layer keeps these for its backward: the method's row says."""
     first: int
     """Index of the first layer with gradients: the layers below keep nothing."""
     linear_weights: int
@@ -96,14 +96,14 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a micro-batch computes."""
+    """Sizes of a micro-batch."""
 
     tokens: int
     targets: int
     squares: int = 0
     """Sum of the squared lengths of its rows: each head has as many scores."""
     short_squares: int = 0
-    """The same of rows of at most `LONGEST` tokens, whose scores are kept on a processor in bfloat16."""
+    """Sum of squares for rows of at most `LONGEST` tokens, whose scores are kept on a processor in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)

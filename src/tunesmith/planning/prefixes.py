@@ -21,7 +21,7 @@ KEY = "kernels.shared_beginnings"
 
 @dataclass(frozen=True, slots=True)
 class CommonPrefixes:
-    """How much rows share."""
+    """Tokens that rows share."""
 
     saved: float
     """Share of the tokens of the first steps that need not be computed."""
@@ -30,7 +30,7 @@ class CommonPrefixes:
 
 
 def shared_prefixes(plan: StepSampler, store: RowStore) -> CommonPrefixes:
-    """What rows of the first steps share: a function of the plan alone."""
+    """Tokens shared by rows of the first steps: a function of the plan alone."""
     plan = filled_by(plan, store)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
@@ -59,7 +59,7 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
 
 
 def filled_by(plan: StepSampler, store: RowStore) -> StepSampler:
-    """The same steps, in micro-batches filled by what is computed where prefixes are shared."""
+    """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
     return replace(plan, ids_of=lambda index: store.row(index).ids)
 
 

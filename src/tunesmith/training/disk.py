@@ -37,7 +37,7 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Of the disk of a folder that is there or will be; None where the system does not say."""
+    """Free bytes on the disk of a folder that exists or will; None if the system does not say."""
     place = next((one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()), None)
     try:
         return None if place is None else shutil.disk_usage(place).free

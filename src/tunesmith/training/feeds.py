@@ -65,7 +65,7 @@ def feeds(
 
 
 def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
-    """What differs where the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
+    """Name the difference if the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
     rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
     plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
     shared = share_prefixes(plain, [row.ids for row in rows])
@@ -86,7 +86,7 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
 
 
 def _whole(row: Row) -> Row:
-    """The same row with every token as a target."""
+    """The row with every token as a target."""
     trained = row.trained.copy()
     trained[:] = True
     return Row(row.ids, trained, row.source)

@@ -1,4 +1,4 @@
-"""What is known of a run before a row is encoded: its model, task, method, device and the longest row."""
+"""Inputs of a run before a row is encoded: its model, task, method, device and the longest row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tunesmith.types import Choice, HeadName, ModelKind
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before a row is encoded."""
+    """Facts that are known before a row is encoded."""
 
     recipe: Recipe
     choices: list[Choice]
@@ -41,7 +41,7 @@ class Inputs:
     kind: ModelKind
     head: HeadName
     own_classes: tuple[str, ...]
-    """Of the head that the model has already."""
+    """Labels of the head that the model has already."""
     renderer: Renderer
     added: NewTokens
     """Tokens that the recipe adds."""

@@ -79,15 +79,15 @@ class Timed:
 
     seconds: float
     count: float = 1
-    """How often; the tokens of a step."""
+    """Repetitions; the tokens of a step."""
     step: int = 0
-    """Which step of the run; 0: none."""
+    """Number of the step in the run; 0: none."""
     num_bytes: int = 0
 
 
 @dataclass
 class Found:
-    """What a probe measured, as far as it came."""
+    """Measurements of a probe, as far as it came."""
 
     steps: list[Timed] = field(default_factory=list)
     """The heaviest one, then some of usual size."""
@@ -333,7 +333,7 @@ def _usual(do: Callable[[T], object], passes: Sequence[T], amounts: Sequence[tup
 
 
 def _word(setup: Setup) -> dict[str, Any]:
-    """What an answer of more tokens takes longer than one of few."""
+    """Extra seconds of an answer of more tokens."""
     if not setup.samples:
         return {}
     prompts = [sample.ids for sample in setup.samples[:ANSWER_BATCH]]

@@ -1,4 +1,4 @@
-"""What can be said of a run before its model is loaded: what is decided, what it will need, whether it fits."""
+"""Resolve a run before its model is loaded: every "auto" decided, its needs estimated, refused if it does not fit."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class ResolvedRun:
     """Resolved: no "auto" is left."""
     choices: list[Choice]
     notes: list[str]
-    """Of the prediction; those of the model and the rows are theirs."""
+    """Notes on the prediction."""
     inputs: Inputs
     rows: Splits
     given: dict[str, Any]
-    """What the recipe said before anything was decided, where that is not the default."""
+    """Options that the recipe gave, where they differ from the defaults."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
 
@@ -137,7 +137,7 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
 def _measuring(
     recipe: Recipe, inputs: Inputs, rows: Splits, device: str, *, cache_dirs: CacheDirs, on_progress: OnProgress
 ) -> tuple[Splits, Recipe, list[Choice]]:
-    """What is measured where the recipe leaves it open; the rows anew where fewer of them are held out for it."""
+    """Decide how much is measured if the recipe leaves it open; the rows again if fewer of them are held out."""
     row = float(rows.store.lengths[rows.train_rows].mean())
     steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
     speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
@@ -211,7 +211,7 @@ def _reason(error: Exception) -> str:
 
 
 def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
-    """Of the general text, where it is measured."""
+    """Tokens of the general text, if it is measured."""
     speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     if not (resolved(recipe.evaluation.general) and speaks):
         return 0
@@ -261,7 +261,7 @@ def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
 
 
 def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
-    """Which rows make which step."""
+    """The sampler that decides which rows make which step."""
     weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
     return StepSampler(
         rows_I=rows.train_rows,
