@@ -69,7 +69,7 @@ def test_what_the_plan_says(straight: Run) -> None:
         assert f"peft puts {kind_of(straight)} on" in notes
     else:
         assert plan["layout"] == "padded"
-        assert "virtual tokens stand before each row" in notes
+        assert "virtual tokens precede each row" in notes
         assert "4 virtual tokens precede every row, shorten its room" in notes
         assert straight.recipe().data.max_tokens == 512 - 4
         assert "cannot be merged" in notes
