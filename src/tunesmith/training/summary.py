@@ -175,7 +175,8 @@ def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
 def versions(recipe: Recipe | None = None) -> dict[str, str]:
     """Versions of this package, Python and the libraries that numbers depend on, with the extras that `recipe` uses."""
     used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
-    used |= {METHODS[recipe.method.name].package} if recipe else set()
+    method = METHODS.get(recipe.method.name) if recipe else None  # "auto" before the recipe is resolved
+    used |= {method.package} if method else set()
     return {
         "tunesmith": __version__,
         "python": platform.python_version(),
