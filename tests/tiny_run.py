@@ -7,10 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
+from tunesmith.runs import checkpoint
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import Listener
 from tunesmith.types import Event
 
 WORDS = ("the quick brown fox jumps over a lazy dog what is tallest mountain", "on Earth yes please hello")
@@ -77,3 +83,32 @@ def _without_times(event: Event) -> Any:
     if event.kind == "plan":  # a repeated run starts from a recipe in which nothing is left to choose
         return {key: value for key, value in event.values.items() if key not in ("choices", "given")}
     return event.values
+
+
+def last_tensors(run: Run) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
+    assert newest is not None
+    return {**newest.weights, **{f"optimizer/{name}": tensor for name, tensor in newest.optimizer.items()}}
+
+
+def same_run(run: Run, reference: Run) -> None:
+    """Weights, optimizer state, result and every event value: bit for bit, no tolerance."""
+    ours, theirs = last_tensors(run), last_tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    result = "adapter/adapter_model.safetensors"
+    if (reference.path / result).exists():
+        ours, theirs = load_file(run.path / result), load_file(reference.path / result)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert values_of(run.events()) == values_of(reference.events())
+
+
+def stop_at(step: int) -> Listener:
+    seen = {"step": 0}
+
+    def on_event(event) -> None:
+        if event.kind == "step":
+            seen["step"] = event.step
+
+    return Listener(on_event=on_event, should_stop=lambda: seen["step"] >= step)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from predict.headed import MANY, ONE, TAGS, headed
+from inference.headed import MANY, ONE, TAGS, headed
 from tiny_tasks import rows_of, task_recipe, texts, write
 from tunesmith.cli.app import app
 from tunesmith.runs.folder import Run

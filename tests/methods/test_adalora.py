@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from methods.test_peft import base_model, by_peft, ids_of, logits, saved
-from test_resume import same_run, stop_at
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import RecipeError, Stopped
 from tunesmith.methods import restore, state_dict
 from tunesmith.methods.adalora import RankAllocation

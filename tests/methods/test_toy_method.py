@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from test_resume import same_run, stop_at
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import RecipeError, Stopped
 from tunesmith.inference.load import load_model, load_run
 from tunesmith.methods import METHODS, Method, full

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from test_resume import same_run, stop_at
 from tiny_model import tiny_model
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.data.collate import build_batch
 from tunesmith.errors import ModelError, RecipeError, Stopped

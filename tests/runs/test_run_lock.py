@@ -16,7 +16,7 @@ from faults import in_child
 from tunesmith.errors import RunError, StorageError
 from tunesmith.runs.folder import Run
 
-SOURCE = Path(__file__).parents[1] / "src"
+SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture

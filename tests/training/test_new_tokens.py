@@ -12,9 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from test_resume import same_run, stop_at
 from tiny import tiny_tokenizer
-from tiny_run import model_folder, tiny_recipe
+from tiny_run import model_folder, same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_base, load_run

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from test_resume import same_run, stop_at
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import RunError, Stopped
 from tunesmith.runs.folder import Run, runs

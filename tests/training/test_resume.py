@@ -14,10 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tiny_run import chats, tiny_recipe, values_of
+from tiny_run import chats, same_run, stop_at, tiny_recipe
 from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
@@ -27,35 +25,6 @@ from tunesmith.runs.folder import Run, runs
 from tunesmith.training import resolve as forecasting
 from tunesmith.training import setup as preparing
 from tunesmith.training.trainer import Listener, resume, train
-
-
-def last_tensors(run: Run) -> dict[str, torch.Tensor]:
-    newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
-    assert newest is not None
-    return {**newest.weights, **{f"optimizer/{name}": tensor for name, tensor in newest.optimizer.items()}}
-
-
-def same_run(run: Run, reference: Run) -> None:
-    """Weights, optimizer state, result and every event value: bit for bit, no tolerance."""
-    ours, theirs = last_tensors(run), last_tensors(reference)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-    result = "adapter/adapter_model.safetensors"
-    if (reference.path / result).exists():
-        ours, theirs = load_file(run.path / result), load_file(reference.path / result)
-        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert values_of(run.events()) == values_of(reference.events())
-
-
-def stop_at(step: int) -> Listener:
-    seen = {"step": 0}
-
-    def on_event(event) -> None:
-        if event.kind == "step":
-            seen["step"] = event.step
-
-    return Listener(on_event=on_event, should_stop=lambda: seen["step"] >= step)
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])

@@ -21,7 +21,7 @@ from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.trainer import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def flat_loop():

@@ -16,9 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from optim_references import REFERENCES, adamw
-from test_resume import same_run, stop_at
 from tiny_model import tiny_model
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import CheckpointError, RecipeError, Stopped
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.methods import METHODS
@@ -368,7 +367,7 @@ def test_the_run_test_sees_a_state_that_is_lost(name: str, tmp_path: Path, monke
 
 
 def test_every_extra_of_the_table_can_be_installed_by_its_name() -> None:
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
     for row in OPTIMIZERS.values():
         assert row.extra is None or f'\n{row.extra} = ["{row.extra}' in pyproject
         assert row.extra is None or importlib.util.find_spec(row.extra)

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from export.exports import quick
 from serve.batches import run as run_batch
 from serve.engines import says
-from test_resume import same_run, stop_at
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from predict.headed import MANY, NUMBER, ONE, TAGS, headed
+from inference.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, rows_of, write
 from tunesmith.data.examples import examples

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from serve.engines import OPTIONS
-from test_resume import same_run, stop_at
-from tiny_run import tiny_recipe
+from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import ExportError, InputError, Stopped
 from tunesmith.export import verify
 from tunesmith.export.export_run import export_run

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_resume import same_run
-from tiny_run import tiny_recipe
+from tiny_run import same_run, tiny_recipe
 from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped, is_out_of_memory
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import runs

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-from predict.headed import MANY, NUMBER, ONE, TAGS, headed
+from inference.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
 from tunesmith.errors import InputError, ModelError
