@@ -23,7 +23,7 @@ from tunesmith.cli.predict import predict
 from tunesmith.cli.push import push
 from tunesmith.cli.recipe import recipe
 from tunesmith.cli.resume import resume
-from tunesmith.cli.runs import runs
+from tunesmith.cli.runs import prune, rm, runs
 from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
@@ -32,15 +32,23 @@ from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 
 
-class Command(TyperCommand):
-    """One command. Its help shows no type after a flag; an unknown option gets a suggestion."""
+class PlainFlags:
+    """Leaves out the type after a flag in the help of a command."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        params = super().get_params(ctx)
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if getattr(param, "is_flag", False) and param.metavar is None:
                 param.metavar = ""
         return params
+
+
+class RunCommands(PlainFlags, TyperGroup):
+    """`runs`, and the commands below it."""
+
+
+class Command(PlainFlags, TyperCommand):
+    """One command. An unknown option gets a suggestion."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -92,6 +100,7 @@ def _is_usage(error: BaseException) -> bool:
     return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="tunesmith",
     cls=Commands,
@@ -99,7 +108,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={**HELP, "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable.",
 )
 
@@ -126,7 +135,7 @@ def about(
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume),
-    "Look and talk": (runs, show, chat),
+    "Look and talk": (show, chat),
     "Use and measure": (serve, predict, evaluate, compare, export, push),
     "More": (selftest, recipe, doctor),
 }
@@ -134,3 +143,8 @@ NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
 for group, commands in GROUPS.items():
     for command in commands:
         app.command(NAMES.get(command), cls=Command, rich_help_panel=group)(command)
+
+of_runs = typer.Typer(cls=RunCommands, invoke_without_command=True, callback=runs, context_settings=HELP)
+for command in (rm, prune):
+    of_runs.command(cls=Command)(command)
+app.add_typer(of_runs, name="runs", rich_help_panel="Look and talk")

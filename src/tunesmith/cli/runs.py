@@ -1,11 +1,12 @@
-"""tunesmith runs"""
+"""tunesmith runs, runs rm, runs prune"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tunesmith.runs.folder import Run
+    from tunesmith.runs.prune import Part
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
 DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
@@ -23,21 +25,46 @@ DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
 
 
-def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -> None:
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="FIELD=VALUE", help="Only runs of which this holds: task=chat, loss<1.7. Repeatable."
+    ),
+]
+Names = Annotated[list[str] | None, typer.Argument(metavar="RUN...", help="Runs by name, path, or [bold]last[/].")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def runs(
+    ctx: typer.Context,
+    where: Where = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="FIELD", help="Order; -FIELD: from large to small (default: -created)."),
+    ] = None,
+    root: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
     """List runs, newest first, with their state and metrics.
 
-    tunesmith runs --runs experiments
+    tunesmith runs --where task=chat --where "loss<1.7" --sort loss
+
+    tunesmith runs rm support-3f2a
+
+    tunesmith runs prune
     """
+    if ctx.invoked_subcommand is not None:
+        return
     remember_json(ctx, as_json)
     from tunesmith.cli.streams import console, json_page
-    from tunesmith.runs import folder as run_folder
 
-    rows = sorted((facts(run) for run in run_folder.runs(root)), key=lambda row: -row["created"])
+    rows = _selected(root, where, sort or "-created")
     screen = console()
     if as_json:
         typer.echo(json_page(rows))
     elif not rows:
-        screen.print(f"{root}: no runs yet. Start one: tunesmith train MODEL DATA")
+        rule = f" of which {' and '.join(where)} holds" if where else " yet. Start one: tunesmith train MODEL DATA"
+        screen.print(f"{root}: no runs{rule}")
     elif screen.is_terminal:
         _draw(screen, rows)
     else:
@@ -46,15 +73,130 @@ def runs(ctx: typer.Context, root: Root = Path("runs"), as_json: Json = False) -
             typer.echo("\t".join(_cells(row)))
 
 
+def rm(
+    ctx: typer.Context, names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False
+) -> None:
+    """Remove runs with everything in their folders, after asking.
+
+    tunesmith runs rm support-3f2a support-77b0
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.errors import InputError
+    from tunesmith.runs import prune as removal
+    from tunesmith.runs.folder import Run
+
+    if not names:
+        raise InputError("RUN: nothing was given. Write: tunesmith runs rm RUN, or tunesmith runs to list them.")
+    chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
+    removal.refuse_used(chosen)
+    lines = [(run, [removal.Part(run.path, run.state(), removal.freed_bytes(run.path))]) for run in chosen]
+    if _agreed(lines, yes=yes, as_json=as_json, verb="Remove"):
+        for run in chosen:
+            removal.remove_run(run)
+        _done("rm", lines, as_json=as_json)
+
+
+def prune(
+    ctx: typer.Context,
+    names: Names = None,
+    where: Where = None,
+    yes: Yes = False,
+    root: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Free disk space: remove checkpoints of finished runs, and exports that can be made anew, after asking.
+
+    tunesmith runs prune
+
+    tunesmith runs prune --where "loss>2" --yes
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console
+    from tunesmith.runs import prune as removal
+    from tunesmith.runs.folder import Run
+
+    if names:
+        chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
+    else:
+        rows = _selected(root, where, "name")
+        chosen = [Run(Path(row["path"])) for row in rows if row["state"] == "done"]
+    screen, lines = console(stderr=as_json), []
+    for run in chosen:
+        parts, kept = removal.prunable(run)
+        lines.append((run, parts))
+        for reason in kept:
+            screen.print(visible(f"{run.path.name}: {reason}"), soft_wrap=True)
+    lines = [(run, parts) for run, parts in lines if parts]
+    if _agreed(lines, yes=yes, as_json=as_json, verb="Prune"):
+        for run, parts in lines:
+            removal.remove_parts(run, parts)
+        _done("prune", lines, as_json=as_json)
+
+
+def _agreed(lines: Sequence[tuple[Run, Sequence[Part]]], *, yes: bool, as_json: bool, verb: str) -> bool:
+    """Say what each run would free, and ask. Raises InputError where nobody can answer."""
+    from tunesmith.cli.render import size, visible
+    from tunesmith.cli.streams import console
+    from tunesmith.errors import InputError
+    from tunesmith.formatting import plural
+
+    screen = console(stderr=as_json)
+    if not lines:
+        screen.print("nothing to remove")
+        if as_json:
+            _done(verb.lower(), (), as_json=True)
+        return False
+    for run, parts in lines:
+        for part in parts:
+            where = "" if part.path == run.path else f"/{part.path.relative_to(run.path)}"
+            screen.print(visible(f"{run.path.name}{where}: {size(part.num_bytes)} ({part.reason})"), soft_wrap=True)
+    words = f"{verb} {plural(len(lines), 'run')}, {size(_sum(lines))}?"
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise InputError(f"{words} Nobody can answer here. Pass --yes.")
+    return typer.confirm(words, err=True)
+
+
+def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Part]]], *, as_json: bool) -> None:
+    from tunesmith.cli.render import size
+    from tunesmith.cli.streams import console, json_line
+
+    if as_json:
+        removed = [{"path": str(part.path), "bytes": part.num_bytes} for _, parts in lines for part in parts]
+        json_line({"kind": kind, "removed": removed, "bytes": _sum(lines)})
+    else:
+        console().print(f"freed {size(_sum(lines))}")
+
+
+def _sum(lines: Sequence[tuple[Run, Sequence[Part]]]) -> int:
+    return sum(part.num_bytes for _, parts in lines for part in parts)
+
+
+def _selected(root: Path, where: Sequence[str] | None, sort: str | None) -> list[dict[str, Any]]:
+    """The facts of runs, filtered and sorted."""
+    from tunesmith.cli.run_filter import select
+    from tunesmith.runs import folder as run_folder
+
+    rows = [facts(run) for run in run_folder.runs(root)]
+    chosen = select(rows, where or (), sort)
+    return [{key: value for key, value in rows[i].items() if key != "fields"} for i in chosen]
+
+
 def facts(run: Run) -> dict[str, Any]:
-    """One run in plain values; one that cannot be read says why instead of hiding the others."""
+    """One run in plain values; one that cannot be read says why instead of hiding the others.
+
+    `fields`: what it can be filtered and sorted by.
+    """
     from tunesmith.cli.history import RunHistory
     from tunesmith.errors import TunesmithError
+    from tunesmith.recipe.docs import flat
 
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
         recipe, history = run.recipe(), RunHistory.of(run.events())
-        return known | {
+        found = known | {
             "created": run.created,
             "state": run.state(),
             "model": recipe.model,
@@ -67,7 +209,11 @@ def facts(run: Run) -> dict[str, Any]:
             "measures": history.measures,
         }
     except TunesmithError as error:
-        return known | {"problem": str(error)}
+        return known | {"problem": str(error), "fields": known}
+    after = {key: interval["value"] for key, interval in history.measures.get("after", {}).items()}
+    before = {f"before.{key}": interval["value"] for key, interval in history.measures.get("before", {}).items()}
+    plain = {key: found[key] for key in ("name", "state", "model", "task", "method", "step", "steps", "created")}
+    return found | {"fields": {**flat(recipe.model_dump()), **before, "loss": found["after"], **after, **plain}}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

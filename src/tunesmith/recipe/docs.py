@@ -253,6 +253,14 @@ def changed(recipe: Recipe) -> dict[str, Any]:
     return dict(leaves(recipe.model_dump(), start, ""))
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
 def _section_lines(section: OptionGroup, prefix: str, comments: bool) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     after_section = False

@@ -32,6 +32,7 @@ from tunesmith.optim import Optimizer
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.prefixes import filled_by
+from tunesmith.recipe.docs import flat
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
@@ -231,11 +232,3 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "setting order of rows": f"version {sampler.VERSION}",
     }
     return {**settings, **model, **data, **own}
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
