@@ -11,6 +11,7 @@
     ├── OutOfMemoryError      a micro-batch of one row does not fit; earlier steps are saved
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
+    ├── GroupError            another process of the run's group failed; its message, and its exit code
     ├── ExportError           what was exported is not what was tuned; nothing was kept
     └── Stopped               exit 3: stopped on request; a checkpoint was written, `tunesmith resume` continues
 
@@ -100,6 +101,10 @@ class OutOfMemoryError(TunesmithError):
 
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""
+
+
+class GroupError(TunesmithError):
+    """Another process of the group that trains this run failed or cannot be reached; `exit_code` is that of it."""
 
 
 class ExportError(TunesmithError):

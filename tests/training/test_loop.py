@@ -194,7 +194,7 @@ def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11
 
 
 def test_looking_test_catches_random_numbers_shared_with_sampling(tmp_path, monkeypatch):  # trap: L11 planted
-    monkeypatch.setattr("tunesmith.training.loop.torch.manual_seed", lambda seed: None)
+    monkeypatch.setattr("tunesmith.training.step.torch.manual_seed", lambda seed: None)
     with pytest.raises(AssertionError):
         looking_changes_nothing(tiny_recipe(tmp_path, dropout=0.5, train={"max_steps": 3}), tmp_path)
 

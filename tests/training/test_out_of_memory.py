@@ -73,7 +73,7 @@ def test_passes_are_halved_and_the_update_is_the_same(tmp_path, method, inside_b
 def test_planted_a_retry_that_keeps_gradients_would_be_seen(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, train={"rows_per_step": 6, "tokens_per_pass": 400}, optim={"lr": 1e-3})
     expected = weights_after(prepare(recipe, root=tmp_path), 3)
-    monkeypatch.setattr("tunesmith.training.step._drop_gradients", lambda setup: None)
+    monkeypatch.setattr("tunesmith.training.step.drop_gradients", lambda setup: None)
     found = weights_after(bounded(prepare(recipe, root=tmp_path), 100, MemoryError(), inside_backward=True), 3)
     assert any(float((one - other).abs().max()) > 3e-4 for one, other in zip(found, expected, strict=True))
 

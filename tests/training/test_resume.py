@@ -71,7 +71,7 @@ def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypat
     with pytest.raises(Stopped):
         train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
     run = runs(folder / "planted")[0]
-    monkeypatch.setattr("tunesmith.training.step._step_seed", lambda seed, step: seed + step + 12345)
+    monkeypatch.setattr("tunesmith.training.step._step_seed", lambda seed, step, rank: seed + step + 12345)
     resume(run)
     with pytest.raises(AssertionError):
         same_run(run, straight)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.prefix_sharing import num_computed, prefix_groups
+from tunesmith.parallel.shares import shares
 from tunesmith.types import Layout
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class StepSampler:
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
     """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what is
     computed. None: rows are computed whole."""
+    part: tuple[int, int] = (0, 1)
+    """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
     _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -77,10 +80,22 @@ class StepSampler:
     def steps_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.rows_per_step)
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of an optimizer step, counted from 1."""
+    def rows(self, step: int) -> list[int]:
+        """All rows of an optimizer step, counted from 1: the same for any number of processes."""
         epoch, offset = divmod(step - 1, self.steps_per_epoch)
         rows: list[int] = self.rows_I[self._chosen(epoch, offset)].tolist()
+        return rows
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of this part of an optimizer step, counted from 1; none if there are too few rows."""
+        rows = self.rows(step)
+        rank, size = self.part
+        if size > 1:
+            units = self._units(rows)
+            mine = shares([cost for cost, _ in units], size)[rank]
+            rows = [rows[at] for at in sorted(at for unit in mine for at in units[unit][1])]
+        if not rows:
+            return []
         if self.ids_of is not None:
             return make_sharing_micro_batches(
                 rows, [self.ids_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass
@@ -92,6 +107,31 @@ class StepSampler:
             layout=self.layout,
             targets=() if self.targets_I is None else self._sides_of(rows)[:, 1].tolist(),
         )
+
+    def loads(self, step: int) -> list[int]:
+        """Tokens that each part of a step computes, without padding."""
+        units = self._units(self.rows(step))
+        return [sum(units[i][0] for i in share) for share in shares([cost for cost, _ in units], self.part[1])]
+
+    def _units(self, rows: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(tokens, places in `rows`) of what one process computes: copies of a row, so that `copies_in` numbers them,
+        and rows with one prefix, unless they are more than a fair share."""
+        lengths, copies = self.lengths_of(rows), dict[int, list[int]]()
+        for at, row in enumerate(rows):
+            copies.setdefault(row, []).append(at)
+        alone = [(sum(lengths[at] for at in places), places) for places in copies.values()]
+        if self.ids_of is None:
+            return alone
+        firsts = [places[0] for places in copies.values()]
+        units: list[tuple[int, list[int]]] = []
+        for group in prefix_groups([self.ids_of(rows[at]) for at in firsts]):
+            members = [alone[i] for i in group.members]
+            tokens = sum(cost for cost, _ in members)
+            places = [at for _, some in members for at in some]
+            tokens -= group.prefix * (len(places) - 1) if group.prefix else 0
+            is_large = tokens * self.part[1] > sum(lengths)
+            units += members if is_large else [(tokens, places)]
+        return units
 
     def computed(self, rows: MicroBatch) -> int:
         """Positions that a micro-batch of these rows computes, padding included."""

@@ -10,15 +10,15 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-
-import torch
+from dataclasses import replace
 
 from tunesmith.data.sampler import MicroBatch
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, gradient_norm, rate
+from tunesmith.parallel.meeting import meet
 from tunesmith.training.state import TrainState
-from tunesmith.training.step import compute_gradients
+from tunesmith.training.step import compute_gradients, exhausted_error, penalise
 from tunesmith.types import Event
 
 
@@ -26,9 +26,9 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
     """Yield one "step" event for every optimizer update after step `start`.
 
     Between two events the model is at rest: it may be measured or saved, and `break` leaves it whole. The loss of a
-    step is the sum over its targets divided once by their number, over all micro-batches. Random numbers (dropout) are
-    a function of seed and step alone, since torch's generator is seeded anew at every step: nothing done between steps
-    can change the next one. A penalty that a method adds to the loss is reported separately.
+    step is the sum over its targets divided once by their number, over all micro-batches of all processes. Random
+    numbers (dropout) are a function of seed, step and rank alone, since torch's generator is seeded anew at every step:
+    nothing done between steps can change the next one. A penalty that a method adds to the loss is reported separately.
 
     Raises:
         NonFiniteError: a loss or gradient is not a number; the update was not made.
@@ -42,38 +42,41 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         if optimizer.train_mode():
             attachment.publish()
         done = compute_gradients(state, plan, step)
-        plan, passes = done.plan, done.passes
-        pass_losses = torch.stack(done.losses).cpu().double().tolist()
+        met = meet(state.world, attachment.trained, done.own, num_targets=done.num_targets)
+        if met.exhausted is not None:
+            raise exhausted_error(state, step, met.exhausted)
+        plan = done.plan if met.tokens_per_pass is None else replace(done.plan, tokens_per_pass=met.tokens_per_pass)
+        penalty = penalise(state)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = gradient_norm(attachment.trained.values())
-        _require_finite(state, step, passes=passes, losses=pass_losses, grad_norm=grad_norm, lr=lr)
+        _require_finite(state, step, passes=met.passes, losses=met.losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - started
-        row_ids = [i for rows in passes for i in rows]
+        row_ids = [i for rows in met.passes for i in rows]
         tokens = sum(int(state.store.lengths[i]) for i in row_ids)
         yield Event(
             kind="step",
             step=step,
             time=time.time(),
             values={
-                "loss": math.fsum(pass_losses) / done.num_targets,
+                "loss": math.fsum(met.losses) / done.num_targets,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": tokens,
-                "computed": done.computed,
+                "computed": met.computed,
                 "targets": done.num_targets,
-                "passes": len(passes),
+                "passes": len(met.passes),
                 "rows": row_ids,
-                **({"penalty": done.penalty} if done.penalty is not None else {}),
-                **({"tokens_per_pass": plan.tokens_per_pass} if done.halved else {}),
+                **({"penalty": penalty} if penalty is not None else {}),
+                **({"tokens_per_pass": plan.tokens_per_pass} if met.tokens_per_pass is not None else {}),
             },
             timing={
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
-                "peak_bytes": peak_memory_bytes(state.device),
+                "peak_bytes": max(met.peak, peak_memory_bytes(state.device)),
             },
         )
 

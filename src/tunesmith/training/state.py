@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from tunesmith.parallel.world import World
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,3 +41,5 @@ class TrainState:
     noise: EmbeddingNoise
     total_steps: int
     device: str
+    world: World = field(default_factory=World, kw_only=True)
+    """This process among those that train the run together."""

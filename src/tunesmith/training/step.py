@@ -11,36 +11,32 @@ from torch import Tensor
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
+from tunesmith.parallel.meeting import Computed, Exhausted
 from tunesmith.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepGradients:
-    """The result of a step's forward and backward passes; the gradients themselves are in the attachment."""
+    """The result of this process's forward and backward passes of a step; its gradients are in the attachment."""
 
     plan: StepSampler
     """The plan for the next step: with smaller micro-batches if memory ran out."""
-    passes: list[MicroBatch]
-    losses: list[Tensor]
-    """Loss sum of each micro-batch."""
-    penalty: float | None
-    """The method's addition to the loss of the step; None: nothing."""
+    own: Computed
     num_targets: float
-    computed: int
-    halved: bool
+    """Targets of the whole step."""
 
 
 def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGradients:
-    """Run forward and backward for every micro-batch of a step.
+    """Run forward and backward for every micro-batch of this process's part of a step.
 
     If memory runs out, all of them run again with micro-batches half as large: the same rows, and the same loss
-    divided by the same number of targets.
+    divided by the same number of targets. If it does so in a micro-batch of one row, that is said and nothing is left.
     """
+    num_targets = sum(float(state.store.denominators[i]) for i in plan.rows(step))
     halved = False
     while True:
         passes = plan.step(step)
-        num_targets = sum(float(state.store.denominators[i]) for rows in passes for i in rows)
-        torch.manual_seed(_step_seed(state.recipe.seed, step))
+        torch.manual_seed(_step_seed(state.recipe.seed, step, plan.part[0]))
         losses: list[Tensor] = []
         computed = 0
         try:
@@ -48,17 +44,33 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
                 loss_sum, tokens = _pass(state, rows, copies, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
-            return StepGradients(plan, passes, losses, _penalise(state), num_targets, computed, halved)
+            sums: list[float] = torch.stack(losses).cpu().double().tolist() if losses else []
+            return StepGradients(plan, _own(state, plan, passes, sums, computed, halved=halved), num_targets)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, whose traceback holds the tensors of the pass.
-        _drop_gradients(state)
+        drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
-            raise _exhausted(state, step, plan.lengths_of(passes[len(losses)]))
+            own = _own(state, plan, [], [], 0, halved=halved)
+            longest = plan.lengths_of(passes[min(len(losses), len(passes) - 1)])[0]
+            return StepGradients(plan, replace(own, exhausted=Exhausted(longest, own.peak)), num_targets)
         largest = max(map(plan.computed, passes))
         # Never more than before: a row longer than the limit is a micro-batch of its own.
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
+
+
+def _own(
+    state: TrainState, plan: StepSampler, passes: list[MicroBatch], losses: list[float], computed: int, *, halved: bool
+) -> Computed:
+    return Computed(
+        passes=passes,
+        losses=losses,
+        targets=sum(float(state.store.denominators[i]) for rows in passes for i in rows),
+        computed=computed,
+        peak=peak_memory_bytes(state.device),
+        tokens_per_pass=plan.tokens_per_pass if halved else None,
+    )
 
 
 def _pass(
@@ -73,8 +85,8 @@ def _pass(
     return loss_sum.detach(), batch.num_computed
 
 
-def _penalise(state: TrainState) -> float | None:
-    """Add the gradient of the method's penalty: once a step, however many micro-batches there are."""
+def penalise(state: TrainState) -> float | None:
+    """Add the gradient of the method's penalty, once a step, and return it; None: the method has none."""
     if state.attachment.step_hook is None:
         return None
     penalty = state.attachment.step_hook.penalty()
@@ -82,25 +94,28 @@ def _penalise(state: TrainState) -> float | None:
     return float(penalty.detach())
 
 
-def _drop_gradients(state: TrainState) -> None:
+def drop_gradients(state: TrainState) -> None:
+    """Drop every gradient of a step that is not made, and the memory of it."""
     state.optimizer.zero_grad()
     for parameter in state.model.parameters():
         parameter.grad = None
     free_cached_memory()
 
 
-def _exhausted(state: TrainState, step: int, lengths: list[int]) -> OutOfMemoryError:
+def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemoryError:
+    """The end of a run whose memory ended in one row, with the weights of the step before put back."""
+    drop_gradients(state)
     state.optimizer.eval_mode()
     state.attachment.publish()
-    peak = peak_memory_bytes(state.device)
+    where = f" on rank {found.rank}" if state.world.size > 1 else ""
     return OutOfMemoryError(
-        f"step {step}: out of memory in a micro-batch of one row of {lengths[0]:,} tokens; {peak / 2**30:.2f} GiB were "
-        "allocated at most. The update was not made.",
+        f"step {step}: out of memory{where} in a micro-batch of one row of {found.tokens:,} tokens; "
+        f"{found.peak / 2**30:.2f} GiB were allocated at most. The update was not made.",
         step=step,
-        lengths=lengths,
-        peak=peak,
+        lengths=[found.tokens],
+        peak=found.peak,
     )
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step * 0x9E3779B97F4A7C15) % 2**63
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step * 0x9E3779B97F4A7C15 + rank * 0xD1B54A32D192ED03) % 2**63

@@ -1,0 +1,94 @@
+"""The one meeting of a step: every rank learns what the others computed, and gradients are summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import GroupError
+from tunesmith.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """Memory ended in a micro-batch of one row."""
+
+    tokens: int
+    peak: int
+    """Bytes held at most until then."""
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a rank, or all of them, computed in a step."""
+
+    passes: list[tuple[int, ...]]
+    """Rows of each micro-batch, in order of ranks."""
+    losses: list[float]
+    """Loss sum of each micro-batch."""
+    targets: float
+    """Targets of these micro-batches."""
+    computed: int
+    """Positions, padding included."""
+    peak: int
+    tokens_per_pass: int | None = None
+    """Smaller than planned, because memory ran out; None: as planned."""
+    exhausted: Exhausted | None = None
+    ungraded: list[int] = field(default_factory=list)
+    """Numbers of the trained tensors that got no gradient; filled in by `meet`."""
+
+
+def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targets: float) -> Computed:
+    """What all ranks computed, with the gradients of `trained` summed over them; of a run alone `own`, as it is.
+
+    A tensor without a gradient counts as zeros, and stays without one where no rank has one. Where memory ended on a
+    rank nothing is summed. Raises GroupError if the targets of all ranks are not the `num_targets` of the step.
+    """
+    if world.size == 1:
+        return own
+    without = [i for i, tensor in enumerate(trained.values()) if tensor.grad is None]
+    mine = {**asdict(own), "ungraded": without, "stop": bool(world.wants_stop())}
+    ranks: list[dict[str, Any]] = world.gather_values(mine)
+    world.stops = any(rank.pop("stop") for rank in ranks)
+    met = _together(ranks)
+    if met.exhausted is not None:
+        return met
+    if not math.isclose(met.targets, num_targets, rel_tol=1e-9):
+        raise GroupError(f"{met.targets:,} targets were computed by {world.size} ranks; the step has {num_targets:,}.")
+    _sum(world, trained, set(met.ungraded))
+    return met
+
+
+def _together(ranks: list[dict[str, Any]]) -> Computed:
+    smaller = [one["tokens_per_pass"] for one in ranks if one["tokens_per_pass"] is not None]
+    ended = [Exhausted(**{**one["exhausted"], "rank": at}) for at, one in enumerate(ranks) if one["exhausted"]]
+    return Computed(
+        passes=[tuple(rows) for one in ranks for rows in one["passes"]],
+        losses=[loss for one in ranks for loss in one["losses"]],
+        targets=math.fsum(one["targets"] for one in ranks),
+        computed=sum(one["computed"] for one in ranks),
+        peak=max(one["peak"] for one in ranks),
+        tokens_per_pass=min(smaller, default=None),
+        exhausted=ended[0] if ended else None,
+        ungraded=sorted(set.intersection(*(set(one["ungraded"]) for one in ranks))),
+    )
+
+
+def _sum(world: World, trained: Mapping[str, Tensor], ungraded: set[int]) -> None:
+    from tunesmith.parallel.sums import sum_over_ranks
+
+    gradients = []
+    for i, tensor in enumerate(trained.values()):
+        if i in ungraded:
+            continue
+        if tensor.grad is None:
+            tensor.grad = tensor.new_zeros(tensor.shape)
+        gradients.append(tensor.grad)
+    with world.reaching():
+        sum_over_ranks(gradients)

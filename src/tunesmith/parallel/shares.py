@@ -1,0 +1,28 @@
+"""Division of work among the ranks of a group: a pure function of costs, so that every rank knows the share of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heapify, heapreplace
+
+
+def shares(costs: Sequence[float], size: int) -> list[list[int]]:
+    """Indices of `costs` for each of `size` ranks, each in ascending order: the costliest first, to whoever has least.
+
+    Every index is in one share. The largest share costs at most the mean and the costliest index more. Equal costs go
+    by index, equal loads by rank. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies", section 4.
+    """
+    loads = [(0.0, rank) for rank in range(size)]
+    heapify(loads)
+    found: list[list[int]] = [[] for _ in range(size)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, rank = loads[0]
+        found[rank].append(i)
+        heapreplace(loads, (load + costs[i], rank))
+    return [sorted(share) for share in found]
+
+
+def balance(costs: Sequence[float], size: int) -> float:
+    """Mean load of a rank as a share of the largest: 1 where all have as much to do."""
+    loads = [sum(costs[i] for i in share) for share in shares(costs, size)]
+    return sum(loads) / size / max(loads) if max(loads, default=0) > 0 else 1.0
