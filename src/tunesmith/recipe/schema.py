@@ -277,7 +277,7 @@ class CheckpointOptions(OptionGroup):
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
 
 
-class ExportOptions(OptionGroup):
+class ResultExportOptions(OptionGroup):
     """Exports of the result when the run is done."""
 
     to: Words = ()
@@ -329,7 +329,7 @@ class Recipe(OptionGroup):
     train: Train = Train()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
-    export: ExportOptions = ExportOptions()
+    export: ResultExportOptions = ResultExportOptions()
     precision: Auto | Literal["float32", "bfloat16"] = "auto"
     """Type of weights and activations; trained weights are always kept in float32."""
     device: str = "auto"
