@@ -41,7 +41,7 @@ WORTH_BYTES = 8 * 1024**2
 MOST_PROCESSES = 8
 """One process reads for them and writes, and cannot feed more."""
 COLLECT_AFTER = 100_000
-"""New objects between two looks of the garbage collector through rows at work, which take a fifth of the time else."""
+"""Threshold of the garbage collector while rows are encoded; the default costs a fifth of the time."""
 TICK_S = 0.5
 GRACE_S = 3.0
 """Time in which an executor notices that a process ended: it does not where it waits for the rest of a result."""
@@ -82,7 +82,7 @@ def num_processes(num_proc: int | None, *, num_bytes: int) -> int:
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """A block in which the garbage collector looks as rarely through rows at work as in the processes of a pool."""
+    """A block in which the garbage collector runs as rarely as in the processes of a pool."""
     before = gc.get_threshold()
     if before[0]:  # 0: it is off
         gc.set_threshold(max(before[0], COLLECT_AFTER), *before[1:])

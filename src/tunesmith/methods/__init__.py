@@ -60,7 +60,7 @@ class Method:
     reads_tokens: bool = False
     """`attach` takes `tokens`, all ids that training can meet, ascending; None where they are not known."""
     kept_activations: float = 1.33
-    """Times that a layer keeps the inputs and outputs of its linear layers for its backward; measured."""
+    """Activations kept for backward, as a multiple of the inputs and outputs of the linear layers; measured."""
     package: str | None = None
     """The optional package that it needs."""
 
@@ -120,12 +120,12 @@ METHODS: dict[str, Method] = {
     ),
     "full": Method(
         name="full",
-        doc="Every weight is trained, with float32 masters; the result is a model folder.",
+        doc="Every weight is trained, through float32 masters or stochastic rounding; the result is a model folder.",
         attach=full.attach,
         save_result=full.save_result,
         load_result=full.load_result,
         learning_rate=full.learning_rate,
-        describe=lambda settings: "Every weight was tuned.",
+        describe=full.describe,
         is_adapter=False,
         reads_tokens=True,
         required_precision=full.required_precision,

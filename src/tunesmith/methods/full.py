@@ -110,6 +110,12 @@ def attach(
     return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)
 
 
+def describe(settings: FullMethod) -> str:
+    """One sentence for a model card."""
+    only = f"Only the weights of {', '.join(settings.train)} were tuned" if settings.train else "Every weight was tuned"
+    return f"{only}{', except ' + ', '.join(settings.freeze) if settings.freeze else ''}."
+
+
 def learning_rate(settings: FullMethod, kind: str, num_parameters: int) -> tuple[float, str]:
     """The usual peak rate with AdamW, and why."""
     if kind != "causal":

@@ -70,7 +70,7 @@ def make_app(
 
     @api.get("/health")
     async def health() -> Response:
-        """200 while the model can answer, 503 while it is started again."""
+        """200 while the model can answer, 503 while it is being restarted."""
         state = engine.state()
         body = {"status": "ok" if state.alive else "starting", "models": [card.name for card in engine.served]}
         return json_response({**body, "engine": asdict(state)}, 200 if state.alive else 503)
@@ -180,7 +180,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
 
 
 async def _answer(events: Events, body: SampledBody, request: Request, form: Format, *, prefix: str) -> Response:
-    """The whole answer, or a stream whose first event is there: a refusal before it still decides the status."""
+    """The whole answer, or a stream. Waits for the first event, so that an early error still sets the status."""
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     request.state.usage = usage = Usage()
     if not body.stream:

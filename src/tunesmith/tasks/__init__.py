@@ -1,4 +1,4 @@
-"""Tasks. To add one: a file here and a row below.
+"""Tasks. To add one: a file here, a row below, its name in `types.TASK_NAMES`, its shapes in `data.formats.SHAPES`.
 
 The rows import nothing heavy: torch and models come in when a loss is computed.
 """

@@ -25,19 +25,19 @@ from tunesmith.types import Event
 def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
     """Yield one "step" event for every optimizer update after step `start`.
 
-    Between two events the model is at rest: it may be measured or saved, and `break` leaves it whole. The loss of a
+    Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole. The loss of a
     step is the sum over its targets divided once by their number, over all micro-batches of all processes. Random
     numbers (dropout) are a function of seed, step and rank alone, since torch's generator is seeded anew at every step:
     nothing done between steps can change the next one. A penalty that a method adds to the loss is reported separately.
 
     Raises:
-        NonFiniteError: a loss or gradient is not a number; the update was not made.
+        NonFiniteError: a loss or gradient is not finite; the update was not made.
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
     recipe, plan, attachment, optimizer = state.recipe, state.plan, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()
-        if not state.model.training:  # it takes as long as some of the layers of a small model
+        if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
         if optimizer.train_mode():
             attachment.publish()

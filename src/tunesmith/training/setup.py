@@ -63,7 +63,7 @@ class Setup(TrainState):
     kind: ModelKind
     head: HeadName
     rows: Splits
-    """The rows of `store` that are trained, those held out, and their labels."""
+    """The rows of `store` to train on, those held out, and their labels."""
     held_feed: Collator
     """Makes batches from rows of `rows.held_store`."""
     samples: list[SamplePrompt]
@@ -174,7 +174,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTra
         on_note=inputs.notes.append,
     )
     resize_embeddings(model, inputs.added)
-    num_parameters = model.num_parameters()  # what is packed is no parameter any more
+    num_parameters = model.num_parameters()  # quantized weights no longer count as parameters
     method = recipe.method
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))

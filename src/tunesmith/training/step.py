@@ -30,7 +30,8 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
     """Run forward and backward for every micro-batch of this process's part of a step.
 
     If memory runs out, all of them run again with micro-batches half as large: the same rows, and the same loss
-    divided by the same number of targets. If it does so in a micro-batch of one row, that is said and nothing is left.
+    divided by the same number of targets. If it does so in a micro-batch of one row,
+    `exhausted` says so and all gradients are dropped.
     """
     num_targets = sum(float(state.store.denominators[i]) for i in plan.rows(step))
     halved = False
@@ -103,7 +104,7 @@ def drop_gradients(state: TrainState) -> None:
 
 
 def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemoryError:
-    """The end of a run whose memory ended in one row, with the weights of the step before put back."""
+    """The error for a micro-batch of one row that does not fit; the weights of the step before are put back."""
     drop_gradients(state)
     state.optimizer.eval_mode()
     state.attachment.publish()
