@@ -20,7 +20,7 @@ demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and aft
 	@$(BIN)/python scripts/demo.py
 
 test: $(STAMP)-test ## the test suite; ARGS="tests/cli -x" for a part of it
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)-test ## real models and long loops
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slow $(ARGS)

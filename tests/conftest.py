@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -16,6 +17,17 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """Objects of libraries are looked at once, not in each run that frees memory: that would take half of its time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that libraries find nothing left over at the end
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from benchmarks.__main__ import main
-from benchmarks.classify import OURS, PEERS, Settings, cut_rows, read_rows
+from benchmarks.classify import OURS, PEERS, Settings, read_rows
 from benchmarks.measured import Child, run_child
 from benchmarks.results import Result, Scores, Timing, scored, verdict
-from benchmarks.table import Bench, markdown, place
+from benchmarks.table import Bench, markdown
 from typer.testing import CliRunner
 
 from benchmarks import classify
@@ -96,14 +95,6 @@ def test_trainer_answers_in_the_order_of_the_file_though_it_trains_by_length(tmp
     assert len(set(each_alone)) > 1, "any order of these is right"
 
 
-@pytest.mark.slow
-def test_command_runs_both_sides_in_their_own_processes(files: list[str]) -> None:
-    words = [sys.executable, "-m", "benchmarks", *files, "--seeds", "1", "--epochs", "1", "--max-tokens", "64"]
-    child = run_child(words, log=Path(files[2]).with_suffix(".log"))
-    assert child.code == 0, child.tail
-    assert "| Trainer, tuned |" in child.tail
-
-
 def test_memory_of_a_child_is_its_own(tmp_path: Path) -> None:
     fill = "x = bytearray({} << 20); x[::4096] = bytes([1]) * len(x[::4096])"
     code = f"""
@@ -172,30 +163,6 @@ def test_equal_methods_fail_the_rule_as_rarely_as_it_says(seeds: int, chance: Fr
     places = list(itertools.combinations(range(2 * seeds), seeds))  # where ours stand among all, the lowest first
     below = [ours for ours in places if ours[seeds // 2] < min(set(range(2 * seeds)) - set(ours))]
     assert Fraction(len(below), len(places)) == chance
-
-
-def test_cut_files_keep_test_rows_whose_label_is_trained(tmp_path: Path) -> None:
-    train = written(tmp_path / "all.csv", [("one", "a"), ("two", "b"), ("three", "c")])
-    test = written(tmp_path / "test.csv", [("1", "c"), ("2", "b"), ("3", "a"), ("4, 5", "b")])
-    settings = Settings("m", train, test, 1, 16, 1e-4, 0, 0, 64)
-    cut = cut_rows(settings, 2, tmp_path)
-    assert [row["label"] for row in read_rows(cut.train)] == ["a", "b"]
-    assert read_rows(cut.eval) == [{"text": "2", "label": "b"}, {"text": "3", "label": "a"}]
-
-
-def test_page_does_not_tell_where_things_lie(tmp_path: Path) -> None:
-    assert place(str(tmp_path / "minilm")) == "minilm"
-    assert [place(word) for word in ("org/model", "1e-4", "train.csv")] == ["org/model", "1e-4", "train.csv"]
-
-
-def test_what_cannot_be_compared_is_refused(
-    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*files, "--model", "x.gguf"]) == 2
-    assert re.search(r"x\.gguf: .* Add --ours-only", capsys.readouterr().err)
-    (tmp_path / "odd.csv").write_text("text,class\na,b\n", "utf-8")
-    assert main([*files, "--eval", str(tmp_path / "odd.csv")]) == 2
-    assert "columns ['text', 'class']" in capsys.readouterr().err
 
 
 def bench(found: list[Result]) -> Bench:

@@ -42,10 +42,3 @@ def test_turns_of_a_file_make_many_different_rows(tmp_path: Path) -> None:
     lines = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
     assert len(set(lines)) == 200
     assert "(4)" in lines[-1]
-
-
-def test_rows_of_other_tasks_are_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"text {i},{i % 3}\n" for i in range(30)), "utf-8")
-    model = str(model_folder(tmp_path / "model"))
-    encode(model, str(tmp_path / "rows.csv"), str(tmp_path / "encoded"), "1", "classify")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 30

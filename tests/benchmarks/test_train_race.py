@@ -21,13 +21,12 @@ from benchmarks.classify import UnusableError
 from benchmarks.measured import Child
 from benchmarks.peers import given_rows, held_out
 from benchmarks.peers.render_rows import render
-from benchmarks.rows import make_rows, read_lines
 from benchmarks.train import OURS, Log, Peer, Race, Settings, Turn, told, write
 from benchmarks.train_page import page
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import environments, train, train_page
+from benchmarks import train, train_page
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 
@@ -162,26 +161,6 @@ def test_clock_of_a_trainer_counts_what_each_step_held(monkeypatch: pytest.Monke
     assert len(log.step_ends) == 2
 
 
-@pytest.mark.parametrize("name", train.PEERS)
-def test_each_peer_has_a_script_and_an_environment(name: str) -> None:
-    assert (train.SCRIPTS / train.PEERS[name].script).exists()
-    assert train.PEERS[name].environment in environments.ENVIRONMENTS
-
-
-def test_texts_with_labels_become_questions(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('text,label\n"a, b",red\nc,blue\n', "utf-8")
-    first = json.loads(read_lines(str(path))[0])["messages"]
-    assert first[0]["content"] == "Which of these is it: blue, red? Answer with one of them.\n\na, b"
-    assert first[1] == {"role": "assistant", "content": "red"}
-
-
-def test_too_few_rows_are_refused(tmp_path: Path) -> None:
-    rows = str(chats(tmp_path / "few.jsonl", 3))
-    with pytest.raises(UnusableError, match=r"few\.jsonl: 3 rows, but 8 are needed\. Lower --steps"):
-        make_rows(tmp_path / "rows", "m", rows, rows, num=8, num_held_out=1)
-
-
 def test_rate_leaves_the_first_half_of_few_steps_out() -> None:
     log = Log([10.0, 11.0, 13.0, 15.0], [100, 100, 7, 9], [9, 9, 2, 2], [1.0] * 4, "", {})
     assert log.rates() == (16 / 4, 4 / 4)
@@ -195,10 +174,6 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert [found.tokens_per_second for found in race.turns(SETTINGS)] == [10.0]
     with pytest.raises(UnusableError, match="a result with other settings"):
         list(race.turns(replace(SETTINGS, lr=1.0)))
-
-
-def test_no_turn_is_begun_when_time_is_over(tmp_path: Path) -> None:
-    assert list(Race(tmp_path, tmp_path, [], rounds=3, until=0.0).turns(SETTINGS)) == []
 
 
 def test_failure_stands_on_the_page(tmp_path: Path) -> None:
@@ -217,19 +192,3 @@ def test_ratios_are_taken_within_a_round() -> None:
     turns = [turn(OURS, 0, 10.0), turn(OURS, 1, 40.0), turn("TRL", 0, 5.0), turn("TRL", 1, 10.0)]
     text = page("command", turns, {"chat": {"rows": 8, "tokens": 50.0, "targets": 9.0}})
     assert "tokens/s 3.00 (2.00 to 4.00) times" in text  # of the medians it would be 25 / 7.5
-
-
-def test_environment_that_is_there_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
-
-    def fails(place: Path, **_: Any) -> None:
-        made.append(place)
-        (place / "bin").mkdir(parents=True, exist_ok=True)
-        (place / "bin" / "python").write_text("#!/bin/sh\necho no such release >&2\nexit 1\n", "utf-8")
-        (place / "bin" / "python").chmod(0o755)
-
-    monkeypatch.setattr(environments.venv, "create", fails)
-    assert environments.build(tmp_path, "trl") == "no such release"
-    (tmp_path / "trl" / "installed.txt").write_text("\n".join(environments.ENVIRONMENTS["trl"]), "utf-8")
-    assert environments.build(tmp_path, "trl") == ""
-    assert made == [tmp_path / "trl"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from benchmarks.whole import PARTS, foreseen, markdown, taken_by_part
 
-import pytest
-from benchmarks.whole import PARTS, foreseen, markdown, measure, taken_by_part
-
-from tiny_run import chats, model_folder
 from tunesmith.planning.duration import KINDS
 
 RUN = {"command": "tunesmith train m a.jsonl", "by_formula": 130.0, "after_probe": 95.0, "measured": 100.0}
@@ -40,13 +36,3 @@ def test_what_a_run_took_is_all_some_part_of_it():
         "checkpoints": 1.0,
         "surprising rows and the end": 3.5,
     }
-
-
-def test_two_commands_are_measured(tmp_path: Path):
-    model, data = model_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl", 24)
-    settings = ["evaluation.samples=0", "evaluation.general=false", "train.max_steps=2", "threads=1"]
-    found = measure([str(model), str(data), *(word for one in settings for word in ("--set", one))])
-    assert found.get("error") is None
-    assert min(found["by_formula"], found["after_probe"], found["measured"]) > 0
-    assert found["command"].startswith("tunesmith train")
-    assert sum(taken for taken, _, _ in found["parts"].values()) == pytest.approx(found["measured"])

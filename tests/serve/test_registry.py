@@ -16,7 +16,7 @@ from transformers import BertModel
 
 from serve.batches import Heard, hear, sharp
 from serve.engines import OPTIONS, says, two_runs
-from tiny_run import tiny_recipe
+from tiny_run import model_folder, tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.evaluation.generate import Sampling, generate
@@ -149,9 +149,12 @@ def test_data_that_is_gone_is_said_and_not_refused(run: Run, made: Path) -> None
     assert notes[1].endswith("chats.jsonl is not the file that it was tuned on any more")
 
 
-def test_two_runs_of_one_name_are_refused(run: Run, made: Path) -> None:
+def test_two_runs_of_one_name_and_runs_on_several_bases_are_refused(run: Run, made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="have one name"):
         opened(run.path, made / "runs" / "first")
+    other = model_folder(tmp_path / "other", seed=5)
+    with pytest.raises(InputError, match=r"these are on 2: .*other.*; .*first.*Serve apart"):
+        opened(other, run.path)
 
 
 # trap: T3, A9

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from serve.engines import Asked, engine_over, says, two_runs
 from tiny import tiny_tokenizer
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.sampling import JsonGrammars
@@ -192,18 +190,3 @@ def test_a_heavy_schema_takes_no_time_or_is_refused(grammars: JsonGrammars, sche
             grammar.mask(logits_V)
             grammar.accept(int(logits_V.argmax()))
     assert time.monotonic() - started < 3  # hundredths of a second on a machine at rest
-
-
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
-    folder = tmp_path_factory.mktemp("schemas")
-    two_runs(folder)
-    with engine_over(["first", "second"], folder / "runs") as engine:
-        yield engine
-
-
-def test_an_answer_keeps_its_schema(asked: Asked) -> None:
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-    for _ in range(2):
-        text = asked.answer(says("first", "hello", json_schema=schema, max_tokens=32)).texts[0]
-        assert json.loads(text)["a"] in ("x", "y")
