@@ -87,7 +87,6 @@ def _without_times(event: Event) -> Any:
 
 def last_tensors(run: Run) -> dict[str, torch.Tensor]:
     newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
-    assert newest is not None
     return {**newest.weights, **{f"optimizer/{name}": tensor for name, tensor in newest.optimizer.items()}}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from benchmarks.__main__ import main
 
 from benchmarks import serve as race
 from tiny_run import model_folder
 
 
+@pytest.mark.slow  # a server and two other processes
 def test_ours_and_generate_answer_alike(tmp_path, capsys):
     folder, page = model_folder(tmp_path / "model"), tmp_path / "table.md"
     words = [

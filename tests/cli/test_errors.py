@@ -211,7 +211,6 @@ with stopping_on_signals(has_begun=lambda: {has_begun}, say=say, at_once=lambda:
 @pytest.mark.parametrize("number", [2, 15])
 def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
     process = stoppable("True")
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
@@ -223,7 +222,6 @@ def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
 @pytest.mark.parametrize("number", [2, 15])
 def test_second_signal_ends_at_once(stoppable: Start, number: int) -> None:
     process = stoppable("'deaf'")
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.stdout.readline().startswith("stopping")
@@ -235,7 +233,6 @@ def test_second_signal_ends_at_once(stoppable: Start, number: int) -> None:
 
 def test_signal_before_the_run_has_begun_interrupts(stoppable: Start) -> None:
     process = stoppable("False")
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(2)
     process.communicate(timeout=20)

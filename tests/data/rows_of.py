@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from tunesmith.data.examples import examples
 from tunesmith.data.read import read
+from tunesmith.data.renderer import Encoded
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile, Limits
-from tunesmith.types import Example, Problem, TaskName
+from tunesmith.types import Example, Problem, Row, TaskName
 
 Record = Mapping[str, Any]
 
@@ -100,3 +101,17 @@ def examples_in(
 
 def said(problems: Sequence[Problem]) -> list[tuple[str, int]]:
     return [(problem.code, problem.source.line) for problem in problems]
+
+
+def only_row(encoded: Encoded) -> Row:
+    """The row that an example became."""
+    (row,) = encoded
+    assert isinstance(row, Row), row
+    return row
+
+
+def only_problem(encoded: Encoded) -> Problem:
+    """What is said of an example that became none."""
+    (problem,) = encoded
+    assert isinstance(problem, Problem), problem
+    return problem

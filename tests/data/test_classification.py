@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import MASKED
+from data.rows_of import only_problem, only_row
 from tiny import tiny_tokenizer
 from tunesmith.data.classification import cut_longest
-from tunesmith.data.renderer import Encoded, Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
@@ -30,18 +31,6 @@ def renderer(name: str, **options: Any) -> Renderer:
     settings = {"max_tokens": 64, "too_long": "cut", "control_tokens": "error", **options}
     kind = "causal" if name == "causal" else "encoder"
     return Renderer(TOKENIZERS[name], TASKS["classify"], kind=kind, **settings)  # type: ignore[arg-type]
-
-
-def only_row(encoded: Encoded) -> Row:
-    (row,) = encoded
-    assert isinstance(row, Row), row
-    return row
-
-
-def only_problem(encoded: Encoded) -> Problem:
-    (problem,) = encoded
-    assert isinstance(problem, Problem)
-    return problem
 
 
 def types_of(row: Row) -> list[int]:

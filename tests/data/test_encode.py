@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from data.families import bert_like
+from data.other_processes import Hungry
 from data.test_chat_template import is_there, wait_until
 from tiny import CHATML, chat, tiny_tokenizer
 from tunesmith.data import encode as encode_module
@@ -188,15 +188,6 @@ def test_closing_waits_for_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not managers[0].is_alive()  # or Python would wait for it at its end
 
 
-class Hungry(Renderer):
-    """No process of a pool has the memory for question 9."""
-
-    def encode(self, examples: Any, **more: Any) -> Any:
-        if multiprocessing.parent_process() is not None and any("question 9" in e.parts[0].text for e in examples):
-            raise MemoryError
-        return super().encode(examples, **more)
-
-
 def test_rows_that_a_process_has_no_memory_for_are_encoded_here(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(40)), "utf-8")
     store = same(tmp_path, Hungry(tiny_tokenizer(), TASKS["chat"], **CHATS), "a.jsonl")
@@ -259,20 +250,17 @@ def test_processes_end_with_the_work_and_with_what_stops_it(tmp_path: Path, monk
 
 
 SCRIPT = """
-import sys, time
+import pickle, sys, time
 from pathlib import Path
-from data.test_encode import CHATS
-from tiny import tiny_tokenizer
 from tunesmith.data import encode
 from tunesmith.data.dataset import build
-from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.tasks import TASKS
 
 encode.CHUNK_EXAMPLES = 3
 wait = lambda *_: (print("encoding", flush=True), time.sleep(float(sys.argv[2])))
 store = build(Path(sys.argv[1], "rows"), data=Data(num_proc=2), files=[DataFile(path=sys.argv[1] + "/a.jsonl")],
-              renderer=Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), on_problem=lambda _: None, progress=wait)
+              renderer=pickle.loads(Path(sys.argv[1], "renderer").read_bytes()), on_problem=lambda _: None,
+              progress=wait)
 print(len(store), store.notes)
 """
 
@@ -280,10 +268,9 @@ print(len(store), store.notes)
 def script(folder: Path, seconds: float) -> subprocess.Popen[str]:
     (folder / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
     (folder / "script.py").write_text(SCRIPT, "utf-8")
-    environment = for_child()
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[1])
+    (folder / "renderer").write_bytes(pickle.dumps(Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS)))
     words = [sys.executable, str(folder / "script.py"), str(folder), str(seconds)]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, env=for_child(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
@@ -296,7 +283,6 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_processes_end_with_the_one_that_started_them_however_that_ends(tmp_path: Path) -> None:
     with script(tmp_path, 60) as process:
-        assert process.stdout is not None
         assert "encoding\n" in iter(process.stdout.readline, "")
         listed = Path(f"/proc/{process.pid}/task")
         children = [int(pid) for path in listed.glob("*/children") for pid in path.read_text().split()]

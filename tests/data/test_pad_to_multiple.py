@@ -74,7 +74,6 @@ def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
     whole = pad_to_multiple(batch)
     assert whole.ids_BT[0, 12:].tolist() == [batch.ids_BT[0, -1].item()] * (MULTIPLE - 12)
     assert whole.positions_BT[0, 12:].tolist() == list(range(MULTIPLE - 12))
-    assert whole.types_BT is not None
     assert whole.types_BT[0].tolist() == [1] * 12 + [0] * (MULTIPLE - 12)
 
 

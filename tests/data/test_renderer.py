@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
+from data.rows_of import only_problem, only_row
 from tiny import CHATML, chat, pair, template, tiny_tokenizer
 from tunesmith.data import tokenizer as tokens_module
 from tunesmith.data.collate import build_batch
@@ -25,18 +26,6 @@ def renderer(tokenizer: Any, task: Any = "chat", **options: Any) -> Renderer:
     return Renderer(
         tokenizer, TASKS[task], **{"max_tokens": None, "too_long": "error", "control_tokens": "error", **options}
     )
-
-
-def only_row(result: Encoded) -> Row:
-    assert len(result) == 1, result
-    assert isinstance(result[0], Row), result
-    return result[0]
-
-
-def only_problem(result: Encoded) -> Problem:
-    assert len(result) == 1, result
-    assert isinstance(result[0], Problem), result
-    return result[0]
 
 
 HELLO = chat(("user", "Hello there"), ("assistant", "I am fine"))

@@ -107,7 +107,6 @@ def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
     held = Counter(found[line - 1]["label"] for _, line in places_of(rows, rows.held_rows.tolist()))
     assert held == {"eye": 5, "ear": 1, "skin": 1}
     assert len(rows.train_rows) == 62 - 7
-    assert rows.labels is not None
     assert rows.labels.names == ("ear", "eye", "skin")
     assert [choice.key for choice in rows.choices] == ["data.label_kind", "data.labels"]
     assert rows.store.row(0).labels.tolist() == [1]  # type: ignore[union-attr]
@@ -163,8 +162,6 @@ def keeps_ids_and_sides(encode: Callable[[Path, list[dict[str, Any]]], Splits], 
     found = [row for label in CLASSES for row in labelled(20, label)]
     before = encode(folder, found)
     turned = encode(folder, found[::-1])
-    assert before.labels is not None
-    assert turned.labels is not None
     assert turned.labels.names == before.labels.names
     hashes = [sorted(rows.held_store.hashes[rows.held_rows].tolist()) for rows in (before, turned)]
     assert hashes[0] == hashes[1]
@@ -200,7 +197,6 @@ def test_a_label_that_no_training_row_has_is_named_with_its_held_out_row(tmp_pat
 def test_tags_are_split_by_content(tmp_path: Path):
     found = [{"tokens": ["Ann", f"sings{i}"], "tags": ["B-PER", "O"]} for i in range(40)]
     rows = rows_for(tmp_path, "tag", train=str(put(tmp_path, "rows.jsonl", json_lines(found))), held_out=0.2)
-    assert rows.labels is not None
     assert (rows.labels.kind, rows.labels.names) == ("tags", ("B-PER", "O"))
     assert [choice.key for choice in rows.choices] == ["data.labels"]
     assert rows.held_rows.tolist() == sorted(

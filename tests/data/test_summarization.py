@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import roberta_like, t5_like
+from data.rows_of import only_problem, only_row
 from tiny import CHATML, pair, tiny_tokenizer
 from tunesmith.data.collate import build_batch
-from tunesmith.data.renderer import Encoded, Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.data.summarization import DEFAULT_PROMPTS
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.tasks import TASKS
@@ -34,18 +35,6 @@ def renderer(tokenizer: Any, task: Any = "summarize", **options: Any) -> Rendere
     kind = "encoder_decoder" if tokenizer in (T5, BART) else "causal"
     settings = {"max_tokens": None, "too_long": "cut", "control_tokens": "error", "kind": kind, **options}
     return Renderer(tokenizer, TASKS[task], **settings)
-
-
-def only_row(encoded: Encoded) -> Row:
-    (row,) = encoded
-    assert isinstance(row, Row), row
-    return row
-
-
-def only_problem(encoded: Encoded) -> Problem:
-    (problem,) = encoded
-    assert isinstance(problem, Problem)
-    return problem
 
 
 def learnt(row: Row, tokenizer: Any) -> str:
@@ -191,7 +180,6 @@ def test_an_encoder_decoder_learns_every_token_of_its_target() -> None:
     targets = [row.ids[row.trained].tolist() for row in rows]
     assert batch.targets_N.tolist() == [*targets[0], *targets[1]]
     assert batch.row_of_N.tolist() == [0] * len(targets[0]) + [1] * len(targets[1])
-    assert batch.decoder_ids_BU is not None
     longest = batch.decoder_ids_BU.shape[1]
     flat = batch.predict_N.tolist()
     assert flat == [*range(len(targets[0])), *range(longest, longest + len(targets[1]))]

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import bert_like, roberta_like, t5_like
+from data.rows_of import only_row
 from tiny import tiny_tokenizer
-from tunesmith.data.renderer import Encoded, Renderer
+from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.tasks import TASKS
-from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
+from tunesmith.types import IGNORE, Example, Part, Problem, Source
 
 BERT = bert_like()
 CAUSAL = tiny_tokenizer(None, eos="</s>", adds_bos=True)
@@ -34,17 +35,10 @@ def renderer(tokenizer: Any, **options: Any) -> Renderer:
     return Renderer(tokenizer, TASKS["tag"], kind=kind, **settings)  # type: ignore[arg-type]
 
 
-def only_row(encoded: Encoded) -> Row:
-    (row,) = encoded
-    assert isinstance(row, Row), row
-    return row
-
-
 def learnt(made: Renderer, example: Example) -> list[int]:
     """The words of an example, each with a tag of its own, that have a target."""
     vocabulary: dict[str, int] = {}
     row = only_row(made.encode([example], vocabulary=vocabulary)[0])
-    assert row.labels is not None
     names = list(vocabulary)
     return [example.labels.index(names[i]) for i in row.labels.tolist()]
 
@@ -60,7 +54,6 @@ def test_an_encoder_learns_at_the_first_piece_of_each_word(words: list[str]) -> 
     row = only_row(renderer(BERT).encode([sentence(*words)])[0])
     assert row.ids.tolist() == BERT(words, is_split_into_words=True).input_ids
     assert row.trained.nonzero()[0].tolist() == first_pieces(BERT, words)
-    assert row.labels is not None
     assert row.labels.tolist() == list(range(len(words)))
 
 

@@ -39,7 +39,6 @@ def test_every_architecture_is_read_back_as_what_was_tuned(
 ) -> None:  # trap: A14
     quick(monkeypatch)
     done = written(of_architecture(arch), tmp_path)
-    assert done.found is not None
     assert done.found.same_ids
     assert done.found.kl < 1e-7  # only the adapter is in F16: 1e-11 to 4e-10 were measured
     assert done.found.carried == pytest.approx(1.0, abs=1e-3)
@@ -51,7 +50,6 @@ def assert_nothing_is_lost(done: Exported, run: Run) -> None:
     header = read_gguf(next(done.path.glob("*.gguf")))
     assert (header.metadata["general.type"], header.metadata["adapter.type"]) == ("adapter", "lora")
     _, attachment = open_result(run, offline=True).load(torch.float32)
-    assert attachment is not None
     assert len(header.tensors) == 2 * len(attachment.layers)
     shapes = sorted(header.tensors[name].shape for name in header.tensors)
     assert shapes == sorted(tuple(attachment.trained[name].shape) for name in attachment.trained)
@@ -89,7 +87,6 @@ def assert_scales_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = of_architecture("llama")
     source = open_result(run, offline=True)
     live, attachment = source.load(torch.float32)
-    assert attachment is not None
     for i, layer in enumerate(attachment.layers.values()):
         layer.scale *= 1 + i % 3
     with monkeypatch.context() as patch:
@@ -120,7 +117,6 @@ def test_what_stands_beside_it(tmp_path: Path) -> None:
 def test_an_adapter_of_a_gguf_goes_onto_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = written(of_gguf(tmp_path / "from"), tmp_path)
-    assert done.found is not None
     assert done.found.kl < 1e-7
     assert "llama-server -m base.gguf --lora" in (done.path / "README.md").read_text()
 

@@ -40,7 +40,6 @@ def test_llama_cpp_computes_what_was_tuned(
 
 
 def assert_agrees(done: Exported) -> None:
-    assert done.in_llama_cpp is not None
     assert done.in_llama_cpp.same_ids
     assert done.in_llama_cpp.kl < 1e-6, done.in_llama_cpp
     assert done.in_llama_cpp.carried == pytest.approx(1.0, abs=0.02)

@@ -65,7 +65,6 @@ def assert_is(done: Exported, quant: str, *, of_layers: str, of_output: str) -> 
     assert kinds["output_norm.weight"] == "F32"  # vectors always are
     facts = read_gguf(next(done.path.glob("*.gguf"))).metadata
     assert facts["general.file_type"] == int(QUANT_TYPES[quant].file)
-    assert done.found is not None
     assert done.found.kl < MOST_KL[quant]
     assert done.found.distance < QUANT_TYPES[quant].tolerances.weights
 

@@ -94,7 +94,6 @@ def test_passes_add_up_in_float32(dtype: torch.dtype) -> None:
     for seed in (1, 2, 3):
         backward(model, attachment, seed=seed)
     for name, tensor in attachment.trained.items():
-        assert tensor.grad is not None
         assert tensor.grad.dtype == torch.float32
         assert torch.equal(tensor.grad, single[0][name] + single[1][name] + single[2][name])
 
@@ -142,7 +141,6 @@ def assert_checkpointing_changes_no_gradient(*, use_reentrant: bool, dropout: fl
     (loss, grads), (loss_again, grads_again) = results
     assert loss == loss_again
     for name, grad in grads.items():
-        assert grad is not None
         assert grad.abs().max() > 0, name
         assert grads_again[name] is not None, name
         assert torch.equal(grad, grads_again[name]), name

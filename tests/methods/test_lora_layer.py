@@ -99,7 +99,6 @@ def test_gradients_equal_finite_differences(bias: bool) -> None:
 
 def test_a_frozen_input_needs_no_gradient() -> None:
     x, weight, bias, a, b = tensors(4, shape=(3, 4), outputs=5, rank=2, bias=True)
-    assert x is not None
     lora_forward(x.detach(), weight, bias, a, b, scale=1.0).sum().backward()
     expected = torch.autograd.grad(lora_forward_reference(x.detach(), weight, bias, a, b, scale=1.0).sum(), (a, b))
     torch.testing.assert_close((a.grad, b.grad), expected, rtol=1e-12, atol=1e-12)

@@ -30,12 +30,10 @@ SAID = "memory and time could not be forecast: "
 
 def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
     forecast = resolve_run(tiny_recipe(tmp_path), root=tmp_path).forecast
-    assert forecast is not None
     assert forecast.fits
     assert forecast.memory.total == sum(forecast.memory.parts().values())
     assert {phase.phase for phase in forecast.phases} == {"step", "update", "evaluation"}
     assert forecast.heavy.load.tokens <= 96
-    assert forecast.duration is not None
     assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
     assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
 
@@ -43,7 +41,6 @@ def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
 def test_the_tokens_that_a_plan_names_are_those_of_the_rows(tmp_path):
     """Not the padding that a processor computes in bfloat16."""
     forecast = resolve_run(tiny_recipe(tmp_path, precision="bfloat16"), root=tmp_path).forecast
-    assert forecast is not None
     tokens = sum(forecast.plan.lengths_of(forecast.heavy.rows))
     assert forecast.values()["pass"]["tokens"] == tokens < forecast.heavy.load.tokens
 
@@ -55,7 +52,6 @@ def test_a_row_of_several_classes_is_one_target(tmp_path):
     for path in (*recipe.data.train, *recipe.data.eval):
         write(Path(path.path), rows)
     found = resolve_run(recipe, root=tmp_path)
-    assert found.forecast is not None
     assert set(found.rows.store.denominators) == {3.0}
     assert found.forecast.heavy.load.targets == len(found.forecast.heavy.rows)
     assert num_tokens(found.rows.store, found.rows.train_rows)[1] == len(found.rows.train_rows)

@@ -26,13 +26,18 @@ def nothing_left(root: Path) -> bool:
     return [path.name for path in root.iterdir()] == [".rows"]
 
 
+WEIGHT = 5 * 2**28
+
+
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory) -> tuple[ResolvedRun, Found, list[str], Path]:
     folder = tmp_path_factory.mktemp("probed")
     seen, heard = foreseen(folder), []
+    weight = bytearray(os.urandom(1)) * WEIGHT
     found = probe(
         seen.recipe, root=folder / "runs", offline=True, on_progress=lambda what, done, total: heard.append(what)
     )
+    assert len(weight) == WEIGHT
     return seen, found, heard, folder / "runs"
 
 
@@ -51,13 +56,9 @@ def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
 
 
 def test_its_memory_is_that_of_its_own_process(probed):
-    """The test holds something large; what the kernel tells of a new process by getrusage begins with that."""
-    seen, found, _, root = probed
-    weight = bytearray(os.urandom(1)) * (found.peak + 2**28)
-    again = probe(seen.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
-    assert len(weight) > again.peak > 2**27, "torch alone takes that much"
-    # Threads and libraries differ a little from process to process.
-    assert again.peak == pytest.approx(found.peak, rel=0.05)
+    """The tests held something larger meanwhile; what the kernel tells of a new process by getrusage begins with it."""
+    _, found, _, _ = probed
+    assert WEIGHT > found.peak > 2**27, "torch alone takes that much"
 
 
 def test_a_probe_that_takes_too_long_is_ended_and_tells_what_it_found(tmp_path):
@@ -162,7 +163,6 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
     forecast = forecast_with(monkeypatch, tmp_path)
     assert found.values(forecast, 100.0)["memory"] == 5000
     duration = found.duration(forecast, 100.0)
-    assert duration is not None
     seconds = {kind: work.seconds for kind, work in duration.work.items()}
     assert seconds == pytest.approx(dict(zip(KINDS, (3.0, 200.0, 10.0, 10.0, 200.0, 4.0, 2.5, 7.0), strict=True)))
     assert duration.spread == SPREAD < FORMULA.spread
@@ -173,7 +173,6 @@ def test_of_many_short_steps_the_first_do_not_count(tmp_path, monkeypatch):
     first = [Timed(5.0, 50, step=number) for number in range(1, 6)]
     later = [Timed(1.0, 50, step=number) for number in range(6, 14)]
     duration = Found(steps=[*first, *later]).duration(forecast_with(monkeypatch, tmp_path), 100.0)
-    assert duration is not None
     assert duration.step == 2.0
 
 

@@ -61,7 +61,6 @@ def check_rotation(rotate, folder: Path, *, seed: int) -> None:
         expected = sorted({*all_saved[-keep:], *([best] if best is not None else [])})
         assert checkpoint.steps(folder) == expected
     newest = checkpoint.newest(folder, never)
-    assert newest is not None
     assert (newest.step, newest.weights["w"].item()) == (step, step)
     if best is not None:
         assert checkpoint.load(folder / f"step-{best}").weights["w"].item() == best

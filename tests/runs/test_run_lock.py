@@ -36,7 +36,6 @@ def writer(run: Run):
         [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         yield process
     finally:
@@ -118,7 +117,6 @@ def test_looking_at_the_state_turns_no_writer_away(run):
     code = "import time, fcntl; fcntl.flock(0, fcntl.LOCK_SH); print('held', flush=True); time.sleep(0.3)"
     with open(run.path / "lock", "rb") as shared:
         reader = subprocess.Popen([sys.executable, "-c", code], stdin=shared, stdout=subprocess.PIPE, text=True)
-        assert reader.stdout is not None
         assert reader.stdout.readline() == "held\n"
     assert in_child(locks) == 0
     reader.wait()

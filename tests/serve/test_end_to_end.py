@@ -58,7 +58,6 @@ def live(run: Run) -> Iterator[Live]:
     words = [sys.executable, "-m", "tunesmith", "serve", str(run.path), "--port", "0", "--quiet", "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
     popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
-    assert popen.stdout is not None
     url = popen.stdout.readline().strip()
     assert url.startswith("http://127.0.0.1:"), "it did not start"
     yield Live(popen, url, run)
@@ -107,8 +106,6 @@ def test_every_way_of_asking(live: Live, run: Run) -> None:
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
     assert last.usage == whole.usage
-    assert whole.usage is not None
-    assert whole.choices[0].logprobs is not None
     listed = whole.choices[0].logprobs.content or []
     assert len(listed) == whole.usage.completion_tokens
     assert all(one.logprob == one.top_logprobs[0].logprob for one in listed), "greedy takes the likeliest"
@@ -120,7 +117,6 @@ def test_every_way_of_asking(live: Live, run: Run) -> None:
     stopped = live.ask(text, stop=[middle]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (said[: said.index(middle)].strip(), "stop")
     gone_on = client.completions.create(model=name, prompt="the quick", temperature=0, max_tokens=5, logprobs=2)
-    assert gone_on.choices[0].logprobs is not None
     assert len(gone_on.choices[0].logprobs.tokens or []) == 5
 
 

@@ -189,7 +189,6 @@ def test_numbers_that_are_not_finite_end_the_ask_and_no_other() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[300] = float("nan")
     found = run(Scheduler(made, streams=4), job(0, [301, 300], n=2), job(1, [301, 302], max_new_tokens=5))
-    assert found[0].refused is not None
     assert (found[0].refused.status, found[0].refused.code) == (500, "non_finite")
     assert not found[0].ended
     assert found[1].answer() == alone("llama", None, (301, 302), 5)
@@ -293,14 +292,12 @@ def test_a_text_that_was_not_finite_leaves_nothing_to_the_next() -> None:
         hear(batch.step(), heard)
     for slot, one in batch._answers.items():
         if one.request.key == 1:
-            assert slot.pool is not None
             with torch.inference_mode():
                 for key_NGLD, value_NGLD in slot.pool.block.layers.values():
                     key_NGLD[slot.row] = value_NGLD[slot.row] = float("nan")  # what an overflow leaves
     batch.add(job(2, fine[:2], max_new_tokens=30))
     while batch.is_busy:
         hear(batch.step(), heard)
-    assert heard[1].refused is not None
     assert heard[1].refused.code == "non_finite"
     assert heard[0].answer() == alone("llama", None, tuple(fine), 30)
     assert heard[2].answer() == alone("llama", None, tuple(fine[:2]), 30)
@@ -321,6 +318,5 @@ def test_an_answer_whose_grammar_bars_every_token_is_refused() -> None:
     found = run(
         Scheduler(decoder("llama"), streams=2), job(0, first, grammar=Nothing), job(1, second, max_new_tokens=5)
     )
-    assert found[0].refused is not None
     assert (found[0].refused.status, found[0].refused.code) == (400, "invalid_schema")
     assert found[1].answer() == alone("llama", None, tuple(second), 5)

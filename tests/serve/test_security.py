@@ -454,7 +454,6 @@ def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path, text: str
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
     assert read_keys(None, {}) == ([], [])
     found = ApiKeys.of(read_keys(None, {middleware.KEY_VARIABLE: KEY})[0])
-    assert found is not None
     assert found.accepts(f"Bearer {KEY}".encode())
     with pytest.raises(InputError, match="no key can be read"):
         read_keys(tmp_path / "none", {middleware.KEY_VARIABLE: KEY})

@@ -46,7 +46,6 @@ class Process:
         self.lines: list[str] = []
 
     def until(self, pattern: str) -> re.Match[str]:
-        assert self.popen.stdout is not None
         while line := self.popen.stdout.readline():
             self.lines.append(line)
             if found := re.search(pattern, line):
@@ -58,7 +57,6 @@ class Process:
         return self.rest()
 
     def rest(self) -> int:
-        assert self.popen.stdout is not None
         self.lines += self.popen.stdout.readlines()
         return self.popen.wait(timeout=20)
 

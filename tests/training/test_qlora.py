@@ -69,7 +69,6 @@ def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> No
 
 def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(finished: Run) -> None:
     done = export_run(finished, "merged", out=finished.path / "original")
-    assert done.found is not None
     moved = done.found.loss_exported - done.found.loss_tuned
     assert moved != 0
     quant = finished.recipe().method.quant
@@ -86,7 +85,6 @@ def test_the_weights_that_were_tuned_on_can_be_exported_instead(finished: Run) -
     done = export_run(
         finished, "merged", out=finished.path / "dequantized", options=ExportOptions(merge_into="dequantized")
     )
-    assert done.found is not None
     assert done.allowed.kl == 1e-6
     assert done.found.carried == pytest.approx(1, abs=1e-3)
     assert done.found.loss_exported == pytest.approx(done.found.loss_tuned, abs=1e-5)

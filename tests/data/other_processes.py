@@ -1,0 +1,23 @@
+"""What other processes import: without torch, transformers or pytest, so that they start soon."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+from tunesmith.data import chat_template
+from tunesmith.data.renderer import Renderer
+
+
+class Hungry(Renderer):
+    """No process of a pool has the memory for question 9."""
+
+    def encode(self, examples: Any, **more: Any) -> Any:
+        if multiprocessing.parent_process() is not None and any("question 9" in e.parts[0].text for e in examples):
+            raise MemoryError
+        return super().encode(examples, **more)
+
+
+def render_in_a_daemon(template: chat_template.ChatTemplate, to: Any) -> None:
+    text = template.render([{"role": "user", "content": "Hi"}], prompt=True)
+    to.send((text, chat_template.PROCESS._child.process.pid, multiprocessing.current_process().daemon))
