@@ -255,12 +255,14 @@ from pathlib import Path
 from tunesmith.data import encode
 from tunesmith.data.dataset import build
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Part
 
 encode.CHUNK_EXAMPLES = 3
+renderer = pickle.loads(Path(sys.argv[1], "renderer").read_bytes())
+renderer.prompt_ids([Part("user", "Hi", False)])  # which starts a process that renders
 wait = lambda *_: (print("encoding", flush=True), time.sleep(float(sys.argv[2])))
 store = build(Path(sys.argv[1], "rows"), data=Data(num_proc=2), files=[DataFile(path=sys.argv[1] + "/a.jsonl")],
-              renderer=pickle.loads(Path(sys.argv[1], "renderer").read_bytes()), on_problem=lambda _: None,
-              progress=wait)
+              renderer=renderer, on_problem=lambda _: None, progress=wait)
 print(len(store), store.notes)
 """
 
