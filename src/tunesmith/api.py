@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.runs.progress_line import ProgressLine, is_wanted
+from tunesmith.tracking.processes import tracked
 from tunesmith.training import trainer as training
 from tunesmith.types import Event, TaskName
 
@@ -73,7 +75,11 @@ def train(
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
     check_planned(chosen, root=Path(root), offline=offline)
-    with _problems_named(), _listening(progress, on_event, should_stop) as listener:
+    with (
+        _problems_named(),
+        tracked(chosen.track, offline=offline, say=_warn) as on_run,
+        _listening(progress, on_event, should_stop, on_run) as listener,
+    ):
         place = Path(out) if out else None
         run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
         return _with_exports(run)
@@ -96,7 +102,10 @@ def resume(
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
     """
     found = _opened(run, root, model)
-    with _listening(progress, on_event, should_stop) as listener:
+    with (
+        tracked(found.recipe().track, offline=offline, say=_warn) as on_run,
+        _listening(progress, on_event, should_stop, on_run) as listener,
+    ):
         training.resume(found, offline=offline, listener=listener)
         return _with_exports(found)
 
@@ -190,6 +199,11 @@ def _name(target: Run | str | PathLike[str]) -> str:
     return str(target.path) if isinstance(target, Run) else fspath(target)
 
 
+def _warn(is_sent: bool, text: str) -> None:
+    if not is_sent:
+        warnings.warn(text, stacklevel=2)
+
+
 @contextmanager
 def _problems_named() -> Iterator[None]:
     """A refusal of rows names the first of them, as the command line does."""
@@ -205,10 +219,13 @@ def _problems_named() -> Iterator[None]:
 
 @contextmanager
 def _listening(
-    progress: bool | None, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    progress: bool | None,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    on_run: Callable[[Run], None],
 ) -> Iterator[training.Listener]:
     if not (is_wanted() if progress is None else progress):
-        yield training.Listener(on_event=on_event, should_stop=should_stop)
+        yield training.Listener(on_event=on_event, should_stop=should_stop, on_run=on_run)
         return
     line = ProgressLine()
 
@@ -216,8 +233,12 @@ def _listening(
         line.event(event)
         on_event(event)
 
+    def begin(run: Run) -> None:
+        line.run(run)
+        on_run(run)
+
     try:
-        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop, on_run=line.run)
+        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop, on_run=begin)
     finally:
         line.close()
 

@@ -28,6 +28,7 @@ from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
 from tunesmith.cli.signals import interruptible, was_interrupted
+from tunesmith.cli.track import track
 from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 
@@ -136,7 +137,7 @@ def about(
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume),
     "Look and talk": (show, chat),
-    "Use and measure": (serve, predict, evaluate, compare, export, push),
+    "Use and measure": (serve, predict, evaluate, compare, export, push, track),
     "More": (selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own

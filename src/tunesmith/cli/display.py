@@ -291,10 +291,15 @@ class RunDisplay:
     runs: list[Run]
     """The run at work, once its folder is there."""
 
-    def listener(self) -> Listener:
+    def listener(self, on_run: Callable[[Run], None] = lambda run: None) -> Listener:
+        """The listener of the run; `on_run` is called too once its folder exists."""
         from tunesmith.training.trainer import Listener
 
-        return Listener(self._on_event, self.display.progress, self.should_stop, self.runs.append)
+        def begin(run: Run) -> None:
+            self.runs.append(run)
+            on_run(run)
+
+        return Listener(self._on_event, self.display.progress, self.should_stop, begin)
 
     def _on_event(self, event: Event) -> None:
         if self.as_json:

@@ -36,6 +36,12 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),
 ]
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track", metavar="TRACKER", help="Send the run to tensorboard, wandb, mlflow or trackio: track. Repeatable."
+    ),
+]
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")]
 Data = Annotated[
     list[str] | None,
@@ -78,6 +84,7 @@ OPTIONS = {
     "train.epochs": "--epochs",
     "train.rows_per_step": "--batch-size",
     "method.rank": "--rank",
+    "track": "--track",
 }
 """Keys of the recipe that have an option of their own."""
 FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, RunName, Settings, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, RunName, Settings, Track, remember_json
 from tunesmith.errors import RunError
 
 
@@ -15,6 +15,7 @@ def resume(
     run: RunName,
     settings: Settings = None,
     model: BaseAt = None,
+    track: Track = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -24,21 +25,28 @@ def resume(
 
     tunesmith resume runs/support-3f2a
 
+    tunesmith resume last --track mlflow    (those of the recipe continue by themselves; --track none: without any)
+
     tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
     from tunesmith.runs.folder import Run
+    from tunesmith.tracking.processes import tracked
 
     found = Run.open(run, root, base=model)
     try:
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
         earlier = []
-    with run_display(as_json=as_json, quiet=quiet, earlier=earlier) as display:
+    trackers = [*found.recipe().track, *(track or [])]
+    with (
+        run_display(as_json=as_json, quiet=quiet, earlier=earlier) as display,
+        tracked(trackers, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
+    ):
         from tunesmith.training import trainer as training
 
-        done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener())
+        done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener(on_run))
         display.done(done)
         make_planned(done, as_json=as_json)

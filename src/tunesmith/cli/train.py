@@ -24,6 +24,7 @@ from tunesmith.cli.options import (
     Root,
     Settings,
     Task,
+    Track,
     build_recipe,
     remember_json,
 )
@@ -48,6 +49,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="TARGET[:KIND]", help="Export the result at the end: merged, gguf:q4_k_m."),
     ] = None,
+    track: Track = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     out: Annotated[
@@ -64,11 +66,13 @@ def train(
 
     tunesmith train ./model a.jsonl b.csv:0.5 --method lora --rank 8 --epochs 2 --set optim.warmup=0.1
 
+    tunesmith train ./model support.jsonl --track wandb --track tensorboard
+
     tunesmith train --recipe runs/support-3f2a/recipe.yaml
     """
     remember_json(ctx, as_json)
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
-    words |= {"train.rows_per_step": batch_size, "method.rank": rank}
+    words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
     _tune(found, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
 
@@ -76,8 +80,12 @@ def train(
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
+    from tunesmith.tracking.processes import tracked
 
-    with run_display(as_json=as_json, quiet=quiet) as display:
+    with (
+        run_display(as_json=as_json, quiet=quiet) as display,
+        tracked(recipe.track, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
+    ):
         from tunesmith.training import trainer as training
 
         if recipe.export.to:
@@ -85,6 +93,6 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
 
             for note in check_planned(recipe, root=root, offline=offline):
                 display.note(note)
-        run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener())
+        run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
         display.done(run)
         make_planned(run, as_json=as_json)

@@ -233,11 +233,11 @@ def markdown() -> str:
     return "\n".join(pages)
 
 
-_IN_SIGHT = ("model", "name", "data.train", "data.eval")
+_IN_SIGHT = ("model", "name", "data.train", "data.eval", "track")
 
 
 def changed(recipe: Recipe) -> dict[str, Any]:
-    """Options by their dotted keys that are not as they are by default, without model, name and files."""
+    """Options by their dotted keys that are not as they are by default, without model, name, files and trackers."""
     start: dict[str, Any] = Recipe().model_dump()
     fields = type(recipe.method).model_fields.items()
     start["method"] = {key: field.get_default(call_default_factory=True) for key, field in fields}

@@ -344,6 +344,8 @@ class Recipe(OptionGroup):
     comparison."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
+    track: Words = ()
+    """Experiment trackers that get the run: tensorboard, wandb, mlflow, trackio. They change nothing about it."""
     _base: Base | None = PrivateAttr(None)
 
     @property

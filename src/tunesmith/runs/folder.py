@@ -7,6 +7,7 @@
       adapter/ or model/                                    report.json, report.md, report.html
       result.json      SHA-256 of its files
       lock, lock.json  the writing process                  stop          a request to stop
+      tracking/        what each tracker has                tensorboard/  its event files
 
 One process writes, holding `lock`; any number read.
 """
@@ -55,7 +56,17 @@ FORMAT = 1
 State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
 
 RESULT = "result.json"
-_OWN = ("evaluation", "checkpoints", "rows", "rows/train", "rows/held_out", "exports", "merged")
+_OWN = (
+    "evaluation",
+    "checkpoints",
+    "rows",
+    "rows/train",
+    "rows/held_out",
+    "exports",
+    "merged",
+    "tracking",
+    "tensorboard",
+)
 """Folders of a run that are written to."""
 
 _LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away

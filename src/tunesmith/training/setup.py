@@ -221,7 +221,7 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump()).items()}
+    settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track"})).items()}
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
     data = {f"data {path}": digest for path, digest in hashes.items()}

@@ -1,0 +1,119 @@
+"""Weights & Biases: a run of its own id, resumed by it; offline, one folder a process, which `wandb sync` joins."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import InputError
+from tunesmith.runs.folder import Run
+from tunesmith.tracking.step_metrics import RunReader, StepMetrics
+from tunesmith.tracking.tracker import refuse_unreachable
+
+OFFLINE = ("offline", "dryrun")
+_WAY_OUT = "Set WANDB_API_KEY, call `wandb login`, or work without the network: WANDB_MODE=offline."
+_BLOCK = 32768
+
+
+def check(offline: bool) -> None:
+    """Check that the login works and the server answers, unless it works offline."""
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode in OFFLINE:
+        return
+    if settings.mode == "disabled":
+        raise InputError("WANDB_MODE=disabled: nothing would be tracked. Unset it, or leave --track wandb out.")
+    refuse_unreachable(settings.base_url, _WAY_OUT)
+    try:
+        has_login = wandb.login(verify=True, timeout=1)
+    except Exception as error:  # wandb raises errors of many classes, all of them about the login here
+        raise InputError(f"wandb: {settings.base_url}: the login fails: {error}. {_WAY_OUT}") from error
+    if not has_login:
+        raise InputError(f"wandb: {settings.base_url}: there is no login. {_WAY_OUT}")
+
+
+class WandbRun:
+    def __init__(self, reader: RunReader, last_step: int) -> None:
+        import wandb
+
+        self._wandb = wandb
+        settings = wandb.Settings(
+            console="off", silent=True, disable_git=True, x_disable_stats=True, x_disable_meta=True,
+            x_save_requirements=False,
+        )  # fmt: skip
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tunesmith"),
+            id=reader.key,
+            name=reader.name,
+            resume="allow",
+            config={**reader.recipe, **reader.facts},
+            settings=settings,
+        )
+        if self._run.settings.mode in OFFLINE:
+            self.place = str(Path(self._run.dir).parent)
+            sessions = Path(self.place).parent.glob(f"offline-run-*-{reader.key}/run-{reader.key}.wandb")
+            self.last_step = max([last_step, *map(_last_step, sessions)])
+        else:
+            self.place = str(self._run.url)
+            self.last_step = int(self._run.step) - 1 if self._run.resumed else -1
+
+    def log(self, steps: Sequence[StepMetrics]) -> None:
+        for step in steps:
+            self._run.log({**step.values, "_timestamp": step.time}, step=step.step, commit=True)
+
+    def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
+        self._run.config.update({**reader.recipe, **reader.facts}, allow_val_change=True)
+        self._run.notes = "\n".join(reader.notes)
+        if reader.state == "end":
+            self._run.summary.update(reader.last_values)
+            for name, path in artifacts.items():
+                is_model = path.is_dir()
+                artifact = self._wandb.Artifact(f"{reader.key}-{name}", type="model" if is_model else "report")
+                (artifact.add_dir if is_model else artifact.add_file)(str(path))
+                self._run.log_artifact(artifact)
+        self._run.finish(exit_code=0 if reader.state in ("end", "stopped") else 1)
+
+    def close(self) -> None:
+        self._run.finish(exit_code=1)
+
+
+def _last_step(path: Path) -> int:
+    """Newest step in a .wandb file of an offline run; -1: none."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    last = -1
+    for content in _records(path.read_bytes()):
+        record = Record.FromString(content)
+        if record.HasField("history"):
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            last = max(last, json.loads(items.get("_step", str(record.history.step.num))))
+    return last
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log with W&B's header of 7 bytes; a partial last one, of a killed writer, is none."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if _BLOCK - at % _BLOCK < 7:
+            at += _BLOCK - at % _BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        chunk = content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind == 0 or len(chunk) < length:
+            return
+        record = chunk if kind in (1, 2) else record + chunk  # whole, first | middle, last
+        if kind in (1, 4):
+            yield record
+
+
+def open_run(run: Run, reader: RunReader, last_step: int) -> WandbRun:
+    """Open the run, which is made or resumed."""
+    return WandbRun(reader, last_step)

@@ -1,0 +1,179 @@
+"""Sending: in batches, again after errors, nothing twice; with a tracker in memory, without any library."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tracking.logs import ending, event, new_run, opening, trained, with_results, write
+from tunesmith.errors import InputError
+from tunesmith.runs.folder import Run
+from tunesmith.tracking import sender
+from tunesmith.tracking.sender import Sender, read_state
+from tunesmith.tracking.step_metrics import RunReader, StepMetrics
+from tunesmith.tracking.tracker import TRACKERS, check_names
+
+
+class MemoryTracker:
+    """Holds what was sent, across openings, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[str, int, float]] = []
+        self.files: list[str] = []
+        self.openings = self.finished = 0
+        self.fail_after: list[int] = []
+        """Numbers of steps after which a call of `log` fails."""
+        self.place = "memory"
+
+    @property
+    def last_step(self) -> int:
+        return max((step for _, step, _ in self.values), default=-1)
+
+    def log(self, steps: Sequence[StepMetrics]) -> None:
+        bound = self.fail_after.pop(0) if self.fail_after else len(steps)
+        for step in steps[:bound]:
+            self.values += [(name, step.step, value) for name, value in step.values.items()]
+        if bound < len(steps):
+            raise ConnectionError("the server went away")
+
+    def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
+        self.finished += 1
+        self.files = sorted(artifacts)
+
+    def close(self) -> None:
+        raise RuntimeError("closing fails too")
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
+    memory = MemoryTracker()
+
+    def open_run(run: Run, reader: RunReader, last_step: int) -> MemoryTracker:
+        memory.openings += 1
+        return memory
+
+    module = SimpleNamespace(check=lambda offline: None, open_run=open_run)
+    monkeypatch.setitem(TRACKERS, "memory", SimpleNamespace(title="Memory", package="json", load=lambda: module))
+    monkeypatch.setattr(sender, "POLL_S", 0.01)
+    monkeypatch.setattr(sender, "LONGEST_WAIT_S", 0.01)
+    (monkeypatch).setattr(sender, "TRIES", 3)
+    return memory
+
+
+def send(run: Run) -> dict[str, Any]:
+    sender.state_path(run, "memory").parent.mkdir(exist_ok=True)
+    Sender(run, "memory", lambda: True).send()
+    return read_state(run, "memory")
+
+
+def expected(run: Run) -> list[tuple[str, int, float]]:
+    reader = RunReader(run)
+    steps = [step for one in run.events() for step in reader.add(one)] + reader.rest()
+    return [(name, step.step, value) for step in steps for name, value in step.values.items()]
+
+
+def whole(folder: Path, steps: int = 9) -> Run:
+    run = with_results(new_run(folder))
+    write(run, [*opening(steps), *trained(1, steps, steps), *ending(steps)])
+    return run
+
+
+def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run = whole(tmp_path)
+    state = send(run)
+    assert tracker.values == expected(run)
+    assert tracker.files == ["adapter", "report.html", "report.json", "report.md"]
+    assert state == {"place": "memory", "step": 9, "done": True, "bytes": 3006, "error": ""}
+
+
+@pytest.mark.parametrize("sent", range(0, 10, 3))
+def test_a_batch_that_breaks_off_is_continued_where_the_tracker_has_it(
+    sent: int, tmp_path: Path, tracker: MemoryTracker
+) -> None:
+    run = whole(tmp_path)
+    tracker.fail_after = [sent, 1]
+    send(run)
+    assert tracker.values == expected(run)
+    assert tracker.openings == 3
+
+
+def test_a_kill_between_sending_and_noting_it_down_sends_nothing_twice(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run = new_run(tmp_path)
+    write(run, [*opening(9), *trained(1, 5, 9)])
+    send(run)
+    sender.state_path(run, "memory").unlink()  # as if it had never been written
+    write(run, [*trained(6, 9, 9), *ending(9)])
+    send(with_results(run))
+    assert tracker.values == expected(run)
+
+
+def test_steps_that_a_resumed_run_repeats_are_sent_once(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run = new_run(tmp_path)
+    write(run, [*opening(9), *trained(1, 5, 9)])
+    send(run)
+    assert tracker.last_step == 5
+    run.truncate_after(2)
+    write(run, [event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
+    send(with_results(run))
+    assert tracker.values == expected(run)
+
+
+def test_a_tracker_that_stays_down_ends_with_its_error_and_the_run_is_as_it_was(
+    tmp_path: Path, tracker: MemoryTracker
+) -> None:
+    run = whole(tmp_path)
+    before = run.events_path.read_bytes()
+    tracker.fail_after = [0, 0, 0]
+    with pytest.raises(ConnectionError):
+        send(run)
+    assert read_state(run, "memory")["error"] == "ConnectionError: the server went away"
+    assert run.events_path.read_bytes() == before
+    assert send(run)["done"]
+    assert tracker.values == expected(run)
+
+
+def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run, over = new_run(tmp_path), threading.Event()
+    sender.state_path(run, "memory").parent.mkdir()
+    thread = threading.Thread(target=Sender(run, "memory", over.is_set).send)
+    thread.start()
+    for events in (opening(9), trained(1, 4, 9), trained(5, 9, 9)):
+        write(run, events)
+        threading.Event().wait(0.1)
+    assert tracker.last_step == 8
+    write(with_results(run), ending(9))
+    over.set()
+    thread.join(20)
+    assert tracker.values == expected(run)
+    assert tracker.finished == 1
+
+
+def test_a_planted_sender_that_trusts_its_own_notes_writes_twice(
+    tmp_path: Path, tracker: MemoryTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryTracker, "last_step", -1)
+    run = whole(tmp_path)
+    tracker.fail_after = [4]
+    send(run)
+    assert tracker.values != expected(run)
+
+
+@pytest.mark.parametrize(("names", "message"), [(["wandbb"], "wandbb: there is no such tracker. One of tensorboard")])
+def test_unknown_trackers_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_names(names)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"track: wandb: the package wandb is missing. Install it: .* pip install"):
+        check_names(["wandb"])
+
+
+def test_none_means_no_tracker() -> None:
+    assert check_names(["wandb", "none"]) == []

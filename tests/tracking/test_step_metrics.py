@@ -1,0 +1,70 @@
+"""Events as trackers take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracking.logs import draw, ending, evaluation, event, new_run, opening, trained
+from tunesmith.tracking.step_metrics import RunReader, StepMetrics, metrics_of
+from tunesmith.types import Event
+
+
+def steps_of(reader: RunReader, events: list[Event]) -> list[StepMetrics]:
+    return [step for one in events for step in reader.add(one)]
+
+
+def test_names_and_values_are_those_of_the_event() -> None:
+    step = event("step", 4, loss=0.1 + 0.2, lr=1e-4, grad_norm=2.0, tokens=5, rows=[1, 2])
+    assert metrics_of(step) == {
+        "train/loss": 0.30000000000000004,
+        "train/learning_rate": 1e-4,
+        "train/grad_norm": 2.0,
+        "train/tokens": 5,
+        "train/seconds": 0.25,
+        "train/peak_bytes": 1000,
+    }
+
+
+def test_an_evaluation_comes_with_its_intervals_and_the_loss_of_each_source() -> None:
+    value = draw("eval", 3, 9)
+    assert metrics_of(evaluation("step", 3, 9)) == {
+        "eval/loss": value,
+        "eval/loss_low": value - 0.1,
+        "eval/loss_high": value + 0.1,
+        "eval/a.jsonl/loss": value / 3,
+    }
+
+
+def test_texts_of_rows_are_no_metrics() -> None:
+    assert metrics_of(event("sample", 0, prompt="secret", answer="secret")) == {}
+
+
+def test_a_step_is_given_out_once_it_is_complete(tmp_path: Path) -> None:
+    reader = RunReader(new_run(tmp_path))
+    given = steps_of(reader, [*opening(9), *trained(1, 3, 9)])
+    assert [step.step for step in given] == [0, 1, 2]
+    assert steps_of(reader, trained(4, 4, 9))[0].values.keys() >= {"train/loss", "eval/loss"}
+
+
+def test_a_killed_run_keeps_a_step_back_that_was_to_be_evaluated(tmp_path: Path) -> None:
+    reader = RunReader(new_run(tmp_path))
+    steps_of(reader, [*opening(9), *trained(1, 3, 9)[:-1]])
+    assert reader.rest() == []
+    reader = RunReader(new_run(tmp_path))
+    steps_of(reader, [*opening(9), *trained(1, 2, 9)])
+    assert [step.step for step in reader.rest()] == [2]
+
+
+def test_the_end_gives_out_the_last_step_and_the_last_values(tmp_path: Path) -> None:
+    reader = RunReader(new_run(tmp_path))
+    given = steps_of(reader, [*opening(4), *trained(1, 4, 4), *ending(4)])
+    assert [step.step for step in given] == [0, 1, 2, 3, 4]
+    assert reader.last_values["result/eval/loss"] == given[-1].values["eval/loss"]
+    assert reader.notes == ["few rows", "kept: the last step"]
+    assert reader.facts["data"] == {"chats.jsonl": "ab" * 32}
+
+
+def test_steps_that_a_resumed_run_repeats_come_again(tmp_path: Path) -> None:
+    reader = RunReader(new_run(tmp_path))
+    given = steps_of(reader, [*opening(9), *trained(1, 5, 9), event("resume", 2, from_step=2), *trained(3, 9, 9)])
+    assert [step.step for step in given] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
