@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,3 +110,10 @@ def option(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def mix_text(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Shares of sources of rows: a.jsonl 70 % (each row 1 × an epoch), b.jsonl 30 % (each row 0.43 × an epoch)."""
+    return ", ".join(
+        f"{one['path']} {100 * one['share']:.3g} % (each row {one['times']:.3g} × an epoch)" for one in sources
+    )

@@ -53,7 +53,7 @@ class MemoryTracker:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
     memory = MemoryTracker()
 
-    def open_run(run: Run, reader: RunReader, last_step: int) -> MemoryTracker:
+    def open_run(run: Run, reader: RunReader, kept: int) -> MemoryTracker:
         memory.openings += 1
         return memory
 
@@ -88,10 +88,10 @@ def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tr
     state = send(run)
     assert tracker.values == expected(run)
     assert tracker.files == ["adapter", "report.html", "report.json", "report.md"]
-    assert state == {"place": "memory", "step": 9, "done": True, "bytes": 3006, "error": ""}
+    assert state == {"place": "memory", "step": 9, "kept": 9, "done": True, "bytes": 3006, "error": ""}
 
 
-@pytest.mark.parametrize("sent", range(0, 10, 3))
+@pytest.mark.parametrize("sent", [0, 3, 7])
 def test_a_batch_that_breaks_off_is_continued_where_the_tracker_has_it(
     sent: int, tmp_path: Path, tracker: MemoryTracker
 ) -> None:
@@ -121,6 +121,13 @@ def test_steps_that_a_resumed_run_repeats_are_sent_once(tmp_path: Path, tracker:
     write(run, [event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
     send(with_results(run))
     assert tracker.values == expected(run)
+
+
+def test_a_batch_with_repeated_steps_has_each_once(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run = new_run(tmp_path)
+    write(run, [*opening(9), *trained(1, 5, 9), event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
+    send(with_results(run))
+    assert [step for name, step, _ in tracker.values if name == "train/loss"] == [*range(1, 10)]
 
 
 def test_a_tracker_that_stays_down_ends_with_its_error_and_the_run_is_as_it_was(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Settings, files, remember_json, to_overrides
+from tunesmith.cli.options import Json, Offline, Settings, files, mix_of, remember_json, to_overrides
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def check(
     remember_json(ctx, as_json)
     from tunesmith.recipe import load
 
-    explicit = {"model": model, "data.train": files(data), "data.eval": files(eval_), "task": task}
+    train = files(data)
+    explicit = {"model": model, "data.train": train, "data.eval": files(eval_), "data.mix": mix_of(train), "task": task}
     chosen = load.load(str(recipe) if recipe else None, [*to_overrides(explicit), *(settings or [])])
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
@@ -52,15 +53,18 @@ def check(
     from tunesmith.cli.display import progress_bar
     from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
+    from tunesmith.data.mixing import mix
 
     with progress_bar(console(stderr=True), "checking rows") as tick:
         renderer = _renderer(chosen, offline) if chosen.model else None
         task = None if chosen.task == "auto" else chosen.task
         report = check_rows(chosen.data, renderer=renderer, task=task, progress=tick)
+    usable = [file.usable for side in ("train", "replay") for file in report.files if file.side == side]
+    sources = mix(chosen.data, usable) if report.ok else []
     if as_json:
-        json_line({"kind": "check", "ok": report.ok, **asdict(report)})
+        json_line({"kind": "check", "ok": report.ok, **asdict(report), "mix": sources})
     else:
-        draw(report)
+        draw(report, sources)
     if not report.ok:
         raise typer.Exit(InputError.exit_code)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -10,7 +11,7 @@ from rich.text import Text
 from tunesmith.cli.errors import print_problems
 from tunesmith.cli.render import ACCENT, MUTED, percent, sample_row, visible
 from tunesmith.cli.streams import console
-from tunesmith.formatting import plural
+from tunesmith.formatting import mix_text, plural
 
 if TYPE_CHECKING:
     from tunesmith.data.check import CheckReport, TokenStats
@@ -21,7 +22,7 @@ MOST_CLASSES = 30
 """Classes drawn one by one."""
 
 
-def draw(report: CheckReport) -> None:
+def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
     """Problems first, then files, tokens and a first row, then the verdict."""
     screen = console()
     errors = [problem for problem in report.problems if problem.severity == "error"]
@@ -37,6 +38,8 @@ def draw(report: CheckReport) -> None:
     for file in report.files:
         shape = f"{file.shape} in {file.format}" if file.shape else file.format or "unreadable"
         _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")
+    if mix:
+        _say(screen, f"mix, before rows are held out: {mix_text(mix)}")
     for side, stats in report.tokens.items():
         _tokens(screen, side, stats)
     _labels(screen, report)

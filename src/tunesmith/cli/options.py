@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,10 @@ Track = Annotated[
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or a .gguf file.")]
 Data = Annotated[
     list[str] | None,
-    typer.Argument(metavar="DATA", help="Data files. [bold]a.jsonl:2[/]: each row twice an epoch."),
+    typer.Argument(
+        metavar="DATA",
+        help="Data files. [bold]a.jsonl:2[/]: each row twice an epoch. [bold]a.jsonl:0.7 b.jsonl:0.3[/]: shares.",
+    ),
 ]
 Eval = Annotated[
     list[str] | None,
@@ -90,15 +94,28 @@ OPTIONS = {
 FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")
 """Settings of --fast."""
 
-_WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+_WEIGHT = re.compile(r"(?P<path>.{2,}):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
 
 def data_file(text: str) -> dict[str, Any]:
-    """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins."""
+    """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter in front
+    of the colon is a drive of Windows.
+
+    Raises InputError for a weight that is not above 0.
+    """
     match = _WEIGHT.fullmatch(text)
     if match is None or Path(text).exists():
         return {"path": text}
-    return {"path": match["path"], "weight": float(match["weight"])}
+    weight = float(match["weight"])
+    if weight <= 0:
+        raise InputError(f"{text}: its weight is {match['weight']}: it must be above 0. Leave the file out instead.")
+    return {"path": match["path"], "weight": weight}
+
+
+def mix_of(data: Sequence[Mapping[str, Any]]) -> str | None:
+    """ "shares" for two or more files whose weights add up to 1; None: not decided by them."""
+    weights = [file["weight"] for file in data if "weight" in file]
+    return "shares" if len(weights) == len(data) > 1 and math.isclose(sum(weights), 1, abs_tol=1e-9) else None
 
 
 def to_overrides(values: Mapping[str, Any]) -> list[str]:
@@ -131,7 +148,8 @@ def build_recipe(
     from tunesmith.recipe import load
 
     _refuse_twice(words, settings or ())
-    explicit = {"model": model, "data.train": files(data), "data.eval": files(held_out), **words}
+    train = files(data)
+    explicit = {"model": model, "data.train": train, "data.eval": files(held_out), "data.mix": mix_of(train), **words}
     overrides = [*to_overrides(explicit), *(FAST if fast else ()), *(settings or ())]
     try:
         found = load.load(str(recipe) if recipe else None, overrides)

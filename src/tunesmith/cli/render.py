@@ -17,7 +17,7 @@ from tunesmith import formatting
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.cli.history import RunHistory, measures_of
 from tunesmith.evaluation.metrics import VERDICTS, info_of
-from tunesmith.formatting import plural
+from tunesmith.formatting import mix_text, plural
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -245,6 +245,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", held_out + skipped),
         ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
     ]
+    if plan.get("mix"):
+        facts.append(("mix", visible(mix_text(plan["mix"]))))
     if plan.get("given"):
         facts.append(("given", given_options(plan["given"])))
     if plan.get("labels"):

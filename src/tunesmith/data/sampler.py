@@ -61,6 +61,8 @@ class StepSampler:
     seed: int
     targets_I: NDArray[np.int32] | None = None
     """For an encoder–decoder: the tokens of each row that its decoder reads, which are padded apart from the others."""
+    sources_I: NDArray[np.int64] | None = None
+    """The number of each row's source, where a fraction of each source is taken; None: of all rows of one weight."""
     groups_by_length: bool = False
     """Rows of similar length make a step, see `grouped`. False: a step is a random sample."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
@@ -73,7 +75,7 @@ class StepSampler:
     @property
     def rows_per_epoch(self) -> int:
         if "rows_per_epoch" not in self._kept:
-            self._kept["rows_per_epoch"] = int(copies(self.weights_I, seed=self.seed, epoch=0).sum())
+            self._kept["rows_per_epoch"] = int(copies(self.weights_I, self.sources_I, seed=self.seed, epoch=0).sum())
         return int(self._kept["rows_per_epoch"])
 
     @property
@@ -178,7 +180,7 @@ class StepSampler:
         """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
         if self._kept.get("epoch") != epoch:  # cached: one epoch serves many steps
             self._kept.update(epoch=epoch, pool=range(0))
-            self._kept["order"] = shuffled(self.weights_I, seed=self.seed, epoch=epoch)
+            self._kept["order"] = shuffled(self.weights_I, self.sources_I, seed=self.seed, epoch=epoch)
         order, size = self._kept["order"], self.rows_per_step
         if not self.groups_by_length:
             found: NDArray[np.int64] = order[offset * size : (offset + 1) * size]
@@ -333,21 +335,28 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def copies(weights_I: NDArray[np.float64], *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Copies of each row in an epoch: w times, and for a fraction w, a part of the rows of that weight."""
+def copies(
+    weights_I: NDArray[np.float64], sources_I: NDArray[np.int64] | None = None, *, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Copies of each row in an epoch: w times, and for a fraction w, a part of the rows of that weight and source."""
     whole_I = np.floor(weights_I).astype(np.int64)
     part_I = weights_I - whole_I
-    for weight in np.unique(part_I[part_I > 0]):
-        members = np.flatnonzero(part_I == weight)
-        keys = sort_keys(members, seed, epoch, salt=1)
-        extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
-        whole_I[extra] += 1
+    sources = [None] if sources_I is None else np.unique(sources_I)
+    for source in sources:
+        own_I = np.arange(len(part_I)) if source is None else np.flatnonzero(sources_I == source)
+        for weight in np.unique(part_I[own_I][part_I[own_I] > 0]):
+            members = own_I[part_I[own_I] == weight]
+            keys = sort_keys(members, seed, epoch, salt=1)
+            extra = members[np.argsort(keys, kind="stable")[: max(1, round(float(weight) * len(members)))]]
+            whole_I[extra] += 1
     return whole_I
 
 
-def shuffled(weights_I: NDArray[np.float64], *, seed: int, epoch: int) -> NDArray[np.int64]:
+def shuffled(
+    weights_I: NDArray[np.float64], sources_I: NDArray[np.int64] | None = None, *, seed: int, epoch: int
+) -> NDArray[np.int64]:
     """[R], the rows of an epoch in random order."""
-    rows_R = np.repeat(np.arange(len(weights_I)), copies(weights_I, seed=seed, epoch=epoch))
+    rows_R = np.repeat(np.arange(len(weights_I)), copies(weights_I, sources_I, seed=seed, epoch=epoch))
     return rows_R[np.argsort(sort_keys(np.arange(len(rows_R)), seed, epoch, salt=0), kind="stable")]
 
 

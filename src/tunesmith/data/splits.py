@@ -58,6 +58,18 @@ class Splits:
         """Rows read that cannot be used and were left out."""
         return self.store.skipped + (0 if self.held_store is self.store else self.held_store.skipped)
 
+    @property
+    def trained_per_file(self) -> list[int]:
+        """Training rows of each file of data.train and data.replay."""
+        num_files = len(self.data.train) + len(self.data.replay)
+        counts: list[int] = np.bincount(self.store.file_index[self.train_rows], minlength=num_files).tolist()
+        return counts
+
+    def held_sources(self) -> list[str]:
+        """The source of each held-out row that is measured."""
+        files = self.data.eval or (*self.data.train, *self.data.replay)
+        return [files[index].source for index in self.held_store.file_index[self.held_rows].tolist()]
+
     def keep(self, folder: Path) -> None:
         """Put the encoded rows and what was found in them into the run's own folder, by hard link where possible."""
         self.store.keep(folder / "train")
@@ -182,7 +194,8 @@ def encode_rows(
 
 
 def _without_folders(data: Data, on_problem: OnProblem) -> Data:
-    files = {side: expand_folders(getattr(data, side), on_problem) for side in ("train", "replay", "eval")}
+    given = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
+    files = {side: expand_folders(files, on_problem) for side, files in given.items()}
     return data.model_copy(update=files)
 
 

@@ -31,6 +31,8 @@ OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
 MOST_DOTS = 500
 """Rows in the scatter of true and predicted numbers."""
+MOST_SOURCES = 20
+"""Sources whose losses are measured apart."""
 PREFIXES = ("B", "I", "E", "S")
 
 ANSWER_SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
@@ -63,6 +65,21 @@ def score(
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
     return intervals(len(units), statistics), details
+
+
+def loss_by_source(rows: Sequence[RowResult], sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows and loss of each source, {"rows": 12, "loss": {"value", "low", "high"}}, of 2 to `MOST_SOURCES`; else empty.
+    `sources` names that of each row."""
+    names = list(dict.fromkeys(sources))
+    if not 1 < len(names) <= MOST_SOURCES:
+        return {}
+    found = {}
+    for name in names:
+        own = [row for row, source in zip(rows, sources, strict=True) if source == name]
+        units = list(by_key(own).values())
+        loss = ratio([unit["loss"] for unit in units], [unit["count"] for unit in units])
+        found[name] = {"rows": len(own), **intervals(len(units), {"loss": loss})}
+    return found
 
 
 def kind_of(row: RowResult) -> RowKind:

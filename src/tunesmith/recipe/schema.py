@@ -30,6 +30,18 @@ class DataFile(OptionGroup):
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
     _at: str | None = PrivateAttr(None)
+    _source: str | None = PrivateAttr(None)
+
+    @property
+    def source(self) -> str:
+        """What was given: this file, or the folder or address that it was found by; not an option."""
+        return self._source or self.path
+
+    def as_source(self) -> DataFile:
+        """This file, whose copies for the files that it stands for remember it as their source."""
+        copy = self.model_copy()
+        copy._source = self.source
+        return copy
 
     @property
     def at(self) -> str:
@@ -61,6 +73,9 @@ class Data(OptionGroup):
 
     train: tuple[DataFile, ...] = ()
     """Training files. Each entry is a path, or {path, weight}."""
+    mix: Literal["times", "shares"] = "times"
+    """Meaning of the weights of `train`. times: how often each row is seen per epoch. shares: the share of each file in
+    the rows of every epoch, as weights to each other; an epoch ends where the first file is used up."""
     eval: tuple[DataFile, ...] = ()
     """Held-out files. Empty: a part of `train` is split off, see `held_out`."""
     held_out: Fraction | Auto = "auto"
@@ -118,6 +133,12 @@ class Data(OptionGroup):
         copy = self.model_copy()
         copy._template_at = place
         return copy
+
+    @model_validator(mode="after")
+    def _shares_are_of_several(self) -> Data:
+        if self.mix == "shares" and len(self.train) == 1:
+            raise ValueError("data.mix: shares: there is one file: give two or more of data.train, or leave mix out")
+        return self
 
     @field_validator("train", "eval", "replay", mode="before")
     @classmethod

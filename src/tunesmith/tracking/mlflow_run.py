@@ -100,6 +100,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield name[:250], str(value)
 
 
-def open_run(run: Run, reader: RunReader, last_step: int) -> MlflowRun:
+def open_run(run: Run, reader: RunReader, kept: int) -> MlflowRun:
     """Open the run, which is made or resumed."""
     return MlflowRun(reader)

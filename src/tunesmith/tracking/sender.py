@@ -38,7 +38,10 @@ TRIES = 3
 
 
 def state_path(run: Run, name: str) -> Path:
-    """The file that records what a tracker has: {"place", "step", "done", "bytes", "error"}."""
+    """The file that records what a tracker has: {"place", "step", "kept", "done", "bytes", "error"}.
+
+    `kept` is the newest step when the tracker last closed the run in peace.
+    """
     return run.path / "tracking" / f"{name}.json"
 
 
@@ -55,7 +58,7 @@ class Sender:
     def __init__(self, run: Run, name: str, is_over: Callable[[], bool]) -> None:
         self.run, self.name, self.is_over = run, name, is_over
         self.reader = RunReader(run)
-        self.state: dict[str, Any] = {"place": "", "step": -1, "done": False, **read_state(run, name)}
+        self.state: dict[str, Any] = {"place": "", "step": -1, "kept": -1, "done": False, **read_state(run, name)}
         self._tracker: Tracker | None = None
         self._pending: list[StepMetrics] = []
         self._coming: queue.Queue[list[StepMetrics] | Exception | None] = queue.Queue()
@@ -108,10 +111,13 @@ class Sender:
             return
         tracker = self._tracker
         if tracker is None:
-            tracker = TRACKERS[self.name].load().open_run(self.run, self.reader, int(self.state["step"]))
+            tracker = TRACKERS[self.name].load().open_run(self.run, self.reader, int(self.state["kept"]))
             self._tracker = tracker
             self._save(place=tracker.place, step=tracker.last_step, error="")
-        new = [step for step in self._pending if step.step > self.state["step"]]
+        new: list[StepMetrics] = []
+        for step in self._pending:  # a resumed run repeats steps
+            if step.step > (new[-1].step if new else self.state["step"]):
+                new.append(step)
         if new:
             tracker.log(new)
             self._save(step=new[-1].step)
@@ -122,7 +128,7 @@ class Sender:
         is_done = self.reader.state == "end"
         artifacts = artifacts_of(self.run) if is_done else {}
         self._tracker.finish(self.reader, artifacts)
-        self._save(done=is_done, bytes=num_bytes(artifacts))
+        self._save(kept=self.state["step"], done=is_done, bytes=num_bytes(artifacts))
 
     def _abandon(self, error: Exception) -> None:
         with suppress(Exception):  # it has failed already

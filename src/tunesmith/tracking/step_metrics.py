@@ -38,7 +38,8 @@ def metrics_of(event: Event) -> dict[str, float]:
     found = {f"{prefix}/loss": event.values["loss"]} if event.kind == "general" else {}
     found |= _with_intervals(prefix, event.values.get("measures", {}))
     for source, measures in event.values.get("sources", {}).items():
-        found |= _with_intervals(f"{prefix}/{re.sub(r'[^A-Za-z0-9_.-]', '_', source)}", measures)
+        loss = {"loss": measures["loss"]}
+        found |= _with_intervals(f"{prefix}/{re.sub(r'[^A-Za-z0-9_.-]', '_', source)}", loss)
     return found
 
 

@@ -74,6 +74,6 @@ def _content(folder: Path) -> tuple[int, set[str]]:
     return last, texts
 
 
-def open_run(run: Run, reader: RunReader, last_step: int) -> TensorBoardFiles:
+def open_run(run: Run, reader: RunReader, kept: int) -> TensorBoardFiles:
     """Open a new event file next to those of earlier processes."""
     return TensorBoardFiles(run, reader)

@@ -58,7 +58,8 @@ class TrackerInfo:
     title: str
     package: str
     module: str
-    """Has `check(offline) -> None`, which raises InputError, and `open_run(run, reader, last_step) -> Tracker`."""
+    """Has `check(offline) -> None`, which raises InputError, and `open_run(run, reader, kept) -> Tracker`;
+    `kept` is a step that is surely stored, for trackers that cannot be asked."""
 
     def load(self) -> Any:
         return importlib.import_module(f"tunesmith.tracking.{self.module}")

@@ -68,6 +68,6 @@ class TrackioRun:
         self._run.finish()
 
 
-def open_run(run: Run, reader: RunReader, last_step: int) -> TrackioRun:
+def open_run(run: Run, reader: RunReader, kept: int) -> TrackioRun:
     """Open the run, which is made or resumed."""
     return TrackioRun(reader)

@@ -40,7 +40,7 @@ def check(offline: bool) -> None:
 
 
 class WandbRun:
-    def __init__(self, reader: RunReader, last_step: int) -> None:
+    def __init__(self, reader: RunReader, kept: int) -> None:
         import wandb
 
         self._wandb = wandb
@@ -59,7 +59,7 @@ class WandbRun:
         if self._run.settings.mode in OFFLINE:
             self.place = str(Path(self._run.dir).parent)
             sessions = Path(self.place).parent.glob(f"offline-run-*-{reader.key}/run-{reader.key}.wandb")
-            self.last_step = max([last_step, *map(_last_step, sessions)])
+            self.last_step = max([kept, *map(_last_step, sessions)])
         else:
             self.place = str(self._run.url)
             self.last_step = int(self._run.step) - 1 if self._run.resumed else -1
@@ -114,6 +114,6 @@ def _records(content: bytes) -> Iterator[bytes]:
             yield record
 
 
-def open_run(run: Run, reader: RunReader, last_step: int) -> WandbRun:
+def open_run(run: Run, reader: RunReader, kept: int) -> WandbRun:
     """Open the run, which is made or resumed."""
-    return WandbRun(reader, last_step)
+    return WandbRun(reader, kept)

@@ -30,7 +30,7 @@ from tunesmith.evaluation.predict_rows import (
     row_results,
     sample_rows,
 )
-from tunesmith.evaluation.scores import RowResult, answer_scores, score, score_answers
+from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.progress import Session
@@ -74,6 +74,7 @@ def measure_held_out(session: Session, name: str) -> None:
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
+    sources = loss_by_source(results, setup.rows.held_sources())
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric))
@@ -84,6 +85,7 @@ def measure_held_out(session: Session, name: str) -> None:
         **documents,
         "targets": int(sum(len(targets) for targets in outcomes.targets)),
         "measures": measures,
+        **({"sources": sources} if sources else {}),
     }
     session.emit("evaluation", values, {"seconds": seconds})
 

@@ -8,8 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tunesmith.data.mixing import source_ids, times_per_epoch
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
@@ -262,10 +261,11 @@ def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
 
 def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
     """The sampler that decides which rows make which step."""
-    weights = np.array([file.weight for file in (*rows.data.train, *rows.data.replay)])
+    file_I = rows.store.file_index[rows.train_rows]
     return StepSampler(
         rows_I=rows.train_rows,
-        weights_I=weights[rows.store.file_index[rows.train_rows]],
+        weights_I=times_per_epoch(rows.data, rows.trained_per_file)[file_I],
+        sources_I=source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None,
         lengths_I=rows.store.lengths[rows.train_rows],
         rows_per_step=resolved(recipe.train.rows_per_step),
         tokens_per_pass=resolved(recipe.train.tokens_per_pass),

@@ -15,6 +15,7 @@ import torch
 from tunesmith import __version__
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
+from tunesmith.data.mixing import mix
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
@@ -45,6 +46,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "given": setup.given,
         "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in setup.choices],
         "rows": row_counts(setup),
+        "mix": mix(setup.rows.data, setup.rows.trained_per_file),
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "longest_row": int(plan.lengths_I.max()),
         "rows_per_step": plan.rows_per_step,
@@ -90,6 +92,7 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
             "held_out": len(found.rows.held_rows),
             "skipped": found.rows.skipped,
         },
+        "mix": mix(found.rows.data, found.rows.trained_per_file),
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         **padding,
@@ -112,6 +115,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "method": setup.recipe.method.name,
         "model": setup.located.name,
         "rows": row_counts(setup),
+        "mix": mix(setup.rows.data, setup.rows.trained_per_file),
         "precision": setup.recipe.precision,
         "device": setup.device,
         "threads": resolved(setup.recipe.threads),

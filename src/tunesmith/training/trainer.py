@@ -42,6 +42,7 @@ SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
 NAMED_LATER = {
     "setting train.group_by_length": "False",
     "setting data.date": "None",
+    "setting data.mix": "times",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 

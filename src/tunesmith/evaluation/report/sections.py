@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tunesmith.evaluation.metrics import VERDICTS
+from tunesmith.evaluation.metrics import METRICS, VERDICTS
 from tunesmith.evaluation.report import text
 from tunesmith.evaluation.report.build import MOST_LISTED, RunSeries, label_text, target_of
 from tunesmith.evaluation.report.plots import Plot, answer_plots, length_plot, training_plots
@@ -300,8 +300,30 @@ def _data(report: Mapping[str, Any]) -> Iterator[Block]:
     rows = report["rows"]
     counts = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out, {rows['skipped']:,} skipped."
     yield Paragraph(counts)
+    yield from _sources(report)
     if report.get("lengths"):
         yield Figures([length_plot(report["lengths"])])
+
+
+def _sources(report: Mapping[str, Any]) -> Iterator[Block]:
+    """Each source's part in training, and its own loss before and after."""
+    mix = {one["path"]: one for one in report.get("mix", ())}
+    sides = [(report["metrics"][side] or {}).get("sources", {}) for side in ("before", "after")]
+    paths = list(dict.fromkeys([*mix, *sides[0], *sides[1]]))
+    if len(paths) < 2:
+        return
+    titles = ("rows trained", "each seen per epoch", "share of training", "held out", "loss before", "loss after")
+    rows = []
+    for path in paths:
+        one, held = mix.get(path), sides[1].get(path)
+        trained = [f"{one['rows']:,}", f"{one['times']:.3g} ×", f"{one['share']:.1%}"] if one else [""] * 3
+        losses = [_loss(side[path]["loss"]) if path in side else Cell("") for side in sides]
+        rows.append([Cell(path), *map(Cell, trained), Cell(f"{held['rows']:,}" if held else ""), *losses])
+    yield Table([Column("source", "source"), *(Column(title, "number") for title in titles)], rows, "stack")
+
+
+def _loss(value: Mapping[str, Any]) -> Cell:
+    return Cell(METRICS["loss"].text(value["value"]), METRICS["loss"].bounds(value))
 
 
 def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
