@@ -155,7 +155,8 @@ def main() -> None:
 
     def answer(**values: Any) -> None:
         with suppress(BrokenPipeError):
-            print(json.dumps(values), file=answers, flush=True)
+            answers.write(json.dumps(values) + "\n")
+            answers.flush()
 
     if hasattr(os, "nice"):
         os.nice(10)  # training comes first
