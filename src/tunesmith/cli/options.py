@@ -88,7 +88,6 @@ OPTIONS = {
     "train.epochs": "--epochs",
     "train.rows_per_step": "--batch-size",
     "method.rank": "--rank",
-    "track": "--track",
 }
 """Keys of the recipe that have an option of their own."""
 FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")
