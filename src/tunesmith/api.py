@@ -164,7 +164,7 @@ def evaluate(
     speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     if not is_rows(data):
         with _problems_named():
-            return evaluate_file(speaker, fspath(data), samples=samples).measures
+            return evaluate_file(speaker, fspath(data), samples=samples, offline=offline).measures
     with _problems_named(), TemporaryDirectory(prefix="tunesmith-") as folder:
         return evaluate_file(speaker, str(write_rows(data, Path(folder))), samples=samples).measures
 

@@ -50,11 +50,12 @@ def check(
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
     from tunesmith.cli.check_report import draw
-    from tunesmith.cli.display import progress_bar
+    from tunesmith.cli.display import fetched, progress_bar
     from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
     from tunesmith.data.mixing import mix
 
+    chosen = chosen.model_copy(update={"data": fetched(chosen.data, offline=offline)})
     with progress_bar(console(stderr=True), "checking rows") as tick:
         renderer = _renderer(chosen, offline) if chosen.model else None
         task = None if chosen.task == "auto" else chosen.task

@@ -19,58 +19,111 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Rows listed on which one is better, of each side; all with --json."""
-Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run; with --data also a model.")]
+Targets = Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs; with --data also models.")]
 
 
 def compare(
     ctx: typer.Context,
-    a: Target,
-    b: Target,
+    targets: Targets,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Evaluate both on this data file first.")
+        str | None, typer.Option("--data", metavar="FILE", help="Evaluate all on this data file first.")
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="With --data: place of the base of the runs; give it twice for one each."),
+        typer.Option(
+            metavar="PATH", help="With --data: place of the base of the runs; give it once for each, or once."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the table and a picture of differences.")
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Compare two runs on the rows they share: metrics, clear differences, and rows that one gets right.
+    """Compare runs on the rows they share: metrics, clear differences, and of two the rows that one gets right.
 
     tunesmith compare support-3f2a support-77b0
+
+    tunesmith compare support-3f2a support-77b0 support-19c4 --out compared.html
 
     tunesmith compare last HuggingFaceTB/SmolLM2-135M-Instruct --data held-out.jsonl
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.streams import json_line
-    from tunesmith.evaluation.compare import compare_answers, compare_rows
+    from tunesmith.evaluation.compare import compare_runs
 
-    bases = _bases(model or [], data, (a, b), root)
+    if len(targets) < 2:
+        raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
+    bases = _bases(model or [], data, targets, root)
+    named = targets if data is not None or out is not None else ()
+    tasks = [task for name in named if (task := _task_of(name, root))]
     if data is None:
-        sides = [_kept(name, root) for name in (a, b)]
+        sides = [_kept(name, root) for name in targets]
     else:
-        task = _task_of(a, root) or _task_of(b, root)
-        sides = [_measured(name, data, base, task, root, offline) for name, base in zip((a, b), bases, strict=True)]
+        options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline}
+        sides = [_measured(name, data, base, **options) for name, base in zip(targets, bases, strict=True)]
     try:
-        found = compare_rows(*(side.rows for side in sides))
+        found = compare_runs([side.rows for side in sides])
     except InputError as error:
-        raise InputError(f"{a} and {b}: {error} Or measure both now: tunesmith compare {a} {b} --data FILE") from error
+        names = " ".join(targets)
+        raise InputError(
+            f"{' and '.join(targets)}: {error} Or measure now: tunesmith compare {names} --data FILE"
+        ) from error
+    if len(targets) == 2:
+        _show_two(found[0], (targets[0], targets[1]), sides, as_json=as_json)
+    else:
+        _show_many(found, targets, as_json=as_json)
+    if out is not None:
+        from tunesmith.cli.streams import console
+        from tunesmith.evaluation.report.comparison import comparison_page
+        from tunesmith.evaluation.report.html import as_html
+        from tunesmith.runs.atomic import write_atomic
+
+        write_atomic(out, as_html(comparison_page(targets, found, next(iter(tasks), ""))).encode())
+        console(stderr=True).print(f"a page with the table and a picture: {out}")
+
+
+def _show_two(found: Comparison, names: tuple[str, str], sides: Sequence[_Side], *, as_json: bool) -> None:
+    from tunesmith.cli.streams import json_line
+    from tunesmith.evaluation.compare import compare_answers
+
     num_answers, of_answers = compare_answers(*(side.answers for side in sides))
     if as_json:
         values = {
             "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
             "answers": {"num": num_answers, "measures": _as_values(of_answers)},
         }
-        json_line({"kind": "compare", "a": a, "b": b, **as_values(found), **values})
+        json_line({"kind": "compare", "a": names[0], "b": names[1], **as_values(found), **values})
     else:
-        _print(found, (a, b), sides, num_answers, of_answers)
+        _print(found, names, sides, num_answers, of_answers)
+
+
+def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bool) -> None:
+    """A row for each run: its values, and how they differ from those of the first run."""
+    from tunesmith.cli.render import runs_table
+    from tunesmith.cli.streams import console, json_line
+    from tunesmith.formatting import plural
+
+    if as_json:
+        runs = [{"name": name, "measures": _as_values(one.metrics)} for name, one in zip(names[1:], found, strict=True)]
+        json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
+        return
+    screen, unit = console(), "document" if found[0].are_documents else "row"
+    screen.print(
+        f"{plural(found[0].num_rows, unit)} in common; differences from A with 95 % intervals, ~ may be chance"
+    )
+    rows = runs_table(names, [one.metrics for one in found])
+    if screen.is_terminal:
+        screen.print(rows)
+    else:
+        typer.echo("\t".join(str(column.header) for column in rows.columns))
+        for cells in zip(*(column.cells for column in rows.columns), strict=True):
+            typer.echo("\t".join(map(str, cells)))
 
 
 @dataclass
 class _Side:
-    """One of the two evaluations."""
+    """One of the evaluations."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -98,18 +151,17 @@ def _kept(name: str, root: Path) -> _Side:
     return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
 
 
-def _measured(name: str, data: str, base: str | None, task: str | None, root: Path, offline: bool) -> _Side:
+def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
     from tunesmith.cli.eval import measured
 
     side = _Side()
-    options: dict[str, Any] = {"root": root, "base": False, "task": task, "model": base, "offline": offline}
-    found = measured(name, data, samples=0, keep=side.rows.extend, **options)
+    found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
     side.metrics, side.baseline = found.measures, found.baseline
     return side
 
 
 def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
-    """Places of the bases of A and B. Raises InputError where nothing is loaded, or for a third one."""
+    """Place of the base of each run. Raises InputError where nothing is loaded, or for one too many."""
     from tunesmith.runs.folder import is_run
 
     if given and data is None:

@@ -41,6 +41,7 @@ from tunesmith.formatting import PHASES, command, duration
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Data
     from tunesmith.runs.folder import Run
     from tunesmith.training.trainer import Listener
 
@@ -276,6 +277,19 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
             progress.update(bar, completed=done, total=total)
 
         yield tick
+
+
+def fetched(data: Data, *, offline: bool) -> Data:
+    """The data with addresses pinned, said on stderr, and their files on this machine as far as they fit."""
+    from tunesmith.data.addresses import fetch, pin
+
+    screen = console(stderr=True)
+    pinned, notes = pin(data, offline=offline)
+    for note in notes:
+        screen.print(visible(f"note: {note}"), style="bright_black")
+    with phases(screen) as progress:
+        fetch(pinned, progress)
+    return pinned
 
 
 @dataclass

@@ -83,7 +83,7 @@ def measured(
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
         loaded = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
-        found = evaluate_file(loaded, data, samples=samples, keep=keep, on_progress=progress)
+        found = evaluate_file(loaded, data, samples=samples, keep=keep, offline=offline, on_progress=progress)
     for note in filter(None, [loaded.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found

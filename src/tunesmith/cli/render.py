@@ -170,6 +170,26 @@ def comparison_table(metrics: Mapping[str, Difference], a: str, b: str) -> Table
     return table
 
 
+def runs_table(names: Sequence[str], others: Sequence[Mapping[str, Difference]]) -> Table:
+    """A row for each run, a column for each metric; `others`: the differences of all but the first from the first."""
+    keys = list(others[0])
+    table = _table("", columns=["run", *(info_of(key).label for key in keys)])
+    table.columns[0].header, table.columns[1].justify = "", "left"
+    table.add_row("A", one_line(names[0], 30), *(info_of(key).text(others[0][key].a) for key in keys))
+    for i, (name, of_run) in enumerate(zip(names[1:], others, strict=True), start=1):
+        cells = []
+        for key in keys:
+            differs, info = of_run.get(key), info_of(key)
+            text = Text("–")
+            if differs is not None:
+                colour = COLOURS.get(info.verdict(differs.as_change()), MUTED)
+                chance = "" if differs.is_clear else " ~"
+                text = Text(info.text(differs.b)).append(f" {info.difference(differs.b_minus_a)}{chance}", colour)
+            cells.append(text)
+        table.add_row(chr(ord("A") + i) if i < 26 else str(i), one_line(name, 30), *cells)
+    return table
+
+
 def _result_table(report: Mapping[str, Any], title: str) -> Table:
     """A row for each metric of a report: its comparison, if any, the result, and the paired change."""
     from tunesmith.evaluation.report import text

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.read import expand_folders
+from tunesmith.data.remote import local, size_of
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Shape, Source, TaskName
@@ -223,7 +223,7 @@ class _Check:
     def report(self) -> CheckReport:
         check_columns_exist(self._data)
         entries = [(side, file, self._members(file)) for side in SIDES for file in getattr(self._data, side)]
-        self._total_bytes = sum(_size(member.path) for *_, members in entries for member in members)
+        self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
         train, held = self._sides["train"], self._sides["eval"]
         train_I, held_I = (side.array("hashes", np.uint64) for side in (train, held))
@@ -294,16 +294,17 @@ class _Check:
         self._paths.append(file.path)
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
-        source = examples([file], self._data, self._hear, facts=facts, task=self._task)
         try:
-            for chunk in _chunks(example for _, example in source):
-                shape = chunk[-1].shape
-                usable += self._chunk(side, chunk)
-                self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
+            with local(file) as there:
+                source = examples([there], self._data, self._hear, facts=facts, task=self._task)
+                for chunk in _chunks(example for _, example in source):
+                    shape = chunk[-1].shape
+                    usable += self._chunk(side, chunk)
+                    self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
         except DataError as error:
             is_readable = False
             self._hear_all(error)
-        self._done_bytes += _size(file.path)
+        self._done_bytes += size_of(file.at)
         self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
         num, blank, form = (facts[0].rows, facts[0].blank, str(facts[0])) if facts else (0, 0, "")
         return FileReport(file.path, side, form, shape, num, usable, num - usable, blank, is_readable)
@@ -490,10 +491,3 @@ def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
         yield chunk
     if error is not None:
         raise error
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return 0

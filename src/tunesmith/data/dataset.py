@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,11 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, num_processes, rare_collection
+from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
+from tunesmith.data.parts import JoinedParts, encoding_of, one_at_a_time
 from tunesmith.data.read import expand_folders, inspect_files
+from tunesmith.data.remote import is_address, known, verified
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -150,8 +152,7 @@ class RowStore:
         """Messages about how they were encoded."""
         self.paths = tuple(paths)
         self._folder = folder
-        reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(folder, summary.key))))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = list(self.batches())
         self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
         self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
         """Trained tokens of each row."""
@@ -258,6 +259,11 @@ class RowStore:
         batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         return batch, index - int(self._first_rows[batch])
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows as they are on disk."""
+        reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(self._folder, self.key))))
+        return (reader.get_batch(i) for i in range(reader.num_record_batches))
+
     def keep(self, folder: Path) -> None:
         """Put the store into another folder too, by hard link where the disk allows, where `build` finds it.
 
@@ -305,38 +311,52 @@ def build(
     """
     files = expand_folders(files, on_problem)
     inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
+    how: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
+    with one_at_a_time(folder, files):
+        return _found_or_encoded(folder, files, **how)
+
+
+def _found_or_encoded(
+    folder: Path,
+    files: Sequence[DataFile],
+    *,
+    data: Data,
+    renderer: Renderer,
+    on_problem: OnProblem,
+    progress: OnProgress,
+) -> RowStore:
     before = [_signature(file.at) for file in files]
-    num_bytes = sum(size for size, *_ in before)
-    hashes = [_sha256(file.at) for file in files]
+    sizes = [size for size, *_ in before]
+    hashes = [file_hash(file) for file in files]
     key = _key(hashes, data, renderer)
     paths = [file.path for file in files]
     summary = find(folder, key)
-    notes: list[str] = []
-    reused = summary is not None
-    if summary is None:
-        with disk.storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        disk.clean(folder, older_than_s=STALE_S)
-        encoding = Encoding(
-            data,
-            files,
-            renderer,
-            num_bytes=num_bytes,
-            on_problem=on_problem,
-            progress=progress,
-            num_proc=num_processes(data.num_proc, num_bytes=num_bytes),
-        )
-        summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
-        disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
-        notes = encoding.notes
-    else:
+    if summary is not None:
         for problem in summary.problems:
             on_problem(as_problem(problem))
-        progress(summary.num_rows, num_bytes, num_bytes)
-    return RowStore(folder, summary, paths, reused=reused, notes=notes)
+        progress(summary.num_rows, sum(sizes), sum(sizes))
+        return RowStore(folder, summary, paths, reused=True)
+    with disk.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    disk.clean(folder, older_than_s=STALE_S)
+    aside = folder / f"parts-{key[:16]}"
+    how: dict[str, Any] = {"data": data, "renderer": renderer}
+
+    def part(files: Sequence[DataFile], on_problem: OnProblem, progress: OnProgress) -> RowStore:
+        return build(aside, files=files, on_problem=on_problem, progress=progress, **how)
+
+    with ExitStack() as held:
+        listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
+        encoding = encoding_of(files, sizes, aside, held, build=part, **how, **listeners)
+        summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
+    disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
+    disk.remove(aside)
+    return RowStore(folder, summary, paths, reused=False, notes=encoding.notes)
 
 
-def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
+def write(
+    path: Path, key: str, hashes: list[str], encoding: Encoding | JoinedParts, *, check: Callable[[], None]
+) -> Summary:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         hashing = _Hashing(file)
@@ -450,6 +470,8 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
 
 def _signature(path: str) -> tuple[int, int, int, int]:
     """Size, inode and both times of a file: they change when it is written to or replaced."""
+    if is_address(path):
+        return known(path).num_bytes, 0, 0, 0
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -457,11 +479,12 @@ def _signature(path: str) -> tuple[int, int, int, int]:
     return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _sha256(path: str) -> str:
+def file_hash(file: DataFile) -> str:
+    """SHA-256 of a file, or the version of one at an address. Raises DataError."""
     try:
-        return disk.sha256_file(Path(path))
+        return verified(file)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
+        raise DataError(f"{file.at}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
 
 
 def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int, int, int]]) -> None:

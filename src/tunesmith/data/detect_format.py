@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Literal
 
 from tunesmith.data.problems import refusal
+from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
 from tunesmith.runs.atomic import storing
 from tunesmith.types import Problem, Source
@@ -131,6 +132,11 @@ def suffix_of(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
+def is_about(name: str) -> bool:
+    """Whether a document is about the data, rather than data."""
+    return os.path.basename(name).lower().startswith(("readme", "license", "licence", "changelog", "citation"))
+
+
 def _document(text: bytes) -> tuple[FileFormat, str]:
     """Text, unless it is rows without doubt: those are often named .txt too."""
     if _JSON_ROW.match(text):
@@ -228,12 +234,8 @@ def inspect_file(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
         DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
     """
     try:
-        status = os.stat(at or path)
-        if stat.S_ISDIR(status.st_mode):
-            raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
-        if not stat.S_ISREG(status.st_mode):
-            raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
-        with open(at or path, "rb") as file:
+        num_bytes = known(at).num_bytes if is_address(at) else _size_of_file(path, at)
+        with _open(at or path) as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError as error:
         if at in ("", path):
@@ -248,8 +250,21 @@ def inspect_file(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
     if gzipped:
         head = _unpacked_head(path, head)
     kind, delimiter = detect_format(path, head)
-    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=status.st_size, at=at)
+    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=num_bytes, at=at)
     return facts, list(_misnamed(facts))
+
+
+def _size_of_file(path: str, at: str) -> int:
+    status = os.stat(at or path)
+    if stat.S_ISDIR(status.st_mode):
+        raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
+    if not stat.S_ISREG(status.st_mode):
+        raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
+    return status.st_size
+
+
+def _open(at: str) -> BinaryIO:
+    return open_remote(at) if is_address(at) else open(at, "rb")
 
 
 @contextmanager
@@ -284,7 +299,7 @@ def open_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
 
 def _packed(facts: FileFacts) -> BinaryIO:
     try:
-        return open(facts.at or facts.path, "rb")
+        return _open(facts.at or facts.path)
     except OSError as error:
         raise cannot_open(facts.path, error) from None
 

@@ -8,12 +8,23 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, FileFacts, FileFormat, inspect_file, open_text, suffix_of
+from tunesmith.data.addresses import members
+from tunesmith.data.detect_format import (
+    DOCUMENTS,
+    SUFFIXES,
+    FileFacts,
+    FileFormat,
+    inspect_file,
+    is_about,
+    open_text,
+    suffix_of,
+)
 from tunesmith.data.problems import describe_type, names, refusal
 from tunesmith.data.read_json import BadRow, json_array, json_lines
 from tunesmith.data.read_parquet import parquet_rows
 from tunesmith.data.read_table import csv_rows
 from tunesmith.data.read_text import conll_sentences, document
+from tunesmith.data.remote import is_address, known
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Problem, Source
@@ -22,7 +33,8 @@ _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?
 
 
 def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> tuple[DataFile, ...]:
-    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight.
+    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight, and each
+    address by the files that it names.
 
     Documents end in .txt or .md; a README next to files of rows is not one. Hidden files and folders are left out; all
     others are named in one warning a folder.
@@ -34,15 +46,20 @@ def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], No
     found: list[DataFile] = []
     refused: list[Problem] = []
     for file in files:
-        if not os.path.isdir(file.at):
-            found.append(file)
-            continue
         try:
+            if is_address(file.at):
+                found += [file.model_copy(update={"path": one.path}).at_place(one.at) for one in members(file.at)]
+                continue
+            if not os.path.isdir(file.at):
+                found.append(file)
+                continue
             for name in _documents(file.path, file.at, on_problem):
                 document = file.model_copy(update={"path": os.path.join(file.path, name)})
                 found.append(document.at_place(os.path.join(file.at, name)))
         except DataError as error:
-            refused += error.problems
+            refused += error.problems or [
+                Problem(Source(file.path, 1), "not_here", str(error).removeprefix(f"{file.path}: "))
+            ]
     if refused:
         raise DataError("\n".join(map(str, refused)), refused)
     return tuple(found)
@@ -53,7 +70,7 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> l
     listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
     documents = [name for name in listed if suffix_of(name) in DOCUMENTS and _is_text(name)]
     rows = [name for name in listed if suffix_of(name) in SUFFIXES and _is_text(name)]
-    if rows and all(_is_about(name) for name in documents):
+    if rows and all(is_about(name) for name in documents):
         chosen, what = rows, "files of rows"
         _refuse_held_out(folder, rows)
     else:
@@ -68,11 +85,6 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> l
         message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
         on_problem(Problem(Source(folder, 1), "left_out", message, "Give files of rows by name.", severity="warning"))
     return chosen
-
-
-def _is_about(name: str) -> bool:
-    """Whether a document is about the data, rather than data."""
-    return os.path.basename(name).lower().startswith(("readme", "license", "licence", "changelog", "citation"))
 
 
 def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
@@ -91,9 +103,9 @@ def _walk(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise refusal(str(error.filename), 1, "unreadable", f"the folder cannot be listed: {error.strerror}.")
 
-    for here, folders, members in os.walk(folder, onerror=refuse):
+    for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.relpath(os.path.join(here, name), folder) for name in members if not name.startswith("."))
+        yield from (os.path.relpath(os.path.join(here, name), folder) for name in files if not name.startswith("."))
 
 
 def _is_text(name: str) -> bool:
@@ -120,7 +132,12 @@ def read(
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
             Files that cannot be opened are named together, before the first row.
     """
-    for index, of_file in inspect_files(files, on_problem):
+    for index, found in inspect_files(files, on_problem):
+        of_file = found
+        if is_address(found.at):  # opened now, not before: there may be thousands
+            of_file, warnings = inspect_file(found.path, found.at)
+            for warning in warnings:
+                on_problem(warning)
         if facts is not None:
             facts.append(of_file)
         yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
@@ -137,6 +154,10 @@ def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tupl
             refused.append(error)
             continue
         for member in members:
+            if is_address(member.at):
+                facts = FileFacts(member.path, "Parquet", total_bytes=known(member.at).num_bytes, at=member.at)
+                found.append((index, facts))
+                continue
             try:
                 facts, warnings = inspect_file(member.path, member.at)
             except DataError as error:

@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.detect_format import FileFacts, distinct, open_parquet
+from tunesmith.data.detect_format import FileFacts, cannot_open, distinct, open_parquet
 from tunesmith.data.problems import refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, nul_character, strings, too_long
 from tunesmith.errors import DataError
@@ -166,6 +166,8 @@ def _dense(value: Any) -> Any:
 
 
 def _damaged(facts: FileFacts, error: Exception) -> DataError:
+    if isinstance(error, ConnectionError):
+        return cannot_open(facts.path, error, facts.line + 1)
     reason = str(error).partition("\n")[0][:120]
     return refusal(
         facts.path, facts.line + 1, "damaged_parquet", f"the Parquet file is damaged ({reason}).", "Write it again."

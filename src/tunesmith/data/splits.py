@@ -19,6 +19,7 @@ from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
 from tunesmith.data.read import expand_folders
+from tunesmith.data.remote import is_address
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -96,7 +97,10 @@ class Splits:
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
         wanted: dict[str, int] = {}
-        for i in self.held_rows:  # several rows can be windows of one document
+        rows_I = self.held_rows
+        if any(is_address(file.at) for file in self._held_files):  # not here: of the first file alone, if it has enough
+            rows_I = rows_I[np.argsort(self.held_store.file_index[rows_I], kind="stable")]
+        for i in rows_I:  # several rows can be windows of one document
             if len(wanted) == num:
                 break
             wanted.setdefault(str(self.held_store.source(int(i))), len(wanted))
@@ -268,10 +272,10 @@ def texts_in_order(found: Iterable[Example], store: RowStore) -> Iterator[str | 
 def texts_of(
     files: Sequence[DataFile], data: Data, task: TaskName, store: RowStore, rows_I: NDArray[np.int64]
 ) -> dict[int, str]:
-    """The text of some rows, by their numbers; those are missing whose file is gone or says something else by now."""
+    """The text of some rows, by their numbers; those are missing whose file is not here, or says something else."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
     found: dict[int, str] = {}
-    if task == "text" or not wanted:
+    if task == "text" or not wanted or any(is_address(file.at) for file in files):
         return found
     num_seen = 0
     try:

@@ -22,6 +22,7 @@ from tunesmith.evaluation.scores import (
     RowResult,
     by_key,
     column,
+    keyed,
     kind_of,
     names_in,
     num_right,
@@ -141,6 +142,20 @@ def compare_rows(
         won=[(a[i], b[i]) for i in order if gains_I[i] > 0],
         lost=[(a[i], b[i]) for i in order if gains_I[i] < 0],
     )
+
+
+def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
+    """Each further evaluation against the first, all on the rows that every one of them has.
+
+    Raises InputError as `compare_rows`.
+    """
+    if len(sides) == 2:
+        return [compare_rows(*sides)]
+    shared = set.intersection(*({key for key, _ in keyed(rows)} for rows in sides))
+    if not shared:
+        raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
+    first, *others = ([row for key, row in keyed(rows) if key in shared] for rows in sides)
+    return [compare_rows(first, rows) for rows in others]
 
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:

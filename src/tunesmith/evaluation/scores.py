@@ -99,17 +99,22 @@ def by_key(rows: Iterable[RowResult]) -> dict[tuple[str, int], RowResult]:
     Keys are a row's hash and how many rows with that hash came before. The windows of a document, which share its hash,
     are one unit: their sums are added up.
     """
-    seen: Counter[str] = Counter()
     found: dict[tuple[str, int], RowResult] = {}
-    for row in rows:
-        key = (row["hash"], 0 if "correct" in row else seen[row["hash"]])
+    for key, row in keyed(rows):
         if key in found:
             sums = {name: found[key].get(name, 0) + row[name] for name in _SUMS if name in row}
             found[key] = {**found[key], **sums}
         else:
             found[key] = row
-        seen[row["hash"]] += 1
     return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+def keyed(rows: Iterable[RowResult]) -> Iterator[tuple[tuple[str, int], RowResult]]:
+    """Each row with its key, see `by_key`."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        yield (row["hash"], 0 if "correct" in row else seen[row["hash"]]), row
+        seen[row["hash"]] += 1
 
 
 def num_right(row: RowResult) -> int:

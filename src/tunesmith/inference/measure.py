@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import fetch, pin_path
 from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
@@ -113,6 +114,7 @@ def evaluate_file(
     *,
     samples: int | None = None,
     keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
+    offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> EvaluationResult:
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
@@ -128,11 +130,11 @@ def evaluate_file(
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
         raise InputError(
-            f"--samples: a model of task {task} that has no head for writing gives no answers. Leave it out."
+            f"--samples: a model of task {task} without a head for writing gives no answers. Leave it out."
         )
-    data = _data_of(loaded, path)
+    data, notes = _data_of(loaded, path, offline, on_progress)
     trained = None if loaded.run is None else load_training_rows(loaded.run)
-    loaded, notes = _with_class_weights(loaded, trained)
+    loaded, more = _with_class_weights(loaded, trained)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
@@ -154,7 +156,7 @@ def evaluate_file(
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
-    notes += [*counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
+    notes += [*more, *counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
     sampled, more = _answer(loaded, data, store, samples, on_progress)
     answers, references = [[sample[key] for sample in sampled] for key in ("answer", "reference")]
     measures |= score_answers(answers, references, bleu=loaded.recipe.evaluation.bleu)
@@ -232,14 +234,17 @@ def _trained_on(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> 
         yield "whether rows were trained on by this run is not known: it keeps no rows that this release reads"
 
 
-def _data_of(loaded: LoadedModel, path: str) -> Data:
-    """The run's options of data for this file, with the classes of the model."""
+def _data_of(loaded: LoadedModel, path: str, offline: bool, on_progress: OnProgress) -> tuple[Data, list[str]]:
+    """The run's options of data for this file, with the classes of the model; one at an address is fetched."""
+    path, notes = pin_path(path, offline=offline)
     labels = loaded.labels
     known: dict[str, Any] = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
-    return loaded.recipe.data.model_copy(update=update)
+    data = loaded.recipe.data.model_copy(update=update)
+    fetch(data, on_progress)
+    return data, notes
 
 
 def _feed(loaded: LoadedModel, store: RowStore) -> Collator:

@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import pin_path
 from tunesmith.data.collate import build_batch
+from tunesmith.data.dataset import file_hash
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.read import expand_folders
+from tunesmith.data.remote import is_address
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
@@ -30,7 +33,6 @@ from tunesmith.models import contention
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
-from tunesmith.runs.atomic import sha256_file
 from tunesmith.tasks import TASKS
 from tunesmith.types import Batch, Example, Problem, Row, TaskName
 
@@ -263,6 +265,7 @@ def predict_to(
     """
     if path == STDIN:
         raise InputError("predict: --out needs a file of rows: a pipe cannot be continued.")
+    path, _ = pin_path(path, offline=False)
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
     output = OutputFile(out, fingerprint(predictor, path, bare=bare, keep=keep), kept=keep, overwrite=overwrite)
@@ -289,7 +292,8 @@ def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[s
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
     found = expand_folders([DataFile(path=path)], lambda warning: None)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
-    hashes = [f"{file.path} {sha256_file(Path(file.path))}\n" for file in found if Path(file.path).is_file()]
+    files = (file for file in found if is_address(file.path) or Path(file.path).is_file())
+    hashes = [f"{file.path} {file_hash(file)}\n" for file in files]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
     fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
     return {**predictor.identity(), "fields": fields, "rows": rows}
@@ -309,6 +313,7 @@ def predict_file(
     """Predict the rows of a file, or of "-", the standard input, and pass lines to `write` as they are made; the first
     `skip` of them were written before."""
     data = predictor.loaded.recipe.data
+    path, _ = pin_path(path, offline=False)
     facts: list[FileFacts] = []
 
     def tick(done: int, of_chunk: int) -> None:

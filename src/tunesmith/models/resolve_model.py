@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from tunesmith.errors import ModelError
+from tunesmith.hub_errors import hub_failures, why_refused
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
 from tunesmith.models.gguf import read_gguf
 from tunesmith.recipe.schema import Recipe
@@ -52,13 +53,14 @@ class ModelRef:
 def resolve_model(model: str, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> ModelRef:
     """The model that `model` names: a folder, a .gguf file, or a hub id, downloaded unless cached.
 
-    `revision` is for hub ids; without `weights` only the headers of weight files are fetched, which is all that a plan
-    reads; a second call fetches the rest. `offline` opens no socket. Raises ModelError if there is no such model, or
-    if it cannot be used.
+    `revision` is for hub ids, which can also have it in their name: owner/name@revision. Without `weights` only the
+    headers of weight files are fetched, which is all that a plan reads; a second call fetches the rest. `offline` opens
+    no socket. Raises ModelError if there is no such model, or if it cannot be used.
     """
     if not model.strip():
         raise ModelError("model: no model was named. Give a folder, a .gguf file or a hub id.")
     path = Path(model).expanduser()
+    model, revision = split_revision(model, revision)
     if path.is_file():
         located = ModelRef("gguf", _gguf_file(path), model)
     elif path.is_dir():
@@ -75,6 +77,19 @@ def resolve_model(model: str, *, revision: str | None = None, offline: bool = Fa
     if revision is not None:
         raise ModelError(f"{model}: revision {revision}: a {located.kind} has no revisions. Leave it out.")
     return located
+
+
+def split_revision(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The hub id and the revision of owner/name@revision, also after hf://; any other name as it is.
+
+    Raises ModelError if `revision` is another one.
+    """
+    name, at, named = model.removeprefix("hf://").partition("@")
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(name) or (at and not named):
+        return model, revision
+    if at and revision not in (None, named):
+        raise ModelError(f"{model}: revision is {revision} too. Give one of both.")
+    return name, named or revision
 
 
 def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True) -> ModelRef:
@@ -186,10 +201,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
 def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
     """Small files first: a model that cannot be used is refused before its weights are fetched."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    # The root of the HTTP library's errors: httpx in huggingface_hub 1, httpx2 in 2.
-    no_connection = HfHubHTTPError.__bases__[0]
     try:
         info = HfApi().model_info(model, revision=revision)
         names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
@@ -203,22 +215,8 @@ def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
         # By the name as it was given, which the cache then knows: by a commit alone it would not be found again.
         whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
         return ModelRef("hub", whole, model, whole.name)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{model}: its owner asks you to accept terms first: https://huggingface.co/{model}. Then `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{model}: no revision {revision!r} on the hub. Name a branch, tag or commit.") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{model}: neither a folder nor a model on the hub. Check the spelling; "
-            "a private model needs `hf auth login`."
-        ) from error
-    except (no_connection, OSError) as error:
-        raise ModelError(
-            f"{model}: not a folder, not in the local cache, and the hub cannot be reached ({error}). "
-            "Check the network, or give a folder or a .gguf file."
-        ) from error
+    except hub_failures() as error:
+        raise ModelError(f"{model}: {why_refused(error, model, 'model', revision)}") from error
 
 
 def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) -> ModelRef:

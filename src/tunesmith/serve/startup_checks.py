@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.data.dataset import RowStore, open_kept
+from tunesmith.data.dataset import RowStore, file_hash, open_kept
 from tunesmith.data.examples import examples
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
@@ -25,7 +24,6 @@ from tunesmith.models.attention import UnsupportedAttentionError, longrope_confl
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.recipe.schema import resolved
-from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.folder import Run
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.decoder import BatchedDecoder, Decoder, SequentialDecoder
@@ -150,7 +148,7 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     """The examples of the first data file. Raises DataError if it has changed since training, OSError."""
     recipe = run.recipe()
     first = expand_folders((*recipe.data.train, *recipe.data.replay), lambda problem: None)[:1]
-    if sha256_file(Path(first[0].at)) != store.summary.data_sha256[0]:
+    if file_hash(first[0]) != store.summary.data_sha256[0]:
         raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
     return examples(first, recipe.data, lambda problem: None, task=resolved(recipe.task))
 

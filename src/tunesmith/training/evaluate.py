@@ -109,7 +109,7 @@ def _lines(
     texts = [known.get(int(row)) for row in rows_I]
     if (num := texts.count(None)) and setup.task.name != "text":
         words = "row is shown as its tokens spell it" if num == 1 else "rows are shown as their tokens spell them"
-        session.emit("note", {"text": f"{num:,} {words}: the data files are gone or have changed"})
+        session.emit("note", {"text": f"{num:,} {words}: the data files are not here, or have changed"})
     return row_lines(store, rows_I, results, tokenizer=setup.renderer.tokenizer, texts=texts)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.addresses import pin
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import RecipeError, RunError
@@ -17,7 +18,7 @@ from tunesmith.methods import method_of
 from tunesmith.models import load, special_tokens
 from tunesmith.models.heads import own_classes
 from tunesmith.models.load import model_kind
-from tunesmith.models.resolve_model import ModelRef, resolve_base
+from tunesmith.models.resolve_model import ModelRef, resolve_base, split_revision
 from tunesmith.models.save import save_model
 from tunesmith.models.size import ModelSize, model_size
 from tunesmith.models.special_tokens import NewTokens
@@ -45,6 +46,8 @@ class Inputs:
     renderer: Renderer
     added: NewTokens
     """Tokens that the recipe adds."""
+    revision: str | None = None
+    """The model's revision as it was asked for, by whose name the hub's cache knows it; the recipe has the commit."""
 
 
 def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
@@ -55,13 +58,19 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
     refuse_ranks(os.environ)
+    data, of_data = pin(recipe.data, offline=offline)
+    recipe = recipe.model_copy(update={"data": data})
     chained: str | None = None
     if recipe.base is None:  # a resumed run has its base already
         name, chained = start_from(recipe.model, root=root, offline=offline)
-        recipe = recipe.model_copy(update={"model": name})
+        name, revision = split_revision(name, recipe.revision)
+        recipe = recipe.model_copy(update={"model": name, "revision": revision})
     check_installed(recipe.optim)
-    notes = [chained] if chained else []
+    notes = [*([chained] if chained else []), *of_data]
     located = resolve_base(recipe, offline=offline, weights=False)
+    asked_for = recipe.revision
+    if recipe.base is None and located.revision != asked_for:
+        recipe = recipe.model_copy(update={"revision": located.revision})
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
     recipe = recipe.model_copy(update={"method": method_of(recipe).resolve(recipe.method)})
     size, kind = _room_left(model_size(located), recipe), model_kind(located)
@@ -71,6 +80,9 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     head = find_head(recipe, located, kind)
     recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
     choices += dates
+    if recipe.revision != asked_for:
+        reason = f"the commit that {asked_for or 'main'} of the model is now"
+        choices.append(Choice("revision", recipe.revision, reason))
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
     return Inputs(
         recipe=recipe,
@@ -83,6 +95,7 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
         own_classes=own_classes(load.load_config(located), head) if has_classes else (),
         renderer=renderer,
         added=added,
+        revision=asked_for,
     )
 
 

@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.addresses import fetch
 from tunesmith.data.mixing import source_ids, times_per_epoch
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
@@ -74,6 +75,8 @@ def resolve_run(
         recipe = _elsewhere(recipe)
     inputs = find_inputs(recipe, root=root, offline=offline)
     cache_dirs = _cache_dirs(root, run)
+    if run is None:  # a run has its rows
+        fetch(inputs.recipe.data, on_progress)
     rows = _rows(inputs, cache_dirs, on_progress)
     recipe = reduce(with_choice, rows.choices, inputs.recipe)
     _check_evaluation(recipe, inputs.head, rows)

@@ -155,7 +155,7 @@ def _resolve(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgre
     if found.inputs.located.has_weights:
         return found
     on_progress("download", 0, 1)  # it fits, so they are worth fetching
-    resolve_base(found.inputs.recipe)
+    resolve_base(found.inputs.recipe.model_copy(update={"revision": found.inputs.revision}))
     on_progress("download", 1, 1)
     return resolve_run(recipe, root=root, on_progress=on_progress, run=run)
 

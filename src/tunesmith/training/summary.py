@@ -6,13 +6,13 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tunesmith import __version__
+from tunesmith.data.addresses import short_name
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.data.mixing import mix
@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 def run_name(setup: Setup) -> str:
     """Name of the run folder without its four hex digits: the recipe's name, or that of the first data file."""
-    return setup.recipe.name or Path(setup.recipe.data.train[0].path).name.split(".")[0]
+    return setup.recipe.name or short_name(setup.recipe.data.train[0].path).split(".")[0]
 
 
 def start_values(setup: Setup) -> dict[str, Any]:

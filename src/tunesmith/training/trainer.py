@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.addresses import short_name
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.metrics import METRICS
@@ -83,7 +84,7 @@ def train(
 
 def _name_among(setup: Setup, root: Path) -> str:
     """The run's name; with the extension of its data file if a run of another file has the same name without it."""
-    name, file = run_name(setup), Path(setup.recipe.data.train[0].path)
+    name, file = run_name(setup), Path(short_name(setup.recipe.data.train[0].path))
     if setup.recipe.name is not None or not file.suffix:
         return name
     others = {Path(path).name for run in runs(root) for path in made_from(run)}

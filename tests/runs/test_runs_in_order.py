@@ -218,3 +218,68 @@ def test_interrupted_removal_leaves_no_half_run_and_the_next_one_finishes_it(roo
 def test_file_with_another_name_frees_nothing(root):
     os.link(root / "one" / "checkpoints" / "step-10" / "weights.bin", root / "linked")
     assert removal.freed_bytes(root / "one" / "checkpoints") == 0
+
+
+def measured(path: Path, right: set[int], num: int = 40) -> Path:
+    """A run that measured these rows, some of them right."""
+    (path / "evaluation").mkdir(parents=True)
+    (path / "run.json").write_text('{"format": 1}')
+    rows = [
+        {"source": f"a.jsonl:{i}", "hash": f"{i:016x}", "text": f"row {i}", "loss": 0.5, "count": 1.0, "label": "fruit",
+         "predicted": "fruit" if i in right else "none", "probability": 0.9}
+        for i in range(num)
+    ]  # fmt: skip
+    (path / "evaluation" / "after.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def compared(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["compare", *map(str, words)])
+    return result.exit_code, result.output
+
+
+def test_many_runs_are_one_table_against_the_first(tmp_path):
+    paths = [measured(tmp_path / name, set(range(num))) for name, num in (("a", 20), ("b", 21), ("c", 40))]
+    code, out = compared(*paths)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert (code, lines[0]) == (0, ["40 rows in common; differences from A with 95 % intervals, ~ may be chance"])
+    at = lines[1].index("accuracy")
+    assert [line[0] for line in lines[2:]] == ["A", "B", "C"]
+    assert lines[2][at] == "50.0%"
+    assert lines[3][at].startswith("52.5% +2.5 (")
+    assert lines[3][at].endswith("~")
+    assert lines[4][at].startswith("100.0% +50.0 (")
+    assert not lines[4][at].endswith("~")
+
+
+def test_many_runs_compare_on_the_rows_that_all_have(tmp_path):
+    paths = [measured(tmp_path / name, set(range(30)), num) for name, num in (("a", 40), ("b", 38), ("c", 35))]
+    found = json.loads(compared(*paths, "--json")[1])
+    assert (found["rows"], [run["name"] for run in found["runs"]]) == (35, [str(path) for path in paths[1:]])
+    assert found["runs"][0]["measures"]["accuracy"]["b_minus_a"]["value"] == 0
+
+
+def test_differences_of_many_runs_are_those_of_each_pair(tmp_path):
+    paths = [measured(tmp_path / name, right) for name, right in (("a", {1, 2}), ("b", {2, 3, 4}), ("c", {5}))]
+    many = json.loads(compared(*paths, "--json")[1])
+    for path, run in zip(paths[1:], many["runs"], strict=True):
+        pair = json.loads(compared(paths[0], path, "--json")[1])
+        assert run["measures"] == pair["measures"]
+
+
+def test_page_of_a_comparison_has_the_table_and_a_picture_of_each_metric(root, tmp_path):
+    page = tmp_path / "compared.html"
+    code, out = compared(root / "two", root / "two", root / "two", "--out", page)
+    assert code == 0, out
+    text = page.read_text()
+    assert text.count("<svg") >= 3
+    assert "Differences from A" in text
+    assert "src=" not in text
+
+
+def test_compare_needs_two_runs_and_rows_in_common(tmp_path):
+    a, b, c = (measured(tmp_path / name, set(), num) for name, num in (("a", 1), ("b", 2), ("c", 0)))
+    assert compared(a)[0] == 2
+    code, out = compared(a, b, c)
+    assert code == 2
+    assert "no row that is in all of them" in out.replace("\n", " ")

@@ -1,0 +1,154 @@
+"""Encoding of files that are not on this machine: a few at a time are downloaded, encoded and removed.
+
+Each part is a row store of its own in a folder next to the whole one, so that an interrupted encoding continues with
+the first part that is not there. At the end the parts are put together and removed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import filelock
+import numpy as np
+import pyarrow as pa
+
+from tunesmith.data.encode import SCHEMA, Encoded, Encoding, OnProblem, OnProgress, joined, num_processes
+from tunesmith.data.remote import PART_BYTES, is_address, local
+from tunesmith.data.renderer import Renderer
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.runs.atomic import storing
+from tunesmith.types import Problem
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import RowStore
+
+
+class Build(Protocol):
+    """`dataset.build` of some of the files; what it reports is of the whole."""
+
+    def __call__(self, files: Sequence[DataFile], on_problem: OnProblem, progress: OnProgress) -> RowStore: ...
+
+
+@contextmanager
+def one_at_a_time(folder: Path, files: Sequence[DataFile]) -> Iterator[None]:
+    """Wait until no other process downloads files into `folder`; for local files nobody waits."""
+    if not any(is_address(file.at) for file in files):
+        yield
+        return
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "parts.lock"):
+        yield
+
+
+def encoding_of(
+    files: Sequence[DataFile],
+    sizes: Sequence[int],
+    aside: Path,
+    held: ExitStack,
+    *,
+    data: Data,
+    renderer: Renderer,
+    on_problem: OnProblem,
+    progress: OnProgress,
+    build: Build,
+) -> Encoding | JoinedParts:
+    """The rows of the files; those not on this machine are downloaded into `aside` and removed when `held` ends.
+
+    Raises DataError, StorageError.
+    """
+    parts, total = in_parts(files, sizes), sum(sizes)
+    if len(parts) > 1:
+        return JoinedParts(
+            parts, build, total=total, on_problem=on_problem, progress=progress, most_problems=data.limits.problems
+        )
+    arrived, is_remote = 0, any(is_address(file.at) for file in files)
+
+    def on_bytes(num: int) -> None:
+        nonlocal arrived
+        arrived = min(arrived + num, total)
+        progress(0, arrived // 2, total)
+
+    def on_rows(rows: int, done: int, of: int) -> None:
+        progress(rows, (total + done) // 2 if is_remote else done, of)
+
+    there = [held.enter_context(local(file, aside / f"{i}", on_bytes)) for i, file in enumerate(files)]
+    num_proc = num_processes(data.num_proc, num_bytes=total)
+    return Encoding(data, there, renderer, num_bytes=total, on_problem=on_problem, progress=on_rows, num_proc=num_proc)
+
+
+def in_parts(files: Sequence[DataFile], sizes: Sequence[int]) -> list[list[tuple[DataFile, int]]]:
+    """Files and their sizes in parts of PART_BYTES, in their order; all in one if they are on this machine."""
+    if not any(is_address(file.at) for file in files):
+        return [list(zip(files, sizes, strict=True))]
+    parts: list[list[tuple[DataFile, int]]] = [[]]
+    for file, size in zip(files, sizes, strict=True):
+        if sum(num for _, num in parts[-1]) >= PART_BYTES:
+            parts.append([])
+        parts[-1].append((file, size))
+    return parts
+
+
+class JoinedParts:
+    """The rows of parts one after the other; `data.encode.Encoding` of files that come and go."""
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[tuple[DataFile, int]]],
+        build: Build,
+        *,
+        total: int,
+        on_problem: OnProblem,
+        progress: OnProgress,
+        most_problems: int,
+    ) -> None:
+        self._parts, self._total, self._build, self._progress = parts, total, build, progress
+        self._on_problem, self._most_problems = on_problem, most_problems
+        self.num_rows = self.skipped = 0
+        self.errors: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+        self.vocabulary: dict[str, int] = {}
+        self.many: bool | None = None
+        self.notes: list[str] = []
+
+    def batches(self) -> Generator[pa.RecordBatch, None, None]:
+        """Raises as `dataset.build`."""
+        first_file = num_bytes = 0
+        for part in self._parts:
+            before, num_rows = num_bytes, self.num_rows
+
+            def progress(rows: int, done: int, of: int, before: int = before, num_rows: int = num_rows) -> None:
+                self._progress(num_rows + rows, before + done, self._total)
+
+            store = self._build([file for file, _ in part], self._hear, progress)
+            self._count(store)
+            for batch in store.batches():
+                yield joined([Encoded(_renumbered(batch, first_file), (), store.vocabulary, None)], self.vocabulary)
+            first_file += len(part)
+            num_bytes += sum(size for _, size in part)
+
+    def _hear(self, problem: Problem) -> None:
+        if len(self.problems) < self._most_problems:
+            self.problems.append(problem)
+            self._on_problem(problem)
+
+    def _count(self, store: RowStore) -> None:
+        summary = store.summary
+        self.num_rows += summary.num_rows
+        self.skipped += summary.skipped
+        self.errors.update(summary.errors)
+        self.warnings.update(summary.warnings)
+        self.notes = self.notes or list(store.notes)
+        if summary.many is not None:
+            self.many = bool(self.many) or summary.many
+
+
+def _renumbered(rows: pa.RecordBatch, first_file: int) -> pa.RecordBatch:
+    at = SCHEMA.get_field_index("file")
+    files = rows.column(at).to_numpy() + np.int32(first_file)
+    return rows.set_column(at, SCHEMA.field(at), pa.array(files.astype(np.int32)))

@@ -1,0 +1,482 @@
+"""Data sets of the hub by address, over HTTP against a stand-in: what is read, refused, and fetched once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+from data.families import bert_like
+from hub_server import hub_at, json_lines, parquet
+from tiny import CHATML, tiny_tokenizer
+from tunesmith.data import addresses, hub, remote
+from tunesmith.data.addresses import fetch, members, pin, pin_path
+from tunesmith.data.dataset import build
+from tunesmith.data.hub import HubAddress
+from tunesmith.data.read import read
+from tunesmith.data.renderer import Renderer
+from tunesmith.errors import DataError
+from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.tasks import TASKS
+from tunesmith.types import Problem
+
+
+def renderer_for(task: Any) -> Renderer:
+    settings: dict[str, Any] = {"max_tokens": 200, "too_long": "cut", "control_tokens": "error"}
+    if task == "classify":
+        return Renderer(bert_like(), TASKS[task], kind="encoder", **settings)
+    return Renderer(tiny_tokenizer(CHATML), TASKS[task], **settings)
+
+
+def chat(i: int) -> dict[str, Any]:
+    return {"prompt": f"question {i} " + "word " * (i % 7), "completion": f"answer {i}", "junk": "x" * 40}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    remote._KNOWN.clear()
+    addresses._LISTED.clear()
+    with hub_at(tmp_path, monkeypatch) as running:
+        yield running
+
+
+CONFIGS = [
+    {
+        "config_name": "default",
+        "data_files": [{"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"}],
+    },
+    {"config_name": "small", "data_files": "small/*.parquet"},
+]
+
+
+def shards(num: int, rows: int = 5, name: str = "data/train") -> dict[str, bytes]:
+    return {
+        f"{name}-{i:05d}-of-{num:05d}.parquet": parquet([chat(rows * i + j) for j in range(rows)]) for i in range(num)
+    }
+
+
+@pytest.fixture
+def chats(server):
+    files = {**shards(4), **shards(1, name="data/test"), "small/a.parquet": parquet([chat(100)]), "README.md": b"x"}
+    return server.dataset("acme/chats", files, card={"configs": CONFIGS})
+
+
+def rows_of(address: str, **how: Any) -> list[tuple[str, Any]]:
+    problems: list[Problem] = []
+    pinned, _ = pin_path(address, offline=how.get("offline", False))
+    found = read([DataFile(path=pinned)], limits=Limits(), on_problem=problems.append)
+    rows = [(str(source), row["prompt"].split()[1]) for _, row, source in found]
+    assert not problems
+    return rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://datasets/acme/chats",
+        "hf://datasets/acme/chats@main",
+        "hf://datasets/acme/chats@refs/convert/parquet/default/train/0000.parquet",
+        "hf://datasets/acme/chats@feature%2Fx/data/train-*.parquet",
+        "hf://datasets/acme/chats?subset=small&split=train",
+    ],
+)
+def test_addresses_are_written_as_they_are_read(text):
+    assert str(HubAddress.parse(text)) == text
+
+
+@pytest.mark.parametrize("path", ["data/train-00000.parquet", "", "a/b/c.jsonl"])
+@pytest.mark.parametrize("revision", ["", "main", "refs/pr/7", "refs/convert/parquet", "feature/x"])
+def test_addresses_mean_what_huggingface_hub_takes_them_for(path, revision):
+    parse = pytest.importorskip("huggingface_hub.utils._hf_uris").parse_hf_uri
+    address = HubAddress("acme/chats", revision, path)
+    theirs = parse(str(address))
+    assert (theirs.id, theirs.revision or "", theirs.path_in_repo) == ("acme/chats", revision, path)
+
+
+def test_rows_of_all_shards_are_read_in_order_with_commit_and_row_number(chats, server):
+    rows = rows_of("hf://datasets/acme/chats")
+    commit = chats.branches["main"]
+    assert [int(prompt) for _, prompt in rows] == list(range(20))
+    assert rows[6][0] == f"hf://datasets/acme/chats@{commit}/data/train-00001-of-00004.parquet:2"
+
+
+@pytest.mark.parametrize(
+    ("address", "prompts"),
+    [
+        ("hf://datasets/acme/chats?split=test", [0, 1, 2, 3, 4]),
+        ("hf://datasets/acme/chats?subset=small", [100]),
+        ("hf://datasets/acme/chats/small", [100]),
+        ("hf://datasets/acme/chats/small/a.parquet", [100]),
+        ("hf://datasets/acme/chats/data/train-0000[12]*", list(range(5, 15))),
+    ],
+)
+def test_subset_split_and_path_choose_files(chats, address, prompts):
+    assert [int(prompt) for _, prompt in rows_of(address)] == prompts
+
+
+def test_address_is_pinned_and_says_commit_size_and_other_splits(chats):
+    pinned, notes = pin_path("hf://datasets/acme/chats", offline=False)
+    commit = chats.branches["main"]
+    assert pinned == f"hf://datasets/acme/chats@{commit}?subset=default&split=train"
+    assert notes[0].startswith(f"hf://datasets/acme/chats: pinned to {pinned}: 4 files, ")
+    assert notes[0].endswith("to download, kept in the hub's cache")
+    way = "--eval 'hf://datasets/acme/chats?subset=default&split=test'"
+    assert notes[1] == f"other splits: test; to measure on one: {way}"
+
+
+def test_pinned_address_reads_the_same_rows_after_a_push(chats):
+    pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
+    before = rows_of(pinned)
+    chats.push({"data/train-00000-of-00001.parquet": parquet([chat(7)])})
+    hub._listing_path(pinned).unlink()  # so that the hub is asked again
+    assert rows_of(pinned) == before
+    assert [int(prompt) for _, prompt in rows_of("hf://datasets/acme/chats")] == [7]
+
+
+def test_listed_and_downloaded_data_needs_no_hub(chats, server):
+    data, _ = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
+    fetch(data, lambda what, done, total: None)
+    before, num = rows_of(data.train[0].path), len(server.requests)
+    remote._KNOWN.clear()
+    assert rows_of(data.train[0].path, offline=True) == before
+    assert rows_of("hf://datasets/acme/chats", offline=True) == before
+    assert len(server.requests) == num
+
+
+@pytest.mark.parametrize("form", ["list", "text", "mapping", "folder"])
+def test_forms_of_data_files_in_a_readme(server, form):
+    forms = {
+        "list": {"data_files": [{"split": "train", "path": ["a.jsonl", "b.jsonl"]}]},
+        "text": {"data_files": "*.jsonl"},
+        "mapping": {"data_files": {"train": ["a.jsonl", "b.jsonl"]}},
+        "folder": {"data_files": "*.jsonl", "data_dir": "inner"},
+    }
+    folder = "inner/" if form == "folder" else ""
+    files = {f"{folder}{name}.jsonl": json_lines([chat(i)]) for i, name in enumerate("ab")}
+    server.dataset("acme/forms", {**files, "other.csv": b"a,b\n"}, card={"configs": [forms[form]]})
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/forms")] == ["0", "1"]
+
+
+def test_without_a_list_of_splits_the_converted_branch_is_read(server):
+    repo = server.dataset("acme/old", {"old.py": b"x", "archive.tar": b"x"})
+    repo.push({"default/train/0000.parquet": parquet([chat(1)]), "default/test/0000.parquet": parquet([chat(2)])},
+              branch="refs/convert/parquet")  # fmt: skip
+    commit = repo.branches["refs/convert/parquet"]
+    pinned, notes = pin_path("hf://datasets/acme/old", offline=False)
+    assert pinned == f"hf://datasets/acme/old@{commit}/default/train/*.parquet"
+    assert "its branch refs/convert/parquet" in notes[1]
+    assert [prompt for _, prompt in rows_of(pinned)] == ["1"]
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/old?split=test")] == ["2"]
+
+
+def test_partly_converted_split_says_so(server):
+    repo = server.dataset("acme/huge", {"x.tar": b"x"})
+    repo.push({"default/partial-train/0000.parquet": parquet([chat(1)])}, branch="refs/convert/parquet")
+    _, notes = pin_path("hf://datasets/acme/huge", offline=False)
+    assert any("has only the beginning of the split train" in note for note in notes)
+
+
+def test_without_both_the_names_of_files_say_the_splits(server):
+    files = {"train.jsonl": json_lines([chat(1)]), "dev/rows.jsonl": json_lines([chat(2)]), "notes.csv": b"a,b\n1,2\n"}
+    server.dataset("acme/plain", files)
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/plain")] == ["1"]
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/plain?split=validation")] == ["2"]
+    _, notes = pin_path("hf://datasets/acme/plain", offline=False)
+    assert "acme/plain: notes.csv: not of a split by name, and not read" in notes
+
+
+def test_csv_and_gzip_are_read_as_local_files_are(server):
+    server.dataset("acme/table", {"rows.csv": b"prompt,completion\nquestion 5,answer\n"})
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/table")] == ["5"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://datasets/acme", "not the address of a data set. Write hf://datasets/owner/name"),
+        ("hf://acme/chats", "not the address of a data set"),
+        ("hf://datasets/acme/chats?slit=test", "?slit=: an address has subset and split"),
+        ("hf://datasets/acme/chats/data?split=test", "Give one of both"),
+        ("hf://datasets/acme/chats?split=tset", "no split 'tset'. There are: train, test."),
+        ("hf://datasets/acme/chats?subset=big", "no subset 'big'. There are: default, small."),
+        ("hf://datasets/acme/chats@v9", "no revision 'v9' on the hub. There are: main."),
+        ("hf://datasets/acme/chats/none.parquet", "no file of rows is there"),
+        ("hf://datasets/acme/nothing", "no such data set on the hub"),
+        ("hf://datasets/acme/-x-", "is no hub id"),
+        ("xyz://bucket/rows.jsonl", "there are no addresses xyz://"),
+        ("memory://nothing.jsonl", "no file of rows is there"),
+    ],
+)
+def test_wrong_addresses_are_refused_with_the_choices_there_are(chats, address, message):
+    with pytest.raises(DataError) as refused:
+        pin_path(address, offline=False)
+    assert message in str(refused.value)
+    assert str(refused.value).startswith(f"{address}: ")
+
+
+def test_all_wrong_addresses_are_named_at_once(chats):
+    data = Data(train=(DataFile(path="hf://datasets/a/b"),), eval=(DataFile(path="hf://datasets/acme/chats?split=x"),))
+    with pytest.raises(DataError) as refused:
+        pin(data, offline=False)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_without_a_usual_subset_or_split_one_has_to_be_named(server):
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("en", "de")]
+    server.dataset("acme/many", {"en.jsonl": json_lines([chat(1)])}, card={"configs": configs})
+    with pytest.raises(
+        DataError, match=r"2 subsets, and none is the usual one. There are: en, de. Such as: .*subset=en"
+    ):
+        pin_path("hf://datasets/acme/many", offline=False)
+
+
+def test_gated_data_set_says_where_terms_are_accepted(server, monkeypatch):
+    server.tokens = {"mine"}
+    server.dataset("acme/gated", shards(1), gated=True)
+    with pytest.raises(DataError, match=r"gated: its owner asks .*: http.*/datasets/acme/gated. Then `hf auth login`"):
+        pin_path("hf://datasets/acme/gated", offline=False)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    with pytest.raises(DataError, match=r"gated: .* The token here was not granted access"):
+        pin_path("hf://datasets/acme/gated", offline=False)
+
+
+def test_private_data_set_needs_a_token_that_may_read_it(server, monkeypatch):
+    server.tokens = {"mine", "another"}
+    server.dataset("acme/private", shards(1), private=True, readers=("mine",))
+    with pytest.raises(DataError, match=r"no such data set .* a private one needs `hf auth login`"):
+        pin_path("hf://datasets/acme/private", offline=False)
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with pytest.raises(DataError, match=r"the token here may not read it if it is private"):
+        pin_path("hf://datasets/acme/private", offline=False)
+    monkeypatch.setenv("HF_TOKEN", "expired")
+    with pytest.raises(DataError, match=r"does not accept the token here"):
+        pin_path("hf://datasets/acme/private", offline=False)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    assert len(rows_of("hf://datasets/acme/private")) == 5
+
+
+def test_hub_out_of_reach_is_no_missing_data_set(server):
+    server.down = True
+    with pytest.raises(DataError, match=r"the hub cannot be reached.*Check the network, or give local files"):
+        pin_path("hf://datasets/acme/chats", offline=False)
+
+
+def test_offline_is_refused_without_a_socket(chats, no_sockets, monkeypatch):
+    with pytest.raises(DataError, match="never asked for on this machine, and --offline forbids"):
+        pin_path("hf://datasets/acme/chats", offline=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids"):
+        pin_path("hf://datasets/acme/chats", offline=False)
+    with pytest.raises(DataError, match=r"s3://b/x.jsonl: it is not on this machine, and --offline forbids"):
+        pin_path("s3://b/x.jsonl", offline=True)
+
+
+def test_offline_with_a_listing_but_without_the_files_is_refused(chats):
+    pin_path("hf://datasets/acme/chats", offline=False)
+    with pytest.raises(DataError, match=r"train-00000-of-00004.parquet: not downloaded yet, and --offline forbids"):
+        pin_path("hf://datasets/acme/chats", offline=True)
+
+
+def test_data_without_an_address_asks_nobody(no_sockets, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(json_lines([chat(1)]))
+    data = Data(train=(DataFile(path=str(tmp_path / "rows.jsonl")),))
+    assert pin(data, offline=False) == (data, [])
+
+
+def test_address_that_no_command_pinned_is_not_fetched(chats):
+    """A run's data are looked up again by `serve` and `export`, which fetch nothing."""
+    pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
+    remote._KNOWN.clear()
+    with pytest.raises(DataError, match="not on this machine, and nothing is fetched here"):
+        members(pinned)
+
+
+def test_damaged_copy_in_the_cache_is_refused(server, tmp_path):
+    server.dataset("acme/chats", {"train.parquet": parquet([chat(i) for i in range(200)])})
+    data, _ = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
+    fetch(data, lambda what, done, total: None)
+    place = Path(members(data.train[0].path)[0].at)
+    content = bytearray(place.read_bytes())
+    content[50] ^= 1
+    place.resolve().write_bytes(content)
+    with pytest.raises(DataError, match="damaged_copy"):
+        encoded(data, tmp_path / "rows")
+
+
+# Downloads and streams
+
+
+def encoded(data: Data, folder: Path, problems: list[Problem] | None = None, progress: Any = None) -> Any:
+    how: dict[str, Any] = {"progress": progress} if progress else {}
+    hear = (problems if problems is not None else []).append
+    return build(folder, data=data, files=data.train, renderer=renderer_for("generate"), on_problem=hear, **how)
+
+
+def content_of(store: Any) -> list[Any]:
+    return [(str(store.source(i)), store.row(i).ids.tolist(), int(store.hashes[i])) for i in range(len(store))]
+
+
+def pinned_data(address: str = "hf://datasets/acme/chats", **options: Any) -> Data:
+    return pin(Data(train=(DataFile(path=address),), num_proc=1, **options), offline=False)[0]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr(addresses, "DISK_SHARE", 0.0)
+
+
+def test_download_goes_on_after_cut_connections(server, monkeypatch):
+    content = parquet([chat(i) for i in range(3000)], compression="none")
+    server.dataset("acme/chats", {"train.parquet": content})
+    data = pinned_data()
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    server.cut_after = [len(content) // 3, len(content) // 3]
+    seen: list[tuple[int, int]] = []
+    fetch(data, lambda what, done, total: seen.append((done, total)))
+    assert Path(members(data.train[0].path)[0].at).read_bytes() == content
+    ranges = [one for one in server.downloads() if "bytes=" in one]
+    assert len(ranges) == 2  # each goes on where the one before was cut
+    assert seen[0] == (0, len(content))
+    assert seen[-1] == (len(content), len(content))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_cut_connection_of_a_range_is_asked_again(server):
+    server.dataset("acme/chats", {"train.parquet": parquet([chat(i) for i in range(3000)])})
+    pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
+    server.cut_after = [1000]
+    assert len(rows_of(pinned)) == 3000
+
+
+def test_streamed_rows_are_those_of_downloaded_files(chats, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    data = pinned_data()
+    said: list[str] = []
+    fetch(data, lambda what, done, total: said.append(what))
+    assert "streamed: " in said[0]
+    streamed = encoded(data, tmp_path / "streamed")
+    assert not (tmp_path / "cache" / "hub").exists()
+    assert {path.suffix for path in (tmp_path / "streamed").iterdir()} == {".arrow", ".json", ".lock"}
+    local = encoded_locally(chats, tmp_path, data)
+    assert content_of(streamed) == content_of(local)
+    assert streamed.key == local.key
+    assert streamed.summary.arrow_bytes > 0
+
+
+def encoded_locally(chats: Any, tmp_path: Path, data: Data) -> Any:
+    """The same files from a folder, under their addresses."""
+    files = []
+    for member in members(data.train[0].path):
+        path = tmp_path / Path(member.path).name
+        path.write_bytes(chats.commits[chats.branches["main"]][remote.known(member.path).path])
+        files.append(member.at_place(str(path)))
+    data = data.model_copy(update={"train": tuple(files)})
+    return encoded(data, tmp_path / "local")
+
+
+def test_interrupted_stream_goes_on_with_the_shard_that_is_missing(chats, server, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    data = pinned_data()
+    real = remote.download
+
+    def killed(file, folder, on_bytes):
+        if "train-00002" in file.address:
+            raise KeyboardInterrupt
+        return real(file, folder, on_bytes)
+
+    monkeypatch.setattr(remote, "download", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(data, tmp_path / "rows")
+    monkeypatch.setattr(remote, "download", real)
+    server.requests.clear()
+    store = encoded(data, tmp_path / "rows")
+    assert len(store) == 20
+    assert not [one for one in server.downloads() if "train-00000" in one or "train-00001" in one]
+    assert len({one for one in server.downloads() if "train-0000" in one}) == 2
+    assert [path.name for path in (tmp_path / "rows").iterdir() if path.is_dir()] == []
+
+
+def test_streamed_and_local_files_mix(chats, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    (tmp_path / "own.jsonl").write_bytes(json_lines([chat(77), chat(78)]))
+    data = pinned_data()
+    data = data.model_copy(update={"train": (*data.train, DataFile(path=str(tmp_path / "own.jsonl"), weight=2.0))})
+    seen: list[tuple[int, int, int]] = []
+    store = encoded(data, tmp_path / "rows", progress=lambda *numbers: seen.append(numbers))
+    assert len(store) == 22
+    assert str(store.source(21)) == f"{tmp_path / 'own.jsonl'}:2"
+    assert seen[-1][0] == 22
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_at_most_one_shard_is_on_the_disk(chats, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    data, most = pinned_data(), 0
+
+    def look(rows: int, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, len(list((tmp_path / "rows").rglob("*.parquet"))))
+
+    encoded(data, tmp_path / "rows", progress=look)
+    assert most == 1
+
+
+def test_bad_rows_of_streamed_shards_are_named_by_file_and_row(server, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    bad = {**chat(1), "completion": ""}
+    files = {f"train-{i}.jsonl": json_lines([chat(1), bad, chat(i)]) for i in range(3)}
+    repo = server.dataset("acme/chats", files)
+    problems: list[Problem] = []
+    store = encoded(pinned_data(), tmp_path / "rows", problems)
+    at = f"hf://datasets/acme/chats@{repo.branches['main']}"
+    errors = [problem for problem in problems if problem.severity == "error"]
+    assert [str(problem.source) for problem in errors] == [f"{at}/train-{i}.jsonl:2" for i in range(3)]
+    assert (len(store), store.skipped, store.summary.errors) == (6, 3, {"empty_answer": 3})
+
+
+def test_classes_of_streamed_shards_are_those_of_one_file(server, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    words = ["b", "a", "c", "a", "d", "b"]
+    rows = [{"text": f"text {i}", "label": word} for i, word in enumerate(words)]
+    server.dataset("acme/classes", {f"train-{i}.jsonl": json_lines(rows[2 * i : 2 * i + 2]) for i in range(3)})
+    data = pinned_data("hf://datasets/acme/classes")
+    how: dict[str, Any] = {"renderer": renderer_for("classify"), "on_problem": lambda problem: None}
+    store = build(tmp_path / "rows", data=data, files=data.train, **how)
+    assert store.vocabulary == ("b", "a", "c", "d")
+    assert [store.vocabulary[int(store.label_ids(i)[0])] for i in range(6)] == words
+    assert store.file_index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.array_equal(store.lines, [1, 2] * 3)
+
+
+# Other file systems
+
+
+def test_files_of_any_file_system_are_streamed_and_never_kept(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/bucket/b.jsonl": json_lines([chat(2)]), "/bucket/a.jsonl": json_lines([chat(1)])})
+    memory.pipe("/bucket/notes.pdf", b"x")
+    data, notes = pin(Data(train=(DataFile(path="memory://bucket"),)), offline=False)
+    assert "2 files" in notes[0]
+    assert "streamed" in notes[0]
+    store = encoded(data, tmp_path / "rows")
+    assert [str(store.source(i)) for i in range(2)] == ["memory:///bucket/a.jsonl:1", "memory:///bucket/b.jsonl:1"]
+    memory.pipe("/bucket/a.jsonl", json_lines([chat(3)]))
+    data, _ = pin(data, offline=False)
+    assert encoded(data, tmp_path / "rows").key != store.key
+
+
+def test_missing_package_of_a_file_system_is_named(monkeypatch):
+    import fsspec
+
+    def missing(address):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(DataError, match=r"s3://b/x.jsonl: s3:// needs a package .* -m pip install"):
+        pin_path("s3://b/x.jsonl", offline=False)
