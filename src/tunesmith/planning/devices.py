@@ -25,6 +25,10 @@ CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
+CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
+"""Rows, inner size and columns of the product that is timed. On a card a small one takes as long as its launch."""
+CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
+"""Bytes of the copy that is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +134,13 @@ def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, 
     """Operations a second in products of the size that layers have, and bytes a second of a large copy."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    is_cuda = torch.device(device).type == "cuda"
+    rows, inner, columns = CUDA_PRODUCT if is_cuda else CPU_PRODUCT
     try:
-        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2048)))
-        large = torch.ones(16 * 2**20, dtype=torch.float32, device=device)
+        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
+        large = torch.ones((CUDA_COPIED if is_cuda else CPU_COPIED) // 4, dtype=torch.float32, device=device)
         other = torch.zeros_like(large)
-        products = 2 * 1024 * 1024 * 2048 / _fastest(lambda: a @ b, device)
+        products = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
         return products, 2 * large.nbytes / _fastest(lambda: other.copy_(large), device)
     finally:
         torch.set_num_threads(before)

@@ -7,6 +7,7 @@ The counts follow from the recipe and the rows; a probe measures the prices and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -43,6 +44,10 @@ MOVED = 16
 """Times that a step reads or writes the inputs and outputs of the linear layers outside of matrix products."""
 OPERATIONS = 150
 """Operations that a layer starts in a step."""
+LAUNCH_SHARE = 1 / 3
+"""Largest share of a micro-batch that starting its operations takes on a card, where memory allows."""
+CARD_TOKENS = (8192, 65536)
+"""Fewest and most tokens of a micro-batch that are chosen for a card."""
 DECODE_LAUNCH = 1e-3
 """Seconds a layer for the next token of some answers."""
 STARTING_S, LOADED = 12.0, 100e6
@@ -153,6 +158,20 @@ def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: 
     update = 3 * sizes.gradients + 2 * sizes.optimizer + 1.5 * sizes.masters
     launches = micro_batches * layers * OPERATIONS * device.launch
     return operations / device.products + (moved + update) / device.bandwidth + launches
+
+
+def card_tokens(sizes: Sizes, device: Device) -> int:
+    """Tokens of a micro-batch whose products and copies take long enough on a card to hide the start of its operations:
+    a power of two in `CARD_TOKENS`."""
+    fewest, most = CARD_TOKENS
+    if not device.products:
+        return fewest
+    none, some = (
+        step_seconds(sizes, Load(tokens, 0), micro_batches=0, recomputed=0, device=device) for tokens in (0, most)
+    )
+    launches = len(sizes.features_L) * OPERATIONS * device.launch
+    wanted = launches * (1 - LAUNCH_SHARE) / LAUNCH_SHARE / ((some - none) / most)
+    return max(fewest, min(most, 1 << math.ceil(math.log2(max(1.0, wanted)))))
 
 
 def token_seconds(sizes: Sizes, tokens: int, targets: int, device: Device) -> float:

@@ -73,6 +73,20 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     return best, choices, forecast
 
 
+def fill_card(recipe: Recipe, predict: Predict, *, tokens: int) -> tuple[Recipe, list[Choice]]:
+    """The recipe with micro-batches of `tokens`, or of half as many and so on, as far as they fit easily without more
+    layers computed twice; as it is if none of them fit."""
+    usual = resolved(recipe.train.tokens_per_pass)
+    layers = 0 if recipe.train.checkpointed_layers == "auto" else recipe.train.checkpointed_layers
+    while tokens > usual:
+        larger = _with(recipe, "train.tokens_per_pass", tokens)
+        if _easily(predict(_with(larger, "train.checkpointed_layers", layers))):
+            reason = "so many that starting operations takes at most a third of the time, as far as memory allows"
+            return larger, [Choice("train.tokens_per_pass", tokens, reason)]
+        tokens //= 2
+    return recipe, []
+
+
 def _layers_choice(recipe: Recipe, without: Forecast, forecast: Forecast) -> Choice:
     layers = recipe.train.checkpointed_layers
     need, room = gib(without.memory.total), gib(without.device.room)

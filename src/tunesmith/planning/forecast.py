@@ -20,8 +20,10 @@ from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import Device
 from tunesmith.planning.duration import (
+    CARD_TOKENS,
     Duration,
     Work,
+    card_tokens,
     counts,
     kept_checkpoints,
     prices,
@@ -114,12 +116,7 @@ class Forecaster:
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Raises ModelError where no model can be made from its config alone, and what attaching the method raises."""
-        key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r}"
-        if key not in self._sizes:
-            self._sizes[key] = sizes_of(
-                recipe, self.located, head=self.head, labels=self.rows.labels, store=self.rows.store
-            )
-        sizes, model = self._sizes[key]
+        key, sizes, model = self._sizes_of(recipe)
         plan_key = (key, resolved(recipe.train.tokens_per_pass))
         if plan_key not in self._plans:
             self._plans[plan_key] = self._plan(recipe, sizes, model)
@@ -154,6 +151,21 @@ class Forecaster:
             recomputed=recomputed,
             trained_parameters=sizes.trained_parameters,
         )
+
+    def card_tokens(self, recipe: Recipe) -> int:
+        """Tokens of a micro-batch that keep the card busy, see `duration.card_tokens`, but hardly more than a step can
+        have. Raises as `forecast` does."""
+        _, sizes, _ = self._sizes_of(recipe)
+        most = resolved(recipe.train.rows_per_step) * int(self.rows.store.lengths[self.rows.train_rows].max())
+        return min(card_tokens(sizes, self.device), max(CARD_TOKENS[0], 1 << (most - 1).bit_length()))
+
+    def _sizes_of(self, recipe: Recipe) -> tuple[str, Sizes, nn.Module]:
+        key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r}"
+        if key not in self._sizes:
+            self._sizes[key] = sizes_of(
+                recipe, self.located, head=self.head, labels=self.rows.labels, store=self.rows.store
+            )
+        return key, *self._sizes[key]
 
     def _plan(self, recipe: Recipe, sizes: Sizes, model: nn.Module) -> tuple[StepSampler, list[Heavy], Load]:
         """The steps, their heaviest micro-batches, and the heaviest one that is measured."""

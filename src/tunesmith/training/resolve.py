@@ -25,7 +25,7 @@ from tunesmith.planning import devices
 from tunesmith.planning.budget import HELD, RunSize, decide_measuring
 from tunesmith.planning.defaults import Facts, decide, total_steps, with_choice
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fit import fit, refuse
+from tunesmith.planning.fit import fill_card, fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
@@ -189,7 +189,11 @@ def _forecast(found: ResolvedRun, device: Device | None, *, free_tokens: bool) -
         general_tokens=_general_tokens(recipe, inputs),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
+    filled: list[Choice] = []
+    if free_tokens and device.kind == "cuda":
+        recipe, filled = fill_card(recipe, forecaster.forecast, tokens=forecaster.card_tokens(recipe))
     recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
+    fitted = [*(choice for choice in filled if choice.key not in {one.key for one in fitted}), *fitted]
     if not forecast.fits:
         refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
         if recipe.memory == "refuse":
