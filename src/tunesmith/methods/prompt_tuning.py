@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.attention import UnsupportedAttentionError
+from tunesmith.models.segments import UnsupportedAttentionError
 
 
 class VirtualTokens:

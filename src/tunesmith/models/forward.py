@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.models.attention import Segments, UnsupportedAttentionError, packed_forward
+from tunesmith.models.attention import packed_forward
 from tunesmith.models.heads import pools_last
+from tunesmith.models.segments import Segments, UnsupportedAttentionError
 from tunesmith.types import Batch, Piece
 
 

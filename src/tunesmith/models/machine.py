@@ -84,6 +84,13 @@ def cpu_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy of a tensor of this process on a device; from pinned memory on CUDA, so that nobody waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def peak_memory_bytes(device: str) -> int:
     """Most memory held so far: on a CUDA device by tensors, elsewhere by this process."""
     if torch.device(device).type == "cuda":

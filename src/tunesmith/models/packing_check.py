@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.models.attention import AttentionTrace, UnsupportedAttentionError, packed_forward, use_packed_attention
+from tunesmith.models.attention import AttentionTrace, packed_forward, use_packed_attention
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.types import Batch, Layout, ModelKind, Row
 
 PROBE_TOKENS = 128

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from tunesmith.models.attention import Segments, longrope_limit, packed_forward
+from tunesmith.models.attention import longrope_limit, packed_forward
+from tunesmith.models.segments import Segments
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.kv_cache import (
     BatchLayout,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tunesmith.models import attention
-from tunesmith.models.attention import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
+from tunesmith.models.segments import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
 
 NAME = "tunesmith_cached"
 SMALLEST = 128

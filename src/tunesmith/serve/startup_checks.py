@@ -20,9 +20,10 @@ from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.inference.load import LoadedModel, assumed_date
-from tunesmith.models.attention import UnsupportedAttentionError, longrope_conflict, packed_forward
+from tunesmith.models.attention import longrope_conflict, packed_forward
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
+from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.folder import Run
 from tunesmith.serve.adapters import AdapterSet

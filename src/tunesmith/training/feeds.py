@@ -17,10 +17,10 @@ from tunesmith.data.prefix_sharing import share_prefixes
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
 from tunesmith.inference.load import has_token_types
-from tunesmith.models.attention import UnsupportedAttentionError
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
+from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.models.special_tokens import pad_id
 from tunesmith.planning.prefixes import KEY, shared_prefixes
 from tunesmith.recipe.schema import Recipe, resolved

@@ -1,0 +1,382 @@
+"""Attention over packed rows on a CUDA device: kernels in order of preference, and which of them computes a call.
+
+A kernel is taken only if a probe on this device, of rows like those of a run, gives the answer and the gradients of
+attention that is spelled out in float32. None of them is called once a row, and none makes a mask of all tokens of a
+micro-batch by all its keys.
+
+- varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on.
+- flex: FlexAttention with a mask of documents, compiled by Triton: softcaps, float32, older cards, odd head sizes.
+- padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: dropout, and the rest.
+"""
+
+# H heads, T tokens, D head size, K keys, G groups of heads that share keys, S rows of a block, L its longest row,
+# N places of all blocks, P pieces, I blocks of queries, J blocks of keys
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.errors import is_out_of_memory
+from tunesmith.models.machine import to_device
+from tunesmith.models.segments import (
+    AttentionOptions,
+    Segments,
+    UnsupportedAttentionError,
+    equal_rows,
+    explicit_attention,
+)
+from tunesmith.runs.background import BackgroundCall
+from tunesmith.types import Piece
+
+HALF = (torch.bfloat16, torch.float16)
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+"""Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token read by
+mistake 0.1 and more."""
+BLOCK = 128
+"""Tokens of a block of FlexAttention's mask."""
+SHORT = 32
+"""Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
+PROBE_WINDOW, PROBE_SOFTCAP = 16, 20.0
+PROBE_PIECES = (Piece(70), Piece(33), Piece(33), Piece(1), Piece(128), Piece(5))
+PROBE_SHARING = (Piece(70), Piece(33, 70, 0), Piece(1, 70, 0), Piece(128), Piece(5))
+
+Run = Callable[[Tensor, Tensor, Tensor, Segments, AttentionOptions], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """Properties of a call that decide which kernels can compute it."""
+
+    dtype: torch.dtype
+    heads: int
+    groups: int
+    head_size: int
+    value_size: int
+    causal: bool
+    window: bool
+    softcap: bool
+    dropout: bool
+    shared: bool
+    """Whether pieces have prefixes."""
+
+    @classmethod
+    def of(
+        cls, query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segments: Segments, options: AttentionOptions
+    ) -> AttentionCase:
+        return cls(
+            dtype=query_1HTD.dtype,
+            heads=query_1HTD.shape[1],
+            groups=key_1GKD.shape[1],
+            head_size=query_1HTD.shape[-1],
+            value_size=value_1GKD.shape[-1],
+            causal=options.causal,
+            window=options.window is not None,
+            softcap=options.softcap is not None,
+            dropout=options.dropout > 0,
+            shared=segments.shared is not None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """One way to compute attention over packed rows."""
+
+    name: str
+    supports: Callable[[AttentionCase, tuple[int, int]], bool]
+    """(case, CUDA capability) → whether it is worth a probe."""
+    run: Run
+    """(query [1, H, T, D], key and value [1, G, K, D], segments, options) → [1, T, H, D]."""
+
+
+@cache
+def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
+    """The first kernel that passes its probe. Raises UnsupportedAttentionError where none does."""
+    capability = torch.cuda.get_device_capability(device)
+    refusals = []
+    for kernel in KERNELS:
+        if kernel.supports(case, capability):
+            # In a thread of its own, where no hook of a recomputed layer sees the tensors of the probe.
+            reason = BackgroundCall(partial(probe, kernel, case, device)).result()
+            if not reason:
+                return kernel
+            refusals.append(f"{kernel.name}: {reason}")
+    raise UnsupportedAttentionError(f"no attention kernel gives the right answer here ({'; '.join(refusals)})")
+
+
+def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) -> str:
+    """Why a kernel cannot compute a case; "" if its answer and gradients are right. No random number is consumed.
+
+    Dropout is tried, and its answers must be finite; they are compared without it.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            expected = _answers(_by_piece, case, device, torch.float32)
+            found = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)
+            if case.dropout and not all(x.isfinite().all() for x in _answers(kernel.run, case, device, case.dtype)):
+                return "not finite with dropout"
+        except Exception as error:  # of a compiler, a driver, a missing kernel: whatever it is, another kernel is taken
+            if is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for name, ours, right in zip(("answers", "queries", "keys", "values"), found, expected, strict=True):
+        away = float((ours - right).norm() / right.norm())
+        if not away <= TOLERANCES[case.dtype]:
+            return f"{name} are off by {away:.2g}"
+    return ""
+
+
+def _answers(run: Run, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The answer and the gradients of queries, keys and values, float32; drawn in the case's dtype from one seed."""
+    segments = Segments.sharing(PROBE_SHARING if case.shared else PROBE_PIECES, device=device)
+    draw = torch.Generator().manual_seed(0)
+    tokens, keys = (sum(sizes) for sizes in zip(*segments.sizes, strict=True))
+    shapes = (
+        (1, case.heads, tokens, case.head_size),
+        (1, case.groups, keys, case.head_size),
+        (1, case.groups, keys, case.value_size),
+    )
+    query, key, value = inputs = [
+        torch.randn(shape, generator=draw).to(case.dtype).to(device, dtype).requires_grad_() for shape in shapes
+    ]
+    options = AttentionOptions(
+        causal=case.causal,
+        dropout=0.5 if case.dropout and dtype == case.dtype else 0.0,
+        scaling=None,
+        window=PROBE_WINDOW if case.window else None,
+        softcap=PROBE_SOFTCAP if case.softcap else None,
+    )
+    with torch.enable_grad():
+        out = run(query, key, value, segments, options)
+        weights = torch.randn(out.shape, generator=draw).to(case.dtype).to(out)
+        gradients = torch.autograd.grad(out, inputs, weights)
+    return [tensor.detach().float() for tensor in (out, *gradients)]
+
+
+def _by_piece(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
+    """Each piece by itself, spelled out."""
+    queries, keys = map(list, zip(*segments.sizes, strict=True))
+    options = replace(options, dropout=0.0)
+    out = []
+    parts = torch.split(query, queries, 2), torch.split(key, keys, 2), torch.split(value, keys, 2)
+    for q, k, v in zip(*parts, strict=True):
+        window = options.window or k.shape[2]
+        mask = segments.band(q.shape[2], k.shape[2], window) if options.causal else None
+        out.append(explicit_attention(q, k, v, mask, options))
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+@cache
+def _varlen_attn() -> Any:
+    """torch's variable-length flash attention; None in versions without windows or grouped heads (torch 2.10)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if known else None
+
+
+def _supports_varlen(case: AttentionCase, capability: tuple[int, int]) -> bool:
+    return (
+        case.dtype in HALF
+        and case.head_size == case.value_size <= 256
+        and case.head_size % 8 == 0
+        and not (case.dropout or case.softcap)
+        and capability >= (8, 0)
+        and _varlen_attn() is not None
+    )
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
+    """[1, T, H, D]. A window counts the token itself; the kernel's counts those to its left, and 0 to its right.
+
+    Where a piece has more keys than queries, the last query reads up to the last key (Dao 2023, FlashAttention-2).
+    """
+    q_THD, k_KGD, v_KGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    left = -1 if options.window is None else options.window - 1
+    out_THD: Tensor = _varlen_attn()(
+        q_THD,
+        k_KGD,
+        v_KGD,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        max(queries for queries, _ in segments.sizes),
+        max(keys for _, keys in segments.sizes),
+        scale=options.scaling,
+        window_size=(left, 0) if options.causal else (-1, -1),
+        enable_gqa=q_THD.shape[1] != k_KGD.shape[1],
+    )
+    return out_THD[None]
+
+
+def _supports_flex(case: AttentionCase, capability: tuple[int, int]) -> bool:
+    return not case.dropout and capability >= (7, 0) and find_spec("triton") is not None
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
+    """[1, T, H, D] by FlexAttention (Dong et al. 2024, arXiv 2412.05496); its mask is of blocks of 128 tokens."""
+    name = ("flex", options.causal, options.window)
+    if name not in segments.layouts:
+        segments.layouts[name] = document_mask(segments, causal=options.causal, window=options.window)
+    cap = options.softcap or 0.0
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    out_1HTD: Tensor = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=capped if cap else None,
+        block_mask=segments.layouts[name],
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out_1HTD.transpose(1, 2)
+
+
+def document_mask(segments: Segments, *, causal: bool, window: int | None) -> Any:
+    """FlexAttention's BlockMask: a query reads keys of its own piece, if causal none after its own, of a window the
+    last ones. Only pairs of blocks are laid out, never pairs of tokens."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    queries_P, keys_P = (np.array(sizes) for sizes in zip(*segments.sizes, strict=True))
+    ends_P = np.cumsum(keys_P)
+    piece_T, piece_K = (np.repeat(np.arange(len(sizes)), sizes) for sizes in (queries_P, keys_P))
+    own_T = np.concatenate([np.arange(end - num, end) for end, num in zip(ends_P, queries_P, strict=True)])
+    first_T = (ends_P - keys_P)[piece_T]
+    if window is not None:
+        first_T = np.maximum(first_T, own_T - window + 1)
+    last_T = own_T if causal else ends_P[piece_T] - 1
+    of_piece_T, of_piece_K, own = (
+        to_device(torch.from_numpy(array), segments.device) for array in (piece_T, piece_K, own_T)
+    )
+
+    def reads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mask = of_piece_T[q] == of_piece_K[k]
+        if causal:
+            mask = mask & (k <= own[q])
+        return mask if window is None else mask & (k > own[q] - window)
+
+    starts_I = np.arange(0, len(own_T), BLOCK)
+    starts_J = np.arange(0, len(piece_K), BLOCK)
+    stops_J = np.minimum(starts_J + BLOCK, len(piece_K)) - 1
+    # Of all queries of a block: the keys that any of them reads lie in between, and those that all of them read.
+    any_IJ = _overlap(np.minimum.reduceat(first_T, starts_I), np.maximum.reduceat(last_T, starts_I), starts_J, stops_J)
+    latest_I, earliest_I = np.maximum.reduceat(first_T, starts_I), np.minimum.reduceat(last_T, starts_I)
+    all_IJ = (latest_I[:, None] <= starts_J) & (stops_J <= earliest_I[:, None])
+    num, index = _ordered(any_IJ & ~all_IJ, segments.device)
+    full_num, full_index = _ordered(all_IJ, segments.device)
+    lengths = (len(own_T), len(piece_K))
+    return BlockMask.from_kv_blocks(
+        num, index, full_num, full_index, BLOCK_SIZE=BLOCK, mask_mod=reads, seq_lengths=lengths
+    )
+
+
+def _overlap(
+    first_I: NDArray[np.int64], last_I: NDArray[np.int64], starts_J: NDArray[np.int64], stops_J: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    return (first_I[:, None] <= stops_J) & (starts_J <= last_I[:, None])
+
+
+def _ordered(pairs_IJ: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The number of blocks of keys for each block of queries, [1, 1, I], and their indices first, [1, 1, I, J]."""
+    index_IJ = np.argsort(~pairs_IJ, axis=1, kind="stable").astype(np.int32)
+    arrays = (pairs_IJ.sum(1).astype(np.int32), index_IJ)
+    num_I, order_IJ = (to_device(torch.from_numpy(array), device) for array in arrays)
+    return num_I[None, None], order_IJ[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedLayout:
+    """Places of queries and keys in padded blocks of rows of similar length."""
+
+    blocks: tuple[tuple[int, int], ...]
+    """(S, L) of each."""
+    place_T: Tensor
+    """int64, the place of each query: that of its own key."""
+    place_K: Tensor
+    masks: tuple[Tensor | None, ...]
+    """bool [S, 1, 1, L] for each block, keys that are there; None: a causal query reads none of the others, or all are.
+    """
+
+    @classmethod
+    def of(cls, segments: Segments, *, causal: bool) -> PaddedLayout:
+        sizes = segments.sizes
+        by_block: dict[int, list[int]] = {}
+        for i, (_, keys) in enumerate(sizes):
+            by_block.setdefault((max(keys, SHORT) - 1).bit_length(), []).append(i)
+        first_K = [0, *accumulate(keys for _, keys in sizes)]
+        place_K = np.empty(first_K[-1], np.int64)
+        blocks, masks = list[tuple[int, int]](), list[Tensor | None]()
+        first = 0
+        for members in by_block.values():
+            longest = max(sizes[i][1] for i in members)
+            for i in members:
+                place_K[first_K[i] : first_K[i + 1]] = np.arange(first, first + sizes[i][1])
+                first += longest
+            blocks.append((len(members), longest))
+            keys_S1 = np.array([sizes[i][1] for i in members])[:, None]
+            is_needed = not causal and int(keys_S1.min()) < longest
+            mask_SL = torch.from_numpy(np.arange(longest) < keys_S1)[:, None, None] if is_needed else None
+            masks.append(None if mask_SL is None else to_device(mask_SL, segments.device))
+        own = [np.arange(end - num, end) for end, (num, _) in zip(first_K[1:], sizes, strict=True)]
+        places = place_K[np.concatenate(own)], place_K
+        place_of_T, place_of_K = (to_device(torch.from_numpy(one), segments.device) for one in places)
+        return cls(tuple(blocks), place_of_T, place_of_K, tuple(masks))
+
+
+def padded(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
+    """[1, T, H, D]: one call for all rows of similar length, at most one for each power of two.
+
+    Keys are repeated for the heads that share them: with grouped heads torch knows only a kernel that keeps all scores,
+    unless flash attention takes the call. A query lies at the place of its own key, so that causal rows need no mask.
+    """
+    name = ("padded", options.causal)
+    if name not in segments.layouts:
+        segments.layouts[name] = PaddedLayout.of(segments, causal=options.causal)
+    layout: PaddedLayout = segments.layouts[name]
+    num_places = sum(rows * longest for rows, longest in layout.blocks)
+
+    def spread(tensor: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        flat = tensor[0].transpose(0, 1)
+        flat = flat.repeat_interleave(query.shape[1] // flat.shape[1], 1)
+        filled = flat.new_zeros(num_places, *flat.shape[1:]).index_copy(0, place, flat)
+        parts = torch.split(filled, [rows * longest for rows, longest in layout.blocks])
+        return tuple(
+            torch.unflatten(part, 0, (rows, longest)).transpose(1, 2)
+            for part, (rows, longest) in zip(parts, layout.blocks, strict=True)
+        )
+
+    inputs = spread(query, layout.place_T), spread(key, layout.place_K), spread(value, layout.place_K)
+    out = [
+        equal_rows(q, k, v, segments, options, keys_there=mask).transpose(1, 2).flatten(0, 1)
+        for q, k, v, mask in zip(*inputs, layout.masks, strict=True)
+    ]
+    return torch.cat(out).index_select(0, layout.place_T)[None]
+
+
+KERNELS = (
+    AttentionKernel("varlen", _supports_varlen, varlen),
+    AttentionKernel("flex", _supports_flex, flex),
+    AttentionKernel("padded", lambda case, capability: True, padded),
+)
+"""In order of preference."""
