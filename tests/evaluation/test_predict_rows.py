@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
-from tunesmith.data.collate import Collator
+from tunesmith.data.collate import Collator, build_batch
 from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
@@ -98,6 +98,30 @@ def test_loss_is_the_sum_by_hand_over_the_targets():  # trap: L5
             count += int(keep.sum())
     assert outcomes(model, 100).counts_I.sum() == count
     assert loss(model, 100) == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_logits_are_made_in_pieces(arch, monkeypatch):
+    """Losses to rounding, and the same words, as of all logits at once, which never exist."""
+    from tunesmith.models import fused_loss
+    from tunesmith.tasks import bind
+
+    model = model_of(arch).eval()
+    batch = build_batch([SHELF.row(i) for i in range(8)], range(8), layout="packed", device="cpu")
+    whole = bind("chat", None).measure(model, batch)
+    output = fused_loss.find_output_layer(model)
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fused_loss, "CHUNK_TARGETS", 5)
+    sizes: list[int] = []
+    logits = fused_loss.OutputLayer.logits
+    monkeypatch.setattr(
+        fused_loss.OutputLayer, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden)
+    )
+    found = bind("chat", None, output=output).measure(model, batch)
+    assert sum(sizes) == batch.num_targets > max(sizes) == 5
+    assert torch.allclose(found.losses_N, whole.losses_N, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.outputs_N, whole.outputs_N)
+    assert found.losses_N.dtype == torch.float32
 
 
 def test_every_row_keeps_its_own_outcome_in_the_order_asked_for():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tunesmith.methods import master_weights
 from tunesmith.methods.master_weights import MasterWeights, spread_in_cells
 
 COUNT = 40_000
@@ -69,3 +70,27 @@ def test_one_small_update_reaches_the_model_on_average() -> None:
 def test_the_test_sees_masters_that_all_begin_in_the_middle() -> None:
     with pytest.raises(AssertionError):
         assert_one_small_update_reaches_the_model(seed=None)
+
+
+def test_all_at_once_they_take_and_give_the_same_bits(monkeypatch) -> None:
+    """As on CUDA: gradients of two micro-batches, one of which reaches only some weights."""
+
+    def after(*, at_once: bool) -> list[Tensor]:
+        monkeypatch.setattr(master_weights, "_in_one_call", lambda tensor: at_once)
+        draw = torch.Generator().manual_seed(0)
+        weights = {f"w{i}": nn.Parameter(torch.randn(5, i + 1, generator=draw).bfloat16()) for i in range(4)}
+        masters = MasterWeights(weights, free_early=False, spread=3)
+        for members in (("w0", "w1", "w2"), ("w0", "w2", "w3")):
+            for name in members:
+                weights[name].grad = torch.randn(weights[name].shape, generator=draw).bfloat16()
+            masters.collect()
+            assert all(weight.grad is None for weight in weights.values())
+        grads = [master.grad.clone() for master in masters.trained.values()]
+        with torch.no_grad():
+            for master in masters.trained.values():
+                master.sub_(0.1 * master.grad)
+        masters.publish()
+        return [*grads, *(weight.detach() for weight in weights.values())]
+
+    one_by_one, at_once = after(at_once=False), after(at_once=True)
+    assert all(torch.equal(a, b) for a, b in zip(one_by_one, at_once, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import template
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
+from tunesmith.models import load
 from tunesmith.models.load import fingerprint, load_config, load_model, load_tokenizer
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.size import UNBOUNDED, model_size
@@ -175,3 +177,23 @@ def test_size_of_other_architectures_and_tied_weights(tmp_path, arch, max_tokens
     assert (found.num_params, found.num_layers, found.hidden) == (model.num_parameters(), 2, 64)
     assert (found.vocab_size, found.max_tokens) == (96, max_tokens)
     assert load_config(located).model_type == arch
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", {}), ("cuda:1", {"device_map": {"": "cuda:1"}})], ids=["processor", "card"]
+)
+def test_weights_are_read_straight_onto_a_card(folder, monkeypatch, device, expected):
+    asked: list[dict[str, object]] = []
+
+    class Read(Exception):
+        pass
+
+    def read(**settings):
+        asked.append(settings)
+        raise Read
+
+    monkeypatch.setattr(load, "auto_class", lambda *args: SimpleNamespace(from_pretrained=read))
+    with pytest.raises(Read):
+        load_model(resolve_model(str(folder), offline=True), dtype=torch.bfloat16, device=device)
+    kept = ("device_map", "quantization_config")
+    assert {name: value for name, value in asked[0].items() if name in kept} == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -54,12 +55,15 @@ def test_asked_precision_is_taken_and_its_price_said(monkeypatch):
     assert choice.reason == "as given, though this processor does not multiply bfloat16 in hardware"
 
 
-@pytest.mark.parametrize(("capability", "value"), [((7, 0), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+@pytest.mark.parametrize(
+    ("capability", "value"),
+    [((6, 0), "float32"), ((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
+)
 def test_cuda_precision_follows_the_capability(monkeypatch, capability, value):
     cuda(monkeypatch, capability)
     choice = choose_precision("auto", "cuda:1")
     assert choice.value == value
-    assert f"Volta 9000 (capability {capability[0]}.0)" in choice.reason
+    assert f"Volta 9000 (capability {capability[0]}.{capability[1]})" in choice.reason
 
 
 def test_mps_takes_float32():
@@ -100,3 +104,46 @@ def test_absent_kinds_of_device_are_refused(monkeypatch):
         choose_device("cuda")
     with pytest.raises(RecipeError, match="device: mps: no Apple graphics processor"):
         choose_device("mps")
+
+
+def test_copies_to_a_card_come_from_pinned_memory():
+    asked = []
+    pinned = SimpleNamespace(to=lambda device, **how: asked.append((device, how)) or "there")
+    tensor = SimpleNamespace(pin_memory=lambda: pinned, to=lambda device, **how: pytest.fail("not pinned"))
+    assert machine.to_device(tensor, "cuda:1") == "there"
+    assert asked == [("cuda:1", {"non_blocking": True})]
+    here = torch.zeros(3)
+    assert machine.to_device(here, "cpu") is here
+
+
+def test_a_card_is_waited_for_once_for_all_that_is_read(monkeypatch):
+    waited = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))
+    )
+    tensors = [
+        SimpleNamespace(device=torch.device("cuda:1"), to=lambda where, non_blocking, i=i: (i, where, non_blocking))
+        for i in range(3)
+    ]
+    assert machine.to_host(*tensors) == [(i, "cpu", True) for i in range(3)]
+    assert waited == [torch.device("cuda:1")]
+    here = torch.zeros(3)
+    assert machine.to_host(here)[0] is here
+
+
+def test_repeatable_kernels_are_taken_on_a_card_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    machine.use_repeatable_kernels()
+    assert asked == []
+    cuda(monkeypatch, (9, 0))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    machine.use_repeatable_kernels()
+    assert asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    machine.use_repeatable_kernels()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory

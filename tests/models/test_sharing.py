@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from packed import CAN, VOCAB, batch_of, sharp
 from tunesmith.data.prefix_sharing import LEAST_TOKENS, PrefixGroup, prefix_groups, share_prefixes
-from tunesmith.models import attention, short_row_attention
+from tunesmith.models import segments, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.modes import checkpoint_layers
@@ -175,14 +175,14 @@ def test_what_reads_both_ways_is_refused():
 
 def test_the_test_catches_a_reader_whose_gradient_is_lost(monkeypatch):
     """Planted: the beginning learns from all of its readers but the first."""
-    real = attention.SharedPrefixes.of
+    real = segments.SharedPrefixes.of
 
     def forgetful(pieces, device):
         shared = real(pieces, device)
         families = tuple((start, places_CP[1:]) for start, places_CP in shared.families)
-        return attention.SharedPrefixes(shared.index_K, shared.own_T, families)
+        return segments.SharedPrefixes(shared.index_K, shared.own_T, families)
 
-    monkeypatch.setattr(attention.SharedPrefixes, "of", forgetful)
+    monkeypatch.setattr(segments.SharedPrefixes, "of", forgetful)
     with pytest.raises(AssertionError):
         both_are_alike(sharp("llama"), MIXED, tolerance=1e-4)
 

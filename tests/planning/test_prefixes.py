@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.models import attention
+from tunesmith.models import segments
 from tunesmith.planning.prefixes import KEY
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
@@ -77,13 +77,13 @@ def test_rows_that_begin_otherwise_are_computed_whole(tmp_path):
 
 def test_a_model_that_then_learns_otherwise_is_told(tmp_path, monkeypatch):
     """Planted: the beginning's gradients reach nothing."""
-    real = attention.SharedPrefixes.of
+    real = segments.SharedPrefixes.of
 
     def forgetful(pieces, device):
         shared = real(pieces, device)
-        return attention.SharedPrefixes(shared.index_K, shared.own_T, ())
+        return segments.SharedPrefixes(shared.index_K, shared.own_T, ())
 
-    monkeypatch.setattr(attention.SharedPrefixes, "of", forgetful)
+    monkeypatch.setattr(segments.SharedPrefixes, "of", forgetful)
     choice = choice_of(prepared(tmp_path))
     assert not choice.value
     assert "the model then learns otherwise" in choice.reason
@@ -95,17 +95,17 @@ def test_a_model_that_refuses_is_told(tmp_path, monkeypatch):
     def refuse(pieces, device):
         raise RuntimeError("as many keys as queries, please")
 
-    monkeypatch.setattr(attention.SharedPrefixes, "of", refuse)
+    monkeypatch.setattr(segments.SharedPrefixes, "of", refuse)
     assert "the model then refuses (as many keys as queries, please)" in choice_of(prepared(tmp_path)).reason
 
 
 def test_a_model_that_then_answers_otherwise_is_told(tmp_path, monkeypatch):
     """Planted: rows read the beginning one token too far to the left."""
-    real = attention.SharedPrefixes.of
+    real = segments.SharedPrefixes.of
 
     def shifted(pieces, device):
         shared = real(pieces, device)
-        return attention.SharedPrefixes((shared.index_K - 1).clamp_min(0), shared.own_T, shared.families)
+        return segments.SharedPrefixes((shared.index_K - 1).clamp_min(0), shared.own_T, shared.families)
 
-    monkeypatch.setattr(attention.SharedPrefixes, "of", shifted)
+    monkeypatch.setattr(segments.SharedPrefixes, "of", shifted)
     assert "the model then answers otherwise" in choice_of(prepared(tmp_path)).reason

@@ -7,7 +7,7 @@ import re
 from shape.tree import ROOT
 
 REQUIRED = {
-    *(f"L{n}" for n in range(1, 17) if n != 3),  # L3: several processes, which do not exist yet
+    *(f"L{n}" for n in range(1, 18) if n != 3),  # L3: several processes, which do not exist yet
     *(f"T{n}" for n in range(1, 19)),
     *(f"R{n}" for n in range(1, 9)),
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters

@@ -166,7 +166,10 @@ def build_batch(
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         whole = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
-        return torch.from_numpy(np.array(whole)).to(device, non_blocking=True)
+        made = torch.from_numpy(np.array(whole))
+        # From pinned memory nobody waits for the copy.
+        made = made.pin_memory() if torch.device(device).type == "cuda" else made
+        return made.to(device, non_blocking=True)
 
     return Batch(
         layout=layout,

@@ -64,7 +64,8 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
     assert batch.types_BT is None
 
     def tensor(parts: Sequence[NDArray[np.generic]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(batch.ids_BT.device)
+        made, device = torch.from_numpy(np.concatenate(parts).astype(np.int64)), batch.ids_BT.device
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
     return replace(
         batch,

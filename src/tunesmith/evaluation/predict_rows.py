@@ -17,6 +17,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.labels import count_classes
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.evaluation.scores import Constant, RowResult
+from tunesmith.models.machine import to_host
 from tunesmith.models.modes import eval_mode
 from tunesmith.types import HeadName, Labels, Task
 
@@ -70,10 +71,13 @@ def predict_rows(
         for members in micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
-            row_of_N = batch.row_of_N.cpu().numpy()
-            sums = np.bincount(row_of_N, measured.losses_N.double().cpu().numpy(), minlength=len(members))
+            row_of_N, losses_N, *answers = (
+                tensor.numpy()
+                for tensor in to_host(batch.row_of_N, measured.losses_N.double(), measured.outputs_N, batch.targets_N)
+            )
+            sums = np.bincount(row_of_N, losses_N, minlength=len(members))
             cuts = np.flatnonzero(np.diff(row_of_N)) + 1
-            parts = (np.split(values.cpu().numpy(), cuts) for values in (measured.outputs_N, batch.targets_N))
+            parts = (np.split(values, cuts) for values in answers)
             for member, loss, output, target in zip(members, sums, *parts, strict=True):
                 i = place[member]
                 losses_I[i], outputs[i], targets[i] = loss, output, target

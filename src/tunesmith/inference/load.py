@@ -343,10 +343,13 @@ def _load(
     precision = machine.choose_precision(recipe.precision, device).value
     tokenizer = tokenizer or files.load_tokenizer(located, None)
     notes: list[str] = []
+    method = recipe.method
+    packing = METHODS[method.name].packing(method) if as_trained else None
     model = files.load_model(
         located,
         dtype=getattr(torch, precision),
-        device="cpu",
+        device="cpu" if located.is_gguf else device,
+        packing=packing,
         head=head,
         labels=labels,
         seed=recipe.seed,
@@ -355,7 +358,6 @@ def _load(
     )
     if recipe.data.new_tokens and located.name == recipe.model:
         resize_embeddings(model, new_tokens_of(recipe, located))
-    method = recipe.method
     packed = "; ".join(METHODS[method.name].prepare_base(model, method, device=device)) if as_trained else ""
     model.to(device)
     note = "; ".join(filter(None, [packed, *notes]))

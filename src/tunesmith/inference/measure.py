@@ -47,6 +47,8 @@ from tunesmith.evaluation.verdicts import (
 )
 from tunesmith.formatting import plural
 from tunesmith.inference.load import LoadedModel
+from tunesmith.methods import METHODS
+from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
@@ -108,6 +110,12 @@ def load_training_rows(run: Run) -> TrainingRows | None:
     return TrainingRows(store, train)
 
 
+def _output_layer(loaded: LoadedModel) -> OutputLayer | None:
+    """The model's output layer if its run computed losses in pieces, so that they are measured so again."""
+    fuses = loaded.recipe.kernels == "fast" and METHODS[loaded.recipe.method.name].fused_loss
+    return find_output_layer(loaded.model) if fuses else None
+
+
 def evaluate_file(
     loaded: LoadedModel,
     path: str,
@@ -141,7 +149,7 @@ def evaluate_file(
         rows_I = np.arange(len(store))
         found = predict_rows(
             loaded.model,
-            bind(task, loaded.labels),
+            bind(task, loaded.labels, output=_output_layer(loaded)),
             _feed(loaded, store),
             rows_I.tolist(),
             tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),

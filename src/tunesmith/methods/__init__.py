@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from tunesmith.data.dataset import RowStore
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import adapter_format, full, lora, peft
-from tunesmith.methods.qlora import base_format, quantize_base
+from tunesmith.methods.qlora import base_format, packing, quantize_base
+from tunesmith.models.pack_on_load import PackOnLoad
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Attachment, HeadName
@@ -46,6 +47,9 @@ class Method:
     """(settings) -> one sentence for a model card."""
     prepare_base: Callable[..., tuple[str, ...]] = _to_device
     """(model, settings, *, device) -> notes. Moves a model that was just loaded to the device, as the method's base."""
+
+    packing: Callable[[Any], PackOnLoad | None] = lambda settings: None
+    """(settings) -> how weights are packed as they are read; None: they are read as they are. Raises RecipeError."""
 
     is_adapter: bool = True
     """The result is an adapter on an untouched base. False: a model folder, complete in itself."""
@@ -113,6 +117,7 @@ METHODS: dict[str, Method] = {
         name="qlora",
         doc="LoRA on a base that is kept in 4 or 8 bits; the result is an adapter in PEFT's format.",
         prepare_base=quantize_base,
+        packing=packing,
         quantizes=True,
         package="bitsandbytes",
         base_format=base_format,

@@ -103,8 +103,8 @@ def attach(
     is_stochastic = settings.rounding == "stochastic"
     if is_stochastic and model.dtype != torch.bfloat16:
         raise RecipeError(
-            "method.rounding: stochastic: is for weights in bfloat16, and these are float32, which nothing rounds. "
-            "Set precision: bfloat16, or leave it out."
+            "method.rounding: stochastic: is for weights in bfloat16, and these are not. Set precision: bfloat16, or "
+            "leave it out."
         )
     chosen = choose_weights(model, train=settings.train, freeze=settings.freeze)
     return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)

@@ -35,7 +35,7 @@ class MasterWeights:
                 self.trained[name] = parameter
                 continue
             master = parameter.detach().float()
-            if spread is not None and not master.is_meta:
+            if spread is not None and parameter.dtype == torch.bfloat16 and not master.is_meta:
                 device = master.device
                 spread_in_cells(master, generators.setdefault(device, torch.Generator(device).manual_seed(spread)))
             master.requires_grad_(True)
@@ -47,12 +47,21 @@ class MasterWeights:
 
     def collect(self) -> None:
         """Add the gradients of the copies to those of the masters, in float32, and drop them."""
+        if self._pairs and _in_one_call(self._pairs[0][1]):
+            both = [(p, p.grad, m.grad) for p, m in self._pairs if p.grad is not None and m.grad is not None]
+            if both:
+                torch._foreach_add_([total for _, _, total in both], [gradient for _, gradient, _ in both])
+            for parameter, _, _ in both:
+                parameter.grad = None
         for parameter, master in self._pairs:
             _MoveGradient(master)(parameter)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the copies."""
+        if self._pairs and _in_one_call(self._pairs[0][1]):
+            torch._foreach_copy_([parameter for parameter, _ in self._pairs], [master for _, master in self._pairs])
+            return
         for parameter, master in self._pairs:
             parameter.copy_(master)
 
@@ -61,6 +70,11 @@ class MasterWeights:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _in_one_call(tensor: Tensor) -> bool:
+    """Whether many small tensors are worth one call: on CUDA, where each call of its own is a kernel to start."""
+    return tensor.device.type == "cuda"
 
 
 class _MoveGradient:

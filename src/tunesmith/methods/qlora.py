@@ -8,12 +8,29 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.targets import find_modules, inner_linears, replace_module, tied_reasons
+from tunesmith.methods.targets import Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
-from tunesmith.models.quantized import QuantizedLinear, check_installed
+from tunesmith.models.pack_on_load import PackOnLoad
+from tunesmith.models.quantized import QuantizedLinear, Unpacked, check_installed
 from tunesmith.recipe.methods import QloraMethod
 
-_KNOWN = (nn.Linear.forward, Conv1D.forward)
+ELEMENT_SIZE = {"nf4": 0.5625, "int8": 1.01}
+"""Bytes of a packed weight with its scales, at most."""
+_KNOWN = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
+
+
+def packing(settings: QloraMethod) -> PackOnLoad:
+    """The packing of linear layers as they are read; `quantize_base` packs what could not be.
+
+    Raises RecipeError where bitsandbytes is not installed.
+    """
+    check_installed()
+    # Whatever is read is on the device where it stays.
+    return PackOnLoad(
+        lambda model: [target.name for target in _choose(model, settings)[0] if len(target.names) == 1],
+        lambda module: _pack(module, settings, device=module.get_parameter("weight").device),
+        element_size=ELEMENT_SIZE[settings.quant],
+    )
 
 
 @torch.no_grad()
@@ -21,12 +38,34 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`. Returns notes.
 
     Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on `device`
-    and released before the next, so that neither side ever holds two models.
+    and released before the next, so that neither side ever holds two models. Layers that `packing` packed stay.
 
     Raises:
         RecipeError: bitsandbytes is not installed, or the model has no linear layer that could be packed.
     """
     check_installed()
+    targets, left_out = _choose(model, settings)
+    targets.reverse()
+    while targets:
+        target = targets.pop()
+        if not isinstance(target.module, QuantizedLinear):
+            replace_module(model, target, _pack(target.module, settings, device=device))
+    model.to(device)
+    free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    before, after = (sum(sizes) for sizes in zip(*((one.was.num_bytes, one.num_bytes) for one in packed), strict=True))
+    off_by = (sum(one.was.error for one in packed) / max(sum(one.was.square for one in packed), 1e-30)) ** 0.5
+    notes = [
+        f"the base is quantised to {base_format(settings)}: {len(packed)} linear layers, {_mib(before)} become "
+        f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
+    ]
+    if left_out:
+        notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
+    return tuple(notes)
+
+
+def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target], int]:
+    """The layers that are packed, or will be, and the number of those that cannot be. Raises RecipeError for none."""
     modules = find_modules(model, settings.also_train, ())
     whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
     inside = [target for target in inner_linears(model) if id(target.module) not in whole]
@@ -35,31 +74,19 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     ]
     if not targets:
         raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")
-    num, left_out = len(targets), len(inside) - len(targets)
-    before = after = 0
-    error = size = 0.0
-    targets.reverse()
-    while targets:
-        target = targets.pop()
-        weight: Tensor = target.module.weight.detach()  # type: ignore[operator]
-        packed = QuantizedLinear(target.module, quant=settings.quant, double=bool(settings.double_quant), device=device)
-        packed.train(target.module.training)
-        replace_module(model, target, packed)
-        before += weight.numel() * weight.element_size()
-        after += packed.num_bytes
-        there = weight.to(device).float()
-        size += float(there.square().sum())
-        error += float(there.sub_(packed.weight).square_().sum())
-    model.to(device)
-    free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
-    off_by = (error / max(size, 1e-30)) ** 0.5
-    notes = [
-        f"the base is quantised to {base_format(settings)}: {num} linear layers, {_mib(before)} become "
-        f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
-    ]
-    if left_out:
-        notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
-    return tuple(notes)
+    return targets, len(inside) - len(targets)
+
+
+@torch.no_grad()
+def _pack(module: nn.Module, settings: QloraMethod, *, device: str | torch.device) -> QuantizedLinear:
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    packed = QuantizedLinear(module, quant=settings.quant, double=bool(settings.double_quant), device=device)
+    packed.train(module.training)
+    there = weight.to(device).float()
+    square = float(there.square().sum())
+    error = float(there.sub_(packed.weight).square_().sum())
+    packed.was = Unpacked(weight.numel() * weight.element_size(), square, error)
+    return packed
 
 
 def base_format(settings: QloraMethod) -> str:

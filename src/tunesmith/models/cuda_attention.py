@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -47,7 +48,7 @@ BLOCK = 128
 """Tokens of a block of FlexAttention's mask."""
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
-PROBE_WINDOW, PROBE_SOFTCAP = 16, 20.0
+PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
 PROBE_PIECES = (Piece(70), Piece(33), Piece(33), Piece(1), Piece(128), Piece(5))
 PROBE_SHARING = (Piece(70), Piece(33, 70, 0), Piece(1, 70, 0), Piece(128), Piece(5))
 
@@ -119,7 +120,9 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
 
     Dropout is tried, and its answers must be finite; they are compared without it.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    is_cuda = device.type == "cuda"
+    here = torch.cuda.device(device) if is_cuda else nullcontext()  # a new thread begins with the first one
+    with here, torch.random.fork_rng([device] if is_cuda else []):
         try:
             expected = _answers(_by_piece, case, device, torch.float32)
             found = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)

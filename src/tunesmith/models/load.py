@@ -45,6 +45,7 @@ from tunesmith.models import heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
 from tunesmith.models.modes import silence_transformers
+from tunesmith.models.pack_on_load import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
 from tunesmith.recipe.schema import Recipe
@@ -170,13 +171,15 @@ def load_model(
     labels: Labels | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    packing: PackOnLoad | None = None,
     on_note: OnNote = lambda text: None,
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
-    A head that answers with them already is kept, and without `labels` whatever head there is; any other is new, drawn
-    from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new weights, and weights that
-    the model does not use, which are therefore not in what is saved.
+    Each weight is read straight onto the device, and packed there as `packing` says; those of a GGUF are moved later.
+    A head that answers with the labels already is kept, and without `labels` whatever head there is; any other is new,
+    drawn from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new weights, and weights
+    that the model does not use, which are therefore not in what is saved.
 
     Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
     has no such head for the model.
@@ -184,6 +187,9 @@ def load_model(
     # Reading a GGUF's config takes as long as its weights; it has neither labels nor an architecture without heads.
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
+    if not located.is_gguf:
+        settings |= {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+        settings |= {} if packing is None else {"quantization_config": packing}
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
     with torch.random.fork_rng(devices=[]), wrap_errors(located, "its weights cannot be loaded"):
         model, found = auto_class(located, config, head).from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import sys
 from contextlib import suppress
@@ -48,30 +49,35 @@ def _present(name: str) -> str:
 
 
 def choose_precision(name: str, device: str) -> Choice:
-    """ "float32" or "bfloat16" for weights and activations on `device`; with "auto", what is fast there."""
-    fast, why = _fast_bfloat16(torch.device(device))
+    """ "float32", "bfloat16" or "float16" for weights and activations on `device`; with "auto", what is fast there."""
+    fast, why = _fast_precision(torch.device(device))
     if name != "auto":
-        slow = name == "bfloat16" and not fast
+        slow = name == "bfloat16" and fast != "bfloat16"
         return Choice("precision", name, f"as given, though {why}" if slow else "as given")
-    return Choice("precision", "bfloat16" if fast else "float32", why)
+    return Choice("precision", fast, why)
 
 
-def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
+def _fast_precision_of_card(device: torch.device) -> tuple[str, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    card = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
+    if major >= 8:
+        return "bfloat16", f"{card} multiplies bfloat16 in hardware"
+    if major == 7:
+        return "float16", f"{card} multiplies float16 in hardware, but does not multiply bfloat16"
+    return "float32", f"{card} does not multiply bfloat16 in hardware, nor float16 with float32 sums"
+
+
+def _fast_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        does = "multiplies" if major >= 8 else "does not multiply"
-        return (
-            major >= 8,
-            f"{torch.cuda.get_device_name(device)} (capability {major}.{minor}) {does} bfloat16 in hardware",
-        )
+        return _fast_precision_of_card(device)
     if device.type == "mps":
-        return False, "bfloat16 has not been tried on Apple graphics processors"
+        return "float32", "bfloat16 has not been tried on Apple graphics processors"
     flags = cpu_flags()
     if flag := next((flag for flag in FAST_BFLOAT16 if flag in flags), None):
-        return True, f"this processor multiplies bfloat16 in hardware ({flag})"
+        return "bfloat16", f"this processor multiplies bfloat16 in hardware ({flag})"
     if not flags:
-        return False, f"{platform.system()} does not say whether this processor multiplies bfloat16 in hardware"
-    return False, "this processor does not multiply bfloat16 in hardware"
+        return "float32", f"{platform.system()} does not say whether this processor multiplies bfloat16 in hardware"
+    return "float32", "this processor does not multiply bfloat16 in hardware"
 
 
 def cpu_flags() -> set[str]:
@@ -84,11 +90,28 @@ def cpu_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
+def use_repeatable_kernels() -> None:
+    """Let CUDA compute with kernels that give the same bits each time, in this process; to be called before its first
+    product. What has no such kernel raises an error."""
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A copy of a tensor of this process on a device; from pinned memory on CUDA, so that nobody waits for it."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of one device as this process can read them; a CUDA device is waited for once."""
+    found = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if tensors[0].device.type == "cuda":
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return found
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -56,6 +56,8 @@ class PackingCheck:
     """`normalized_error` of the worst row."""
     reason: str
     """Why not, in words; empty if ok."""
+    kernels: tuple[str, ...] = ()
+    """Kernels of `cuda_attention` that computed the packed rows."""
 
 
 def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
@@ -209,4 +211,4 @@ def _compare(
         reason = f"its attention is limited to {min(missing)} tokens by a mask alone"
     elif not error <= TOLERANCES[dtype]:
         reason = f"packed rows change its logits by up to {largest:.3g}"
-    return PackingCheck(not reason, largest, error, reason)
+    return PackingCheck(not reason, largest, error, reason, tuple(sorted(trace.kernels)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.environment import install_command
@@ -75,9 +77,22 @@ def _functional() -> Any:
     return import_bitsandbytes().functional
 
 
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A weight before it was packed."""
+
+    num_bytes: int
+    square: float
+    """Sum of its squares."""
+    error: float
+    """Sum of the squares of what packing changed."""
+
+
 class QuantizedLinear(nn.Module):
     """Replaces an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed."""
 
+    was: Unpacked
+    """Set by whoever compares the weights."""
     packed: Tensor
     """nf4: uint8, two weights each; int8: int8, as the weight was stored."""
     scales: Tensor
@@ -177,6 +192,12 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.quant}{' double' if self.is_double else ''}, {self.shape_OI[1]} → {self.shape_OI[0]}"
+
+
+def num_weights(model: PreTrainedModel) -> int:
+    """Weights of a model, packed ones too."""
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return int(model.num_parameters()) + sum(layer.weight_shape.numel() for layer in packed)
 
 
 class _Product(torch.autograd.Function):

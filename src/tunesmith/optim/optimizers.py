@@ -341,7 +341,8 @@ class Optimizer:
         tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
         if row.divides(optimizer) and not self._rounding.leaves:
             is_needed = divisor != 1 and tensors
-            scale = torch.tensor(divisor, dtype=torch.float32, device=tensors[0].device) if is_needed else None
+            # Filled there: a number that is copied to a CUDA device makes the processor wait for it.
+            scale = torch.full((), divisor, dtype=torch.float32, device=tensors[0].device) if is_needed else None
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
         elif divisor != 1:
             for tensor in tensors:

@@ -4,7 +4,7 @@
 
     step        activations kept + one layer at work + logits in pieces + gradients of the micro-batches before
     update      gradients
-    evaluation  one layer at work + logits of the held-out targets
+    evaluation  one layer at work + logits of held-out targets, in pieces where the loss is
 
 A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone (Chen et
 al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
@@ -39,7 +39,7 @@ from tunesmith.planning.devices import CUDA_CONTEXT, Device
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, Labels
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_WORK = 0.7
 """Memory that the backward of a layer holds besides kept activations, in inputs and outputs of its linear layers."""
 LIBRARIES = 48 * 2**20
@@ -204,7 +204,8 @@ def phases(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: D
     inputs = recomputed * sizes.itemsize * step.tokens * sizes.hidden
     activations = sum(kept_L[max(recomputed, sizes.first) :]) + inputs + at_work
     # Logits as they are computed, in float32, and their softmax.
-    looked_logits = look.targets * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
+    looked = min(look.targets, _read_piece(sizes, is_cpu) // (4 * sizes.outputs)) if sizes.fused_loss else look.targets
+    looked_logits = looked * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
     needs = {  # gradients, activations, logits
         "step": (sizes.gradients if heavy.accumulating else 0, activations, _logits(sizes, step.targets, is_cpu)),
         "update": (sizes.gradients, at_work, 0),
@@ -237,9 +238,18 @@ def _logits(sizes: Sizes, targets: int, is_cpu: bool) -> int:
     of_weight = (4 + sizes.itemsize) * weight if sizes.trains_output else 0
     if not sizes.fused_loss:
         return targets * sizes.outputs * (12 + sizes.itemsize) + of_weight
-    piece = CHUNK_BYTES["cpu"] if is_cpu else CHUNK_BYTES_ELSEWHERE
-    piece = max(piece, CHUNK_BYTES_TRAINED) if sizes.trains_output else max(piece, 4 * CHUNK_TARGETS * sizes.outputs)
+    piece = max(_piece(is_cpu), CHUNK_BYTES_TRAINED) if sizes.trains_output else _read_piece(sizes, is_cpu)
     return 2 * min(piece, 4 * targets * sizes.outputs) + of_weight
+
+
+def _piece(is_cpu: bool) -> int:
+    """Bytes of float32 logits of a piece of the targets, on the device that is planned for."""
+    return CHUNK_BYTES["cpu"] if is_cpu else CHUNK_BYTES_ELSEWHERE
+
+
+def _read_piece(sizes: Sizes, is_cpu: bool) -> int:
+    """The same where the output layer is not trained."""
+    return max(_piece(is_cpu), 4 * CHUNK_TARGETS * sizes.outputs)
 
 
 def _stack(model: nn.Module) -> list[nn.Module]:

@@ -351,8 +351,9 @@ class Recipe(OptionGroup):
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     export: ResultExportOptions = ResultExportOptions()
-    precision: Auto | Literal["float32", "bfloat16"] = "auto"
-    """Type of weights and activations; trained weights are always kept in float32."""
+    precision: Auto | Literal["float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; trained weights are always kept in float32. float16 is for NVIDIA cards of
+    capability 7 (T4, V100); its loss is scaled, so that small gradients do not become zero."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     memory: Literal["refuse", "warn"] = "refuse"
@@ -363,6 +364,9 @@ class Recipe(OptionGroup):
     """fast: LoRA layers, token loss and attention of short rows by functions of this package, and shared
     prefixes computed once, where that gives the model's own answer; plain: those of torch and the model, slower, for
     comparison."""
+    repeatable: bool = False
+    """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor repeats a run
+    without it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
     track: Words = ()

@@ -15,7 +15,7 @@ from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
-from tunesmith.tasks.losses import PLAIN
+from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import TAG
 from tunesmith.tasks.text import TEXT
@@ -44,7 +44,7 @@ def task_of(shape: Shape) -> Task | None:
 
 def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: OutputLayer | None = None) -> Task:
     """The task as it is trained: with the classes of its data and the additions of `loss`; its `measure` keeps the
-    plain loss. `output`: the output layer of a model that learns tokens, if its loss can be computed in pieces.
+    plain loss. `output`: the output layer of a model that learns tokens, if losses can be computed in pieces.
 
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.
@@ -61,6 +61,8 @@ def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: Outp
             task, loss_sum=partial(task.loss_sum, labels=labels), measure=partial(task.measure, labels=labels)
         )
     added: dict[str, Any] = {} if output is None else {"output": output}
+    if output is not None and task.measure is token_measure:
+        task = replace(task, measure=partial(token_measure, output=output))
     if loss.label_smoothing or loss.z_loss:
         added["loss"] = loss
     return replace(task, loss_sum=partial(task.loss_sum, **added)) if added else task

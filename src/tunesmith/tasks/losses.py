@@ -52,15 +52,27 @@ def token_loss_sum(model: nn.Module, batch: Batch, loss: Loss = PLAIN, output: O
     return target_losses(logits_at_targets(model, batch), batch.targets_N, loss).sum()
 
 
-def token_measure(model: nn.Module, batch: Batch) -> Measured:
-    """Loss and most likely token of each target, without gradient."""
+def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = None) -> Measured:
+    """Loss and most likely token of each target, without gradient.
+
+    `output`: as for `token_loss_sum`; then the logits of all targets never exist at once.
+    """
     import torch
 
-    from tunesmith.models.forward import logits_at_targets
+    from tunesmith.models.forward import hidden_states, logits_at_targets
 
     with torch.no_grad():
-        logits_NV = logits_at_targets(model, batch)
-        return Measured(losses_N=target_losses(logits_NV, batch.targets_N), outputs_N=logits_NV.argmax(-1))
+        if output is None:
+            logits_NV = logits_at_targets(model, batch)
+            return Measured(losses_N=target_losses(logits_NV, batch.targets_N), outputs_N=logits_NV.argmax(-1))
+        hidden_ND = hidden_states(model, batch)[batch.predict_N]
+        size = output.chunk_size(trained=False)
+        losses, outputs = [], []
+        for hidden, targets in zip(torch.split(hidden_ND, size), torch.split(batch.targets_N, size), strict=True):
+            logits = output.logits(hidden)
+            losses.append(target_losses(logits, targets))
+            outputs.append(logits.argmax(-1))
+        return Measured(losses_N=torch.cat(losses), outputs_N=torch.cat(outputs))
 
 
 def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:

@@ -70,6 +70,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
                 "targets": done.num_targets,
                 "passes": len(met.passes),
                 "rows": row_ids,
+                **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"penalty": penalty} if penalty is not None else {}),
                 **({"tokens_per_pass": plan.tokens_per_pass} if met.tokens_per_pass is not None else {}),
             },

@@ -20,17 +20,19 @@ from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach
-from tunesmith.models import attention, contention, load
+from tunesmith.models import attention, contention, load, machine
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers
 from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
+from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.schema import Recipe, resolved
@@ -39,11 +41,10 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import bind
 from tunesmith.training.feeds import feeds
 from tunesmith.training.inputs import Inputs
+from tunesmith.training.loss_scale import LossScale
 from tunesmith.training.resolve import OnProgress, ResolvedRun, plan_of, resolve_run
 from tunesmith.training.state import TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -99,6 +100,8 @@ def prepare(
 
     Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
+    if recipe.repeatable:
+        machine.use_repeatable_kernels()
     found = _resolve(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
     on_progress("load", 0, 1)
@@ -129,6 +132,7 @@ def prepare(
         num_parameters=num_parameters,
         renderer=inputs.renderer,
         task=bind(resolved(recipe.task), rows.labels, recipe.loss, output),
+        loss_scale=LossScale.of(resolved(recipe.precision)),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         kind=inputs.kind,
         head=inputs.head,
@@ -163,19 +167,20 @@ def _resolve(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgre
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
     contention.watch()
+    method = recipe.method
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
-        device="cpu",
+        device="cpu" if inputs.located.is_gguf else recipe.device,
         head=inputs.head,
         labels=labels,
         seed=recipe.seed,
         tokenizer=inputs.renderer.tokenizer,
+        packing=METHODS[method.name].packing(method),
         on_note=inputs.notes.append,
     )
     resize_embeddings(model, inputs.added)
-    num_parameters = model.num_parameters()  # quantized weights no longer count as parameters
-    method = recipe.method
+    num_parameters = num_weights(model)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     return model, num_parameters
@@ -207,7 +212,8 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs
     agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
-        return layout, []
+        kernels = ", ".join(agreement.kernels)
+        return layout, [f"attention: {kernels}, which a probe here found right"] if kernels else []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return others[0], [note]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tunesmith.parallel.world import World
+from tunesmith.training.loss_scale import LossScale
+from tunesmith.training.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,3 +45,6 @@ class TrainState:
     device: str
     world: World = field(default_factory=World, kw_only=True)
     """This process among those that train the run together."""
+    loss_scale: LossScale = field(default_factory=LossScale, kw_only=True)
+    ahead: Prefetcher = field(default_factory=Prefetcher, kw_only=True)
+    """Makes the next batch while a CUDA device is at work."""

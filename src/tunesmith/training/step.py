@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.parallel.meeting import Computed, Exhausted
+from tunesmith.training.prefetch import BatchKey
 from tunesmith.training.state import TrainState
+from tunesmith.types import Batch
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,15 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
         losses: list[Tensor] = []
         computed = 0
         try:
-            for rows, copies in zip(passes, copies_in(passes), strict=True):
-                loss_sum, tokens = _pass(state, rows, copies, step, num_targets)
+            then = partial(_first_of_next, state, plan, step)
+            for batch in state.ahead.batches(state.feed, _keys(passes, step), then):
+                loss_sum, tokens = _pass(state, batch, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
             sums: list[float] = torch.stack(losses).cpu().double().tolist() if losses else []
+            if not state.loss_scale.undo(state.attachment.trained.values()) and all(map(math.isfinite, sums)):
+                drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
+                continue
             return StepGradients(plan, _own(state, plan, passes, sums, computed, halved=halved), num_targets)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -74,14 +81,20 @@ def _own(
     )
 
 
-def _pass(
-    state: TrainState, rows: MicroBatch, copies: Sequence[int], step: int, num_targets: float
-) -> tuple[Tensor, int]:
+def _keys(passes: list[MicroBatch], step: int) -> list[BatchKey]:
+    return [BatchKey(step, rows, copies) for rows, copies in zip(passes, copies_in(passes), strict=True)]
+
+
+def _first_of_next(state: TrainState, plan: StepSampler, step: int) -> BatchKey | None:
+    keys = _keys(plan.step(step + 1), step + 1) if step < state.total_steps else []
+    return keys[0] if keys else None
+
+
+def _pass(state: TrainState, batch: Batch, step: int, num_targets: float) -> tuple[Tensor, int]:
     """Run forward and backward; return the loss sum and the number of computed positions."""
-    batch = state.feed.batch(rows, draw=step, copies=copies)
     with state.noise.on(state.model, batch, step):
         loss_sum = state.task.loss_sum(state.model, batch)
-    (loss_sum / num_targets).backward()  # type: ignore[no-untyped-call]
+    state.loss_scale.scaled(loss_sum, num_targets).backward()  # type: ignore[no-untyped-call]
     state.attachment.collect_gradients()
     return loss_sum.detach(), batch.num_computed
 

@@ -44,6 +44,7 @@ NAMED_LATER = {
     "setting train.group_by_length": "False",
     "setting data.date": "None",
     "setting data.mix": "times",
+    "setting repeatable": "False",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 

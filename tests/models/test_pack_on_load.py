@@ -1,0 +1,141 @@
+"""Weights that are packed as they are read are those that are packed afterwards, and never all there unpacked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tiny import tiny_tokenizer
+from tiny_model import tiny_model
+from tunesmith.errors import ModelError
+from tunesmith.methods import METHODS
+from tunesmith.models import load
+from tunesmith.models.quantized import QuantizedLinear, num_weights
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.recipe.methods import QloraMethod
+from tunesmith.types import Labels
+
+NF4, INT8 = QloraMethod(rank=4), QloraMethod(rank=4, quant="int8", double_quant=None)
+
+
+def saved(folder: Path, arch: str, **settings: Any) -> Path:
+    model, tokenizer = tiny_model(arch, vocab_size=512, **settings), tiny_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, settings: QloraMethod, *, at_once: bool, **how: Any) -> tuple[PreTrainedModel, int, Any]:
+    method = METHODS["qlora"]
+    packing = method.packing(settings) if at_once else None
+    arguments = {"dtype": torch.float32, "device": "cpu", **how}
+    model = load.load_model(resolve_model(str(folder), offline=True), packing=packing, **arguments)
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules()) == at_once
+    weights = num_weights(model)
+    return model, weights, method.prepare_base(model, settings, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "how"),
+    [
+        ("llama", NF4, {}),
+        ("llama", INT8, {"dtype": torch.bfloat16}),
+        ("qwen2", NF4, {}),  # biases
+        ("gpt2", NF4, {"dtype": torch.float16}),  # weights that lie transposed
+        ("llama", QloraMethod(rank=4, also_train=("re:1.mlp.down_proj$",), targets=("attention",)), {}),
+        ("bert", NF4, {"head": "sequence", "labels": Labels("one", ("a", "b", "c"))}),  # a head that the file lacks
+        ("t5", NF4, {}),
+    ],
+    ids=str,
+)
+def test_they_are_the_same_weights(tmp_path, arch, settings, how):
+    folder = saved(tmp_path / "model", arch)
+    expected, found = (loaded(folder, settings, at_once=at_once, **how) for at_once in (False, True))
+    assert found[1:] == expected[1:]
+    ours, theirs = found[0].state_dict(), expected[0].state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+        assert ours[name].dtype == tensor.dtype
+    buffers = dict(expected[0].named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in found[0].named_buffers())
+
+
+def test_nothing_is_left_that_says_so(tmp_path):
+    model, *_ = loaded(saved(tmp_path / "model", "llama"), NF4, at_once=True)
+    assert not model.is_quantized
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model, "quantization_method")
+    model.config.save_pretrained(tmp_path / "config")
+    assert "quantization_config" not in json.loads((tmp_path / "config" / "config.json").read_text("utf-8"))
+
+
+def test_a_weight_of_another_shape_is_an_error(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"its weights cannot be loaded|of another shape"):
+        loaded(folder, NF4, at_once=True)
+
+
+def test_a_missing_weight_is_an_error(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not in its files, such as model.layers.1.mlp.up_proj.weight"):
+        loaded(folder, NF4, at_once=True)
+
+
+PEAK = """
+import sys, threading, time, torch
+sys.path[:0] = sys.argv[3:]
+from pathlib import Path
+from tunesmith.methods import METHODS
+from tunesmith.models import load
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.recipe.methods import QloraMethod
+torch.set_num_threads(1)
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+def watch():
+    while True:
+        peaks.append(anonymous())
+        time.sleep(0.002)
+
+settings = QloraMethod(rank=4)
+at_once = METHODS["qlora"].packing(settings) if sys.argv[2] == "at once" else None
+METHODS["qlora"].packing(settings)
+located = resolve_model(sys.argv[1], offline=True)
+import transformers.models.llama.modeling_llama, bitsandbytes
+before, peaks = anonymous(), []
+threading.Thread(target=watch, daemon=True).start()
+model = load.load_model(located, dtype=torch.float16, device="cpu", packing=at_once)
+METHODS["qlora"].prepare_base(model, settings, device="cpu")
+print(max(peaks) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what the kernel says a process holds")
+def test_the_whole_model_is_never_in_memory(tmp_path):
+    """16 layers of 1024: 126 M weights in float16 are 250 MB, packed 65 MB. The file holds them in bfloat16."""
+    folder = saved(tmp_path / "model", "llama", hidden=1024, layers=16, dtype=torch.bfloat16)
+    peaks = {}
+    for way in ("afterwards", "at once"):
+        words = [sys.executable, "-c", PEAK, str(folder), way, *sys.path]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        peaks[way] = int(done.stdout)
+    assert peaks["afterwards"] > 240e6
+    assert peaks["at once"] < 0.6 * peaks["afterwards"], peaks
