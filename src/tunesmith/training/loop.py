@@ -48,7 +48,9 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         plan = done.plan if met.tokens_per_pass is None else replace(done.plan, tokens_per_pass=met.tokens_per_pass)
         penalty = penalise(state)
         lr = rate(step, state.total_steps, recipe.optim)
-        grad_norm = gradient_norm(attachment.trained.values())
+        grad_norm = done.norm
+        if grad_norm is None or penalty is not None or state.world.size > 1:
+            grad_norm = gradient_norm(attachment.trained.values())
         _require_finite(state, step, passes=met.passes, losses=met.losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))

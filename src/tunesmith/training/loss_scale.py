@@ -35,13 +35,15 @@ class LossScale:
         return loss_sum / num_targets if self.value == 1 else loss_sum * (self.value / num_targets)
 
     @torch.no_grad()
-    def undo(self, trained: Iterable[Tensor]) -> bool:
-        """Divide all gradients by the scale. False: some overflowed, though a smaller scale may do; it is halved."""
+    def undo(self, trained: Iterable[Tensor]) -> None:
+        """Divide all gradients by the scale."""
         gradients = [tensor.grad for tensor in trained if tensor.grad is not None]
-        if self.value == 1 or not gradients:
-            return True
-        torch._foreach_mul_(gradients, 1 / self.value)
-        if math.isfinite(float(torch.nn.utils.get_total_norm(gradients))) or self.value <= 1:
-            return True
+        if self.value != 1 and gradients:
+            torch._foreach_mul_(gradients, 1 / self.value)
+
+    def gives_way(self, norm: float) -> bool:
+        """Whether gradients of this norm overflowed, but may not with a smaller scale; it is halved then."""
+        if math.isfinite(norm) or self.value <= 1:
+            return False
         self.value /= 2
-        return False
+        return True

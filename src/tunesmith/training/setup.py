@@ -19,7 +19,7 @@ from tunesmith.data.splits import Splits
 from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import METHODS, attach
+from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, contention, load, machine
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
@@ -100,8 +100,6 @@ def prepare(
 
     Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
-    if recipe.repeatable:
-        machine.use_repeatable_kernels()
     found = _resolve(recipe, root, offline=offline, on_progress=on_progress, run=run)
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
     on_progress("load", 0, 1)
@@ -113,8 +111,7 @@ def prepare(
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
-    fuses_loss = recipe.kernels == "fast" and METHODS[recipe.method.name].fused_loss
-    output = find_output_layer(model) if fuses_loss else None
+    output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = plan_of(recipe, rows, layout)
@@ -155,6 +152,8 @@ def prepare(
 
 def _resolve(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> ResolvedRun:
     """Resolve the run, and download the weights of the model if they are missing."""
+    if recipe.repeatable:
+        machine.use_repeatable_kernels()  # before the machine's speed is measured
     found = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
     if found.inputs.located.has_weights:
         return found

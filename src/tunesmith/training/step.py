@@ -27,6 +27,8 @@ class StepGradients:
     own: Computed
     num_targets: float
     """Targets of the whole step."""
+    norm: float | None = None
+    """Norm of the gradients as they are now, where it is known already."""
 
 
 def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGradients:
@@ -49,11 +51,12 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
                 loss_sum, tokens = _pass(state, batch, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens
-            sums: list[float] = torch.stack(losses).cpu().double().tolist() if losses else []
-            if not state.loss_scale.undo(state.attachment.trained.values()) and all(map(math.isfinite, sums)):
+            state.loss_scale.undo(state.attachment.trained.values())
+            sums, norm = _read(state, losses)
+            if norm is not None and all(map(math.isfinite, sums)) and state.loss_scale.gives_way(norm):
                 drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
                 continue
-            return StepGradients(plan, _own(state, plan, passes, sums, computed, halved=halved), num_targets)
+            return StepGradients(plan, _own(state, plan, passes, sums, computed, halved=halved), num_targets, norm)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,6 +69,18 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
         largest = max(map(plan.computed, passes))
         # Never more than before: a row longer than the limit is a micro-batch of its own.
         plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
+
+
+def _read(state: TrainState, losses: list[Tensor]) -> tuple[list[float], float | None]:
+    """The loss sums, and the norm of the gradients where it is read with them: a CUDA device is waited for once."""
+    if not losses:
+        return [], None
+    if losses[0].device.type != "cuda" and state.loss_scale.value == 1:
+        return torch.stack(losses).cpu().double().tolist(), None
+    gradients = [tensor.grad for tensor in state.attachment.trained.values() if tensor.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).to(losses[0])
+    *sums, last = torch.stack([*losses, norm]).cpu().double().tolist()
+    return sums, last
 
 
 def _own(
