@@ -358,3 +358,14 @@ def test_a_model_is_walked_on_a_card(arch, name, fake_card, monkeypatch):
     assert (logits.device.type, logits.dtype, len(logits)) == ("cuda", torch.bfloat16, batch.num_targets)
     assert (measured.losses_N.device.type, measured.losses_N.dtype) == ("cuda", torch.float32)
     assert trace.kernels == {name}
+
+
+@torch.no_grad()
+def test_nobody_looks_for_the_rows_of_a_packed_pass(monkeypatch):
+    """transformers would find them in their positions, and make the processor wait for the card in every pass."""
+    model, batch = sharp("llama"), batch_of(rows_of())
+    use_packed_attention(model)
+    monkeypatch.setattr(attention, "_transformers_find", lambda positions: pytest.fail("it waits"))
+    logits_at_targets(model, batch)
+    with pytest.raises(pytest.fail.Exception, match="it waits"):
+        model(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -81,9 +81,19 @@ def trace_call(window: int | None) -> AttentionTrace | None:
 
 def register() -> None:
     """Register the attention with transformers under its names; safe to call again."""
+    masking_utils.find_packed_sequence_indices = _find_packed_rows
     for name, attend in ((NAME, packed_attention), (PLAIN, partial(packed_attention, short_products=False))):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, packed_mask)
+
+
+_transformers_find = masking_utils.find_packed_sequence_indices
+
+
+def _find_packed_rows(position_ids: Tensor) -> Tensor | None:
+    """transformers' search for packed rows by their positions, which a processor has to wait for if they are on a card;
+    a packed forward knows its rows."""
+    return None if _TRACE.get() is not None else _transformers_find(position_ids)
 
 
 def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
