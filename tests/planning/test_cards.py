@@ -21,10 +21,6 @@ CARD = named("H100")
 AUTO = {"train": {"tokens_per_pass": "auto", "rows_per_step": 3, "epochs": 2}, "precision": "bfloat16"}
 
 
-class OfAProcessorError(Exception):
-    pass
-
-
 def without_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a plan could take from a processor fails the test."""
 
@@ -144,3 +140,12 @@ def test_a_card_is_timed_with_products_that_take_longer_than_their_launch(monkey
     devices._measured.__wrapped__("cuda:0", threads=1, dtype=torch.bfloat16)
     assert shapes[:3] == [(8192, 4096), (4096, 4096), 512 * 2**20 // 4]
     assert 40 * devices.CUDA_LAUNCH < 2 * 8192 * 4096 * 4096 / 989e12
+
+
+@pytest.mark.parametrize(("card", "precision"), [("T4", "float16"), ("V100-32G", "float16"), ("A100-40G", "bfloat16")])
+def test_a_named_card_computes_in_what_it_multiplies(tmp_path, card, precision):
+    recipe = tiny_recipe(tmp_path, **{**AUTO, "precision": "auto"})
+    found = resolve_run(recipe, root=tmp_path, device=named(card))
+    assert found.recipe.precision == precision
+    given = resolve_run(tiny_recipe(tmp_path, **{**AUTO, "precision": "float32"}), root=tmp_path, device=named(card))
+    assert given.recipe.precision == "float32"

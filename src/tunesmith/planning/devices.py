@@ -46,6 +46,8 @@ class Device:
     """Bytes a second that operations read and write."""
     launch: float = CUDA_LAUNCH
     """Seconds that one operation takes besides its work."""
+    precision: str = "bfloat16"
+    """Type that a named card multiplies fastest, of those that a run can take."""
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -60,8 +62,14 @@ _CARDS: dict[str, tuple[int, float, float]] = {
     "RTX5090-32G": (32, 210e12, 1.79e12),
     "RTX4090-24G": (24, 165e12, 1.01e12),
     "RTX3090-24G": (24, 71e12, 0.94e12),
+    "V100-32G": (32, 125e12, 0.9e12),
+    "V100-16G": (16, 125e12, 0.9e12),
+    "T4-16G": (16, 65e12, 0.32e12),
 }
-"""Memory in GB, dense bfloat16 operations a second with float32 sums, bytes a second: from the makers' data sheets."""
+"""Memory in GB, dense operations a second in `precision` with float32 sums, bytes a second: from the makers' data
+sheets."""
+_FLOAT16 = ("V100", "T4")
+"""Cards that do not multiply bfloat16."""
 
 
 def named(name: str) -> Device:
@@ -71,7 +79,8 @@ def named(name: str) -> Device:
         return Device(f"a card of {match[1]} GB", "cuda", int(match[1]) * GB)
     for card, (memory, peak, bandwidth) in _CARDS.items():
         if wanted in (card, card.partition("-")[0]):
-            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth)
+            half = "float16" if card.startswith(_FLOAT16) else "bfloat16"
+            return Device(card, "cuda", memory * GB, peak * EFFICIENCY, bandwidth, precision=half)
     raise InputError(f"--device: {name}: not known. One of {', '.join(_CARDS)}, or its memory alone: 24G.")
 
 

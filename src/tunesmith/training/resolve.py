@@ -72,7 +72,7 @@ def resolve_run(
     """
     given = changed(recipe)
     if device is not None:
-        recipe = _elsewhere(recipe)
+        recipe = _elsewhere(recipe, device)
     inputs = find_inputs(recipe, root=root, offline=offline)
     cache_dirs = _cache_dirs(root, run)
     if run is None:  # a run has its rows
@@ -230,9 +230,9 @@ def _without_layers(recipe: Recipe) -> Recipe:
     return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
 
 
-def _elsewhere(recipe: Recipe) -> Recipe:
+def _elsewhere(recipe: Recipe, device: Device) -> Recipe:
     """A recipe for a card that is not here, which what is here can decide the rest of."""
-    precision = "bfloat16" if recipe.precision == "auto" else recipe.precision
+    precision = device.precision if recipe.precision == "auto" else recipe.precision
     return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
 
 
