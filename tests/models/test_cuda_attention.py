@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -322,42 +321,6 @@ def test_on_a_cuda_device_the_kernel_that_was_proven_is_taken(monkeypatch):
     assert found[:4] == (q, k, k, rows)
     assert asked == [(replace(HALF, window=True), device)]
     assert trace.kernels == {"taken"}
-
-
-@pytest.fixture
-def fake_card(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Tensors that say they are on a card and have no numbers: what runs there is walked, operation by operation.
-
-    Forward alone: a backward over them ends the process where torch was built without CUDA.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    for module in (segments, cuda_attention):
-        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor.to(device))
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@pytest.mark.parametrize("name", ["varlen", "padded"])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "mistral", "qwen3"])
-@torch.no_grad()
-def test_a_model_is_walked_on_a_card(arch, name, fake_card, monkeypatch):
-    """The whole forward pass in bfloat16, with torch's own variable-length operation, and losses in pieces."""
-    from tunesmith.models.fused_loss import output_layer_of
-    from tunesmith.tasks.losses import token_measure
-
-    monkeypatch.setattr(attention, "choose_kernel", lambda case, device: BY_NAME[name])
-    model, batch = sharp(arch).bfloat16(), batch_of(rows_of())
-    use_packed_attention(model)
-    with fake_card:
-        model = copy.deepcopy(model).to("cuda")
-        tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
-        there = replace(batch, **{key: tensor.to("cuda") for key, tensor in tensors.items()})
-        with attention.packed_forward() as trace:
-            logits = logits_at_targets(model, there)
-        measured = token_measure(model, there, output_layer_of(model))
-    assert (logits.device.type, logits.dtype, len(logits)) == ("cuda", torch.bfloat16, batch.num_targets)
-    assert (measured.losses_N.device.type, measured.losses_N.dtype) == ("cuda", torch.float32)
-    assert trace.kernels == {name}
 
 
 @torch.no_grad()
