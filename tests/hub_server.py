@@ -58,6 +58,8 @@ class Hub:
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         """Tokens that the hub knows."""
+        self.powerless: set[str] = set()
+        """Tokens that it knows, and that may read nothing."""
         self.cut_after: list[int] = []
         """Bytes after which the connection of each of the next downloads is cut."""
         self.down = False
@@ -113,6 +115,9 @@ class Hub:
     def _repo(self, call: BaseHTTPRequestHandler, name: str, token: str, *, content: bool) -> Repo | None:
         """The repository if this token may read it; else the answer is sent."""
         repo = self.repos.get(name)
+        if token in self.powerless:
+            _send(call, 403, b"{}", {"X-Error-Message": "This token has no permission to read repositories"})
+            return None
         if token and token not in self.tokens:
             _send(call, 401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
             return None

@@ -254,6 +254,10 @@ def test_private_data_set_needs_a_token_that_may_read_it(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "expired")
     with pytest.raises(DataError, match=r"does not accept the token here"):
         pin_path("hf://datasets/acme/private", offline=False)
+    server.powerless = {"weak"}
+    monkeypatch.setenv("HF_TOKEN", "weak")
+    with pytest.raises(DataError, match=r"the token here has no right to read it .*no permission"):
+        pin_path("hf://datasets/acme/private", offline=False)
     monkeypatch.setenv("HF_TOKEN", "mine")
     assert len(rows_of("hf://datasets/acme/private")) == 5
 
@@ -342,6 +346,24 @@ def test_download_goes_on_after_cut_connections(server, monkeypatch):
     assert seen[0] == (0, len(content))
     assert seen[-1] == (len(content), len(content))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_download_that_failed_goes_on_with_the_files_that_are_missing(chats, server, monkeypatch):
+    data, real = pinned_data(), remote.download
+
+    def failing(file, folder, on_bytes):
+        if "train-00002" in file.address:
+            server.down = True
+        return real(file, folder, on_bytes)
+
+    monkeypatch.setattr(remote, "download", failing)
+    with pytest.raises(DataError, match=r"train-00002\S*:1: unreadable: it cannot be downloaded: .* not fetched twice"):
+        fetch(data, lambda what, done, total: None)
+    monkeypatch.setattr(remote, "download", real)
+    server.down = False
+    server.requests.clear()
+    fetch(data, lambda what, done, total: None)
+    assert {one.split("/")[-1][:11] for one in server.downloads()} == {"train-00002", "train-00003"}
 
 
 def test_cut_connection_of_a_range_is_asked_again(server):

@@ -48,7 +48,8 @@ Data = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="DATA",
-        help="Data files. [bold]a.jsonl:2[/]: each row twice an epoch. [bold]a.jsonl:0.7 b.jsonl:0.3[/]: shares.",
+        help="Data files, or hf://datasets/owner/name. [bold]a.jsonl:2[/]: each row twice an epoch. "
+        "[bold]a.jsonl:0.7 b.jsonl:0.3[/]: shares.",
     ),
 ]
 Eval = Annotated[

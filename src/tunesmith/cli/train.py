@@ -68,6 +68,8 @@ def train(
 
     tunesmith train ./model support.jsonl --track wandb --track tensorboard
 
+    tunesmith train ./model hf://datasets/owner/name --eval 'hf://datasets/owner/name?split=test'
+
     tunesmith train --recipe runs/support-3f2a/recipe.yaml
     """
     remember_json(ctx, as_json)

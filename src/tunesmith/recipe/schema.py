@@ -26,7 +26,7 @@ class DataFile(OptionGroup):
 
     path: str
     """JSONL, JSON array, CSV, TSV, Parquet or CoNLL, each may be gzipped (.gz), detected by content; or documents: a
-    .txt or .md file, or a folder of them."""
+    .txt or .md file, or a folder of them. Or an address: hf://datasets/owner/name, s3://bucket/rows.jsonl."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
     _at: str | None = PrivateAttr(None)
@@ -334,9 +334,9 @@ class Recipe(OptionGroup):
     """A run, completely."""
 
     model: str = ""
-    """A folder, a hub id or a .gguf file."""
+    """A folder, a hub id (owner/name or owner/name@revision) or a .gguf file."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id."""
+    """Commit, tag or branch of a hub id; in a run's recipe the commit."""
     name: str | None = None
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
