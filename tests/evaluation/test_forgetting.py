@@ -108,10 +108,6 @@ def test_instructions_are_answered(monkeypatch):
     assert all(isinstance(one["answer"], str) for one in found)
 
 
-def test_instructions_are_twelve_and_differ():
-    assert len(set(forgetting.GENERAL_INSTRUCTIONS)) == 12
-
-
 def moved(value: float, margin: float = 0.01) -> Interval:
     return {"value": value, "low": value - margin, "high": value + margin}
 

@@ -157,11 +157,6 @@ def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Pat
     assert float((logits(model, input_ids=probe) - live).norm()) <= 2e-4 * effect + 1e-5
 
 
-def test_what_is_said_of_kinds_is_said_of_kinds_that_there_are() -> None:
-    assert {*MERGEABLE, *UNSUPPORTED, *SUITED} <= set(KINDS)
-    assert not MERGEABLE & set(UNSUPPORTED)
-
-
 PROMPTS = ["CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 
 

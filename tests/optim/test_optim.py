@@ -66,10 +66,6 @@ def test_every_step_of_six_with_two_of_warmup(schedule: str, rates: list[float])
     assert [rate(step, 6, optim) for step in range(1, 7)] == pytest.approx(rates, rel=1e-15)
 
 
-def test_the_table_holds_three_schedules() -> None:
-    assert list(SCHEDULES) == ["linear", "cosine", "constant"]
-
-
 @pytest.mark.parametrize(
     ("warmup", "total", "steps"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 
@@ -37,26 +36,6 @@ def test_who_can_reach_an_address_is_told_from_the_address(host: str, is_loopbac
     with bound.socket:
         assert bound.is_loopback is is_loopback
         assert bound.url.startswith(url)
-
-
-def test_what_is_under_way_is_finished_before_the_end() -> None:
-    engine = FakeEngine(pause_s=0.2)
-    texts = []
-    with running(engine=engine, grace_s=10) as server:
-        client = server.client()
-
-        def ask() -> None:
-            answer = client.chat.completions.create(model="support", messages=SLOW)
-            texts.append(answer.choices[0].message.content)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        wait_for(lambda: engine.open == 1)
-    asking.join()
-    assert texts == ["SLOW one two three"]
-    assert engine.closed_with == 10
-    with pytest.raises(OSError):  # noqa: PT011 (refused or reset, as the system has it)
-        socket.create_connection((server.bound.host, server.bound.port), timeout=1).close()
 
 
 def test_what_takes_longer_than_the_grace_hears_why() -> None:
