@@ -23,7 +23,7 @@ from tunesmith.methods.peft import PeftAttachment, attach, load_result, resolve_
 from tunesmith.optim import OPTIMIZERS, Optimizer, rate
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim, Recipe
-from tunesmith.runs.folder import runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.training import step as gradients
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
@@ -208,23 +208,27 @@ def test_no_optimizer_changes_the_gradient_that_sensitivities_are_read_from(name
 
 
 # trap: R3
-def assert_resumed_is_uninterrupted(folder: Path, at: int) -> None:
-    recipe = recipe_of(folder)
-    straight = train(recipe, root=folder / "straight")
+def assert_resumed_is_uninterrupted(straight: Run, folder: Path, at: int) -> None:
     with pytest.raises(Stopped):
-        train(recipe, root=folder / "stopped", listener=stop_at(at))
+        train(straight.recipe(), root=folder / "stopped", listener=stop_at(at))
     same_run(resume(runs(folder / "stopped")[0]), straight)
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("straight")
+    return train(recipe_of(folder), root=folder / "runs")
+
+
 @pytest.mark.parametrize("at", [1, 5, STEPS - 1])
-def test_resumed_it_is_uninterrupted(tmp_path: Path, at: int) -> None:
+def test_resumed_it_is_uninterrupted(straight: Run, tmp_path: Path, at: int) -> None:
     """Before the first rank goes, in between, and after the last."""
-    assert_resumed_is_uninterrupted(tmp_path, at)
+    assert_resumed_is_uninterrupted(straight, tmp_path, at)
 
 
 @pytest.mark.parametrize(("forgotten", "at"), [("exp_avg_unc", 5), ("mask", STEPS - 1)])
 def test_the_test_sees_what_is_not_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, at: int
+    straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, at: int
 ) -> None:
     right = RankAllocation.load
 
@@ -233,7 +237,7 @@ def test_the_test_sees_what_is_not_remembered(
 
     monkeypatch.setattr(RankAllocation, "load", buggy)
     with pytest.raises(AssertionError):
-        assert_resumed_is_uninterrupted(tmp_path, at)
+        assert_resumed_is_uninterrupted(straight, tmp_path, at)
 
 
 def test_an_earlier_step_that_is_put_back_has_its_own_ranks(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def evaluations(run: Run) -> dict[str, Any]:
 def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, kind, method):
     sections = {
         "optim": {"lr": 5e-3 if method == "lora" else 3e-3},
-        "train": {"epochs": 10 if kind == "encoder" else 3},
+        "train": {"epochs": 6 if kind == "encoder" else 3},
     }
     run = train(task_recipe(tmp_path, task, kind, rows=60, method=method, **sections), root=tmp_path / "runs")
     assert run.state() == "done"
