@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import planning
 from benchmarks import serve as race
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
+from benchmarks.devices import add_devices
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
 from benchmarks.results import Result
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(run=_compare)
     _add_serve(verbs)
     add_train(verbs)
+    add_devices(verbs)
     add_methods(verbs)
     planning.add_parser(verbs)
     add_whole(verbs)

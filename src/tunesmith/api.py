@@ -20,6 +20,8 @@ from tunesmith.export.export_run import check_planned, export_planned
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.parallel.child import run_words, train_in_child
+from tunesmith.parallel.launch import devices_of
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -55,7 +57,8 @@ def train(
     `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
     or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
     recipe or its file; `options` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
-    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called after every step.
+    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called after every step. On
+    several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
@@ -75,12 +78,15 @@ def train(
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
     check_planned(chosen, root=Path(root), offline=offline)
+    place = Path(out) if out else None
+    if devices_of(chosen) > 1:
+        with _problems_named(), _listening(progress, on_event, should_stop, lambda run: None) as listener:
+            return train_in_child(chosen, root=Path(root), out=place, offline=offline, listener=listener)
     with (
         _problems_named(),
         tracked(chosen.track, offline=offline, say=_warn) as on_run,
         _listening(progress, on_event, should_stop, on_run) as listener,
     ):
-        place = Path(out) if out else None
         run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
         return _with_exports(run)
 
@@ -102,6 +108,10 @@ def resume(
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
     """
     found = _opened(run, root, model)
+    if found.recipe().devices != "auto" and devices_of(found.recipe()) > 1:
+        with _listening(progress, on_event, should_stop, lambda run: None) as listener:
+            place = ["--model", found.base] if found.base is not None else []
+            return run_words(["resume", str(found.path), *place], offline=offline, listener=listener)
     with (
         tracked(found.recipe().track, offline=offline, say=_warn) as on_run,
         _listening(progress, on_event, should_stop, on_run) as listener,

@@ -55,13 +55,12 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def refuse_ranks(environ: Mapping[str, str]) -> None:
-    """Raise InputError in one of several processes that torchrun or `accelerate launch` started for one training."""
+    """Raise InputError in one of several processes that torchrun or its like started, for what one process does."""
     ranks = environ.get("WORLD_SIZE", "")
     if ranks.isdecimal() and int(ranks) > 1:
         raise InputError(
-            f"WORLD_SIZE={ranks}: torchrun or accelerate launch started {ranks} processes, but a run trains in one "
-            "process on one device, and each of them would train all of it. Start tunesmith without a launcher; if "
-            "there is none, unset WORLD_SIZE."
+            f"WORLD_SIZE={ranks}: torchrun or its like started {ranks} processes, but only `tunesmith train` and "
+            "`resume` run in several. Start this without a launcher; if there is none, unset WORLD_SIZE."
         )
 
 
@@ -111,12 +110,15 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_threads() -> tuple[int, str]:
-    """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process."""
+def default_threads(processes: int = 1) -> tuple[int, str]:
+    """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process, or its share
+    of them where so many `processes` train together on this machine."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted), "OMP_NUM_THREADS is set"
     num = num_cpus()
+    if processes > 1:
+        return max(1, num // processes), f"{num} cores for {processes} processes"
     return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
 
 

@@ -7,7 +7,9 @@ import re
 from shape.tree import ROOT
 
 REQUIRED = {
-    *(f"L{n}" for n in range(1, 18) if n != 3),  # L3: several processes, which do not exist yet
+    *(f"L{n}" for n in range(1, 18)),
+    "L3b",
+    *(f"D{n}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 19)),  # several devices, each with the whole model
     *(f"T{n}" for n in range(1, 19)),
     *(f"R{n}" for n in range(1, 9)),
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
@@ -24,14 +26,14 @@ def marked() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for ids in MARKER.findall(path.read_text("utf-8")):
-            for trap in re.findall(r"\b[LTRASM]\d+\b", ids):
+            for trap in re.findall(r"\b[LTRASMD]\d+b?\b", ids):
                 found.setdefault(trap, set()).add(path.relative_to(ROOT).as_posix())
     return found
 
 
 def documented() -> dict[str, set[str]]:
     rows = re.findall(
-        r"^\| ([LTRASM]\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
+        r"^\| ([LTRASMD]\d+b?) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
     )
     return {trap: set(files.split(", ")) for trap, files in rows}
 

@@ -143,7 +143,7 @@ def test_what_changed_refuses_to_resume_and_is_named(tmp_path, change, named):  
 def test_change_test_catches_a_resume_that_does_not_look(tmp_path, monkeypatch):  # trap: R4 planted
     run = stopped_run(tmp_path)
     changed_settings(run, tmp_path)
-    monkeypatch.setattr("tunesmith.training.trainer._refuse_changes", lambda *args: None)
+    monkeypatch.setattr("tunesmith.training.same_run._refuse_changes", lambda *args: None)
     with pytest.raises(pytest.fail.Exception), pytest.raises(RunError):
         resume(run)
 

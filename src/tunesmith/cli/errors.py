@@ -24,7 +24,22 @@ DEBUG = "TUNESMITH_DEBUG"
 
 
 def report(error: BaseException, *, as_json: bool = False) -> int:
-    """Print an error on stderr, with `as_json` also as JSON on stdout; returns the exit code."""
+    """Print an error on stderr, with `as_json` also as JSON on stdout; returns the exit code.
+
+    One of several ranks leaves it to its agent too, and prints only what no other rank prints.
+    """
+    from tunesmith.parallel.launch import ending, record_failure
+
+    code = error.exit_code if isinstance(error, TunesmithError) else FAILED
+    code, prints = ending(error, code)
+    record_failure(error, code, str(error), is_printed=prints)
+    if not prints:
+        return code
+    printed = _report(error, as_json=as_json)
+    return 0 if code == 0 else printed
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error, file=sys.stderr)
     if as_json and not isinstance(error, KeyboardInterrupt):

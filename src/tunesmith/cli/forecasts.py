@@ -43,6 +43,8 @@ def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None 
     seconds = (probe and probe["seconds"]) or forecast["seconds"]
     if seconds:
         facts.append(("time", _time(seconds)))
+    if group := forecast.get("group"):
+        facts.append(("devices", _group(group)))
     disk = forecast["disk"]
     parts = ", ".join(f"{name} {size(num)}" for name, num in disk.items() if name != "total" and num)
     facts.append(("disk", f"{size(disk['total'])}: {parts}"))
@@ -87,7 +89,14 @@ def _memory(forecast: Mapping[str, Any]) -> str:
     of = plural(one["rows"], "row")
     heavy = f" ({of}, {one['tokens']:,} tokens, {one['targets']:,} targets)" if memory["phase"] == "step" else ""
     parts = ", ".join(f"{name} {size(num)}" for name, num in memory["parts"].items() if num)
-    return f"{size(memory['total'])} at most, of {size(forecast['room'])}, {where}{heavy}: {parts}"
+    each = " on each device" if forecast.get("group") else ""
+    return f"{size(memory['total'])}{each} at most, of {size(forecast['room'])}, {where}{heavy}: {parts}"
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    summed = f"sums of gradients take {group['sum_seconds']:.2g} s a step"
+    busy = f"a device has {group['balance']:.0%} of the busiest one's work on average"
+    return f"{group['devices']}, each with the whole model and a part of each step: {busy}, {summed}"
 
 
 def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:

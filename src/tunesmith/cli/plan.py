@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ from tunesmith.cli.options import (
     build_recipe,
     remember_json,
 )
+from tunesmith.environment import refuse_ranks
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def plan(
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Annotated[
-        str | None, typer.Option(metavar="H100-80G|24G|...", help="Plan for a card that is not here.")
+        str | None,
+        typer.Option(metavar="H100-80G|24G|8xH100|...", help="Plan for cards that are not here."),
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the model in a process of its own and measure, too.")
@@ -66,6 +69,7 @@ def plan(
     tunesmith plan ./model support.jsonl --method full --device 24G
     """
     remember_json(ctx, as_json)
+    refuse_ranks(os.environ)
     # A plan says what does not fit, and what would.
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
@@ -89,20 +93,23 @@ def _resolve(
 ) -> tuple[dict[str, Any], bool]:
     from tunesmith.cli.display import phases
     from tunesmith.cli.streams import console
+    from tunesmith.parallel.launch import devices_of
 
     with phases(console(stderr=True)) as tick:
-        from tunesmith.planning.devices import named
+        from tunesmith.planning.devices import named_group
         from tunesmith.training.resolve import resolve_run
         from tunesmith.training.summary import resolved_values
 
-        card = named(device) if device else None
+        card, devices = named_group(device) if device else (None, devices_of(recipe))
+        recipe = recipe.model_copy(update={"devices": devices})
         resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, device=card)
         values, fits = resolved_values(resolved), resolved.forecast is None or resolved.forecast.fits
         if small := _small_disk(resolved.forecast, root):
             values["warnings"].append(small)
             fits = False
         values["probe"] = None
-        if probe and (why := f"{device} is not here" if card else _why_not(resolved, fits=fits)):
+        several = "several devices are tried by `train` alone" if devices > 1 else ""
+        if probe and (why := f"{device} is not here" if card else several or _why_not(resolved, fits=fits)):
             values["warnings"].append(f"not probed: {why}")
         elif probe:
             values["probe"] = _probe(resolved, values, root, offline=offline, tick=tick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -32,6 +33,9 @@ def resume(
     remember_json(ctx, as_json)
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
+    from tunesmith.cli.train import launch_ranks
+    from tunesmith.parallel.world import place_of
+    from tunesmith.recipe import load
     from tunesmith.runs.folder import Run
     from tunesmith.tracking.processes import tracked
 
@@ -40,13 +44,18 @@ def resume(
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
         earlier = []
-    trackers = [*found.recipe().track, *(track or [])]
+    recipe = load.load(str(found.recipe_path), settings or [])
+    alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
+    launch_ranks(alone)
+    first = place_of(os.environ).rank == 0
+    trackers = [*found.recipe().track, *(track or [])] if first else []
     with (
-        run_display(as_json=as_json, quiet=quiet, earlier=earlier) as display,
+        run_display(as_json=as_json and first, quiet=quiet or not first, earlier=earlier) as display,
         tracked(trackers, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
     ):
         from tunesmith.training import trainer as training
 
         done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener(on_run))
-        display.done(done)
-        make_planned(done, as_json=as_json)
+        if first:
+            display.done(done)
+            make_planned(done, as_json=as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +30,7 @@ from tunesmith.cli.options import (
     build_recipe,
     remember_json,
 )
+from tunesmith.cli.render import visible
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -82,19 +85,34 @@ def train(
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
+    from tunesmith.parallel.world import place_of
     from tunesmith.tracking.processes import tracked
 
+    launch_ranks(recipe)
+    first = place_of(os.environ).rank == 0
     with (
-        run_display(as_json=as_json, quiet=quiet) as display,
-        tracked(recipe.track, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
+        run_display(as_json=as_json and first, quiet=quiet or not first) as display,
+        tracked(recipe.track if first else (), offline=offline, say=lambda ok, text: display.note(text)) as on_run,
     ):
         from tunesmith.training import trainer as training
 
-        if recipe.export.to:
+        if recipe.export.to and first:
             from tunesmith.export.export_run import check_planned
 
             for note in check_planned(recipe, root=root, offline=offline):
                 display.note(note)
         run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
-        display.done(run)
-        make_planned(run, as_json=as_json)
+        if first:
+            display.done(run)
+            make_planned(run, as_json=as_json)
+
+
+def launch_ranks(recipe: Recipe) -> None:
+    """Run this command line in one process a device if there are several, and exit with their code."""
+    from tunesmith.cli.streams import console
+    from tunesmith.parallel.launch import devices_of, launch
+
+    devices = devices_of(recipe)
+    if devices > 1:
+        screen = console(stderr=True)
+        raise typer.Exit(launch(devices, sys.argv[1:], say=lambda text: screen.print(visible(text), style="bold red")))

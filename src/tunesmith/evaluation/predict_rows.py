@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 from torch import nn
 
 from tunesmith.data.collate import Collator
@@ -19,6 +20,8 @@ from tunesmith.data.sampler import micro_batches_of
 from tunesmith.evaluation.scores import Constant, RowResult
 from tunesmith.models.machine import to_host
 from tunesmith.models.modes import eval_mode
+from tunesmith.parallel.shares import shares
+from tunesmith.parallel.world import World
 from tunesmith.types import HeadName, Labels, Task
 
 MAX_CHARS = 10_000
@@ -55,20 +58,24 @@ def predict_rows(
     *,
     tokens_per_pass: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World | None = None,
 ) -> Predictions:
     """Predictions for the given rows of the feed's store, in the order given.
 
     They do not depend on how rows are cut into micro-batches, and no random number of the loop is consumed: the mask of
-    a row follows from the row alone.
+    a row follows from the row alone. The micro-batches are dealt to the ranks of `world`, and every rank gets all
+    predictions: with the bits that one process gives.
     """
-    store = feed.store
+    store, world = feed.store, world or World()
     place = {row: i for i, row in enumerate(rows)}
     losses_I = np.zeros(len(rows))
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     done = 0
+    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout)
+    mine = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)[world.rank]
     with eval_mode(model):
-        for members in micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout):
+        for members in map(batches.__getitem__, mine):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
             row_of_N, losses_N, *answers = (
@@ -83,9 +90,35 @@ def predict_rows(
                 losses_I[i], outputs[i], targets[i] = loss, output, target
             done += len(members)
             progress(done, len(rows))
+    if world.size > 1:
+        _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
     index = np.asarray(rows, np.int64)
     num_bytes_I = store.num_bytes[index].astype(np.int64)
     return Predictions(losses_I, store.denominators[index], num_bytes_I, outputs, targets)
+
+
+def _gather(
+    world: World,
+    places: Sequence[int],
+    losses_I: Floats,
+    outputs: list[NDArray[np.generic]],
+    targets: list[NDArray[np.generic]],
+) -> None:
+    """Fill in what other ranks predicted; `places`: those that this rank did."""
+    own: dict[str, NDArray[Any]] = {"places": np.asarray(places, np.int64), "losses": losses_I[list(places)]}
+    for name, parts in (("outputs", outputs), ("targets", targets)):
+        some = [parts[i] for i in places]
+        own[f"{name} sizes"] = np.array([len(part) for part in some], np.int64)
+        if some:
+            own[name] = np.concatenate(some)
+    for content in world.gather(save(own)):
+        found = load(content)
+        losses_I[found["places"]] = found["losses"]
+        for name, parts in (("outputs", outputs), ("targets", targets)):
+            if name in found:
+                cut = np.split(found[name], np.cumsum(found[f"{name} sizes"])[:-1])
+                for i, part in zip(found["places"].tolist(), cut, strict=True):
+                    parts[i] = part
 
 
 def row_results(

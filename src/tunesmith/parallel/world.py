@@ -51,15 +51,16 @@ class Place:
 
 def place_of(environ: Mapping[str, str]) -> Place:
     """Read the variables that torchrun and its like set. Raises InputError for one that is missing or no number."""
-    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+    size_given = environ.get("WORLD_SIZE", "")
+    if not size_given.isdecimal() or ("RANK" not in environ and int(size_given) < 2):
         return Place()
 
     def number(name: str, default: str | None = None) -> int:
         text = environ.get(name, default)
         if text is None or not text.isdecimal():
             raise InputError(
-                f"{name}={text or ''}: not a number, but RANK and WORLD_SIZE say that this process is one of several. "
-                "Let torchrun start it, or unset RANK and WORLD_SIZE."
+                f"{name}={text or ''}: not a number, but WORLD_SIZE says that this process is one of several. "
+                "Let torchrun start it, or unset WORLD_SIZE."
             )
         return int(text)
 
@@ -152,6 +153,9 @@ class World:
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
 
+        self.publish(f"ready/{self.rank}", True)
+        for rank in range(self.size):  # a group is made by all at once, and would wait long for one that is gone
+            self.wait_for(f"ready/{rank}", rank)
         with self.reaching():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -206,14 +210,17 @@ class World:
         return self.stops
 
     def fail(self, error: BaseException) -> None:
-        """Leave the reason of this rank's end to the others, and to the agent that started it."""
-        if isinstance(error, (*AGREED, GroupError)) or self.size == 1:
+        """Leave the reason of this rank's end to the others."""
+        if isinstance(error, AGREED) or not isinstance(error, Exception):
             return
-        code = error.exit_code if isinstance(error, TunesmithError) else 1
-        text = str(error) if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
-        if self._store is not None and not isinstance(error, KeyboardInterrupt):
-            with suppress(RuntimeError):
-                self._store.compare_set(FAILED, "", json.dumps({"rank": self.rank, "text": text, "code": code}))
+        is_own = isinstance(error, TunesmithError)
+        failed = {
+            "rank": self.rank,
+            "text": str(error) if is_own else f"{type(error).__name__}: {error}",
+            "code": error.exit_code if isinstance(error, TunesmithError) else 1,
+        }
+        with suppress(RuntimeError):
+            self._store.compare_set(FAILED, "", json.dumps(failed))  # the first one counts
 
     def close(self) -> None:
         """Leave the group."""

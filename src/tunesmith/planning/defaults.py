@@ -63,6 +63,8 @@ class Facts:
     """Tokens of each training row."""
     held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Targets of each held-out row."""
+    processes: int = 1
+    """Processes of the run on this machine."""
 
 
 def decide_before_rows(
@@ -277,7 +279,7 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    return default_threads()
+    return default_threads(facts.processes)
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:

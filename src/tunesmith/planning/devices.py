@@ -23,6 +23,10 @@ CUDA_LAUNCH, CPU_LAUNCH = 5e-6, 35e-6
 """Seconds to start one operation; on a processor, which waits for it, with the code of the model and of torch."""
 CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
+GROUP = 400 * 2**20
+"""Memory that NCCL keeps on a card besides."""
+NVLINK, PCIE, LOOPBACK = 150e9, 12e9, 1e9
+"""Bytes a second that a sum over cards or processes moves, as reached: by the makers' data sheets, and by gloo here."""
 CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
 CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
@@ -84,6 +88,26 @@ def named(name: str) -> Device:
     raise InputError(f"--device: {name}: not known. One of {', '.join(_CARDS)}, or its memory alone: 24G.")
 
 
+def named_group(name: str) -> tuple[Device, int]:
+    """A card, and how many of them: `8xH100` is 8 of those that `named` knows. Raises InputError."""
+    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\S.*)", name.strip())
+    if match is None:
+        return named(name), 1
+    if int(match[1]) == 0:
+        raise InputError(f"--device: {name}: of 0 cards there is nothing to plan. Give at least one: 2x{match[2]}.")
+    return named(match[2]), int(match[1])
+
+
+def link(device: Device) -> float:
+    """Bytes a second between devices like this one: NVLink where servers of such cards have it."""
+    if device.kind == "cpu":
+        return LOOPBACK
+    name = device.name
+    if device.kind == "cuda" and torch.cuda.is_available():
+        name += torch.cuda.get_device_name()
+    return NVLINK if re.search(r"[BH][12]00|A100", name) else PCIE
+
+
 def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     """This machine. Its speed is measured for a fifth of a second."""
     kind = torch.device(device).type
@@ -99,6 +123,11 @@ def room(device: str) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + int(torch.cuda.memory_reserved(device)) + CUDA_CONTEXT  # which is held already, too
     return min(_memory_free(), _group_free()) + resident()
+
+
+def share_of_room(kind: str, room: int, processes: int) -> int:
+    """Bytes for one of several processes on one machine: each has its own card, but they share a processor's memory."""
+    return (room - resident()) // processes + resident() if kind == "cpu" else room
 
 
 def resident() -> int:

@@ -38,6 +38,8 @@ Kind = Literal["starting", "training", "held_out", "surprising", "general", "ans
     finishing   once: the result and its rehearsal before the first step, the report, the end of the process
 """
 KINDS: tuple[Kind, ...] = get_args(Kind)
+DEALT: tuple[Kind, ...] = ("held_out", "surprising")
+"""Kinds that several devices share."""
 SPREAD = 0.5
 """Share by which a total by formula alone may be off, either way."""
 MOVED = 16

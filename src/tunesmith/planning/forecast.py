@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
-from tunesmith.planning.devices import Device
+from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.duration import (
     CARD_TOKENS,
+    DEALT,
     Duration,
     Work,
     card_tokens,
@@ -36,6 +37,10 @@ from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, Layout, ModelKind
 
+BALANCE_STEPS = 64
+"""Steps whose shares are compared, the first ones."""
+BUCKET = 64 * 2**20
+"""Bytes of gradients that are summed together, see `parallel.sums`."""
 MOST_STEPS, MOST_SHARING_STEPS = 1000, 64
 """Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share prefixes, which
 take long to find."""
@@ -71,6 +76,10 @@ class Forecast:
     num_layers: int
     recomputed: int
     trained_parameters: int
+    balance: float = 1.0
+    """Mean load of a device as a share of the largest."""
+    sum_seconds: float = 0.0
+    """Of a step: to sum the gradients of all devices."""
 
     @property
     def fits(self) -> bool:
@@ -92,7 +101,11 @@ class Forecast:
             "layers": {"all": self.num_layers, "recomputed": self.recomputed},
             "seconds": None if self.duration is None else self.duration.values(),
             "disk": {**asdict(self.disk), "total": self.disk.total},
+            **({"group": self._group()} if self.plan.part[1] > 1 else {}),
         }
+
+    def _group(self) -> dict[str, Any]:
+        return {"devices": self.plan.part[1], "balance": self.balance, "sum_seconds": self.sum_seconds}
 
 
 @dataclass
@@ -112,7 +125,7 @@ class Forecaster:
     general_tokens: int = 0
     """Tokens of the general text; 0 if it is not measured."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
-    _plans: dict[tuple[str, int], tuple[StepSampler, list[Heavy], Load]] = field(default_factory=dict)
+    _plans: dict[tuple[str, int], tuple[StepSampler, list[Heavy], Load, float]] = field(default_factory=dict)
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Raises ModelError where no model can be made from its config alone, and what attaching the method raises."""
@@ -120,13 +133,15 @@ class Forecaster:
         plan_key = (key, resolved(recipe.train.tokens_per_pass))
         if plan_key not in self._plans:
             self._plans[plan_key] = self._plan(recipe, sizes, model)
-        plan, candidates, look = self._plans[plan_key]
+        plan, candidates, look, balance = self._plans[plan_key]
         layers = recipe.train.checkpointed_layers
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
 
         def peaks(heavy: Heavy) -> list[Memory]:
             found = phases(sizes, heavy, look, recomputed=recomputed, device=self.device)
             base = self.base if self.device.kind == "cpu" else 0
+            if plan.part[1] > 1:
+                base += min(BUCKET, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
             return [replace(one, runtime=one.runtime + base) for one in found]
 
         def highest(found: list[Memory]) -> Memory:
@@ -142,7 +157,9 @@ class Forecaster:
         return Forecast(
             memory=highest(peaks(heavy)),
             phases=tuple(peaks(heavy)),
-            duration=self._duration(recipe, sizes, plan, recomputed=recomputed, result_bytes=disk.result),
+            duration=self._duration(
+                recipe, sizes, plan, recomputed=recomputed, result_bytes=disk.result, balance=balance
+            ),
             disk=disk,
             device=self.device,
             heavy=heavy,
@@ -150,6 +167,8 @@ class Forecaster:
             num_layers=sizes.recomputable,
             recomputed=recomputed,
             trained_parameters=sizes.trained_parameters,
+            balance=balance,
+            sum_seconds=sum_seconds(sizes, plan, self.device),
         )
 
     def card_tokens(self, recipe: Recipe) -> int:
@@ -167,15 +186,15 @@ class Forecaster:
             )
         return key, *self._sizes[key]
 
-    def _plan(self, recipe: Recipe, sizes: Sizes, model: nn.Module) -> tuple[StepSampler, list[Heavy], Load]:
-        """The steps, their heaviest micro-batches, and the heaviest one that is measured."""
+    def _plan(self, recipe: Recipe, sizes: Sizes, model: nn.Module) -> tuple[StepSampler, list[Heavy], Load, float]:
+        """The steps, their heaviest micro-batches on any device, the heaviest one that is measured, and the balance."""
         first, *others = layouts_of(self.kind)
         plan = self.plan_of(recipe, first if sizes.can_pack or not others else others[0])
         if self.shares(recipe, model, plan):
             plan = filled_by(plan, self.rows.store)
         is_filled = pads_to_multiple(plan.layout, device=self.device.kind, precision=resolved(recipe.precision))
         heavy = heaviest(plan, total_steps(recipe, plan.steps_per_epoch), self.rows.store, is_filled=is_filled)
-        return plan, heavy, self._look(recipe, plan)
+        return plan, heavy, self._look(recipe, plan), mean_balance(plan)
 
     def _look(self, recipe: Recipe, plan: StepSampler) -> Load:
         """The micro-batch of the most targets among held-out rows and those that are measured at the end."""
@@ -187,12 +206,13 @@ class Forecaster:
         return max(found, key=lambda load: load.targets)
 
     def _duration(
-        self, recipe: Recipe, sizes: Sizes, plan: StepSampler, *, recomputed: int, result_bytes: int
+        self, recipe: Recipe, sizes: Sizes, plan: StepSampler, *, recomputed: int, result_bytes: int, balance: float
     ) -> Duration | None:
         if not self.device.products:
             return None
         steps = total_steps(recipe, plan.steps_per_epoch)
-        store, weights_I = self.rows.store, plan.weights_I / plan.steps_per_epoch
+        size = plan.part[1]
+        store, weights_I = self.rows.store, plan.weights_I / plan.steps_per_epoch / (size * balance)
         lengths_I = plan.lengths_I.astype(np.float64)
         load = Load(
             tokens=round(float(lengths_I @ weights_I)),
@@ -201,9 +221,23 @@ class Forecaster:
         )
         micro_batches = max(1.0, load.tokens / plan.tokens_per_pass)
         of_step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
-        found = {"training": of_step, **prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)}
+        found = prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)
+        found |= {kind: found[kind] / size for kind in DEALT}
+        found["training"] = of_step + sum_seconds(sizes, plan, self.device)
         counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
         return Duration({kind: Work(count, found[kind]) for kind, count in counted.items()})
+
+
+def mean_balance(plan: StepSampler) -> float:
+    """Mean load of a device as a share of the largest, over the first steps."""
+    loads = [plan.loads(step) for step in range(1, min(BALANCE_STEPS, plan.steps_per_epoch) + 1)]
+    return sum(map(sum, loads)) / sum(max(one) * len(one) for one in loads) if plan.part[1] > 1 else 1.0
+
+
+def sum_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
+    """Seconds to sum the gradients of a step: each number goes out and comes back once, but for a device's own part."""
+    size = plan.part[1]
+    return 2 * sizes.gradients * (size - 1) / size / link(device)
 
 
 def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> list[Heavy]:
@@ -212,8 +246,7 @@ def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled:
     targets_I = targets_of(store)
     found: list[Heavy] = []
     for step in sorted({int(step) for step in np.linspace(1, total_steps, min(total_steps, most))}):
-        passes = plan.step(step)
-        for rows in passes:
+        for rows, passes in _passes_of_all(plan, step):
             tokens, lengths = plan.computed(rows), plan.lengths_of(rows)
             load = Load(
                 tokens=padded_size(tokens) if is_filled else tokens,
@@ -228,6 +261,14 @@ def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled:
         lambda load: (load.short_squares,),
     )
     return [max(found, key=lambda heavy: order(heavy.load)) for order in orders]
+
+
+def _passes_of_all(plan: StepSampler, step: int) -> Iterator[tuple[MicroBatch, list[MicroBatch]]]:
+    """The micro-batches of a step on every device, each with those of its device."""
+    size = plan.part[1]
+    for rank in range(size):
+        passes = (plan if size == 1 else replace(plan, part=(rank, size))).step(step)
+        yield from ((rows, passes) for rows in passes)
 
 
 def heaviest_looked(store: RowStore, rows: list[int], plan: StepSampler) -> MicroBatch:

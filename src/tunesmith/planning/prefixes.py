@@ -30,8 +30,8 @@ class CommonPrefixes:
 
 
 def shared_prefixes(plan: StepSampler, store: RowStore) -> CommonPrefixes:
-    """Tokens shared by rows of the first steps: a function of the plan alone."""
-    plan = filled_by(plan, store)
+    """Tokens shared by rows of the first steps, whoever computes them: a function of the plan alone."""
+    plan = filled_by(replace(plan, part=(0, 1)), store)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, plan.steps_per_epoch) + 1):
@@ -53,7 +53,7 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
     what = f"rows of a step begin alike: {shared.saved:.0%} of their tokens"
     if recipe.kernels == "plain":
         return Choice(KEY, False, f"{what} could be computed once, but kernels: plain leaves them")
-    if random := _random_option(model, recipe):
+    if random := random_option(model, recipe):
         return Choice(KEY, False, f"{what} could be computed once, but {random} draws anew for each row")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 
@@ -63,7 +63,7 @@ def filled_by(plan: StepSampler, store: RowStore) -> StepSampler:
     return replace(plan, ids_of=lambda index: store.row(index).ids)
 
 
-def _random_option(model: nn.Module, recipe: Recipe) -> str | None:
+def random_option(model: nn.Module, recipe: Recipe) -> str | None:
     """The option that makes a forward pass random in training; None: none does."""
     if recipe.loss.neftune_alpha:
         return "loss.neftune_alpha"

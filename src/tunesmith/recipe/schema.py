@@ -356,6 +356,10 @@ class Recipe(OptionGroup):
     capability 7 (T4, V100); its loss is scaled, so that small gradients do not become zero."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
+    devices: Positive | Auto = "auto"
+    """Devices that train together, a process each: CUDA cards, or parts of a processor. auto: all cards of this
+    machine, else one. Another number changes rounding and the random numbers of dropout only. Where torchrun or its
+    like starts the processes, it is their number."""
     memory: Literal["refuse", "warn"] = "refuse"
     """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
     threads: Positive | Auto = "auto"

@@ -5,7 +5,7 @@
       events.jsonl     one event a line                     rows/         encoded rows
       checkpoints/     step-N/                              evaluation/    the outcome of each held-out row
       adapter/ or model/                                    report.json, report.md, report.html
-      result.json      SHA-256 of its files
+      result.json      SHA-256 of its files     logs/         output of ranks 1, 2, ...
       lock, lock.json  the writing process                  stop          a request to stop
       tracking/        what each tracker has                tensorboard/  its event files
 
@@ -21,11 +21,12 @@ import secrets
 import socket
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
@@ -82,10 +83,17 @@ class Run:
 
     @classmethod
     def create(
-        cls, root: Path, name: str, recipe_yaml: str, *, out: Path | None = None, recipe: Recipe | None = None
+        cls,
+        root: Path,
+        name: str,
+        recipe_yaml: str,
+        *,
+        out: Path | None = None,
+        recipe: Recipe | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> Run:
         """Make a new folder `<name>-<4 hex digits>` in `root`, or `out`; complete or absent. It records the places of
-        the files that `recipe` names.
+        the files that `recipe` names, and `more` facts.
 
         Raises RunError if `out` exists and is not empty: a run never overwrites.
         """
@@ -93,7 +101,7 @@ class Run:
         places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
         clean(parent, name="new-run", older_than_s=3600)
         temporary = temporary_folder(parent, "new-run")
-        facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__}
+        facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__, **more}
         if recipe is not None:
             from tunesmith.recipe.origin import record
 
@@ -354,6 +362,16 @@ class Run:
         "interrupted": it started and logged no end: it was killed, or the machine went down.
         """
         return "running" if self.is_locked() else events.logged_state(self.events_path)
+
+
+class FollowedRun(Run):
+    """A run whose folder another rank of the group owns: nothing is written, and no request is read."""
+
+    def append(self, event: Event) -> None:
+        return None
+
+    def stop_asked(self) -> bool:
+        return False
 
 
 def runs(root: Path) -> list[Run]:

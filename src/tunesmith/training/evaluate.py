@@ -19,7 +19,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.bootstrap import Interval
-from tunesmith.evaluation.generate import Sampling, answer_samples
+from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, answer_samples
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
     Predictions,
@@ -44,7 +44,8 @@ def evaluate_run(session: Session, name: str) -> None:
     measure_held_out(session, name)
     started = time.perf_counter()
     _answer(session, name)
-    if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate:
+    first = session.setup.world.is_first
+    if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate and first:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)
@@ -68,7 +69,7 @@ def measure_held_out(session: Session, name: str) -> None:
     )
     if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
-    if name in ("before", "after"):
+    if name in ("before", "after") and setup.world.is_first:
         lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, results)
         _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
         _write(session, f"{name}.json", to_json(details))
@@ -98,6 +99,7 @@ def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str)
         [int(i) for i in rows_I],
         tokens_per_pass=session.setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
+        world=session.setup.world,
     )
 
 
@@ -138,16 +140,31 @@ def _answer(session: Session, name: str) -> None:
         return
     how = Sampling(max_new_tokens=answer_tokens(setup.recipe, setup.rows))
     given = []
-    samples = answer_samples(setup.model, setup.renderer, setup.samples, how, session.listener.on_progress)
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(_samples(session, how)):
         given.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
+    if not setup.world.is_first:
+        return
     answers, references = [[sample[key] for sample in given] for key in ("answer", "reference")]
     scored = zip(given, answer_scores(answers, references), strict=True)
     lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
     measures = score_answers(answers, references, bleu=setup.recipe.evaluation.bleu)
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
+
+
+def _samples(session: Session, how: Sampling) -> Iterator[dict[str, Any]]:
+    """The answers to all prompts, in order; each rank of a group writes those of some batches."""
+    setup, tick = session.setup, session.listener.on_progress
+    rank, size = setup.world.part
+    if size == 1:
+        yield from answer_samples(setup.model, setup.renderer, setup.samples, how, tick)
+        return
+    batches = [setup.samples[at : at + ANSWER_BATCH] for at in range(0, len(setup.samples), ANSWER_BATCH)]
+    mine = [list(answer_samples(setup.model, setup.renderer, batch, how, tick)) for batch in batches[rank::size]]
+    ranks = setup.world.gather_values(mine)
+    for i in range(len(batches)):
+        yield from ranks[i % size][i // size]
 
 
 def _measure_general(session: Session, name: str) -> None:
@@ -185,6 +202,8 @@ def find_high_loss_rows(session: Session) -> None:
     started = time.perf_counter()
     rows_I = sample_rows(setup.rows.store, setup.rows.train_rows, most)
     outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
+    if not setup.world.is_first:
+        return
     results = row_results(setup.head, setup.rows.labels, outcomes, setup.rows.store.hashes[rows_I])
     lines = highest_loss(_lines(session, setup.rows.store, rows_I, results))
     _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))

@@ -21,6 +21,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models import load
 from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
+from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.planning.budget import HELD, RunSize, decide_measuring
 from tunesmith.planning.defaults import Facts, decide, total_steps, with_choice
@@ -36,6 +37,8 @@ from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
+ROWS_OF_A_DEVICE = 4
+"""Rows of a step for each device, from which on their shares are about equal."""
 
 
 @dataclass
@@ -63,16 +66,19 @@ def resolve_run(
     on_progress: OnProgress = lambda what, done, total: None,
     run: Run | None = None,
     device: Device | None = None,
+    world: World | None = None,
 ) -> ResolvedRun:
-    """Encode rows and decide. `device`: another machine's, for which a plan is asked.
+    """Encode rows and decide. `device`: another machine's, for which a plan is asked. `world`: the group that trains;
+    all of it but its first rank get a recipe in which everything is decided, and forecast nothing.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
-    given = changed(recipe)
+    given, world = changed(recipe), world or World()
     if device is not None:
         recipe = _elsewhere(recipe, device)
+    recipe, grouped, processes = _on_devices(recipe, world)
     inputs = find_inputs(recipe, root=root, offline=offline)
     cache_dirs = _cache_dirs(root, run)
     if run is None:  # a run has its rows
@@ -84,7 +90,8 @@ def resolve_run(
     targets_I = rows.held_store.targets[rows.held_rows]
     kind = device.kind if device else recipe.device
     free_tokens = recipe.train.tokens_per_pass == "auto"
-    recipe, choices = decide(recipe, Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I))
+    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
+    recipe, choices = decide(recipe, facts)
     if reason := _why_alone(inputs, rows):
         free_tokens = False
         alone = Choice("train.tokens_per_pass", 1, reason)
@@ -94,16 +101,16 @@ def resolve_run(
     rows, recipe, measuring = _measuring(recipe, inputs, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
     known_of = {choice.key for choice in measuring}
     choices = [choice for choice in choices if choice.key not in known_of]
-    choices = [*inputs.choices, *rows.choices, *choices, *counted, *measuring]
+    choices = [*inputs.choices, *grouped, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
-    if run is not None:
+    if run is not None or not world.is_first:
         return ResolvedRun(_without_layers(recipe), choices, [], inputs, rows, given, None)
 
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
     try:
-        _forecast(found, device, free_tokens=free_tokens)
+        _forecast(found, device, world, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
@@ -111,6 +118,17 @@ def resolve_run(
         found.notes.append(f"memory and time could not be forecast: {_reason(error)}")
     on_progress("plan", 1, 1)
     return found
+
+
+def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int]:
+    """The recipe for as many devices as its group has, and how many processes of it are on one machine."""
+    if world.size > 1:
+        choice = Choice("devices", world.size, "processes of this group, one device each")
+        others = recipe.devices != world.size
+        return with_choice(recipe, choice), [choice] if others else [], world.place.local_size
+    if recipe.devices == "auto":
+        return with_choice(recipe, Choice("devices", 1, "")), [], 1
+    return recipe, [], recipe.devices
 
 
 def _why_alone(inputs: Inputs, rows: Splits) -> str:
@@ -161,13 +179,15 @@ def _measuring(
     return rows, recipe, choices
 
 
-def _forecast(found: ResolvedRun, device: Device | None, *, free_tokens: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     `found` as it was."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
-    device = device or devices.here(
-        recipe.device, threads=resolved(recipe.threads), dtype=DTYPES[resolved(recipe.precision)]
-    )
+    size = resolved(recipe.devices)
+    if device is None:
+        threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+        device = devices.here(recipe.device, threads=threads, dtype=dtype)
+        device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     def shares(recipe: Recipe, model: Any, plan: StepSampler) -> bool:
@@ -182,7 +202,7 @@ def _forecast(found: ResolvedRun, device: Device | None, *, free_tokens: bool) -
         kind=inputs.kind,
         head=inputs.head,
         rows=rows,
-        plan_of=lambda recipe, layout: plan_of(recipe, rows, layout),
+        plan_of=lambda recipe, layout: replace(plan_of(recipe, rows, layout), part=(0, size)),
         shares=shares,
         device=device,
         base=devices.resident(),
@@ -199,9 +219,30 @@ def _forecast(found: ResolvedRun, device: Device | None, *, free_tokens: bool) -
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
+    if few := _few_rows(recipe, forecast):
+        found.notes.append(few)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
     found.recipe, found.forecast = recipe, forecast
+
+
+def _few_rows(recipe: Recipe, forecast: Forecast) -> str:
+    """A note where a step has too few rows to fill the devices; empty: it has enough."""
+    rows, size = resolved(recipe.train.rows_per_step), forecast.plan.part[1]
+    if size == 1 or rows >= ROWS_OF_A_DEVICE * size:
+        return ""
+    busy = f"they are busy {forecast.balance:.0%} of the time of the busiest"
+    return (
+        f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: {busy}. {ROWS_OF_A_DEVICE * size} "
+        "would fill them, but are another update: fewer steps, each of more rows"
+    )
+
+
+def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
+    """Bytes that each rank may take: the smallest of all, and of a processor's memory its share."""
+    if world.joined:
+        return min(int(one["room"]) for one in world.joined)
+    return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
 
 
 def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, plan: StepSampler) -> Choice | None:

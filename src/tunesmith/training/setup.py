@@ -4,7 +4,7 @@ made before step 1."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
+from tunesmith.parallel.world import World
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.docs import flat
+from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
@@ -95,12 +97,20 @@ def prepare(
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
     run: Run | None = None,
+    world: World | None = None,
 ) -> Setup:
     """Load, encode, decide and attach. Only encoded rows are written: below `root`, or into `run` when resuming.
+    In a group (`world`) the first rank decides for all, and of each machine one encodes rows.
 
     Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
     """
-    found = _resolve(recipe, root, offline=offline, on_progress=on_progress, run=run)
+    world = world or World()
+    found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    return _set_up(found, world, on_progress)
+
+
+def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
+    """Load the model of a resolved run and attach its method."""
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
     on_progress("load", 0, 1)
     hashes = BackgroundCall(partial(load.fingerprint, inputs.located))
@@ -114,7 +124,7 @@ def prepare(
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    plan = plan_of(recipe, rows, layout)
+    plan = replace(plan_of(recipe, rows, layout), part=world.part)
     feed, held_feed, sharing = feeds(recipe, inputs, rows, model, plan, device=recipe.device)
     plan = filled_by(plan, rows.store) if feed.shares else plan
     samples, sample_notes = _samples(recipe, inputs, rows)
@@ -147,20 +157,39 @@ def prepare(
         given=found.given,
         forecast=found.forecast,
         identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
+        world=world,
     )
 
 
-def _resolve(recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None) -> ResolvedRun:
+def _resolve_together(world: World, recipe: Recipe, root: Path, *, run: Run | None, **how: Any) -> ResolvedRun:
+    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others."""
+    if not world.is_first:
+        decided = validate(world.wait_for("recipe"))
+        recipe = decided if run is None else run.place(decided)
+    leader = world.rank - world.place.local_rank
+    if world.rank != leader:
+        world.wait_for(f"rows of {leader}", leader)
+    found = _resolve(world, recipe, root, run=run, **how)
+    if world.is_first:
+        world.publish("recipe", found.recipe.model_dump(mode="json"))
+    if world.rank == leader:
+        world.publish(f"rows of {leader}", True)
+    return found
+
+
+def _resolve(
+    world: World, recipe: Recipe, root: Path, *, offline: bool, on_progress: OnProgress, run: Run | None
+) -> ResolvedRun:
     """Resolve the run, and download the weights of the model if they are missing."""
     if recipe.repeatable:
         machine.use_repeatable_kernels()  # before the machine's speed is measured
-    found = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run)
+    found = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run, world=world)
     if found.inputs.located.has_weights:
         return found
     on_progress("download", 0, 1)  # it fits, so they are worth fetching
     resolve_base(found.inputs.recipe.model_copy(update={"revision": found.inputs.revision}))
     on_progress("download", 1, 1)
-    return resolve_run(recipe, root=root, on_progress=on_progress, run=run)
+    return resolve_run(recipe, root=root, on_progress=on_progress, run=run, world=world)
 
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTrainedModel, int]:

@@ -58,7 +58,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
         "total_parameters": setup.num_parameters,
         "precision": setup.recipe.precision,
-        "device": setup.device,
+        "device": _named(setup.device, setup.world.size),
         "labels": label_counts(setup),
         "new_head": setup.new_head,
         "windows": window_count(setup),
@@ -100,11 +100,15 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
         "precision": recipe.precision,
-        "device": recipe.device if forecast is None else forecast.device.name,
+        "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),
         "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes],
         "recipe": recipe.model_dump(mode="json"),
         "forecast": None if forecast is None else forecast.values(),
     }
+
+
+def _named(device: str, number: int) -> str:
+    return device if number == 1 else f"{number} × {device}"
 
 
 def report_facts(setup: Setup) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "rows": row_counts(setup),
         "mix": mix(setup.rows.data, setup.rows.trained_per_file),
         "precision": setup.recipe.precision,
-        "device": setup.device,
+        "device": _named(setup.device, setup.world.size),
         "threads": resolved(setup.recipe.threads),
         "versions": versions(setup.recipe),
         "data": [file.path for file in (*setup.recipe.data.train, *setup.recipe.data.eval)],

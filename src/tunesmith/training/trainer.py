@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tunesmith.data.addresses import short_name
 from tunesmith.environment import in_force
@@ -20,33 +22,42 @@ from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, Run
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
-from tunesmith.inference.load import as_renamed
 from tunesmith.methods import METHODS, restore, state_dict
 from tunesmith.models.modes import count_layers
-from tunesmith.recipe import load
+from tunesmith.parallel.launch import own_run
+from tunesmith.parallel.world import World
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
 from tunesmith.runs.background import BackgroundCall
-from tunesmith.runs.folder import Run, made_from, runs
+from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
 from tunesmith.training.disk import refuse_small_disk
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
+from tunesmith.training.same_run import (
+    NAMED_LATER,
+    recipe_with,
+    refuse_other_order,
+    refuse_other_run,
+    settings_of_group,
+    with_settings,
+)
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
+from tunesmith.training.together import (
+    DIGEST,
+    broadcast,
+    joined,
+    receive_start,
+    recipe_digest,
+    refuse_drift,
+    refuse_other_inputs,
+    share_start,
+    unfinished,
+)
 from tunesmith.types import Event
-
-SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory")
-"""Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
-NAMED_LATER = {
-    "setting train.group_by_length": "False",
-    "setting data.date": "None",
-    "setting data.mix": "times",
-    "setting repeatable": "False",
-}
-"""Settings that earlier versions did not record in a run's identity, with the values they used."""
 
 RETOLD = {"plan", "evaluation", "sample", "answers", "general"}
 """Kinds of events that the summary at the end of a run needs."""
@@ -70,17 +81,57 @@ def train(
         NonFiniteError, CheckpointError, StorageError: the run failed; its last checkpoint is whole.
     """
     listener = listener or Listener()
-    started = time.perf_counter()
-    setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress)
-    refuse_small_disk(setup, out or root)
-    yaml = as_yaml(setup.recipe, comments=False)
-    run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe)
-    listener.on_run(run)
-    with run.lock():
-        setup.rows.keep(run.rows_path)
-        progress = Progress(prepare_seconds=time.perf_counter() - started)
-        _drive(Session(setup, run, progress, listener), fresh=True)
+    with joined(recipe.device) as world:
+        if world.size == 1 and recipe.devices not in ("auto", 1):
+            raise RecipeError(
+                f"devices: {recipe.devices}: this process is alone. `tunesmith train` and `tunesmith.train` start the "
+                "others; of processes that you start yourself, torchrun does."
+            )
+        run = _found_again(world, recipe, out)
+        if run is not None:
+            return _resume(world, run, settings=(), offline=offline, listener=listener)
+        started = time.perf_counter()
+        setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress, world=world)
+        refuse_other_inputs(setup)
+        if not world.is_first:
+            return _follow(setup, listener)
+        refuse_small_disk(setup, out or root)
+        yaml = as_yaml(setup.recipe, comments=False)
+        more = {DIGEST: recipe_digest(recipe)}
+        run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe, more=more)
+        listener.on_run(run)
+        with run.lock():
+            setup.rows.keep(run.rows_path)
+            progress = Progress(prepare_seconds=time.perf_counter() - started)
+            session = Session(setup, run, progress, listener)
+            share_start(session, {}, is_fresh=True)
+            _drive(session, fresh=True)
     return run
+
+
+def _found_again(world: World, recipe: Recipe, out: Path | None) -> Run | None:
+    """The run that a group which somebody else's agent started, perhaps again, goes on with; None: it begins one."""
+    if not world.place.was_started:
+        return None
+    if out is None:
+        if world.size == 1:
+            return None
+        raise RecipeError("--out: is needed where another program starts the processes: a restart finds its run there.")
+    if world.is_first:
+        world.publish("found", unfinished(out, recipe) is not None)
+        return unfinished(out, recipe)
+    return Run(out) if world.wait_for("found") else None
+
+
+def _follow(setup: Setup, listener: Listener) -> Run:
+    """Take part in a run that the first rank owns."""
+    start = receive_start(setup)
+    run = FollowedRun(start.run.path)
+    own_run(run, setup.world.rank)
+    listener.on_run(run)
+    _fit_memory(setup, start.progress)
+    _drive(Session(setup, run, start.progress, Listener(should_stop=listener.should_stop)), fresh=start.is_fresh)
+    return start.run
 
 
 def _name_among(setup: Setup, root: Path) -> str:
@@ -103,32 +154,40 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
         And whatever `train` raises.
     """
-    if run.state() == "done":
-        raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
     listener = listener or Listener()
+    with joined(run.recipe().device) as world:
+        if world.is_first and run.state() == "done":
+            done = "this run is done: nothing is left to resume. `tunesmith show` prints its report."
+            raise RunError(f"{run.path}: {done}")
+        return _resume(world, run, settings=settings, offline=offline, listener=listener)
+
+
+def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, listener: Listener) -> Run:
+    root = run.path.parent
+    if not world.is_first:
+        if world.wait_for("done"):
+            return run
+        setup = prepare(Recipe(), root=root, offline=offline, run=run, world=world)
+        refuse_other_inputs(setup)
+        return _follow(setup, listener)
+    is_done = run.state() == "done"
+    world.publish("done", is_done)
     listener.on_run(run)
+    if is_done:
+        return run
     started = time.perf_counter()
     with run.lock():
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         _mend_log(run, newest, listener)
-        recipe = _with_settings(run, settings)
+        settings = [*settings, *settings_of_group(with_settings(run, settings), world)]
+        recipe = recipe_with(run, settings)
         then = newest.state["identity"] if newest else run.identity()
-        _refuse_other_order(run, then)
-        setup = prepare(recipe, root=run.path.parent, offline=offline, on_progress=listener.on_progress, run=run)
-        unnamed: list[str] = []
-        set_before: list[str] = []
-        if then:
-            unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
-            then = as_renamed(then, setup.identity)
-            same_update = {f"setting {key}" for key in SAME_UPDATE}
-            try:
-                _refuse_changes(run, _without(setup.identity, same_update), _without(then, same_update))
-            except RunError:
-                setup.rows.discard()
-                raise
-            set_before = [] if settings else _set_before(setup.identity, then)
+        refuse_other_order(run, then)
+        setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress, run=run, world=world)
+        set_before, unnamed = refuse_other_run(run, setup, then, settings)
+        refuse_other_inputs(setup)
         refuse_small_disk(setup, run.path)
         planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
@@ -136,8 +195,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
         if any(setting.startswith("train.tokens_per_pass") for setting in [*settings, *set_before]):
             progress.tokens_per_pass = None
-        elif progress.tokens_per_pass is not None:
-            setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
+        _fit_memory(setup, progress)
         session = Session(setup, run, progress, listener)
         for text in [*damaged, *set_before, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
@@ -145,13 +203,20 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
             restore(setup.attachment, newest.weights)
             setup.optimizer.load(newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
+        share_start(session, newest.optimizer if newest else {}, is_fresh=newest is None)
         if settings:
             write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
-                _save(session)  # what the next resume finds goes with the recipe that it finds
+                _write_checkpoint(session)  # what the next resume finds goes with the recipe that it finds
         _drive(session, fresh=newest is None, planned=planned)
     return run
+
+
+def _fit_memory(setup: Setup, progress: Progress) -> None:
+    """Smaller micro-batches where memory ran out before."""
+    if progress.tokens_per_pass is not None:
+        setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
 
 
 def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener) -> None:
@@ -178,69 +243,31 @@ def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener
         listener.on_event(note)
 
 
-def _with_settings(run: Run, settings: Sequence[str]) -> Recipe:
-    keys = [setting.partition("=")[0].strip() for setting in settings]
-    if other := [key for key in keys if key not in SAME_UPDATE]:
-        raise RecipeError(
-            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(SAME_UPDATE)} can "
-            "change; for anything else start a new run with `tunesmith train`."
-        )
-    return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
-
-
-def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
-    return {key: value for key, value in identity.items() if key not in keys}
-
-
-def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """Notes on settings that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
-    pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
-    return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
-
-
-def _refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
-    """Raise RunError for a run of an earlier version with another order of rows, before anything is loaded."""
-    if then and "setting order of rows" not in then:
-        raise RunError(
-            f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
-            "some would be trained twice, others not at all. Resume it with the version that began it, or start a new "
-            "run with `tunesmith train`."
-        )
-
-
-def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-    changed = [
-        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
-        raise RunError(
-            f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
-            "Put it back, or start a new run with `tunesmith train`."
-        )
-
-
 def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
     """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log.
 
     `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
     """
-    setup, run = session.setup, session.run
+    setup, run, first = session.setup, session.run, session.setup.world.is_first
+    setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     try:
         if fresh:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", *_plan(setup, planned))
             evaluate_run(session, "before")
-            trial = BackgroundCall(partial(_try_saving, setup, run))  # which reads what is saved, and writes elsewhere
+            # The trial reads what is saved, and writes elsewhere.
+            trial = BackgroundCall(partial(_try_saving, setup, run)) if first else None
             try:
                 _save(session)
             finally:
-                trial.result()
+                if trial is not None:
+                    trial.result()
         _take_steps(session)
         _keep_best(session)
         evaluate_run(session, "after")
         find_high_loss_rows(session)
+        if not first:
+            return
         _save_result(setup, run)
         session.listener.on_progress("report", 0, 1)
         session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
@@ -274,6 +301,7 @@ def _facts(session: Session) -> dict[str, Any]:
 def _take_steps(session: Session) -> None:
     setup, progress = session.setup, session.progress
     save_every = resolved(setup.recipe.checkpoint.every)
+    setup.world.agree_to_stop()
     _stop_if_requested(session, saved=True)
     if _patience_is_over(session):
         return
@@ -346,17 +374,28 @@ def _keep_best(session: Session) -> None:
         return
     value = f"{METRICS[metric].label} {METRICS[metric].text(best['value'])}"
     if best["step"] != progress.step:
-        try:
-            restore(setup.attachment, checkpoint.load(session.run.checkpoints_path / f"step-{best['step']}").weights)
-        except CheckpointError as error:
-            session.emit("note", {"text": f"the best step's checkpoint is lost, the last step is kept: {error}"})
+        weights = broadcast(setup.world, _weights_of(session, best["step"]))
+        if weights is None:
             return
+        restore(setup.attachment, weights)
     progress.kept = {"step": best["step"], "reason": f"the best evaluation: {value}"}
     session.emit("note", {"text": f"kept: step {best['step']}, {progress.kept['reason']}"})
 
 
+def _weights_of(session: Session, step: int) -> dict[str, Tensor] | None:
+    """Weights of a checkpoint, read by the first rank; None where they are lost, which a note says."""
+    if not session.setup.world.is_first:
+        return None
+    try:
+        return checkpoint.load(session.run.checkpoints_path / f"step-{step}").weights
+    except CheckpointError as error:
+        session.emit("note", {"text": f"the best step's checkpoint is lost, the last step is kept: {error}"})
+        return None
+
+
 def _stop_if_requested(session: Session, *, saved: bool) -> None:
-    if session.listener.should_stop() or session.run.stop_asked():
+    world = session.setup.world
+    if world.stops if world.size > 1 else world.wants_stop():
         if not saved:
             _save(session)
         done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
@@ -364,6 +403,12 @@ def _stop_if_requested(session: Session, *, saved: bool) -> None:
 
 
 def _save(session: Session) -> None:
+    refuse_drift(session)
+    if session.setup.world.is_first:
+        _write_checkpoint(session)
+
+
+def _write_checkpoint(session: Session) -> None:
     setup, run, step = session.setup, session.run, session.progress.step
     fsync_file(run.events_path)  # a checkpoint must not contain steps that its log has lost
     folder = checkpoint.save(

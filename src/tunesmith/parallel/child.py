@@ -1,0 +1,78 @@
+"""A run on several devices for a Python program: `tunesmith` in a process of its own, whose lines are its events."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, Protocol
+
+from tunesmith import errors
+from tunesmith.environment import for_child
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.atomic import from_json
+from tunesmith.runs.folder import Run
+from tunesmith.types import Event
+
+
+def train_in_child(recipe: Recipe, *, root: Path, out: Path | None, **how: Any) -> Run:
+    """Run `tunesmith train` for a recipe; raises what it failed with. `how`: see `run_words`."""
+    with TemporaryDirectory(prefix="tunesmith-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(as_yaml(recipe, comments=False), "utf-8")
+        place = ["--out", str(out)] if out is not None else []
+        return run_words(["train", "--recipe", str(file), "--runs", str(root), *place], **how)
+
+
+class Hears(Protocol):
+    """A listener, as far as a run in another process can tell it anything."""
+
+    @property
+    def on_event(self) -> Callable[[Event], None]: ...
+    @property
+    def should_stop(self) -> Callable[[], bool]: ...
+
+
+def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
+    """Run `tunesmith WORDS` to its end, and return its run. `should_stop` is called after every event.
+
+    Raises the error that it ends with, a TunesmithError.
+    """
+    command = [sys.executable, "-m", "tunesmith", *words, "--json", *(["--offline"] if offline else [])]
+    last: dict[str, Any] = {}
+    with (
+        TemporaryFile() as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, env=for_child()) as child,
+    ):
+        assert child.stdout is not None
+        is_stopping = False
+        try:
+            for line in child.stdout:
+                last = from_json(line)
+                if "step" in last:
+                    listener.on_event(Event(**last))
+                if not is_stopping and listener.should_stop():
+                    is_stopping = True
+                    child.send_signal(signal.SIGTERM)
+            code = child.wait()
+        except BaseException:  # of the listener, or Ctrl-C: the run saves a checkpoint and ends
+            child.send_signal(signal.SIGTERM)
+            raise
+        if code == 0 and last.get("kind") == "result":
+            return Run(Path(last["run"]))
+        said.seek(0)
+        text = said.read().decode("utf-8", "replace").strip()
+    raise _error(last, text, code)
+
+
+def _error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
+    kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
+    message = str(last.get("message", "")) if kind is not None else text.removeprefix("error: ")
+    if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
+        kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
+    found: errors.TunesmithError = kind(message)
+    return found

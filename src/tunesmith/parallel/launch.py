@@ -1,0 +1,178 @@
+"""One run on several devices of this machine: torch's elastic agent starts a rank for each, in this process.
+
+Rank 0 has the terminal. The others write to `logs/rank-N.log` of the run. If a rank fails, the agent ends the others,
+and what is printed is the reason of the one that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.environment import for_child, num_cpus
+from tunesmith.errors import GroupError, RecipeError, Stopped, TunesmithError
+from tunesmith.formatting import command, plural
+from tunesmith.parallel.world import AGREED, OWN_AGENT, place_of
+from tunesmith.runs.folder import Run
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Recipe
+
+SHUTDOWN_S = 600
+"""Seconds that ranks get to save a checkpoint when the run is asked to stop."""
+INTERRUPTED = 130
+RUN = "run"
+"""File in the agent's folder that holds the path of the run."""
+
+
+def devices_of(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> int:
+    """Devices on which this process has to start ranks; 1: it trains by itself, alone or as one of a group.
+
+    Raises RecipeError for more devices than there are.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return 1
+    if recipe.devices == 1 or (recipe.devices == "auto" and recipe.device not in ("auto", "cuda")):
+        return 1
+    import torch
+
+    cards = torch.cuda.device_count() if recipe.device.startswith(("auto", "cuda")) else 0
+    if recipe.devices == "auto":
+        return max(1, cards)
+    if ":" in recipe.device or recipe.device == "mps":
+        raise RecipeError(f"devices: {recipe.devices}: but device: {recipe.device} is one. Use device: cuda or cpu.")
+    there = cards or num_cpus()
+    if recipe.devices > there:
+        what = plural(there, "CUDA device") if cards else f"{there} core{'s' * (there > 1)} free to this process"
+        raise RecipeError(
+            f"devices: {recipe.devices}: there {'are' if there > 1 else 'is'} {what}. Use at most {there}."
+        )
+    return recipe.devices
+
+
+def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) -> int:
+    """Run `tunesmith WORDS` as so many ranks and wait for them; returns the exit code of the run.
+
+    `say` gets the lines of a failure that rank 0 has not printed itself.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said by `say`
+    with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as name, _environment({OWN_AGENT: name}):
+        has_timeout = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}  # newer versions of torch
+        patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=devices,
+            max_restarts=0,
+            run_id=Path(name).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(name, redirects=dict.fromkeys(range(1, devices), Std.ALL)),
+            **patience,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "tunesmith", *words)
+        except ChildFailedError as error:
+            return _report(error.failures, Path(name), say)
+        except SignalException:
+            run = _run_of(Path(name))
+            return Stopped.exit_code if run is not None and run.state() == "stopped" else INTERRUPTED
+    return 0
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update({**for_child(), **more})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run_of(folder: Path) -> Run | None:
+    path = folder / RUN
+    return Run(Path(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def _report(failures: Mapping[int, Any], folder: Path, say: Callable[[str], None]) -> int:
+    """Say why the first rank failed, unless it has; returns its exit code."""
+    found = [(_reason(failure), rank, failure) for rank, failure in failures.items()]
+    first = min(found, key=lambda one: (one[0].get("kind") == GroupError.__name__, one[2].timestamp))
+    reason, rank, failure = first
+    code: int = failure.exitcode
+    if not reason.get("is_printed") and code != Stopped.exit_code:
+        text = reason.get("text") or f"it was ended by {failure.message.split(' received')[0]}"
+        say(f"error: rank {rank}: {text}")
+        if (run := _run_of(folder)) is not None and code not in (2, Stopped.exit_code):
+            say(f"Continue from the last checkpoint with: {command('resume', run.path)}")
+    return code if code > 0 else 1
+
+
+def _reason(failure: Any) -> dict[str, Any]:
+    data = failure.error_file_data
+    found = data.get("message") if isinstance(data, Mapping) else None
+    return dict(found.get("extraInfo", {})) if isinstance(found, Mapping) else {}
+
+
+def record_failure(error: BaseException, code: int, text: str, *, is_printed: bool) -> None:
+    """Write the reason of this rank's end where its agent looks for it; nothing where there is none."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    extra = {"kind": type(error).__name__, "code": code, "text": text, "is_printed": is_printed}
+    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time())), **extra}}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}), "utf-8")
+
+
+def own_run(run: Run, rank: int) -> None:
+    """Let our own agent know the run, and send the output of every rank but 0 to the run's logs."""
+    folder = os.environ.get(OWN_AGENT)
+    if folder is None:
+        return
+    if rank == 0:
+        (Path(folder) / RUN).write_text(str(run.path.absolute()), "utf-8")
+        return
+    logs = run.path / "logs"
+    logs.mkdir(exist_ok=True)
+    target = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+def ending(error: BaseException, code: int) -> tuple[int, bool]:
+    """(exit code, whether this process prints the error) of a rank that ends with it.
+
+    What all ranks agreed on ends well on all but the first. A run that was stopped ends well under another agent, which
+    starts again whatever fails. Of a rank that was lost our own agent says more.
+    """
+    try:
+        place = place_of(os.environ)
+    except TunesmithError:
+        return code, True
+    is_agreed = place.size > 1 and isinstance(error, AGREED)
+    if is_agreed and place.rank > 0:
+        return 0, False
+    if isinstance(error, Stopped) and place.was_started:
+        return 0, True
+    return code, not (isinstance(error, GroupError) and OWN_AGENT in os.environ)

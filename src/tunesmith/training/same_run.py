@@ -1,0 +1,100 @@
+"""Whether a run that is resumed is the run that was begun: what may change, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tunesmith.errors import RecipeError, RunError
+from tunesmith.inference.load import as_renamed
+from tunesmith.parallel.world import World
+from tunesmith.recipe import load
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.folder import Run
+from tunesmith.training.setup import Setup
+
+SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices")
+"""Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
+NAMED_LATER = {
+    "setting devices": "1",
+    "setting train.group_by_length": "False",
+    "setting data.date": "None",
+    "setting data.mix": "times",
+    "setting repeatable": "False",
+}
+"""Settings that earlier versions did not record in a run's identity, with the values they used."""
+
+
+def refuse_other_run(
+    run: Run, setup: Setup, then: Mapping[str, str], settings: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Notes on settings changed before, and settings that the run did not name; RunError if it would be another."""
+    if not then:
+        return [], []
+    unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
+    then = as_renamed(then, setup.identity)
+    free = {f"setting {key}" for key in (*SAME_UPDATE, *(setting.partition("=")[0] for setting in settings))}
+    try:
+        _refuse_changes(run, _without(setup.identity, free), _without(then, free))
+    except RunError:
+        setup.rows.discard()
+        raise
+    return [] if settings else _set_before(setup.identity, then), unnamed
+
+
+def settings_of_group(recipe: Recipe, world: World) -> list[str]:
+    """Settings of a run that goes on with another number of devices: as many threads in all as before."""
+    before = 1 if recipe.devices == "auto" else recipe.devices
+    if before == world.size:
+        return []
+    threads = max(1, resolved(recipe.threads) * before // world.size)
+    is_cpu = recipe.device == "cpu" and threads != recipe.threads
+    return [f"devices={world.size}", *([f"threads={threads}"] if is_cpu else [])]
+
+
+def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
+    """The recipe of a run with settings that a person gave. Raises RecipeError for one that makes it another run."""
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    if other := [key for key in keys if key not in SAME_UPDATE]:
+        raise RecipeError(
+            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(SAME_UPDATE)} can "
+            "change; for anything else start a new run with `tunesmith train`."
+        )
+    return recipe_with(run, settings)
+
+
+def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
+    """The recipe of a run with some settings, its files at their places now."""
+    return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
+
+
+def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+    return {key: value for key, value in identity.items() if key not in keys}
+
+
+def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """Notes on settings that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
+    pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
+    return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
+
+
+def refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
+    """Raise RunError for a run of an earlier version with another order of rows, before anything is loaded."""
+    if then and "setting order of rows" not in then:
+        raise RunError(
+            f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
+            "some would be trained twice, others not at all. Resume it with the version that began it, or start a new "
+            "run with `tunesmith train`."
+        )
+
+
+def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
+    changed = [
+        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
+            "Put it back, or start a new run with `tunesmith train`."
+        )

@@ -1,0 +1,205 @@
+"""One run in several processes: the same inputs on each, the first rank's weights at the start, the same at every
+checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import GroupError, InputError, RecipeError, RunError
+from tunesmith.methods import state_dict
+from tunesmith.models import machine
+from tunesmith.parallel.launch import own_run
+from tunesmith.parallel.world import Place, World, group, place_of
+from tunesmith.planning import devices
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.folder import Run
+from tunesmith.training.progress import Progress, Session
+from tunesmith.training.setup import Setup
+
+DIGEST = "recipe"
+"""Key of run.json: the digest of the recipe as it was given."""
+_MIXER = 0x9E3779B97F4A7C15
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world of this process, with its own card taken; alone unless an agent started several.
+
+    Raises InputError for fewer cards than processes, and what joining a group raises.
+    """
+    place = place_of(os.environ)
+    if place.size > 1:
+        _take_card(place, device, os.environ)
+    with group(place, partial(_facts, place, device)) as world:
+        yield world
+
+
+def _take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> None:
+    """Let this process see its own card alone, as cuda:0, whichever thread asks."""
+    if device not in ("auto", "cuda"):
+        if device != "cpu":
+            raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
+        return
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    cards = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if len(cards) < 2 and (visible or place.local_size == 1 or not cards):
+        return  # its agent has given it one, or there is none
+    if len(cards) < place.local_size:
+        raise InputError(
+            f"LOCAL_WORLD_SIZE={place.local_size}: so many processes were started on this machine, but torch sees "
+            f"{len(cards)} CUDA devices. Start at most {len(cards)}."
+        )
+    environ["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank]
+
+
+def _facts(place: Place, device: str) -> dict[str, Any]:
+    name = machine.choose_device(device).value
+    kind = torch.device(name).type
+    return {"room": devices.share_of_room(kind, devices.room(name), place.local_size), "same": {"device": kind}}
+
+
+def refuse_other_inputs(setup: Setup) -> None:
+    """Connect the group, and raise RunError on a rank whose data, model or tokenizer are not those of the first."""
+    world = setup.world
+    if world.size == 1:
+        return
+    world.connect()
+    own = {**setup.identity, "layout": setup.plan.layout, "shared prefixes": str(setup.feed.shares)}
+    first = world.gather_values(own)[0]
+    changed = [
+        f"{key} is {own.get(key, 'absent')}, on rank 0 {first.get(key, 'absent')}"
+        for key in sorted({*first, *own})
+        if first.get(key) != own.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"this rank does not train what rank 0 trains: {'; '.join(changed)}. Give all machines the same files."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins, as the first rank found it."""
+
+    run: Run
+    progress: Progress
+    is_fresh: bool
+
+
+def share_start(session: Session, optimizer: Mapping[str, Tensor], *, is_fresh: bool) -> None:
+    """Give the other ranks the run, its progress, its weights and the state of its optimizer."""
+    setup = session.setup
+    if setup.world.size == 1:
+        return
+    own_run(session.run, 0)
+    facts = {"run": str(session.run.path.absolute()), "progress": asdict(session.progress), "is_fresh": is_fresh}
+    setup.world.gather_values(facts)
+    _broadcast_weights(setup)
+    broadcast(setup.world, optimizer)
+
+
+def receive_start(setup: Setup) -> Start:
+    """Take what `share_start` gives on the first rank."""
+    facts = setup.world.gather_values(None)[0]
+    _broadcast_weights(setup)
+    optimizer = broadcast(setup.world, None)
+    if optimizer:
+        setup.optimizer.load(optimizer)
+    return Start(Run(Path(facts["run"])), Progress(**facts["progress"]), facts["is_fresh"])
+
+
+@torch.no_grad()
+def _broadcast_weights(setup: Setup) -> None:
+    """The first rank's trained tensors and method state, one at a time."""
+    import torch.distributed as dist
+
+    attachment, world = setup.attachment, setup.world
+    with world.reaching():
+        for tensor in attachment.trained.values():
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, src=0)
+            if not world.is_first:
+                tensor.copy_(whole)
+    hook = attachment.step_hook
+    if hook is not None:
+        state = broadcast(world, hook.state() if world.is_first else None)
+        if not world.is_first and state is not None:
+            hook.load(state)
+    attachment.publish()
+
+
+def broadcast(world: World, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The tensors that the first rank gives, on every rank; None where it gives none. Others pass None."""
+    if world.size == 1:
+        return None if tensors is None else dict(tensors)
+    import torch.distributed as dist
+
+    own = tensors if world.is_first else None
+    listed = None if own is None else [[name, str(t.dtype)[6:], list(t.shape)] for name, t in own.items()]
+    listed = world.gather_values(listed)[0]
+    if listed is None:
+        return None
+    found: dict[str, Tensor] = {}
+    with world.reaching():
+        for name, dtype, shape in listed:
+            empty = torch.empty(shape, dtype=getattr(torch, dtype))
+            found[name] = empty if own is None else own[name].detach().cpu().contiguous()
+            as_bytes = found[name].reshape(-1).view(torch.uint8)
+            if as_bytes.numel():
+                dist.broadcast(as_bytes, src=0)
+    return found
+
+
+def refuse_drift(session: Session) -> None:
+    """Raise GroupError if the trained tensors of a rank are not those of the first."""
+    setup = session.setup
+    if setup.world.size == 1:
+        return
+    digests = setup.world.gather_values(digest(setup))
+    wrong = [rank for rank, one in enumerate(digests) if one != digests[0]]
+    if wrong:
+        raise GroupError(
+            f"step {session.progress.step}: the weights of rank {wrong[0]} are not those of rank 0: a device computes "
+            "wrongly, or the method draws random numbers of its own. The checkpoint before this step is whole."
+        )
+
+
+@torch.no_grad()
+def digest(setup: Setup) -> int:
+    """64 bits of all trained tensors and of the method's state, in order."""
+    found = 0
+    for tensor in state_dict(setup.attachment).values():
+        flat = tensor.detach().contiguous().view(-1)
+        whole = flat.view(torch.int32) if flat.element_size() % 4 == 0 else flat.view(torch.uint8)
+        found = (found * _MIXER + int(whole.sum(dtype=torch.int64))) % 2**64
+    return found
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of a recipe as it is given, but for the number of devices."""
+    given = recipe.model_dump(mode="json", exclude={"devices"})
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def unfinished(out: Path, recipe: Recipe) -> Run | None:
+    """The run in `out` that a group which is started again goes on with; None: there is none yet.
+
+    Raises RunError for a run of another recipe.
+    """
+    if not (out / "run.json").is_file():
+        return None
+    run = Run.open(out, out.parent)
+    if run.read_json("run.json").get(DIGEST) != recipe_digest(recipe):
+        raise RunError(f"{out}: a run of another recipe. A run never overwrites another: choose another --out.")
+    return run

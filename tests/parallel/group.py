@@ -1,0 +1,66 @@
+"""Starts a group of gloo processes for tests, without an agent: each runs scenarios, and writes what it found.
+
+    python group.py FOLDER SCENARIO ...
+
+is one rank. A rank that takes longer than a minute is killed, so that nothing hangs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+LIMIT_S = 150
+"""Seconds for all scenarios of one start, on a busy machine."""
+
+
+def start(folder: Path, *names: str, size: int = 2) -> list[dict[str, Any]]:
+    """What each rank found, by scenario: its value, or {"error", "text"}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        more = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        words = [sys.executable, __file__, str(folder), *names]
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            environment = {**os.environ, **{key: str(value) for key, value in more.items()}}
+            ranks.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(LIMIT_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * size, (folder / "rank-0.log").read_text() + (folder / "rank-1.log").read_text()
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+def main() -> None:
+    sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
+    scenarios = importlib.import_module("parallel.scenarios")
+    from torch.distributed.rendezvous import rendezvous
+
+    kept = next(rendezvous("env://"))  # one store for all scenarios
+    folder, found = Path(sys.argv[1]), {}
+    for attempt, name in enumerate(sys.argv[2:]):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # each scenario is a group of its own
+        try:
+            found[name] = getattr(scenarios, name)(folder)
+        except Exception as error:
+            found[name] = {"error": type(error).__name__, "text": str(error)}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    kept[0].set(f"done/{os.environ['RANK']}", "")
+    kept[0].wait([f"done/{rank}" for rank in range(kept[2])])  # the store is that of rank 0
+
+
+if __name__ == "__main__":
+    main()

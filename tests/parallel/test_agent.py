@@ -1,0 +1,269 @@
+"""Several devices from the command line: the agent, kills, signals, exit codes and the words of what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from parallel.scenarios import make_inputs, recipe_of
+from tiny_run import values_of
+from tunesmith.environment import for_child
+from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, Stopped
+from tunesmith.parallel.launch import devices_of, ending
+from tunesmith.parallel.world import OWN_AGENT, Place, place_of
+from tunesmith.recipe.docs import as_yaml
+from tunesmith.runs.folder import Run
+from tunesmith.training.selftest import selftest
+
+TUNESMITH = (sys.executable, "-m", "tunesmith")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
+LONG = {"epochs": 60}
+"""360 steps: some seconds."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("agent")
+    make_inputs(made)
+    recipe = recipe_of(made, train=LONG, checkpoint={"every": 20})
+    (made / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
+    return made
+
+
+def begin(*words: str | Path) -> subprocess.Popen[str]:
+    environment = for_child(OMP_NUM_THREADS="1")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, words)), stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def train_words(folder: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--recipe", str(folder / "recipe.yaml"), "--out", str(out), "--quiet", *more]
+
+
+def end(started: subprocess.Popen[str], limit_s: float = 90) -> tuple[int, str]:
+    """Exit code, and what was printed to stderr."""
+    try:
+        _, said = started.communicate(timeout=limit_s)
+    finally:
+        started.kill()
+    return started.returncode, said
+
+
+def ranks_of(out: Path) -> dict[int, int]:
+    """The process of each rank that trains in `out`."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_one = str(out).encode() in (process / "cmdline").read_bytes()
+            facts = dict(line.partition(b"=")[::2] for line in (process / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if is_one and b"LOCAL_RANK" in facts:
+            found[int(facts[b"RANK"])] = int(process.name)
+    return found
+
+
+def wait_for_step(out: Path, step: int, limit_s: float = 90) -> None:
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        lines = (out / "events.jsonl").read_bytes().splitlines() if (out / "events.jsonl").exists() else []
+        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> Run:
+    out = folder / "straight"
+    assert end(begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))) == (0, "")
+    return Run(out)
+
+
+def assert_went_on(run: Run, straight: Run) -> None:
+    """From a checkpoint, and to the bits of the run that nothing happened to."""
+    assert run.state() == "done"
+    assert [event.values["from_step"] >= 20 for event in run.events() if event.kind == "resume"] == [True]
+    assert values_of(run.events()) == values_of(straight.events())
+
+
+# trap: D12
+def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, straight: Run) -> None:
+    out = folder / "killed"
+    started = begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))
+    wait_for_step(out, 45)
+    os.kill(ranks_of(out)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, said = end(started, 60)
+    assert time.monotonic() < killed + 30
+    assert code == 1
+    assert "error: rank 1: it was ended by Signal 9 (SIGKILL)" in " ".join(said.split())
+    assert f"tunesmith resume {out}" in " ".join(said.split())
+    assert Run(out).state() == "failed"
+    code, said = end(begin(*TUNESMITH, "resume", out, "--quiet"))
+    assert (code, said) == (0, "")
+    assert_went_on(Run(out), straight)
+
+
+def test_the_test_sees_a_run_that_did_not_go_on(straight: Run) -> None:
+    with pytest.raises(AssertionError):
+        assert_went_on(straight, straight)
+
+
+# trap: D13
+def test_torchrun_starts_it_again_and_it_goes_on(folder: Path, straight: Run) -> None:
+    out = folder / "again"
+    words = ["--standalone", "-m", "tunesmith", *train_words(folder, out)]
+    started = begin(*TORCHRUN, *words)
+    wait_for_step(out, 45)
+    os.kill(ranks_of(out)[1], signal.SIGKILL)
+    code, said = end(started, 120)
+    assert code == 0, said
+    assert_went_on(Run(out), straight)
+
+
+# trap: D18
+def test_ctrl_c_stops_all_ranks_after_the_same_step_and_ends_with_3(folder: Path) -> None:
+    out = folder / "stopped"
+    started = begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))
+    wait_for_step(out, 25)
+    started.send_signal(signal.SIGINT)
+    code, said = end(started, 60)
+    assert code == Stopped.exit_code
+    assert "stopped after step" in said
+    assert Run(out).state() == "stopped"
+
+
+def test_rows_that_cannot_be_used_end_with_2_and_are_named_once(folder: Path) -> None:
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"messages": 3}\n' * 30)
+    words = train_words(folder, folder / "bad", "--set", f"data.train=[{bad}]", "--set", "devices=2")
+    code, said = end(begin(*TUNESMITH, *words))
+    assert code == InputError.exit_code
+    assert said.count("30 problems") + said.count("bad.jsonl") >= 1
+    assert said.count("Correct the data") <= 1
+    assert "Traceback" not in said
+    assert not (folder / "bad").exists()
+
+
+def test_python_hears_the_run_and_can_stop_it(folder: Path) -> None:
+    kinds: list[str] = []
+    out = folder / "python"
+    recipe = recipe_of(folder, train={"epochs": 1})
+    run = tunesmith.train(recipe=recipe, out=out, devices=2, progress=False, on_event=lambda e: kinds.append(e.kind))
+    assert run.path == out
+    assert kinds == [event.kind for event in run.events()]
+    assert run.recipe().devices == 2
+
+
+def test_selftest_compares_two_processes_with_one(folder: Path) -> None:
+    recipe = recipe_of(folder).model_copy(update={"precision": "float32"})
+    found = {proof.name: proof for proof in selftest(recipe, offline=True, devices=2)}
+    proof = found["several processes take the steps of one"]
+    assert proof.passed, proof.found
+    assert "losses of 1 and 2 processes differ by" in proof.found
+    assert proof.found.endswith("allowed is 1e-05")
+
+
+def codes(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", OWN_AGENT):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    given = (Stopped(""), 3), (NonFiniteError(""), 1), (InputError(""), 2), (GroupError(""), 2)
+    return [ending(error, code) for error, code in given]
+
+
+def test_codes_of_a_rank_are_those_that_its_agent_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} for rank in (0, 1)
+    ]
+    ours = {OWN_AGENT: "folder"}
+    assert codes({}, monkeypatch) == [(3, True), (1, True), (2, True), (2, True)]
+    assert codes(ranks[0], monkeypatch) == [(0, True), (1, True), (2, True), (2, True)]
+    assert codes(ranks[1], monkeypatch) == [(0, False), (0, False), (2, True), (2, True)]
+    assert codes(ranks[0] | ours, monkeypatch) == [(3, True), (1, True), (2, True), (2, False)]
+    assert codes(ranks[1] | ours, monkeypatch) == [(0, False), (0, False), (2, True), (2, False)]
+
+
+ODD = [
+    {"WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "RANK": "two", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "RANK": "1"},
+    {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"},
+]
+
+
+@pytest.mark.parametrize("environ", ODD, ids=str)
+def test_a_place_that_cannot_be_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="RANK="):
+        place_of(environ)
+
+
+def test_a_process_that_nobody_placed_is_alone() -> None:
+    assert place_of({}) == place_of({"WORLD_SIZE": "1"}) == place_of({"WORLD_SIZE": "many"}) == Place()
+
+
+def test_more_devices_than_there_are_are_refused(folder: Path) -> None:
+    recipe = recipe_of(folder).model_copy(update={"devices": 4096})
+    with pytest.raises(RecipeError, match=r"devices: 4096: this machine has \d+ cores? for this process. Use at most"):
+        devices_of(recipe, {})
+    assert devices_of(recipe, {"RANK": "0", "WORLD_SIZE": "2"}) == 1
+    assert devices_of(recipe.model_copy(update={"devices": "auto"}), {}) == 1
+
+
+def test_a_process_cannot_be_several_by_itself(folder: Path) -> None:
+    from tunesmith.training.trainer import train
+
+    with pytest.raises(RecipeError, match="devices: 2: this process is alone"):
+        train(recipe_of(folder).model_copy(update={"devices": 2}), root=folder / "runs")
+
+
+def unmet(folder: Path, **more: str) -> tuple[int, str, float]:
+    """One of two ranks, started by nobody."""
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code = (
+        "import tunesmith.parallel.world as world, sys; world.JOIN_S = 3.0\n"
+        f"sys.argv = ['tunesmith', *{train_words(folder, folder / 'unmet')}]\n"
+        "from tunesmith.cli import main; main()"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=for_child(**environ, **more), capture_output=True, text=True, check=False
+    )
+    return done.returncode, " ".join(done.stderr.split()), time.monotonic() - began
+
+
+@pytest.fixture
+def taken_port() -> Iterator[str]:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield str(taken.getsockname()[1])
+
+
+def test_a_port_that_is_taken_and_a_rank_that_never_comes_are_said(folder: Path, taken_port: str) -> None:
+    code, said, _ = unmet(folder, MASTER_PORT=taken_port)
+    assert (code, f"MASTER_PORT={taken_port}: another program uses this port" in said) == (2, True), said
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code, said, seconds = unmet(folder, MASTER_PORT=port)
+    assert code == 1, said
+    assert seconds < 60
+    assert "2 ranks" in said or "no word of rank 1" in said
+    assert not (folder / "unmet").exists()
