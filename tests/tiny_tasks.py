@@ -171,7 +171,17 @@ def texts(num: int, *, seed: int = 0, most: int = 9) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(3, most))) for _ in range(num)]
 
 
-def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def _preferences(said: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """The answer that begins with a fruit is the better one."""
+    draw, rows = random.Random(seed), []
+    for prompt, text in zip(said, texts(len(said), seed=seed + 1), strict=True):
+        sides = {"chosen": f"{draw.choice(WORDS[3:6])} {text}", "rejected": f"{draw.choice(WORDS[-3:])} {text}"}
+        answers = {key: [{"role": "assistant", "content": side}] for key, side in sides.items()}
+        rows.append({"prompt": [{"role": "user", "content": prompt}], **answers})
+    return rows
+
+
+def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:  # noqa: PLR0911
     """Rows from which a small model can learn the task in a few steps."""
     said = texts(num, seed=seed)
     if task == "chat":
@@ -185,6 +195,8 @@ def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:
         return [{"document": text, "summary": " ".join(text.split()[:2])} for text in said]
     if task == "tag":
         return [{"tokens": text.split(), "tags": [tag_of(word) for word in text.split()]} for text in said]
+    if task == "prefer":
+        return _preferences(said, seed)
     fruit, places = ("apple", "pear", "plum"), ("Rome", "Oslo", "Lima")
     draw = random.Random(seed)
     classes = ["fruit" if i % 2 else "place" for i in range(num)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# B rows, T tokens, N targets, C classes
+# B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
 
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
@@ -29,7 +29,7 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag"]
+TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer"]
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
@@ -107,6 +107,15 @@ class Example:
     """`labels` came as a list: any number of them can hold, none too."""
     kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Keys of a row to be answered that its answer repeats unchanged, such as an id."""
+    branches: tuple[tuple[Part, ...], ...] = ()
+    """Answers to `parts` that are compared with each other, the preferred one first; empty: `parts` hold the answer."""
+    values: tuple[float, ...] = ()
+    """Numbers that come with the branches, such as the margin of a preference."""
+
+    @property
+    def first_line(self) -> tuple[Part, ...]:
+        """The parts with the first of the branches, or as they are."""
+        return (*self.parts, *self.branches[0]) if self.branches else self.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,11 @@ class Row:
     """Index at which the second text of a pair begins (token type 1); 0: there is none."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that the trained tokens of a document spell; 0 for other tasks."""
+    branches: tuple[int, ...] = ()
+    """Tokens of each branch: the ids are a stem, which all have in common, and the branches one after the other. The
+    stem with each of them is a line, which is computed as a row of its own; see `data.branches`."""
+    values: tuple[float, ...] = ()
+    """Numbers that the row brings along with its tokens: `Example.values`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +175,7 @@ class Batch:
     mask_BT: Tensor | None
     """int64, 1 on real tokens; None when packed: a mask together with restarting positions would join the examples."""
     lengths: tuple[int, ...]
-    """Tokens of each example, in order."""
+    """Tokens of each example, in order; of rows with branches those of each line."""
     predict_N: Tensor
     """int64, positions in the flattened [B * T] tokens; encoder–decoder: in the flattened [B * U] of the decoder."""
     targets_N: Tensor
@@ -182,6 +196,10 @@ class Batch:
     """Padding tokens after the rows of a packed micro-batch: see `data.collate.pad_to_multiple`."""
     targets_B: tuple[int, ...] = ()
     """Tokens of each example that the decoder of an encoder–decoder reads."""
+    line_of_N: Tensor | None = None
+    """int64, which line each target belongs to; None: rows have no branches."""
+    values_BV: Tensor | None = None
+    """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
 
     @property
     def num_tokens(self) -> int:
@@ -206,6 +224,8 @@ class Measured:
     """float32, each target's share of the batch's loss sum."""
     outputs_N: Tensor
     """The most likely token or class, int64 [N]; of a sequence head what it answered, float32 [N, C]."""
+    results: tuple[Mapping[str, Any], ...] = ()
+    """Of rows with branches, which have one loss each: what was found of each row, JSON-ready; `outputs_N` is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +273,24 @@ class Task:
     """The metrics that say most, in order."""
     next_commands: tuple[tuple[str, ...], ...] = (("eval", "FILE"), ("show",))
     """Commands for a finished run, without its name: the verb, and what follows the run."""
+    compares: bool = False
+    """Rows have branches, and the model is compared with the one that it was at step 1: its reference."""
+    draws: bool = True
+    """Dropout may be on in training. False: it is off, since two passes must find the same."""
+    outcome: str = ""
+    """Key of its metrics in `HEAD_METRICS`; empty: the head's, or that of the labels."""
+    rows_per_step: int = 16
+    """Most rows that `train.rows_per_step: auto` takes."""
+    rate: Callable[[bool, int], tuple[float, str]] | None = None
+    """(an adapter, weights of the model) -> (peak learning rate, reason); None: the method's."""
+    check: Callable[[Any], None] = lambda recipe: None
+    """(recipe) -> None. Raises RecipeError for options that the task cannot take."""
+    text_measure: Callable[..., Measured] | None = None
+    """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
+    section: str = ""
+    """Section of the recipe that only this task has."""
+    bound: Callable[[Task, Any, Any], Task] | None = None
+    """(task, recipe, output layer or None) -> the task with the options of its own section; None: it has none."""
 
 
 class StepHook(Protocol):

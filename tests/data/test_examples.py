@@ -402,11 +402,11 @@ def test_well_known_names_are_read_as_they_are_and_that_is_said(
     assert [part.text for part in asked.parts] == texts[:1]
 
 
-def test_preference_pairs_are_refused_in_one_line(tmp_path: Path):
+def test_preferences_are_refused_in_one_line_by_tasks_that_learn_nothing_from_them(tmp_path: Path):
     rows = [{"prompt": f"a{i}", "chosen": "b", "rejected": "c"} for i in range(9)]
     path = put(tmp_path, "rows.jsonl", json_lines(rows))
-    _, (problem,) = examples_in(path)
+    _, (problem,) = examples_in(path, task="chat")
     assert problem.code == "preference_pairs"
-    assert "not supported yet" in problem.message
+    assert "which the task chat does not learn from" in problem.message
     found, _ = examples_in(path, columns={"completion": "chosen"})  # what the way out says
     assert len(found) == 9

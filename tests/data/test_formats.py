@@ -42,12 +42,14 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "document_summary": {"document": "Hi", "summary": "Hello."},
     "text_label": {"text": "Hi", "label": "greeting", "text_pair": "Hello."},
     "tokens_tags": {"tokens": ["Hi", "Ann"], "tags": ["O", "B-PER"]},
+    "preference": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
 }
 PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text": [("text", "Hi", True)],
     "document_summary": [("document", "Hi", False), ("summary", "Hello.", True)],
     "text_label": [("text", "Hi", False), ("text_pair", "Hello.", False)],
     "tokens_tags": [("word", "Hi", False), ("word", "Ann", False)],
+    "preference": [("user", "Hi", False)],
 }
 
 
@@ -324,3 +326,70 @@ def test_a_row_with_a_million_problems_lists_fifty():
     content = [5] * 100_000
     found = problems("messages", {"messages": [{"role": "user", "content": content}, ANSWER]})
     assert [problem.code for problem in found] == ["wrong_type"] * 50 + ["and_more"]
+
+
+def sides(example: Example) -> list[list[str]]:
+    """The texts of the prompt, and of each branch."""
+    return [[part.text for part in parts] for parts in (example.parts, *example.branches)]
+
+
+HI, HELLO, GO = USER, ANSWER, {"role": "assistant", "content": "Go."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [HI], "chosen": [HELLO], "rejected": [GO]},
+        {"chosen": [HI, HELLO], "rejected": [HI, GO]},
+        {"prompt": "Hi", "chosen": [HI, HELLO], "rejected": [HI, GO], "score_chosen": 8, "score_rejected": 3},
+        {"prompt": [HI], "chosen": "Hello.", "rejected": "Go."},
+        {"prompt": "Hi", "chosen": HELLO, "rejected": GO},
+        {"input": {"messages": [HI], "tools": []}, "preferred_output": [HELLO], "non_preferred_output": [GO]},
+        {"conversations": [{"from": "human", "value": "Hi"}],
+         "chosen": {"from": "gpt", "value": "Hello."}, "rejected": {"from": "gpt", "value": "Go."}},
+        {"messages": [HI, HELLO], "rejected_response": "Go."},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."},
+    ],
+    ids=["explicit", "implicit", "ultrafeedback", "texts", "messages", "openai", "llama-factory", "ms-swift", "hh"],
+)  # fmt: skip
+def test_a_preference_is_read_however_it_is_written(record):
+    assert find_shape(record) == "preference"
+    example = parsed("preference", record)
+    assert sides(example) == [["Hi"], ["Hello."], ["Go."]]
+    assert (example.plain, example.values) == (False, (0.0,))
+    assert [part.trained for branch in example.branches for part in branch] == [True, True]
+    assert not any(part.trained for part in example.parts)
+
+
+def test_the_prompt_of_plain_texts_is_what_both_begin_with():
+    example = parsed("preference", {"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"})
+    assert sides(example) == [["2 + 2 ="], [" 4"], [" 5"]]
+    assert example.plain
+    margin = parsed("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}).values
+    assert margin == (2.0,)
+
+
+def test_later_turns_and_results_of_tools_belong_to_the_answer():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tool = {"role": "tool", "content": "3"}
+    example = parsed("preference", {"prompt": [HI], "chosen": [call, tool, HELLO], "rejected": [GO]})
+    assert [part.trained for part in example.branches[0]] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "identical_sides"),
+        ({"chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "identical_sides"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 3, "score_rejected": 3}, "tie"),
+        ({"chosen": [HI, HELLO], "rejected": [{"role": "user", "content": "Ho"}, GO]}, "prompt_differs"),
+        ({"prompt": [HI], "chosen": [HELLO], "rejected": []}, "no_answer"),
+        ({"prompt": [HI], "chosen": [HELLO, HI], "rejected": [GO]}, "no_answer"),
+        ({"prompt": "a", "chosen": "b"}, "missing_field"),
+        ({"prompt": "a", "chosen": "b", "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty_answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "bad_margin"),
+    ],
+)
+def test_preferences_that_teach_nothing_are_problems(record, code):
+    assert code in [problem.code for problem in problems("preference", record)]

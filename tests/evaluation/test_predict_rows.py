@@ -33,6 +33,9 @@ class Shelf:
         self.denominators = np.array([row.trained[1:].sum() for row in self.rows], np.float64)
         self.num_bytes = np.zeros(len(lengths), np.int32)
 
+    def lengths_in(self, layout: str) -> np.ndarray:
+        return self.lengths
+
     def row(self, index: int) -> Row:
         return self.rows[index]
 

@@ -17,6 +17,7 @@ REQUIRED = {
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in range(1, 10)),
     *("M1", "M2", "M3"),  # what a measure proves
+    *(f"P{n}" for n in (1, 2, 3, 6, 8, 9, 10, 11, 12, 13, 14, 16, 19, 20)),  # preferences
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")
@@ -26,14 +27,14 @@ def marked() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for ids in MARKER.findall(path.read_text("utf-8")):
-            for trap in re.findall(r"\b[LTRASMD]\d+b?\b", ids):
+            for trap in re.findall(r"\b[LTRASMDP]\d+b?\b", ids):
                 found.setdefault(trap, set()).add(path.relative_to(ROOT).as_posix())
     return found
 
 
 def documented() -> dict[str, set[str]]:
     rows = re.findall(
-        r"^\| ([LTRASMD]\d+b?) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
+        r"^\| ([LTRASMDP]\d+b?) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
     )
     return {trap: set(files.split(", ")) for trap, files in rows}
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
 from tiny_tasks import task_recipe
+from tunesmith.data.branches import lines_of
 from tunesmith.optim import rate
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.trainer import train
 
 STEPS = 8
 OWN = {
@@ -73,3 +77,41 @@ def test_losses_are_those_of_a_plain_loop(tmp_path, task, kind):
     theirs = own_losses(setup, task, kind, fresh=fresh)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours[-1] != pytest.approx(ours[0], rel=1e-2)
+
+
+def own_logps(model: torch.nn.Module, setup: Setup, rows: list[int]) -> torch.Tensor:
+    """[B, 2], log-probabilities of both answers, each line alone and its logits whole."""
+    sums = []
+    for line in (line for row in rows for line in lines_of(setup.store.row(row))):
+        ids = torch.from_numpy(line.ids.astype("int64"))
+        logps = F.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+        sums.append(logps[torch.from_numpy(line.trained[1:])].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+def test_losses_of_preferences_are_those_of_a_second_model_in_memory(tmp_path):
+    """DPO as its authors wrote it: a frozen copy of the model, four passes a pair."""
+    recipe = task_recipe(
+        tmp_path, "prefer", "causal", dropout=0.0, train={"max_steps": STEPS, "rows_per_step": 4}, precision="float32"
+    )
+    setup = prepare(recipe, root=tmp_path / "own")
+    run = train(recipe, root=tmp_path / "runs")
+    model, reference = (AutoModelForCausalLM.from_pretrained(recipe.model) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    losses = []
+    for step in range(1, STEPS + 1):
+        rows = setup.plan.rows(step)
+        with torch.no_grad():
+            before = own_logps(reference, setup, rows)
+        moved = own_logps(model, setup, rows) - before
+        loss = -F.logsigmoid(0.1 * (moved[:, 0] - moved[:, 1])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, setup.total_steps, setup.recipe.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    ours = [event.values["loss"] for event in run.events() if event.kind == "step"]
+    assert ours == pytest.approx(losses, rel=1e-4)
+    assert ours[-1] < ours[0] - 1e-3

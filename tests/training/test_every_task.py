@@ -24,6 +24,7 @@ KEYS = {
     "masked_token": {"loss", "perplexity", "token_accuracy"},
     "sequence": {"loss", "accuracy", "macro_f1", "majority", "calibration_error"},
     "tokens": {"loss", "span_f1", "tag_accuracy"},
+    "pairs": {"loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"},
 }
 
 
@@ -44,7 +45,7 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
     assert run.state() == "done"
     found = evaluations(run)
     assert found["after"]["loss"] < found["before"]["loss"]
-    assert set(found["after"]["measures"]) >= KEYS[TASKS[task].heads[kind]]
+    assert set(found["after"]["measures"]) >= KEYS[TASKS[task].outcome or TASKS[task].heads[kind]]
     assert set(found["after"]["measures"]) <= set(METRICS)
     for name in ("before", "after"):
         lines = [json.loads(line) for line in (run.path / "evaluation" / f"{name}.jsonl").read_text().splitlines()]

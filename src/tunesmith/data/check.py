@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.branches import lines_of
+from tunesmith.data.check_preferences import Preferences, flipped_message
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import rare_collection
@@ -165,6 +167,7 @@ class _Side:
         self.counts: list[int] = []
         self.firsts: list[Source] = []
         self.many = False
+        self.preferences = Preferences()
 
     def add_labels(self, example: Example) -> None:
         if example.shape not in ("text_label", "tokens_tags"):
@@ -241,6 +244,8 @@ class _Check:
         if len(train.first_labels) == len(train_I):
             pairs_I = conflicts(inputs_I, train_I)
             conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
+        self._pairs(train.preferences.flipped(len(train_I)), "train", "flipped_pair", flipped_message)
+        self._notes += train.preferences.notes()
         labels, label_refusals = self._labels()
         held_out = self._held_out()
         return CheckReport(
@@ -324,6 +329,7 @@ class _Check:
                 continue
             usable += 1
             rows.add_labels(example)
+            rows.preferences.add(example)
             content, read = both_hashes(example)
             rows.hashes.append(content)
             rows.inputs.append(read)
@@ -342,7 +348,8 @@ class _Check:
         if num > 0 and example.labels:
             self._first_rows.append(_labelled_spans(example))
         elif num > 0 and self._renderer is not None:
-            self._first_rows += [spans_of(row, self._renderer.tokenizer.decode) for row in rows[:num]]
+            lines = [line for row in rows[:num] for line in lines_of(row)]
+            self._first_rows += [spans_of(line, self._renderer.tokenizer.decode) for line in lines]
 
     def _hear(self, problem: Problem) -> None:
         self._counts[problem.severity][problem.code] += 1

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from tunesmith.data.branches import lines_of
 from tunesmith.data.prefix_sharing import share_prefixes
 from tunesmith.data.sampler import padded_size, sort_keys
 from tunesmith.types import Batch, Layout, Row
@@ -102,6 +103,7 @@ class Collator:
         """
         copies = tuple(copies) or (0,) * len(members)
         rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
+        whole, rows = rows, [line for row in rows for line in lines_of(row)]
         batch = build_batch(
             rows,
             members,
@@ -112,8 +114,25 @@ class Collator:
             pad_id=self.pad_id,
         )
         batch = replace(batch, copies_B=copies)
+        batch = self._with_lines(batch, whole) if whole[0].branches else batch
         batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
+
+    def _with_lines(self, batch: Batch, rows: Sequence[Row]) -> Batch:
+        """The batch of the lines of `rows`, with the rows that targets belong to, and their numbers."""
+        reference, device = self.store.branches.reference, batch.row_of_N.device
+        found = (
+            np.zeros((len(rows), len(rows[0].branches))) if reference is None else reference[list(batch.row_indices)]
+        )
+        values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
+        row_of_line = np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        return replace(
+            batch,
+            line_of_N=batch.row_of_N,
+            row_of_N=torch.from_numpy(row_of_line).to(device)[batch.row_of_N],
+            values_BV=torch.from_numpy(values).to(device, wide),
+        )
 
     def _row(self, index: int, draw: int, copy: int) -> Row:
         row = self.store.row(index)

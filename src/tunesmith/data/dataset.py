@@ -19,14 +19,15 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, rare_collection
+from tunesmith.data.branches import BranchColumns
+from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, complete, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.parts import JoinedParts, encoding_of, one_at_a_time
 from tunesmith.data.read import expand_folders, inspect_files
@@ -35,7 +36,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic as disk
-from tunesmith.types import IGNORE, Labels, Problem, Row, Source
+from tunesmith.types import IGNORE, Labels, Layout, Problem, Row, Source
 
 VERSION = 4
 """Version of the file format and of encoding: raise it with any change that gives other rows for equal data."""
@@ -151,9 +152,10 @@ class RowStore:
         self.notes = tuple(notes)
         """Messages about how they were encoded."""
         self.paths = tuple(paths)
-        self._folder = folder
+        self.folder = folder
         batches = list(self.batches())
         self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
+        """Tokens of each row; of a row with branches those of all its lines."""
         self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
         """Trained tokens of each row."""
         self.file_index: NDArray[np.int32] = _column(batches, "file", np.int32)
@@ -166,8 +168,11 @@ class RowStore:
         self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
         self._second: NDArray[np.int32] = _column(batches, "second", np.int32)
         self.num_bytes: NDArray[np.int32] = _column(batches, "bytes", np.int32)
+        self.branches = BranchColumns(batches)
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """The share of each row in the denominator of the loss."""
+        if self.branches.has_any:
+            self.denominators = np.ones(len(self))
         self.labels = LabelColumn(batches, summary.labels)
         """Classes of the rows, by the store's own ids."""
         self._learnt: Labels | None = None
@@ -202,7 +207,14 @@ class RowStore:
             labels=labels,
             second=int(self._second[index]),
             num_bytes=int(self.num_bytes[index]),
+            branches=self.branches.sizes(batch, place),
+            values=self.branches.values(batch, place),
         )
+
+    def lengths_in(self, layout: Layout) -> NDArray[np.int32]:
+        """[I], places of each row in a micro-batch: padded lines of a row are as long as its longest."""
+        padded = layout == "padded" and self.branches.has_any
+        return self.branches.padded_lengths(self.lengths) if padded else self.lengths
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -260,9 +272,9 @@ class RowStore:
         return batch, index - int(self._first_rows[batch])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows as they are on disk."""
-        reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(self._folder, self.key))))
-        return (reader.get_batch(i) for i in range(reader.num_record_batches))
+        """The rows as they are on disk; columns that an earlier version did not write are empty."""
+        reader = pa.ipc.open_file(pa.memory_map(str(arrow_path(self.folder, self.key))))
+        return (complete(reader.get_batch(i)) for i in range(reader.num_record_batches))
 
     def keep(self, folder: Path) -> None:
         """Put the store into another folder too, by hard link where the disk allows, where `build` finds it.
@@ -271,7 +283,7 @@ class RowStore:
         """
         with disk.storing(folder, num_bytes=self.summary.arrow_bytes):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (arrow_path(self._folder, self.key), json_path(self._folder, self.key)):
+            for path in (arrow_path(self.folder, self.key), json_path(self.folder, self.key)):
                 target = folder / path.name
                 if target.exists():
                     continue
@@ -286,11 +298,11 @@ class RowStore:
         """Remove what `build` wrote for this store, since the data is refused; rows found there before stay."""
         if self.reused:
             return
-        with disk.storing(self._folder):
-            for path in (json_path(self._folder, self.key), arrow_path(self._folder, self.key)):
+        with disk.storing(self.folder):
+            for path in (json_path(self.folder, self.key), arrow_path(self.folder, self.key)):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it holds rows of others
-                self._folder.rmdir()
+                self.folder.rmdir()
 
 
 def build(
@@ -359,7 +371,7 @@ def write(
 ) -> Summary:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
-        hashing = _Hashing(file)
+        hashing = disk.HashingFile(file)
         batches = encoding.batches()
         sink = pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA)
         with rare_collection(), closing(batches), sink:
@@ -380,28 +392,6 @@ def write(
         arrow_sha256=hashing.digest.hexdigest(),
         arrow_bytes=hashing.num_bytes,
     )
-
-
-class _Hashing:
-    """A file to write to that knows the SHA-256 of what was written."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.num_bytes += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """Left to the owner of the file."""
 
 
 def find(folder: Path, key: str) -> Summary | None:

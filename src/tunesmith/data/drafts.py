@@ -30,6 +30,8 @@ class Draft:
     """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
     second: int = 0
     num_bytes: int = 0
+    branches: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 Drafts = list[Draft] | Problem

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.renderer import Renderer
@@ -59,6 +60,8 @@ SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int64())),
         ("second", pa.int32()),
         ("bytes", pa.int32()),
+        ("branches", pa.list_(pa.int32())),
+        ("values", pa.list_(pa.float64())),
     ]
 )
 ENDED = "a process that encodes rows ended: the others are encoded by one process"
@@ -139,6 +142,16 @@ def joined(parts: Sequence[Encoded], vocabulary: dict[str, int]) -> pa.RecordBat
     return whole
 
 
+def complete(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Rows as an earlier version wrote them, with empty lists in the columns that it did not have."""
+    for field in SCHEMA:
+        if field.name not in rows.schema.names:
+            offsets = pa.array(np.zeros(rows.num_rows + 1, np.int32))
+            empty = pa.ListArray.from_arrays(offsets, pa.array([], field.type.value_type))
+            rows = rows.append_column(field, empty)
+    return rows
+
+
 def _columns(rows: Sequence[_Found]) -> pa.RecordBatch:
     def numbers(values: Iterator[int], dtype: Any) -> pa.Array:
         return pa.array(np.fromiter(values, dtype, len(rows)))
@@ -148,7 +161,7 @@ def _columns(rows: Sequence[_Found]) -> pa.RecordBatch:
     columns = [
         _lists([row.ids for _, _, row in rows], np.int32),
         _lists(trained, np.bool_),
-        numbers((len(row.ids) for _, _, row in rows), np.int32),
+        numbers((line_tokens(row) for _, _, row in rows), np.int32),
         numbers((int(np.count_nonzero(trained_T)) for trained_T in trained), np.int32),
         numbers((file for file, _, _ in rows), np.int32),
         numbers((row.source.line for _, _, row in rows), np.int64),
@@ -157,6 +170,8 @@ def _columns(rows: Sequence[_Found]) -> pa.RecordBatch:
         _lists([nothing if row.labels is None else row.labels for _, _, row in rows], np.int64),
         numbers((row.second for _, _, row in rows), np.int32),
         numbers((row.num_bytes for _, _, row in rows), np.int32),
+        _lists([np.array(row.branches, np.int32) for _, _, row in rows], np.int32),
+        _lists([np.array(row.values, np.float64) for _, _, row in rows], np.float64),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -283,7 +298,7 @@ class Encoding:
         try:
             for file, example in found:
                 chunk.append((file, example))
-                num_chars += sum(len(part.text) for part in example.parts)
+                num_chars += sum(len(part.text) for part in example.first_line)
                 if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
                     yield _Read(chunk, tuple(problems), done())
                     problems.clear()

@@ -14,6 +14,7 @@ import orjson
 from tunesmith.data.columns import check_column_names, explain, hint_for_text, paste, propose, read_as
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, FORMATS, SHAPES, find_shape
+from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, near, refusal
 from tunesmith.data.read import read
 from tunesmith.errors import InputError
@@ -28,6 +29,9 @@ def warnings_of(example: Example) -> Iterator[Problem]:
     if example.shape == "tokens_tags":
         yield from _odd_tags(example)
         return
+    if example.branches and differ_in_space_alone(example):
+        message = "chosen and rejected differ in white space alone."
+        yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts
     last = parts[-1]
     if len(parts) == 2 and last.trained and parts[0].text and parts[0].role != last.role:
@@ -146,9 +150,9 @@ class FileExamples:
             record = renamed
         else:
             record = self._well_known(record, source)
-        if self.shape is None and record.keys() >= {"chosen", "rejected"}:
+        if self.shape is None and self.task and self._are_preferences(record):
             fix = "To learn the chosen answers alone: " + paste({"prompt": "prompt", "completion": "chosen"}) + "."
-            message = "its rows are preference pairs (chosen and rejected), which are not supported yet."
+            message = f"its rows are preferences (chosen and rejected), which the task {self.task} does not learn from."
             raise refusal(self.facts.path, source.line, "preference_pairs", message, fix)
         shape = self.shape
         if shape is None or not FORMATS[shape].matches(record):
@@ -156,7 +160,7 @@ class FileExamples:
             if shape is None:
                 return None
         module = FORMATS[shape]
-        problems = self._too_many(record, source, module.FIELDS) if shape in CHATS else []
+        problems = self._too_many(record, source, module.FIELDS) if shape in (*CHATS, "preference") else []
         parsed = problems or module.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
@@ -172,6 +176,10 @@ class FileExamples:
         for problem in warnings_of(parsed):
             self.on_problem(problem)
         return parsed
+
+    def _are_preferences(self, record: dict[str, Any]) -> bool:
+        """Whether a row compares two answers, and the task takes no such rows."""
+        return record.keys() >= {"chosen", "rejected"} and "preference" not in SHAPES.get(self.task or "", ())
 
     def _kept(
         self, keep: Sequence[str], raw: dict[str, Any], record: dict[str, Any], source: Source, shape: Shape
@@ -308,9 +316,9 @@ def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
     if shape in _ANSWER:
         return record.get(_ANSWER[shape])
     whole = FORMATS[shape].parse(record, source, answered=True) if shape != "text" else ()
-    if not isinstance(whole, Example) or not whole.parts[-1].trained:
+    if not isinstance(whole, Example) or not whole.first_line[-1].trained:
         return None
-    last = whole.parts[-1]
+    last = whole.first_line[-1]
     return {"content": last.text, **last.fields} if last.fields else last.text
 
 
@@ -325,7 +333,10 @@ def content_hash(example: Example) -> int:
     content: list[Any] = [[[part.role, part.text, part.trained, part.fields] for part in example.parts], example.tools]
     if example.labels or example.many:
         content += [sorted(example.labels) if example.many else example.labels, example.many]
-    return _hash(content)
+    if example.branches:
+        content += [[[p.role, p.text, p.trained, p.fields] for p in branch] for branch in example.branches]
+        content.append(example.values)
+    return hash_of(content)
 
 
 def input_hash(example: Example) -> int:
@@ -336,10 +347,10 @@ def input_hash(example: Example) -> int:
     of a data set follow from it.
     """
     parts = example.parts
-    if example.shape in CHATS and not example.plain:
+    if (example.shape in CHATS or example.branches) and not example.plain:
         parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
     read = [[part.role, part.text, part.fields] for part in parts if not part.trained]
-    return _hash([read, example.tools]) if _has_side(example) and read else content_hash(example)
+    return hash_of([read, example.tools]) if _has_side(example) and read else content_hash(example)
 
 
 def both_hashes(example: Example) -> tuple[int, int]:
@@ -349,9 +360,10 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*CHATS, "text_label", "tokens_tags")
+    return example.plain or example.shape in (*CHATS, "preference", "text_label", "tokens_tags")
 
 
-def _hash(content: list[Any]) -> int:
+def hash_of(content: list[Any]) -> int:
+    """64-bit hash of what JSON can hold."""
     packed = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")

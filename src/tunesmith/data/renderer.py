@@ -106,11 +106,12 @@ class Renderer:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
         if self.control_tokens == "allow":
             return
-        said = "\n".join(text for part in example.parts for text in (part.role, part.text))
-        has_fields = example.tools or any(part.fields for part in example.parts)
+        parts = (*example.parts, *(part for branch in example.branches for part in branch))
+        said = "\n".join(text for part in parts for text in (part.role, part.text))
+        has_fields = example.tools or any(part.fields for part in parts)
         if not has_fields and self._control.in_text(said) is None:  # nearly always: looking place by place takes long
             return
-        places = [(_place(example, i), [part.role, part.text, part.fields]) for i, part in enumerate(example.parts)]
+        places = [(_place(example, i), [part.role, part.text, part.fields]) for i, part in enumerate(parts)]
         for place, value in [*places, ("a tool definition", list(example.tools))]:
             found = next((token for text in _strings(value) if (token := self._control.in_text(text))), None)
             if found:
@@ -146,6 +147,8 @@ def _empty(example: Example) -> Iterator[Problem]:
 
 
 def _place(example: Example, index: int) -> str:
+    if index >= len(example.parts):
+        return "an answer"
     role = example.parts[index].role
     if example.shape == "tokens_tags":
         return f"tokens[{index}]"
@@ -159,7 +162,14 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
         is_answered = bool(example.labels) or example.many
         labels_N = np.array(ids, np.int64) if is_answered else np.full(draft.trained_T.sum(), IGNORE, np.int64)
     return Row(
-        draft.ids_T, draft.trained_T, example.source, labels=labels_N, second=draft.second, num_bytes=draft.num_bytes
+        draft.ids_T,
+        draft.trained_T,
+        example.source,
+        labels=labels_N,
+        second=draft.second,
+        num_bytes=draft.num_bytes,
+        branches=draft.branches,
+        values=draft.values,
     )
 
 

@@ -421,7 +421,7 @@ def micro_batches_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: i
     """Group rows of a store into micro-batches for measuring, where their order does not matter."""
     rows_I = np.asarray(rows, np.int64)
     targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
-    lengths = store.lengths[rows_I].tolist()
+    lengths = store.lengths_in(layout)[rows_I].tolist()
     return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout, targets=targets)
 
 

@@ -252,6 +252,10 @@ def given_text(example: Example) -> str | None:
         return None
     if example.shape == "tokens_tags":
         return " ".join(part.text for part in example.parts)
+    if example.branches:
+        chosen, *others = ("\n".join(f"{part.role}: {part.text}" for part in branch) for branch in example.branches)
+        prompt = "\n".join(f"{part.role}: {part.text}" for part in example.parts)
+        return "\n\n".join([prompt, f"[chosen]\n{chosen}", *(f"[rejected]\n{other}" for other in others)])
     if example.plain or example.shape == "text_label":
         return "\n".join(part.text for part in example.parts)
     return "\n".join(f"{part.role}: {part.text}" for part in example.parts)

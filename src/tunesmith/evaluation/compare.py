@@ -20,6 +20,7 @@ from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
     RowKind,
     RowResult,
+    by_habit,
     by_key,
     column,
     keyed,
@@ -43,6 +44,7 @@ CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "sets": ("label_accuracy", "exact_rows", "micro_f1", "macro_f1"),
     "numbers": ("mse",),
     "tags": ("tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
+    "pairs": ("preference_accuracy",),
 }
 """Metrics of an answer that is always the same, the one that the commonest answer is best at first."""
 
@@ -214,7 +216,11 @@ def rows_against_constant(
     tag of every word. Paired: both on the same rows."""
     units = list(by_key(rows).values())
     kind = kind_of(units[0])
-    said = [{**row, "predicted": [constant] * len(row["tags"]) if kind == "tags" else constant} for row in units]
+    said: list[RowResult] = [
+        {**row, "predicted": [constant] * len(row["tags"]) if kind == "tags" else constant} for row in units
+    ]
+    if kind == "pairs":
+        said = by_habit(units, constant)
     names = classes or names_in((*units, *said))
     sides = (statistics_of(kind, some, names, complete=True) for some in (said, units))
     of_constant, of_model = ({key: side[key] for key in side if key in CONSTANT_METRICS[kind]} for side in sides)

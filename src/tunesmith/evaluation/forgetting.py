@@ -96,10 +96,11 @@ def text_losses(
     rows = general_rows(tokenizer)
     passage_I = np.array([row.source.line - 1 for row in rows])
     losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
+    measure = task.text_measure or task.measure
     with eval_mode(model):
         for members, batch in text_batches(rows, layout=layout, device=device):
             passage_N = passage_I[np.asarray(members)][batch.row_of_N.cpu().numpy()]
-            np.add.at(losses_P, passage_N, task.measure(model, batch).losses_N.double().cpu().numpy())
+            np.add.at(losses_P, passage_N, measure(model, batch).losses_N.double().cpu().numpy())
             np.add.at(counts_P, passage_N, 1)
     return losses_P, counts_P
 

@@ -234,12 +234,13 @@ def sample_notes(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]
 
 
 def _prompt(renderer: Renderer, example: Example, limit: PromptLimit) -> SamplePrompt | None:
-    last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
+    parts = example.first_line
+    last = max((i for i, part in enumerate(parts) if part.trained), default=0)
     if last == 0:
         return None
-    before = example.parts[:last]
+    before = parts[:last]
     ids, cut = limit.encode(renderer, replace(example, parts=before))
-    reference = example.parts[last].text
+    reference = parts[last].text
     return SamplePrompt(tuple(ids), before[-1].text, reference=reference, source=str(example.source), cut=cut)
 
 

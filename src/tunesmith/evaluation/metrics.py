@@ -111,6 +111,23 @@ METRICS: Mapping[str, MetricInfo] = {
     "length_ratio": MetricInfo("length ratio", "ratio", "neither", "Words of answers over those of references."),
     "bleu": MetricInfo("BLEU", "ratio", "higher", "Corpus BLEU, 0 to 100 (sacrebleu)."),
     "chrf": MetricInfo("chrF", "ratio", "higher", "Corpus chrF, 0 to 100 (sacrebleu)."),
+    "preference_accuracy": MetricInfo(
+        "preferences right", "percent", "higher", "Pairs of which the chosen answer gained more; ties count half."
+    ),
+    "margin": MetricInfo("margin", "number", "higher", "Mean of β times the difference that the loss compares."),
+    "chosen_shift": MetricInfo(
+        "shift of chosen",
+        "number",
+        "neither",
+        "Log-probability a token that chosen answers gained, in nats.",
+    ),
+    "rejected_shift": MetricInfo("shift of rejected", "number", "neither", "The same of rejected answers."),
+    "longer_chosen": MetricInfo(
+        "longer answer", "percent", "neither", "What always choosing the longer answer would get right."
+    ),
+    "likelier_chosen": MetricInfo(
+        "likelier answer", "percent", "neither", "What choosing by the untouched model's likelihood a token gets right."
+    ),
     "general_loss": MetricInfo("general text", "number", "lower", "Loss on the general text kept in the package."),
 }
 
@@ -126,6 +143,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "many": ("loss", "micro_f1", "macro_f1", "exact_rows", "label_accuracy"),
     "number": ("loss", "mse", "spearman"),
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
+    "pairs": ("loss", "preference_accuracy", "margin"),
 }
 """Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own: bits per
 byte documents, ROC AUC two classes, span metrics tags that mark spans."""

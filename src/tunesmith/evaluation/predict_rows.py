@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class Predictions:
     """The likeliest token or tag of each target, int64 [N]; of sequence heads logits or the number, float32 [1, C]."""
     targets: list[NDArray[np.generic]]
     """The right answer: int64 [N]; of sequence heads int64 [1], float32 [1] or float32 [1, C]."""
+    results: list[Mapping[str, Any]] = field(default_factory=list)
+    """Of rows with branches, in place of outputs and targets: see `Measured.results`."""
 
     def __len__(self) -> int:
         return len(self.losses_I)
@@ -71,6 +73,7 @@ def predict_rows(
     losses_I = np.zeros(len(rows))
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
+    results: dict[int, Mapping[str, Any]] = {}
     done = 0
     batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout)
     mine = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)[world.rank]
@@ -78,6 +81,13 @@ def predict_rows(
         for members in map(batches.__getitem__, mine):
             batch = feed.batch(members, draw=0)
             measured = task.measure(model, batch)
+            done += len(members)
+            progress(done, len(rows))
+            if measured.results:
+                found = zip(members, measured.losses_N.tolist(), measured.results, strict=True)
+                for member, loss, result in found:
+                    losses_I[place[member]], results[place[member]] = loss, result
+                continue
             row_of_N, losses_N, *answers = (
                 tensor.numpy()
                 for tensor in to_host(batch.row_of_N, measured.losses_N.double(), measured.outputs_N, batch.targets_N)
@@ -88,13 +98,14 @@ def predict_rows(
             for member, loss, output, target in zip(members, sums, *parts, strict=True):
                 i = place[member]
                 losses_I[i], outputs[i], targets[i] = loss, output, target
-            done += len(members)
-            progress(done, len(rows))
     if world.size > 1:
         _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
+        results = {i: one for part in world.gather_values(sorted(results.items())) for i, one in part}
     index = np.asarray(rows, np.int64)
     num_bytes_I = store.num_bytes[index].astype(np.int64)
-    return Predictions(losses_I, store.denominators[index], num_bytes_I, outputs, targets)
+    return Predictions(
+        losses_I, store.denominators[index], num_bytes_I, outputs, targets, [results[i] for i in sorted(results)]
+    )
 
 
 def _gather(
@@ -139,6 +150,9 @@ def row_results(
 
 
 def _predicted(head: HeadName, labels: Labels | None, found: Predictions) -> Iterator[dict[str, Any]]:
+    if found.results:
+        yield from found.results  # type: ignore[misc]
+        return
     pairs = zip(found.outputs, found.targets, strict=True)
     if head in ("next_token", "masked_token"):
         yield from ({"correct": int(np.sum(output == target))} for output, target in pairs)

@@ -24,6 +24,12 @@ MOST_NAMED = 3
 LIKE_A_CLASS = 0.1
 """Share of equal short answers from which they are taken for classes."""
 _MOST_CHARACTERS = 40
+UNLEARNT = -0.5
+"""Nats a token of chosen answers that a model may lose before that is noted."""
+_HABITS = {
+    "longer_chosen": "always choosing the longer answer",
+    "likelier_chosen": "choosing what the untouched model finds likelier",
+}
 
 
 def changes(
@@ -51,8 +57,8 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
     kind = kind_of(rows[0])
     found = rows_against_constant(rows, constant["answer"], classes=classes)
     return {
-        "name": "mean baseline" if kind == "numbers" else "majority baseline",
-        "words": _words(constant["answer"]),
+        "name": {"numbers": "mean baseline", "pairs": "best habit"}.get(kind, "majority baseline"),
+        "words": _HABITS.get(constant["answer"], "") if kind == "pairs" else _words(constant["answer"]),
         "from": constant["from"],
         "rows": len(rows),
         "key": CONSTANT_METRICS[kind][0],
@@ -146,3 +152,21 @@ def too_few(num: int, unit: str) -> Iterator[str]:
         yield f"{count} too few to conclude anything: below {FEWEST_ROWS} nothing is called better or worse. {way}"
     elif num < FEW_ROWS:
         yield f"{count} few: on other {unit}s of the same kind this may turn out differently. {way}"
+
+
+def preference_notes(measures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences on a model of preferences that went wrong; none for other tasks."""
+    if "preference_accuracy" not in measures:
+        return
+    value = {key: one["value"] for key, one in measures.items()}
+    accuracy, chosen, rejected = (value[key] for key in ("preference_accuracy", "chosen_shift", "rejected_shift"))
+    if measures["preference_accuracy"].get("high", 1.0) < min(value["longer_chosen"], value["likelier_chosen"]):
+        yield (
+            f"{accuracy:.1%} of the held-out preferences are right, fewer than by choosing the longer answer or the "
+            "likelier one: chosen and rejected may be the wrong way round"
+        )
+    if chosen < UNLEARNT:
+        yield (
+            f"chosen answers lost {-chosen:.2f} nats a token, rejected ones {-rejected:.2f}: the model unlearns both. "
+            "prefer.nll: 1 keeps the chosen ones likely, and so does a lower optim.lr"
+        )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import Masking, build_batch
 from tunesmith.data.examples import examples
 from tunesmith.data.formats import FORMATS, find_shape
@@ -182,6 +183,7 @@ def encode_rows(
         first = encoded[0] if encoded else None
         if not isinstance(first, Row):
             continue
+        first = lines_of(first)[0]
         num_tokens += len(first.ids)
         if found and num_tokens > MAX_TOKENS:
             break

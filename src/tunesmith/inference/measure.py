@@ -8,6 +8,7 @@ import heapq
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tunesmith.evaluation.generate import (
     sample_notes,
     sample_prompts,
 )
-from tunesmith.evaluation.predict_rows import constant_answer, predict_rows, row_lines, row_results
+from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
 from tunesmith.evaluation.scores import answer_scores, score, score_answers
 from tunesmith.evaluation.verdicts import (
     answer_baseline,
@@ -147,14 +148,11 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        found = predict_rows(
-            loaded.model,
-            bind(task, loaded.labels, output=_output_layer(loaded)),
-            _feed(loaded, store),
-            rows_I.tolist(),
-            tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
-            progress=lambda done, total: on_progress("evaluate", done, total),
-        )
+        if TASKS[task].compares:
+            with _reference_of(loaded):
+                found = _predicted(loaded, store, lambda done, total: on_progress("reference", done, total))
+            store.branches.reference = np.array([result["logps"] for result in found.results], np.float64)
+        found = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
         results = row_results(loaded.head, loaded.labels, found, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
         constant = constant_answer(loaded.labels, known.store, known.rows_I)
@@ -175,6 +173,30 @@ def evaluate_file(
     headline = _headline(task, measures, baseline, details, store)
     notes += more
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
+
+
+def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, int], None]) -> Predictions:
+    return predict_rows(
+        loaded.model,
+        bind(loaded.renderer.task_name, loaded.labels, output=_output_layer(loaded), recipe=loaded.recipe),
+        _feed(loaded, store),
+        list(range(len(store))),
+        tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
+        progress=progress,
+    )
+
+
+def _reference_of(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """A block in which the model is the one that its run began with. Raises InputError if it holds no such model."""
+    if loaded.has_base:
+        return loaded.adapter_disabled()
+    if loaded.run is not None and not loaded.is_base:
+        raise InputError(
+            f"{loaded.run.path}: preferences are measured against the model of step 1, which a result of method "
+            f"{loaded.recipe.method.name} does not hold. Its own held-out pairs are in evaluation/after.jsonl; an "
+            "adapter can be measured on any file."
+        )
+    return nullcontext()
 
 
 def _headline(

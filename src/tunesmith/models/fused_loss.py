@@ -70,6 +70,13 @@ class OutputLayer:
         out: Tensor = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
         return out
 
+    def log_probs(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """[N] float32, the log-probability of each target. The logits of a chunk are computed again for the gradient,
+        since how much each target weighs is known only after the pass."""
+        weight, bias = self.layer.weight, self.layer.bias
+        out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self)  # type: ignore[no-untyped-call]
+        return out
+
 
 def output_layer_of(model: PreTrainedModel) -> OutputLayer | None:
     """The output layer of a causal model as its config describes it; None unless it is a plain linear layer.
@@ -149,6 +156,47 @@ class _LossSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         found = (None if saved is None else _times(saved, grad) for saved in ctx.saved_tensors)
         return *found, None, None, None, None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, output: OutputLayer
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        ctx.output, ctx.needs = output, ctx.needs_input_grad[:3]
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        found_N = hidden_ND.new_empty(len(targets_N), dtype=wide)
+        size = output.chunk_size(trained=False)
+        for start in range(0, len(targets_N), size):
+            here = slice(start, start + size)
+            logits_NV = output.logits(hidden_ND[here]).to(wide)
+            found_N[here] = -F.cross_entropy(logits_NV, targets_N[here], reduction="none")
+        return found_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> Any:
+        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        output, (needs_hidden, needs_weight, needs_bias) = ctx.output, ctx.needs
+        ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        gweight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if needs_weight else None
+        gbias_V = grad_N.new_zeros(len(weight_VD)) if needs_bias else None
+        size = output.chunk_size(trained=needs_weight)
+        for start in range(0, len(targets_N), size):
+            here = slice(start, start + size)
+            logits_NV = output.logits(hidden_ND[here])
+            glogits_NV = torch.softmax(logits_NV.to(grad_N.dtype), -1).mul_(-grad_N[here, None])
+            glogits_NV.scatter_add_(1, targets_N[here, None], grad_N[here, None])
+            glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
+            if ghidden_ND is not None:
+                torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
+            if gweight_VD is not None:
+                gweight_VD += glogits_NV.t() @ hidden_ND[here]
+            if gbias_V is not None:
+                gbias_V += glogits_NV.sum(0)
+        gweight_VD = None if gweight_VD is None else gweight_VD.to(weight_VD.dtype)
+        return ghidden_ND, gweight_VD, None if gbias_V is None else gbias_V.to(weight_VD.dtype), None, None
 
 
 def _times(saved: Tensor, factor: Tensor) -> Tensor:

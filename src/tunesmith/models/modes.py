@@ -44,6 +44,17 @@ def silence_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Set every rate of dropout to 0, as a module or as a number that a module keeps, so that two passes in training
+    mode find the same. The model's config stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Recompute the first `num_layers` layers, and no other, whenever the model is in training mode.
 

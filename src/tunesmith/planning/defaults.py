@@ -99,6 +99,9 @@ def decide_before_rows(
     task = TASKS[resolved(recipe.task)]
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
+    task.check(recipe)
+    if not task.draws and (option := METHODS[recipe.method.name].randomness(recipe.method)):
+        raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
     if recipe.loss.neftune_alpha and kind == "encoder_decoder":
@@ -235,7 +238,11 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
 
 
 def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
-    rate, reason = METHODS[recipe.method.name].learning_rate(recipe.method, facts.kind, facts.num_parameters)
+    method = METHODS[recipe.method.name]
+    if (own := TASKS[resolved(recipe.task)].rate) is not None:
+        rate, reason = own(method.is_adapter, facts.num_parameters)
+    else:
+        rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
     times, source = OPTIMIZERS[recipe.optim.name].rate
     return float(f"{rate * times:.3g}"), f"{reason}; {source}" if source else reason
 
@@ -251,10 +258,11 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 
 def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
-    value = max(1, min(16, rows // 20))
+    most = TASKS[resolved(recipe.task)].rows_per_step
+    value = max(1, min(most, rows // 20))
     if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
         return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
-    return value, "about 20 updates an epoch at least" if value < 16 else "a steady gradient at little cost"
+    return value, "about 20 updates an epoch at least" if value < most else "a steady gradient at little cost"
 
 
 def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.devices import Device
 from tunesmith.planning.memory import Load, Sizes
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName
 
 Kind = Literal["starting", "training", "held_out", "surprising", "general", "answering", "saving", "finishing"]
@@ -30,7 +31,7 @@ Kind = Literal["starting", "training", "held_out", "surprising", "general", "ans
 
     starting    once: from the start of the process to the first event, without encoding rows
     training    steps
-    held_out    tokens of held-out rows, before and after and on the way
+    held_out    tokens of held-out rows, before and after and on the way, and of all rows for a reference
     surprising  tokens of the training rows that are measured at the end
     general     tokens of the general text, before and after
     answering   tokens written one after the other, before and after, if every answer is as long as it may be
@@ -108,7 +109,7 @@ def num_tokens(store: RowStore, rows_I: NDArray[np.int64]) -> tuple[int, int]:
 def targets_of(store: RowStore) -> NDArray[np.float64]:
     """[I], positions of each row whose logits are computed: of masked words those that are drawn, and one of a row with
     several classes, which the denominator of the loss counts each."""
-    return np.minimum(store.denominators, store.targets)
+    return store.targets.astype(float) if store.branches.has_any else np.minimum(store.denominators, store.targets)
 
 
 def seen_rows(recipe: Recipe, rows: Splits) -> NDArray[np.int64]:
@@ -133,11 +134,13 @@ def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
     prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
     answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    held = num_tokens(rows.held_store, rows.held_rows)[0]
+    reference = held + num_tokens(rows.store, rows.train_rows)[0] if TASKS[resolved(recipe.task)].compares else 0
     words = -(-prompts // ANSWER_BATCH) * answer + (ANSWER_TOKENS if general_tokens else 0)
     return {
         "starting": 1,
         "training": steps,
-        "held_out": evaluations * num_tokens(rows.held_store, rows.held_rows)[0],
+        "held_out": evaluations * held + reference,
         "surprising": num_tokens(rows.store, seen_rows(recipe, rows))[0],
         "general": 2 * general_tokens,
         "answering": 2 * words if head == "next_token" else 0,

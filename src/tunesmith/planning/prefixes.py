@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tunesmith.data.branches import lines_of
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.prefix_sharing import prefix_groups
 from tunesmith.data.sampler import StepSampler
 from tunesmith.methods import METHODS
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import TASKS
 from tunesmith.types import Choice, Row
 
 LEAST_SAVED = 0.05
@@ -36,7 +38,7 @@ def shared_prefixes(plan: StepSampler, store: RowStore) -> CommonPrefixes:
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, plan.steps_per_epoch) + 1):
         for members in plan.step(step):
-            rows = [store.row(i) for i in members]
+            rows = [line for i in members for line in lines_of(store.row(i))]
             tokens += sum(len(row.ids) for row in rows)
             for family in prefix_groups([row.ids for row in rows]):
                 computed += family.prefix + sum(len(rows[i].ids) - family.prefix for i in family.members)
@@ -53,7 +55,7 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
     what = f"rows of a step begin alike: {shared.saved:.0%} of their tokens"
     if recipe.kernels == "plain":
         return Choice(KEY, False, f"{what} could be computed once, but kernels: plain leaves them")
-    if random := random_option(model, recipe):
+    if TASKS[resolved(recipe.task)].draws and (random := random_option(model, recipe)):
         return Choice(KEY, False, f"{what} could be computed once, but {random} draws anew for each row")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 

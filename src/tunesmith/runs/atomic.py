@@ -234,6 +234,28 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class HashingFile:
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Left to the owner of the file."""
+
+
 _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 
 

@@ -56,8 +56,9 @@ def check_prompts(model: ServedModel, run: Run, note: Note) -> None:
     """The tokens of the first training prompts, rendered as a request is, are those of the rows."""
     num, renderer = 0, model.renderer
     for example, row in _training_rows(run, renderer, note):
-        last = max((i for i, part in enumerate(example.parts) if part.trained), default=0)
-        prompt = example.parts[:last] or example.parts[:1]
+        parts = example.first_line
+        last = max((i for i, part in enumerate(parts) if part.trained), default=0)
+        prompt = parts[:last] or parts[:1]
         request = GenerationRequest(model.card.name, prompt=prompt[0].text)
         if TASKS[renderer.task_name].is_chat:
             messages = [{**part.fields, "role": part.role, "content": part.text} for part in prompt]

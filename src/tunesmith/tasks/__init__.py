@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.schema import Loss
+from tunesmith.recipe.schema import Loss, Recipe
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
 from tunesmith.tasks.losses import PLAIN, token_measure
+from tunesmith.tasks.prefer import PREFER
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import TAG
 from tunesmith.tasks.text import TEXT
@@ -24,7 +25,7 @@ from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
 if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
-TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG)}
+TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER)}
 """By name. `bind` gives a task its classes and losses before it is trained."""
 
 
@@ -42,14 +43,24 @@ def task_of(shape: Shape) -> Task | None:
     return found[0] if len(found) == 1 else None
 
 
-def bind(name: TaskName, labels: Labels | None, loss: Loss = PLAIN, output: OutputLayer | None = None) -> Task:
+def bind(
+    name: TaskName,
+    labels: Labels | None,
+    loss: Loss = PLAIN,
+    output: OutputLayer | None = None,
+    *,
+    recipe: Recipe | None = None,
+) -> Task:
     """The task as it is trained: with the classes of its data and the additions of `loss`; its `measure` keeps the
     plain loss. `output`: the output layer of a model that learns tokens, if losses can be computed in pieces.
+    `recipe`: for the options of a task that has a section of its own; None: their defaults.
 
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.
     """
     task = TASKS[name]
+    if task.bound is not None:
+        return task.bound(task, recipe or Recipe(), output)
     if task.learns_classes:
         if labels is None:
             raise AssertionError(f"{name} cannot be trained before its labels are decided")

@@ -31,6 +31,7 @@ from tunesmith.evaluation.predict_rows import (
     sample_rows,
 )
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
+from tunesmith.evaluation.verdicts import preference_notes
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.progress import Session
@@ -89,6 +90,8 @@ def measure_held_out(session: Session, name: str) -> None:
         **({"sources": sources} if sources else {}),
     }
     session.emit("evaluation", values, {"seconds": seconds})
+    for text in preference_notes(measures) if name == "after" else ():
+        session.emit("note", {"text": text})
 
 
 def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:

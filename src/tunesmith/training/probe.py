@@ -313,8 +313,9 @@ def _general(setup: Setup) -> dict[str, Any]:
     rows = general_rows(setup.renderer.tokenizer)
     batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]
     amounts = [(batch.num_tokens, int(batch.num_targets)) for batch in batches]
+    measure = setup.task.text_measure or setup.task.measure
     with eval_mode(setup.model):
-        found = _usual(lambda batch: setup.task.measure(setup.model, batch).losses_N.cpu(), batches, amounts)
+        found = _usual(lambda batch: measure(setup.model, batch).losses_N.cpu(), batches, amounts)
     return {"general": asdict(found)}
 
 

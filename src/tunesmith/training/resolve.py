@@ -33,6 +33,7 @@ from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
+from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.types import Choice, HeadName, Layout
 
@@ -294,7 +295,7 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
 def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
     if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
-    keys = HEAD_METRICS[head if rows.labels is None else rows.labels.kind]
+    keys = HEAD_METRICS[TASKS[resolved(recipe.task)].outcome or (head if rows.labels is None else rows.labels.kind)]
     if recipe.evaluation.metric not in keys:
         raise RecipeError(
             f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
@@ -314,7 +315,7 @@ def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
         rows_I=rows.train_rows,
         weights_I=times_per_epoch(rows.data, rows.trained_per_file)[file_I],
         sources_I=source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None,
-        lengths_I=rows.store.lengths[rows.train_rows],
+        lengths_I=rows.store.lengths_in(layout)[rows.train_rows],
         rows_per_step=resolved(recipe.train.rows_per_step),
         tokens_per_pass=resolved(recipe.train.tokens_per_pass),
         layout=layout,

@@ -16,6 +16,7 @@ import orjson
 import torch
 from torch import Tensor
 
+from tunesmith.data.branches import lines_of
 from tunesmith.environment import refuse_ranks
 from tunesmith.methods import restore, state_dict
 from tunesmith.models import load
@@ -106,7 +107,7 @@ def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
 
 
 def _packing(setup: Setup) -> Proof:
-    rows = [setup.rows.store.row(int(i)) for i in setup.rows.train_rows[:4]]
+    rows = [lines_of(setup.rows.store.row(int(i)))[-1] for i in setup.rows.train_rows[:4]]
     plain = setup.recipe.kernels == "plain"
     agreement = packed_agrees(setup.model, setup.kind, rows, tokenizer=setup.renderer.tokenizer, plain=plain)
     if setup.plan.layout != "packed":

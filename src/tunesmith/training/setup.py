@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.data import sampler
+from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import Collator
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import Splits
@@ -23,7 +24,7 @@ from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, contention, load, machine
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers
+from tunesmith.models.modes import checkpoint_layers, disable_dropout
 from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
@@ -40,7 +41,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
-from tunesmith.tasks import bind
+from tunesmith.tasks import TASKS, bind
 from tunesmith.training.feeds import feeds
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.loss_scale import LossScale
@@ -138,7 +139,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         room=inputs.size.max_tokens,
         num_parameters=num_parameters,
         renderer=inputs.renderer,
-        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output),
+        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe),
         loss_scale=LossScale.of(resolved(recipe.precision)),
         noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         kind=inputs.kind,
@@ -211,6 +212,8 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTra
     num_parameters = num_weights(model)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
+    if not TASKS[resolved(recipe.task)].draws:
+        disable_dropout(model)
     return model, num_parameters
 
 
@@ -235,7 +238,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs
     layout, *others = layouts_of(inputs.kind)
     if not others:
         return layout, []
-    probe = [rows.store.row(int(i)) for i in rows.train_rows[:3]]
+    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:3]]
     plain = recipe.kernels == "plain"
     agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
@@ -255,7 +258,10 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    settings = {f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track"})).items()}
+    others = {task.section for task in TASKS.values() if task.section} - {TASKS[resolved(recipe.task)].section}
+    settings = {
+        f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track", *others})).items()
+    }
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
     data = {f"data {path}": digest for path, digest in hashes.items()}

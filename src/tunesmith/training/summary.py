@@ -13,6 +13,7 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.data.addresses import short_name
+from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.data.mixing import mix
@@ -175,7 +176,7 @@ def row_counts(setup: Setup) -> dict[str, int]:
 
 def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
     """The first training row as (text, trained) pieces, so that users see what is learnt."""
-    row = setup.rows.store.row(int(setup.rows.train_rows[0]))
+    row = lines_of(setup.rows.store.row(int(setup.rows.train_rows[0])))[0]
     edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
     return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
 

@@ -36,6 +36,7 @@ from tunesmith.training.disk import refuse_small_disk
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
+from tunesmith.training.reference import check_start, use_reference
 from tunesmith.training.same_run import (
     NAMED_LATER,
     recipe_with,
@@ -200,6 +201,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         for text in [*damaged, *set_before, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
         if newest:
+            use_reference(session)
             restore(setup.attachment, newest.weights)
             setup.optimizer.load(newest.optimizer)
             session.emit("resume", {"from_step": newest.step})
@@ -254,6 +256,8 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
         if fresh:
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", *_plan(setup, planned))
+            use_reference(session)
+            check_start(setup)
             evaluate_run(session, "before")
             # The trial reads what is saved, and writes elsewhere.
             trial = BackgroundCall(partial(_try_saving, setup, run)) if first else None

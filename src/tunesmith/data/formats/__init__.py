@@ -9,6 +9,7 @@ from tunesmith.data.formats import (
     alpaca,
     document_summary,
     messages,
+    preference,
     prompt_completion,
     sharegpt,
     text,
@@ -19,12 +20,23 @@ from tunesmith.types import Shape, TaskName
 
 FORMATS: dict[Shape, Any] = {
     module.NAME: module
-    for module in (messages, sharegpt, alpaca, prompt_completion, document_summary, text_label, tokens_tags, text)
+    for module in (
+        preference,
+        messages,
+        sharegpt,
+        alpaca,
+        prompt_completion,
+        document_summary,
+        text_label,
+        tokens_tags,
+        text,
+    )
 }
 """Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
 parse(record, source, answered=). The first match counts."""
 
-FIELDS = tuple(dict.fromkeys(field for module in FORMATS.values() for field in module.FIELDS))
+_KNOWN = sorted(FORMATS.values(), key=lambda module: module is preference)
+FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
@@ -35,6 +47,7 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "summarize": ("document_summary",),
     "classify": ("text_label",),
     "tag": ("tokens_tags",),
+    "prefer": ("preference", *CHATS),  # of which it takes preferences, and answers all
 }
 """Shapes that a task learns from."""
 

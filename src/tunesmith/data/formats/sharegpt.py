@@ -41,16 +41,11 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     Not `answered`: up to its last answer.
     """
     found = RowProblems(source)
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        if turns is None:
-            found.add("missing_field", "conversations is missing or null.", "Remove the row.")
-        else:
-            found.wrong_type("conversations", turns, "a list of messages")
+    messages = as_messages(record.get("conversations"), found)
+    if found.problems:
         return found.problems
     tools = tools_of(record, found)
     system = found.optional_text(record, "system")
-    messages = [_message(turn, found, f"conversations[{i}]") for i, turn in enumerate(turns)]
     if found.problems:
         return found.problems
     first = [{"role": "system", "content": system}] if system else []
@@ -60,6 +55,17 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     place = "system and conversations" if system else "conversations"
     check_order(parts, found, place=place, answered=answered)
     return found.problems or Example(tuple(parts), source, NAME, tools)
+
+
+def as_messages(turns: Any, found: RowProblems, place: str = "conversations") -> list[dict[str, Any]]:
+    """Turns with the names of messages."""
+    if isinstance(turns, list):
+        return [_message(turn, found, f"{place}[{i}]") for i, turn in enumerate(turns)]
+    if turns is None:
+        found.add("missing_field", f"{place} is missing or null.", "Remove the row.")
+    else:
+        found.wrong_type(place, turns, "a list of messages")
+    return []
 
 
 def _message(turn: Any, found: RowProblems, place: str) -> dict[str, Any]:

@@ -216,7 +216,40 @@ def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
         plots.append(_threshold(details["threshold"]))
     if details.get("scatter"):
         plots.append(_scatter(np.asarray(details["scatter"], np.float64)))
+    if details.get("margins"):
+        plots += _pair_plots(np.asarray(details["margins"], np.float64), details["by_length"])
     return plots
+
+
+def _pair_plots(pairs: Floats, by_length: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Margins of held-out pairs: how they are spread, by the difference in length, and what is right by it."""
+    longer_I, margins_I = pairs.T
+    known = [one for one in by_length if one["accuracy"] is not None]
+
+    def spread(axes: Any) -> None:
+        axes.hist(margins_I, bins=min(30, max(5, len(margins_I) // 3)), color=ACCENT, alpha=0.55, edgecolor=PAPER)
+        axes.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.set(xlabel="margin", ylabel="pairs")
+
+    def over_length(axes: Any) -> None:
+        axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
+        axes.axvline(0, color=MUTED, linewidth=1, linestyle=":")
+        axes.scatter(longer_I, margins_I, s=16, facecolor="none", edgecolor=ACCENT, linewidth=1)
+        axes.set(xlabel="tokens of chosen minus rejected", ylabel="margin")
+
+    def right(axes: Any) -> None:
+        names = [f"{one['chosen']} ({one['pairs']:,})" for one in known]
+        axes.bar(names, [one["accuracy"] for one in known], color=ACCENT, alpha=0.55, width=0.6)
+        axes.axhline(0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.set(ylim=(0, 1.02), xlabel="the chosen answer is", ylabel="share that is right")
+
+    moved = len(pairs) > 2 and longer_I.std() > 0 and margins_I.std() > 0
+    together = f" Their correlation is {np.corrcoef(longer_I, margins_I)[0, 1]:.2f}." if moved else ""
+    return [
+        draw("margins", "Margins", "Held-out pairs by their margin; those right of the line are right.", spread),
+        draw("margins-length", "Margin and length", f"Each dot is a pair.{together}", over_length),
+        draw("length-right", "Right by length", "A model that learnt length is right where chosen is longer.", right),
+    ]
 
 
 def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:

@@ -1,0 +1,147 @@
+"""The reference of a run that compares answers: what the model of step 1 finds of every branch, computed once and kept.
+
+    rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K] as .npy
+
+The digest is of everything that the numbers follow from, so another run on the same rows with another loss finds them
+next to the encoded rows in the folder of all runs.
+"""
+
+# I rows, K branches
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.data.collate import Collator
+from tunesmith.data.dataset import RowStore
+from tunesmith.errors import RunError
+from tunesmith.evaluation.predict_rows import predict_rows
+from tunesmith.recipe.schema import resolved
+from tunesmith.runs.atomic import write_atomic
+from tunesmith.training.progress import Session
+from tunesmith.training.setup import Setup
+
+TOLERANCE = {"float32": 0.002, "float16": 0.05, "bfloat16": 0.4}
+"""Nats by which an answer of one trained token may be off between two passes; it grows with the root of their number.
+In bfloat16 the largest seen is 0.14."""
+LEAST = 0.01
+MOST_NAMED = 5
+
+
+def use_reference(session: Session) -> None:
+    """Find or compute the reference of all rows that are trained on or measured. Call it before weights are restored.
+
+    Raises StorageError.
+    """
+    setup = session.setup
+    if not setup.task.compares:
+        return
+    rows = setup.rows
+    sides = ((rows.store, setup.feed, rows.train_rows), (rows.held_store, setup.held_feed, rows.held_rows))
+    for store, feed, rows_I in sides:
+        folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
+        file = f"{store.key[:16]}-{_digest(setup, store, rows_I, feed)}.reference"
+        found = next((one for one in (_read(at / file) for at in (folder, store.folder)) if one is not None), None)
+        if found is None:
+            found = _compute(session, feed, rows_I)
+            write_atomic(store.folder / file, _packed(found))
+        if not (folder / file).exists():
+            write_atomic(folder / file, _packed(found))
+        _put(store, rows_I, found)
+
+
+def _put(store: RowStore, rows_I: NDArray[np.int64], found_IK: NDArray[np.float64]) -> None:
+    whole = store.branches.reference
+    if whole is None:
+        whole = np.full((len(store), found_IK.shape[1]), np.nan)
+        store.branches.reference = whole
+    whole[rows_I] = found_IK
+
+
+def _compute(session: Session, feed: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
+    setup = session.setup
+    found = predict_rows(
+        setup.model,
+        setup.task,
+        feed,
+        rows_I.tolist(),
+        tokens_per_pass=setup.plan.tokens_per_pass,
+        progress=lambda done, total: session.listener.on_progress("reference", done, total),
+    )
+    return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
+
+
+def _digest(setup: Setup, store: RowStore, rows_I: NDArray[np.int64], feed: Collator) -> str:
+    recipe = setup.recipe
+    parts = {
+        "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
+        "method": recipe.method.model_dump(mode="json"),
+        "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
+        "computed": [recipe.precision, recipe.kernels, recipe.device, recipe.threads],
+        "batches": [feed.layout, feed.shares, feed.pads],
+        "tokens_per_pass": setup.plan.tokens_per_pass,
+        "seed": recipe.seed,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _packed(found: NDArray[np.float64]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, found, allow_pickle=False)
+    return hashlib.sha256(out.getvalue()).digest() + out.getvalue()
+
+
+def _read(path: Path) -> NDArray[np.float64] | None:
+    """The numbers of a file that is there and whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    found: NDArray[np.float64] = np.load(io.BytesIO(content[32:]), allow_pickle=False)
+    return found
+
+
+def check_start(setup: Setup) -> None:
+    """Before the first update the model is its reference: raise RunError if it finds anything else of step 1's rows.
+
+    Then the loss of the first step of dpo is log 2.
+    """
+    if not setup.task.compares:
+        return
+    allowed = TOLERANCE[resolved(setup.recipe.precision)]
+    away: list[tuple[float, str]] = []
+    setup.model.train()
+    for rows in setup.plan.step(1):
+        batch = setup.feed.batch(rows, draw=1)
+        results = setup.task.measure(setup.model, batch).results
+        for row, result in zip(rows, results, strict=True):
+            moved = np.subtract(result["logps"], result["reference"])
+            limit = np.maximum(LEAST, allowed * np.sqrt(result["lengths"]))
+            if not (np.abs(moved) <= limit).all():
+                worst = float(np.abs(moved).max()) if np.isfinite(moved).all() else math.nan
+                away.append((worst, str(setup.store.source(row))))
+    if away:
+        raise RunError(_refusal(sorted(away, reverse=True), sum(map(len, setup.plan.step(1)))))
+
+
+def _refusal(away: Sequence[tuple[float, str]], num_rows: int) -> str:
+    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in away[:MOST_NAMED])
+    return (
+        f"step 1: before any update the model differs from its reference in {len(away):,} of {num_rows:,} rows: "
+        f"{named}. The first loss of dpo would not be log 2, and every later one would be off by as much. Likely "
+        "causes: dropout or another draw inside the model, a method that does not start from the base model, or a "
+        "model that answers otherwise with other rows in its pass. Try kernels: plain, precision: float32 or another "
+        "method. Nothing was trained."
+    )

@@ -1,0 +1,70 @@
+"""What `check` finds in files of preferences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.check import CheckReport, check
+from tunesmith.data.formats import FORMATS
+from tunesmith.recipe.schema import Data
+
+
+def report(folder: Path, rows: list[dict[str, Any]], **options: Any) -> CheckReport:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return check(Data(train=[str(path)], held_out=0, **options), task="prefer")
+
+
+def pair(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+GOOD = [pair(f"q{i}", "a longer answer" if i % 2 else "no", "short" if i % 2 else "a longer one") for i in range(8)]
+
+
+def test_good_pairs_are_fine_and_their_lengths_are_said(tmp_path):
+    found = report(tmp_path, GOOD)
+    assert found.ok
+    assert not found.errors
+    assert not found.warnings
+    assert any("longer one in 50% of the pairs" in note for note in found.notes)
+
+
+# trap: P12
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        (pair("q9", "same", "same"), "identical_sides"),
+        (pair("q9", "a", "b", score_chosen=5, score_rejected=5), "tie"),
+        (pair("q1", "short", "a longer answer"), "flipped_pair"),
+        (pair("q9", "the answer", "the  answer"), "space_only"),
+        (pair("q1", "a longer answer", "short"), "duplicate"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_found_by_line(tmp_path, row, code):
+    found = report(tmp_path, [*GOOD, row])
+    assert {**found.errors, **found.warnings} == {code: 1}
+    (problem,) = found.problems
+    assert (problem.code, problem.source.line) == (code, 9)
+    if code == "flipped_pair":
+        assert "pairs.jsonl:2" in problem.message
+
+
+def test_a_reader_that_lets_identical_sides_pass_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(FORMATS["preference"], "_compare", lambda *args: None)
+    with pytest.raises(AssertionError):
+        test_pairs_that_teach_nothing_are_found_by_line(tmp_path, pair("q9", "same", "same"), "identical_sides")
+
+
+def test_the_same_pair_with_another_margin_is_not_flipped(tmp_path):
+    found = report(tmp_path, [*GOOD, {**GOOD[1], "margin": 2.0}])
+    assert "flipped_pair" not in found.warnings
+
+
+def test_a_file_where_longer_is_better_is_noted(tmp_path):
+    found = report(tmp_path, [pair(f"q{i}", "a longer answer", "short") for i in range(8)])
+    assert any("length alone may be learnt" in note for note in found.notes)

@@ -1,0 +1,205 @@
+"""Losses of pairs: by formulas in float64, by TRL's own numbers, digits at the ends of their range, and gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+
+from shape.tree import ROOT
+from tiny_model import tiny_model
+from tunesmith.data.branches import join, line_tokens, lines_of
+from tunesmith.data.drafts import Draft
+from tunesmith.models.fused_loss import find_output_layer
+from tunesmith.recipe.schema import Prefer
+from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
+from tunesmith.types import Row, Source
+
+PEER = json.loads((Path(__file__).parent / "trl_losses.json").read_text("utf-8"))
+"""Made by trl_losses.py where TRL is installed."""
+
+
+def pairs_of(s: Any, n: Any, reference: Any, margin: Any = 0.0) -> Pairs:
+    s_B2, n_B2, reference_B2 = (
+        torch.as_tensor(value, dtype=torch.float64).reshape(-1, 2) for value in (s, n, reference)
+    )
+    return Pairs(s_B2, n_B2, reference_B2, torch.as_tensor(margin, dtype=torch.float64).expand(len(s_B2)))
+
+
+SOME = pairs_of(
+    [[-3.0, -7.5], [-20.0, -11.0], [-0.4, -0.3]],
+    [[3, 9], [14, 5], [1, 2]],
+    [[-4.0, -6.0], [-19.0, -13.0], [-0.5, -0.2]],
+)
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def by_hand(loss: str, s: Any, n: Any, ref: Any, o: Prefer) -> float:
+    """The formulas of docs/preferences.md, written out."""
+    (sc, sj), (nc, nj), (pc, pj) = s, n, ref
+    b, e, m, a = o.beta, o.label_smoothing, o.margin, o.length * (nc - nj)
+    x = b * ((sc - pc) - (sj - pj)) - m - a
+    odds = [math.exp(one / num) / (1 - math.exp(one / num)) for one, num in ((sc, nc), (sj, nj))]
+    found = {
+        "dpo": -(1 - e) * math.log(sigma(x)) - e * math.log(sigma(-x)),
+        "robust": (-(1 - e) * math.log(sigma(x)) + e * math.log(sigma(-x))) / (1 - 2 * e),
+        "hinge": max(0.0, 1 - x),
+        "ipo": ((sc - pc) / nc - (sj - pj) / nj - 1 / (2 * b)) ** 2,
+        "dpo_norm": -math.log(sigma(b * ((sc - pc) / nc - (sj - pj) / nj) - m - a)),
+        "apo_zero": 1 - sigma(b * (sc - pc)) + sigma(b * (sj - pj)),
+        "simpo": -math.log(sigma(b * (sc / nc - sj / nj) - m - a)),
+        "cpo": -math.log(sigma(b * (sc - sj) - m - a)),
+        "orpo": -b * math.log(sigma(math.log(odds[0]) - math.log(odds[1]))),
+    }[loss]
+    return found + o.nll * -sc / nc
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+@pytest.mark.parametrize(
+    "more", [{}, {"nll": 0.7, "beta": 0.4}, {"label_smoothing": 0.2}, {"length": 0.05, "margin": 0.3}]
+)
+def test_every_loss_is_its_formula(loss, more):
+    try:
+        options = Prefer(loss=loss, **more)
+    except ValidationError:
+        assert set(more) & {"label_smoothing", "length", "margin"}
+        return
+    found, _ = pair_losses(SOME, options)
+    expected = [
+        by_hand(loss, *row, options)
+        for row in zip(*(of.tolist() for of in (SOME.s_B2, SOME.n_B2, SOME.reference_B2)), strict=True)
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+# trap: P9
+@pytest.mark.parametrize("loss", PEER["losses"])
+def test_every_loss_is_that_of_trl(loss):
+    s = [[sum(side) for side in pair["logps"]] for pair in PEER["pairs"]]
+    n = [[len(side) for side in pair["logps"]] for pair in PEER["pairs"]]
+    pairs = pairs_of(s, n, [pair["reference"] for pair in PEER["pairs"]])
+    options = Prefer(loss=loss, label_smoothing=0.2 if loss == "robust" else 0.0)
+    found, _ = pair_losses(pairs, options)
+    assert found.tolist() == pytest.approx(PEER["losses"][loss], rel=1e-6)
+    # Sums where means are meant, or the reverse, or a reference that moved would be seen.
+    other = pairs_of(s, [[size + 1 for size in pair] for pair in n], pairs.reference_B2 + torch.tensor([0.1, 0]))
+    broken, _ = pair_losses(other, options)
+    with pytest.raises(AssertionError):
+        assert broken.tolist() == pytest.approx(PEER["losses"][loss], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_numbers_of_trl_are_made_anew(tmp_path):
+    python = ROOT / ".peers" / "trl" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("TRL is not installed: make peers")
+    made = subprocess.run([python, Path(__file__).parent / "trl_losses.py"], check=True, capture_output=True, text=True)
+    found = json.loads(made.stdout)
+    assert found["losses"].keys() == PEER["losses"].keys()
+    for loss, values in found["losses"].items():
+        assert values == pytest.approx(PEER["losses"][loss], rel=1e-9), loss
+
+
+def test_the_margin_of_a_row_adds_to_that_of_the_recipe():
+    some = pairs_of(SOME.s_B2, SOME.n_B2, SOME.reference_B2, [0.5, 0.0, 0.0])
+    both, _ = pair_losses(some, Prefer(margin=0.2))
+    first, _ = pair_losses(SOME, Prefer(margin=0.7))
+    rest, _ = pair_losses(SOME, Prefer(margin=0.2))
+    assert both.tolist() == pytest.approx([first[0].item(), *rest[1:].tolist()])
+
+
+# trap: P19
+@pytest.mark.parametrize(("mean", "digits"), [(-1e-8, 1e-6), (-1e-3, 1e-12), (-0.6931, 1e-12), (-50.0, 1e-12)])
+def test_odds_keep_their_digits(mean, digits):
+    """log(1 − p): near p = 1 by log(−expm1), far from it by log1p(−exp)."""
+    pairs = pairs_of([[mean, -1.0]], [[1, 1]], [[0, 0]])
+    pairs.s_B2.requires_grad_()
+    loss, scaled = pair_losses(pairs, Prefer(loss="orpo", nll=0, beta=1))
+    exact = mean - (math.log(-math.expm1(mean)) if mean > -0.5 else math.log1p(-math.exp(mean)))
+    other = -1.0 - math.log1p(-math.exp(-1.0))
+    assert scaled.item() == pytest.approx(exact - other, rel=digits)
+    loss.sum().backward()
+    assert torch.isfinite(pairs.s_B2.grad).all()
+
+
+# trap: P20
+def test_sums_of_long_answers_keep_their_digits():
+    """Float32 sums of 4,096 tokens would lose the difference of two answers that differ in the last one."""
+    values = np.random.default_rng(0).uniform(-3, 0, 4096).astype(np.float32)
+    exact = sum(map(Fraction, values.tolist()))
+    places = torch.zeros(4096, dtype=torch.int64)
+    wide, narrow = (
+        torch.zeros(1, dtype=dtype).index_add(0, places, torch.tensor(values).to(dtype)).item()
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert abs(Fraction(wide) - exact) < Fraction(1, 10**9)
+    with pytest.raises(AssertionError):
+        assert abs(Fraction(narrow) - exact) < Fraction(1, 10**9)
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_gradients_are_those_of_finite_differences(loss):
+    start = SOME.s_B2.clone().requires_grad_()
+
+    def total(s_B2: torch.Tensor) -> torch.Tensor:
+        return pair_losses(Pairs(s_B2, SOME.n_B2, SOME.reference_B2, SOME.margin_B), Prefer(loss=loss, nll=0.3))[
+            0
+        ].sum()
+
+    assert torch.autograd.gradcheck(total, start, eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_log_probabilities_in_pieces_are_those_of_the_logits(trained, monkeypatch):
+    model = tiny_model("llama", vocab_size=97)
+    output = find_output_layer(model)
+    assert output is not None
+    monkeypatch.setattr(type(output), "chunk_size", lambda self, trained: 5)
+    weight = output.layer.weight.requires_grad_(trained)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(17, weight.shape[1], generator=draw, requires_grad=True)
+    targets = torch.randint(0, 97, (17,), generator=draw)
+    factors = torch.randn(17, generator=draw)
+    wanted = [hidden, weight] if trained else [hidden]
+    ours = output.log_probs(hidden, targets)
+    grads = torch.autograd.grad((ours * factors).sum(), wanted)
+    theirs = F.log_softmax(output.logits(hidden), -1).gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((theirs * factors).sum(), wanted)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def draft(ids: list[int], first: int) -> Draft:
+    return Draft(np.array(ids, np.int32), np.arange(len(ids)) >= first)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "stem"),
+    [
+        (([*range(10), 50, 51], 10), ([*range(10), 60], 10), 10),
+        (([*range(10), 50, 51], 10), ([*range(10), 50, 61], 10), 10),  # answers that begin alike
+        ((list(range(12)), 10), ([*range(9), 99, 98], 9), 9),  # the shorter prompt ends the stem
+        (([1, 2, 50], 2), ([1, 2, 60], 2), 0),  # too short to be computed apart
+    ],
+)
+def test_lines_of_a_row_are_the_drafts_it_was_made_of(chosen, rejected, stem):
+    made = join([draft(*chosen), draft(*rejected)], (0.0,))
+    row = Row(made.ids_T, made.trained_T, Source("a", 1), branches=made.branches, values=made.values)
+    assert len(row.ids) == len(chosen[0]) + len(rejected[0]) - stem
+    assert line_tokens(row) == len(chosen[0]) + len(rejected[0])
+    for line, (ids, first) in zip(lines_of(row), (chosen, rejected), strict=True):
+        assert line.ids.tolist() == ids
+        assert line.trained.tolist() == [i >= first for i in range(len(ids))]

@@ -1,0 +1,302 @@
+"""Preferences from file to result: first loss, reference, memory settings, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_run import same_run, stop_at
+from tiny_tasks import rows_of, task_recipe, write
+from tunesmith.data.branches import lines_of
+from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
+from tunesmith.evaluation.scores import score
+from tunesmith.evaluation.verdicts import preference_notes, row_baseline
+from tunesmith.inference.load import load_run
+from tunesmith.inference.measure import evaluate_file
+from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.recipe.schema import Prefer
+from tunesmith.runs.folder import runs
+from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
+from tunesmith.training import reference
+from tunesmith.training.selftest import selftest
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import resume, train
+
+LORA = {"name": "lora", "rank": 4, "alpha": 8}
+
+
+def recipe_of(folder: Any, *, method: Any = LORA, rows: int = 24, **sections: Any) -> Any:
+    return task_recipe(folder, "prefer", "causal", method=method, rows=rows, **{"precision": "float32", **sections})
+
+
+def steps_of(run: Any) -> list[dict[str, Any]]:
+    return [event.values for event in run.events() if event.kind == "step"]
+
+
+@pytest.mark.parametrize("method", [LORA, "full"])
+def test_the_first_loss_is_log_2_and_the_reference_is_kept(tmp_path, method):
+    run = train(recipe_of(tmp_path, method=method), root=tmp_path / "runs")
+    assert steps_of(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps_of(run)[-1]["loss"] < math.log(2) - 1e-3
+    kept = sorted((run.rows_path).glob("*/*.reference"))
+    assert [path.parent.name for path in kept] == ["held_out", "train"]
+    lines = [json.loads(line) for line in (run.path / "evaluation" / "before.jsonl").read_text().splitlines()]
+    assert all(line["logps"] == line["reference"] and line["margin"] == 0 for line in lines)
+
+
+def by_memory(folder: Any, *sizes: int, **more: Any) -> list[list[tuple[float, float, int]]]:
+    """Loss, gradient norm and micro-batches of two steps, for each number of tokens a micro-batch."""
+    found = []
+    for tokens in sizes:
+        (folder / str(tokens)).mkdir()
+        sections = {"train": {"rows_per_step": 6, "max_steps": 2, "tokens_per_pass": tokens}, **more}
+        run = train(recipe_of(folder / str(tokens), **sections), root=folder / "runs")
+        found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps_of(run)])
+    return found
+
+
+def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
+    for steps in found[1:]:
+        for (loss, norm, _), (first, first_norm, _) in zip(steps, found[0], strict=True):
+            assert loss == pytest.approx(first, rel=1e-5)
+            assert norm == pytest.approx(first_norm, rel=1e-4)
+
+
+# trap: P10
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, layout, monkeypatch):
+    if layout == "padded":
+        refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
+        monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+    found = by_memory(tmp_path, 4096, 120, 1, prefer={"nll": 1.0})
+    assert [steps[0][2] for steps in found][::2] == [1 if layout == "packed" else 2, 6]
+    assert_alike(found)
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_one_pass_is_six_passes_for_every_loss(tmp_path, loss):
+    assert_alike(by_memory(tmp_path, 4096, 1, prefer={"loss": loss}))
+
+
+def test_a_likelihood_by_the_tokens_of_a_pass_would_be_seen(tmp_path, monkeypatch):
+    """As TRL takes it: the mean over the chosen tokens of a micro-batch."""
+
+    def broken(pairs: Pairs, options: Prefer) -> Any:
+        losses, scaled = pair_losses(pairs, options.model_copy(update={"nll": 0.0}))
+        return losses - pairs.s_B2[:, 0].sum() / pairs.n_B2[:, 0].sum(), scaled
+
+    monkeypatch.setattr("tunesmith.tasks.preference_losses.pair_losses", broken)
+    found = by_memory(tmp_path, 4096, 1, prefer={"nll": 1.0})
+    with pytest.raises(AssertionError):
+        assert_alike(found)
+
+
+# trap: P1
+def test_stopped_and_resumed_it_is_the_same_run(tmp_path):
+    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
+    straight = train(recipe, root=tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(recipe, root=tmp_path / "halting", listener=stop_at(3))
+    (halting,) = runs(tmp_path / "halting")
+    digests = {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
+    resume(halting)
+    same_run(halting, straight)
+    assert digests == {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
+
+
+def test_a_resumed_run_computes_a_lost_reference_again_with_the_untouched_model(tmp_path):
+    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
+    straight = train(recipe, root=tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(recipe, root=tmp_path / "halting", listener=stop_at(3))
+    (halting,) = runs(tmp_path / "halting")
+    for path in halting.rows_path.glob("*/*.reference"):
+        path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    resume(halting)
+    same_run(halting, straight)
+
+
+def test_another_loss_on_the_same_rows_finds_the_reference(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(reference, "_compute", lambda *a, real=reference._compute: computed.append(1) or real(*a))
+    train(recipe_of(tmp_path), root=tmp_path / "runs")
+    run = train(recipe_of(tmp_path, prefer={"loss": "ipo"}), root=tmp_path / "runs")
+    assert len(computed) == 2
+    assert len(list(run.rows_path.glob("*/*.reference"))) == 2
+
+
+# trap: P3
+@pytest.mark.parametrize("cause", ["stale", "dropout"])
+def test_a_reference_of_another_model_ends_the_run_before_an_update(tmp_path, monkeypatch, cause):
+    if cause == "stale":
+        monkeypatch.setattr(reference, "_compute", lambda *a, real=reference._compute: real(*a) + 0.5)
+        recipe = recipe_of(tmp_path)
+    else:
+        monkeypatch.setattr("tunesmith.training.setup.disable_dropout", lambda model: None)
+        recipe = recipe_of(tmp_path, dropout=0.3)
+    with pytest.raises(
+        RunError, match=r"step 1: before any update the model differs from its reference in \d+ of \d+ rows"
+    ):
+        train(recipe, root=tmp_path / "runs")
+    (run,) = runs(tmp_path / "runs")
+    assert not steps_of(run)
+
+
+# trap: P2
+@pytest.mark.parametrize("is_off", [True, False])
+def test_dropout_of_the_model_is_off(tmp_path, is_off, monkeypatch):
+    if not is_off:
+        monkeypatch.setattr("tunesmith.training.setup.disable_dropout", lambda model: None)
+    setup = prepare(recipe_of(tmp_path, dropout=0.3), root=tmp_path / "runs")
+    setup.model.train()
+    batch = setup.feed.batch([int(i) for i in setup.rows.train_rows[:4]], draw=1)
+    with nullcontext() if is_off else pytest.raises(AssertionError):
+        assert_repeats(setup, batch)
+
+
+def assert_repeats(setup: Any, batch: Any) -> None:
+    losses = {setup.task.loss_sum(setup.model, batch).item() for _ in range(3)}
+    assert len(losses) == 1
+
+
+# trap: P11
+def test_the_stem_is_computed_once(tmp_path):
+    rows = rows_of("prefer", 24)
+    for row in rows:
+        row["prompt"][0]["content"] += " the big red old" * 8
+    recipe = recipe_of(tmp_path)
+    write(tmp_path / "prefer.jsonl", rows)
+    run = train(recipe, root=tmp_path / "runs")
+    plain = train(recipe.model_copy(update={"kernels": "plain"}), root=tmp_path / "runs")
+    assert all(step["computed"] < 0.75 * step["tokens"] for step in steps_of(run))
+    assert all(step["computed"] >= step["tokens"] for step in steps_of(plain))
+    for ours, theirs in zip(steps_of(run), steps_of(plain), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"loss": {"label_smoothing": 0.1}}, "prefer.label_smoothing"),
+        ({"loss": {"neftune_alpha": 5}}, "loss.neftune_alpha"),
+        ({"data": {"too_long": "cut"}}, "data.too_long: cut"),
+        ({"method": {**LORA, "dropout": 0.1}}, "method.dropout"),
+        ({"prefer": {"loss": "ipo", "label_smoothing": 0.1}}, "prefer.label_smoothing"),
+    ],
+)
+def test_options_that_would_change_what_is_compared_are_refused(tmp_path, section, message):
+    with pytest.raises(RecipeError, match=message):
+        train(recipe_of(tmp_path, **section), root=tmp_path / "runs")
+    assert not runs(tmp_path / "runs")
+
+
+# trap: P8
+def test_a_side_that_is_too_long_is_an_error_by_line(tmp_path):
+    with pytest.raises(DataError) as refused:
+        train(recipe_of(tmp_path, data={"max_tokens": 24}), root=tmp_path / "runs")
+    assert any(problem.code == "too_long" and problem.message.startswith(("chosen:", "rejected:"))
+               for problem in refused.value.problems)  # fmt: skip
+
+
+def test_a_pair_of_which_one_side_is_too_long_is_dropped_whole(tmp_path):
+    setup = prepare(recipe_of(tmp_path, data={"max_tokens": 30, "too_long": "drop"}), root=tmp_path / "runs")
+    assert 0 < setup.rows.store.summary.errors["too_long"] < 24
+    lengths = [len(line.ids) for i in setup.rows.train_rows for line in lines_of(setup.store.row(int(i)))]
+    assert max(lengths) <= 30
+
+
+# trap: P6
+def test_both_sides_end_with_the_token_that_ends_a_turn(tmp_path):
+    setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
+    for i in setup.rows.train_rows:
+        lines = lines_of(setup.store.row(int(i)))
+        ends = {int(line.ids[np.flatnonzero(line.trained)[-1]]) for line in lines}
+        assert ends <= set(setup.renderer.stop_ids)
+    broken = replace(lines[0], trained=np.append(lines[0].trained[:-2], [False, False]))
+    with pytest.raises(AssertionError):
+        assert int(broken.ids[np.flatnonzero(broken.trained)[-1]]) in setup.renderer.stop_ids
+
+
+# trap: P13
+def test_the_same_prompt_is_on_one_side_whatever_its_answers(tmp_path):
+    rows = [row for row in rows_of("prefer", 20) for _ in range(3)]
+    rows = [json.loads(json.dumps(row)) for row in rows]
+    for number, row in enumerate(rows):
+        row["chosen"][0]["content"] += " apple" * (1 + number % 3)
+    recipe = recipe_of(tmp_path)
+    write(tmp_path / "prefer.jsonl", rows)
+    data = recipe.data.model_copy(update={"eval": (), "held_out": 0.2})
+    found = prepare(recipe.model_copy(update={"data": data}), root=tmp_path / "runs").rows
+    inputs, hashes = found.store.inputs, found.store.hashes
+    assert len(found.held_rows) > 0
+    assert not set(inputs[found.held_rows]) & set(inputs[found.train_rows])
+    with pytest.raises(AssertionError):  # split by what the whole row says
+        assert not set(inputs[hashes < np.median(hashes)]) & set(inputs[hashes >= np.median(hashes)])
+
+
+def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tmp_path):
+    root = tmp_path / "runs"
+    first = train(task_recipe(tmp_path, "chat", "causal", method=LORA), root=root)
+    recipe = recipe_of(tmp_path)
+    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    assert steps_of(second)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    loaded = load_run(second)
+    (answer,) = predict_list(Predictor(loaded), [{"messages": [{"role": "user", "content": "the big apple"}]}])
+    assert answer["messages"][-1]["role"] == "assistant"
+    (answer,) = predict_list(Predictor(loaded), ["the big apple"])
+    assert answer["messages"][-1]["role"] == "assistant"
+
+
+def test_measured_again_a_result_is_as_its_run_said(tmp_path):
+    run = train(recipe_of(tmp_path), root=tmp_path / "runs")
+    said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
+    found = evaluate_file(load_run(run), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+    for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
+        assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
+    full = train(recipe_of(tmp_path, method="full"), root=tmp_path / "runs")
+    with pytest.raises(InputError, match="measured against the model of step 1"):
+        evaluate_file(load_run(full), str(tmp_path / "prefer-held.jsonl"))
+
+
+def test_the_model_and_rows_prove_themselves(tmp_path):
+    proofs = list(selftest(recipe_of(tmp_path)))
+    assert len(proofs) == 4
+    assert all(proof.passed for proof in proofs), proofs
+
+
+# trap: P14, P16
+def test_a_model_that_lost_both_or_follows_neither_habit_is_noted():
+    right = {"value": 0.8, "low": 0.7, "high": 0.9}
+    fine = {"preference_accuracy": right, "chosen_shift": {"value": 0.1}, "rejected_shift": {"value": -2.0}}
+    habits = {"longer_chosen": {"value": 0.6}, "likelier_chosen": {"value": 0.55}}
+    assert not list(preference_notes({**fine, **habits}))
+    flipped = {**fine, **habits, "preference_accuracy": {"value": 0.3, "low": 0.2, "high": 0.4}}
+    assert "the wrong way round" in "".join(preference_notes(flipped))
+    unlearnt = {**fine, **habits, "chosen_shift": {"value": -0.9}}
+    assert "prefer.nll" in "".join(preference_notes(unlearnt))
+    with pytest.raises(AssertionError):
+        assert "prefer.nll" in "".join(preference_notes({**unlearnt, "chosen_shift": {"value": 0.0}}))
+
+
+def test_a_learner_of_length_is_no_better_than_the_habit():
+    rows = [
+        {"hash": f"{i:x}", "loss": 0.5, "count": 1, "lengths": [9, 3] if i % 4 else [3, 9], "logps": [-9.0, -9.0],
+         "reference": [-9.0, -9.0], "margin": 2.0 if i % 4 else -2.0}
+        for i in range(40)
+    ]  # fmt: skip
+    measures, details = score(rows)
+    assert measures["preference_accuracy"]["value"] == measures["longer_chosen"]["value"] == 0.75
+    assert details["constant"]["answer"] == "longer_chosen"
+    assert [(one["chosen"], one["pairs"], one["accuracy"]) for one in details["by_length"]] == [
+        ("shorter", 10, 0.0), ("as long", 0, None), ("longer", 30, 1.0),
+    ]  # fmt: skip
+    baseline = row_baseline(rows, details["constant"])
+    assert baseline["measures"]["preference_accuracy"]["change"]["value"] == 0
+    assert "longer answer" in baseline["words"]
