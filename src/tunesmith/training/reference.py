@@ -48,15 +48,16 @@ def use_reference(session: Session) -> None:
     rows = setup.rows
     sides = ((rows.store, setup.feed, rows.train_rows), (rows.held_store, setup.held_feed, rows.held_rows))
     for store, feed, rows_I in sides:
+        if not len(rows_I):  # nothing is held out
+            continue
         folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
-        file = f"{store.key[:16]}-{_digest(setup, store, rows_I, feed)}.reference"
-        found = next((one for one in (_read(at / file) for at in (folder, store.folder)) if one is not None), None)
-        if found is None:
-            found = _compute(session, feed, rows_I)
-            write_atomic(store.folder / file, _packed(found))
-        if not (folder / file).exists():
-            write_atomic(folder / file, _packed(found))
-        _put(store, rows_I, found)
+        file = f"{store.key[:16]}-{_digest(setup, rows_I, feed)}.reference"
+        found = {place: _read(place / file) for place in (folder, store.folder)}
+        known = next((one for one in found.values() if one is not None), None)
+        values_IK = _compute(session, feed, rows_I) if known is None else known
+        for place in (place for place, one in found.items() if one is None):
+            write_atomic(place / file, _packed(values_IK))
+        _put(store, rows_I, values_IK)
 
 
 def _put(store: RowStore, rows_I: NDArray[np.int64], found_IK: NDArray[np.float64]) -> None:
@@ -80,7 +81,7 @@ def _compute(session: Session, feed: Collator, rows_I: NDArray[np.int64]) -> NDA
     return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
 
 
-def _digest(setup: Setup, store: RowStore, rows_I: NDArray[np.int64], feed: Collator) -> str:
+def _digest(setup: Setup, rows_I: NDArray[np.int64], feed: Collator) -> str:
     recipe = setup.recipe
     parts = {
         "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
