@@ -40,10 +40,10 @@ MOST_NAMED = 5
 def use_reference(session: Session) -> None:
     """Find or compute the reference of all rows that are trained on or measured. Call it before weights are restored.
 
-    Raises StorageError.
+    Only the first rank does; `share_reference` gives it to the others. Raises StorageError.
     """
     setup = session.setup
-    if not setup.task.compares:
+    if not setup.task.compares or not setup.world.is_first:
         return
     rows = setup.rows
     sides = ((rows.store, setup.feed, rows.train_rows), (rows.held_store, setup.held_feed, rows.held_rows))
@@ -58,6 +58,17 @@ def use_reference(session: Session) -> None:
         for place in (place for place, one in found.items() if one is None):
             write_atomic(place / file, _packed(values_IK))
         _put(store, rows_I, values_IK)
+
+
+def share_reference(setup: Setup) -> None:
+    """Give every rank the reference of the first."""
+    world = setup.world
+    if not setup.task.compares or world.size == 1:
+        return
+    for store in dict.fromkeys((setup.rows.store, setup.rows.held_store)):
+        own = store.branches.reference
+        content, *_ = world.gather(b"" if own is None else _packed(own))
+        store.branches.reference = _unpacked(content) if content else None
 
 
 def _put(store: RowStore, rows_I: NDArray[np.int64], found_IK: NDArray[np.float64]) -> None:
@@ -108,8 +119,10 @@ def _read(path: Path) -> NDArray[np.float64] | None:
         content = path.read_bytes()
     except OSError:
         return None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
+    return _unpacked(content) if hashlib.sha256(content[32:]).digest() == content[:32] else None
+
+
+def _unpacked(content: bytes) -> NDArray[np.float64]:
     found: NDArray[np.float64] = np.load(io.BytesIO(content[32:]), allow_pickle=False)
     return found
 

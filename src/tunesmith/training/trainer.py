@@ -36,7 +36,7 @@ from tunesmith.training.disk import refuse_small_disk
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
-from tunesmith.training.reference import check_start, use_reference
+from tunesmith.training.reference import check_start, share_reference, use_reference
 from tunesmith.training.same_run import (
     NAMED_LATER,
     recipe_with,
@@ -257,6 +257,8 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
             session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
             session.emit("plan", *_plan(setup, planned))
             use_reference(session)
+        share_reference(setup)
+        if fresh:
             check_start(setup)
             evaluate_run(session, "before")
             # The trial reads what is saved, and writes elsewhere.
