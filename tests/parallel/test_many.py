@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -118,3 +120,26 @@ def _steps(out: Path) -> int:
     path = out / "events.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_agents_are_two_machines(tmp_path: Path) -> None:
+    """Both on the loopback: each has a torchrun of its own and encodes its rows for itself."""
+    make_inputs(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe_of(tmp_path), comments=False))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = (
+        "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two", "--local-addr", "localhost", "-m", "tunesmith",
+    )  # fmt: skip
+    roots = [tmp_path / f"machine-{number}" for number in range(2)]
+    words = train_words(tmp_path, tmp_path / "run")
+    agents = [begin(sys.executable, *agent, *words, "--runs", root) for root in roots]
+    assert [end(started, 200)[0] for started in agents] == [0, 0]
+    assert all(list((root / ".rows").glob("*.arrow")) for root in roots)
+    found = [event.values["loss"] for event in Run(tmp_path / "run").events() if event.kind == "step"]
+    expected = steps_of(prepare(recipe_of(tmp_path), root=tmp_path / "alone"))
+    assert found == pytest.approx(expected["losses"], abs=1e-6)

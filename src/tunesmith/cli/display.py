@@ -342,8 +342,11 @@ class RunDisplay:
 
 
 @contextmanager
-def run_display(*, as_json: bool, quiet: bool, earlier: Iterable[Event] = ()) -> Iterator[RunDisplay]:
-    """A display for one run; `earlier` are the events of a run that is resumed."""
+def run_display(
+    *, as_json: bool, quiet: bool, earlier: Iterable[Event] = (), follows: bool = False
+) -> Iterator[RunDisplay]:
+    """A display for one run; `earlier` are the events of a run that is resumed. One that `follows` a run of another
+    rank hears no event, and knows from its folder that it has begun."""
     history = RunHistory.of(earlier)
     history.started = False
     screen = console(stderr=as_json)
@@ -358,6 +361,8 @@ def run_display(*, as_json: bool, quiet: bool, earlier: Iterable[Event] = ()) ->
 
     with (
         display,
-        stopping_on_signals(has_begun=lambda: history.started, say=display.say, at_once=leave) as should_stop,
+        stopping_on_signals(
+            has_begun=lambda: history.started or (follows and bool(runs)), say=display.say, at_once=leave
+        ) as should_stop,
     ):
         yield RunDisplay(display, screen, history, should_stop, as_json, quiet, runs)

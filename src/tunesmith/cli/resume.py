@@ -50,7 +50,7 @@ def resume(
     first = place_of(os.environ).rank == 0
     trackers = [*found.recipe().track, *(track or [])] if first else []
     with (
-        run_display(as_json=as_json and first, quiet=quiet or not first, earlier=earlier) as display,
+        run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,
         tracked(trackers, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
     ):
         from tunesmith.training import trainer as training
