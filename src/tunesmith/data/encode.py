@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import gc
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, Problem, Row, Source
+from tunesmith.types import Example, Part, Problem, Row, Source
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARS = 4_000_000
@@ -316,6 +318,16 @@ class Encoding:
         if len(self.problems) < self._data.limits.problems:
             self.problems.append(problem)
             self._on_problem(problem)
+
+
+def _pickle_by_fields(cls: type[Any]) -> None:
+    """Let examples travel to a process as their fields: frozen dataclasses with slots else take three times as long."""
+    values = attrgetter(*(one.name for one in fields(cls)))
+    copyreg.pickle(cls, lambda instance: (cls, values(instance)))
+
+
+for _cls in (Source, Part, Example):
+    _pickle_by_fields(_cls)
 
 
 class _Pool:
