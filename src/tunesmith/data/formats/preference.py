@@ -23,7 +23,7 @@ FIELDS = (
     "prompt", "chosen", "rejected", "margin", "tools", "score_chosen", "score_rejected", "input", "preferred_output",
     "non_preferred_output", "conversations", "system", "messages", "rejected_response",
 )  # fmt: skip
-REQUIRED = SIDES
+REQUIRED = ("prompt", *SIDES)
 INPUTS = ("prompt",)
 _NAMES = {*SIDES, "preferred_output", "non_preferred_output", "rejected_response"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -137,9 +137,10 @@ def _lists(record: dict[str, Any], found: RowProblems) -> Conversations:
     return before, [_behind(before, record, key, found) for key in SIDES]
 
 
-def _opens_itself(sides: Sequence[list[Any]]) -> bool:
+def _opens_itself(sides: Sequence[Any]) -> bool:
     """Whether the lists hold the prompt too, as UltraFeedback's do."""
-    return all(side and isinstance(side[0], dict) and side[0].get("role") in ("user", "system") for side in sides)
+    firsts = [side[0] if isinstance(side, list) and side else None for side in sides]
+    return all(isinstance(first, dict) and first.get("role") in ("user", "system") for first in firsts)
 
 
 def _behind(before: Sequence[Part], record: dict[str, Any], key: str, found: RowProblems) -> list[Part]:
