@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiny_run import same_run, stop_at
+from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
+from tiny_run import same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
@@ -20,8 +23,9 @@ from tunesmith.evaluation.verdicts import preference_notes, row_baseline
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Prefer
-from tunesmith.runs.folder import runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
 from tunesmith.training import reference
 from tunesmith.training.selftest import selftest
@@ -304,3 +308,24 @@ def test_a_learner_of_length_is_no_better_than_the_habit():
     baseline = row_baseline(rows, details["constant"])
     assert baseline["measures"]["preference_accuracy"]["change"]["value"] == 0
     assert "longer answer" in baseline["words"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_take_the_same_steps_killed_and_resumed(tmp_path):
+    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 40}, checkpoint={"every": 10})
+    alone = train(recipe, root=tmp_path / "runs")
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    code, said = end(begin(*TUNESMITH, *train_words(tmp_path, straight, "--set", "devices=2")), 200)
+    assert (code, said) == (0, "")
+    two = steps_of(Run(straight))
+    for ours, theirs in zip(two[:20], steps_of(alone)[:20], strict=True):
+        assert sorted(ours["rows"]) == sorted(theirs["rows"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    started = begin(*TUNESMITH, *train_words(tmp_path, killed, "--set", "devices=2"))
+    wait_for_step(killed, 25)
+    os.kill(ranks_of(killed)[1], signal.SIGKILL)
+    assert end(started, 60)[0] == 1
+    assert end(begin(*TUNESMITH, "resume", killed, "--quiet"), 200) == (0, "")
+    assert values_of(Run(killed).events()) == values_of(Run(straight).events())

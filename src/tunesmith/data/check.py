@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.branches import lines_of
+from tunesmith.data.branches import line_tokens, lines_of
 from tunesmith.data.check_preferences import Preferences, flipped_message
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
@@ -337,7 +337,7 @@ class _Check:
             rows.lines.append(example.source.line)
             made = [row for row in result if isinstance(row, Row)]
             for row in made:
-                rows.lengths.append(len(row.ids))
+                rows.lengths.append(line_tokens(row))
                 rows.targets.append(int((row.trained if row.labels is not None else row.trained[1:]).sum()))
             if side == "train":
                 self._show(example, made)
