@@ -149,7 +149,7 @@ class _Embedded(torch.autograd.Function):
         # As torch's own embedding, so that the sum of each row has the same order; the last takes all other rows.
         grads = torch.ops.aten.embedding_dense_backward(g.float(), places, num_rows + 1, table.padding, False)
         grad_KD, lost_D = grads[:num_rows], grads[num_rows]
-        # A CUDA device is asked once: the answer makes the processor wait for it.
+        # Looked at once on a CUDA device: the processor waits for the answer.
         is_checked = lost_D.device.type == "cuda" and table.seen
         if table.alone and not lost_D.is_meta and not is_checked and bool(lost_D.any()):
             raise ModelError("a token learns whose row of the embedding is not trained: this is an error of Tunesmith")
