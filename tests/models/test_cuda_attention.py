@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from packed import alone, batch_of, rows_of, sharp
@@ -70,8 +71,8 @@ def varlen_by_hand(  # noqa: PLR0917 — as torch has it
 
 
 @pytest.fixture
-def varlen_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: varlen_by_hand)
+def starts_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card."""
     of = Segments.sharing.__func__
 
     def with_starts(cls: Any, pieces: Any, *, device: torch.device) -> Segments:
@@ -80,6 +81,11 @@ def varlen_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(made, cu_seqlens_q=queries, cu_seqlens_k=keys)
 
     monkeypatch.setattr(Segments, "sharing", classmethod(with_starts))
+
+
+@pytest.fixture
+def varlen_on_a_processor(monkeypatch: pytest.MonkeyPatch, starts_of_pieces: None) -> None:
+    monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: varlen_by_hand)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,6 +101,25 @@ def test_flex_attention_passes_the_probe(name, flex_on_a_processor):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.softcap])
 def test_variable_length_attention_gets_the_right_arguments(name, varlen_on_a_processor):
     assert probe(BY_NAME["varlen"], CASES[name], CPU) == ""
+
+
+@pytest.mark.skipif(cuda_attention._varlen_attn() is None, reason="this torch has no such operation")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.softcap])
+def test_torchs_variable_length_operation_is_traced_with_these_arguments(name, starts_of_pieces):
+    """Forward and backward over tensors without numbers: the operation checks its arguments and gives the shapes."""
+    case = replace(CASES[name], dtype=torch.bfloat16)
+    rows = Segments.sharing(cuda_attention.PROBE_SHARING if case.shared else cuda_attention.PROBE_PIECES, device=CPU)
+    options = replace(OPTIONS, causal=case.causal, window=16 if case.window else None)
+    tokens, keys = (sum(sizes) for sizes in zip(*rows.sizes, strict=True))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (
+            torch.empty(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True)
+            for heads, length in ((case.heads, tokens), (case.groups, keys), (case.groups, keys))
+        )
+        out = cuda_attention.varlen(q, k, v, rows, options)
+        gradients = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert (out.shape, out.dtype) == ((1, tokens, case.heads, 16), torch.bfloat16)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
