@@ -83,10 +83,18 @@ def wait_for_step(out: Path, step: int, limit_s: float = 90) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(folder: Path) -> Run:
+def heard() -> list[str]:
+    """Kinds of the events that Python heard of the run `straight`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path, heard: list[str]) -> Run:
+    recipe = recipe_of(folder, train=LONG, checkpoint={"every": 20})
     out = folder / "straight"
-    assert end(begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))) == (0, "")
-    return Run(out)
+    return tunesmith.train(
+        recipe=recipe, out=out, devices=2, progress=False, on_event=lambda event: heard.append(event.kind)
+    )
 
 
 def assert_went_on(run: Run, straight: Run) -> None:
@@ -155,14 +163,10 @@ def test_rows_that_cannot_be_used_end_with_2_and_are_named_once(folder: Path) ->
     assert not (folder / "bad").exists()
 
 
-def test_python_hears_the_run_and_can_stop_it(folder: Path) -> None:
-    kinds: list[str] = []
-    out = folder / "python"
-    recipe = recipe_of(folder, train={"epochs": 1})
-    run = tunesmith.train(recipe=recipe, out=out, devices=2, progress=False, on_event=lambda e: kinds.append(e.kind))
-    assert run.path == out
-    assert kinds == [event.kind for event in run.events()]
-    assert run.recipe().devices == 2
+def test_python_hears_the_run(folder: Path, straight: Run, heard: list[str]) -> None:
+    assert straight.path == folder / "straight"
+    assert heard == [event.kind for event in straight.events()]
+    assert straight.recipe().devices == 2
 
 
 def test_selftest_compares_two_processes_with_one(folder: Path) -> None:

@@ -72,6 +72,7 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
 def _error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else text.removeprefix("error: ")
+    message = message or f"the process of the run ended with code {code}"
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
         kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
     found: errors.TunesmithError = kind(message)
