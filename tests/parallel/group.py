@@ -40,7 +40,7 @@ def start(folder: Path, *names: str, size: int = 2) -> list[dict[str, Any]]:
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * size, (folder / "rank-0.log").read_text() + (folder / "rank-1.log").read_text()
+    assert codes == [0] * size, "".join((folder / f"rank-{rank}.log").read_text() for rank in range(size))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -59,7 +59,8 @@ def main() -> None:
             found[name] = {"error": type(error).__name__, "text": str(error)}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     kept[0].set(f"done/{os.environ['RANK']}", "")
-    kept[0].wait([f"done/{rank}" for rank in range(kept[2])])  # the store is that of rank 0
+    if kept[1] == 0:  # whose store it is
+        kept[0].wait([f"done/{rank}" for rank in range(kept[2])])
 
 
 if __name__ == "__main__":
