@@ -23,6 +23,7 @@ from tunesmith.parallel.world import OWN_AGENT, Place, place_of
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
 from tunesmith.training.selftest import selftest
+from tunesmith.training.together import take_card
 
 TUNESMITH = (sys.executable, "-m", "tunesmith")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
@@ -231,6 +232,24 @@ def test_a_process_cannot_be_several_by_itself(folder: Path) -> None:
 
     with pytest.raises(RecipeError, match="devices: 2: this process is alone"):
         train(recipe_of(folder).model_copy(update={"devices": 2}), root=folder / "runs")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "seen"),
+    [(None, "auto", "1"), ("4,6", "cuda", "6"), ("3", "cuda", "3"), (None, "cpu", None), ("4,6", "cpu", "4,6")],
+)
+def test_each_process_sees_a_card_of_its_own(visible: str | None, device: str, seen: str | None) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    take_card(Place(rank=3, size=4, local_rank=1, local_size=2), device, environ)
+    assert environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
+def test_more_processes_than_cards_are_refused() -> None:
+    place = Place(rank=0, size=3, local_rank=0, local_size=3)
+    with pytest.raises(InputError, match=r"LOCAL_WORLD_SIZE=3: .* CUDA_VISIBLE_DEVICES names 2 cards"):
+        take_card(place, "auto", {"CUDA_VISIBLE_DEVICES": "0,1"})
+    with pytest.raises(RecipeError, match="device: cuda:1: one device, but 3 processes train"):
+        take_card(place, "cuda:1", {})
 
 
 def unmet(folder: Path, **more: str) -> tuple[int, str, float]:

@@ -40,27 +40,29 @@ def joined(device: str) -> Iterator[World]:
     """
     place = place_of(os.environ)
     if place.size > 1:
-        _take_card(place, device, os.environ)
+        take_card(place, device, os.environ)
     with group(place, partial(_facts, place, device)) as world:
         yield world
 
 
-def _take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> None:
-    """Let this process see its own card alone, as cuda:0, whichever thread asks."""
-    if device not in ("auto", "cuda"):
-        if device != "cpu":
-            raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
+def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> None:
+    """Let this process see its own card alone, as cuda:0, whichever of its threads asks. CUDA must not have started.
+
+    Raises RecipeError for a device that is one, InputError for more processes than cards.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
+    if device == "cpu" or place.local_size == 1:
         return
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    cards = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if len(cards) < 2 and (visible or place.local_size == 1 or not cards):
-        return  # its agent has given it one, or there is none
-    if len(cards) < place.local_size:
+    cards = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    if len(cards) == 1:  # its agent has given it one
+        return
+    if cards and len(cards) < place.local_size:
         raise InputError(
-            f"LOCAL_WORLD_SIZE={place.local_size}: so many processes were started on this machine, but torch sees "
-            f"{len(cards)} CUDA devices. Start at most {len(cards)}."
+            f"LOCAL_WORLD_SIZE={place.local_size}: so many processes were started on this machine, but "
+            f"CUDA_VISIBLE_DEVICES names {len(cards)} cards. Start at most {len(cards)}."
         )
-    environ["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank]
+    environ["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank] if cards else str(place.local_rank)
 
 
 def _facts(place: Place, device: str) -> dict[str, Any]:
