@@ -170,6 +170,7 @@ def test_python_hears_the_run(folder: Path, straight: Run, heard: list[str]) -> 
     assert straight.recipe().devices == 2
 
 
+@pytest.mark.slow
 def test_selftest_compares_two_processes_with_one(folder: Path) -> None:
     recipe = recipe_of(folder).model_copy(update={"precision": "float32"})
     found = {proof.name: proof for proof in selftest(recipe, offline=True, devices=2)}
