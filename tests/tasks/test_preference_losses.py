@@ -72,7 +72,7 @@ def by_hand(loss: str, s: Any, n: Any, ref: Any, o: Prefer) -> float:
 )
 def test_every_loss_is_its_formula(loss, more):
     try:
-        options = Prefer(loss=loss, **more)
+        options = Prefer(loss=loss, **more).filled()
     except ValidationError:
         assert set(more) & {"label_smoothing", "length", "margin"}
         return
@@ -203,3 +203,12 @@ def test_lines_of_a_row_are_the_drafts_it_was_made_of(chosen, rejected, stem):
     for line, (ids, first) in zip(lines_of(row), (chosen, rejected), strict=True):
         assert line.ids.tolist() == ids
         assert line.trained.tolist() == [i >= first for i in range(len(ids))]
+
+
+def test_another_loss_brings_its_own_defaults_wherever_it_is_named():
+    """A recipe that is written out and changed keeps null, which means another number for another loss."""
+    again = Prefer(**{**Prefer().model_dump(), "loss": "simpo"}).filled()
+    assert (again.beta, again.margin, again.nll) == (2.0, 1.0, 0.0)
+    kept = Prefer(loss="simpo", beta=4, margin=0.5).filled()
+    assert (kept.beta, kept.margin) == (4.0, 0.5)
+    assert Prefer(loss="orpo").filled().nll == 1.0

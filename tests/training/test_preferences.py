@@ -8,11 +8,13 @@ import os
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tunesmith
 from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
 from tiny_run import same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
@@ -329,3 +331,19 @@ def test_two_processes_take_the_same_steps_killed_and_resumed(tmp_path):
     assert end(started, 60)[0] == 1
     assert end(begin(*TUNESMITH, "resume", killed, "--quiet"), 200) == (0, "")
     assert values_of(Run(killed).events()) == values_of(Run(straight).events())
+
+
+def test_plain_rows_of_a_model_without_a_template_are_prompt_and_answer(tmp_path):
+    recipe = recipe_of(tmp_path)
+    template = Path(recipe.model) / "chat_template.jinja"
+    template.unlink()
+    rows = [{"prompt": "the big apple", "chosen": " eats a pear", "rejected": f" {place} {i}"}
+            for i, place in enumerate(["Rome", "Oslo", "Lima"] * 8)]  # fmt: skip
+    run = tunesmith.train(recipe.model, rows, root=tmp_path / "runs", offline=True, method=LORA, precision="float32",
+                          train={"max_steps": 2}, evaluation={"general": False}, prefer={"loss": "simpo"})  # fmt: skip
+    assert run.recipe().task == "prefer"
+    assert run.recipe().prefer.filled().beta == 2.0
+    assert len(steps_of(run)) == 2
+    chats = [{"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b"}] * 3
+    with pytest.raises(InputError):
+        tunesmith.train(recipe.model, chats, root=tmp_path / "runs", offline=True)

@@ -249,16 +249,14 @@ class Prefer(OptionGroup):
     length: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length less."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_usual(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        loss = data.get("loss", "dpo")
-        beta = data.get("beta") if data.get("beta") is not None else _BETAS.get(str(loss), 0.1)
-        half = beta / 2 if loss == "simpo" and isinstance(beta, int | float) else 0.0
-        usual = {"beta": beta, "margin": half, "nll": 1.0 if loss in ("cpo", "orpo") else 0.0}
-        return {**data, **{key: value for key, value in usual.items() if data.get(key) is None}}
+    def filled(self) -> Prefer:
+        """These options with what null means."""
+        if None not in (self.beta, self.margin, self.nll):
+            return self
+        beta = _BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
+        usual = {"beta": beta, "margin": beta / 2 if self.loss == "simpo" else 0.0}
+        usual["nll"] = 1.0 if self.loss in ("cpo", "orpo") else 0.0
+        return self.model_copy(update={key: value for key, value in usual.items() if getattr(self, key) is None})
 
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Prefer:

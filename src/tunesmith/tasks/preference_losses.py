@@ -145,6 +145,7 @@ difference minus the margin."""
 
 def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     """[B] the loss of each pair, and [B] β times the difference that it compares."""
+    options = options.filled()
     compared, objective = OBJECTIVES[options.loss]
     scaled_B = required(options.beta) * compared(pairs)
     logit_B = scaled_B - required(options.margin) - pairs.margin_B - options.length * difference(pairs.n_B2)

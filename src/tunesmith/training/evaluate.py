@@ -85,7 +85,7 @@ def measure_held_out(session: Session, name: str) -> None:
         "loss": measures["loss"]["value"],
         "rows": len(hashes_I),
         **documents,
-        "targets": int(sum(len(targets) for targets in outcomes.targets)),
+        "targets": len(outcomes.results) or sum(len(targets) for targets in outcomes.targets),
         "measures": measures,
         **({"sources": sources} if sources else {}),
     }
