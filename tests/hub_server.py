@@ -46,6 +46,9 @@ class Repo:
         self.commits[commit] = dict(files)
         return commit
 
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[self.branches[revision]]
+
     def commit(self, revision: str) -> str | None:
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 

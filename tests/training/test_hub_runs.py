@@ -206,8 +206,8 @@ STREAM = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[3])
-from tunesmith.data import addresses
-from tunesmith.data.addresses import fetch, pin
+from tunesmith.data import addresses, parts
+from tunesmith.data.addresses import pin
 from tunesmith.data.dataset import build
 from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile
@@ -218,7 +218,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-addresses.DISK_SHARE = 0.0
+addresses.DISK_SHARE, parts.PART_BYTES = 0.0, 1
 data, _ = pin(Data(train=(DataFile(path=sys.argv[1]),), num_proc=1), offline=False)
 renderer = Renderer(tiny_tokenizer(CHATML), TASKS["generate"], max_tokens=200, too_long="cut", control_tokens="error")
 before = most = anonymous()
@@ -262,3 +262,4 @@ def test_a_million_rows_of_ten_shards_are_streamed_in_flat_memory(server, tmp_pa
     print(few, many)
     assert (few["rows"], many["rows"]) == (100_000, 1_000_000)
     assert many["grown"] - few["grown"] < 900_000 * 100 + 50 * 2**20
+    assert many["files"] < 2 * max(len(file) for file in server.repos["datasets/acme/rows1000000"].files().values())
