@@ -453,7 +453,11 @@ def test_bad_rows_of_streamed_shards_are_named_by_file_and_row(server, tmp_path,
     files = {f"train-{i}.jsonl": json_lines([chat(1), bad, chat(i)]) for i in range(3)}
     repo = server.dataset("acme/chats", files)
     problems: list[Problem] = []
-    store = encoded(pinned_data(), tmp_path / "rows", problems)
+    with pytest.raises(DataError, match=r"1 problem in the rows of the first 1 file; the others were not read"):
+        encoded(pinned_data(), tmp_path / "rows")
+    server.requests.clear()
+    store = encoded(pinned_data(bad_rows="skip"), tmp_path / "rows", problems)
+    assert not [one for one in server.downloads() if "train-0" in one]
     at = f"hf://datasets/acme/chats@{repo.branches['main']}"
     errors = [problem for problem in problems if problem.severity == "error"]
     assert [str(problem.source) for problem in errors] == [f"{at}/train-{i}.jsonl:2" for i in range(3)]

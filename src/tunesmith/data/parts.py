@@ -19,6 +19,8 @@ import pyarrow as pa
 from tunesmith.data.encode import SCHEMA, Encoded, Encoding, OnProblem, OnProgress, joined, num_processes
 from tunesmith.data.remote import PART_BYTES, is_address, local
 from tunesmith.data.renderer import Renderer
+from tunesmith.errors import DataError
+from tunesmith.formatting import plural
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import storing
 from tunesmith.types import Problem
@@ -63,9 +65,7 @@ def encoding_of(
     """
     parts, total = in_parts(files, sizes), sum(sizes)
     if len(parts) > 1:
-        return JoinedParts(
-            parts, build, total=total, on_problem=on_problem, progress=progress, most_problems=data.limits.problems
-        )
+        return JoinedParts(parts, build, total=total, on_problem=on_problem, progress=progress, data=data)
     arrived, is_remote = 0, any(is_address(file.at) for file in files)
 
     def on_bytes(num: int) -> None:
@@ -104,10 +104,10 @@ class JoinedParts:
         total: int,
         on_problem: OnProblem,
         progress: OnProgress,
-        most_problems: int,
+        data: Data,
     ) -> None:
         self._parts, self._total, self._build, self._progress = parts, total, build, progress
-        self._on_problem, self._most_problems = on_problem, most_problems
+        self._on_problem, self._data = on_problem, data
         self.num_rows = self.skipped = 0
         self.errors: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
@@ -117,7 +117,7 @@ class JoinedParts:
         self.notes: list[str] = []
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
-        """Raises as `dataset.build`."""
+        """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
         first_file = num_bytes = 0
         for part in self._parts:
             before, num_rows = num_bytes, self.num_rows
@@ -127,13 +127,26 @@ class JoinedParts:
 
             store = self._build([file for file, _ in part], self._hear, progress)
             self._count(store)
-            for batch in store.batches():
-                yield joined([Encoded(_renumbered(batch, first_file), (), store.vocabulary, None)], self.vocabulary)
             first_file += len(part)
+            self._refuse_bad(first_file)
+            for batch in store.batches():
+                yield joined(
+                    [Encoded(_renumbered(batch, first_file - len(part)), (), store.vocabulary, None)], self.vocabulary
+                )
             num_bytes += sum(size for _, size in part)
 
+    def _refuse_bad(self, num_files: int) -> None:
+        """Raise DataError if the data will be refused for rows of the parts so far: the others may take days."""
+        allowed = {"too_long"} if self._data.too_long == "drop" else set()
+        num_bad = sum(num for code, num in self.errors.items() if code not in allowed)
+        if num_bad and self._data.bad_rows == "error":
+            what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(num_files, 'file')}"
+            way = "Correct the data, or leave such rows out: --set data.bad_rows=skip."
+            errors = [one for one in self.problems if one.severity == "error" and one.code not in allowed]
+            raise DataError(f"{what}; the others were not read. {way}", errors)
+
     def _hear(self, problem: Problem) -> None:
-        if len(self.problems) < self._most_problems:
+        if len(self.problems) < self._data.limits.problems:
             self.problems.append(problem)
             self._on_problem(problem)
 
