@@ -262,9 +262,14 @@ def test_private_data_set_needs_a_token_that_may_read_it(server, monkeypatch):
     assert len(rows_of("hf://datasets/acme/private")) == 5
 
 
-def test_hub_out_of_reach_is_no_missing_data_set(server):
+def test_hub_out_of_reach_is_no_missing_data_set(chats, server):
     server.down = True
-    with pytest.raises(DataError, match=r"the hub cannot be reached.*Check the network, or give local files"):
+    with pytest.raises(DataError, match=r"the hub cannot be reached.*Check the network, or give local files\.$"):
+        pin_path("hf://datasets/acme/chats", offline=False)
+    server.down = False
+    pin_path("hf://datasets/acme/chats", offline=False)
+    server.down = True
+    with pytest.raises(DataError, match=r"or give local files\. --offline reads what was downloaded before\.$"):
         pin_path("hf://datasets/acme/chats", offline=False)
 
 

@@ -115,7 +115,8 @@ def find_listing(text: str, *, offline: bool) -> Listing:
     except HFValidationError as error:
         raise DataError(f"{text}: {address.repo} is no hub id ({reason(error)}). Check the spelling.") from error
     except hub_failures() as error:
-        raise DataError(f"{text}: {why_refused(error, address.repo, 'dataset', address.revision)}") from error
+        way = " --offline reads what was downloaded before." if remembered(text) else ""
+        raise DataError(f"{text}: {why_refused(error, address.repo, 'dataset', address.revision)}{way}") from error
     for name in {str(address), listing.address}:
         with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
             write_atomic(_listing_path(name), orjson.dumps(asdict(listing)))
