@@ -25,8 +25,8 @@ class DataFile(OptionGroup):
     """One file of rows and how often each of its rows is seen in an epoch."""
 
     path: str
-    """JSONL, JSON array, CSV, TSV, Parquet or CoNLL, each may be gzipped (.gz), detected by content; or documents: a
-    .txt or .md file, or a folder of them. Or an address: hf://datasets/owner/name, s3://bucket/rows.jsonl."""
+    """Rows as JSONL, JSON, CSV, TSV, Parquet or CoNLL, may be gzipped; .txt or .md documents; a folder of either; or an
+    address: hf://datasets/owner/name."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
     _at: str | None = PrivateAttr(None)
