@@ -12,18 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import tunesmith
 from parallel.scenarios import make_inputs, recipe_of
 from tiny_run import values_of
 from tunesmith.environment import for_child
-from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, Stopped
-from tunesmith.parallel.launch import devices_of, ending
+from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, RunError, Stopped
+from tunesmith.parallel.launch import devices_of, ending, record_failure, report_failure
 from tunesmith.parallel.world import OWN_AGENT, Place, place_of
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
 from tunesmith.training.selftest import selftest
 from tunesmith.training.together import take_card
+from tunesmith.training.trainer import Listener, train
 
 TUNESMITH = (sys.executable, "-m", "tunesmith")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
@@ -201,6 +204,64 @@ def test_codes_of_a_rank_are_those_that_its_agent_needs(monkeypatch: pytest.Monk
     assert codes(ranks[1] | ours, monkeypatch) == [(0, False), (0, False), (2, True), (2, False)]
 
 
+def failure_of(folder: Path, error: Exception, rank: int, monkeypatch: pytest.MonkeyPatch) -> ProcessFailure:
+    """What the agent finds after a rank ended with an error."""
+    path = folder / f"error-{rank}.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setenv("RANK", str(rank))
+    code = getattr(error, "exit_code", 1)
+    record_failure(error, code, str(error), is_printed=not isinstance(error, GroupError))
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(path))
+
+
+# trap: D18
+@pytest.mark.parametrize(
+    ("errors", "said", "code"),
+    [
+        ([GroupError("rank 1: bad"), InputError("bad")], ["error: rank 1: bad"], 2),
+        ([InputError("bad"), GroupError("rank 0: bad")], [], 2),
+        ([GroupError("lost"), ValueError("odd")], ["error: rank 1: odd"], 1),
+    ],
+)
+def test_the_words_of_the_rank_that_failed_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception], said: list[str], code: int
+) -> None:
+    failures = {rank: failure_of(tmp_path, error, rank, monkeypatch) for rank, error in enumerate(errors)}
+    heard: list[str] = []
+    assert report_failure(failures, tmp_path, heard.append) == code
+    assert heard == said
+
+
+def test_one_process_that_is_started_again_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    make_inputs(tmp_path)
+    recipe, out = recipe_of(tmp_path, train={"max_steps": 4}), tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(recipe, root=tmp_path, out=out, listener=Listener(should_stop=lambda: True))
+    run = train(recipe, root=tmp_path, out=out)
+    assert (run.path, run.state()) == (out, "done")
+    assert [event.kind for event in run.events()].count("resume") == 1
+    assert train(recipe, root=tmp_path, out=out).path == out
+    with pytest.raises(RunError, match="a run of another recipe"):
+        train(recipe.model_copy(update={"seed": 5}), root=tmp_path, out=out)
+
+
+def test_examples_of_clusters_can_be_read() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "clusters"
+    subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=True)
+    read = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("kubernetes", "skypilot")}
+    assert read["kubernetes"]["spec"]["trainer"]["command"][:5] == [
+        "torchrun",
+        "--max-restarts",
+        "3",
+        "-m",
+        "tunesmith",
+    ]
+    assert "-m tunesmith train" in read["skypilot"]["run"]
+    assert all("--out" in str(text) for text in (read["kubernetes"], read["skypilot"]))
+
+
 ODD = [
     {"WORLD_SIZE": "2"},
     {"WORLD_SIZE": "2", "RANK": "two", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
@@ -229,8 +290,6 @@ def test_more_devices_than_there_are_are_refused(folder: Path) -> None:
 
 
 def test_a_process_cannot_be_several_by_itself(folder: Path) -> None:
-    from tunesmith.training.trainer import train
-
     with pytest.raises(RecipeError, match="devices: 2: this process is alone"):
         train(recipe_of(folder).model_copy(update={"devices": 2}), root=folder / "runs")
 

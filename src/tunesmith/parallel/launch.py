@@ -88,7 +88,7 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
         try:
             elastic_launch(config, sys.executable)("-m", "tunesmith", *words)
         except ChildFailedError as error:
-            return _report(error.failures, Path(name), say)
+            return report_failure(error.failures, Path(name), say)
         except SignalException:
             run = _run_of(Path(name))
             return Stopped.exit_code if run is not None and run.state() == "stopped" else INTERRUPTED
@@ -111,7 +111,7 @@ def _run_of(folder: Path) -> Run | None:
     return Run(Path(path.read_text("utf-8"))) if path.is_file() else None
 
 
-def _report(failures: Mapping[int, Any], folder: Path, say: Callable[[str], None]) -> int:
+def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str], None]) -> int:
     """Say why the first rank failed, unless it has; returns its exit code."""
     found = [(_reason(failure), rank, failure) for rank, failure in failures.items()]
     first = min(found, key=lambda one: (one[0].get("kind") == GroupError.__name__, one[2].timestamp))
@@ -136,7 +136,8 @@ def record_failure(error: BaseException, code: int, text: str, *, is_printed: bo
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    extra = {"kind": type(error).__name__, "code": code, "text": text, "is_printed": is_printed}
+    is_seen = is_printed and os.environ.get("RANK") == "0"  # what other ranks print goes to their logs
+    extra = {"kind": type(error).__name__, "code": code, "text": text, "is_printed": is_seen}
     message = {"message": text, "extraInfo": {"timestamp": str(int(time.time())), **extra}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": message}), "utf-8")
