@@ -221,6 +221,7 @@ def failure_of(folder: Path, error: Exception, rank: int, monkeypatch: pytest.Mo
         ([GroupError("rank 1: bad"), InputError("bad")], ["error: rank 1: bad"], 2),
         ([InputError("bad"), GroupError("rank 0: bad")], [], 2),
         ([GroupError("lost"), ValueError("odd")], ["error: rank 1: odd"], 1),
+        ([GroupError("rank 1: bad")], ["error: rank 1: bad"], 1),
     ],
 )
 def test_the_words_of_the_rank_that_failed_are_said_once(

@@ -119,7 +119,8 @@ def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str
     code: int = failure.exitcode
     if not reason.get("is_printed") and code != Stopped.exit_code:
         text = reason.get("text") or f"it was ended by {failure.message.split(' received')[0]}"
-        say(f"error: rank {rank}: {text}")
+        names_rank = reason.get("kind") == GroupError.__name__
+        say(f"error: {text}" if names_rank else f"error: rank {rank}: {text}")
         if (run := _run_of(folder)) is not None and code not in (2, Stopped.exit_code):
             say(f"Continue from the last checkpoint with: {command('resume', run.path)}")
     return code if code > 0 else 1
