@@ -205,8 +205,8 @@ class World:
         return [json.loads(content) for content in self.gather(json.dumps(value).encode())]
 
     def agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same on all."""
-        self.stops = any(self.gather_values(bool(self.wants_stop())))
+        """Whether any rank was asked to stop; the same on all. False for a run alone, which reads its own word."""
+        self.stops = self.size > 1 and any(self.gather_values(bool(self.wants_stop())))
         return self.stops
 
     def fail(self, error: BaseException) -> None:
