@@ -28,6 +28,7 @@ from tunesmith.cli.selftest import selftest
 from tunesmith.cli.serve import serve
 from tunesmith.cli.show import show
 from tunesmith.cli.signals import interruptible, was_interrupted
+from tunesmith.cli.sweep import sweep
 from tunesmith.cli.track import track
 from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
@@ -135,7 +136,7 @@ def about(
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Tune": (check, plan, train, resume),
+    "Tune": (check, plan, train, resume, sweep),
     "Look and talk": (show, chat),
     "Use and measure": (serve, predict, evaluate, compare, export, push, track),
     "More": (selftest, recipe, doctor),

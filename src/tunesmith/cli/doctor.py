@@ -18,6 +18,7 @@ EXTRAS = {
     "schedulefree": ("schedulefree", "optimizers without a schedule"),
     "bleu": ("sacrebleu", "BLEU and chrF of answers"),
     "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),
+    "ray": ("ray", "sweeps of several runs at once, and runs on a Ray cluster"),
     "onnx": ("onnxscript onnxruntime", "exports to ONNX"),
 }
 """Extra → its modules and its use."""

@@ -26,6 +26,9 @@ class BackgroundCall(Generic[T]):
         except BaseException as failure:  # a thread's outermost frame: `result` raises it
             self._failure = failure
 
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
     def result(self) -> T:
         """Wait for the work; return its result, or raise its error."""
         self._thread.join()

@@ -1,0 +1,252 @@
+"""tunesmith sweep"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Quiet, Root, remember_json
+from tunesmith.environment import for_child, refuse_ranks
+from tunesmith.errors import DoesNotFitError, InputError, Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.sweeps.engine import Engine
+    from tunesmith.sweeps.grid import Trial
+    from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
+
+COLUMNS = ("trial", "options", "measure", "steps", "state")
+
+
+def sweep(
+    ctx: typer.Context,
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="File with base, grid and, if wanted, asha.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the sweep's folder and of its runs (default: GRID's).")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|HOST:PORT",
+            help="Run trials at once on Ray (extra ray): docs/sweep.md.",
+        ),
+    ] = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a run for each combination of options in GRID, stop the poor ones early, and say which is best.
+
+    tunesmith sweep lr.yaml
+
+    tunesmith sweep lr.yaml --ray local
+
+    with, in lr.yaml, base: {model: ./model, data: {train: [a.jsonl]}} and grid: {optim.lr: [1e-4, 3e-4]}
+
+    The same command goes on with a sweep that was stopped or killed.
+    """
+    remember_json(ctx, as_json)
+    refuse_ranks(os.environ)
+    from tunesmith.cli.signals import stopping_on_signals
+    from tunesmith.cli.streams import console
+    from tunesmith.formatting import command
+    from tunesmith.sweeps.grid import read_grid
+    from tunesmith.sweeps.sweep import Sweep
+
+    found = Sweep(read_grid(grid, name), root, offline)
+    screen = console(stderr=as_json)
+    _say_needs(found, screen, quiet=quiet)
+    with found.opened():
+        with (
+            _watching(screen, quiet=quiet) as watch,
+            stopping_on_signals(
+                has_begun=lambda: True,
+                say=watch.say,
+                words="stopping: trials at work save a checkpoint. Once more to leave at once.",
+            ) as watch.should_stop,
+        ):
+            try:
+                with _engine(found, ray) as engine:
+                    found.run(engine, watch)
+            except Stopped as stopped:
+                words = ["sweep", str(grid), *(["--name", name] if name else []), "--runs", str(root)]
+                words += ["--ray", ray] if ray else []
+                raise Stopped(f"{stopped}; go on with: {command(*words)}") from None
+        _show(found, as_json=as_json, quiet=quiet)
+
+
+@contextmanager
+def _engine(found: Sweep, ray: str | None) -> Iterator[Engine]:
+    from tunesmith.sweeps.engine import OneByOne
+
+    if ray is None:
+        yield OneByOne()
+        return
+    from tunesmith.sweeps.ray_engine import RayTasks, connected
+
+    with connected(ray) as there:
+        yield RayTasks(there, found.grid.trials[0].recipe)
+
+
+@contextmanager
+def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
+    from tunesmith.cli.render import visible
+    from tunesmith.sweeps.sweep import Watch
+
+    if quiet:
+        yield Watch()
+    elif screen.is_terminal:
+        with screen.status("") as status:
+            yield Watch(lambda text: screen.print(visible(text)), lambda text: status.update(visible(text)))
+    else:
+        yield Watch(lambda text: screen.print(visible(text), soft_wrap=True))
+
+
+def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
+    """Say how many trials there are and what disk they take; refuse what will not fit."""
+    from tunesmith.cli.render import size, visible
+    from tunesmith.formatting import plural
+    from tunesmith.training.disk import free_bytes
+
+    grid, needed = found.grid, 0
+    fresh = [trial for trial in grid.trials if not (found.root / trial.name).exists()]
+    if not quiet:
+        screen.print(f"{plural(len(grid.trials), 'trial')} of {', '.join(grid.keys)}")
+    plans: dict[str, int] = {}
+    for trial in fresh:
+        key = f"{trial.recipe.optim.name} {trial.recipe.model_dump_json(include={'model', 'method', 'checkpoint'})}"
+        if key not in plans:
+            with screen.status(f"planning {trial.name}") if screen.is_terminal else nullcontext():
+                plans[key] = _disk_of(found, trial)
+        needed += plans[key]
+    free = free_bytes(found.root)
+    if not quiet and needed:
+        room = "" if free is None else f" of {size(free)} free"
+        screen.print(visible(f"disk: {size(needed)}{room}, if all go to their end; runs are in {found.root}"))
+    if free is not None and needed > free:
+        raise DoesNotFitError(
+            f"{found.root}: the disk has {size(free)} free, but {plural(len(fresh), 'trial')} need {size(needed)}. "
+            "Free some space, try fewer values, or choose a folder on a larger disk with --runs.",
+            needed=needed,
+            room=free,
+        )
+
+
+def _disk_of(found: Sweep, trial: Trial) -> int:
+    """Bytes that a trial takes, by `tunesmith plan`. Raises InputError with its words if it cannot be run."""
+    from tunesmith.recipe.docs import as_yaml
+    from tunesmith.runs.atomic import from_json
+
+    with TemporaryDirectory(prefix="tunesmith-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(as_yaml(trial.recipe, comments=False), "utf-8")
+        words = ["plan", "--recipe", str(file), "--runs", str(found.root), "--no-probe", "--json"]
+        words += ["--offline"] if found.offline else []
+        done = subprocess.run(
+            [sys.executable, "-m", "tunesmith", *words], capture_output=True, env=for_child(), check=False
+        )
+    lines = done.stdout.splitlines()
+    values = from_json(lines[-1]) if lines else {}
+    if values.get("kind") == "plan" and done.returncode == 0:
+        return int(((values.get("forecast") or {}).get("disk") or {}).get("total", 0))
+    reasons = values.get("warnings") if values.get("kind") == "plan" else [values.get("message")]
+    text = "\n".join(filter(None, reasons or [])) or done.stderr.decode("utf-8", "replace").strip()
+    raise InputError(f"trial {trial.name} ({_options(trial)}) cannot be run: {text}")
+
+
+def _options(trial: Trial) -> str:
+    from tunesmith.sweeps.sweep import options_text
+
+    return options_text(trial.options)
+
+
+def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
+    """The table, the page, and the best run with what to do next."""
+    from tunesmith.cli.render import visible
+    from tunesmith.cli.streams import console, json_line
+    from tunesmith.evaluation.report.html import as_html
+    from tunesmith.formatting import command
+    from tunesmith.runs.atomic import write_atomic
+    from tunesmith.sweeps.page import sweep_page
+    from tunesmith.sweeps.sweep import best_of
+
+    outcomes, screen = found.outcomes(), console()
+    page = found.path / "sweep.html"
+    write_atomic(page, as_html(sweep_page(found.grid, outcomes)).encode())
+    if as_json:
+        name = outcomes[0].trial.name if outcomes[0].state == "done" else None
+        values = {"kind": "sweep", "metric": found.grid.metric, "best": name, "page": str(page)}
+        json_line({**values, "trials": [_values(found, outcome) for outcome in outcomes]})
+        best_of(outcomes)
+        return
+    if not quiet:
+        _print_table(screen, outcomes, found.grid.metric)
+    best = best_of(outcomes)
+    run = found.root / best.trial.name
+    if quiet:
+        screen.print(str(run))
+        return
+    screen.print(visible(f"\nThe best is {run} ({_options(best.trial)}); table and picture: {page}. Next:\n"))
+    for words in (("show", run), ("eval", run, "FILE"), *_against(found, outcomes)):
+        screen.print(f"  {command(*words)}", soft_wrap=True)
+
+
+def _against(found: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[Any, ...]]:
+    """The command that says whether the best is clearly better than the second."""
+    done = [found.root / outcome.trial.name for outcome in outcomes if outcome.state == "done"]
+    return [("compare", done[1], done[0])] if len(done) > 1 else []
+
+
+def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.trial.name,
+        "run": str(found.root / outcome.trial.name),
+        "options": dict(outcome.trial.options),
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "step": outcome.step,
+        "steps": outcome.total,
+        "measure": None if outcome.measure is None else dict(outcome.measure),
+    }
+
+
+def _print_table(screen: Console, outcomes: Sequence[Outcome], metric: str) -> None:
+    from rich.table import Table
+
+    from tunesmith.cli.render import visible
+    from tunesmith.evaluation.metrics import info_of
+
+    rows = [_cells(outcome, metric) for outcome in outcomes]
+    heads = [info_of(metric).label if head == "measure" else head for head in COLUMNS]
+    if not screen.is_terminal:
+        for row in (heads, *rows):
+            typer.echo("\t".join(map(visible, row)))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(visible, row))
+    screen.print(table)
+
+
+def _cells(outcome: Outcome, metric: str) -> list[str]:
+    from tunesmith.evaluation.metrics import info_of
+
+    info, measure, measured = info_of(metric), outcome.measure, "–"
+    if measure is not None:
+        bounds = info.bounds(measure)
+        measured = info.text(measure["value"]) + (f" ({bounds})" if bounds else "")
+    state = f"{outcome.state}: {outcome.reason}" if outcome.reason else outcome.state
+    steps = f"{outcome.step}/{outcome.total}" if outcome.total else "–"
+    return [outcome.trial.name, _options(outcome.trial), measured, steps, state]

@@ -1,0 +1,232 @@
+"""The file of a sweep: a base recipe and the options that trials vary, all checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RecipeError
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.recipe import load, yaml_io
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.atomic import to_json
+from tunesmith.sweeps.rungs import Asha
+
+MOST_TRIALS = 1000
+HELD_OUT_ROWS = 1000
+"""Held-out rows measured where the base leaves it to each run: of all trials the same."""
+SAME_FOR_ALL = ("name", "evaluation", "data.eval", "data.held_out")
+"""Keys that would make trials incomparable."""
+SECTIONS = {"base": True, "grid": True, "random": False, "asha": False}
+"""Sections of the file, and whether they are needed."""
+_EXAMPLE = "optim.lr: [1e-4, 3e-4]"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One recipe of a sweep."""
+
+    name: str
+    """Also the name of its run folder."""
+    options: Mapping[str, Any]
+    """What the grid chose for it, by key."""
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A checked sweep."""
+
+    name: str
+    trials: Sequence[Trial]
+    asha: Asha | None
+    digest: str
+    """SHA-256 of the file's values."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Options that trials vary."""
+        return list(self.trials[0].options)
+
+    @property
+    def metric(self) -> str:
+        """Key of the measure that ranks trials; the same for all."""
+        return self.trials[0].recipe.evaluation.metric
+
+    @property
+    def every(self) -> int | None:
+        """Steps between evaluations."""
+        return self.trials[0].recipe.evaluation.every
+
+
+def read_grid(path: Path, name: str | None = None) -> Grid:
+    """The sweep of a YAML or JSON file; `name`: of its folder, instead of the file's.
+
+    Raises RecipeError with place, value, rule and way out, a line for every problem.
+    """
+    text = _text(path)
+    data = yaml_io.parse(text, str(path))
+    problems = _problems(data)
+    if problems:
+        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems))
+    axes, drawn = data["grid"], data.get("random")
+    num = drawn["trials"] if drawn else prod(len(values) for values in axes.values())
+    if num > MOST_TRIALS:
+        raise RecipeError(
+            f"{path}: grid: {num:,} trials: more than {MOST_TRIALS:,}. Give fewer values, or draw some of them with "
+            "random: {trials: 20}."
+        )
+    base = _base(path, data["base"])
+    chosen = list(_drawn(axes, drawn) if drawn else _all(axes))
+    called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
+    digits = max(2, len(str(len(chosen))))
+    recipes = _recipes(path, text, base, chosen)
+    trials = [
+        Trial(f"{called}-{i:0{digits}d}", options, recipe)
+        for i, (options, recipe) in enumerate(zip(chosen, recipes, strict=True), start=1)
+    ]
+    asha = Asha(**(data["asha"] or {})) if "asha" in data else None
+    grid = Grid(called, trials, asha, hashlib.sha256(to_json(data)).hexdigest())
+    _refuse_unjudged(path, grid)
+    return grid
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: save it as UTF-8.") from error
+
+
+def _problems(data: Any) -> Iterator[str] | list[str]:
+    """What is wrong with the form of the file."""
+    if not isinstance(data, Mapping):
+        return ["no mapping: write base: with model and data, and grid: with lists of values."]
+    found = [f"{key}: unknown: a sweep has {', '.join(SECTIONS)}." for key in data if key not in SECTIONS]
+    for key, is_needed in SECTIONS.items():
+        if key not in data:
+            found += [f"{key}: missing: write it, such as {key}: with {_EXAMPLE} below."] if is_needed else []
+        elif not isinstance(data[key], Mapping) and not (key == "asha" and data[key] is None):
+            found.append(f"{key}: {data[key]!r:.60} is no mapping of options.")
+    if found:
+        return found
+    if not data["grid"]:
+        return [f"grid: empty: name options and their values, such as {_EXAMPLE}."]
+    for key, values in data["grid"].items():
+        found += _axis_problems(str(key), values, is_drawn="random" in data)
+    for section, rules in _NUMBERS.items():
+        for key, value in (data.get(section) or {}).items():
+            if key not in rules:
+                found.append(f"{section}.{key}: unknown: it has {', '.join(rules)}.")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < rules[key]:
+                found.append(f"{section}.{key}: {value!r:.60} is not a whole number from {rules[key]} up.")
+    if "random" in data and "trials" not in data["random"]:
+        found.append("random.trials: missing: the number of trials to draw.")
+    return found
+
+
+_NUMBERS = {"random": {"trials": 1, "seed": 0}, "asha": {"factor": 2, "first": 1}}
+"""Section → key → least value."""
+
+
+def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
+    if any(f"{key}.".startswith(f"{fixed}.") for fixed in SAME_FOR_ALL):
+        yield f"grid.{key}: has to be the same for all trials, which could not be compared. Set it in base."
+    elif isinstance(values, Mapping):
+        low, high = (values.get(end, math.nan) for end in ("low", "high"))
+        numbers = [end for end in (low, high) if isinstance(end, (int, float)) and not isinstance(end, bool)]
+        if not is_drawn:
+            yield f"grid.{key}: a range is drawn from: add random: {{trials: 20}}, or give a list of values."
+        elif set(values) - {"low", "high", "log"} or len(numbers) < 2 or not all(map(math.isfinite, numbers)):
+            yield f"grid.{key}: {values!r:.60} is not {{low: NUMBER, high: NUMBER}}, with log: true if you like."
+        elif not low < high or (values.get("log") and low <= 0):
+            yield f"grid.{key}: from {low} to {high}: low must be below high{' and above 0' if low <= 0 else ''}."
+        elif not isinstance(values.get("log", False), bool):
+            yield f"grid.{key}.log: {values['log']!r:.60} is neither true nor false."
+    elif not isinstance(values, list) or not values:
+        yield f"grid.{key}: {values!r:.60} is not a list of values: write {key}: [A, B]."
+    elif len({to_json(value) for value in values}) < len(values):
+        yield f"grid.{key}: a value is there twice: keep one."
+
+
+def _base(path: Path, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base, checked by itself. Raises RecipeError."""
+    found = load.validate(given, where=f"{path}: base")
+    if not found.model or not found.data.train:
+        raise RecipeError(f"{path}: base: {'data.train' if found.model else 'model'}: missing: every trial needs it.")
+    if found.evaluation.max_rows != "auto":
+        return given
+    return {**given, "evaluation": {**(given.get("evaluation") or {}), "max_rows": HELD_OUT_ROWS}}
+
+
+def _all(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _drawn(axes: Mapping[str, Any], how: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """Different choices, drawn by the seed; fewer than wanted where lists hold no more."""
+    draw, seen = random.Random(how.get("seed", 0)), set[bytes]()
+    for _ in range(100 * how["trials"]):
+        chosen = {key: _one_of(values, draw) for key, values in axes.items()}
+        if (words := to_json(chosen)) not in seen:
+            seen.add(words)
+            yield chosen
+        if len(seen) == how["trials"]:
+            return
+
+
+def _one_of(values: Any, draw: random.Random) -> Any:
+    if isinstance(values, list):
+        return draw.choice(values)
+    low, high = values["low"], values["high"]
+    found = math.exp(draw.uniform(math.log(low), math.log(high))) if values.get("log") else draw.uniform(low, high)
+    return round(found) if isinstance(low, int) and isinstance(high, int) else float(f"{found:.3g}")
+
+
+def _recipes(path: Path, text: str, base: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> list[Recipe]:
+    """The recipe of each choice. Raises RecipeError with each problem once, at the line of its key."""
+    problems: dict[str, None] = {}
+    recipes = []
+    for options in chosen:
+        settings = [f"{key}={yaml_io.dump(value)}" for key, value in options.items()]
+        try:
+            recipes.append(load.load(None, settings, base))
+        except RecipeError as error:
+            for line in str(error).splitlines():
+                problems[_placed(line, path, text, options)] = None
+    if problems:
+        raise RecipeError("\n".join(yaml_io.first_of(list(problems))))
+    return recipes
+
+
+def _placed(problem: str, path: Path, text: str, options: Mapping[str, Any]) -> str:
+    """A problem that names --set or the recipe, with the place in the file instead."""
+    rest = problem.removeprefix(load.SETTING).removeprefix("recipe").lstrip(": ")
+    key = next((key for key in sorted(options, key=len, reverse=True) if rest.startswith(key)), None)
+    lines = text.splitlines()
+    at = [i for i, line in enumerate(lines, 1) if key and re.match(rf"\s*['\"]?{re.escape(key)}['\"]?\s*:", line)]
+    return f"{path}{f':{at[-1]}' if at else ''}: grid: {rest}"
+
+
+def _refuse_unjudged(path: Path, grid: Grid) -> None:
+    if grid.metric not in METRICS:
+        raise RecipeError(f"{path}: base: evaluation.metric: {grid.metric} is no measure: one of {', '.join(METRICS)}.")
+    if METRICS[grid.metric].better == "neither":
+        raise RecipeError(f"{path}: base: evaluation.metric: {grid.metric} is neither better high nor low.")
+    if grid.asha is not None and grid.every is None:
+        raise RecipeError(
+            f"{path}: base: evaluation.every: missing: asha stops trials by their evaluations on the way. Set it to "
+            "the steps between them, or leave asha out."
+        )

@@ -1,0 +1,113 @@
+"""One trial: an ordinary run in a process of its own, whichever engine starts it, and a reader of its events."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RunError, Stopped, TunesmithError
+from tunesmith.parallel.child import run_words
+from tunesmith.runs.atomic import from_json
+from tunesmith.runs.folder import Run
+from tunesmith.types import Event
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an engine needs to run a trial, here or on another machine that sees the same disk."""
+
+    name: str
+    run: Path
+    recipe: Path
+    folder: Path
+    """Working folder, to which the recipe's relative paths belong."""
+    offline: bool = False
+
+
+class _Unheard:
+    """A listener for a run that is followed by its folder."""
+
+    def on_event(self, event: Event) -> None:
+        return None
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def run_trial(job: Job) -> str:
+    """Train the trial, or go on where it was stopped or killed; why it failed, or "" where it is done or stopped.
+
+    A process that a killed sweep left at work is stopped first; its run goes on from there.
+    """
+    os.chdir(job.folder)
+    run = Run(job.run)
+    while run.is_locked():
+        run.ask_stop()
+        time.sleep(POLL_S)
+    words = ["train", "--recipe", str(job.recipe), "--out", str(job.run), "--runs", str(job.run.parent)]
+    if (job.run / "run.json").is_file():
+        if run.state() == "done":
+            return ""
+        words = ["resume", str(job.run)]
+    try:
+        run_words(words, offline=job.offline, listener=_Unheard())
+    except Stopped:
+        return ""
+    except TunesmithError as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+@dataclass
+class Follower:
+    """Reads the events of a run as they come, also of one that starts over or takes some back."""
+
+    run: Run
+    course: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Step → the measures of its evaluation, each {"value", "low", "high"}."""
+    step: int = 0
+    total: int = 0
+    after: dict[str, Any] = field(default_factory=dict)
+    """Measures of the result."""
+    _offset: int = 0
+    _file: int = 0
+
+    def read(self) -> list[tuple[int, dict[str, Any]]]:
+        """Evaluations on the way that are new, as (step, measures)."""
+        found: list[tuple[int, dict[str, Any]]] = []
+        try:
+            with open(self.run.events_path, "rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_ino != self._file or facts.st_size < self._offset:
+                    self._file, self._offset, self.step = facts.st_ino, 0, 0
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    found += self._take(line)
+        except FileNotFoundError:
+            return []
+        return found
+
+    def _take(self, line: bytes) -> list[tuple[int, dict[str, Any]]]:
+        try:
+            event = from_json(line)
+        except ValueError as error:
+            raise RunError(f"{self.run.events_path}: a line is no event: it was changed by hand or a fault.") from error
+        values = event["values"]
+        if event["kind"] == "plan":
+            self.total = int(values.get("steps", 0))
+        elif event["kind"] == "step":
+            self.step = event["step"]
+        elif event["kind"] == "evaluation" and values["name"] == "after":
+            self.after = dict(values["measures"])
+        elif event["kind"] == "evaluation":
+            self.course[event["step"]] = values["measures"]
+            return [(event["step"], values["measures"])] if values["name"] == "step" else []
+        return []

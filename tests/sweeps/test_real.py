@@ -1,0 +1,78 @@
+"""Sweeps of real tiny runs, by the command line: one after the other, and on a local Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tiny_run import chats, model_folder
+from tunesmith.environment import for_child
+from tunesmith.runs.folder import Run, runs
+
+FILE = """
+base:
+  model: model
+  method: {{name: lora, rank: 4}}
+  data: {{train: [chats.jsonl], held_out: 0.2}}
+  train: {{epochs: 2, rows_per_step: 6}}
+  evaluation: {{every: 2, samples: 0, general: false, surprising: 0}}
+  precision: float32
+  device: cpu
+  threads: 1
+grid:
+  optim.lr: {rates}
+"""
+
+
+def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "tunesmith", "sweep", "lr.yaml", "--offline", *words]
+    return subprocess.run(command, cwd=folder, env=for_child(), capture_output=True, check=False)
+
+
+def made(folder: Path, rates: str) -> None:
+    model_folder(folder / "model")
+    chats(folder / "chats.jsonl", 24)
+    (folder / "lr.yaml").write_text(FILE.format(rates=rates), "utf-8")
+
+
+def test_two_runs_one_after_the_other(tmp_path: Path) -> None:
+    made(tmp_path, "[1e-2, 1e-4]")
+    done = sweep(tmp_path, "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    found = orjson.loads(done.stdout)
+    assert found["best"] == "lr-01"
+    assert [trial["state"] for trial in found["trials"]] == ["done", "done"]
+    rows = [Run(tmp_path / "runs" / name).metrics["loss"] for name in ("lr-01", "lr-02")]
+    assert [trial["measure"] for trial in found["trials"]] == rows
+    assert [run.path.name for run in runs(tmp_path / "runs")] == ["lr-01", "lr-02"]
+    assert "2 trials of optim.lr" in done.stderr.decode()
+    assert b"<svg" in (tmp_path / "runs" / "lr" / "sweep.html").read_bytes()
+    before = (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes()
+    again = sweep(tmp_path)
+    assert again.returncode == 0
+    assert b"compare runs/lr-02 runs/lr-01" in again.stdout
+    assert (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes() == before
+
+    (tmp_path / "lr.yaml").write_text(FILE.format(rates="[1e-2, -1]"), "utf-8")
+    refused = sweep(tmp_path, "--name", "b")
+    assert refused.returncode == 2
+    assert b"lr.yaml:12: grid: optim.lr: -1 is out of range" in refused.stderr
+    assert not (tmp_path / "runs" / "b").exists()
+
+
+@pytest.mark.slow
+def test_four_runs_on_a_local_ray_are_those_of_one_after_the_other(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    made(tmp_path, "[1e-2, 3e-3, 1e-3, 1e-4]")
+    done = sweep(tmp_path, "--ray", "local", "--json", "--name", "ray")
+    assert done.returncode == 0, done.stderr.decode()
+    assert sweep(tmp_path, "--json").returncode == 0
+    assert len(os.listdir(tmp_path / "runs" / "ray" / "recipes")) == 4
+    for i in range(1, 5):
+        one, other = (Run(tmp_path / "runs" / f"{name}-0{i}").metrics["loss"] for name in ("ray", "lr"))
+        assert one == other

@@ -1,0 +1,176 @@
+"""The loop of a sweep over fake trials: what runs, what is stopped, what is left after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from sweeps.fake_trials import FakeTrials, event, grid_file, measured
+from tunesmith.errors import InputError, RunError, Stopped
+from tunesmith.evaluation.report.html import as_html
+from tunesmith.runs.folder import Run
+from tunesmith.sweeps.engine import OneByOne
+from tunesmith.sweeps.grid import read_grid
+from tunesmith.sweeps.page import sweep_page
+from tunesmith.sweeps.sweep import Sweep, Watch, best_of
+from tunesmith.sweeps.trial import Follower
+
+FOUR = "grid: {optim.lr: [1e-5, 1e-4, 1e-3, 1e-2]}\n"
+LOSSES = {"lr-01": (3.0, 2.8, 2.7, 2.6), "lr-02": (2.5, 2.0, 1.8, 1.7), "lr-03": (2.6, 2.2), "lr-04": (9.0, 8.0)}
+
+
+def sweep_of(folder: Path, rest: str = FOUR) -> Sweep:
+    return Sweep(read_grid(grid_file(folder, rest)), folder / "runs")
+
+
+def run(sweep: Sweep, trials: FakeTrials, **watch: Any) -> list[str]:
+    said: list[str] = []
+    with sweep.opened():
+        sweep.run(OneByOne(trials), Watch(said.append, poll_s=0.005, **watch))
+    return said
+
+
+def test_all_trials_run_in_order_and_the_best_is_first(tmp_path: Path) -> None:
+    sweep, trials = sweep_of(tmp_path), FakeTrials(LOSSES)
+    run(sweep, trials)
+    assert [name for name, _ in trials.began] == list(LOSSES)
+    found = sweep.outcomes()
+    assert [outcome.trial.name for outcome in found] == ["lr-02", "lr-03", "lr-01", "lr-04"]
+    assert (best_of(found).measure, best_of(found).step, best_of(found).total) == (measured(1.7)["loss"], 40, 40)
+
+
+def test_asha_stops_the_poor_by_their_own_stop_and_says_why(tmp_path: Path) -> None:
+    sweep, trials = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}"), FakeTrials(LOSSES)
+    said = run(sweep, trials)
+    found = {outcome.trial.name: outcome for outcome in sweep.outcomes()}
+    assert {name: one.state for name, one in found.items()} == {
+        "lr-01": "done",
+        "lr-02": "done",
+        "lr-03": "stopped",
+        "lr-04": "stopped",
+    } or found["lr-03"].state == "done"
+    assert found["lr-04"].state == "stopped"
+    assert found["lr-04"].reason == "loss 9.0000 at step 10 was place 4 of 4"
+    assert Run(sweep.root / "lr-04").state() == "stopped"
+    assert any("lr-04: stops" in line for line in said)
+    kept = orjson.loads((sweep.path / "sweep.json").read_bytes())
+    assert kept["stopped"]["lr-04"]["rank"] == 4
+    page = as_html(sweep_page(sweep.grid, sweep.outcomes()))
+    assert page.count("<svg") == 2
+    assert "loss 9.0000 at step 10 was place 4 of 4" in page
+
+    again = FakeTrials(LOSSES)
+    other = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}")
+    run(other, again)
+    assert again.began == []
+    assert [(one.trial.name, one.state, one.reason) for one in other.outcomes()] == [
+        (one.trial.name, one.state, one.reason) for one in sweep.outcomes()
+    ]
+
+
+def test_a_stopped_sweep_goes_on_where_its_trials_are(tmp_path: Path) -> None:
+    sweep, trials = sweep_of(tmp_path), FakeTrials(LOSSES)
+    with pytest.raises(Stopped, match="1 of 4 trials done"):
+        run(sweep, trials, should_stop=lambda: sweep.followers["lr-02"].step >= 20)
+    assert Run(sweep.root / "lr-02").state() == "stopped"
+    again = FakeTrials(LOSSES)
+    run(sweep_of(tmp_path), again)
+    assert again.began[0][0] == "lr-02"
+    assert again.began[0][1] >= 20
+    assert [name for name, _ in again.began] == ["lr-02", "lr-03", "lr-04"]
+
+
+def test_a_killed_sweep_goes_on_where_its_trials_are(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        run(sweep_of(tmp_path), FakeTrials(LOSSES))
+        os._exit(0)
+    follower = Follower(Run(tmp_path / "runs" / "lr-02"))
+    while follower.step < 20:
+        time.sleep(0.01)
+        follower.read()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    again = FakeTrials(LOSSES)
+    sweep = sweep_of(tmp_path)
+    run(sweep, again)
+    assert [name for name, _ in again.began] == ["lr-02", "lr-03", "lr-04"]
+    assert again.began[0][1] >= 20
+    assert {outcome.state for outcome in sweep.outcomes()} == {"done"}
+
+
+def test_a_trial_that_fails_is_a_line_of_the_table_and_the_others_go_on(tmp_path: Path) -> None:
+    trials = FakeTrials(LOSSES, before=lambda job: "loss is not finite" if job.name == "lr-03" else "")
+    sweep = sweep_of(tmp_path)
+    run(sweep, trials)
+    last = {outcome.trial.name: (outcome.state, outcome.reason) for outcome in sweep.outcomes()}
+    assert last["lr-03"] == ("failed", "loss is not finite")
+    assert [state for state, _ in last.values()].count("done") == 3
+    run(sweep_of(tmp_path), again := FakeTrials(LOSSES))
+    assert again.began == []
+
+
+def test_no_trial_that_ends_well_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    run(sweep, FakeTrials(LOSSES, before=lambda job: "the disk is full"))
+    with pytest.raises(InputError, match="the disk is full"):
+        best_of(sweep.outcomes())
+
+
+def test_another_grid_or_another_folder_is_never_overwritten(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    with sweep.opened():
+        pass
+    other = sweep_of(tmp_path, "grid: {seed: [1, 2]}")
+    with other.opened():  # none of the first one's trials began
+        pass
+    run(other, FakeTrials(LOSSES))
+    with pytest.raises(RunError, match="another grid"), sweep_of(tmp_path).opened():
+        pass
+    named = Sweep(read_grid(grid_file(tmp_path, FOUR), "b"), tmp_path / "runs")
+    (tmp_path / "runs" / "b-03").mkdir()
+    with pytest.raises(RunError, match="b-03: is there already"), named.opened():
+        pass
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with sweep_of(tmp_path).opened(), pytest.raises(RunError, match="another process"), sweep_of(tmp_path).opened():
+        pass
+
+
+def test_a_follower_reads_every_line_once_also_of_a_log_that_was_cut(tmp_path: Path) -> None:
+    made = Run.create(tmp_path, "x", "", out=tmp_path / "x")
+    follower = Follower(made)
+    assert follower.read() == []
+    for step in (10, 20):
+        made.append(event("step", step))
+        made.append(event("evaluation", step, name="step", measures=measured(step)))
+    assert [step for step, _ in follower.read()] == [10, 20]
+    assert follower.read() == []
+    made.append(event("checkpoint", 20))
+    made.truncate_after(10)
+    made.append(event("evaluation", 20, name="step", measures=measured(7.0)))
+    follower.read()
+    assert follower.course[20] == measured(7.0)
+    with open(made.events_path, "ab") as file:
+        file.write(b'{"kind":"st')
+    assert follower.read() == []
+
+
+def test_stop_requests_wait_until_a_trial_has_its_folder(tmp_path: Path) -> None:
+    ready = threading.Event()
+
+    def wait(job: Any) -> str:
+        ready.set()
+        return ""
+
+    sweep = sweep_of(tmp_path)
+    with pytest.raises(Stopped, match="0 of 4"):
+        run(sweep, FakeTrials(LOSSES, before=wait), should_stop=ready.is_set)
