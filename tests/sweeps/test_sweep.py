@@ -57,14 +57,14 @@ def test_asha_stops_the_poor_by_their_own_stop_and_says_why(tmp_path: Path) -> N
         "lr-04": "stopped",
     } or found["lr-03"].state == "done"
     assert found["lr-04"].state == "stopped"
-    assert found["lr-04"].reason == "loss 9.0000 at step 10 was place 4 of 4"
+    assert found["lr-04"].reason == "held-out loss 9.0000 at step 10 was place 4 of 4"
     assert Run(sweep.root / "lr-04").state() == "stopped"
     assert any("lr-04: stops" in line for line in said)
     kept = orjson.loads((sweep.path / "sweep.json").read_bytes())
     assert kept["stopped"]["lr-04"]["rank"] == 4
     page = as_html(sweep_page(sweep.grid, sweep.outcomes()))
     assert page.count("<svg") == 2
-    assert "loss 9.0000 at step 10 was place 4 of 4" in page
+    assert "held-out loss 9.0000 at step 10 was place 4 of 4" in page
 
     again = FakeTrials(LOSSES)
     other = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}")

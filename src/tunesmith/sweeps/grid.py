@@ -215,8 +215,8 @@ def _placed(problem: str, path: Path, text: str, options: Mapping[str, Any]) -> 
     """A problem that names --set or the recipe, with the place in the file instead."""
     rest = problem.removeprefix(load.SETTING).removeprefix("recipe").lstrip(": ")
     key = next((key for key in sorted(options, key=len, reverse=True) if rest.startswith(key)), None)
-    lines = text.splitlines()
-    at = [i for i, line in enumerate(lines, 1) if key and re.match(rf"\s*['\"]?{re.escape(key)}['\"]?\s*:", line)]
+    written = re.compile(rf"(^|[{{,\s])['\"]?{re.escape(key or '')}['\"]?\s*:")
+    at = [i for i, line in enumerate(text.splitlines(), 1) if key and written.search(line)]
     return f"{path}{f':{at[-1]}' if at else ''}: grid: {rest}"
 
 
