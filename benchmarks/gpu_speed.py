@@ -154,7 +154,8 @@ def encoder(bench: Bench) -> dict[str, Any]:
             setup.feed = replace(setup.feed, layout="padded", shares=False, pads=False)
         require(setup.plan.layout == layout, f"{setup.notes}")
         found[layout] = measured(bench, setup, num=4)
-    require(found["packed"]["tokens/s"] >= 0.9 * found["padded"]["tokens/s"], f"{found}")
+    is_slower = found["packed"]["tokens/s"] < 0.9 * found["padded"]["tokens/s"]
+    require(not (bench.is_cuda and is_slower), f"{found}")
     return found
 
 
