@@ -1,0 +1,81 @@
+"""What each tracker's own store holds of a run, read by its own library."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tunesmith.runs.folder import Run
+from tunesmith.tracking.step_metrics import RunReader
+from tunesmith.tracking.tracker import TRACKERS
+
+Points = Counter[tuple[str, int, float]]
+
+
+def missing(name: str) -> bool:
+    return importlib.util.find_spec(TRACKERS[name].package) is None
+
+
+def in_tensorboard(run: Run) -> Points:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    found = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"tensors": 0})
+    found.Reload()
+    scalars = found.summary_metadata.items()
+    tags = [tag for tag, metadata in scalars if metadata.plugin_data.plugin_name == "scalars"]
+    return Counter((tag, one.step, make_ndarray(one.tensor_proto).item()) for tag in tags for one in found.Tensors(tag))
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    texts = [subprocess.run([*words, str(file)], capture_output=True, text=True, check=True).stdout for file in files]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
+
+
+def in_wandb(run: Run) -> Points:
+    rows = [record["history"]["item"] for record in wandb_records(Path.cwd()) if record["type"] == "history"]
+    return Counter(
+        (name, row["_step"], float(value)) for row in rows for name, value in row.items() if not name.startswith("_")
+    )
+
+
+def in_mlflow(run: Run) -> Points:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("tunesmith").experiment_id])
+    names = found.data.metrics
+    return Counter(
+        (name, one.step, one.value) for name in names for one in client.get_metric_history(found.info.run_id, name)
+    )
+
+
+def in_trackio(run: Run) -> Points:
+    script = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S\n"
+        "(run,) = S.get_runs('tunesmith')\nprint(json.dumps(S.get_logs('tunesmith', run)))"
+    )  # a process of its own: the library reads its folder when it is imported
+    text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    rows = json.loads(text.splitlines()[-1])
+    return Counter(
+        (name, row["step"], float(value))
+        for row in rows
+        for name, value in row.items()
+        if "/" in name and isinstance(value, (int, float))
+    )
+
+
+READ = {"tensorboard": in_tensorboard, "wandb": in_wandb, "mlflow": in_mlflow, "trackio": in_trackio}
+
+
+def logged(run: Run) -> Points:
+    reader = RunReader(run)
+    steps = [step for one in run.events() for step in reader.add(one)]
+    return Counter((name, step.step, float(value)) for step in steps for name, value in step.values.items())
