@@ -14,7 +14,7 @@ from tracking.logs import ending, event, new_run, opening, trained, with_results
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.tracking import sender
-from tunesmith.tracking.sender import Sender, read_state
+from tunesmith.tracking.sender import read_state
 from tunesmith.tracking.step_metrics import RunReader, StepMetrics
 from tunesmith.tracking.tracker import TRACKERS, check_names
 
@@ -28,6 +28,8 @@ class MemoryTracker:
         self.openings = self.finished = 0
         self.fail_after: list[int] = []
         """Numbers of steps after which a call of `log` fails."""
+        self.loses = 0
+        """Values that are lost whenever it fails: they were not stored yet."""
         self.place = "memory"
 
     @property
@@ -39,6 +41,7 @@ class MemoryTracker:
         for step in steps[:bound]:
             self.values += [(name, step.step, value) for name, value in step.values.items()]
         if bound < len(steps):
+            self.values = self.values[: len(self.values) - self.loses]
             raise ConnectionError("the server went away")
 
     def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
@@ -67,8 +70,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
 
 def send(run: Run) -> dict[str, Any]:
     sender.state_path(run, "memory").parent.mkdir(exist_ok=True)
-    Sender(run, "memory", lambda: True).send()
-    return read_state(run, "memory")
+    return sender.send(run, "memory", lambda: True)
 
 
 def expected(run: Run) -> list[tuple[str, int, float]]:
@@ -100,6 +102,22 @@ def test_a_batch_that_breaks_off_is_continued_where_the_tracker_has_it(
     send(run)
     assert tracker.values == expected(run)
     assert tracker.openings == 3
+
+
+def test_what_a_tracker_lost_when_it_failed_is_sent_again(tmp_path: Path, tracker: MemoryTracker) -> None:
+    run, over = new_run(tmp_path), threading.Event()
+    sender.state_path(run, "memory").parent.mkdir()
+    write(run, [*opening(9), *trained(1, 5, 9)])
+    thread = threading.Thread(target=sender.send, args=(run, "memory", over.is_set))
+    thread.start()
+    while tracker.last_step < 5:
+        threading.Event().wait(0.01)
+    tracker.fail_after, tracker.loses = [0], len([value for value in tracker.values if value[1] >= 4])
+    write(run, trained(6, 9, 9))
+    write(with_results(run), ending(9))
+    over.set()
+    thread.join(20)
+    assert tracker.values == expected(run)
 
 
 def test_a_kill_between_sending_and_noting_it_down_sends_nothing_twice(tmp_path: Path, tracker: MemoryTracker) -> None:
@@ -147,7 +165,7 @@ def test_a_tracker_that_stays_down_ends_with_its_error_and_the_run_is_as_it_was(
 def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: MemoryTracker) -> None:
     run, over = new_run(tmp_path), threading.Event()
     sender.state_path(run, "memory").parent.mkdir()
-    thread = threading.Thread(target=Sender(run, "memory", over.is_set).send)
+    thread = threading.Thread(target=sender.send, args=(run, "memory", over.is_set))
     thread.start()
     for events in (opening(9), trained(1, 4, 9), trained(5, 9, 9)):
         write(run, events)

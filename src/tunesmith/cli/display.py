@@ -325,6 +325,13 @@ class RunDisplay:
         if not self.quiet:
             self.console.print(visible(f"note: {text}"), style="bright_black")
 
+    def tracked(self, is_sent: bool, text: str) -> None:
+        """Print what a tracker got; what it did not get is said in any case."""
+        if is_sent:
+            self.note(text)
+        else:
+            self.console.print(visible(text), style="yellow", soft_wrap=True)
+
     def done(self, run: Run) -> None:
         """Print where the result is and what to do with it."""
         from tunesmith.tasks import TASKS

@@ -51,7 +51,7 @@ def resume(
     trackers = [*found.recipe().track, *(track or [])] if first else []
     with (
         run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,
-        tracked(trackers, offline=offline, say=lambda ok, text: display.note(text)) as on_run,
+        tracked(trackers, offline=offline, say=display.tracked) as on_run,
     ):
         from tunesmith.training import trainer as training
 

@@ -92,7 +92,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     first = place_of(os.environ).rank == 0
     with (
         run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first) as display,
-        tracked(recipe.track if first else (), offline=offline, say=lambda ok, text: display.note(text)) as on_run,
+        tracked(recipe.track if first else (), offline=offline, say=display.tracked) as on_run,
     ):
         from tunesmith.training import trainer as training
 

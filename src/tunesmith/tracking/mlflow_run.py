@@ -37,7 +37,7 @@ def check(offline: bool) -> None:
 
 
 class MlflowRun:
-    def __init__(self, reader: RunReader) -> None:
+    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
         import mlflow
 
         self._client = client = mlflow.MlflowClient()
@@ -100,6 +100,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield name[:250], str(value)
 
 
-def open_run(run: Run, reader: RunReader, kept: int) -> MlflowRun:
-    """Open the run, which is made or resumed."""
-    return MlflowRun(reader)
+open_run = MlflowRun

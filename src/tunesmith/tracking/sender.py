@@ -34,7 +34,7 @@ LONGEST_WAIT_S = 60.0
 ORPHAN_S = 120.0
 """Time that is left to send the rest once the parent is gone."""
 TRIES = 3
-"""Attempts to send the rest."""
+"""Attempts in a row that send nothing, before what is left is given up."""
 
 
 def state_path(run: Run, name: str) -> Path:
@@ -53,98 +53,103 @@ def read_state(run: Run, name: str) -> dict[str, Any]:
 
 
 class Sender:
-    """Sends the steps of one run to one tracker, in batches, and tries again after errors."""
+    """One attempt to send a run's steps to a tracker, in batches, from the first event on: what the tracker has of them
+    is not sent again."""
 
     def __init__(self, run: Run, name: str, is_over: Callable[[], bool]) -> None:
         self.run, self.name, self.is_over = run, name, is_over
         self.reader = RunReader(run)
         self.state: dict[str, Any] = {"place": "", "step": -1, "kept": -1, "done": False, **read_state(run, name)}
+        self.num_sent = 0
         self._tracker: Tracker | None = None
-        self._pending: list[StepMetrics] = []
         self._coming: queue.Queue[list[StepMetrics] | Exception | None] = queue.Queue()
+        self._is_closed = False
 
     def send(self) -> None:
-        """Send everything until the run is over. Raises what the tracker raised in the last attempt."""
+        """Send everything until the run is over. Raises whatever the tracker raises."""
         threading.Thread(target=self._read, daemon=True).start()
-        is_read, failures = False, 0
-        while True:
-            is_read = self._collect() or is_read
-            try:
-                self._send_pending(is_last=is_read)
-                if is_read:
-                    self._finish()
-                    return
-                failures = 0
-            except Exception as error:  # any library, any network: events.jsonl keeps what was not sent
-                failures += 1
-                self._abandon(error)
-                if is_read and failures >= TRIES:
-                    raise
-                self._pause(failures)
-
-    def _read(self) -> None:
-        """Read events in a thread, so that a slow tracker gets them in batches."""
-        try:
-            for event in events.follow(self.run.events_path, self.is_over, poll_s=POLL_S):
-                if steps := self.reader.add(event):
-                    self._coming.put(steps)
-            self._coming.put(self.reader.rest())
-            self._coming.put(None)
-        except Exception as error:  # a damaged log: raised where it ends the process with its message
-            self._coming.put(error)
-
-    def _collect(self) -> bool:
-        """Wait for steps and take all there are; return whether no more will come."""
-        with suppress(queue.Empty):
-            item = self._coming.get(timeout=POLL_S)
-            while True:
-                if item is None:
-                    return True
-                if isinstance(item, Exception):
-                    raise item
-                self._pending += item
-                item = self._coming.get_nowait()
-        return False
-
-    def _send_pending(self, *, is_last: bool) -> None:
-        if not self._pending and not is_last:
-            return
-        tracker = self._tracker
-        if tracker is None:
-            tracker = TRACKERS[self.name].load().open_run(self.run, self.reader, int(self.state["kept"]))
-            self._tracker = tracker
-            self._save(place=tracker.place, step=tracker.last_step, error="")
-        new: list[StepMetrics] = []
-        for step in self._pending:  # a resumed run repeats steps
-            if step.step > (new[-1].step if new else self.state["step"]):
-                new.append(step)
-        if new:
-            tracker.log(new)
-            self._save(step=new[-1].step)
-        self._pending = []
-
-    def _finish(self) -> None:
+        is_read = False
+        while not is_read:
+            steps, is_read = self._collect()
+            if steps or is_read:
+                self._send(steps)
         assert self._tracker is not None
         is_done = self.reader.state == "end"
         artifacts = artifacts_of(self.run) if is_done else {}
         self._tracker.finish(self.reader, artifacts)
         self._save(kept=self.state["step"], done=is_done, bytes=num_bytes(artifacts))
 
-    def _abandon(self, error: Exception) -> None:
+    def abandon(self, error: Exception) -> None:
+        """Close what is open, and note the error down."""
+        self._is_closed = True
         with suppress(Exception):  # it has failed already
             if self._tracker is not None:
                 self._tracker.close()
-        self._tracker = None
         self._save(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-    def _pause(self, failures: int) -> None:
-        until = time.monotonic() + min(LONGEST_WAIT_S, 2.0**failures)
-        while time.monotonic() < until and not self.is_over():
-            time.sleep(POLL_S)
+    def _read(self) -> None:
+        """Read events in a thread, so that a slow tracker gets them in batches."""
+        try:
+            for event in events.follow(self.run.events_path, lambda: self._is_closed or self.is_over(), poll_s=POLL_S):
+                if steps := self.reader.add(event):
+                    self._coming.put(steps)
+            self._coming.put(self.reader.rest())
+            self._coming.put(None)
+        except Exception as error:  # a damaged log: raised by the thread that sends
+            self._coming.put(error)
+
+    def _collect(self) -> tuple[list[StepMetrics], bool]:
+        """Wait for steps and take all there are; also return whether no more will come."""
+        steps: list[StepMetrics] = []
+        with suppress(queue.Empty):
+            item = self._coming.get(timeout=POLL_S)
+            while item is not None:
+                if isinstance(item, Exception):
+                    raise item
+                steps += item
+                item = self._coming.get_nowait()
+            return steps, True
+        return steps, False
+
+    def _send(self, steps: list[StepMetrics]) -> None:
+        if self._tracker is None:
+            open_run = TRACKERS[self.name].load().open_run
+            self._tracker = open_run(self.run, self.reader, int(self.state["kept"]))
+            self._save(place=self._tracker.place, step=self._tracker.last_step, error="")
+        new: list[StepMetrics] = []
+        for step in steps:  # a resumed run repeats steps
+            if step.step > (new[-1].step if new else self.state["step"]):
+                new.append(step)
+        if new:
+            self._tracker.log(new)
+            self.num_sent += len(new)
+            self._save(step=new[-1].step)
 
     def _save(self, **values: Any) -> None:
         self.state |= values
         write_atomic(state_path(self.run, self.name), to_json(self.state, indent=True) + b"\n")
+
+
+def send(run: Run, name: str, is_over: Callable[[], bool]) -> dict[str, Any]:
+    """Send a run to a tracker until the run is over, again after errors; return the final state.
+
+    Raises what the tracker raised in the last of `TRIES` attempts that sent nothing.
+    """
+    failures = 0
+    while True:
+        sender = Sender(run, name, is_over)
+        try:
+            sender.send()
+            return sender.state
+        except Exception as error:  # any library, any network: events.jsonl keeps what was not sent
+            sender.abandon(error)
+            failures = 1 if sender.num_sent else failures + 1
+            if is_over() and failures >= TRIES:
+                raise
+        time.sleep(POLL_S)
+        until = time.monotonic() + min(LONGEST_WAIT_S, 2.0**failures)
+        while time.monotonic() < until and not is_over():
+            time.sleep(POLL_S)
 
 
 def main() -> None:
@@ -180,13 +185,10 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
-        sender = Sender(run, name, over.is_set)
         try:
-            sender.send()
-        except Exception as error:
-            answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", **sender.state)
-            return
-    answer(sent=True, **sender.state)
+            answer(sent=True, **send(run, name, over.is_set))
+        except Exception:
+            answer(**read_state(run, name))
 
 
 def _wait_for_end(over: threading.Event) -> None:

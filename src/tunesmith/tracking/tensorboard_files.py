@@ -17,7 +17,7 @@ def check(offline: bool) -> None:
 
 
 class TensorBoardFiles:
-    def __init__(self, run: Run, reader: RunReader) -> None:
+    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run.path / "tensorboard"
@@ -74,6 +74,4 @@ def _content(folder: Path) -> tuple[int, set[str]]:
     return last, texts
 
 
-def open_run(run: Run, reader: RunReader, kept: int) -> TensorBoardFiles:
-    """Open a new event file next to those of earlier processes."""
-    return TensorBoardFiles(run, reader)
+open_run = TensorBoardFiles

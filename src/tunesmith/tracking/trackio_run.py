@@ -33,7 +33,7 @@ def check(offline: bool) -> None:
 
 
 class TrackioRun:
-    def __init__(self, reader: RunReader) -> None:
+    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
         import trackio
         from trackio.utils import TRACKIO_DIR
 
@@ -68,6 +68,4 @@ class TrackioRun:
         self._run.finish()
 
 
-def open_run(run: Run, reader: RunReader, kept: int) -> TrackioRun:
-    """Open the run, which is made or resumed."""
-    return TrackioRun(reader)
+open_run = TrackioRun

@@ -40,7 +40,7 @@ def check(offline: bool) -> None:
 
 
 class WandbRun:
-    def __init__(self, reader: RunReader, kept: int) -> None:
+    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
         import wandb
 
         self._wandb = wandb
@@ -114,6 +114,4 @@ def _records(content: bytes) -> Iterator[bytes]:
             yield record
 
 
-def open_run(run: Run, reader: RunReader, kept: int) -> WandbRun:
-    """Open the run, which is made or resumed."""
-    return WandbRun(reader, kept)
+open_run = WandbRun
