@@ -1,0 +1,44 @@
+"""The commands: refusals come before anything is loaded, and the key `track` is not part of what a run is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tracking.logs import new_run
+from tunesmith.cli.app import app
+from tunesmith.recipe.docs import as_yaml, changed
+from tunesmith.recipe.load import load, validate
+from tunesmith.tracking.sender import state_path
+
+
+@pytest.mark.parametrize("words", [["train", "./model", "rows.jsonl", "--track"], ["track", "RUN", "--to"]])
+@pytest.mark.parametrize(("name", "message"), [("wandbb", "there is no such tracker"), ("wandb", "is missing")])
+def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
+    words: list[str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.tracking.tracker.importlib.util.find_spec", lambda name: None)
+    run = str(new_run(tmp_path).path)
+    found = CliRunner().invoke(app, [run if word == "RUN" else word for word in words] + [name])
+    assert found.exit_code == 2
+    assert message in " ".join(found.output.split())
+
+
+def test_a_tracker_that_has_everything_is_not_sent_to_again(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    state_path(run, "tensorboard").parent.mkdir()
+    state_path(run, "tensorboard").write_text('{"place": "here", "step": 9, "done": true}', "utf-8")
+    found = CliRunner().invoke(app, ["track", str(run.path), "--to", "tensorboard"])
+    if "is missing" not in found.output:
+        assert found.exit_code == 0
+        assert "tensorboard has everything: here." in found.output
+
+
+def test_the_trackers_of_a_recipe_are_kept_and_are_no_part_of_its_meaning(tmp_path: Path) -> None:
+    recipe = validate({"model": "m", "track": ["wandb", "mlflow"]})
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False), "utf-8")
+    assert load(str(tmp_path / "recipe.yaml")).track == ("wandb", "mlflow")
+    assert changed(recipe) == changed(validate({"model": "m"}))
+    assert validate({"track": "wandb"}).track == ("wandb",)

@@ -1,0 +1,139 @@
+"""What each tracker's library is called with; small stand-ins take the place of the libraries, so that every run of the
+tests checks it. test_libraries.py has the same with the real ones."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, call
+
+import pytest
+
+from tracking.logs import ending, new_run, opening, trained, with_results, write
+from tunesmith.runs.folder import Run
+from tunesmith.tracking.step_metrics import RunReader, StepMetrics
+from tunesmith.tracking.tracker import artifacts_of
+
+STEPS = 4
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    found = with_results(new_run(tmp_path, every=None))
+    write(found, [*opening(STEPS), *trained(1, STEPS, STEPS, every=None), *ending(STEPS)])
+    return found
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
+    """A stand-in for a package and whatever is imported from it."""
+    module = MagicMock(spec=ModuleType(name), name=name)
+    module.configure_mock(__path__=[])
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def send(run: Run, module: str) -> list[StepMetrics]:
+    reader = RunReader(run)
+    steps = [step for event in run.events() for step in reader.add(event)]
+    tracker = importlib.import_module(f"tunesmith.tracking.{module}").open_run(run, reader, -1)
+    assert tracker.last_step == -1
+    tracker.log(steps)
+    tracker.finish(reader, artifacts_of(run))
+    return steps
+
+
+def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock(), Artifact=MagicMock())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    opened = wandb.init.return_value
+    opened.settings.mode, opened.resumed, opened.step = "online", False, 0
+    steps = send(run, "wandb_run")
+    options = wandb.init.call_args.kwargs
+    assert (options["project"], options["resume"], options["name"]) == ("tunesmith", "allow", run.path.name)
+    assert options["config"]["optim"] == {"lr": 0.0003}
+    assert options["config"]["data"] == {"chats.jsonl": "ab" * 32}
+    assert opened.log.call_args_list == [
+        call({**step.values, "_timestamp": step.time}, step=step.step, commit=True) for step in steps
+    ]
+    assert {one.kwargs["type"] for one in wandb.Artifact.call_args_list} == {"model", "report"}
+    assert opened.notes == "few rows\nkept: the last step"
+    opened.finish.assert_called_once_with(exit_code=0)
+
+
+def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb.init.return_value.settings.mode, wandb.init.return_value.resumed = "online", True
+    wandb.init.return_value.step = 3
+    module = importlib.import_module("tunesmith.tracking.wandb_run")
+    assert module.open_run(run, RunReader(run), -1).last_step == 2
+
+
+def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    mlflow, entities = install(monkeypatch, "mlflow"), install(monkeypatch, "mlflow.entities")
+    mlflow.MlflowClient, mlflow.get_tracking_uri = MagicMock(), lambda: "sqlite:///mlflow.db"
+    entities.Metric = entities.Param = entities.RunTag = lambda *values: values
+    client = mlflow.MlflowClient.return_value
+    client.search_runs.return_value, client.get_metric_history.return_value = [], []
+    client.create_run.return_value.data.metrics, client.create_run.return_value.data.params = {}, {}
+    steps = send(run, "mlflow_run")
+    id_ = client.create_run.return_value.info.run_id
+    batches = [one.kwargs for one in client.log_batch.call_args_list]
+    sent = [metric for batch in batches for metric in batch.get("metrics", ())]
+    assert sent == [(key, v, int(step.time * 1000), step.step) for step in steps for key, v in step.values.items()]
+    assert ("optim.lr", "0.0003") in [param for batch in batches for param in batch.get("params", ())]
+    assert ("versions.torch", "2.13.0") in [tag for batch in batches for tag in batch.get("tags", ())]
+    client.log_artifacts.assert_called_once_with(id_, str(run.adapter_path), "adapter")
+    client.set_terminated.assert_called_once_with(id_, "FINISHED")
+
+
+def test_trackio(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
+    trackio, utils = install(monkeypatch, "trackio"), install(monkeypatch, "trackio.utils")
+    trackio.init, trackio.Markdown, utils.TRACKIO_DIR = MagicMock(), lambda text: text, "here"
+    opened = trackio.init.return_value
+    opened._next_step = 0
+    steps = send(run, "trackio_run")
+    options = trackio.init.call_args.kwargs
+    assert (options["resume"], options["embed"], options["auto_log_gpu"]) == ("allow", False, False)
+    notes = call({"notes": "few rows\n\nkept: the last step"}, step=STEPS + 1)
+    assert opened.log.call_args_list == [*(call(step.values, step=step.step) for step in steps), notes]
+    assert {one.kwargs["type"] for one in opened.log_artifact.call_args_list} == {"model", "report"}
+    opened.finish.assert_called_once_with()
+
+
+def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (
+        "tensorboard", "tensorboard.summary", "tensorboard.summary.writer", "tensorboard.compat", "tensorboard.util",
+        "tensorboard.compat.proto", "tensorboard.plugins", "tensorboard.plugins.scalar", "tensorboard.plugins.text",
+        "tensorboard.backend", "tensorboard.backend.event_processing",
+    )  # fmt: skip
+    for name in names:
+        install(monkeypatch, name)
+    writer, loader = MagicMock(), MagicMock()
+    functions = {
+        "summary.writer.event_file_writer": {"EventFileWriter": writer},
+        "backend.event_processing.event_file_loader": {"EventFileLoader": loader},
+        "compat.proto.event_pb2": {"Event": SimpleNamespace},
+        "compat.proto.summary_pb2": {"Summary": MagicMock()},
+        "plugins.scalar.metadata": {"create_summary_metadata": MagicMock()},
+        "plugins.text.summary_v2": {"text_pb": lambda tag, text: (tag, text)},
+        "util.tensor_util": {"make_tensor_proto": lambda value, kind: (value, kind)},
+    }
+    for name, values in functions.items():
+        install(monkeypatch, f"tensorboard.{name}").configure_mock(**values)
+    summary = functions["compat.proto.summary_pb2"]["Summary"]
+    summary.Value.side_effect = lambda **fields: (fields["tag"], fields["tensor"])
+    summary.side_effect = lambda value: value
+    steps = send(run, "tensorboard_files")
+    added = [one.args[0] for one in writer.return_value.add_event.call_args_list]
+    wanted = [[(tag, (value, "float64")) for tag, value in step.values.items()] for step in steps]
+    assert [event.summary for event in added[: len(steps)]] == wanted
+    assert [event.step for event in added[: len(steps)]] == [step.step for step in steps]
+    assert {event.summary[0] for event in added[len(steps) :]} == {"recipe", "facts", "notes", "files"}
+    writer.assert_called_once_with(str(run.path / "tensorboard"))
