@@ -192,9 +192,12 @@ def main() -> None:
 
 
 def _wait_for_end(over: threading.Event) -> None:
+    parent, orphaned = os.getppid(), 0.0
     sys.stdin.read()
     over.set()
-    time.sleep(ORPHAN_S)
+    while orphaned < ORPHAN_S:
+        time.sleep(POLL_S)
+        orphaned += POLL_S if os.getppid() != parent else 0.0
     os._exit(1)
 
 
