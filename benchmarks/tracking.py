@@ -57,11 +57,9 @@ def make_model(folder: Path) -> Path:
 
 
 def make_rows(path: Path, num: int = 2000) -> Path:
-    """`num` prompts with completions of 60 words."""
+    """`num` texts of 70 words."""
     draw = np.random.default_rng(0)
-    rows = [
-        {"prompt": " ".join(draw.choice(WORDS, 8)), "completion": " ".join(draw.choice(WORDS, 60))} for _ in range(num)
-    ]
+    rows = [{"text": " ".join(draw.choice(WORDS, 70))} for _ in range(num)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
@@ -69,7 +67,20 @@ def make_rows(path: Path, num: int = 2000) -> Path:
 def measure(folder: Path, name: str, trackers: list[str], *, steps: int) -> tuple[float, float]:
     """(median seconds of a step, seconds from the first step to the last) of one run."""
     out = folder / name
-    words = [sys.executable, "-m", "tunesmith", "train", "model", "rows.jsonl", "--out", str(out), "--fast", "-q"]
+    words = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "train",
+        "model",
+        "rows.jsonl",
+        "--out",
+        str(out),
+        "--fast",
+        "-q",
+        "--task",
+        "text",
+    ]
     words += ["--set", f"train.max_steps={steps}", "--set", "train.rows_per_step=16", "--set", "checkpoint.every=1000"]
     words += [word for tracker in trackers for word in ("--track", tracker)]
     subprocess.run(words, cwd=folder, env=for_child(), check=True, stdout=subprocess.DEVNULL)
