@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith.runs.folder import Run
 from tunesmith.tracking.step_metrics import RunReader
 from tunesmith.tracking.tracker import TRACKERS
@@ -75,7 +77,9 @@ def in_trackio(run: Run) -> Points:
 READ = {"tensorboard": in_tensorboard, "wandb": in_wandb, "mlflow": in_mlflow, "trackio": in_trackio}
 
 
-def logged(run: Run) -> Points:
+def logged(run: Run, name: str) -> Points:
+    """Values of the log as a tracker can hold them: TensorBoard's scalars are float32."""
+    number: Any = np.float32 if name == "tensorboard" else float
     reader = RunReader(run)
     steps = [step for one in run.events() for step in reader.add(one)]
-    return Counter((name, step.step, float(value)) for step in steps for name, value in step.values.items())
+    return Counter((key, step.step, float(number(value))) for step in steps for key, value in step.values.items())

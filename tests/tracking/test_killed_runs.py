@@ -57,7 +57,7 @@ def test_a_run_that_is_killed_three_times_is_in_every_tracker_once_and_exactly(t
     assert len([event for event in run.events() if event.kind == "resume"]) == len(KILLS)
     for name in names:
         assert read_state(run, name)["done"], said
-        found, wanted = READ[name](run), logged(run)
+        found, wanted = READ[name](run), logged(run, name)
         assert same_again(found) == same_again(wanted)
         assert {(name, step) for name, step, _ in found} == {(name, step) for name, step, _ in wanted}
         assert max(found.values()) == 1

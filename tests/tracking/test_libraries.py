@@ -42,7 +42,7 @@ def test_a_finished_run_is_there_with_all_its_digits(name: str, tmp_path: Path) 
     is_sent, line = start(name, run).finish(None)
     assert is_sent, line
     assert f"sent up to step {STEPS}, report and adapter, 2.9 KiB" in line
-    assert READ[name](run) == logged(run)
+    assert READ[name](run) == logged(run, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +62,7 @@ def test_after_three_kills_and_resumes_every_value_is_there_once(name: str, tmp_
     write(with_results(run), ending(STEPS))
     is_sent, line = start(name, run).finish(None)
     assert is_sent, line
-    assert READ[name](run) == logged(run)
+    assert READ[name](run) == logged(run, name)
     assert read_state(run, name)["done"]
 
 
@@ -103,7 +103,7 @@ def test_a_tensorboard_file_that_was_cut_short_is_continued(tmp_path: Path) -> N
     write(run, trained(9, STEPS, STEPS))
     write(with_results(run), ending(STEPS))
     start("tensorboard", run).finish(None)
-    assert in_tensorboard(run) == logged(run)
+    assert in_tensorboard(run) == logged(run, "tensorboard")
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_trackio(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (
-        "tensorboard", "tensorboard.summary", "tensorboard.summary.writer", "tensorboard.compat", "tensorboard.util",
-        "tensorboard.compat.proto", "tensorboard.plugins", "tensorboard.plugins.scalar", "tensorboard.plugins.text",
+        "tensorboard", "tensorboard.summary", "tensorboard.summary.writer", "tensorboard.compat",
+        "tensorboard.compat.proto", "tensorboard.plugins", "tensorboard.plugins.text",
         "tensorboard.backend", "tensorboard.backend.event_processing",
     )  # fmt: skip
     for name in names:
@@ -121,18 +121,16 @@ def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "backend.event_processing.event_file_loader": {"EventFileLoader": loader},
         "compat.proto.event_pb2": {"Event": SimpleNamespace},
         "compat.proto.summary_pb2": {"Summary": MagicMock()},
-        "plugins.scalar.metadata": {"create_summary_metadata": MagicMock()},
         "plugins.text.summary_v2": {"text_pb": lambda tag, text: (tag, text)},
-        "util.tensor_util": {"make_tensor_proto": lambda value, kind: (value, kind)},
     }
     for name, values in functions.items():
         install(monkeypatch, f"tensorboard.{name}").configure_mock(**values)
     summary = functions["compat.proto.summary_pb2"]["Summary"]
-    summary.Value.side_effect = lambda **fields: (fields["tag"], fields["tensor"])
+    summary.Value.side_effect = lambda **fields: (fields["tag"], fields["simple_value"])
     summary.side_effect = lambda value: value
     steps = send(run, "tensorboard_files")
     added = [one.args[0] for one in writer.return_value.add_event.call_args_list]
-    wanted = [[(tag, (value, "float64")) for tag, value in step.values.items()] for step in steps]
+    wanted = [list(step.values.items()) for step in steps]
     assert [event.summary for event in added[: len(steps)]] == wanted
     assert [event.step for event in added[: len(steps)]] == [step.step for step in steps]
     assert {event.summary[0] for event in added[len(steps) :]} == {"recipe", "facts", "notes", "files"}

@@ -1,4 +1,5 @@
-"""TensorBoard: event files in the folder `tensorboard` of the run. Values are float64 tensors, read as scalars."""
+"""TensorBoard: event files in the folder `tensorboard` of the run. Values are rounded to float32, the only kind of
+scalar that every reader of such files shows."""
 
 from __future__ import annotations
 
@@ -24,21 +25,14 @@ class TensorBoardFiles:
         self.place = str(folder)
         self.last_step, self._texts = _content(folder)
         self._recipe = run.recipe_path.read_text("utf-8")
-        self._seen: set[str] = set()
         self._writer = EventFileWriter(str(folder))
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.scalar.metadata import create_summary_metadata
-        from tensorboard.util.tensor_util import make_tensor_proto
 
         for step in steps:
-            values = []
-            for tag, value in step.values.items():
-                metadata = None if tag in self._seen else create_summary_metadata(display_name=tag, description="")
-                self._seen.add(tag)
-                values.append(Summary.Value(tag=tag, tensor=make_tensor_proto(value, "float64"), metadata=metadata))
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in step.values.items()]
             self._writer.add_event(Event(wall_time=step.time, step=step.step, summary=Summary(value=values)))
         self._writer.flush()
 
