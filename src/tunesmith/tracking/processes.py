@@ -50,7 +50,8 @@ class SenderProcess:
         answer = self._answer(READY_S)
         if not answer.get("ready"):
             self.kill()
-            raise InputError(answer.get("error") or f"track: {self.name}: no answer for {READY_S:.0f} s: {self._way()}")
+            late = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later: {self._way()}"
+            raise InputError(answer.get("error") or late)
 
     def begin(self, run: Run) -> None:
         """Let it send a run's events from now on."""
@@ -114,8 +115,11 @@ def tracked(
     whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one cannot be used.
     """
     chosen = check_names(names)
+    titles = ", ".join(TRACKERS[name].title for name in chosen)
     processes = [SenderProcess(name, offline=offline) for name in chosen]
     try:
+        if processes:
+            say(True, f"opening {titles}")
         for process in processes:
             process.wait_ready()
 
@@ -127,7 +131,6 @@ def tracked(
     finally:
         until = time.monotonic() + wait_s
         if any(process.run for process in processes):
-            titles = ", ".join(TRACKERS[name].title for name in chosen)
             say(True, f"sending the rest to {titles}, for at most {wait_s:.0f} s")
         for process in processes:
             is_sent, line = process.finish(max(0.1, until - time.monotonic()))
