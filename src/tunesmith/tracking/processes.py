@@ -50,8 +50,8 @@ class SenderProcess:
         answer = self._answer(READY_S)
         if not answer.get("ready"):
             self.kill()
-            late = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later: {self._way()}"
-            raise InputError(answer.get("error") or late)
+            late = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later:"
+            raise InputError(answer.get("error") or f"{late} {self._way()}")
 
     def begin(self, run: Run) -> None:
         """Let it send a run's events from now on."""
