@@ -25,13 +25,10 @@ def missing(name: str) -> bool:
 
 def in_tensorboard(run: Run) -> Points:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
 
-    found = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"tensors": 0})
+    found = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
-    scalars = found.summary_metadata.items()
-    tags = [tag for tag, metadata in scalars if metadata.plugin_data.plugin_name == "scalars"]
-    return Counter((tag, one.step, make_ndarray(one.tensor_proto).item()) for tag in tags for one in found.Tensors(tag))
+    return Counter((tag, one.step, one.value) for tag in found.Tags()["scalars"] for one in found.Scalars(tag))
 
 
 def wandb_records(folder: Path) -> list[dict[str, Any]]:
