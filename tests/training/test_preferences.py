@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import tunesmith
 from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
-from tiny_run import same_run, stop_at, values_of
+from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
@@ -25,6 +27,7 @@ from tunesmith.evaluation.verdicts import preference_notes, row_baseline
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Prefer
 from tunesmith.runs.folder import Run, runs
@@ -35,6 +38,7 @@ from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
+METHODS = [LORA, "full", {**LORA, "name": "dora"}, {**LORA, "name": "qlora"}, {"name": "peft", "kind": "IA3"}]
 
 
 def recipe_of(folder: Any, *, method: Any = LORA, rows: int = 24, **sections: Any) -> Any:
@@ -45,7 +49,7 @@ def steps_of(run: Any) -> list[dict[str, Any]]:
     return [event.values for event in run.events() if event.kind == "step"]
 
 
-@pytest.mark.parametrize("method", [LORA, "full"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method if isinstance(method, str) else method["name"])
 def test_the_first_loss_is_log_2_and_the_reference_is_kept(tmp_path, method):
     run = train(recipe_of(tmp_path, method=method), root=tmp_path / "runs")
     assert steps_of(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -72,6 +76,49 @@ def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
         for (loss, norm, _), (first, first_norm, _) in zip(steps, found[0], strict=True):
             assert loss == pytest.approx(first, rel=1e-5)
             assert norm == pytest.approx(first_norm, rel=1e-4)
+
+
+def own_logps(model: Any, row: Any) -> list[float]:
+    """Each line alone, its logits whole: what predicts a token is the position before it."""
+    found = []
+    for line in lines_of(row):
+        ids = torch.from_numpy(line.ids.astype("int64"))
+        with torch.no_grad():
+            logps = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+        found.append(float(logps.gather(1, ids[1:, None])[torch.from_numpy(line.trained[1:])].sum()))
+    return found
+
+
+# trap: P4, P5
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, monkeypatch):
+    if layout == "padded":
+        refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
+        monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+    recipe = recipe_of(tmp_path)
+    recipe = recipe.model_copy(update={"model": str(model_folder(tmp_path / arch, arch))})
+    setup = prepare(recipe, root=tmp_path / "runs")
+    rows = [int(i) for i in setup.rows.train_rows[:5]]
+    with eval_mode(setup.model):
+        found = setup.task.measure(setup.model, setup.feed.batch(rows, draw=1)).results
+        expected = [own_logps(load_plain(recipe.model), setup.store.row(row)) for row in rows]
+    ours = [result["logps"] for result in found]
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    late = [own_logps(load_plain(recipe.model), shifted(setup.store.row(row))) for row in rows]
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(ours, late, rtol=1e-4)
+
+
+def load_plain(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def shifted(row: Any) -> Any:
+    """The row with one token more of its prompt trained."""
+    trained = row.trained.copy()
+    trained[np.flatnonzero(trained)[0] - 1] = True
+    return replace(row, trained=trained)
 
 
 # trap: P10
