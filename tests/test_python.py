@@ -10,8 +10,10 @@ import pytest
 
 import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
+from tunesmith.api import _over
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RunError
+from tunesmith.recipe.load import load, validate
 from tunesmith.runs.progress_line import ProgressLine
 
 
@@ -162,6 +164,15 @@ def test_a_run_stops_when_it_is_asked_from_python(tmp_path: Path) -> None:
         tunesmith.train(recipe=recipe, root=tmp_path, out=tmp_path / "r", offline=True, should_stop=lambda: True)
     run = tunesmith.resume(tmp_path / "r", offline=True)
     assert run.state() == "done"
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "schedule_free", "muon"])
+def test_another_optimizer_from_python_has_its_own_defaults(name: str) -> None:
+    start = load(None, base={}).model_dump()
+    found = validate(_over(start, {"model": "m", "data": {"train": ["a"]}, "optim": {"name": name, "clip": 2.0}}))
+    assert found.optim == load(None, [f"optim.name={name}", "optim.clip=2.0"]).optim
+    kept = validate(_over(validate({"optim": {"eps": 1e-6}}).model_dump(), {"optim": {"name": "muon"}}))
+    assert kept.optim.eps == 1e-6  # one that was chosen stays
 
 
 def test_rows_in_memory_are_checked_as_those_of_files(tmp_path: Path) -> None:

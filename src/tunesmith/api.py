@@ -24,7 +24,7 @@ from tunesmith.parallel.child import run_words, train_in_child
 from tunesmith.parallel.launch import devices_of
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.runs.progress_line import ProgressLine, is_wanted
 from tunesmith.tracking.processes import tracked
@@ -272,13 +272,16 @@ def _is_file(given: Any) -> bool:
 
 
 def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` laid over `start`, section by section; another method brings its own defaults."""
+    """`given` laid over `start`, section by section; another method or optimizer brings its own defaults."""
     result = dict(start)
     for key, value in given.items():
         before = start.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            other_method = key == "method" and value.get("name", before.get("name")) != before.get("name")
-            result[key] = value if other_method else {**before, **value}
+            is_other = value.get("name", before.get("name")) != before.get("name")
+            if is_other and key == "optim":
+                usual = USUAL[before["name"]]
+                before = {option: kept for option, kept in before.items() if kept != usual.get(option)}
+            result[key] = value if is_other and key == "method" else {**before, **value}
         else:
             result[key] = value
     return result
