@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
 from tunesmith.parallel.launch import devices_of
+from tunesmith.parallel.world import place_of
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
@@ -82,13 +84,14 @@ def train(
     if devices_of(chosen) > 1:
         with _problems_named(), _listening(progress, on_event, should_stop, lambda run: None) as listener:
             return train_in_child(chosen, root=Path(root), out=place, offline=offline, listener=listener)
+    is_first = place_of(os.environ).rank == 0
     with (
         _problems_named(),
-        tracked(chosen.track, offline=offline, say=_warn) as on_run,
+        tracked(chosen.track if is_first else (), offline=offline, say=_warn) as on_run,
         _listening(progress, on_event, should_stop, on_run) as listener,
     ):
         run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
-        return _with_exports(run)
+        return _with_exports(run) if is_first else run
 
 
 def resume(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import orjson
@@ -76,3 +77,20 @@ def test_four_runs_on_a_local_ray_are_those_of_one_after_the_other(tmp_path: Pat
     for i in range(1, 5):
         one, other = (Run(tmp_path / "runs" / f"{name}-0{i}").metrics["loss"] for name in ("ray", "lr"))
         assert one == other
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_train_as_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    made(tmp_path, "[1e-2]")
+    base = (tmp_path / "lr.yaml").read_text("utf-8").partition("grid:")[0].partition("base:\n")[2]
+    (tmp_path / "recipe.yaml").write_text(textwrap.dedent(base), "utf-8")
+    command = [sys.executable, "-m", "tunesmith", "train", "--recipe", "recipe.yaml", "--offline", "--json"]
+    losses = []
+    for words, more in ((["--out", "runs/ray", "--ray", "2"], {"RAY_ADDRESS": "local"}), (["--out", "runs/alone"], {})):
+        done = subprocess.run([*command, *words], cwd=tmp_path, env=for_child(**more), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        assert orjson.loads(done.stdout.splitlines()[-1])["kind"] == "result"
+        events = Run(tmp_path / words[1]).events()
+        losses.append([event.values["loss"] for event in events if event.kind == "step"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -58,6 +58,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of this run instead of runs/NAME-1a2b.")
     ] = None,
+    ray: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="WORKERS", help="Train on so many workers of this Ray cluster; needs --out."),
+    ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -79,7 +83,24 @@ def train(
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    if ray is not None:
+        _tune_on_ray(found, ray, out=out, offline=offline, as_json=as_json, quiet=quiet)
+        return
     _tune(found, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
+
+
+def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, as_json: bool, quiet: bool) -> None:
+    from tunesmith.cli.display import run_display
+    from tunesmith.errors import RecipeError
+    from tunesmith.sweeps.ray_train import train_on_ray
+
+    if out is None:
+        raise RecipeError("--ray: needs --out DIR on a disk that all workers see: a group started again goes on there.")
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    with run_display(as_json=as_json, quiet=quiet) as display:
+        heard = display.listener()
+        run = train_on_ray(recipe, out=out, workers=workers, listener=heard, address=address, offline=offline)
+        display.done(run)
 
 
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:

@@ -66,10 +66,12 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
             return Run(Path(last["run"]))
         said.seek(0)
         text = said.read().decode("utf-8", "replace").strip()
-    raise _error(last, text, code)
+    raise as_error(last, text, code)
 
 
-def _error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
+def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
+    """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its `text` and
+    exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else text.removeprefix("error: ")
     message = message or f"the process of the run ended with code {code}"

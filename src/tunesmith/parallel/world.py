@@ -153,6 +153,8 @@ class World:
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
 
+        if dist.is_initialized():  # by Ray, whose it stays
+            return
         self.publish(f"ready/{self.rank}", True)
         for rank in range(self.size):  # a group is made by all at once, and would wait long for one that is gone
             self.wait_for(f"ready/{rank}", rank)
@@ -281,9 +283,12 @@ def group(place: Place, facts: Callable[[], Mapping[str, Any]]) -> Iterator[Worl
 
 def _store(place: Place) -> Any:
     """The store that all ranks reach. Raises InputError, GroupError."""
-    from torch.distributed.distributed_c10d import PrefixStore
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
     from torch.distributed.rendezvous import rendezvous
 
+    if dist.is_initialized():
+        return PrefixStore("tunesmith", _get_default_store())
     where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={os.environ.get('MASTER_PORT', '')}"
     if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdecimal():
         raise InputError(f"{where}: RANK and WORLD_SIZE are set, but not where ranks meet. Let torchrun start them.")

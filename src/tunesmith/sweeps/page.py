@@ -34,7 +34,7 @@ def sweep_page(grid: Grid, outcomes: Sequence[Outcome]) -> Page:
     found = f" The best is {best.trial.name}." if best.state == "done" else ""
     report = {
         "name": grid.name,
-        "task": best.trial.recipe.task,
+        "task": "sweep",
         "method": plural(len(outcomes), "trial"),
         "versions": {"tunesmith": tunesmith.__version__},
     }
