@@ -1,0 +1,94 @@
+"""What a sweep and a run want of Ray, against a Ray that is played."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import DataError, GroupError, InputError
+from tunesmith.recipe.load import validate
+from tunesmith.sweeps import ray_train
+from tunesmith.sweeps.ray_engine import RayTasks, connected, needs_of
+from tunesmith.sweeps.trial import Job
+
+
+class Lost(Exception):
+    pass
+
+
+class FakeRay:
+    """Ray with so many processors and cards, whose tasks end when they are waited for."""
+
+    exceptions = SimpleNamespace(RayError=Lost)
+
+    def __init__(self, results: tuple[Any, ...] = (), **resources: float) -> None:
+        self.resources, self.results, self.options = resources, list(results), dict[str, Any]()
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def remote(self, **options: Any) -> Any:
+        self.options = options
+        return lambda function: SimpleNamespace(remote=lambda job: job.name)
+
+    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return (tasks, []) if self.results else ([], tasks)
+
+    def get(self, task: Any) -> Any:
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@pytest.mark.parametrize(
+    ("options", "resources", "needs", "slots"),
+    [
+        ({}, {"CPU": 8}, (1, 0), 8),
+        ({"threads": 3}, {"CPU": 8}, (3, 0), 2),
+        ({"threads": 2, "devices": 2, "device": "cpu"}, {"CPU": 8, "GPU": 4}, (4, 0), 2),
+        ({}, {"CPU": 64, "GPU": 4}, (1, 1), 4),
+        ({"devices": 2, "threads": 8}, {"CPU": 64, "GPU": 4}, (8, 2), 2),
+    ],
+)
+def test_trials_at_once_are_those_that_there_is_room_for(
+    options: dict[str, Any], resources: dict[str, float], needs: tuple[float, float], slots: int
+) -> None:
+    ray, recipe = FakeRay(**resources), validate({"model": "m", **options})
+    assert tuple(needs_of(recipe, ray).values()) == needs
+    assert RayTasks(ray, recipe).slots == slots
+    assert ray.options == {"max_retries": 0, "num_cpus": needs[0], "num_gpus": needs[1]}
+
+
+def test_a_trial_that_no_machine_can_hold_is_refused() -> None:
+    with pytest.raises(InputError, match="a trial needs 16 cpus, but this Ray has 8 cpus and 0 gpus"):
+        RayTasks(FakeRay(CPU=8), validate({"model": "m", "threads": 16}))
+
+
+def test_a_lost_worker_is_the_failure_of_its_trial(tmp_path: Path) -> None:
+    ray = FakeRay(("", Lost("node  died")), CPU=2)
+    tasks = RayTasks(ray, validate({"model": "m"}))
+    for name in ("a", "b"):
+        tasks.start(Job(name, tmp_path / name, tmp_path, tmp_path))
+    assert tasks.ended() == {"a": "", "b": "Ray lost it: node died"}
+    assert tasks.ended() == {}
+
+
+def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="leave --ray out"), connected("local"):
+        pass
+
+
+def test_the_error_of_a_worker_is_that_of_the_rank_which_failed() -> None:
+    mark = ray_train._MARK
+    lost = f'{mark}{{"kind":"error","code":"GroupError","message":"rank 1: bad row","exit":2}}'
+    own = f'{mark}{{"kind":"error","code":"DataError","message":"bad row","exit":2}}'
+    found = ray_train._cause(RuntimeError(f"rank 0:\nRuntimeError: {lost}\nrank 1:\nRuntimeError: {own}\n"))
+    assert isinstance(found, DataError)
+    assert str(found) == "bad row"
+    assert isinstance(ray_train._cause(RuntimeError("worker died")), GroupError)
