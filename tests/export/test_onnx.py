@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -28,7 +26,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.types import Batch, Row
 from tunesmith.types import Source as Place
 
-OFTEN = ("llama", "bert", "classify-causal")
+OFTEN = ("llama", "bert")
 """The others are in the slow set: each takes seconds to trace."""
 
 
@@ -36,11 +34,9 @@ def exported(run: Run, tmp_path: Path, *, proof: bool = True) -> Exported:
     return export_run(run, "onnx", out=tmp_path / "out", proof=proof, offline=True)
 
 
-def now_and_then(names: Sequence[str]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("arch", now_and_then(KNOWN))
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch in OFTEN else pytest.mark.slow) for arch in KNOWN]
+)
 def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = exported(of_encoder(arch) if arch in ENCODERS else of_architecture(arch), tmp_path)
@@ -52,7 +48,8 @@ def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeyp
     assert done.found.same_answers == done.found.answers == (0 if arch in ENCODERS else 6)
 
 
-@pytest.mark.parametrize("name", now_and_then(["full", "tag-encoder", "text-encoder", "classify-causal"]))
+@pytest.mark.parametrize("name", ["full", "tag-encoder", "text-encoder", "classify-causal"])
+@pytest.mark.slow
 def test_every_head(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = exported(finished(name), tmp_path)
@@ -77,6 +74,8 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     assert card_head(done.path)["library_name"] == "onnx"
     names = {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json", "labels.json"}
     assert names | {"README.md", "verify.json"} == {path.name for path in done.path.iterdir()}
+    source = Path(of_encoder("bert").recipe().model) / "tokenizer.json"
+    assert (done.path / "tokenizer.json").read_bytes() == source.read_bytes()
     assert_computes_as_tuned(done)
 
 

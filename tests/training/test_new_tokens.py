@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from export.exports import quick
 from tiny import tiny_tokenizer
 from tiny_run import model_folder, same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, RecipeError, Stopped
@@ -95,8 +96,9 @@ def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
 
 
 @pytest.mark.parametrize("target", ["merged", "adapter", "gguf"])
-def test_exports_have_the_tokens(finished: Run, target: str) -> None:
-    """Proved in a new process: the same tokens, the same weights, the same answers."""
+def test_exports_have_the_tokens(finished: Run, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proved: the same tokens, the same weights, the same answers."""
+    quick(monkeypatch)
     done = export_run(finished, target)
     assert done.found.same_ids
     if target == "merged":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.exports import quick
 from serve.engines import OPTIONS
 from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import ExportError, InputError, Stopped
@@ -67,7 +68,10 @@ def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> No
         assert torch.equal(answers(live), answers(load_base(finished)))
 
 
-def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(finished: Run) -> None:
+def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
     done = export_run(finished, "merged", out=finished.path / "original")
     moved = done.found.loss_exported - done.found.loss_tuned
     assert moved != 0
@@ -80,8 +84,9 @@ def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(
     assert done.found.distance <= done.allowed.weights
 
 
-def test_the_weights_that_were_tuned_on_can_be_exported_instead(finished: Run) -> None:
+def test_the_weights_that_were_tuned_on_can_be_exported_instead(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Precision is float32 here, so that the merge is held to rounding alone."""
+    quick(monkeypatch)
     done = export_run(
         finished, "merged", out=finished.path / "dequantized", options=ExportOptions(merge_into="dequantized")
     )
@@ -94,6 +99,7 @@ def test_the_weights_that_were_tuned_on_can_be_exported_instead(finished: Run) -
 def test_a_merge_that_does_worse_is_refused_with_a_way_out(
     finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moved: float, is_refused: bool
 ) -> None:
+    quick(monkeypatch)
     found = compare
 
     def seen_to_move(*seen: Any, **how: Any) -> ExportComparison:
