@@ -151,7 +151,7 @@ def encoder(bench: Bench) -> dict[str, Any]:
         setup = bench.setup(model, rows, precision="bfloat16", method={"name": "full"}, train=train)
         if layout == "padded":
             setup.plan = replace(setup.plan, layout="padded", ids_of=None)
-            setup.feed = replace(setup.feed, layout="padded", shares=False, pads=False)
+            setup.collator = replace(setup.collator, layout="padded", shares=False, pads=False)
         require(setup.plan.layout == layout, f"{setup.notes}")
         found[layout] = measured(bench, setup, num=4)
     is_slower = found["packed"]["tokens/s"] < 0.9 * found["padded"]["tokens/s"]

@@ -97,9 +97,12 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     assert setup.forecast.duration is not None
     plan = setup.plan
     events = list(training_steps(setup))
-    for feed, rows in ((setup.held_feed, setup.rows.held_rows), (setup.feed, seen_rows(setup.recipe, setup.rows))):
+    for collator, rows in (
+        (setup.held_collator, setup.rows.held_rows),
+        (setup.collator, seen_rows(setup.recipe, setup.rows)),
+    ):
         tokens = resolved(setup.recipe.train.tokens_per_pass)
-        predict_rows(setup.model, setup.task, feed, [int(i) for i in rows], tokens_per_pass=tokens)
+        predict_rows(setup.model, setup.task, collator, [int(i) for i in rows], tokens_per_pass=tokens)
     later = events[1:]
     per_token = sum(event.timing["seconds"] for event in later) / sum(event.values["tokens"] for event in later)
     return {

@@ -50,8 +50,8 @@ def model_of(arch: str, *, dropout: float = 0.0):
 
 
 def outcomes(model, tokens_per_pass: int, *, layout="packed", rows=range(8)):
-    feed = Collator(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
-    return predict_rows(model, TASKS["chat"], feed, rows, tokens_per_pass=tokens_per_pass)
+    collator = Collator(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
+    return predict_rows(model, TASKS["chat"], collator, rows, tokens_per_pass=tokens_per_pass)
 
 
 def loss(model, tokens_per_pass: int, *, layout="packed") -> float:

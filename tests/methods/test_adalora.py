@@ -83,7 +83,7 @@ def pefts_own_loop(setup: Setup) -> list[float]:
         setup.model.train()
         rows = [row for members in setup.plan.step(step) for row in members]
         num_targets = sum(float(setup.rows.store.denominators[row]) for row in rows)
-        loss = setup.task.loss_sum(setup.model, setup.feed.batch(rows, draw=step)) / num_targets
+        loss = setup.task.loss_sum(setup.model, setup.collator.batch(rows, draw=step)) / num_targets
         losses.append(float(loss.detach()))
         with_pefts_term(attachment, loss).backward()
         torch.nn.utils.clip_grad_norm_(list(attachment.trained.values()), recipe.optim.clip)

@@ -325,7 +325,7 @@ def test_schedule_free_is_measured_and_saved_at_its_average_and_takes_gradients_
     trained = setup.attachment.trained
     average = {name: tensor.detach().clone() for name, tensor in trained.items()}
     rows = [int(i) for i in setup.rows.held_rows]
-    measured = predict_rows(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=96)
+    measured = predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=96)
     state = setup.optimizer.state()
     name = next(name for name in trained if (state[f"{name}/z"] != average[name]).any())
     assert setup.optimizer.train_mode()
@@ -333,7 +333,7 @@ def test_schedule_free_is_measured_and_saved_at_its_average_and_takes_gradients_
     expected = (1 - beta) * state[f"{name}/z"] + beta * average[name]
     torch.testing.assert_close(trained[name].detach(), expected, rtol=1e-5, atol=1e-7)
     setup.attachment.publish()
-    elsewhere = predict_rows(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=96)
+    elsewhere = predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=96)
     assert not np.array_equal(measured.losses_I, elsewhere.losses_I)
 
 

@@ -44,9 +44,9 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
     done: Counter[str] = Counter(starting=1, finishing=1)
     measured, texts, answers = looking._outcomes, forgetting.text_batches, looking.answer_samples
 
-    def outcomes(session, feed, rows_I, what):
-        done["held_out" if what == "evaluate" else "surprising"] += int(feed.store.lengths[rows_I].sum())
-        return measured(session, feed, rows_I, what)
+    def outcomes(session, collator, rows_I, what):
+        done["held_out" if what == "evaluate" else "surprising"] += int(collator.store.lengths[rows_I].sum())
+        return measured(session, collator, rows_I, what)
 
     def text_batches(rows, **how):
         done["general"] += sum(len(row.ids) for row in rows)

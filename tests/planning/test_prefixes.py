@@ -30,8 +30,8 @@ def prepared(folder: Path, **sections) -> Setup:
 
 def choice_of(setup: Setup):
     (choice,) = [choice for choice in setup.choices if choice.key == KEY]
-    assert setup.feed.shares == choice.value
-    assert not setup.held_feed.shares  # whoever measures the result again computes whole rows
+    assert setup.collator.shares == choice.value
+    assert not setup.held_collator.shares  # whoever measures the result again computes whole rows
     return choice
 
 

@@ -56,7 +56,7 @@ def epoch_losses(setup: Setup) -> tuple[float, float]:
     """(loss, targets) of an epoch of the untouched model."""
     passes = [rows for step in range(1, setup.plan.steps_per_epoch + 1) for rows in setup.plan.step(step)]
     with torch.no_grad():
-        losses = [setup.task.loss_sum(setup.model, setup.feed.batch(rows, draw=1)) for rows in passes]
+        losses = [setup.task.loss_sum(setup.model, setup.collator.batch(rows, draw=1)) for rows in passes]
     return float(sum(losses)), float(sum(setup.rows.store.denominators[i] for rows in passes for i in rows))
 
 

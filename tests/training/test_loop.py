@@ -185,7 +185,7 @@ def snapshot(setup: Setup) -> dict[str, torch.Tensor]:
 
 def look(setup: Setup) -> None:
     rows = [int(i) for i in setup.rows.held_rows]
-    predict_rows(setup.model, setup.task, setup.held_feed, rows, tokens_per_pass=64)
+    predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=64)
     generate(setup.model, setup.renderer, [s.ids for s in setup.samples], Sampling(max_new_tokens=2, temperature=1.0))
 
 

@@ -59,14 +59,14 @@ def test_where_memory_ends_a_pass_is_halved(tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path, train={"rows_per_step": 8, "tokens_per_pass": 256})
     expected = losses(prepare(recipe, root=tmp_path))
     setup, calls = prepare(recipe, root=tmp_path), iter(range(1000))
-    real = type(setup.feed).batch
+    real = type(setup.collator).batch
 
-    def ending(feed: Any, members: Any, **how: Any) -> Any:
+    def ending(collator: Any, members: Any, **how: Any) -> Any:
         if next(calls) == 0:
             raise MemoryError
-        return real(feed, members, **how)
+        return real(collator, members, **how)
 
-    monkeypatch.setattr(type(setup.feed), "batch", ending)
+    monkeypatch.setattr(type(setup.collator), "batch", ending)
     assert losses(setup) == pytest.approx(expected, abs=1e-4)
 
 

@@ -79,7 +79,7 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
     told = [event.values for event in straight.events() if event.kind == "evaluation"][-1]
     speaker = load_run(straight)
     outcomes = predict_rows(
-        speaker.model, setup.task, setup.held_feed, [int(i) for i in setup.rows.held_rows], tokens_per_pass=256
+        speaker.model, setup.task, setup.held_collator, [int(i) for i in setup.rows.held_rows], tokens_per_pass=256
     )
     found = float(outcomes.losses_I.sum() / outcomes.counts_I.sum())
     assert found == pytest.approx(told["loss"], abs=1e-4)  # the run cut other passes

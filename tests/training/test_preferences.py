@@ -101,7 +101,7 @@ def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, 
     setup = prepare(recipe, root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:5]]
     with eval_mode(setup.model):
-        found = setup.task.measure(setup.model, setup.feed.batch(rows, draw=1)).results
+        found = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
         expected = [own_logps(load_plain(recipe.model), setup.store.row(row)) for row in rows]
     ours = [result["logps"] for result in found]
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
@@ -208,7 +208,7 @@ def test_dropout_of_the_model_is_off(tmp_path, is_off, monkeypatch):
         monkeypatch.setattr("tunesmith.training.setup.disable_dropout", lambda model: None)
     setup = prepare(recipe_of(tmp_path, dropout=0.3), root=tmp_path / "runs")
     setup.model.train()
-    batch = setup.feed.batch([int(i) for i in setup.rows.train_rows[:4]], draw=1)
+    batch = setup.collator.batch([int(i) for i in setup.rows.train_rows[:4]], draw=1)
     with nullcontext() if is_off else pytest.raises(AssertionError):
         assert_repeats(setup, batch)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tunesmith.runs.folder import Run
-    from tunesmith.runs.prune import Part
+    from tunesmith.runs.prune import Prunable
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
 DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
@@ -89,7 +89,7 @@ def rm(
         raise InputError("RUN: nothing was given. Write: tunesmith runs rm RUN, or tunesmith runs to list them.")
     chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
     removal.refuse_used(chosen)
-    lines = [(run, [removal.Part(run.path, run.state(), removal.freed_bytes(run.path))]) for run in chosen]
+    lines = [(run, [removal.Prunable(run.path, run.state(), removal.freed_bytes(run.path))]) for run in chosen]
     if _agreed(lines, yes=yes, as_json=as_json, verb="Remove"):
         for run in chosen:
             removal.remove_run(run)
@@ -134,7 +134,7 @@ def prune(
         _done("prune", lines, as_json=as_json)
 
 
-def _agreed(lines: Sequence[tuple[Run, Sequence[Part]]], *, yes: bool, as_json: bool, verb: str) -> bool:
+def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_json: bool, verb: str) -> bool:
     """Say what each run would free, and ask. Raises InputError where nobody can answer."""
     from tunesmith.cli.render import size, visible
     from tunesmith.cli.streams import console
@@ -159,7 +159,7 @@ def _agreed(lines: Sequence[tuple[Run, Sequence[Part]]], *, yes: bool, as_json: 
     return typer.confirm(words, err=True)
 
 
-def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Part]]], *, as_json: bool) -> None:
+def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Prunable]]], *, as_json: bool) -> None:
     from tunesmith.cli.render import size
     from tunesmith.cli.streams import console, json_line
 
@@ -170,7 +170,7 @@ def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Part]]], *, as_json: bo
         console().print(f"freed {size(_sum(lines))}")
 
 
-def _sum(lines: Sequence[tuple[Run, Sequence[Part]]]) -> int:
+def _sum(lines: Sequence[tuple[Run, Sequence[Prunable]]]) -> int:
     return sum(part.num_bytes for _, parts in lines for part in parts)
 
 

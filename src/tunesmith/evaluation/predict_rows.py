@@ -55,31 +55,31 @@ class Predictions:
 def predict_rows(
     model: nn.Module,
     task: Task,
-    feed: Collator,
+    collator: Collator,
     rows: Sequence[int],
     *,
     tokens_per_pass: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     world: World | None = None,
 ) -> Predictions:
-    """Predictions for the given rows of the feed's store, in the order given.
+    """Predictions for the given rows of the collator's store, in the order given.
 
     They do not depend on how rows are cut into micro-batches, and no random number of the loop is consumed: the mask of
     a row follows from the row alone. The micro-batches are dealt to the ranks of `world`, and every rank gets all
     predictions: with the bits that one process gives.
     """
-    store, world = feed.store, world or World()
+    store, world = collator.store, world or World()
     place = {row: i for i, row in enumerate(rows)}
     losses_I = np.zeros(len(rows))
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     results: dict[int, Mapping[str, Any]] = {}
     done = 0
-    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=feed.layout)
+    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=collator.layout)
     mine = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)[world.rank]
     with eval_mode(model):
         for members in map(batches.__getitem__, mine):
-            batch = feed.batch(members, draw=0)
+            batch = collator.batch(members, draw=0)
             measured = task.measure(model, batch)
             done += len(members)
             progress(done, len(rows))

@@ -26,7 +26,7 @@ EXPORTS, MERGED = "exports", "merged"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Prunable:
     """A folder of a run that can go."""
 
     path: Path
@@ -35,7 +35,7 @@ class Part:
     """What its removal frees: a file that has another name elsewhere on the disk counts nothing."""
 
 
-def prunable(run: Run) -> tuple[list[Part], list[str]]:
+def prunable(run: Run) -> tuple[list[Prunable], list[str]]:
     """The parts of a finished run that can go, and why others stay.
 
     Raises RunError for a run that is not done: its checkpoints are what it resumes from.
@@ -46,7 +46,7 @@ def prunable(run: Run) -> tuple[list[Part], list[str]]:
             f"{run.path.name}: it is {state}, and only finished runs are pruned. `tunesmith runs rm` removes it."
         )
     used = list(_used_places(run, others=runs(run.path.parent)))
-    found: list[Part] = []
+    found: list[Prunable] = []
     kept: list[str] = []
     reasons = {run.checkpoints_path: "checkpoints of a finished run", **_exports(run, kept)}
     for path, reason in reasons.items():
@@ -55,7 +55,7 @@ def prunable(run: Run) -> tuple[list[Part], list[str]]:
         if users := sorted({other.path.name for place, other in used if _is_within(place, path)}):
             kept.append(f"{path.relative_to(run.path)} stays: {listed(users)} starts from it")
         else:
-            found.append(Part(path, reason, freed_bytes(path)))
+            found.append(Prunable(path, reason, freed_bytes(path)))
     return found, kept
 
 
@@ -110,7 +110,7 @@ def remove_run(run: Run) -> None:
         shutil.rmtree(doomed)
 
 
-def remove_parts(run: Run, parts: Sequence[Part]) -> None:
+def remove_parts(run: Run, parts: Sequence[Prunable]) -> None:
     """Remove parts of a run, each whole. Raises RunError if a process works on it."""
     with run.lock():
         for part in parts:

@@ -59,7 +59,7 @@ def measure_held_out(session: Session, name: str) -> None:
     if len(setup.rows.held_rows) == 0:
         return
     started = time.perf_counter()
-    outcomes = _outcomes(session, setup.held_feed, setup.rows.held_rows, "evaluate")
+    outcomes = _outcomes(session, setup.held_collator, setup.rows.held_rows, "evaluate")
     hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
     labels = setup.rows.labels
     results = row_results(setup.head, labels, outcomes, hashes_I)
@@ -94,11 +94,11 @@ def measure_held_out(session: Session, name: str) -> None:
         session.emit("note", {"text": text})
 
 
-def _outcomes(session: Session, feed: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
+def _outcomes(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
     return predict_rows(
         session.setup.model,
         session.setup.task,
-        feed,
+        collator,
         [int(i) for i in rows_I],
         tokens_per_pass=session.setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
@@ -204,7 +204,7 @@ def find_high_loss_rows(session: Session) -> None:
         return
     started = time.perf_counter()
     rows_I = sample_rows(setup.rows.store, setup.rows.train_rows, most)
-    outcomes = _outcomes(session, setup.feed, rows_I, "surprise")
+    outcomes = _outcomes(session, setup.collator, rows_I, "surprise")
     if not setup.world.is_first:
         return
     results = row_results(setup.head, setup.rows.labels, outcomes, setup.rows.store.hashes[rows_I])

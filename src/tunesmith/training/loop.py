@@ -16,7 +16,7 @@ from tunesmith.data.sampler import MicroBatch
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, gradient_norm, rate
-from tunesmith.parallel.meeting import meet
+from tunesmith.parallel.exchange import meet
 from tunesmith.training.state import TrainState
 from tunesmith.training.step import compute_gradients, exhausted_error, penalise
 from tunesmith.types import Event

@@ -23,8 +23,8 @@ class BatchKey:
     rows: MicroBatch
     copies: tuple[int, ...]
 
-    def make(self, feed: Collator) -> Batch:
-        return feed.batch(self.rows, draw=self.step, copies=self.copies)
+    def make(self, collator: Collator) -> Batch:
+        return collator.batch(self.rows, draw=self.step, copies=self.copies)
 
 
 @dataclass
@@ -35,27 +35,27 @@ class Prefetcher:
     _ahead: tuple[BatchKey, Future[Batch]] | None = field(default=None, init=False)
 
     def batches(
-        self, feed: Collator, keys: Sequence[BatchKey], then: Callable[[], BatchKey | None] = lambda: None
+        self, collator: Collator, keys: Sequence[BatchKey], then: Callable[[], BatchKey | None] = lambda: None
     ) -> Iterator[Batch]:
         """The batches of a step, in order. `then`: what is needed after them, found while the last one is at work."""
-        if not works_ahead(feed):
-            yield from (key.make(feed) for key in keys)
+        if not works_ahead(collator):
+            yield from (key.make(collator) for key in keys)
             return
         for key, following in zip(keys, [*keys[1:], None], strict=True):
-            batch = self._take(feed, key)
-            self._begin(feed, following)
+            batch = self._take(collator, key)
+            self._begin(collator, following)
             yield batch
-        self._begin(feed, then())
+        self._begin(collator, then())
 
-    def _take(self, feed: Collator, key: BatchKey) -> Batch:
+    def _take(self, collator: Collator, key: BatchKey) -> Batch:
         """The batch that was made ahead; made now where another was, as after micro-batches were halved."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1].result() if ahead is not None and ahead[0] == key else key.make(feed)
+        return ahead[1].result() if ahead is not None and ahead[0] == key else key.make(collator)
 
-    def _begin(self, feed: Collator, key: BatchKey | None) -> None:
-        self._ahead = None if key is None else (key, self._thread.submit(key.make, feed))
+    def _begin(self, collator: Collator, key: BatchKey | None) -> None:
+        self._ahead = None if key is None else (key, self._thread.submit(key.make, collator))
 
 
-def works_ahead(feed: Collator) -> bool:
+def works_ahead(collator: Collator) -> bool:
     """Whether the device of its batches computes while this process goes on."""
-    return torch.device(feed.device).type == "cuda"
+    return torch.device(collator.device).type == "cuda"

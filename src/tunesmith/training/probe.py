@@ -240,8 +240,8 @@ def measure(setup: Setup, folder: Path, *, tell: Tell, on_progress: OnProgress) 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
     stages: list[Callable[[], dict[str, Any]]] = [
-        lambda: _rows(setup, "held_out", setup.held_feed, setup.rows.held_rows),
-        lambda: _rows(setup, "surprising", setup.feed, seen_rows(setup.recipe, setup.rows)),
+        lambda: _rows(setup, "held_out", setup.held_collator, setup.rows.held_rows),
+        lambda: _rows(setup, "surprising", setup.collator, seen_rows(setup.recipe, setup.rows)),
         lambda: _general(setup),
         lambda: _word(setup),
         lambda: _save(setup, folder),
@@ -293,18 +293,18 @@ def _take_steps(setup: Setup, tell: Tell) -> None:
             return
 
 
-def _rows(setup: Setup, kind: Kind, feed: Collator, rows_I: NDArray[np.int64]) -> dict[str, Any]:
+def _rows(setup: Setup, kind: Kind, collator: Collator, rows_I: NDArray[np.int64]) -> dict[str, Any]:
     """Micro-batches of rows that are measured: the one that needs the most memory, and then usual ones."""
     if not len(rows_I):
         return {}
     rows, plan = [int(i) for i in rows_I], setup.plan
 
     def look(members: Sequence[int]) -> None:
-        predict_rows(setup.model, setup.task, feed, members, tokens_per_pass=plan.tokens_per_pass)
+        predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=plan.tokens_per_pass)
 
-    look(heaviest_looked(feed.store, rows, plan))
-    passes = micro_batches_of(feed.store, rows, tokens_per_pass=plan.tokens_per_pass, layout=plan.layout)
-    return {kind: asdict(_usual(look, passes, [num_tokens(feed.store, np.asarray(members)) for members in passes]))}
+    look(heaviest_looked(collator.store, rows, plan))
+    passes = micro_batches_of(collator.store, rows, tokens_per_pass=plan.tokens_per_pass, layout=plan.layout)
+    return {kind: asdict(_usual(look, passes, [num_tokens(collator.store, np.asarray(members)) for members in passes]))}
 
 
 def _general(setup: Setup) -> dict[str, Any]:

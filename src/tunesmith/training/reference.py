@@ -46,15 +46,15 @@ def use_reference(session: Session) -> None:
     if not setup.task.compares or not setup.world.is_first:
         return
     rows = setup.rows
-    sides = ((rows.store, setup.feed, rows.train_rows), (rows.held_store, setup.held_feed, rows.held_rows))
-    for store, feed, rows_I in sides:
+    sides = ((rows.store, setup.collator, rows.train_rows), (rows.held_store, setup.held_collator, rows.held_rows))
+    for store, collator, rows_I in sides:
         if not len(rows_I):  # nothing is held out
             continue
         folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
-        file = f"{store.key[:16]}-{_digest(setup, rows_I, feed)}.reference"
+        file = f"{store.key[:16]}-{_digest(setup, rows_I, collator)}.reference"
         found = {place: _read(place / file) for place in (folder, store.folder)}
         known = next((one for one in found.values() if one is not None), None)
-        values_IK = _compute(session, feed, rows_I) if known is None else known
+        values_IK = _compute(session, collator, rows_I) if known is None else known
         for place in (place for place, one in found.items() if one is None):
             write_atomic(place / file, _packed(values_IK))
         _put(store, rows_I, values_IK)
@@ -79,12 +79,12 @@ def _put(store: RowStore, rows_I: NDArray[np.int64], found_IK: NDArray[np.float6
     whole[rows_I] = found_IK
 
 
-def _compute(session: Session, feed: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
+def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
     setup = session.setup
     found = predict_rows(
         setup.model,
         setup.task,
-        feed,
+        collator,
         rows_I.tolist(),
         tokens_per_pass=setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress("reference", done, total),
@@ -92,14 +92,14 @@ def _compute(session: Session, feed: Collator, rows_I: NDArray[np.int64]) -> NDA
     return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
 
 
-def _digest(setup: Setup, rows_I: NDArray[np.int64], feed: Collator) -> str:
+def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
     recipe = setup.recipe
     parts = {
         "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
         "method": recipe.method.model_dump(mode="json"),
         "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
         "computed": [recipe.precision, recipe.kernels, recipe.device, recipe.threads],
-        "batches": [feed.layout, feed.shares, feed.pads],
+        "batches": [collator.layout, collator.shares, collator.pads],
         "tokens_per_pass": setup.plan.tokens_per_pass,
         "seed": recipe.seed,
         "torch": torch.__version__,
@@ -138,7 +138,7 @@ def check_start(setup: Setup) -> None:
     away: list[tuple[float, str]] = []
     setup.model.train()
     for rows in setup.plan.step(1):
-        batch = setup.feed.batch(rows, draw=1)
+        batch = setup.collator.batch(rows, draw=1)
         results = setup.task.measure(setup.model, batch).results
         for row, result in zip(rows, results, strict=True):
             moved = np.subtract(result["logps"], result["reference"])

@@ -148,7 +148,7 @@ def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tenso
     setup.optimizer.zero_grad()
     setup.model.eval()  # no dropout: it would differ between the two ways
     for rows in passes:
-        batch = setup.feed.batch(rows, draw=0)
+        batch = setup.collator.batch(rows, draw=0)
         (setup.task.loss_sum(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}

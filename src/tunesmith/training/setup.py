@@ -42,7 +42,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.training.feeds import feeds
+from tunesmith.training.collators import collators
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.loss_scale import LossScale
 from tunesmith.training.resolve import OnProgress, ResolvedRun, plan_of, resolve_run
@@ -68,7 +68,7 @@ class Setup(TrainState):
     head: HeadName
     rows: Splits
     """The rows of `store` to train on, those held out, and their labels."""
-    held_feed: Collator
+    held_collator: Collator
     """Makes batches from rows of `rows.held_store`."""
     samples: list[SamplePrompt]
     new_head: bool
@@ -126,8 +126,8 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
     plan = replace(plan_of(recipe, rows, layout), part=world.part)
-    feed, held_feed, sharing = feeds(recipe, inputs, rows, model, plan, device=recipe.device)
-    plan = filled_by(plan, rows.store) if feed.shares else plan
+    collator, held_collator, sharing = collators(recipe, inputs, rows, model, plan, device=recipe.device)
+    plan = filled_by(plan, rows.store) if collator.shares else plan
     samples, sample_notes = _samples(recipe, inputs, rows)
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
@@ -148,8 +148,8 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         optimizer=optimizer,
         rows=rows,
         store=rows.store,
-        feed=feed,
-        held_feed=held_feed,
+        collator=collator,
+        held_collator=held_collator,
         plan=plan,
         total_steps=total_steps(recipe, plan.steps_per_epoch),
         device=recipe.device,

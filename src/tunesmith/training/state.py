@@ -36,7 +36,7 @@ class TrainState:
     """The optimizer and its state."""
     store: RowStore
     """The encoded training rows."""
-    feed: Collator
+    collator: Collator
     """Makes a batch from rows of `store`."""
     plan: StepSampler
     """Says which rows make which step, and how they are cut into micro-batches."""

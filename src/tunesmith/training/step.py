@@ -12,7 +12,7 @@ from torch import Tensor
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
-from tunesmith.parallel.meeting import Computed, Exhausted
+from tunesmith.parallel.exchange import Computed, Exhausted
 from tunesmith.training.prefetch import BatchKey
 from tunesmith.training.state import TrainState
 from tunesmith.types import Batch
@@ -47,7 +47,7 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
         computed = 0
         try:
             then = partial(_first_of_next, state, plan, step)
-            for batch in state.ahead.batches(state.feed, _keys(passes, step), then):
+            for batch in state.ahead.batches(state.collator, _keys(passes, step), then):
                 loss_sum, tokens = _pass(state, batch, step, num_targets)
                 losses.append(loss_sum)
                 computed += tokens

@@ -53,7 +53,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "rows_per_step": plan.rows_per_step,
         "tokens_per_pass": plan.tokens_per_pass,
         "layout": plan.layout,
-        "padding": round(plan.padding(pads=setup.feed.pads), 4),
+        "padding": round(plan.padding(pads=setup.collator.pads), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),

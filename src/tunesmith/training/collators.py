@@ -29,10 +29,10 @@ from tunesmith.training.resolve import decide_sharing_for
 from tunesmith.types import Batch, Choice, Row
 
 
-def feeds(
+def collators(
     recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, plan: StepSampler, *, device: str
 ) -> tuple[Collator, Collator, list[Choice]]:
-    """The feeds of training rows and of held-out rows, and what was decided for them.
+    """The collators of training rows and of held-out rows, and what was decided for them.
 
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is computed whole,
     as in a later evaluation of the result.
@@ -46,7 +46,7 @@ def feeds(
             what = f"rows of a step begin alike: {shared.saved:.0%} of their tokens"
             choice = Choice(KEY, False, f"{what} could be computed once, but the model then {problem}")
 
-    def feed(store: Any, seed: int, *, shares: bool) -> Collator:
+    def collator(store: Any, seed: int, *, shares: bool) -> Collator:
         return Collator(
             store,
             layout=plan.layout,
@@ -61,7 +61,7 @@ def feeds(
 
     shares = choice is not None and bool(choice.value)
     choices = [] if choice is None else [choice]
-    return feed(rows.store, recipe.seed, shares=shares), feed(rows.held_store, 0, shares=False), choices
+    return collator(rows.store, recipe.seed, shares=shares), collator(rows.held_store, 0, shares=False), choices
 
 
 def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
