@@ -45,13 +45,13 @@ def sweep(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a run for each combination of options in GRID, stop the poor ones early, and say which is best.
+    r"""Train a run for each combination of options in GRID, stop the poor ones early, and say which is best.
 
     tunesmith sweep lr.yaml
 
     tunesmith sweep lr.yaml --ray local
 
-    with, in lr.yaml, base: {model: ./model, data: {train: [a.jsonl]}} and grid: {optim.lr: [1e-4, 3e-4]}
+    with, in lr.yaml, base: {model: ./model, data: {train: \[a.jsonl]}} and grid: {optim.lr: [1e-4, 3e-4]}
 
     The same command goes on with a sweep that was stopped or killed.
     """
