@@ -22,7 +22,7 @@ from tiny_run import tiny_recipe
 from tunesmith.data.sampler import StepSampler
 from tunesmith.errors import Stopped
 from tunesmith.evaluation import predict_rows
-from tunesmith.parallel import meeting, world
+from tunesmith.parallel import exchange, world
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.recipe.load import validate
@@ -92,7 +92,7 @@ def few_rows(folder: Path) -> Any:
 
 
 def _meet(change: Callable[..., Any]) -> Any:
-    right = meeting.meet
+    right = exchange.meet
 
     def buggy(found: World, trained: Any, own: Any, *, num_targets: float) -> Any:
         met = right(found, trained, own, num_targets=num_targets)
@@ -221,7 +221,7 @@ def not_finite(folder: Path) -> Any:
 
 def not_finite_planted(folder: Path) -> Any:
     """Each rank looks at its own losses before the sum."""
-    right = meeting.meet
+    right = exchange.meet
 
     def buggy(found: World, trained: Any, own: Any, *, num_targets: float) -> Any:
         if not all(map(math.isfinite, own.losses)):
