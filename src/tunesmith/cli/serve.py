@@ -11,7 +11,8 @@ from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, remember_j
 from tunesmith.errors import InputError
 
 Targets = Annotated[
-    list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name.")
+    list[str] | None,
+    typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name."),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")]
@@ -30,12 +31,15 @@ Memory = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")]
 Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests under way at the end.")]
 Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further name of this server.")]
+Jobs = Annotated[bool, typer.Option("--jobs", help="Take files and fine-tuning jobs too, in OpenAI's shape, on MODEL.")]
+StoreFolder = Annotated[Path, typer.Option("--store", metavar="DIR", help="Files, jobs and models of --jobs.")]
+BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help="Models that jobs may tune, in YAML.")]
 Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may send requests.")]
 
 
 def serve(
     ctx: typer.Context,
-    targets: Targets,
+    targets: Targets = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     key_file: KeyFile = None,
@@ -50,6 +54,9 @@ def serve(
     grace: Grace = 30.0,
     allow_host: Hosts = None,
     allow_origin: Origins = None,
+    jobs: Jobs = False,
+    store: StoreFolder = Path("jobs"),
+    bases: BasesFile = None,
     model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
@@ -61,13 +68,20 @@ def serve(
     tunesmith serve last
 
     tunesmith serve support-3f2a sales-91c0 --port 8001 --host 0.0.0.0 --key-file keys
+
+    tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.other_servers import ENGINES, serve_elsewhere
-    from tunesmith.cli.server import Access, ServerOutput, serve_own
+    from tunesmith.cli.server import Access, JobPlace, ServerOutput, serve_own
     from tunesmith.cli.streams import console
     from tunesmith.serve.protocol import EngineOptions
 
+    names = targets or []
+    if bases is not None and not jobs:
+        raise InputError("--bases: names models for jobs: give --jobs too.")
+    if not names and bases is None:
+        raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
     if engine not in ENGINES:
         raise InputError(f"--engine: {engine}: there is no such engine. One of {', '.join(ENGINES)}.")
@@ -76,11 +90,14 @@ def serve(
     if engine != "own":
         given = [name for name in ctx.params if str(ctx.get_parameter_source(name)) == "ParameterSource.COMMANDLINE"]
         how = {"root": root, "offline": offline, "base": model, "only_print": only_print, "as_json": as_json}
-        serve_elsewhere(engine, targets, access, given, how)
+        if jobs:
+            raise InputError("--jobs: only the own engine takes new models while it answers. Leave --engine out.")
+        serve_elsewhere(engine, names, access, given, how)
         return
     memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     options = EngineOptions(
         max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
     )
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
-    serve_own(targets, access, options, root=root, grace_s=grace, output=output)
+    where = JobPlace(store, bases) if jobs else None
+    serve_own(names, access, options, root=root, grace_s=grace, output=output, jobs=where)

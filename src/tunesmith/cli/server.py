@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,12 @@ from tunesmith.formatting import plural
 from tunesmith.serve.protocol import EngineOptions, ModelCard
 
 if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from tunesmith.jobs.bases import Bases
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import RequestLog
+    from tunesmith.serve.protocol import Engine
 
 PATH_WIDTH = 60
 
@@ -37,6 +42,14 @@ class Access:
     key_file: Path | None = None
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobPlace:
+    """The store of a server that takes jobs, and the file of the models they may tune."""
+
+    store: Path
+    bases: Path | None
 
 
 @dataclass
@@ -139,6 +152,28 @@ def check_extra() -> None:
         ) from None
 
 
+def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
+    """The models that jobs may tune, and the paths that read a query. Raises InputError."""
+    if os.name != "posix":
+        raise InputError("--jobs: runs on Linux and macOS only.")
+    try:
+        from tunesmith.jobs.bases import bases_of_file, bases_of_model
+        from tunesmith.jobs.routes import QUERIES
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
+        ) from None
+    from tunesmith.runs.folder import is_run
+
+    if jobs.bases is not None:
+        if targets:
+            raise InputError(f"{targets[0]}: --bases {jobs.bases} names the models already. Give one of the two.")
+        return bases_of_file(jobs.bases), QUERIES
+    if len(targets) != 1 or is_run(targets[0], root):
+        raise InputError(f"{', '.join(targets)}: --jobs takes one MODEL, no run; several models: --bases FILE.")
+    return bases_of_model(targets[0]), QUERIES
+
+
 def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> None:
     """Raises InputError for an address that other machines reach, without a key."""
     from tunesmith.serve.middleware import KEY_VARIABLE
@@ -151,7 +186,14 @@ def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> No
 
 
 def serve_own(
-    targets: Sequence[str], access: Access, options: EngineOptions, *, root: Path, grace_s: float, output: ServerOutput
+    targets: Sequence[str],
+    access: Access,
+    options: EngineOptions,
+    *,
+    root: Path,
+    grace_s: float,
+    output: ServerOutput,
+    jobs: JobPlace | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
     check_extra()
@@ -161,6 +203,7 @@ def serve_own(
     from tunesmith.serve.http import serve as serve_http
     from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
 
+    bases, queries = (None, ()) if jobs is None else read_bases(jobs, targets, root)
     keys, notes = read_keys(access.key_file, os.environ)
     for note in notes:
         output.note(f"note: {note}")
@@ -168,18 +211,30 @@ def serve_own(
     refuse_open_door(access, bound, has_key=bool(keys))
     machine = () if bound.is_loopback else (socket.gethostname(),)
     hosts = frozenset(name.lower() for name in ("localhost", access.host, *machine, *access.names))
-    policy = AccessPolicy(ApiKeys.of(keys), hosts, frozenset(origin.rstrip("/") for origin in access.origins))
+    origins = frozenset(origin.rstrip("/") for origin in access.origins)
+    policy = AccessPolicy(ApiKeys.of(keys), hosts, origins, queries=queries)
 
     async def run() -> None:
-        output.note(f"loading {', '.join(targets)}")
-        engine = await start_engine(targets, root=root, options=options, on_note=output.note)
-        try:
-            server = make_server(make_app(engine, policy, [output.request]), grace_s=grace_s)
+        async with AsyncExitStack() as stack:
+            routers: Sequence[APIRouter] = ()
+            engine: Engine
+            if bases is not None and jobs is not None:
+                from tunesmith.jobs.server import JobServer
+                from tunesmith.jobs.store import Store
+
+                store = Store(jobs.store)
+                stack.callback(store.close)
+                output.note(f"loading {', '.join(bases.by_name)}")
+                working = await JobServer.start(store, bases, options, root=root, on_note=output.note)
+                stack.push_async_callback(working.close)
+                engine, routers = working.engines, working.routers
+            else:
+                output.note(f"loading {', '.join(targets)}")
+                engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+            stack.push_async_callback(engine.close, 0)
+            server = make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
             output.serving(bound, engine.served, has_key=bool(keys))
-        except BaseException:
-            await engine.close(0)
-            raise
-        await serve_http(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
+            await serve_http(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
 
     words = f"stopping: what is under way has {grace_s:g} s to end. Once more to leave at once."
     with (

@@ -355,6 +355,27 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     return attachment
 
 
+def read_low_rank(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A [R, I], B [O, R] and the scale of their product for each layer of a saved adapter, by the layer's name.
+
+    Raises ModelError for one that is damaged, or more than low-rank paths.
+    """
+    saved, tensors = read_config(folder), _read_weights(folder)
+    if isinstance(saved.settings, DoraMethod):
+        raise ModelError(f"{folder}: DoRA, which is more than low-rank paths on layers")
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for key, a_RI in tensors.items():
+        match = _LAYER_KEY.fullmatch(key)
+        if match is None or f"{match['name']}.lora_B.weight" not in tensors:
+            raise ModelError(f"{folder}: {key} is more than a low-rank path on a layer")
+        if key.endswith("lora_A.weight"):
+            name, rank = match["name"], len(a_RI)
+            alpha = by_patterns(saved.config.get("alpha_pattern") or {}, name, saved.settings.alpha)
+            scale = alpha / (rank**0.5 if saved.settings.rslora else rank)
+            found[name] = (a_RI, tensors[f"{name}.lora_B.weight"], scale)
+    return found
+
+
 def read_config(folder: Path) -> SavedConfig:
     """The config of an adapter. Raises ModelError for one that is damaged or holds what is not understood."""
     path = folder / CONFIG

@@ -121,6 +121,8 @@ def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         if getattr(getattr(recipe, section) if section else recipe, name) == "auto":
             value, reason = rule(recipe, facts)
             choices.append(Choice(key, value, reason))
+            if key == "optim.lr":  # the rate contains the factor now
+                recipe = with_choice(recipe, Choice("optim.lr_times", 1.0, ""))
             recipe = with_choice(recipe, choices[-1])
     return recipe, choices
 
@@ -244,7 +246,9 @@ def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     else:
         rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
     times, source = OPTIMIZERS[recipe.optim.name].rate
-    return float(f"{rate * times:.3g}"), f"{reason}; {source}" if source else reason
+    reason = f"{reason}; {source}" if source else reason
+    reason += f", times {recipe.optim.lr_times:g}" if recipe.optim.lr_times != 1 else ""
+    return float(f"{rate * times * recipe.optim.lr_times:.3g}"), reason
 
 
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:

@@ -172,6 +172,8 @@ class Optim(OptionGroup):
     the matrices inside the layers orthogonal, schedule_free averages weights instead of lowering the rate."""
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
+    lr_times: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the learning rate that lr: auto takes: 2 is twice the usual one."""
     schedule: Literal["linear", "cosine", "constant"] | None = None
     """Shape of the rate after warm-up; linear and cosine end at zero after the last step. null: linear, of
     schedule_free constant, which it has to be."""
@@ -202,6 +204,10 @@ class Optim(OptionGroup):
 
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Optim:
+        if self.lr != "auto" and self.lr_times != 1:
+            raise ValueError(
+                "optim.lr_times: is a factor of the usual rate, and optim.lr says another: drop one of them"
+            )
         for option in ("betas", "eps", "momentum"):
             if getattr(self, option) is not None and option not in USUAL[self.name]:
                 raise ValueError(f"optim.{option}: {self.name} has none: drop it or set optim.name: adamw")

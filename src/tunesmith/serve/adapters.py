@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -106,6 +106,25 @@ class AdapterSet:
             layer.paths = {name: paths[target.name] for name, paths in self._taken.items() if target.name in paths}
             replace_module(self.model, target, layer)
         self._taken = {}
+
+    def put(self, name: str, paths: Mapping[str, LowRankPath]) -> None:
+        """Put one more adapter on the layers of the model, between two passes. Raises ModelError if a layer is missing."""
+        layers = {layer: self.model.get_submodule(layer) for layer in paths}
+        bare = [layer for layer, module in layers.items() if not isinstance(module, MultiLoraLinear)]
+        for target in named_targets(self.model, bare):
+            layers[target.name] = MultiLoraLinear(target.module, self._routing)
+            replace_module(self.model, target, layers[target.name])
+        for layer, path in paths.items():
+            module = layers[layer]
+            if not isinstance(module, MultiLoraLinear):
+                raise ModelError(f"{name}: {layer} is no linear layer of the base that is served.")
+            module.paths[name] = path
+
+    def drop(self, name: str) -> None:
+        """Take an adapter off. No answer under way may use it."""
+        for module in self.model.modules():
+            if isinstance(module, MultiLoraLinear):
+                module.paths.pop(name, None)
 
     def adapts(self, module: nn.Module | None) -> bool:
         """Whether a layer of the model has adapters."""

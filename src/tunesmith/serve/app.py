@@ -53,14 +53,18 @@ _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 def make_app(
-    engine: Engine, policy: AccessPolicy, listeners: Sequence[Callable[[RequestLog], None]] = ()
+    engine: Engine,
+    policy: AccessPolicy,
+    listeners: Sequence[Callable[[RequestLog], None]] = (),
+    routers: Sequence[APIRouter] = (),
 ) -> AccessMiddleware:
-    """An ASGI app that answers with `engine`. Each listener is called for every request that has ended."""
+    """An ASGI app that answers with `engine` and by `routers`. Listeners are called for every request that has ended."""
     # No documentation pages: theirs load scripts from elsewhere. /openapi.json has the same content.
     api = FastAPI(title="tunesmith", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (RequestError, HTTPException, RequestValidationError, Exception):
         api.add_exception_handler(kind, on_error)
-    api.include_router(make_router(engine))
+    for router in (make_router(engine), *routers):
+        api.include_router(router)
     page_headers = {"Content-Security-Policy": _page_policy(), "Referrer-Policy": "no-referrer"}
     metrics = Metrics(engine)
 

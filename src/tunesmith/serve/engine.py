@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -197,15 +198,20 @@ class _Call:
 
 
 async def start_engine(
-    names: Sequence[str], *, root: Path, options: EngineOptions, on_note: Note = lambda text: None
+    names: Sequence[str],
+    *,
+    root: Path,
+    options: EngineOptions,
+    attached: Mapping[str, Path] = MappingProxyType({}),
+    on_note: Note = lambda text: None,
 ) -> Engine:
     """An engine over a worker process, ready for requests.
 
     `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too. `root`: the
-    folder of runs. `on_note`: receives a line for each thing the user should know, such as a restart.
+    folder of runs. `attached`: runs to attach from the start, by the names to serve them as. `on_note`: receives a line for each thing the user should know, such as a restart.
     Raises InputError or TunesmithError if a name cannot be served; no worker is left then.
     """
-    engine = WorkerEngine(names, root=root, options=options, on_note=on_note)
+    engine = WorkerEngine(names, root=root, options=options, attached=attached, on_note=on_note)
     await engine.start()
     return engine
 
@@ -213,9 +219,12 @@ async def start_engine(
 class WorkerEngine:
     """`protocol.Engine` over a worker process."""
 
-    def __init__(self, names: Sequence[str], *, root: Path, options: EngineOptions, on_note: Note) -> None:
+    def __init__(
+        self, names: Sequence[str], *, root: Path, options: EngineOptions, attached: Mapping[str, Path], on_note: Note
+    ) -> None:
         self.served: Sequence[ModelCard] = ()
-        self._start_line = encode_line({"names": list(names), "root": str(root), "options": asdict(options)})
+        self._to_load = {"names": list(names), "root": str(root), "options": asdict(options)}
+        self._attached = {name: str(run) for name, run in attached.items()}
         self._options = options
         self._note = on_note
         self._worker: WorkerProcess | None = None
@@ -232,7 +241,8 @@ class WorkerEngine:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _new_worker(self) -> WorkerProcess:
-        return await WorkerProcess.start(self._start_line, on_message=self._on_message, on_note=self._note)
+        line = encode_line({**self._to_load, "attached": self._attached})
+        return await WorkerProcess.start(line, on_message=self._on_message, on_note=self._note)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         """See protocol.Engine."""
@@ -263,8 +273,21 @@ class WorkerEngine:
         vectors, num_tokens = await self._reply({"model": model, "embed": list(texts)})
         return vectors, num_tokens
 
-    async def _reply(self, message: Mapping[str, Any]) -> Any:
-        worker, key, call = self._open(_Call(is_generation=False))
+    async def attach(self, name: str, run: Path) -> None:
+        """See protocol.Engine."""
+        if name not in self._attached:
+            card = await self._reply({"attach": name, "run": str(run)}, waits_in_queue=False)
+            self._attached[name] = str(run)
+            self.served = (*self.served, ModelCard(**card))
+
+    async def detach(self, name: str) -> None:
+        """See protocol.Engine."""
+        self.served = tuple(card for card in self.served if card.name != name)
+        if self._attached.pop(name, None) is not None:
+            await self._reply({"detach": name}, waits_in_queue=False)
+
+    async def _reply(self, message: Mapping[str, Any], *, waits_in_queue: bool = True) -> Any:
+        worker, key, call = self._open(_Call(is_generation=False), waits_in_queue=waits_in_queue)
         try:
             worker.send({"key": key, **message})
             event = await call.events.get()
@@ -274,14 +297,14 @@ class WorkerEngine:
             raise event
         return event
 
-    def _open(self, call: _Call) -> tuple[WorkerProcess, int, _Call]:
+    def _open(self, call: _Call, *, waits_in_queue: bool = True) -> tuple[WorkerProcess, int, _Call]:
         """Raises RequestError if there is no worker, or no room in the queue."""
         if self._is_closing:
             raise RequestError("the server is being stopped", status=503, code="shutting_down")
         if self._worker is None or not self._worker.is_alive:
             message = "the engine is being started again: try in a moment"
             raise RequestError(message, status=503, code="engine_unavailable")
-        if self.state().waiting >= self._options.queue:
+        if waits_in_queue and self.state().waiting >= self._options.queue:
             message = f"{self._options.queue} requests are waiting already: try again later"
             raise RequestError(message, status=429, code="queue_full")
         key = next(self._keys)
@@ -320,7 +343,8 @@ class WorkerEngine:
         """A reply, or the events of a step."""
         if "reply" in message:
             if call := self._calls.get(message["reply"]):
-                call.events.put_nowait(message["value"])
+                failed = RequestError(message["error"], code="not_servable") if "error" in message else None
+                call.events.put_nowait(failed or message["value"])
             return
         for key, name, fields in message["events"]:
             event = decode_event(name, fields)

@@ -31,7 +31,7 @@ MIN_KEY_LENGTH = 20
 _MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _PREFLIGHT = (
-    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-methods", b"GET, POST, DELETE"),
     (b"access-control-allow-headers", b"authorization, content-type, x-requested-with"),
     (b"access-control-max-age", b"600"),
 )
@@ -113,6 +113,8 @@ class AccessPolicy:
     origins: frozenset[str] = frozenset()
     """Web pages that may send requests from a browser, such as https://chat.example.org."""
     max_requests: int = 256
+    queries: tuple[str, ...] = ()
+    """Beginnings of paths whose routes read the query of a URL."""
 
 
 @dataclass
@@ -221,7 +223,7 @@ class AccessMiddleware:
         return None
 
     def _not_now(self, scope: Scope) -> RequestError | None:
-        if scope["query_string"]:
+        if scope["query_string"] and not str(scope["path"]).startswith(self.policy.queries or "?"):
             message = "Nothing is read from the query of a URL. Parameters belong in the body, a key in a header."
             return RequestError(message, code="unknown_parameter")
         if self.num_active > self.policy.max_requests:

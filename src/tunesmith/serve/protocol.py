@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import orjson
@@ -154,6 +155,8 @@ class EngineOptions:
     offline: bool = False
     base: str | None = None
     """Where the base model of the runs is now, if it was moved."""
+    attaches: bool = False
+    """Whether runs will be attached while it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,17 @@ class Engine(Protocol):
 
     async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """A vector for each text, and the number of tokens read."""
+        ...
+
+    async def attach(self, name: str, run: Path) -> None:
+        """Serve the result of a run on the base as `name`, without disturbing the answers under way.
+
+        Does nothing if `name` is served already. Raises RequestError if the run cannot be served.
+        """
+        ...
+
+    async def detach(self, name: str) -> None:
+        """Serve `name` no longer; answers under way in its name are finished."""
         ...
 
     def state(self) -> EngineState: ...

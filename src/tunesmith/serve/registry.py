@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +17,15 @@ from tunesmith.errors import InputError, ModelError
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
+from tunesmith.methods.adapter_format import read_low_rank
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.pooling import find_pooling
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, is_run
-from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -35,7 +38,7 @@ from tunesmith.serve.protocol import (
 )
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
-from tunesmith.serve.startup_checks import check_encoding, check_writers, choose_decoder
+from tunesmith.serve.startup_checks import check_adapter, check_encoding, check_prompts, check_writers, choose_decoder
 from tunesmith.tasks import TASKS
 
 Note = Callable[[str], None]
@@ -52,11 +55,32 @@ _TOOL = {
 _ANSWERS = {ServedModel: "answers in text", Classifier: "answers with labels", Embedder: "gives embeddings"}
 
 
+@dataclass(frozen=True)
+class SharedBase:
+    """A base that takes the adapters of further runs."""
+
+    loaded: LoadedModel
+    adapters: AdapterSet
+    decoder: Decoder
+    hashes: BackgroundCall[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class AttachableRun:
+    """A run that was read and checked, and its low-rank paths by layer."""
+
+    model: ServedModel
+    paths: Mapping[str, LowRankPath]
+
+
 @dataclass
 class Registry:
     """The models that are loaded, by name: runs in the order they were given, then their base."""
 
     models: dict[str, ServedModel | Classifier | Embedder] = field(default_factory=dict)
+    shared: SharedBase | None = None
+    detached: list[str] = field(default_factory=list)
+    """Adapters that are on the model still, since answers under way may use them."""
 
     @property
     def decoders(self) -> list[Decoder]:
@@ -71,6 +95,57 @@ class Registry:
             message = f"no model {name} here {_ANSWERS[kind]}"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return model
+
+    def read_run(self, name: str, path: Path) -> AttachableRun:
+        """Read and check a run that is to be served as `name`; changes nothing. Raises ModelError or RunError."""
+        shared, run = self.shared, Run.open(path, path.parent)
+        if (why := "this server takes none" if shared is None else why_unshareable(run)) is not None:
+            raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
+        assert shared is not None, "refused above"
+        base, recipe = shared.loaded, run.recipe()
+        loading.refuse_other_base(run, base.located, shared.hashes.result())
+        run.check_result(run.adapter_path)
+        weights = read_low_rank(run.adapter_path)
+        where, dtype = base.model.device, base.model.dtype
+        paths = {
+            layer: LowRankPath(a.to(where, dtype), b.to(where, dtype), scale)
+            for layer, (a, b, scale) in weights.items()
+        }
+        loading.refuse_non_finite({layer: path.b_OR for layer, path in paths.items()}, run.adapter_path)
+        tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
+        renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
+        model = make_writer(
+            replace(base, renderer=renderer, recipe=recipe), name, shared.decoder, adapter=name, run=run
+        )
+        check_prompts(model, run, lambda text: None)
+        return AttachableRun(model, paths)
+
+    def attach(self, found: AttachableRun) -> None:
+        """Serve a run that was read, between two steps. Raises ModelError or RunError; nothing is changed then."""
+        name = found.model.card.name
+        assert self.shared is not None and found.model.run is not None, "read_run gave it"
+        self.drop_detached(only=name)
+        self.shared.adapters.put(name, found.paths)
+        try:
+            check_adapter(found.model, found.model.run)
+        except BaseException as error:
+            self.shared.adapters.drop(name)
+            if isinstance(error, RowMismatchError):
+                raise ModelError(f"{found.model.run.path}: cannot share its base: {error}") from error
+            raise
+        self.models[name] = found.model
+
+    def detach(self, name: str) -> None:
+        """Serve a run no longer; its adapter stays until no answer uses it."""
+        if self.models.pop(name, None) is not None:
+            self.detached.append(name)
+
+    def drop_detached(self, *, only: str | None = None) -> None:
+        """Free the adapters of detached runs. No answer may be under way, but for those of other runs than `only`."""
+        for name in [name for name in self.detached if only in (None, name)]:
+            assert self.shared is not None, "it was attached to it"
+            self.shared.adapters.drop(name)
+            self.detached.remove(name)
 
     def add(self, model: ServedModel | Classifier | Embedder) -> None:
         name = model.card.name
@@ -95,7 +170,7 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
             note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")
             _add_single(registry, loaded, run, note)
     if base is not None:
-        _add_shared(registry, base, sharing, hashes=hashes, is_named=bool(models), note=note)
+        _add_shared(registry, base, sharing, hashes=hashes, is_named=bool(models), note=note, attaches=options.attaches)
     return registry
 
 
@@ -163,7 +238,7 @@ def _quantization(recipe: Recipe) -> str:
 
 def _add_shared(
     registry: Registry, base: ModelRef, runs: Sequence[Run], *, hashes: Mapping[str, str] | None, is_named: bool,
-    note: Note,
+    note: Note, attaches: bool,
 ) -> None:  # fmt: skip
     """The base, loaded once, and the adapters of `runs` on it."""
     loaded = loading.load_base(runs[0], hashes=hashes) if runs else loading.load_model(base.name)
@@ -196,6 +271,8 @@ def _add_shared(
         writers.append(make_writer(loaded, _name_of(base), decoder))
     for writer in writers:
         registry.add(writer)
+    if attaches and base is not None:
+        registry.shared = SharedBase(loaded, adapters, decoder, BackgroundCall(partial(load.fingerprint, base)))
     check_writers(writers, note)
 
 

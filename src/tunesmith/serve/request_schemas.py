@@ -165,11 +165,13 @@ def _problem(name: str, value: Any, known: set[str]) -> tuple[str, str] | None:
     return "unknown_parameter", f"{name[:60]}: unknown parameter{hint}"
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """An object without unknown fields, whose values are not converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
-class Body(_Strict):
+class Body(StrictModel):
     """A request's JSON object."""
 
     model: str
@@ -189,7 +191,7 @@ def _stops(value: Any) -> Any:
     return stops
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictModel):
     """Options of a streamed answer."""
 
     include_usage: bool = False
@@ -223,7 +225,7 @@ class SampledBody(Body):
         return {"stop": tuple(self.stop), **{name: getattr(self, name) for name in names}}
 
 
-class JsonSchema(_Strict):
+class JsonSchema(StrictModel):
     """A schema with the name that OpenAI's API asks for. It is always enforced, `strict` or not."""
 
     name: str
@@ -232,7 +234,7 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(StrictModel):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]

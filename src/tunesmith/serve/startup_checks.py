@@ -49,7 +49,7 @@ def check_writers(models: Sequence[ServedModel], note: Note) -> None:
         if model.run is not None:
             check_prompts(model, model.run, note)
             if model.adapter is not None:
-                _check_adapter(model, model.run)
+                check_adapter(model, model.run)
 
 
 def check_prompts(model: ServedModel, run: Run, note: Note) -> None:
@@ -155,7 +155,7 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
     return examples(first, recipe.data, lambda problem: None, task=resolved(recipe.task))
 
 
-def _check_adapter(model: ServedModel, run: Run) -> None:
+def check_adapter(model: ServedModel, run: Run) -> None:
     """The logits of a probe are others with the adapter than without."""
     decoder, logits = model.decoder, []
     for adapter in (None, model.adapter):

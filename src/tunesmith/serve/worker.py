@@ -26,7 +26,7 @@ import torch
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError, encode_event, encode_line
-from tunesmith.serve.registry import Registry, open_registry
+from tunesmith.serve.registry import AttachableRun, Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
@@ -52,6 +52,11 @@ def main() -> int:
         root, names = Path(start["root"]), start["names"]
         registry = open_registry(names, root=root, options=options, note=lambda text: send({"note": text}))
         worker = Worker(registry, options, send, limit=limit)
+        for name, run in start["attached"].items():
+            try:
+                registry.attach(registry.read_run(name, Path(run)))
+            except (TunesmithError, RequestError) as error:
+                send({"note": f"{name} is not served: {error}"})
     except TunesmithError as error:
         send({"failed": str(error), "is_input": isinstance(error, InputError)})
         return 1
@@ -105,6 +110,13 @@ class Worker:
             self._preparing.add(message["key"])
             has_schema = message["request"].get("json_schema") is not None
             (self._schema_preparer if has_schema else self._plain_preparer).submit(self.prepare, message)
+        elif "attach" in message:
+            self._plain_preparer.submit(self.read_run, message)
+        elif "attachable" in message:
+            self._attach(message["key"], message["attachable"])
+        elif "detach" in message:
+            self._registry.detach(message["detach"])
+            self._send({"reply": message["key"], "value": None})
         elif "prepared" in message:
             if message["key"] in self._preparing:
                 self._preparing.discard(message["key"])
@@ -135,10 +147,32 @@ class Worker:
             prepared = RequestError(message_, status=500, code="internal_error")
         self.inbox.put({"key": key, "prepared": prepared})
 
+    def read_run(self, message: Mapping[str, Any]) -> None:
+        """Put a run, read and checked, or the reason why it cannot be served into the inbox. Runs on a thread."""
+        found: Any
+        try:
+            found = self._registry.read_run(message["attach"], Path(message["run"]))
+        except Exception as error:  # a damaged run must not end the answers of others
+            found = error
+        self.inbox.put({"key": message["key"], "attachable": found})
+
+    def _attach(self, key: int, found: AttachableRun | Exception) -> None:
+        try:
+            if isinstance(found, Exception):
+                raise found
+            self._registry.attach(found)
+        except Exception as error:  # as above
+            self._send({"reply": key, "error": str(error) or type(error).__name__})
+        else:
+            self._send({"reply": key, "value": found.model.card})
+
     def _start(self, key: int, prepared: tuple[ServedModel, PreparedRequest] | RequestError) -> None:
         if isinstance(prepared, RequestError):
             return self._refuse(key, prepared)
         model, request = prepared
+        if self._registry.models.get(model.card.name) is not model:
+            message = f"the model {model.card.name} was removed"
+            return self._refuse(key, RequestError(message, status=404, code="model_not_found", param="model"))
         scheduler = self._schedulers[model.decoder]
         if scheduler.could_hold(request):
             return scheduler.add(request)
@@ -160,6 +194,8 @@ class Worker:
     def step(self) -> None:
         """One step of all answers under way; sends its events."""
         busy = [scheduler for scheduler in self._schedulers.values() if scheduler.is_busy]
+        if not busy:
+            self._registry.drop_detached()
         if events := [event for scheduler in busy for event in scheduler.step()]:
             self._send({"events": [[key, *encode_event(event)] for key, event in events]})
 

@@ -20,6 +20,7 @@ NAMED_LATER = {
     "setting data.date": "None",
     "setting data.mix": "times",
     "setting repeatable": "False",
+    "setting optim.lr_times": "1.0",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 

@@ -1,0 +1,93 @@
+"""The models that may be tuned, by public names: from bases.yaml, or the one model on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.errors import InputError
+from tunesmith.recipe import load, yaml_io
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Base(BaseModel):
+    """A model that may be tuned. No request names a folder or a hub id: this is the only way to one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    """A folder, a hub id (owner/name or owner/name@revision) or a .gguf file."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Names that programs use for it, and the names that jobs of them show: gpt-4o-mini, gpt-4o-mini-2024-07-18."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Options of every run on it."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bases: dict[str, Base] = Field(min_length=1)
+    min_examples: int = Field(10, ge=1)
+
+
+@dataclass(frozen=True)
+class Bases:
+    """All models that may be tuned."""
+
+    by_name: Mapping[str, Base]
+    min_examples: int = 10
+    """Fewest rows of a training file."""
+    _names: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, base in self.by_name.items():
+            for other, shown in {
+                name: name,
+                **base.aliases,
+                **{shown: shown for shown in base.aliases.values()},
+            }.items():
+                if not _NAME.fullmatch(other):
+                    raise InputError(
+                        f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no colon "
+                        "and no slash: programs split names of tuned models there."
+                    )
+                if self._names.setdefault(other, (name, shown))[0] != name:
+                    raise InputError(f"{other}: a name of two bases, {self._names[other][0]} and {name}. Remove one.")
+
+    @property
+    def names(self) -> Mapping[str, tuple[str, str]]:
+        """(public name of the base, name that a job shows), by every name that a request may use."""
+        return self._names
+
+
+def bases_of_file(path: Path) -> Bases:
+    """Raises InputError naming the file and every fault."""
+    try:
+        content = yaml_io.parse(path.read_text("utf-8"), str(path))
+        found = _File.model_validate(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}.") from None
+    except ValidationError as error:
+        faults = [f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        raise InputError("\n".join(faults)) from None
+    bases = Bases(found.bases, found.min_examples)
+    for name, base in found.bases.items():
+        recipe = load.validate({"model": base.model, **base.recipe})
+        if recipe.method.name not in ("auto", "lora"):
+            raise InputError(
+                f"{path}: bases.{name}.recipe.method: {recipe.method.name}: a result is put on the base that is being "
+                "served, which only lora can. Leave it out."
+            )
+    return bases
+
+
+def bases_of_model(model: str) -> Bases:
+    """One base, named by the last part of its folder or hub id."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model.partition("@")[0]).resolve().name).strip("-._")
+    return Bases({name or "base": Base(model=model)})

@@ -1,0 +1,273 @@
+"""The one dispatcher of a store: takes the oldest job that waits, starts its run, follows it and puts its result on.
+
+What it does can be done again after any kill: a run is an ordinary run folder, events have ids that follow from the
+run, and a job changes its state in one transaction with everything that belongs to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tunesmith.errors import RunError, StorageError
+from tunesmith.jobs.bases import Base, Bases
+from tunesmith.jobs.launcher import Launcher, Process
+from tunesmith.jobs.names import derived_id
+from tunesmith.jobs.run_events import EventTranslator, checkpoint_metrics, results_file, trained_tokens
+from tunesmith.jobs.states import WAITING
+from tunesmith.jobs.store import Record, Store, event
+from tunesmith.jobs.training_files import CheckedFile, FileFault, check_file, problems_of, rounds, row_fault
+from tunesmith.recipe import load
+from tunesmith.runs.atomic import remove, sha256_file, write_atomic
+from tunesmith.runs.events import Tail
+from tunesmith.runs.folder import Run
+
+POLL_S = 0.2
+MOST_ATTEMPTS = 3
+"""Starts without a new checkpoint between them."""
+RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
+
+Attach = Callable[[str, str, Path], None]
+"""Serve a run: base, name, run folder. Raises what the engine says against it; returns when it can be asked."""
+
+
+@dataclass
+class _Active:
+    """A run under way."""
+
+    job: str
+    run: Run
+    process: Process
+    tail: Tail
+    translate: EventTranslator
+    is_stopping: bool = False
+
+
+@dataclass
+class Dispatcher:
+    """Moves jobs on, one `round` after another; `run` does that until `stop` is set."""
+
+    store: Store
+    bases: Bases
+    launcher: Launcher
+    attach: Attach
+    on_note: Callable[[str], None] = lambda text: None
+    parallel: int = 1
+    active: dict[str, _Active] = field(default_factory=dict)
+
+    def recover(self) -> None:
+        """Take over the runs of an earlier server. Before the first round."""
+        self.store.sweep(with_uploads=True)
+        for job in self.store.with_status("running", "paused", "cancelled", "queued"):
+            run = self._run_path(job["id"])
+            if (process := self.launcher.find(run)) is not None:
+                self._follow_new(job["id"], process)
+            elif job["status"] == "running":
+                self.store.change_job(job["id"], if_status=["running"], status="queued")
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop`. Runs under way then stop after their step, and go on under the next server."""
+        while not stop.wait(POLL_S):
+            try:
+                self.round()
+            except Exception as error:  # a full disk, say: the next round may succeed, and jobs lose nothing
+                self.on_note(f"jobs: {type(error).__name__}: {error}")
+                stop.wait(5 * POLL_S)
+        for one in self.active.values():
+            one.process.stop()
+
+    def round(self) -> None:
+        """Follow every run, then start what there is room for."""
+        for one in list(self.active.values()):
+            self._follow(one)
+        for job in self.store.waiting():
+            if job["id"] not in self.active and len(self.active) < self.parallel:
+                self._begin(job)
+
+    def _run_path(self, job: str) -> Path:
+        return self.store.runs_path / job
+
+    # Start
+
+    def _begin(self, job: Record) -> None:
+        name = job["id"]
+        if not job["is_checked"]:
+            try:
+                recipe, numbers = self._check(job)
+            except FileFault as fault:
+                return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
+            write_atomic(self.store.recipes_path / f"{name}.yaml", recipe)
+            said = [event(name, "Files validated, moving job to queued state", once="validated")]
+            values = {"status": "queued", "is_checked": True, "numbers": numbers}
+            if not self.store.change_job(name, said, if_status=WAITING, **values):
+                return  # paused or cancelled meanwhile
+        run = Run(self._run_path(name))
+        said = [event(name, "Fine-tuning job started", once="started")]
+        if not self.store.change_job(name, said, if_status=WAITING, status="running"):
+            return
+        if (run.path / "run.json").exists() and run.state() == "done":
+            return self._finish(name, run)
+        run.clear_stop() if run.path.exists() else None
+        self._follow_new(name, self.launcher.start(run.path, self.store.recipes_path / f"{name}.yaml"))
+
+    def _follow_new(self, name: str, process: Process) -> None:
+        run = Run(self._run_path(name))
+        self.active[name] = _Active(name, run, process, Tail(run.events_path), EventTranslator(name))
+
+    def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
+        """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""
+        request = job["request"]
+        path = self._content(request["training_file"], "training")
+        found = check_file(path, "training", min_examples=self.bases.min_examples)
+        validation = None
+        if request["validation_file"] is not None:
+            validation = self._content(request["validation_file"], "validation")
+            other = check_file(validation, "validation", min_examples=1)
+            if other.task != found.task:
+                message = "The validation file has rows of another shape than the training file."
+                raise FileFault("invalid_validation_file", message, "validation_file")
+        numbers = dict(request["hyperparameters"])
+        if numbers["n_epochs"] == "auto":
+            numbers["n_epochs"] = rounds(found.num_rows)
+        recipe = job_recipe(self.bases.by_name[job["base"]], found, path, validation, numbers, request["seed"])
+        return orjson.dumps(recipe), numbers
+
+    def _content(self, file: str, which: str) -> Path:
+        path = self.store.content_path(file)
+        if not path.exists():
+            raise FileFault(f"invalid_{which}_file", f"The {which} file {file} was deleted.", f"{which}_file")
+        return path
+
+    # Follow
+
+    def _follow(self, one: _Active) -> None:
+        ended = not one.process.is_alive()
+        self._relay(one)
+        job = self.store.job(one.job)
+        assert job is not None, "rows of jobs are never removed"
+        if job["status"] != "running" and not one.is_stopping:
+            one.process.stop()
+            # Without a folder there is nothing that could take the request yet: it is made again.
+            one.is_stopping = (one.run.path / "run.json").exists()
+        if ended:
+            del self.active[one.job]
+            if job["status"] == "running":
+                self._end(job, one)
+
+    def _relay(self, one: _Active) -> None:
+        found = one.tail()
+        if not found:
+            return
+        self.store.add_events(one.translate(found))
+        if saved := [event.step for event in found if event.kind == "checkpoint"]:
+            values = {"last_checkpoint": max(saved), "attempts": 0}
+            self.store.change_job(one.job, if_status=["running"], **values)
+        if any(event.kind == "plan" for event in found):
+            self._take_numbers(one)
+
+    def _take_numbers(self, one: _Active) -> None:
+        """The hyperparameters that were chosen."""
+        job, recipe = self.store.job(one.job), one.run.recipe()
+        assert job is not None, "it is under way"
+        times = job["numbers"]["learning_rate_multiplier"]
+        numbers = {
+            "n_epochs": int(float(recipe.train.epochs)), "batch_size": recipe.train.rows_per_step,
+            "learning_rate_multiplier": 1.0 if times == "auto" else times,
+        }  # fmt: skip
+        self.store.change_job(one.job, if_status=["running", "paused"], numbers=numbers)
+
+    def _end(self, job: Record, one: _Active) -> None:
+        """The state of a job whose run has ended by itself."""
+        name = job["id"]
+        state = one.run.state() if (one.run.path / "run.json").exists() else "new"
+        error = one.process.error()
+        if state == "done":
+            return self._finish(name, one.run)
+        if error is not None and error["code"] == "Stopped":  # by the end of a server
+            self.store.change_job(name, if_status=["running"], status="queued")
+            return None
+        if error is not None:
+            return self._fail_by(job, error)
+        attempts = job["attempts"] + 1
+        if attempts >= MOST_ATTEMPTS:
+            message = f"The run was ended from outside {attempts} times without a new checkpoint between."
+            return self._fail(job, "run_crashed", message, None)
+        said = [event(name, RUN_DONE_AGAIN, level="warn")]
+        self.store.change_job(name, said, if_status=["running"], status="queued", attempts=attempts)
+        return None
+
+    def _fail_by(self, job: Record, error: dict[str, Any]) -> None:
+        for which in ("training", "validation"):
+            file = job["request"][f"{which}_file"]
+            if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
+                fault = row_fault(found, which)
+                return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
+        message = error["message"].replace(f"{self.store.folder}/", "")
+        if error["code"] == "DoesNotFitError":
+            return self._fail(job, "insufficient_memory", message, "model")
+        return self._fail(job, "run_failed", message, None)
+
+    def _fail(self, job: Record, code: str, message: str, param: str | None, lines: Any = ()) -> None:
+        said = [event(job["id"], line, level="error") for line in lines]
+        said.append(event(job["id"], f"The job failed: {message}", level="error"))
+        error = {"code": code, "message": message, "param": param}
+        self.store.change_job(job["id"], said, if_status=[*WAITING, "running"], status="failed", error=error)
+
+    def _finish(self, name: str, run: Run) -> None:
+        """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""
+        job = self.store.job(name)
+        assert job is not None, "rows of jobs are never removed"
+        found = list(run.events())
+        self.store.add_events(EventTranslator(name)(found))
+        file = derived_id("file-", name, "results")
+        content = results_file(found)
+        write_atomic(self.store.content_path(file), content)
+        row = {
+            "id": file, "purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content),
+            "sha256": sha256_file(self.store.content_path(file)),
+        }  # fmt: skip
+        metrics = checkpoint_metrics(found)
+        tuned, step = job["tuned_name"], metrics.get("step", 0)
+        model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
+        try:
+            self.attach(job["base"], tuned, run.path)
+        except Exception as error:
+            return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
+        said = [
+            event(name, f"Checkpoint created at step {step} with Snapshot ID: {tuned}", once="snapshot"),
+            event(name, f"New fine-tuned model created: {tuned}", once="model"),
+            event(name, "The job has successfully completed", once="completed"),
+        ]
+        self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found))
+        with suppress(OSError, RunError, StorageError):
+            for path in (run.checkpoints_path, run.rows_path):  # the result and the report stay
+                remove(path)
+        self.store.sweep()
+
+
+def job_recipe(
+    base: Base, found: CheckedFile, training: Path, validation: Path | None, numbers: Record, seed: int
+) -> dict[str, Any]:
+    """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
+    times = numbers["learning_rate_multiplier"]
+    own: dict[str, Any] = {
+        "model": base.model,
+        "task": found.task,
+        "data": {"train": [str(training)], "too_long": "cut"},
+        "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
+        "seed": seed,
+        "devices": 1,
+    }
+    own["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}
+    if times != "auto":
+        own["optim"] = {"lr_times": float(times)}
+    whole = {"method": {"name": "lora"}, **base.recipe}
+    for key, value in own.items():
+        whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+    return load.validate(whole).model_dump(mode="json", exclude_defaults=True) | {"method": whole["method"]}

@@ -1,0 +1,77 @@
+"""The engines of all bases as one: every public name and alias is answered by the engine of its base."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+
+from tunesmith.jobs.bases import Bases
+from tunesmith.serve.protocol import Engine, EngineState, GenerationRequest, ModelCard, StreamEvent
+
+
+class Engines:
+    """`protocol.Engine` over an engine for each base. A tuned model is attached to the engine of its base."""
+
+    def __init__(self, engines: Mapping[str, Engine], bases: Bases) -> None:
+        self._engines = engines
+        self._bases = bases
+
+    @property
+    def served(self) -> Sequence[ModelCard]:
+        """Bases by all of their names, then tuned models."""
+        own = {base: next(card for card in engine.served if card.is_base) for base, engine in self._engines.items()}
+        named = [replace(own[base], name=name) for name, (base, _) in self._bases.names.items()]
+        return (*named, *(card for engine in self._engines.values() for card in engine.served if not card.is_base))
+
+    def _find(self, name: str) -> tuple[Engine, str]:
+        """The engine that answers for a name, and the name there."""
+        if name in self._bases.names:
+            engine = self._engines[self._bases.names[name][0]]
+            return engine, next(card.name for card in engine.served if card.is_base)
+        first = next(iter(self._engines.values()))
+        owners = (engine for engine in self._engines.values() if any(card.name == name for card in engine.served))
+        return next(owners, first), name
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
+        """See protocol.Engine."""
+        engine, name = self._find(request.model)
+        events = engine.generate(replace(request, model=name))
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:
+        """See protocol.Engine."""
+        engine, name = self._find(model)
+        return await engine.classify(name, texts)
+
+    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """See protocol.Engine."""
+        engine, name = self._find(model)
+        return await engine.embed(name, texts)
+
+    async def attach_to(self, base: str, name: str, run: Path) -> None:
+        """Serve a run as `name` on its base; see protocol.Engine."""
+        await self._engines[base].attach(name, run)
+
+    async def attach(self, name: str, run: Path) -> None:
+        """See protocol.Engine; for the first base."""
+        await self.attach_to(next(iter(self._engines)), name, run)
+
+    async def detach(self, name: str) -> None:
+        """See protocol.Engine."""
+        await self._find(name)[0].detach(name)
+
+    def state(self) -> EngineState:
+        """Sums; alive if all are."""
+        states = [engine.state() for engine in self._engines.values()]
+        alive, *counts = zip(*map(astuple, states), strict=True)
+        return EngineState(all(alive), *map(sum, counts))
+
+    async def close(self, grace_s: float) -> None:
+        """See protocol.Engine."""
+        await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))

@@ -1,0 +1,133 @@
+"""Runs as child processes: `tunesmith train` or `tunesmith resume` with a run folder, and nothing else between them.
+
+A child holds a lock file from its start to its end, however it ends and however the server does. So a server that is
+started again finds the child of an earlier one, and never starts a second.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from tunesmith.environment import for_child
+from tunesmith.runs.folder import Run
+
+NICE = 10
+"""Lower priority than the engine, so that answers do not wait for training."""
+
+
+class Process(Protocol):
+    """A run that is under way, of this server or an earlier one."""
+
+    def is_alive(self) -> bool: ...
+
+    def stop(self) -> None:
+        """Let the run stop after its step, with a checkpoint."""
+        ...
+
+    def error(self) -> dict[str, Any] | None:
+        """The error that the ended run printed; None: it printed none, or was killed."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts runs, here or elsewhere."""
+
+    def start(self, run: Path, recipe: Path) -> Process:
+        """Train in a new run folder, or resume the run that is in it."""
+        ...
+
+    def find(self, run: Path) -> Process | None:
+        """The process that works on a run still; None: there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChildProcess:
+    """A process that holds the lock file of a run."""
+
+    run: Path
+    popen: subprocess.Popen[bytes] | None = None
+
+    def is_alive(self) -> bool:
+        if self.popen is not None:
+            return self.popen.poll() is None
+        return _holder(self.run) is not None
+
+    def stop(self) -> None:
+        if (self.run / "run.json").exists():
+            Run(self.run).ask_stop()
+        elif (pid := self.popen.pid if self.popen is not None else _holder(self.run)) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it has not made its folder yet: nothing is lost
+
+    def error(self) -> dict[str, Any] | None:
+        with suppress(OSError, ValueError):
+            last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
+            found: dict[str, Any] = orjson.loads(last)
+            return found if found.get("kind") == "error" else None
+        return None
+
+
+class LocalLauncher:
+    """Runs on this machine."""
+
+    def __init__(self, *, offline: bool) -> None:
+        self._offline = offline
+
+    def start(self, run: Path, recipe: Path) -> ChildProcess:
+        """See Launcher."""
+        words = ["train", "--recipe", str(recipe), "--out", str(run)]
+        if (run / "run.json").exists():
+            words = ["resume", str(run)]
+        return self._start(run, [*words, "--json", *(["--offline"] if self._offline else [])])
+
+    def _start(self, run: Path, words: Sequence[str]) -> ChildProcess:
+        lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(_beside(run, "output"), "wb") as out:
+                popen = subprocess.Popen(
+                    ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
+                    env=for_child(), start_new_session=True, pass_fds=(lock,),
+                )  # fmt: skip
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(popen.pid).encode(), 0)
+        finally:
+            os.close(lock)
+        return ChildProcess(run, popen)
+
+    def find(self, run: Path) -> ChildProcess | None:
+        """See Launcher."""
+        return ChildProcess(run) if _holder(run) is not None else None
+
+
+def _beside(run: Path, what: str) -> Path:
+    return run.parent / f".{run.name}.{what}"
+
+
+def _holder(run: Path) -> int | None:
+    """Process id of the child that holds the lock file of a run."""
+    try:
+        lock = os.open(_beside(run, "lock"), os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(lock, 20, 0) or b"0") or None
+    else:
+        return None
+    finally:
+        os.close(lock)

@@ -1,0 +1,42 @@
+"""Ids of files, jobs and events, and the names of tuned models."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import string
+import unicodedata
+
+BASE_62 = string.digits + string.ascii_letters
+ORGANIZATION = "tunesmith"
+ID_LENGTH = 24
+MAX_NAME_BYTES = 255
+
+
+def new_id(prefix: str) -> str:
+    """`file-` or `ftjob-` and 24 characters from the system's random source."""
+    return prefix + "".join(secrets.choice(BASE_62) for _ in range(ID_LENGTH))
+
+
+def derived_id(prefix: str, *parts: object, length: int = ID_LENGTH) -> str:
+    """An id that follows from its parts, so that what is written twice is written once."""
+    number = int.from_bytes(hashlib.sha256("\n".join(map(str, parts)).encode()).digest(), "big")
+    digits = ""
+    for _ in range(length):
+        number, digit = divmod(number, len(BASE_62))
+        digits += BASE_62[digit]
+    return prefix + digits
+
+
+def tuned_name(base: str, suffix: str | None, job: str) -> str:
+    """ft:BASE:tunesmith:SUFFIX:8 characters. The suffix keeps letters, digits and hyphens, in lower case."""
+    kept = re.sub(r"[^a-z0-9-]", "-", (suffix or "").lower())
+    return f"ft:{base}:{ORGANIZATION}:{kept}:{derived_id('', job, 'model', length=8)}"
+
+
+def shown_name(raw: bytes) -> str:
+    """A client's file name as data: its last component, without control characters, at most 255 bytes of UTF-8."""
+    last = re.split(r"[/\\]", raw.decode("utf-8", "replace"))[-1]
+    plain = "".join(char for char in last if unicodedata.category(char) not in ("Cc", "Cf"))
+    return plain.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore") or "upload"

@@ -1,0 +1,63 @@
+"""Rows of the store as the objects of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith.jobs.names import ORGANIZATION, derived_id
+from tunesmith.jobs.store import Record
+
+NO_ERROR = {"code": None, "message": None, "param": None}
+"""`error` of a job that has not failed: scripts read `job.error.code` without looking."""
+
+
+def file_object(row: Record) -> dict[str, Any]:
+    own = {name: row[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
+    return {"object": "file", **own, "status": "processed", "status_details": None}
+
+
+def job_object(row: Record) -> dict[str, Any]:
+    request = row["request"]
+    has_ended = row["status"] == "succeeded"
+    same = {name: row[name] for name in ("id", "created_at", "finished_at", "status", "model", "trained_tokens")}
+    sent = {name: request[name] for name in ("training_file", "validation_file", "seed", "metadata")}
+    return {
+        "object": "fine_tuning.job",
+        **same,
+        **sent,
+        "estimated_finish": None,
+        "fine_tuned_model": row["tuned_name"] if has_ended else None,
+        "organization_id": f"org-{ORGANIZATION}",
+        "result_files": [row["result_file"]] if row["result_file"] else [],
+        "hyperparameters": row["numbers"],
+        "method": {"type": "supervised", "supervised": {"hyperparameters": row["numbers"]}},
+        "integrations": request["integrations"],
+        "error": row["error"] or NO_ERROR,
+        "user_provided_suffix": request["suffix"],
+        "usage_metrics": None,
+        "shared_with_openai": False,
+        "tunesmith": {"base": row["base"], "run": row["id"]},
+    }
+
+
+def event_object(row: Record) -> dict[str, Any]:
+    own = {name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")}
+    return {"object": "fine_tuning.job.event", **own}
+
+
+def checkpoint_object(row: Record) -> dict[str, Any]:
+    return {
+        "object": "fine_tuning.job.checkpoint",
+        "id": derived_id("ftckpt_", row["name"]),
+        "created_at": row["created_at"],
+        "fine_tuned_model_checkpoint": row["name"],
+        "fine_tuning_job_id": row["job"],
+        "metrics": row["metrics"],
+        "step_number": row["step"],
+    }
+
+
+def list_object(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": list(data), **ends, "has_more": has_more}

@@ -1,0 +1,243 @@
+"""OpenAI's routes of files, fine-tuning jobs and tuned models over a store."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from starlette.responses import FileResponse, Response
+
+from tunesmith.jobs import objects
+from tunesmith.jobs.bases import Bases
+from tunesmith.jobs.job_request import JobBody
+from tunesmith.jobs.names import new_id, tuned_name
+from tunesmith.jobs.states import Action
+from tunesmith.jobs.store import Record, Store, event, events, files, jobs
+from tunesmith.jobs.uploads import receive_file
+from tunesmith.runs.atomic import remove
+from tunesmith.runs.folder import Run
+from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.request_schemas import StrictRoute
+from tunesmith.serve.responses import json_response
+
+QUERIES = ("/v1/files", "/v1/fine_tuning/jobs")
+"""Beginnings of paths whose routes read a query."""
+_SAID: dict[Action, str] = {
+    "cancel": "Fine-tuning job cancelled",
+    "pause": "Fine-tuning job paused",
+    "resume": "Fine-tuning job resumed",
+}
+Detach = Callable[[str], Awaitable[None]]
+
+
+def read_query(request: Request, *allowed: str) -> dict[str, str]:
+    """The parameters of a URL. Raises RequestError for an unknown one, or one given twice."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in allowed and not (name.startswith("metadata[") and "metadata" in allowed):
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(allowed) or 'none'}."
+            raise RequestError(f"{name[:60]}: unknown parameter{hint}", code="unknown_parameter", param=name[:60])
+        if name in found:
+            raise RequestError(f"{name[:60]}: is given twice.", param=name[:60])
+        found[name] = value
+    return found
+
+
+def read_limit(query: dict[str, str], usual: int, most: int) -> int:
+    text = query.get("limit", str(usual))
+    if not text.isascii() or not text.isdigit() or int(text[:9]) > most:
+        raise RequestError(f"limit: should be a whole number from 0 to {most:,}.", param="limit")
+    return int(text)
+
+
+def missing(kind: str, name: str) -> RequestError:
+    return RequestError(f"No such {kind} object: {name[:80]}", status=404, code="not_found", param="id")
+
+
+def make_file_router(store: Store) -> APIRouter:
+    """Upload, list, read and delete files."""
+    router = APIRouter(route_class=StrictRoute)
+
+    def find(name: str) -> Record:
+        if (row := store.file(name)) is None:
+            raise missing("File", name)
+        return row
+
+    @router.post("/v1/files")
+    async def upload(request: Request) -> Response:
+        """Store a file."""
+        read_query(request)
+        return json_response(objects.file_object(await receive_file(request, store)))
+
+    @router.get("/v1/files")
+    def listed(request: Request) -> Response:
+        """All files, newest first."""
+        query = read_query(request, "after", "limit", "order", "purpose")
+        if query.get("order", "desc") not in ("asc", "desc"):
+            raise RequestError("order: should be asc or desc.", param="order")
+        wanted = [files.c.purpose == query["purpose"]] if "purpose" in query else []
+        rows, more = store.page(
+            files, files.c.deleted_at.is_(None), *wanted,
+            after=after(store, files, query), limit=read_limit(query, 10_000, 10_000),
+            newest_first=query.get("order", "desc") == "desc",
+        )  # fmt: skip
+        return json_response(objects.list_object([objects.file_object(row) for row in rows], has_more=more))
+
+    @router.get("/v1/files/{name}")
+    def one(name: str, request: Request) -> Response:
+        """One file."""
+        read_query(request)
+        return json_response(objects.file_object(find(name)))
+
+    @router.get("/v1/files/{name}/content")
+    def content(name: str, request: Request) -> Response:
+        """The content of a file, as it was sent."""
+        read_query(request)
+        row = find(name)
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(row['filename'], safe='')}"}
+        return FileResponse(store.content_path(row["id"]), headers=headers, media_type="application/octet-stream")
+
+    @router.delete("/v1/files/{name}")
+    def delete(name: str, request: Request) -> Response:
+        """Delete a file. What a job needs stays until it has ended."""
+        read_query(request)
+        if not store.delete_file(name):
+            raise missing("File", name)
+        return json_response({"id": name, "object": "file", "deleted": True})
+
+    return router
+
+
+def after(store: Store, table: Any, query: dict[str, str]) -> int | None:
+    """The number of the row that a page follows. Raises RequestError for one that is not there."""
+    if "after" not in query:
+        return None
+    if (seq := store.seq(table, query["after"])) is None:
+        raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
+    return seq
+
+
+def make_job_router(store: Store, bases: Bases) -> APIRouter:
+    """Create, list, read and steer jobs, and read their events and checkpoints."""
+    router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs")
+
+    def find(name: str) -> Record:
+        if (row := store.job(name)) is None:
+            raise missing("FineTuningJob", name)
+        return row
+
+    @router.post("")
+    def create(body: JobBody, request: Request) -> Response:
+        """Put a job into the queue."""
+        read_query(request)
+        return json_response(objects.job_object(create_job(store, bases, body)))
+
+    @router.get("")
+    def listed(request: Request) -> Response:
+        """All jobs, newest first."""
+        query = read_query(request, "after", "limit", "metadata")
+        wanted = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[")}
+
+        def keeps(row: Record) -> bool:
+            own = row["request"]["metadata"]
+            return own is None if query.get("metadata") == "null" else wanted.items() <= (own or {}).items()
+
+        limit = read_limit(query, 20, 100)
+        rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
+        return json_response(objects.list_object([objects.job_object(row) for row in rows], has_more=more))
+
+    @router.get("/{name}")
+    def one(name: str, request: Request) -> Response:
+        """One job."""
+        read_query(request)
+        return json_response(objects.job_object(find(name)))
+
+    @router.post("/{name}/{action}")
+    def act(name: str, action: Action, request: Request) -> Response:
+        """Cancel, pause or resume a job. Its run stops after its step."""
+        read_query(request)
+        if (row := store.act(name, action, _SAID[action])) is None:
+            raise missing("FineTuningJob", name)
+        return json_response(objects.job_object(row))
+
+    @router.get("/{name}/events")
+    def events_of(name: str, request: Request) -> Response:
+        """Events of a job, newest first."""
+        query = read_query(request, "after", "limit")
+        of_job = events.c.job == find(name)["id"]
+        rows, more = store.page(events, of_job, after=after(store, events, query), limit=read_limit(query, 20, 1000))
+        return json_response(objects.list_object([objects.event_object(row) for row in rows], has_more=more))
+
+    @router.get("/{name}/checkpoints")
+    def checkpoints(name: str, request: Request) -> Response:
+        """Checkpoints of a job that can be asked, newest first."""
+        query = read_query(request, "after", "limit")
+        limit = read_limit(query, 10, 100)
+        found = [objects.checkpoint_object(row) for row in store.tuned(job=find(name)["id"])]
+        if "after" in query:
+            names = [one["id"] for one in found]
+            if query["after"] not in names:
+                raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
+            found = found[names.index(query["after"]) + 1 :]
+        return json_response(objects.list_object(found[:limit], has_more=len(found) > limit))
+
+    return router
+
+
+def create_job(store: Store, bases: Bases, body: JobBody) -> Record:
+    """The row of a new job. Raises RequestError for a model or file that is not there."""
+    if body.model not in bases.names:
+        message = f"Model {body.model[:80]} is not available for fine-tuning or does not exist. "
+        message += f"There are: {', '.join(bases.names)}. A tuned model cannot be tuned further here."
+        raise RequestError(message, code="model_not_available", param="model")
+    for param in ("training_file", "validation_file"):
+        name = getattr(body, param)
+        row = store.file(name) if name is not None else None
+        if name is not None and row is None:
+            raise RequestError(f"invalid {param}: {name[:80]}", param=param, code="file_not_found")
+        if row is not None and row["purpose"] != "fine-tune":
+            message = f"invalid {param}: {name[:80]}: its purpose is {row['purpose']}, and has to be fine-tune."
+            raise RequestError(message, param=param, code="invalid_purpose")
+    name, (base, shown) = new_id("ftjob-"), bases.names[body.model]
+    numbers = body.chosen.model_dump()
+    request = {
+        "model": body.model, "training_file": body.training_file, "validation_file": body.validation_file,
+        "suffix": body.suffix, "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
+        "metadata": body.metadata, "integrations": body.integrations or [], "hyperparameters": numbers,
+    }  # fmt: skip
+    said = [event(name, f"Created fine-tuning job: {name}")]
+    if body.model != base:
+        said.append(event(name, f"{body.model} is a name of {base} here: that model is tuned"))
+    if body.integrations:
+        said.append(event(name, "integrations: nothing is sent from here", level="warn"))
+    which = f"Validating training file: {body.training_file}"
+    which += f" and validation file: {body.validation_file}" if body.validation_file else ""
+    said.append(event(name, which))
+    row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, body.suffix, name)}
+    return store.create_job({**row, "request": request, "numbers": numbers}, said)
+
+
+def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
+    """Delete tuned models."""
+    router = APIRouter(route_class=StrictRoute)
+
+    @router.delete("/v1/models/{name:path}")
+    async def delete(name: str) -> Response:
+        """Delete a tuned model with its weights; events and results of its job stay."""
+        if name in bases.names:
+            raise RequestError(f"The model '{name}' is a base and cannot be deleted.", param="model")
+        found = store.tuned(name=name)
+        if not found:
+            message = f"The model '{name[:200]}' does not exist"
+            raise RequestError(message, status=404, code="model_not_found", param="model")
+        await detach(name)
+        store.delete_model(name)
+        remove(Run(store.runs_path / found[0]["job"]).adapter_path)
+        return json_response({"id": name, "object": "model", "deleted": True})
+
+    return router

@@ -1,0 +1,93 @@
+"""Events of a run as events of its job, with OpenAI's words; and the results file made of them."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tunesmith.jobs.store import event
+from tunesmith.types import Event
+
+_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+class EventTranslator:
+    """Turns the events of one run into rows of `store.events`, each with an id that follows from what it says."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.total_steps = 0
+        self.last_loss: float | None = None
+
+    def __call__(self, found: Iterable[Event]) -> list[dict[str, Any]]:
+        return [{**row, "created_at": int(one.time)} for one in found if (row := self._row(one)) is not None]
+
+    def _row(self, one: Event) -> dict[str, Any] | None:
+        values = one.values
+        if one.kind == "plan":
+            self.total_steps = values["steps"]
+            choices = "; ".join(
+                f"{choice['key']} {choice['value']}: {choice['reason']}" for choice in values["choices"]
+            )
+            return event(self.job, f"Plan: {self.total_steps} steps. {choices}", once=f"plan {self.total_steps}")
+        if one.kind == "step":
+            self.last_loss = _number(values["loss"])
+            data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
+            text = f"Step {one.step}/{self.total_steps}: training loss={values['loss']:.2f}"
+            return event(self.job, text, data=data, once=f"step {one.step}")
+        if one.kind == "evaluation" and values["name"] == "after":
+            loss = _number(values["loss"])
+            data = {
+                "step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps,
+                **held_out_metrics(values),
+            }  # fmt: skip
+            text = f"Step {one.step}/{self.total_steps}: training loss={self.last_loss or 0:.2f}"
+            text += f", validation loss={loss or 0:.2f}, full validation loss={loss or 0:.2f}"
+            return event(self.job, text, data=data, once=f"measured {one.step}")
+        if one.kind == "resume":
+            text = f"Fine-tuning job goes on after step {values['from_step']}"
+            return event(self.job, text, once=f"resume {values['from_step']} {one.time}")
+        if one.kind == "note":
+            return event(self.job, values["text"], level="warn", once=f"note {one.step} {values['text']}")
+        return None
+
+
+def held_out_metrics(values: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a checkpoint from an evaluation: the whole validation file, under both of OpenAI's names."""
+    loss = _number(values["loss"])
+    found = {"valid_loss": loss, "full_valid_loss": loss}
+    if (accuracy := values["measures"].get("token_accuracy")) is not None:
+        right = _number(accuracy["value"])
+        found |= {"valid_mean_token_accuracy": right, "full_valid_mean_token_accuracy": right}
+    return found
+
+
+def checkpoint_metrics(found: Sequence[Event]) -> dict[str, Any]:
+    """The metrics of the last step."""
+    steps = [one for one in found if one.kind == "step"]
+    after = [one for one in found if one.kind == "evaluation" and one.values["name"] == "after"]
+    own = {"step": steps[-1].step, "train_loss": _number(steps[-1].values["loss"])} if steps else {}
+    return {**own, **(held_out_metrics(after[-1].values) if after else {})}
+
+
+def results_file(found: Sequence[Event]) -> bytes:
+    """step_metrics.csv in base64, as OpenAI sends it: a line for each step, blank where nothing was measured."""
+    metrics = checkpoint_metrics(found)
+    lines = [",".join(_COLUMNS)]
+    for one in (one for one in found if one.kind == "step"):
+        row = {"step": one.step, "train_loss": _number(one.values["loss"])}
+        row |= metrics if one.step == metrics.get("step") else {}
+        lines.append(",".join("" if row.get(name) is None else str(row[name]) for name in _COLUMNS))
+    return base64.b64encode("".join(f"{line}\n" for line in lines).encode())
+
+
+def trained_tokens(found: Iterable[Event]) -> int:
+    """Tokens of all rows that were trained on, each as often as it was."""
+    return sum(int(one.values["tokens"]) for one in found if one.kind == "step")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None

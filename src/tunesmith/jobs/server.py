@@ -1,0 +1,77 @@
+"""Everything behind `tunesmith serve --jobs`: store, engines, dispatcher and routes, from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastapi import APIRouter
+
+from tunesmith.jobs.bases import Bases
+from tunesmith.jobs.dispatcher import Dispatcher
+from tunesmith.jobs.engines import Engines
+from tunesmith.jobs.launcher import LocalLauncher
+from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router
+from tunesmith.jobs.store import Store
+from tunesmith.serve.engine import start_engine
+from tunesmith.serve.protocol import EngineOptions
+
+ATTACH_TIMEOUT_S = 600.0
+
+
+@dataclass
+class JobServer:
+    """A store that is being worked on. Made by `start`."""
+
+    store: Store
+    engines: Engines
+    routers: tuple[APIRouter, ...]
+    _stop: threading.Event
+    _thread: threading.Thread
+
+    @classmethod
+    async def start(
+        cls, store: Store, bases: Bases, options: EngineOptions, *, root: Path, on_note: Callable[[str], None]
+    ) -> JobServer:
+        """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
+        started = {}
+        try:
+            for name, base in bases.by_name.items():
+                attached = {row["name"]: store.runs_path / row["job"] for row in store.tuned(base=name)}
+                started[name] = await start_engine(
+                    [base.model], root=root, options=replace(options, attaches=True), attached=attached, on_note=on_note
+                )
+        except BaseException:
+            for engine in started.values():
+                await engine.close(0)
+            raise
+        engines, loop = Engines(started, bases), asyncio.get_running_loop()
+
+        def attach(base: str, name: str, run: Path) -> None:
+            attaching = asyncio.run_coroutine_threadsafe(engines.attach_to(base, name, run), loop)
+            attaching.result(ATTACH_TIMEOUT_S)
+
+        launcher = LocalLauncher(offline=options.offline)
+        dispatcher = Dispatcher(store, bases, launcher, attach, on_note)
+        stop = threading.Event()
+
+        def work() -> None:
+            dispatcher.recover()
+            dispatcher.run(stop)
+
+        routers = (
+            make_file_router(store),
+            make_job_router(store, bases),
+            make_model_router(store, bases, engines.detach),
+        )
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return cls(store, engines, routers, stop, thread)
+
+    async def close(self) -> None:
+        """End the work. A run under way stops after its step, and goes on under the next server."""
+        self._stop.set()
+        await asyncio.to_thread(self._thread.join, 10)

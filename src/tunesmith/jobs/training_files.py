@@ -1,0 +1,97 @@
+"""The rows of uploaded files, read before a run by the reader that training uses; faults in OpenAI's words, then ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.examples import examples
+from tunesmith.errors import DataError
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Problem, Shape, TaskName
+
+FAILED = "The job failed due to an invalid {which} file."
+NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
+MAX_NAMED = 10
+MAX_LISTED = 100
+_TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate"}
+
+
+@dataclass(frozen=True)
+class FileFault(Exception):
+    """A file that no job can use, as the job's error has it."""
+
+    code: str
+    message: str
+    param: str
+    lines: Sequence[str] = ()
+    """Each fault by itself, 100 at most."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What a run has to know of a training file."""
+
+    num_rows: int
+    task: TaskName
+
+
+def check_file(path: Path, which: str, *, min_examples: int) -> CheckedFile:
+    """Read all rows of a training or validation file. Raises FileFault."""
+    problems: list[Problem] = []
+    num, tasks = 0, set[TaskName | None]()
+    try:
+        data = Data()
+        for _, example in examples([DataFile(path=str(path))], data, problems.append):
+            num += 1
+            tasks.add(_TASKS.get(example.shape))
+    except DataError as error:
+        problems += [one for one in error.problems if one not in problems]
+        if not problems:
+            raise FileFault(
+                f"invalid_{which}_file", f"{FAILED.format(which=which)} {_plain(str(error), path)}", f"{which}_file"
+            ) from None
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise row_fault(errors, which)
+    if None in tasks or len(tasks) > 1:
+        raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
+    if num < min_examples:
+        least = f"must have at least {min_examples} examples"
+        message = f"{which.capitalize()} file has {num} example(s), but {least}"
+        raise FileFault("invalid_n_examples", message, f"{which}_file")
+    task = next(iter(tasks)) or "chat"
+    return CheckedFile(num, task)
+
+
+def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
+    """All faulty rows by their lines."""
+    lines = [f"Line {one.source.line}: {one.message} {one.fix}".strip() for one in problems]
+    more = f" And {len(lines) - MAX_NAMED:,} more." if len(lines) > MAX_NAMED else ""
+    message = f"{FAILED.format(which=which)} Invalid file format. {' '.join(lines[:MAX_NAMED])}{more}"
+    return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines[:MAX_LISTED])
+
+
+def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
+    """The problems that a run printed about one file."""
+    from tunesmith.types import Source
+
+    for one in error.get("problems", ()):
+        if Path(one["file"]).name == path.name and one["severity"] == "error":
+            yield Problem(Source(one["file"], one["line"]), one["code"], one["message"], one["fix"])
+
+
+def _plain(text: str, path: Path) -> str:
+    """A message without the place of the file on this machine."""
+    return text.replace(f"{path}: ", "").replace(str(path), "the file")
+
+
+def rounds(num_rows: int) -> int:
+    """Epochs by OpenAI's published rule: 3; more below 34 rows, so that 100 are seen; fewer above 8,333."""
+    if num_rows * 3 < 100:
+        return min(25, 100 // num_rows)
+    return max(1, 25_000 // num_rows) if num_rows * 3 > 25_000 else 3

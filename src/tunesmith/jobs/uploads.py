@@ -1,0 +1,201 @@
+"""A multipart upload, streamed to a temporary file: bounded memory, fields in any order, names as data."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import orjson
+from fastapi import Request
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from tunesmith.jobs.names import new_id, shown_name
+from tunesmith.jobs.store import Record, Store
+from tunesmith.runs.atomic import fsync_dir
+from tunesmith.serve.protocol import RequestError
+
+MAX_BYTES = 2 << 30
+MAX_FIELD_BYTES = 4096
+MAX_FIELDS = 16
+MAX_HEADER_BYTES = 8192
+SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
+"""Fewest bytes in so many seconds, but for the last ones: 16 KiB a second."""
+FIRST_LOOK_BYTES = 8 << 20
+"""Of a training file: its first row has to end within them."""
+PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+NO_JSONL = "Invalid file format for Fine-Tuning API. Must be .jsonl"
+
+
+@dataclass
+class _Form:
+    """Callbacks of the parser. The part named `file` goes to `out`, others are kept as text."""
+
+    out: BinaryIO
+    fields: dict[str, bytes] = field(default_factory=dict)
+    filename: bytes | None = None
+    num_bytes: int = 0
+    head: bytearray = field(default_factory=bytearray)
+    is_complete: bool = False
+    digest: Any = field(default_factory=hashlib.sha256)
+    _header: list[bytearray] = field(default_factory=lambda: [bytearray(), bytearray()])
+    _headers: dict[bytes, bytes] = field(default_factory=dict)
+    _num_parts: int = 0
+    _name: str = ""
+
+    def callbacks(self) -> Any:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),
+            "on_header_value": lambda data, start, end: self._add_header(1, data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._start,
+            "on_part_data": lambda data, start, end: self._take(data[start:end]),
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._headers, self._header = {}, [bytearray(), bytearray()]
+        self._num_parts += 1
+        if self._num_parts > MAX_FIELDS:
+            raise RequestError(f"The form has more than {MAX_FIELDS} fields.")
+
+    def _add_header(self, part: int, data: bytes) -> None:
+        self._header[part] += data
+        if sum(map(len, self._header)) > MAX_HEADER_BYTES or len(self._headers) > MAX_FIELDS:
+            raise RequestError(f"The headers of a field have more than {MAX_HEADER_BYTES:,} bytes.")
+
+    def _end_header(self) -> None:
+        self._headers[bytes(self._header[0]).lower()] = bytes(self._header[1])
+        self._header = [bytearray(), bytearray()]
+
+    def _start(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name not in ("file", "purpose"):
+            raise RequestError(
+                f"{self._name[:60]!r}: unknown field; there are file and purpose.", param=self._name[:60]
+            )
+        if self._name in self.fields:
+            raise RequestError(f"{self._name}: is given twice.", param=self._name)
+        self.fields[self._name] = b""
+        if self._name == "file":
+            self.filename = options.get(b"filename", b"upload")
+
+    def _take(self, data: bytes) -> None:
+        if self._name != "file":
+            self.fields[self._name] += data
+            if len(self.fields[self._name]) > MAX_FIELD_BYTES:
+                raise RequestError(f"{self._name}: has more than {MAX_FIELD_BYTES:,} bytes.", param=self._name)
+            return
+        self.num_bytes += len(data)
+        if self.num_bytes > MAX_BYTES:
+            message = f"The file has more than {MAX_BYTES:,} bytes."
+            raise RequestError(message, status=413, code="file_too_large", param="file")
+        if len(self.head) < FIRST_LOOK_BYTES and b"\n" not in self.head.lstrip():
+            self.head += data
+        self.digest.update(data)
+        self.out.write(data)
+
+    def _end(self) -> None:
+        self.is_complete = True
+
+
+async def receive_file(request: Request, store: Store) -> Record:
+    """The row of the file that a request brings; its content is on the disk. Raises RequestError."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not 0 < len(options.get(b"boundary", b"")) <= 256:
+        message = "A file has to be sent as Content-Type: multipart/form-data."
+        raise RequestError(message, status=415, code="unsupported_media_type", headers={"Connection": "close"})
+    name = new_id("file-")
+    temporary = store.files_path / f".{name}"
+    try:
+        with open(temporary, "xb") as out:
+            form = _Form(out)
+            await _feed(request, MultipartParser(options[b"boundary"], form.callbacks()))
+            purpose = _checked(form)
+            out.flush()
+            await asyncio.to_thread(os.fsync, out.fileno())
+        os.replace(temporary, store.content_path(name))
+        fsync_dir(store.files_path)
+    except OSError as error:
+        message = f"The file could not be stored: {error.strerror}."
+        raise RequestError(message, status=507, code="storage_full", headers={"x-should-retry": "false"}) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    row = {
+        "id": name, "purpose": purpose, "filename": shown_name(form.filename or b""), "bytes": form.num_bytes,
+        "sha256": form.digest.hexdigest(),
+    }  # fmt: skip
+    return await asyncio.to_thread(store.add_file, row)
+
+
+async def _feed(request: Request, parser: MultipartParser) -> None:
+    since, num_bytes, more = time.monotonic(), 0, True
+    try:
+        while more:
+            event = await asyncio.wait_for(request.receive(), SLOW_S)
+            if event["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body = event.get("body", b"")
+            num_bytes += len(body)
+            more = event.get("more_body", False)
+            for start in range(0, len(body), 1 << 20):
+                await asyncio.to_thread(parser.write, body[start : start + (1 << 20)])
+            if time.monotonic() - since > SLOW_S:
+                if num_bytes < SLOW_BYTES and more:
+                    raise asyncio.TimeoutError
+                since, num_bytes = time.monotonic(), 0
+        parser.finalize()
+    except asyncio.TimeoutError:
+        message = f"The file came slower than {SLOW_BYTES // 1024} KiB in {SLOW_S:g} s."
+        raise RequestError(message, status=408, code="request_timeout", headers={"Connection": "close"}) from None
+    except MultipartParseError as error:
+        message = f"The form cannot be read: {error}."
+        raise RequestError(message, code="invalid_form", headers={"Connection": "close"}) from None
+    except RequestError as error:
+        error.headers["Connection"] = "close"  # the rest of the body is not read
+        raise
+
+
+def _checked(form: _Form) -> str:
+    """The purpose of a complete form. Raises RequestError for one that is not, or whose file no job could use."""
+    if not form.is_complete:
+        raise RequestError("The form stops before its end.", code="invalid_form")
+    for name in ("file", "purpose"):
+        if name not in form.fields:
+            raise RequestError(f"{name}: is missing.", param=name)
+    purpose = form.fields["purpose"].decode("utf-8", "replace")
+    if purpose not in PURPOSES:
+        message = f"'{purpose[:60]}' is not one of {list(PURPOSES)} - 'purpose'"
+        raise RequestError(message, param="purpose")
+    if not form.num_bytes:
+        raise RequestError("The file is empty.", param="file")
+    if purpose == "fine-tune":
+        _look_at_first_row(bytes(form.head).removeprefix(b"\xef\xbb\xbf"))
+    return purpose
+
+
+def _look_at_first_row(head: bytes) -> None:
+    line = head.lstrip().partition(b"\n")[0]
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(NO_JSONL, code="invalid_file_format", param="file") from None
+    try:
+        is_object = isinstance(orjson.loads(line), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        message = (
+            "Expected file to have JSONL format, where every line is a JSON dictionary. Line 1 is not a dictionary "
+            f'(HINT: line starts with: "{text[:4]}...").'
+        )
+        raise RequestError(message, code="invalid_file_format", param="file")
