@@ -135,7 +135,8 @@ class Dispatcher:
         numbers = dict(request["hyperparameters"])
         if numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(found.num_rows)
-        recipe = job_recipe(self.bases.by_name[job["base"]], found, path, validation, numbers, request["seed"])
+        decided = {**numbers, "seed": request["seed"]}
+        recipe = job_recipe(self.bases.by_name[job["base"]], found, path, validation, decided)
         return orjson.dumps(recipe), numbers
 
     def _content(self, file: str, which: str) -> Path:
@@ -166,8 +167,7 @@ class Dispatcher:
             return
         self.store.add_events(one.translate(found))
         if saved := [event.step for event in found if event.kind == "checkpoint"]:
-            values = {"last_checkpoint": max(saved), "attempts": 0}
-            self.store.change_job(one.job, if_status=["running"], **values)
+            self.store.change_job(one.job, if_status=["running"], last_checkpoint=max(saved), attempts=0)
         if any(event.kind == "plan" for event in found):
             self._take_numbers(one)
 
@@ -252,7 +252,7 @@ class Dispatcher:
 
 
 def job_recipe(
-    base: Base, found: CheckedFile, training: Path, validation: Path | None, numbers: Record, seed: int
+    base: Base, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
 ) -> dict[str, Any]:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
     times = numbers["learning_rate_multiplier"]
@@ -261,7 +261,7 @@ def job_recipe(
         "task": found.task,
         "data": {"train": [str(training)], "too_long": "cut"},
         "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
-        "seed": seed,
+        "seed": numbers["seed"],
         "devices": 1,
     }
     own["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}

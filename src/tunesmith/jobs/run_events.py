@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.jobs.store import event
@@ -29,7 +29,7 @@ class EventTranslator:
         if one.kind == "plan":
             self.total_steps = values["steps"]
             choices = "; ".join(
-                f"{choice['key']} {choice['value']}: {choice['reason']}" for choice in values["choices"]
+                f"{one['key']} {one['value']}: {one['reason']}" for one in values["choices"]
             )
             return event(self.job, f"Plan: {self.total_steps} steps. {choices}", once=f"plan {self.total_steps}")
         if one.kind == "step":
@@ -54,7 +54,7 @@ class EventTranslator:
         return None
 
 
-def held_out_metrics(values: dict[str, Any]) -> dict[str, Any]:
+def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a checkpoint from an evaluation: the whole validation file, under both of OpenAI's names."""
     loss = _number(values["loss"])
     found = {"valid_loss": loss, "full_valid_loss": loss}

@@ -112,7 +112,7 @@ class Store:
             self._lock.acquire()
         except filelock.Timeout:
             raise InputError(
-                f"{folder}: another server uses this store. Stop it, or choose another: --store."
+                f"{folder}: another server uses it. Stop that, or choose another: --store."
             ) from None
         try:
             self._open()
@@ -191,8 +191,8 @@ class Store:
         found: list[Record] = []
         with self._engine.connect() as connection:
             for row in connection.execute(statement.execution_options(yield_per=500)).mappings():
-                if keeps(row):
-                    found.append(dict(row))
+                if keeps(one := dict(row)):
+                    found.append(one)
                 if len(found) > limit:
                     break
         return found[:limit], len(found) > limit
@@ -217,7 +217,7 @@ class Store:
         return bool(done)
 
     def sweep(self, *, with_uploads: bool = False) -> None:
-        """Remove contents that no row names any more; `with_uploads`: those of uploads too, of which none is under way."""
+        """Remove contents that no row names any more. `with_uploads`: those of uploads too; none may be under way."""
         open_jobs = self._read(sa.select(jobs.c.request).where(jobs.c.status.not_in(ENDED)))
         needed = {row["request"].get(key) for row in open_jobs for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in self._read(sa.select(files.c.id).where(files.c.deleted_at.is_(None)))}

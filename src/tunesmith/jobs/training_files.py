@@ -1,4 +1,4 @@
-"""The rows of uploaded files, read before a run by the reader that training uses; faults in OpenAI's words, then ours."""
+"""The rows of uploaded files, read before a run as training reads them; faults in OpenAI's words, then ours."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Optim(OptionGroup):
     def _has_what_it_is_given(self) -> Optim:
         if self.lr != "auto" and self.lr_times != 1:
             raise ValueError(
-                "optim.lr_times: is a factor of the usual rate, and optim.lr says another: drop one of them"
+                "optim.lr_times: is a factor of the usual rate, and optim.lr is given: drop one of them"
             )
         for option in ("betas", "eps", "momentum"):
             if getattr(self, option) is not None and option not in USUAL[self.name]:

@@ -108,7 +108,7 @@ class AdapterSet:
         self._taken = {}
 
     def put(self, name: str, paths: Mapping[str, LowRankPath]) -> None:
-        """Put one more adapter on the layers of the model, between two passes. Raises ModelError if a layer is missing."""
+        """Put one more adapter on the model, between two passes. Raises ModelError if a layer is missing."""
         layers = {layer: self.model.get_submodule(layer) for layer in paths}
         bare = [layer for layer, module in layers.items() if not isinstance(module, MultiLoraLinear)]
         for target in named_targets(self.model, bare):

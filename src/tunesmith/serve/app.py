@@ -58,7 +58,7 @@ def make_app(
     listeners: Sequence[Callable[[RequestLog], None]] = (),
     routers: Sequence[APIRouter] = (),
 ) -> AccessMiddleware:
-    """An ASGI app that answers with `engine` and by `routers`. Listeners are called for every request that has ended."""
+    """An ASGI app that answers with `engine` and by `routers`. Listeners are called for every request when it ends."""
     # No documentation pages: theirs load scripts from elsewhere. /openapi.json has the same content.
     api = FastAPI(title="tunesmith", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (RequestError, HTTPException, RequestValidationError, Exception):

@@ -208,7 +208,8 @@ async def start_engine(
     """An engine over a worker process, ready for requests.
 
     `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too. `root`: the
-    folder of runs. `attached`: runs to attach from the start, by the names to serve them as. `on_note`: receives a line for each thing the user should know, such as a restart.
+    folder of runs. `attached`: runs to attach from the start, by the names to serve them as. `on_note`: receives a line
+    for each thing the user should know, such as a restart.
     Raises InputError or TunesmithError if a name cannot be served; no worker is left then.
     """
     engine = WorkerEngine(names, root=root, options=options, attached=attached, on_note=on_note)

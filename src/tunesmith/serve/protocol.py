@@ -177,7 +177,8 @@ class EngineState:
 class Engine(Protocol):
     """Answers requests of many clients at once. All methods are called on one event loop."""
 
-    served: Sequence[ModelCard]
+    @property
+    def served(self) -> Sequence[ModelCard]: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         """`Started`, then the deltas of `n` answers as they are written, each closed by `Finished`.

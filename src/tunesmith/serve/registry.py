@@ -123,7 +123,8 @@ class Registry:
     def attach(self, found: AttachableRun) -> None:
         """Serve a run that was read, between two steps. Raises ModelError or RunError; nothing is changed then."""
         name = found.model.card.name
-        assert self.shared is not None and found.model.run is not None, "read_run gave it"
+        assert self.shared is not None, "read_run refuses it otherwise"
+        assert found.model.run is not None, "it was read from one"
         self.drop_detached(only=name)
         self.shared.adapters.put(name, found.paths)
         try:
