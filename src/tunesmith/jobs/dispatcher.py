@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -33,8 +33,17 @@ MOST_ATTEMPTS = 3
 """Starts without a new checkpoint between them."""
 RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
 
-Attach = Callable[[str, str, Path], None]
-"""Serve a run: base, name, run folder. Raises what the engine says against it; returns when it can be asked."""
+
+class TunedModels(Protocol):
+    """The engines, as the dispatcher uses them."""
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        """Serve a run as `name`; returns when it can be used. Raises what the engine says against it."""
+        ...
+
+    def detach(self, name: str) -> None:
+        """Serve it no longer."""
+        ...
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Dispatcher:
     store: Store
     bases: Bases
     launcher: Launcher
-    attach: Attach
+    models: TunedModels
     on_note: Callable[[str], None] = lambda text: None
     parallel: int = 1
     active: dict[str, _Active] = field(default_factory=dict)
@@ -65,11 +74,8 @@ class Dispatcher:
         """Take over the runs of an earlier server. Before the first round."""
         self.store.sweep(with_uploads=True)
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
-            run = self._run_path(job["id"])
-            if (process := self.launcher.find(run)) is not None:
+            if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
                 self._follow_new(job["id"], process)
-            elif job["status"] == "running":
-                self.store.change_job(job["id"], if_status=["running"], status="queued")
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop`. Runs under way then stop after their step, and go on under the next server."""
@@ -86,6 +92,9 @@ class Dispatcher:
         """Follow every run, then start what there is room for."""
         for one in list(self.active.values()):
             self._follow(one)
+        for job in self.store.with_status("running"):
+            if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
+                self.store.change_job(job["id"], if_status=["running"], status="queued")
         for job in self.store.waiting():
             if job["id"] not in self.active and len(self.active) < self.parallel:
                 self._begin(job)
@@ -236,7 +245,7 @@ class Dispatcher:
         tuned, step = job["tuned_name"], metrics.get("step", 0)
         model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
         try:
-            self.attach(job["base"], tuned, run.path)
+            self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
             return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
         said = [
@@ -244,11 +253,13 @@ class Dispatcher:
             event(name, f"New fine-tuned model created: {tuned}", once="model"),
             event(name, "The job has successfully completed", once="completed"),
         ]
-        self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found))
+        if not self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found)):
+            return self.models.detach(tuned)  # it was paused or cancelled in the last moment
         with suppress(OSError, RunError, StorageError):
             for path in (run.checkpoints_path, run.rows_path):  # the result and the report stay
                 remove(path)
         self.store.sweep()
+        return None
 
 
 def job_recipe(
@@ -256,8 +267,9 @@ def job_recipe(
 ) -> dict[str, Any]:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
     times = numbers["learning_rate_multiplier"]
+    is_here = Path(base.model).exists()  # the run may be resumed from another working directory
     own: dict[str, Any] = {
-        "model": base.model,
+        "model": str(Path(base.model).resolve()) if is_here else base.model,
         "task": found.task,
         "data": {"train": [str(training)], "too_long": "cut"},
         "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},

@@ -28,9 +28,7 @@ class EventTranslator:
         values = one.values
         if one.kind == "plan":
             self.total_steps = values["steps"]
-            choices = "; ".join(
-                f"{one['key']} {one['value']}: {one['reason']}" for one in values["choices"]
-            )
+            choices = "; ".join(f"{one['key']} {one['value']}: {one['reason']}" for one in values["choices"])
             return event(self.job, f"Plan: {self.total_steps} steps. {choices}", once=f"plan {self.total_steps}")
         if one.kind == "step":
             self.last_loss = _number(values["loss"])

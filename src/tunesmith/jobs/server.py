@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 
@@ -20,6 +21,23 @@ from tunesmith.serve.engine import start_engine
 from tunesmith.serve.protocol import EngineOptions
 
 ATTACH_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class _OnLoop:
+    """The engines, for the thread of the dispatcher."""
+
+    engines: Engines
+    loop: asyncio.AbstractEventLoop
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        self._wait(self.engines.attach_to(base, name, run))
+
+    def detach(self, name: str) -> None:
+        self._wait(self.engines.detach(name))
+
+    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)
 
 
 @dataclass
@@ -50,12 +68,8 @@ class JobServer:
             raise
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
 
-        def attach(base: str, name: str, run: Path) -> None:
-            attaching = asyncio.run_coroutine_threadsafe(engines.attach_to(base, name, run), loop)
-            attaching.result(ATTACH_TIMEOUT_S)
-
         launcher = LocalLauncher(offline=options.offline)
-        dispatcher = Dispatcher(store, bases, launcher, attach, on_note)
+        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note)
         stop = threading.Event()
 
         def work() -> None:

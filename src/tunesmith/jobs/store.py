@@ -111,9 +111,7 @@ class Store:
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise InputError(
-                f"{folder}: another server uses it. Stop that, or choose another: --store."
-            ) from None
+            raise InputError(f"{folder}: another server uses it. Stop that, or choose another: --store.") from None
         try:
             self._open()
         except BaseException:

@@ -205,9 +205,7 @@ class Optim(OptionGroup):
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Optim:
         if self.lr != "auto" and self.lr_times != 1:
-            raise ValueError(
-                "optim.lr_times: is a factor of the usual rate, and optim.lr is given: drop one of them"
-            )
+            raise ValueError("optim.lr_times: is a factor of the usual rate, and optim.lr is given: drop one of them")
         for option in ("betas", "eps", "momentum"):
             if getattr(self, option) is not None and option not in USUAL[self.name]:
                 raise ValueError(f"optim.{option}: {self.name} has none: drop it or set optim.name: adamw")

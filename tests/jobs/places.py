@@ -1,0 +1,108 @@
+"""A store, stand-ins for runs and engines, and servers over them without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.jobs.bases import Base, Bases
+from tunesmith.jobs.dispatcher import Dispatcher
+from tunesmith.jobs.job_request import JobBody
+from tunesmith.jobs.routes import create_job
+from tunesmith.jobs.store import Store
+from tunesmith.runs.folder import Run
+from tunesmith.types import Event
+
+BASES = Bases({"tiny": Base(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
+STEPS = 6
+
+
+def rows(num: int) -> bytes:
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"})
+    return b"".join(json.dumps({"messages": turns, "n": i}).encode() + b"\n" for i in range(num))
+
+
+def put_file(store: Store, content: bytes, name: str = "file-a") -> str:
+    store.content_path(name).write_bytes(content)
+    facts = {"purpose": "fine-tune", "filename": "a.jsonl", "bytes": len(content), "sha256": ""}
+    store.add_file({"id": name, **facts})
+    return name
+
+
+def put_job(store: Store, file: str, **body: Any) -> str:
+    return str(create_job(store, BASES, JobBody(model="tiny", training_file=file, **body))["id"])
+
+
+@dataclass
+class FakeRun:
+    """A process that writes a step of its run folder at each look, until it is done, stopped or killed."""
+
+    path: Path
+    recipe: Path
+    stops: bool = False
+    is_dead: bool = False
+
+    def is_alive(self) -> bool:
+        run = Run(self.path)
+        if self.is_dead or run.state() == "done":
+            return False
+        if not (self.path / "run.json").exists():
+            recipe = json.loads(self.recipe.read_text())
+            recipe["train"] = {"epochs": 1.0, "rows_per_step": 2}
+            Run.create(self.path.parent, "x", json.dumps(recipe), out=self.path)
+            plan = {"steps": STEPS, "choices": [{"key": "optim.lr", "value": 0.1, "reason": "usual"}]}
+            run.append(Event("plan", 0, 1.0, plan, {}))
+        if self.stops:
+            self.is_dead = True
+            return False
+        done = sum(event.kind == "step" for event in run.events())
+        if done < STEPS:
+            run.append(Event("step", done + 1, 2.0 + done, {"loss": 1.0 / (done + 1), "tokens": 10}, {}))
+        else:
+            run.append(Event("end", done, 20.0, {"report": ""}, {}))
+        return True
+
+    def stop(self) -> None:
+        self.stops = True
+
+    def error(self) -> dict[str, Any] | None:
+        return {"code": "Stopped", "message": "stopped"} if self.stops else None
+
+
+@dataclass
+class FakeLauncher:
+    """Remembers what it started. A process outlives the server that started it, as a child does."""
+
+    started: list[FakeRun] = field(default_factory=list)
+
+    def start(self, run: Path, recipe: Path) -> FakeRun:
+        assert self.find(run) is None, "two processes would work on one run"
+        self.started.append(FakeRun(run, recipe))
+        return self.started[-1]
+
+    def find(self, run: Path) -> FakeRun | None:
+        return next((one for one in self.started if one.path == run and not one.is_dead and _is_open(one)), None)
+
+
+def _is_open(one: FakeRun) -> bool:
+    return not (one.path / "run.json").exists() or Run(one.path).state() != "done"
+
+
+@dataclass
+class FakeModels:
+    """What is served."""
+
+    served: dict[str, str] = field(default_factory=dict)
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        self.served[name] = os.fspath(run)
+
+    def detach(self, name: str) -> None:
+        self.served.pop(name)
+
+
+def dispatcher(store: Store, launcher: FakeLauncher, models: FakeModels) -> Dispatcher:
+    return Dispatcher(store, BASES, launcher, models)

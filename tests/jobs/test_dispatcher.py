@@ -1,0 +1,164 @@
+"""Jobs from the queue to a model, with every transaction of the store as a place where the server can be killed."""
+
+from __future__ import annotations
+
+import base64
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from jobs.places import STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from tunesmith.errors import InputError
+from tunesmith.jobs.store import Store, events
+from tunesmith.jobs.training_files import rounds
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after this runs, and no handler of Exception sees it."""
+
+
+def outcome(store: Store, name: str, models: FakeModels) -> tuple[object, ...]:
+    job = store.job(name)
+    said = [row["message"] for row in store.page(events, events.c.job == name, limit=100)[0]]
+    results = base64.b64decode(store.content_path(job["result_file"]).read_bytes())
+    values = (job["status"], job["tuned_name"] in models.served, job["trained_tokens"], job["numbers"])
+    return (*values, results, sorted(one.replace(name, "JOB").replace(job["tuned_name"], "MODEL") for one in said))
+
+
+def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 30) -> None:
+    working = dispatcher(store, launcher, models)
+    working.recover()
+    for _ in range(num):
+        working.round()
+
+
+def test_a_job_becomes_a_model(tmp_path: Path) -> None:
+    store, models = Store(tmp_path), FakeModels()
+    name = put_job(store, put_file(store, rows(12)), suffix="My Suffix!", seed=3)
+    assert store.job(name)["status"] == "validating_files"
+    work(store, FakeLauncher(), models)
+    job = store.job(name)
+    assert job["status"] == "succeeded"
+    assert job["trained_tokens"] == 10 * STEPS
+    assert job["numbers"] == {"n_epochs": 1, "batch_size": 2, "learning_rate_multiplier": 1.0}
+    assert job["tuned_name"].startswith("ft:tiny:tunesmith:my-suffix-:")
+    assert [row["name"] for row in store.tuned()] == list(models.served)
+    results = base64.b64decode(store.content_path(job["result_file"]).read_bytes()).decode().splitlines()
+    assert results[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert results[1] == "1,1.0,,,"
+    assert len(results) == STEPS + 1
+    store.close()
+
+
+@pytest.mark.parametrize("at", range(1, 40))
+def test_a_server_killed_at_any_transaction_goes_on(tmp_path: Path, at: int) -> None:
+    kept, models, launcher = Store(tmp_path / "whole"), FakeModels(), FakeLauncher()
+    name = put_job(kept, put_file(kept, rows(12)), seed=3)
+    work(kept, launcher, models)
+    expected = outcome(kept, name, models)
+    kept.close()
+
+    store, models, launcher = Store(tmp_path / "killed"), FakeModels(), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)), seed=3)
+    writing, left = store.writing, [at]
+
+    @contextmanager
+    def killing():
+        left[0] -= 1
+        with writing() as connection:
+            yield connection
+            if left[0] == 0 and at % 2:
+                raise Killed  # before the commit
+        if left[0] == 0:
+            raise Killed  # after it
+
+    store.writing = killing
+    with suppress(Killed):
+        work(store, launcher, models)
+    store.close()
+    store, models = Store(tmp_path / "killed"), FakeModels()
+    for row in store.tuned():
+        models.attach(row["base"], row["name"], store.runs_path / row["job"])
+    work(store, launcher, models)
+    assert outcome(store, name, models) == expected
+    store.close()
+
+
+def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(tmp_path: Path) -> None:
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, FakeModels())
+    for _ in range(3):
+        working.round()
+        launcher.started[-1].is_dead = True
+        working.round()
+    job = store.job(name)
+    assert (job["status"], job["error"]["code"], len(launcher.started)) == ("failed", "run_crashed", 3)
+    store.close()
+
+
+def test_one_run_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
+    store, launcher, models = Store(tmp_path), FakeLauncher(), FakeModels()
+    file = put_file(store, rows(12))
+    names = [put_job(store, file) for _ in range(3)]
+    working = dispatcher(store, launcher, models)
+    for _ in range(60):
+        working.round()
+        assert len(working.active) <= 1
+    assert [one.path.name for one in launcher.started] == names
+    assert {store.job(name)["status"] for name in names} == {"succeeded"}
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (rows(9), "invalid_n_examples", "Training file has 9 example(s), but must have at least 10 examples"),
+        (
+            rows(11) + b'{"messages": [{"role": "user", "content": "q"}]}\nnope\n',
+            "invalid_training_file",
+            "The job failed due to an invalid training file. Invalid file format. Line 12: it has no message of the "
+            "assistant: there is nothing to learn. Add one. Line 13: not JSON",
+        ),
+        (b'{"text": "a", "label": "b"}\n' * 12, "invalid_training_file", "expected either prompt/completion pairs"),
+        (b'{"foo": 1}\n' * 12, "invalid_training_file", "The job failed due to an invalid training file."),
+    ],
+)  # fmt: skip
+def test_faults_of_rows_are_the_jobs_error(tmp_path: Path, content: bytes, code: str, words: str) -> None:
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, content))
+    work(store, launcher, FakeModels(), num=2)
+    job = store.job(name)
+    assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", code, "training_file")
+    assert words in job["error"]["message"]
+    assert str(tmp_path) not in job["error"]["message"]
+    assert job["finished_at"] is not None
+    assert launcher.started == []
+    store.close()
+
+
+def test_a_file_of_an_open_job_is_kept_until_it_ends(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    file = put_file(store, rows(12))
+    put_job(store, file)
+    assert store.delete_file(file)
+    assert not store.delete_file(file)
+    assert store.file(file) is None
+    assert store.content_path(file).exists()
+    work(store, FakeLauncher(), FakeModels())
+    assert not store.content_path(file).exists()
+    store.close()
+
+
+def test_a_store_has_one_server(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(InputError, match="another server uses it"):
+        Store(tmp_path)
+    store.close()
+    Store(tmp_path).close()
+
+
+@pytest.mark.parametrize(("num", "epochs"), [(10, 10), (3, 25), (33, 3), (34, 3), (8333, 3), (8334, 2), (30_000, 1)])
+def test_epochs_follow_the_published_rule(num: int, epochs: int) -> None:
+    assert rounds(num) == epochs

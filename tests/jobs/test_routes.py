@@ -1,0 +1,210 @@
+"""The unmodified openai client against the routes, over a store without a dispatcher; and raw requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
+
+from jobs.places import BASES, rows  # noqa: E402
+from serve import running as serving  # noqa: E402
+from serve.fake import FakeEngine  # noqa: E402
+from tunesmith.jobs import routes  # noqa: E402
+from tunesmith.jobs.store import Store  # noqa: E402
+from tunesmith.serve.app import make_app  # noqa: E402
+from tunesmith.serve.middleware import AccessPolicy  # noqa: E402
+
+
+@dataclass
+class Served:
+    """A server without a dispatcher."""
+
+    running: serving.Running
+    store: Store
+    client: openai.OpenAI
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    store = Store(tmp_path_factory.mktemp("store"))
+
+    async def detach(name: str) -> None:
+        return None
+
+    routers = (
+        routes.make_file_router(store), routes.make_job_router(store, BASES),
+        routes.make_model_router(store, BASES, detach),
+    )  # fmt: skip
+    patch = pytest.MonkeyPatch()
+    patch.setattr(serving, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
+    with serving.running(AccessPolicy(queries=routes.QUERIES), FakeEngine()) as it:
+        yield Served(it, store, it.client())
+    patch.undo()
+    store.close()
+
+
+@pytest.fixture
+def file(served: Served) -> str:
+    return served.client.files.create(file=("a.jsonl", rows(12)), purpose="fine-tune").id
+
+
+def test_a_file_comes_back_as_it_was(served: Served) -> None:
+    made = served.client.files.create(file=("../../x\u202e\r\ny.jsonl", rows(3)), purpose="fine-tune")
+    assert (made.status, made.bytes, made.purpose) == ("processed", len(rows(3)), "fine-tune")
+    assert "/" not in made.filename
+    assert made.filename.isprintable()
+    assert served.client.files.retrieve(made.id) == made
+    assert served.client.files.content(made.id).read() == rows(3)
+    assert sorted(path.name for path in served.store.folder.parent.iterdir()) == [served.store.folder.name]
+    assert served.client.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError, match=f"No such File object: {made.id}"):
+        served.client.files.delete(made.id)
+
+
+def test_files_are_paged_and_filtered(served: Served) -> None:
+    made = [served.client.files.create(file=("b", b"x"), purpose="user_data").id for _ in range(5)]
+    found = [one.id for one in served.client.files.list(purpose="user_data", limit=2)]
+    assert found == made[::-1]
+    assert [one.id for one in served.client.files.list(purpose="user_data", order="asc")] == made
+    assert list(served.client.files.list(purpose="nonsense")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "purpose", "words"),
+    [
+        (b"", "fine-tune", "empty"),
+        (b"hello\n", "fine-tune", 'Line 1 is not a dictionary (HINT: line starts with: "hell"...).'),
+        (b"\xff\xfe\n", "fine-tune", "Must be .jsonl"),
+        (b"[1]\n", "fine-tune", "Line 1 is not a dictionary"),
+        (b"x", "fine-tune-results", "is not one of"),
+        (b"x", "nonsense", "is not one of"),
+    ],
+)  # fmt: skip
+def test_a_file_that_no_job_could_use_is_refused(served: Served, content: bytes, purpose: str, words: str) -> None:
+    before = sorted(served.store.files_path.iterdir())
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client.files.create(file=("a", content), purpose=purpose)
+    assert words in str(caught.value)
+    assert sorted(served.store.files_path.iterdir()) == before
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+WHOLE = PART % (b"file", b'; filename="a"', b"{}\n") + PART % (b"purpose", b"", b"fine-tune") + b"--b--\r\n"
+
+
+def post(served: Served, body: bytes, kind: str = "multipart/form-data; boundary=b") -> tuple[int, object, str]:
+    return served.running.ask("POST", "/v1/files", body, headers={"Content-Type": kind})
+
+
+def test_fields_may_come_in_any_order(served: Served) -> None:
+    assert post(served, WHOLE)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (WHOLE[:-20], "multipart/form-data; boundary=b", 400),
+        (WHOLE, "multipart/form-data", 415),
+        (WHOLE, "application/json", 415),
+        (PART % (b"file", b"", b"{}") * 2 + b"--b--\r\n", "multipart/form-data; boundary=b", 400),
+        (PART % (b"other", b"", b"{}") + b"--b--\r\n", "multipart/form-data; boundary=b", 400),
+        (PART % (b"purpose", b"", b"fine-tune") + b"--b--\r\n", "multipart/form-data; boundary=b", 400),
+        (PART % (b"purpose", b"", b"x" * 9999) + b"--b--\r\n", "multipart/form-data; boundary=b", 400),
+        (b"nonsense", "multipart/form-data; boundary=b", 400),
+    ],
+)
+def test_a_form_that_cannot_be_read_leaves_nothing(served: Served, body: bytes, kind: str, status: int) -> None:
+    before = sorted(served.store.files_path.iterdir())
+    found, answer, _ = post(served, body, kind)
+    assert found == status
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert sorted(served.store.files_path.iterdir()) == before
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(served: Served) -> None:
+    before = sorted(served.store.files_path.iterdir())
+    head = b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    served.running.raw(head + b"Content-Length: 999999\r\n\r\n" + WHOLE[:60], timeout_s=0.3)
+    served.running.wait_until_idle()
+    assert sorted(served.store.files_path.iterdir()) == before
+
+
+def test_a_job_is_created_with_what_was_sent(served: Served, file: str) -> None:
+    made = served.client.fine_tuning.jobs.create(
+        model="gpt-4o-mini", training_file=file, suffix="mine", seed=5, metadata={"a": "b"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+    )  # fmt: skip
+    assert (made.status, made.model, made.seed) == ("validating_files", "gpt-4o-mini-2024-07-18", 5)
+    assert (made.user_provided_suffix, made.metadata) == ("mine", {"a": "b"})
+    assert made.hyperparameters.n_epochs == made.method.supervised.hyperparameters.n_epochs == 2
+    assert made.error.code is None
+    assert served.client.fine_tuning.jobs.retrieve(made.id) == made
+    assert [one.id for one in served.client.fine_tuning.jobs.list(metadata={"a": "b"})] == [made.id]
+    said = [one.message for one in served.client.fine_tuning.jobs.list_events(made.id, limit=1)]
+    assert said[-1] == f"Created fine-tuning job: {made.id}"
+    assert said[-2] == "gpt-4o-mini is a name of tiny here: that model is tuned"
+    assert served.client.fine_tuning.jobs.pause(made.id).status == "paused"
+    assert served.client.fine_tuning.jobs.resume(made.id).status == "queued"
+    assert served.client.fine_tuning.jobs.cancel(made.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="is already cancelled and cannot be paused"):
+        served.client.fine_tuning.jobs.pause(made.id)
+    assert list(served.client.fine_tuning.jobs.checkpoints.list(made.id)) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"model": "gpt-9"}, "model", "is not available for fine-tuning or does not exist"),
+        ({"model": "/etc/passwd"}, "model", "is not available"),
+        ({"training_file": "file-none"}, "training_file", "invalid training_file: file-none"),
+        ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "whole number from 1 to 50"),
+        ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "auto"),
+        ({"hyperparameters": {"learning_rate_multiplier": -1}}, "hyperparameters.learning_rate_multiplier", "above 0"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "method", "is not available here"),
+        ({"sufix": "x"}, "sufix", "did you mean suffix?"),
+        ({"suffix": "x" * 65}, "suffix", "64"),
+        ({"seed": 2**31}, "seed", ""),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(served: Served, file: str, body: dict, param: str, words: str) -> None:
+    whole = {"model": "tiny", "training_file": file, **body}
+    status, answer, _ = served.running.ask("POST", "/v1/fine_tuning/jobs", whole)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/files?limt=1", "limt"),
+        ("/v1/files?limit=x", "limit"),
+        ("/v1/files?limit=10001", "limit"),
+        ("/v1/files?after=file-none", "after"),
+        ("/v1/files?order=up", "order"),
+        ("/v1/fine_tuning/jobs?limit=101", "limit"),
+    ],
+)
+def test_a_query_that_means_nothing_is_refused(served: Served, path: str, param: str) -> None:
+    status, answer, _ = served.running.ask("GET", path)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_other_routes_still_read_no_query(served: Served) -> None:
+    assert served.running.ask("GET", "/v1/models?x=1")[0] == 400
+
+
+def test_a_base_is_no_model_to_delete(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="is a base"):
+        served.client.models.delete("tiny")
+    with pytest.raises(openai.NotFoundError, match="The model 'ft:x' does not exist"):
+        served.client.models.delete("ft:x")
+
+
+def test_ids_are_data(served: Served, tmp_path: Path) -> None:
+    for name in ("..%2F..%2Fetc%2Fpasswd", "'%20OR%201=1--", "file-" + "a" * 500):
+        assert served.running.ask("GET", f"/v1/files/{name}/content")[0] == 404
+        assert served.running.ask("GET", f"/v1/fine_tuning/jobs/{name}")[0] == 404
