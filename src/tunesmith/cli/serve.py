@@ -77,11 +77,7 @@ def serve(
     from tunesmith.cli.streams import console
     from tunesmith.serve.protocol import EngineOptions
 
-    names = targets or []
-    if bases is not None and not jobs:
-        raise InputError("--bases: names models for jobs: give --jobs too.")
-    if not names and bases is None:
-        raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
+    names = _named(targets, jobs=jobs, bases=bases)
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
     if engine not in ENGINES:
         raise InputError(f"--engine: {engine}: there is no such engine. One of {', '.join(ENGINES)}.")
@@ -101,3 +97,11 @@ def serve(
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
     where = JobPlace(store, bases) if jobs else None
     serve_own(names, access, options, root=root, grace_s=grace, output=output, jobs=where)
+
+
+def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None) -> list[str]:
+    if bases is not None and not jobs:
+        raise InputError("--bases: names models for jobs: give --jobs too.")
+    if not targets and bases is None:
+        raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
+    return targets or []

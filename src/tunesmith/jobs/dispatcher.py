@@ -122,7 +122,8 @@ class Dispatcher:
             return
         if (run.path / "run.json").exists() and run.state() == "done":
             return self._finish(name, run)
-        run.clear_stop() if run.path.exists() else None
+        if run.path.exists():
+            run.clear_stop()
         self._follow_new(name, self.launcher.start(run.path, self.store.recipes_path / f"{name}.yaml"))
 
     def _follow_new(self, name: str, process: Process) -> None:

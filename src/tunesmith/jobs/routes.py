@@ -122,14 +122,16 @@ def after(store: Store, table: Any, query: dict[str, str]) -> int | None:
     return seq
 
 
+def find_job(store: Store, name: str) -> Record:
+    """Raises RequestError."""
+    if (row := store.job(name)) is None:
+        raise missing("FineTuningJob", name)
+    return row
+
+
 def make_job_router(store: Store, bases: Bases) -> APIRouter:
     """Create, list, read and steer jobs, and read their events and checkpoints."""
     router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs")
-
-    def find(name: str) -> Record:
-        if (row := store.job(name)) is None:
-            raise missing("FineTuningJob", name)
-        return row
 
     @router.post("")
     def create(body: JobBody, request: Request) -> Response:
@@ -155,7 +157,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
     def one(name: str, request: Request) -> Response:
         """One job."""
         read_query(request)
-        return json_response(objects.job_object(find(name)))
+        return json_response(objects.job_object(find_job(store, name)))
 
     @router.post("/{name}/{action}")
     def act(name: str, action: Action, request: Request) -> Response:
@@ -165,11 +167,16 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
             raise missing("FineTuningJob", name)
         return json_response(objects.job_object(row))
 
+    _add_event_routes(router, store)
+    return router
+
+
+def _add_event_routes(router: APIRouter, store: Store) -> None:
     @router.get("/{name}/events")
     def events_of(name: str, request: Request) -> Response:
         """Events of a job, newest first."""
         query = read_query(request, "after", "limit")
-        of_job = events.c.job == find(name)["id"]
+        of_job = events.c.job == find_job(store, name)["id"]
         rows, more = store.page(events, of_job, after=after(store, events, query), limit=read_limit(query, 20, 1000))
         return json_response(objects.list_object([objects.event_object(row) for row in rows], has_more=more))
 
@@ -178,15 +185,13 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         """Checkpoints of a job that can be asked, newest first."""
         query = read_query(request, "after", "limit")
         limit = read_limit(query, 10, 100)
-        found = [objects.checkpoint_object(row) for row in store.tuned(job=find(name)["id"])]
+        found = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])]
         if "after" in query:
             names = [one["id"] for one in found]
             if query["after"] not in names:
                 raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
             found = found[names.index(query["after"]) + 1 :]
         return json_response(objects.list_object(found[:limit], has_more=len(found) > limit))
-
-    return router
 
 
 def create_job(store: Store, bases: Bases, body: JobBody) -> Record:

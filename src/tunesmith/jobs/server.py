@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines
@@ -62,6 +63,8 @@ class JobServer:
                 started[name] = await start_engine(
                     [base.model], root=root, options=replace(options, attaches=True), attached=attached, on_note=on_note
                 )
+                if not any(card.is_base and card.answers == "text" for card in started[name].served):
+                    raise InputError(f"{base.model}: writes no text, and jobs tune models that do.")
         except BaseException:
             for engine in started.values():
                 await engine.close(0)

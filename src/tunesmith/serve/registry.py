@@ -111,7 +111,8 @@ class Registry:
             layer: LowRankPath(a.to(where, dtype), b.to(where, dtype), scale)
             for layer, (a, b, scale) in weights.items()
         }
-        loading.refuse_non_finite({layer: path.b_OR for layer, path in paths.items()}, run.adapter_path)
+        for part in ("a_RI", "b_OR"):
+            loading.refuse_non_finite({layer: getattr(path, part) for layer, path in paths.items()}, run.adapter_path)
         tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
         renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
         model = make_writer(
