@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,9 @@ from jobs.places import STEPS, FakeLauncher, FakeModels, dispatcher, put_file, p
 from tunesmith.errors import InputError
 from tunesmith.jobs.store import Store, events
 from tunesmith.jobs.training_files import rounds
+
+TRANSACTIONS = 11
+"""From the first round to the model."""
 
 
 class Killed(BaseException):
@@ -26,7 +29,7 @@ def outcome(store: Store, name: str, models: FakeModels) -> tuple[object, ...]:
     return (*values, results, sorted(one.replace(name, "JOB").replace(job["tuned_name"], "MODEL") for one in said))
 
 
-def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 30) -> None:
+def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 14) -> None:
     working = dispatcher(store, launcher, models)
     working.recover()
     for _ in range(num):
@@ -51,14 +54,22 @@ def test_a_job_becomes_a_model(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("at", range(1, 40))
-def test_a_server_killed_at_any_transaction_goes_on(tmp_path: Path, at: int) -> None:
-    kept, models, launcher = Store(tmp_path / "whole"), FakeModels(), FakeLauncher()
-    name = put_job(kept, put_file(kept, rows(12)), seed=3)
-    work(kept, launcher, models)
-    expected = outcome(kept, name, models)
-    kept.close()
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """The outcome without a kill."""
+    store, models = Store(tmp_path_factory.mktemp("whole")), FakeModels()
+    name = put_job(store, put_file(store, rows(12)), seed=3)
+    work(store, FakeLauncher(), models, num=12)
+    found = outcome(store, name, models)
+    store.close()
+    return found
 
+
+@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize("at", range(1, TRANSACTIONS + 1))
+def test_a_server_killed_at_any_transaction_goes_on(
+    tmp_path: Path, expected: tuple[object, ...], at: int, is_committed: bool
+) -> None:
     store, models, launcher = Store(tmp_path / "killed"), FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)), seed=3)
     writing, left = store.writing, [at]
@@ -68,19 +79,19 @@ def test_a_server_killed_at_any_transaction_goes_on(tmp_path: Path, at: int) -> 
         left[0] -= 1
         with writing() as connection:
             yield connection
-            if left[0] == 0 and at % 2:
-                raise Killed  # before the commit
+            if left[0] == 0 and not is_committed:
+                raise Killed
         if left[0] == 0:
-            raise Killed  # after it
+            raise Killed
 
     store.writing = killing
-    with suppress(Killed):
+    with pytest.raises(Killed):
         work(store, launcher, models)
     store.close()
     store, models = Store(tmp_path / "killed"), FakeModels()
     for row in store.tuned():
         models.attach(row["base"], row["name"], store.runs_path / row["job"])
-    work(store, launcher, models)
+    work(store, launcher, models, num=14)
     assert outcome(store, name, models) == expected
     store.close()
 
@@ -103,7 +114,7 @@ def test_one_run_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
     file = put_file(store, rows(12))
     names = [put_job(store, file) for _ in range(3)]
     working = dispatcher(store, launcher, models)
-    for _ in range(60):
+    for _ in range(40):
         working.round()
         assert len(working.active) <= 1
     assert [one.path.name for one in launcher.started] == names
