@@ -220,7 +220,11 @@ def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
         (["support", "--host", "nowhere.invalid"], "--host nowhere.invalid"),
         (["support", "--key-file", "none.txt"], "none.txt: no key can be read"),
         (["broken"], "broken: its prompts are not those of training"),
-        ([], "Missing argument"),
+        ([], "name a RUN or MODEL to serve"),
+        (["support", "--bases", "b.yaml"], "give --jobs too"),
+        (["support", "other", "--jobs"], "--jobs takes one MODEL, no run"),
+        (["support", "--jobs", "--engine", "vllm"], "only the own engine"),
+        (["--jobs", "--bases", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )
 def test_refused_before_anything_is_served(words: list[str], said: str) -> None:

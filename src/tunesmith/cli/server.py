@@ -231,9 +231,12 @@ def serve_own(
             else:
                 output.note(f"loading {', '.join(targets)}")
                 engine = await start_engine(targets, root=root, options=options, on_note=output.note)
-            stack.push_async_callback(engine.close, 0)
-            server = make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
-            output.serving(bound, engine.served, has_key=bool(keys))
+            try:
+                server = make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
+                output.serving(bound, engine.served, has_key=bool(keys))
+            except BaseException:
+                await engine.close(0)
+                raise
             await serve_http(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
 
     words = f"stopping: what is under way has {grace_s:g} s to end. Once more to leave at once."
