@@ -46,6 +46,10 @@ class BatchedDecoder:
         self._adapters = adapters
         self._cache = KVCache()
 
+    def another(self) -> BatchedDecoder:
+        """A decoder of the same model, without any sequence: a step of it is none for those of this one."""
+        return BatchedDecoder(self.model, self._adapters)
+
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         """A slot for a prompt of so many tokens, of which nothing has been read."""
         return SequenceSlot(adapter, KVBlock(1, room_for(num_tokens)))
@@ -125,6 +129,10 @@ class SequentialDecoder:
         self._border = longrope_limit(model.config)
         self._ids: dict[SequenceSlot, list[int]] = {}
         """Tokens read, for models whose positions change at a border."""
+
+    def another(self) -> SequentialDecoder:
+        """A decoder of the same model, without any sequence."""
+        return SequentialDecoder(self.model, self._adapters)
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         slot = SequenceSlot(adapter, KVBlock(0, 0))

@@ -221,7 +221,13 @@ class WorkerEngine:
     """`protocol.Engine` over a worker process."""
 
     def __init__(
-        self, names: Sequence[str], *, root: Path, options: EngineOptions, attached: Mapping[str, Path], on_note: Note
+        self,
+        names: Sequence[str],
+        *,
+        root: Path,
+        options: EngineOptions,
+        attached: Mapping[str, Path] = MappingProxyType({}),
+        on_note: Note,
     ) -> None:
         self.served: Sequence[ModelCard] = ()
         self._to_load = {"names": list(names), "root": str(root), "options": asdict(options)}

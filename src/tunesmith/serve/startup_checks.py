@@ -157,7 +157,7 @@ def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
 
 def check_adapter(model: ServedModel, run: Run) -> None:
     """The logits of a probe are others with the adapter than without."""
-    decoder, logits = model.decoder, []
+    decoder, logits = model.decoder.another(), []
     for adapter in (None, model.adapter):
         slot = decoder.open(adapter, PROBES[0][0])
         logits.append(decoder.step({}, [(slot, _probe(model.vocab_size, PROBES[0][0]))])[1])
