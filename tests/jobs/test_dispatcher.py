@@ -12,6 +12,7 @@ from jobs.places import STEPS, FakeLauncher, FakeModels, dispatcher, put_file, p
 from tunesmith.errors import InputError
 from tunesmith.jobs.store import Store, events
 from tunesmith.jobs.training_files import rounds
+from tunesmith.serve.protocol import RequestError
 
 TRANSACTIONS = 11
 """From the first round to the model."""
@@ -106,6 +107,27 @@ def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(tmp_path: Path) 
         working.round()
     job = store.job(name)
     assert (job["status"], job["error"]["code"], len(launcher.started)) == ("failed", "run_crashed", 3)
+    store.close()
+
+
+def test_a_result_waits_for_an_engine_that_is_started_again(tmp_path: Path) -> None:
+    store, models, refusals = Store(tmp_path), FakeModels(), [503, 503]
+    attach = models.attach
+
+    def refusing(base: str, name: str, run: Path) -> None:
+        if refusals:
+            raise RequestError("no engine", status=refusals.pop())
+        attach(base, name, run)
+
+    models.attach = refusing
+    name = put_job(store, put_file(store, rows(12)))
+    work(store, FakeLauncher(), models)
+    assert (store.job(name)["status"], refusals) == ("succeeded", [])
+
+    refusals.append(400)
+    name = put_job(store, "file-a")
+    work(store, FakeLauncher(), models)
+    assert store.job(name)["error"]["code"] == "result_not_served"
     store.close()
 
 

@@ -27,10 +27,12 @@ from tunesmith.recipe import load
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
+from tunesmith.serve.protocol import RequestError
 
 POLL_S = 0.2
 MOST_ATTEMPTS = 3
 """Starts without a new checkpoint between them."""
+UNAVAILABLE = 503
 RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
 
 
@@ -248,6 +250,9 @@ class Dispatcher:
         try:
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
+            if isinstance(error, RequestError) and error.status == UNAVAILABLE:  # the engine is being started again
+                self.store.change_job(name, if_status=["running"], status="queued")
+                return None
             return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
         said = [
             event(name, f"Checkpoint created at step {step} with Snapshot ID: {tuned}", once="snapshot"),
