@@ -185,6 +185,13 @@ def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> No
         )
 
 
+def names_and_origins(access: Access, bound: BoundSocket) -> tuple[frozenset[str], frozenset[str]]:
+    """The names by which this server may be called, and the web pages that may call it."""
+    machine = () if bound.is_loopback else (socket.gethostname(),)
+    hosts = (name.lower() for name in ("localhost", access.host, *machine, *access.names))
+    return frozenset(hosts), frozenset(origin.rstrip("/") for origin in access.origins)
+
+
 def serve_own(
     targets: Sequence[str],
     access: Access,
@@ -209,10 +216,7 @@ def serve_own(
         output.note(f"note: {note}")
     bound = bind(access.host, access.port)
     refuse_open_door(access, bound, has_key=bool(keys))
-    machine = () if bound.is_loopback else (socket.gethostname(),)
-    hosts = frozenset(name.lower() for name in ("localhost", access.host, *machine, *access.names))
-    origins = frozenset(origin.rstrip("/") for origin in access.origins)
-    policy = AccessPolicy(ApiKeys.of(keys), hosts, origins, queries=queries)
+    policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
