@@ -12,27 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = """
 from pathlib import Path
-place = Path(__file__).with_name("asked")
-assert not place.exists(), "it was asked already"
-place.touch()
-def get_kernel(*a, **k): raise OSError
+def get_kernel(*a, **k):
+    Path(__file__).with_name("asked").touch()
+    raise OSError
 """
 
 
-CODE = """
-import sys
-from pathlib import Path
-from tunesmith.models.quantized import import_bitsandbytes
-import_bitsandbytes().optim.AdamW8bit
-assert "kernels" not in sys.modules
-import kernels  # afterwards the package is there for who asks for it
-"""
-
-
-def test_no_code_is_looked_for_on_the_hub(tmp_path: Path) -> None:
-    """By the package `kernels`, which downloads and runs compiled code."""
+@pytest.mark.parametrize("code", ["from tunesmith.models.quantized import import_bitsandbytes as load", "load = None"])
+def test_no_code_is_looked_for_on_the_hub(tmp_path: Path, code: str) -> None:
+    """By the package `kernels`, which downloads and runs compiled code. Without our import it is."""
     pytest.importorskip("bitsandbytes", reason="needs the extra tunesmith[bitsandbytes]")
     (tmp_path / "kernels.py").write_text(FAKE)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
-    subprocess.run([sys.executable, "-c", CODE], env=env, check=True)
-    assert (tmp_path / "asked").exists()
+    code += "\nload() if load else __import__('bitsandbytes')\nimport bitsandbytes\nbitsandbytes.optim.AdamW8bit"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert (tmp_path / "asked").exists() == ("None" in code)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from packed import CAN, VOCAB, batch_of, sharp
-from tunesmith.data.prefix_sharing import LEAST_TOKENS, PrefixGroup, prefix_groups, share_prefixes
+from tunesmith.data.branches import LEAST_TOKENS
+from tunesmith.data.prefix_sharing import PrefixGroup, prefix_groups, share_prefixes
 from tunesmith.models import segments, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets

@@ -64,6 +64,7 @@ def never(path: Path, reason: str) -> None:
 def check_newest(folder: Path, allowed: set[tuple[int, int]]) -> None:
     """The newest checkpoint is whole, one of the allowed (step, value), and nothing lies about beside it."""
     newest = checkpoint.newest(folder, never)
+    assert newest is not None
     value = newest.state["value"]
     assert (newest.step, value) in allowed
     assert all(torch.equal(newest.weights[name], tensor) for name, tensor in content(value).items())

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft
-from tunesmith.data.prefix_sharing import LEAST_TOKENS
 from tunesmith.types import Row
+
+LEAST_TOKENS = 8
+"""Shortest prefix that is worth computing once."""
 
 
 def lines_of(row: Row) -> list[Row]:

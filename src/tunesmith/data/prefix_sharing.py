@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunesmith.data.branches import LEAST_TOKENS
 from tunesmith.types import Batch, Piece
 
-LEAST_TOKENS = 8
-"""A shorter prefix is not worth computing apart."""
 MOST_ROWS = 512
 """Rows looked at together: the search for the best groups costs their square."""
 
