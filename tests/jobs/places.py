@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.jobs.bases import Base, Bases
+from tunesmith.jobs.bases import Bases, PublicBase
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.routes import create_job
@@ -16,7 +16,7 @@ from tunesmith.jobs.store import Store
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
-BASES = Bases({"tiny": Base(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
+BASES = Bases({"tiny": PublicBase(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
 STEPS = 6
 
 

@@ -20,7 +20,7 @@ from tunesmith.errors import DoesNotFitError, InputError, Stopped
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.sweeps.engine import Engine
+    from tunesmith.sweeps.engine import TrialRunner
     from tunesmith.sweeps.grid import Trial
     from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
 
@@ -86,7 +86,7 @@ def sweep(
 
 
 @contextmanager
-def _engine(found: Sweep, ray: str | None) -> Iterator[Engine]:
+def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
     from tunesmith.sweeps.engine import OneByOne
 
     if ray is None:

@@ -16,7 +16,7 @@ from tunesmith.recipe import load, yaml_io
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class Base(BaseModel):
+class PublicBase(BaseModel):
     """A model that may be tuned. No request names a folder or a hub id: this is the only way to one."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -32,7 +32,7 @@ class Base(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    bases: dict[str, Base] = Field(min_length=1)
+    bases: dict[str, PublicBase] = Field(min_length=1)
     min_examples: int = Field(10, ge=1)
 
 
@@ -40,7 +40,7 @@ class _File(BaseModel):
 class Bases:
     """All models that may be tuned."""
 
-    by_name: Mapping[str, Base]
+    by_name: Mapping[str, PublicBase]
     min_examples: int = 10
     """Fewest rows of a training file."""
     _names: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -90,4 +90,4 @@ def bases_of_file(path: Path) -> Bases:
 def bases_of_model(model: str) -> Bases:
     """One base, named by the last part of its folder or hub id."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model.partition("@")[0]).resolve().name).strip("-._")
-    return Bases({name or "base": Base(model=model)})
+    return Bases({name or "base": PublicBase(model=model)})

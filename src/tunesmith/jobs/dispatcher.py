@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import orjson
 
 from tunesmith.errors import RunError, StorageError
-from tunesmith.jobs.bases import Base, Bases
+from tunesmith.jobs.bases import Bases, PublicBase
 from tunesmith.jobs.launcher import Launcher, Process
 from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.run_events import EventTranslator, checkpoint_metrics, results_file, trained_tokens
@@ -269,7 +269,7 @@ class Dispatcher:
 
 
 def job_recipe(
-    base: Base, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
+    base: PublicBase, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
 ) -> dict[str, Any]:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
     times = numbers["learning_rate_multiplier"]

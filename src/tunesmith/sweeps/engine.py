@@ -11,7 +11,7 @@ from tunesmith.sweeps.trial import Job, run_trial
 RunTrial = Callable[[Job], str]
 
 
-class Engine(Protocol):
+class TrialRunner(Protocol):
     """Starts trials and knows which have ended."""
 
     @property

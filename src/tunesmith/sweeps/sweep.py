@@ -24,7 +24,7 @@ from tunesmith.formatting import plural
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.atomic import from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run
-from tunesmith.sweeps.engine import Engine, OneByOne
+from tunesmith.sweeps.engine import OneByOne, TrialRunner
 from tunesmith.sweeps.grid import Grid, Trial
 from tunesmith.sweeps.rungs import Judge
 from tunesmith.sweeps.trial import Follower, Job
@@ -142,7 +142,7 @@ class Sweep:
             self.path / STATE, to_json({**values, "stopped": self.stopped, "failed": self.failed}, indent=True)
         )
 
-    def run(self, engine: Engine | None = None, watch: Watch | None = None) -> None:
+    def run(self, engine: TrialRunner | None = None, watch: Watch | None = None) -> None:
         """Run what is left of every trial, in the order of the grid.
 
         Raises Stopped, after the trials at work have saved a checkpoint, if asked to stop.
