@@ -62,7 +62,7 @@ def test_a_file_that_changed_meanwhile_does_not_lend_its_text(tmp_path: Path, is
     run = classifier(tmp_path, Listener(on_event=on_event))
     assert not any("other" in row["text"] for row in lines_of(run.path / "evaluation" / "after.jsonl"))
     notes = [event.values["text"] for event in run.events() if event.kind == "note"]
-    assert "8 rows are shown as their tokens spell them: the data files are gone or have changed" in notes
+    assert "8 rows are shown as their tokens spell them: the data files are not here, or have changed" in notes
 
 
 def test_turns_of_a_chat_have_their_roles(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.inference.load import load_run
 from tunesmith.models.modes import eval_mode
 from tunesmith.runs.folder import Run, runs
-from tunesmith.tasks import TASKS
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 
@@ -86,9 +85,7 @@ def test_the_loaded_result_scores_what_the_report_says(tmp_path, method):
     store, rows = setup.rows.held_store, [int(i) for i in setup.rows.held_rows]
     batch = build_batch([store.row(i) for i in rows], rows, layout="padded", device="cpu")
     with eval_mode(speaker.model):
-        measured = TASKS[setup.task.name].measure(
-            speaker.model, batch
-        )  # `setup.task` has the other model's output layer
+        measured = setup.task.measure(speaker.model, batch)  # by the output layer of the model that is measured
     # 1e-5: float32, padded by transformers' own attention here and packed there
     loss = float(measured.losses_N.double().mean())
     assert loss == pytest.approx(report_of(run)["metrics"]["after"]["loss"], rel=1e-5)

@@ -49,6 +49,10 @@ class OutputLayer:
     """Divide logits by `scale` instead of multiplying: rounding differs."""
     cap: float | None
 
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether it is the layer of this model: a task that is bound to another one computes the logits whole."""
+        return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
+
     def chunk_size(self, *, trained: bool) -> int:
         """Targets of a chunk."""
         weight = self.layer.weight

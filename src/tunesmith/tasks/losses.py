@@ -62,7 +62,7 @@ def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = N
     from tunesmith.models.forward import hidden_states, logits_at_targets
 
     with torch.no_grad():
-        if output is None:
+        if output is None or not output.belongs_to(model):
             logits_NV = logits_at_targets(model, batch)
             return Measured(losses_N=target_losses(logits_NV, batch.targets_N), outputs_N=logits_NV.argmax(-1))
         hidden_ND = hidden_states(model, batch)[batch.predict_N]

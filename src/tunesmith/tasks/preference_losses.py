@@ -162,7 +162,7 @@ def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pair
     from tunesmith.models.forward import hidden_states, logits_at_targets
     from tunesmith.tasks.losses import target_losses
 
-    if output is not None:
+    if output is not None and output.belongs_to(model):
         logp_N = output.log_probs(hidden_states(model, batch)[batch.predict_N], batch.targets_N)
     else:
         logp_N = -target_losses(logits_at_targets(model, batch), batch.targets_N)
