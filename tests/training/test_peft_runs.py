@@ -17,6 +17,7 @@ from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
+from tunesmith.models.attention import use_packed_attention
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
@@ -78,6 +79,8 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
     setup = prepare(straight.recipe(), root=straight.path.parent)
     told = [event.values for event in straight.events() if event.kind == "evaluation"][-1]
     speaker = load_run(straight)
+    if setup.held_collator.layout == "packed":
+        use_packed_attention(speaker.model)
     outcomes = predict_rows(
         speaker.model, setup.task, setup.held_collator, [int(i) for i in setup.rows.held_rows], tokens_per_pass=256
     )
