@@ -113,6 +113,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         results = {str(found["case"]): found for found in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for number, case in enumerate(CASES, start=1):
             real = {"smollm2": options.smollm2, "minilm": options.minilm}.get(case.model, "")
             if real is None or (options.only and number not in options.only) or str(number) in results:
