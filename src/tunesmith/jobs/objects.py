@@ -17,6 +17,11 @@ def file_object(row: Record) -> dict[str, Any]:
     return {"object": "file", **own, "status": "processed", "status_details": None}
 
 
+def upload_object(row: Record, file: Record | None) -> dict[str, Any]:
+    own = {name: row[name] for name in ("id", "bytes", "created_at", "expires_at", "filename", "purpose", "status")}
+    return {"object": "upload", **own, **({} if file is None else {"file": file_object(file)})}
+
+
 def job_object(row: Record) -> dict[str, Any]:
     request = row["request"]
     has_ended = row["status"] == "succeeded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +18,14 @@ from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import new_id, tuned_name
 from tunesmith.jobs.states import Action
 from tunesmith.jobs.store import Record, Store, event, events, files, jobs
+from tunesmith.jobs.upload_parts import (
+    CompletionBody,
+    UploadBody,
+    add_part,
+    cancel_upload,
+    complete_upload,
+    create_upload,
+)
 from tunesmith.jobs.uploads import receive_file
 from tunesmith.runs.atomic import remove
 from tunesmith.runs.folder import Run
@@ -109,6 +118,39 @@ def make_file_router(store: Store) -> APIRouter:
         if not store.delete_file(name):
             raise missing("File", name)
         return json_response({"id": name, "object": "file", "deleted": True})
+
+    return router
+
+
+def make_upload_router(store: Store) -> APIRouter:
+    """Uploads in parts."""
+    router = APIRouter(route_class=StrictRoute, prefix="/v1/uploads")
+
+    def answer(row: Record) -> Response:
+        file = store.one(files, id=row["file"]) if row["file"] else None
+        return json_response(objects.upload_object(row, file))
+
+    @router.post("")
+    def create(body: UploadBody) -> Response:
+        """Begin an upload in parts."""
+        return answer(create_upload(store, body))
+
+    @router.post("/{name}/parts")
+    async def part(name: str, request: Request) -> Response:
+        """Add a part."""
+        found = await add_part(request, store, name)
+        facts = {"id": found, "object": "upload.part", "created_at": int(time.time()), "upload_id": name}
+        return json_response(facts)
+
+    @router.post("/{name}/complete")
+    def complete(name: str, body: CompletionBody) -> Response:
+        """Join parts to a file, in the order given."""
+        return answer(complete_upload(store, name, body))
+
+    @router.post("/{name}/cancel")
+    def cancel(name: str) -> Response:
+        """Drop an upload with its parts."""
+        return answer(cancel_upload(store, name))
 
     return router
 

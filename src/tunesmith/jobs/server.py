@@ -16,7 +16,7 @@ from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines
 from tunesmith.jobs.launcher import LocalLauncher
-from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router
+from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
 from tunesmith.serve.engine import start_engine
 from tunesmith.serve.protocol import EngineOptions
@@ -81,6 +81,7 @@ class JobServer:
 
         routers = (
             make_file_router(store),
+            make_upload_router(store),
             make_job_router(store, bases),
             make_model_router(store, bases, engines.detach),
         )

@@ -3,7 +3,7 @@
 jobs/
   jobs.sqlite     the tables below            lock     held by the server that uses the folder
   files/          contents of uploads         runs/    a run folder for each job, named by its id
-  recipes/        the recipe of each job
+  recipes/        the recipe of each job      parts/   a folder of parts for each pending upload
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tunesmith.errors import InputError
 from tunesmith.jobs.names import derived_id, new_id
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
-from tunesmith.runs.atomic import fsync_dir
+from tunesmith.runs.atomic import fsync_dir, remove
 
 VERSION = 1
 """Version of the tables; a store of a newer one is refused."""
@@ -49,6 +49,17 @@ files = _table(
     sa.Column("bytes", sa.Integer, nullable=False),
     sa.Column("sha256", sa.String, nullable=False),
     sa.Column("deleted_at", sa.Integer),
+)
+uploads = _table(
+    "uploads",
+    sa.Column("id", sa.String, unique=True, nullable=False),
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("filename", sa.String, nullable=False),
+    sa.Column("purpose", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Integer, nullable=False),
+    sa.Column("part_ids", sa.JSON(none_as_null=True)),
+    sa.Column("file", sa.String),
 )
 jobs = _table(
     "jobs",
@@ -105,7 +116,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Raises InputError if another server uses the folder, or if it is of a newer version."""
         self.folder = folder.resolve()
-        for path in (self.folder, self.files_path, self.runs_path, self.recipes_path):
+        for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
         try:
@@ -136,6 +147,10 @@ class Store:
     @property
     def files_path(self) -> Path:
         return self.folder / "files"
+
+    @property
+    def parts_path(self) -> Path:
+        return self.folder / "parts"
 
     @property
     def runs_path(self) -> Path:
@@ -169,7 +184,8 @@ class Store:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
-    def _one(self, table: sa.Table, **is_: Any) -> Record | None:
+    def one(self, table: sa.Table, **is_: Any) -> Record | None:
+        """The row whose columns have these values."""
         found = self._read(sa.select(table).where(*(table.c[name] == value for name, value in is_.items())))
         return found[0] if found else None
 
@@ -199,12 +215,12 @@ class Store:
 
     def add_file(self, row: Record) -> Record:
         with self.writing() as connection:
-            connection.execute(_insert(files).values(created_at=int(time.time())).values(**row))
-        return self._one(files, id=row["id"]) or {}
+            connection.execute(insert(files).values(created_at=int(time.time())).values(**row))
+        return self.one(files, id=row["id"]) or {}
 
     def file(self, name: str) -> Record | None:
         """A file that was not deleted."""
-        return self._one(files, id=name, deleted_at=None)
+        return self.one(files, id=name, deleted_at=None)
 
     def delete_file(self, name: str) -> bool:
         """Whether there was one. Its content goes at once, or when no job that has not ended needs it."""
@@ -223,6 +239,13 @@ class Store:
             if path.name not in needed and (with_uploads or not path.name.startswith(".")):
                 path.unlink(missing_ok=True)
         fsync_dir(self.files_path)
+        is_pending = (uploads.c.status == "pending", uploads.c.expires_at > int(time.time()))
+        pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(*is_pending))}
+        for path in self.parts_path.iterdir():
+            if path.name not in pending:
+                remove(path)
+            for temporary in path.glob(".*") if with_uploads else ():
+                temporary.unlink(missing_ok=True)
 
     # Jobs
 
@@ -234,7 +257,7 @@ class Store:
         return self.job(row["id"]) or {}
 
     def job(self, name: str) -> Record | None:
-        return self._one(jobs, id=name)
+        return self.one(jobs, id=name)
 
     def with_status(self, *states: str) -> list[Record]:
         """Jobs in some states, oldest first."""
@@ -280,8 +303,8 @@ class Store:
             values = {"result_file": result["id"], "trained_tokens": trained_tokens, "finished_at": now}
             if not connection.execute(matches.values(status="succeeded", **values)).rowcount:
                 return False
-            connection.execute(_insert(files).values(created_at=now).values(**result))
-            connection.execute(_insert(models).values(created_at=now).values(**model))
+            connection.execute(insert(files).values(created_at=now).values(**result))
+            connection.execute(insert(models).values(created_at=now).values(**model))
             _add_events(connection, messages)
         return True
 
@@ -294,7 +317,7 @@ class Store:
 
     def seq(self, table: sa.Table, name: str) -> int | None:
         """The number of a row, for pages after it."""
-        row = self._one(table, id=name)
+        row = self.one(table, id=name)
         return None if row is None else int(row["seq"])
 
     def tuned(self, **is_: Any) -> list[Record]:
@@ -309,14 +332,14 @@ class Store:
             connection.execute(gone.values(deleted_at=int(time.time())))
 
 
-def _insert(table: sa.Table) -> Any:
+def insert(table: sa.Table) -> Any:
     """An insert that does nothing if the row is there already."""
     return sa.insert(table).prefix_with("OR IGNORE")
 
 
 def _add_events(connection: sa.Connection, messages: Sequence[Record]) -> None:
     if messages:
-        connection.execute(_insert(events), [dict(one) for one in messages])
+        connection.execute(insert(events), [dict(one) for one in messages])
 
 
 def _set_up(connection: Any, record: Any) -> None:

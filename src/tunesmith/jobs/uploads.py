@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import os
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
@@ -34,10 +36,13 @@ NO_JSONL = "Invalid file format for Fine-Tuning API. Must be .jsonl"
 
 
 @dataclass
-class _Form:
-    """Callbacks of the parser. The part named `file` goes to `out`, others are kept as text."""
+class Form:
+    """Callbacks of the parser. The field named `content` goes to `out`, those named in `texts` are kept."""
 
     out: BinaryIO
+    content: str
+    texts: tuple[str, ...]
+    max_bytes: int
     fields: dict[str, bytes] = field(default_factory=dict)
     filename: bytes | None = None
     num_bytes: int = 0
@@ -48,6 +53,10 @@ class _Form:
     _headers: dict[bytes, bytes] = field(default_factory=dict)
     _num_parts: int = 0
     _name: str = ""
+
+    def text(self, name: str) -> str:
+        """A field that is there."""
+        return self.fields[name].decode("utf-8", "replace")
 
     def callbacks(self) -> Any:
         return {
@@ -78,26 +87,26 @@ class _Form:
     def _start(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        if self._name not in ("file", "purpose"):
-            raise RequestError(
-                f"{self._name[:60]!r}: unknown field; there are file and purpose.", param=self._name[:60]
-            )
+        known = (self.content, *self.texts)
+        if self._name not in known:
+            there = f"{'there are' if self.texts else 'there is'} {' and '.join(known)}"
+            raise RequestError(f"{self._name[:60]!r}: unknown field; {there}.", param=self._name[:60])
         if self._name in self.fields:
             raise RequestError(f"{self._name}: is given twice.", param=self._name)
         self.fields[self._name] = b""
-        if self._name == "file":
+        if self._name == self.content:
             self.filename = options.get(b"filename", b"upload")
 
     def _take(self, data: bytes) -> None:
-        if self._name != "file":
+        if self._name != self.content:
             self.fields[self._name] += data
             if len(self.fields[self._name]) > MAX_FIELD_BYTES:
                 raise RequestError(f"{self._name}: has more than {MAX_FIELD_BYTES:,} bytes.", param=self._name)
             return
         self.num_bytes += len(data)
-        if self.num_bytes > MAX_BYTES:
-            message = f"The file has more than {MAX_BYTES:,} bytes."
-            raise RequestError(message, status=413, code="file_too_large", param="file")
+        if self.num_bytes > self.max_bytes:
+            message = f"{self.content}: has more than {self.max_bytes:,} bytes."
+            raise RequestError(message, status=413, code="file_too_large", param=self.content)
         if len(self.head) < FIRST_LOOK_BYTES and b"\n" not in self.head.lstrip():
             self.head += data
         self.digest.update(data)
@@ -108,33 +117,63 @@ class _Form:
 
 
 async def receive_file(request: Request, store: Store) -> Record:
-    """The row of the file that a request brings; its content is on the disk. Raises RequestError."""
+    """The row of an uploaded file. Raises RequestError; nothing is left of it then."""
+    name = new_id("file-")
+    form = await receive_form(
+        request, store.content_path(name), _check_file, content="file", texts=("purpose",), max_bytes=MAX_BYTES
+    )
+    row = {
+        "id": name, "purpose": form.text("purpose"), "filename": shown_name(form.filename or b""),
+        "bytes": form.num_bytes, "sha256": form.digest.hexdigest(),
+    }  # fmt: skip
+    return await asyncio.to_thread(store.add_file, row)
+
+
+async def receive_form(
+    request: Request,
+    target: Path,
+    check: Callable[[Form], None],
+    *,
+    content: str,
+    texts: tuple[str, ...],
+    max_bytes: int,
+) -> Form:
+    """A form whose field `content` was written to `target`, complete or not at all. Raises RequestError."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not 0 < len(options.get(b"boundary", b"")) <= 256:
         message = "A file has to be sent as Content-Type: multipart/form-data."
         raise RequestError(message, status=415, code="unsupported_media_type", headers={"Connection": "close"})
-    name = new_id("file-")
-    temporary = store.files_path / f".{name}"
+    temporary = target.with_name(f".{target.name}")
     try:
-        with open(temporary, "xb") as out:
-            form = _Form(out)
+        with storing_upload(), open(temporary, "xb") as out:
+            form = Form(out, content, texts, max_bytes)
             await _feed(request, MultipartParser(options[b"boundary"], form.callbacks()))
-            purpose = _checked(form)
+            if not form.is_complete:
+                raise RequestError("The form stops before its end.", code="invalid_form")
+            for name in (content, *texts):
+                if name not in form.fields:
+                    raise RequestError(f"{name}: is missing.", param=name)
+            if not form.num_bytes:
+                raise RequestError("The file is empty.", param=content)
+            check(form)
             out.flush()
             await asyncio.to_thread(os.fsync, out.fileno())
-        os.replace(temporary, store.content_path(name))
-        fsync_dir(store.files_path)
-    except OSError as error:
-        message = f"The file could not be stored: {error.strerror}."
-        raise RequestError(message, status=507, code="storage_full", headers={"x-should-retry": "false"}) from None
+            os.replace(temporary, target)
+            fsync_dir(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    row = {
-        "id": name, "purpose": purpose, "filename": shown_name(form.filename or b""), "bytes": form.num_bytes,
-        "sha256": form.digest.hexdigest(),
-    }  # fmt: skip
-    return await asyncio.to_thread(store.add_file, row)
+    return form
+
+
+@contextmanager
+def storing_upload() -> Iterator[None]:
+    """Turn an OSError inside the block into a RequestError: the disk is full, and trying again does not help."""
+    try:
+        yield
+    except OSError as error:
+        message = f"The file could not be stored: {error.strerror}."
+        raise RequestError(message, status=507, code="storage_full", headers={"x-should-retry": "false"}) from None
 
 
 async def _feed(request: Request, parser: MultipartParser) -> None:
@@ -165,26 +204,22 @@ async def _feed(request: Request, parser: MultipartParser) -> None:
         raise
 
 
-def _checked(form: _Form) -> str:
-    """The purpose of a complete form. Raises RequestError for one that is not, or whose file no job could use."""
-    if not form.is_complete:
-        raise RequestError("The form stops before its end.", code="invalid_form")
-    for name in ("file", "purpose"):
-        if name not in form.fields:
-            raise RequestError(f"{name}: is missing.", param=name)
-    purpose = form.fields["purpose"].decode("utf-8", "replace")
+def _check_file(form: Form) -> None:
+    """Raises RequestError for a purpose that is none, or a file that no job could use."""
+    check_purpose(form.text("purpose"))
+    if form.text("purpose") == "fine-tune":
+        look_at_first_row(bytes(form.head))
+
+
+def check_purpose(purpose: str) -> None:
+    """Raises RequestError."""
     if purpose not in PURPOSES:
-        message = f"'{purpose[:60]}' is not one of {list(PURPOSES)} - 'purpose'"
-        raise RequestError(message, param="purpose")
-    if not form.num_bytes:
-        raise RequestError("The file is empty.", param="file")
-    if purpose == "fine-tune":
-        _look_at_first_row(bytes(form.head).removeprefix(b"\xef\xbb\xbf"))
-    return purpose
+        raise RequestError(f"'{purpose[:60]}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
 
 
-def _look_at_first_row(head: bytes) -> None:
-    line = head.lstrip().partition(b"\n")[0]
+def look_at_first_row(head: bytes) -> None:
+    """Raises RequestError if the first line that is not blank is no JSON object."""
+    line = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,0 +1,185 @@
+"""Uploads in parts: parts arrive in any order and at the same time, and are joined in the order that the end names.
+
+A part is a file parts/UPLOAD/PART of the store, complete or absent. The joined file appears with its row and the state
+of its upload in one transaction, so that a kill leaves a pending upload or a whole file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import Request
+from pydantic import Field, model_validator
+
+from tunesmith.jobs.names import new_id, shown_name
+from tunesmith.jobs.store import Record, Store, files, insert, uploads
+from tunesmith.jobs.uploads import FIRST_LOOK_BYTES, check_purpose, look_at_first_row, receive_form, storing_upload
+from tunesmith.runs.atomic import fsync_dir, remove
+from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.request_schemas import StrictModel, without_unused
+
+MAX_BYTES = 8 << 30
+MAX_PART_BYTES = 64 << 20
+MAX_PARTS = 10_000
+LIFETIME_S = 3600
+_BLOCK = 1 << 20
+_PART = re.compile(r"part_[0-9A-Za-z]+")
+
+
+class _Given(StrictModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _known_parameters(cls, given: Any) -> Any:
+        return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+class UploadBody(_Given):
+    """POST /v1/uploads"""
+
+    bytes: int = Field(ge=1, le=MAX_BYTES)
+    filename: str = Field(min_length=1, max_length=4096)
+    mime_type: str = Field(max_length=255)
+    purpose: str
+
+
+class CompletionBody(_Given):
+    """POST /v1/uploads/{id}/complete"""
+
+    part_ids: list[str] = Field(min_length=1, max_length=MAX_PARTS)
+    md5: str | None = None
+
+
+def create_upload(store: Store, body: UploadBody) -> Record:
+    """The row of a new upload. Raises RequestError for a purpose that is none."""
+    check_purpose(body.purpose)
+    store.sweep()
+    name, now = new_id("upload_"), int(time.time())
+    row = {
+        "id": name, "status": "pending", "bytes": body.bytes, "purpose": body.purpose,
+        "filename": shown_name(body.filename.encode("utf-8", "replace")),
+    }  # fmt: skip
+    with store.writing() as connection:
+        connection.execute(sa.insert(uploads).values(created_at=now, expires_at=now + LIFETIME_S, **row))
+    return find_upload(store, name)
+
+
+def find_upload(store: Store, name: str) -> Record:
+    """Raises RequestError for one that is not there. One whose time is over has the status expired."""
+    if (row := store.one(uploads, id=name)) is None:
+        raise RequestError(f"No such Upload object: {name[:80]}", status=404, code="not_found", param="id")
+    is_over = row["status"] == "pending" and row["expires_at"] <= time.time()
+    return {**row, "status": "expired"} if is_over else row
+
+
+def _pending(store: Store, name: str) -> Record:
+    row = find_upload(store, name)
+    if row["status"] != "pending":
+        raise RequestError(
+            f"Upload {name} is {row['status']}: only a pending one can be changed.", code="invalid_state"
+        )
+    return row
+
+
+async def add_part(request: Request, store: Store, upload: str) -> str:
+    """Store a part of a pending upload and return its id. Raises RequestError; nothing is left of the part then."""
+    row = await asyncio.to_thread(_pending, store, upload)
+    folder, part = store.parts_path / upload, new_id("part_")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
+        raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
+    await receive_form(request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES)
+    return part
+
+
+def cancel_upload(store: Store, name: str) -> Record:
+    """Drop a pending upload with its parts. Raises RequestError for one that has ended."""
+    _pending(store, name)
+    _end(store, name, status="cancelled")
+    remove(store.parts_path / name)
+    return find_upload(store, name)
+
+
+def _end(store: Store, name: str, **values: Any) -> None:
+    with store.writing() as connection:
+        connection.execute(
+            sa.update(uploads).where(uploads.c.id == name, uploads.c.status == "pending").values(**values)
+        )
+
+
+def complete_upload(store: Store, name: str, body: CompletionBody) -> Record:
+    """Join the parts to a file. The same call again gives the same answer.
+
+    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
+    """
+    row = find_upload(store, name)
+    if row["status"] == "completed" and row["part_ids"] == body.part_ids:
+        return row
+    row = _pending(store, name)
+    parts = [_part(store, name, part) for part in body.part_ids]
+    if (num := sum(path.stat().st_size for path in parts)) != row["bytes"] or len(set(parts)) < len(parts):
+        message = (
+            f"part_ids: these parts have {num:,} bytes, each once, and the upload was created with {row['bytes']:,}."
+        )
+        raise RequestError(message, param="part_ids")
+    file = new_id("file-")
+    temporary = store.content_path(f".{file}")
+    try:
+        with storing_upload():
+            sha256 = _join(parts, temporary, row["purpose"], body.md5)
+            _publish(store, row, file, {"part_ids": body.part_ids, "sha256": sha256})
+    finally:
+        temporary.unlink(missing_ok=True)
+    remove(store.parts_path / name)
+    return find_upload(store, name)
+
+
+def _part(store: Store, upload: str, part: str) -> Path:
+    path = store.parts_path / upload / part
+    if not _PART.fullmatch(part) or not path.is_file():
+        raise RequestError(f"part_ids: {part[:60]!r} is no part of this upload.", param="part_ids")
+    return path
+
+
+def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> str:
+    """Write the parts behind one another, a block at a time; returns their SHA-256."""
+    digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with open(out, "xb") as joined:
+        for part in parts:
+            with open(part, "rb") as content:
+                while block := content.read(_BLOCK):
+                    joined.write(block)
+                    for digest in digests:
+                        digest.update(block)
+        joined.flush()
+        os.fsync(joined.fileno())
+    found = digests[1].hexdigest()
+    if md5 is not None and md5.lower() != found:
+        raise RequestError(
+            f"md5: the parts have {found}. Send the wrong ones again, or create the upload anew.", param="md5"
+        )
+    if purpose == "fine-tune":
+        with open(out, "rb") as content:
+            look_at_first_row(content.read(FIRST_LOOK_BYTES))
+    return digests[0].hexdigest()
+
+
+def _publish(store: Store, row: Record, file: str, found: Record) -> None:
+    """The file, its row and the state of the upload in one transaction; RequestError if it has ended meanwhile."""
+    matches = sa.update(uploads).where(uploads.c.id == row["id"], uploads.c.status == "pending")
+    facts = {"id": file, "sha256": found["sha256"], **{key: row[key] for key in ("purpose", "filename", "bytes")}}
+    with store.writing() as connection:
+        done = connection.execute(matches.values(status="completed", file=file, part_ids=found["part_ids"]))
+        if not done.rowcount:
+            raise RequestError(f"Upload {row['id']} has ended meanwhile.", code="invalid_state")
+        os.replace(store.content_path(f".{file}"), store.content_path(file))
+        fsync_dir(store.files_path)
+        connection.execute(insert(files).values(created_at=int(time.time()), **facts))

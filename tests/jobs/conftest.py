@@ -1,0 +1,46 @@
+"""A server of the routes of jobs, over a store without a dispatcher, and the unmodified openai client of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
+
+from jobs.places import BASES  # noqa: E402
+from serve import running as serving  # noqa: E402
+from serve.fake import FakeEngine  # noqa: E402
+from tunesmith.jobs import routes  # noqa: E402
+from tunesmith.jobs.store import Store  # noqa: E402
+from tunesmith.serve.app import make_app  # noqa: E402
+from tunesmith.serve.middleware import AccessPolicy  # noqa: E402
+
+
+@dataclass
+class Served:
+    """A server without a dispatcher."""
+
+    running: serving.Running
+    store: Store
+    client: openai.OpenAI
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    store = Store(tmp_path_factory.mktemp("served") / "store")
+
+    async def detach(name: str) -> None:
+        return None
+
+    routers = (
+        routes.make_file_router(store), routes.make_upload_router(store), routes.make_job_router(store, BASES),
+        routes.make_model_router(store, BASES, detach),
+    )  # fmt: skip
+    patch = pytest.MonkeyPatch()
+    patch.setattr(serving, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
+    with serving.running(AccessPolicy(queries=routes.QUERIES), FakeEngine()) as it:
+        yield Served(it, store, it.client())
+    patch.undo()
+    store.close()

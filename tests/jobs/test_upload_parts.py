@@ -1,0 +1,130 @@
+"""Uploads in parts: order, sizes, MD5, cancel, expiry, and kills between their writes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
+
+from jobs.conftest import Served  # noqa: E402
+from jobs.places import rows  # noqa: E402
+from tunesmith.jobs import upload_parts  # noqa: E402
+
+WHOLE = rows(40)
+CUT = 1000
+
+
+def begin(served: Served, *, num_bytes: int = len(WHOLE), purpose: str = "fine-tune") -> Any:
+    facts = {"bytes": num_bytes, "filename": "../a.jsonl", "mime_type": "text/jsonl", "purpose": purpose}
+    return served.client.uploads.create(**facts)
+
+
+def add(served: Served, upload: Any, content: bytes) -> str:
+    return served.client.uploads.parts.create(upload.id, data=("part", content)).id
+
+
+def test_parts_are_joined_in_the_order_of_the_end(served: Served) -> None:
+    upload = begin(served)
+    assert (upload.status, upload.bytes, upload.filename) == ("pending", len(WHOLE), "a.jsonl")
+    assert upload.expires_at - upload.created_at == 3600
+    last, first = add(served, upload, WHOLE[CUT:]), add(served, upload, WHOLE[:CUT])
+    add(served, upload, b"sent again under another id, and not used")
+    done = served.client.uploads.complete(upload.id, part_ids=[first, last], md5=hashlib.md5(WHOLE).hexdigest())
+    assert (done.status, done.file.bytes, done.file.purpose) == ("completed", len(WHOLE), "fine-tune")
+    assert served.client.files.content(done.file.id).read() == WHOLE
+    assert served.store.file(done.file.id)["sha256"] == hashlib.sha256(WHOLE).hexdigest()
+    assert served.client.uploads.complete(upload.id, part_ids=[first, last]) == done, "a repeated call is answered"
+    assert list(served.store.parts_path.iterdir()) == []
+    for call in (lambda: served.client.uploads.cancel(upload.id), lambda: add(served, upload, b"x")):
+        with pytest.raises(openai.BadRequestError, match="is completed: only a pending one"):
+            call()
+
+
+def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:
+    done = served.client.uploads.upload_file_chunked(
+        file=WHOLE, filename="b.jsonl", bytes=len(WHOLE), mime_type="text/jsonl", purpose="fine-tune", part_size=CUT
+    )
+    assert served.client.files.content(done.file.id).read() == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("content", "num_bytes", "more", "words"),
+    [
+        (WHOLE, len(WHOLE) + 1, {}, "was created with"),
+        (WHOLE, len(WHOLE), {"md5": "0" * 32}, f"md5: the parts have {hashlib.md5(WHOLE).hexdigest()}"),
+        (WHOLE, len(WHOLE), {"part_ids": ["part_none"]}, "is no part of this upload"),
+        (WHOLE, len(WHOLE), {"part_ids": ["../../jobs.sqlite"]}, "is no part of this upload"),
+        (b"not json\n", 9, {}, "Line 1 is not a dictionary"),
+    ],
+)
+def test_an_end_that_does_not_fit_leaves_the_upload_pending(
+    served: Served, content: bytes, num_bytes: int, more: dict, words: str
+) -> None:
+    upload = begin(served, num_bytes=num_bytes)
+    part = add(served, upload, content)
+    before = sorted(served.store.files_path.iterdir())
+    with pytest.raises(openai.BadRequestError, match="(?s)" + words.replace(".", "[.]")):
+        served.client.uploads.complete(upload.id, **{"part_ids": [part], **more})
+    assert sorted(served.store.files_path.iterdir()) == before
+    if num_bytes == len(WHOLE):
+        assert served.client.uploads.complete(upload.id, part_ids=[part]).status == "completed"
+    else:
+        assert served.client.uploads.cancel(upload.id).status == "cancelled"
+        assert not (served.store.parts_path / upload.id).exists()
+
+
+def test_an_upload_expires(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_parts, "LIFETIME_S", 0)
+    upload = begin(served)
+    with pytest.raises(openai.BadRequestError, match="is expired"):
+        add(served, upload, WHOLE)
+    with pytest.raises(openai.NotFoundError, match="No such Upload object: upload_x"):
+        served.client.uploads.complete("upload_x", part_ids=["part_x"])
+
+
+def test_parts_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_parts, "MAX_PART_BYTES", 10)
+    upload = begin(served, num_bytes=8)
+    with pytest.raises(openai.APIStatusError, match="more than 10 bytes") as caught:
+        add(served, upload, b"x" * 11)
+    assert caught.value.status_code == 413
+    assert list((served.store.parts_path / upload.id).iterdir()) == []
+    add(served, upload, b"x" * 8)
+    add(served, upload, b"x" * 8)
+    with pytest.raises(openai.BadRequestError, match="twice its 8 bytes in parts already"):
+        add(served, upload, b"x")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"purpose": "nonsense"}, "purpose"), ({"bytes": 0}, "bytes"), ({"bytes": "9"}, "bytes"), ({"sort": 1}, "sort")],
+)
+def test_an_upload_that_cannot_be_is_refused(served: Served, body: dict, param: str) -> None:
+    whole = {"bytes": 9, "filename": "a", "mime_type": "text/plain", "purpose": "fine-tune", **body}
+    status, answer, _ = served.running.ask("POST", "/v1/uploads", whole)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of Exception sees it."""
+
+
+@pytest.mark.parametrize("at", ["joined", "renamed"])
+def test_a_kill_in_the_end_leaves_a_pending_upload(served: Served, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    upload = begin(served)
+    part = add(served, upload, WHOLE)
+    before = sorted(served.store.files_path.iterdir())
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(upload_parts, "_publish" if at == "joined" else "fsync_dir", killed)
+    with pytest.raises(Killed):
+        upload_parts.complete_upload(served.store, upload.id, upload_parts.CompletionBody(part_ids=[part]))
+    monkeypatch.undo()
+    served.store.sweep(with_uploads=True)
+    assert sorted(served.store.files_path.iterdir()) == before
+    assert served.client.uploads.complete(upload.id, part_ids=[part]).status == "completed"
