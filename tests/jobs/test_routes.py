@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
-from jobs.conftest import Served  # noqa: E402
 from jobs.places import rows  # noqa: E402
+from jobs.served import Served, serving  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("served")) as it:
+        yield it
 
 
 @pytest.fixture

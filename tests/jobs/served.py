@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import BASES  # noqa: E402
-from serve import running as serving  # noqa: E402
+from serve import running as servers  # noqa: E402
 from serve.fake import FakeEngine  # noqa: E402
 from tunesmith.jobs import routes  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
@@ -22,14 +24,14 @@ from tunesmith.serve.middleware import AccessPolicy  # noqa: E402
 class Served:
     """A server without a dispatcher."""
 
-    running: serving.Running
+    running: servers.Running
     store: Store
     client: openai.OpenAI
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    store = Store(tmp_path_factory.mktemp("served") / "store")
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    store = Store(folder / "store")
 
     async def detach(name: str) -> None:
         return None
@@ -39,8 +41,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         routes.make_model_router(store, BASES, detach),
     )  # fmt: skip
     patch = pytest.MonkeyPatch()
-    patch.setattr(serving, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
-    with serving.running(AccessPolicy(queries=routes.QUERIES), FakeEngine()) as it:
+    patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
+    with servers.running(AccessPolicy(queries=routes.QUERIES), FakeEngine()) as it:
         yield Served(it, store, it.client())
     patch.undo()
     store.close()
