@@ -223,7 +223,6 @@ def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
         ([], "name a RUN or MODEL to serve"),
         (["support", "--bases", "b.yaml"], "give --jobs too"),
         (["support", "other", "--jobs"], "--jobs takes one MODEL, no run"),
-        (["support", "--jobs", "--engine", "vllm"], "only the own engine"),
         (["--jobs", "--bases", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )

@@ -19,8 +19,6 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")]
 KeyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Accepted API keys, one a line; or one in TUNESMITH_API_KEY.")
 ]
-Engine = Annotated[str, typer.Option(metavar="own|vllm|llama.cpp", help="Engine; the others have to be installed.")]
-Print = Annotated[bool, typer.Option("--print", help="Print the command of vllm or llama.cpp, and do nothing.")]
 Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
 Queue = Annotated[int, typer.Option(min=0, help="Most requests that wait for a place.")]
 Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt (default: the model's context window).")]
@@ -43,8 +41,6 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     key_file: KeyFile = None,
-    engine: Engine = "own",
-    only_print: Print = False,
     streams: Streams = 16,
     queue: Queue = 64,
     max_prompt_tokens: Prompt = None,
@@ -72,24 +68,12 @@ def serve(
     tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
     remember_json(ctx, as_json)
-    from tunesmith.cli.other_servers import ENGINES, serve_elsewhere
     from tunesmith.cli.server import Access, JobPlace, ServerOutput, serve_own
     from tunesmith.cli.streams import console
     from tunesmith.serve.protocol import EngineOptions
 
     names = _named(targets, jobs=jobs, bases=bases)
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
-    if engine not in ENGINES:
-        raise InputError(f"--engine: {engine}: there is no such engine. One of {', '.join(ENGINES)}.")
-    if only_print and engine == "own":
-        raise InputError("--print: shows the command of another program: --engine vllm or llama.cpp.")
-    if engine != "own":
-        given = [name for name in ctx.params if str(ctx.get_parameter_source(name)) == "ParameterSource.COMMANDLINE"]
-        how = {"root": root, "offline": offline, "base": model, "only_print": only_print, "as_json": as_json}
-        if jobs:
-            raise InputError("--jobs: only the own engine takes new models while it answers. Leave --engine out.")
-        serve_elsewhere(engine, names, access, given, how)
-        return
     memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     options = EngineOptions(
         max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
