@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import logging
 import os
 import re
 import shlex
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tunesmith.errors import InputError
 
@@ -98,6 +101,28 @@ def spawning() -> Iterator[None]:
 
 
 _SPAWNING = threading.Lock()
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without network; to be called before peft or transformers import it.
+
+    Where the package `kernels` is installed, bitsandbytes downloads a kernel for CPUs and runs it at import. It is
+    hidden here.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    there, before = "kernels" in sys.modules, sys.modules.get("kernels")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if there and before is not None:
+            sys.modules["kernels"] = before
 
 
 def in_force(environ: Mapping[str, str]) -> dict[str, str]:

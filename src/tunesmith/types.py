@@ -143,6 +143,10 @@ class Row:
     """Numbers that the row brings along with its tokens: `Example.values`."""
 
 
+LEAST_PREFIX = 8
+"""Tokens of the shortest shared prefix that is worth computing once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of tokens in a packed micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.collate import build_batch
-from tunesmith.data.prefix_sharing import num_computed
+from tunesmith.data.prefixes import num_computed
 from tunesmith.data.sampler import (
     MICRO_BATCH_COST,
     MOST_READ,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tunesmith.data.mixing import mix, source_ids, times_per_epoch
 from tunesmith.data.sampler import StepSampler, copies
+from tunesmith.data.splits import mix, source_ids, times_per_epoch
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.formatting import mix_text
 from tunesmith.recipe.load import validate

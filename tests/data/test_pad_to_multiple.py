@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
 from tunesmith.data.collate import pad_to_multiple, pads_to_multiple
-from tunesmith.data.prefix_sharing import share_prefixes
+from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import MULTIPLE, StepSampler, padded_size
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets

@@ -148,7 +148,7 @@ def test_passes_do_not_change_what_is_learnt(tmp_path: Path) -> None:
 def once_a_pass(right: Callable[..., Any]) -> Callable[..., Any]:
     def buggy(setup: Setup, *given: Any) -> Any:
         found = right(setup, *given)
-        gradients.penalise(setup)
+        gradients.penalize(setup)
         return found
 
     return buggy

@@ -18,7 +18,7 @@ def get_kernel(*a, **k):
 """
 
 
-@pytest.mark.parametrize("code", ["from tunesmith.models.quantized import import_bitsandbytes as load", "load = None"])
+@pytest.mark.parametrize("code", ["from tunesmith.environment import import_bitsandbytes as load", "load = None"])
 def test_no_code_is_looked_for_on_the_hub(tmp_path: Path, code: str) -> None:
     """By the package `kernels`, which downloads and runs compiled code. Without our import it is."""
     pytest.importorskip("bitsandbytes", reason="needs the extra tunesmith[bitsandbytes]")

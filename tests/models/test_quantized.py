@@ -139,7 +139,7 @@ import gc, sys, torch
 sys.path[:0] = sys.argv[1:]
 from tiny_model import tiny_model
 from tunesmith.methods import METHODS
-from tunesmith.models.quantized import import_bitsandbytes
+from tunesmith.environment import import_bitsandbytes
 from tunesmith.recipe.methods import QloraMethod
 
 import_bitsandbytes()

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from packed import CAN, VOCAB, batch_of, sharp
-from tunesmith.data.branches import LEAST_TOKENS
-from tunesmith.data.prefix_sharing import PrefixGroup, prefix_groups, share_prefixes
+from tunesmith.data.prefixes import PrefixGroup, prefix_groups, share_prefixes
 from tunesmith.models import segments, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.modes import checkpoint_layers
-from tunesmith.types import Batch, Piece, Row, Source
+from tunesmith.types import LEAST_PREFIX, Batch, Piece, Row, Source
 
 
 def rows_of(*families: tuple[int, list[int]], seed: int = 0) -> list[Row]:
@@ -152,7 +151,7 @@ def _most_saved(rows: list[list[int]]) -> int:
             common = min(map(len, members)) - 1
             while common and len({tuple(row[:common]) for row in members}) > 1:
                 common -= 1
-            saved += common * (len(members) - 1) if common >= LEAST_TOKENS else 0
+            saved += common * (len(members) - 1) if common >= LEAST_PREFIX else 0
         best = max(best, saved)
     return best
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import NonFiniteError
-from tunesmith.training import loss_scale
+from tunesmith.training import state
 from tunesmith.training.loop import training_steps
-from tunesmith.training.loss_scale import LossScale
 from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.state import LossScale
 
 
 def setup_of(folder: Path, precision: str = "float16", **sections: Any) -> Setup:
@@ -66,7 +66,7 @@ def test_other_precisions_are_divided_as_ever():
 
 def test_a_scale_that_overflows_is_halved_and_the_step_made_anew(tmp_path, monkeypatch):
     usual = steps(setup_of(tmp_path))
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**36)
+    monkeypatch.setattr(state, "FIRST_SCALE", 2.0**36)
     setup = setup_of(tmp_path)
     made: list[int] = []
     loss_sum = setup.task.loss_sum
@@ -96,7 +96,7 @@ def test_a_loss_that_is_no_number_is_not_tried_again(tmp_path):
 
 
 def test_gradients_that_overflow_without_a_scale_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_scale, "FIRST", 4.0)
+    monkeypatch.setattr(state, "FIRST_SCALE", 4.0)
     setup = setup_of(tmp_path)
     hook = setup.attachment.collect_gradients
 

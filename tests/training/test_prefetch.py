@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.training.prefetch import BatchKey, Prefetcher
+from tunesmith.training.state import BatchKey, Prefetcher
 
 
 class Feed:
@@ -69,13 +69,13 @@ def test_an_error_of_the_thread_reaches_the_step_that_needs_its_batch():
 
 def test_a_run_takes_the_same_steps_with_batches_made_ahead(tmp_path, monkeypatch):
     from tiny_run import tiny_recipe
-    from tunesmith.training import prefetch
+    from tunesmith.training import state
     from tunesmith.training.loop import training_steps
     from tunesmith.training.setup import prepare
 
     recipe = tiny_recipe(tmp_path, train={"tokens_per_pass": 40})
     straight = [event.values for event in training_steps(prepare(recipe, root=tmp_path))]
-    monkeypatch.setattr(prefetch, "works_ahead", lambda collator: True)
+    monkeypatch.setattr(state, "works_ahead", lambda collator: True)
     setup = prepare(recipe, root=tmp_path)
     taken: list[bool] = []
     take = Prefetcher._take

@@ -53,7 +53,7 @@ def check(
     from tunesmith.cli.display import fetched, progress_bar
     from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
-    from tunesmith.data.mixing import mix
+    from tunesmith.data.splits import mix
 
     chosen = chosen.model_copy(update={"data": fetched(chosen.data, offline=offline)})
     with progress_bar(console(stderr=True), "checking rows") as tick:

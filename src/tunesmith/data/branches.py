@@ -18,10 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft
-from tunesmith.types import Row
-
-LEAST_TOKENS = 8
-"""Shortest prefix that is worth computing once."""
+from tunesmith.types import LEAST_PREFIX, Row
 
 
 def lines_of(row: Row) -> list[Row]:
@@ -55,7 +52,7 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
         shorter = min(stem, len(first), len(other.ids_T))
         differ = np.flatnonzero(first[:shorter] != other.ids_T[:shorter])
         stem = int(differ[0]) if len(differ) else shorter
-    if stem < LEAST_TOKENS:
+    if stem < LEAST_PREFIX:
         stem = 0
     return Draft(
         np.concatenate([first[:stem], *(draft.ids_T[stem:] for draft in drafts)]),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import lines_of
-from tunesmith.data.prefix_sharing import share_prefixes
+from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import padded_size, sort_keys
 from tunesmith.types import Batch, Layout, Row
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.prefix_sharing import num_computed, prefix_groups
+from tunesmith.data.prefixes import num_computed, prefix_groups
 from tunesmith.parallel.shares import shares
 from tunesmith.types import Layout
 

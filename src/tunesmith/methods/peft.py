@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.environment import install_command
+from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import InputError, ModelError, RecipeError
 from tunesmith.methods import adalora
 from tunesmith.methods.adapter_format import (
@@ -34,7 +34,6 @@ from tunesmith.methods.targets import Target, refuse_frozen_new, tied_reasons
 from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.modes import silence_transformers
-from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.models.save import writing_weights
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.methods import PeftMethod

@@ -13,9 +13,6 @@ bitsandbytes packs and unpacks; the product and its gradient are those of the un
 
 from __future__ import annotations
 
-import importlib
-import logging
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.environment import install_command
+from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.methods import Quant
 
@@ -42,28 +39,6 @@ def check_installed() -> None:
             "method.name: qlora needs the package bitsandbytes, which is not installed. Install it with: "
             f"{install_command('bitsandbytes')}, or use method: lora."
         )
-
-
-def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without network; to be called before peft or transformers import it.
-
-    Where the package `kernels` is installed, bitsandbytes downloads a kernel for CPUs and runs it at import. It is
-    hidden here.
-    """
-    if "bitsandbytes" in sys.modules:
-        return sys.modules["bitsandbytes"]
-    there, before = "kernels" in sys.modules, sys.modules.get("kernels")
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("bitsandbytes")
-    finally:
-        logger.setLevel(level)
-        del sys.modules["kernels"]
-        if there and before is not None:
-            sys.modules["kernels"] = before
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

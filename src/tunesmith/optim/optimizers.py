@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tunesmith.environment import install_command
+from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.optim.rounding import StochasticRounding
 from tunesmith.recipe.schema import Optim, required, resolved
 from tunesmith.types import Choice

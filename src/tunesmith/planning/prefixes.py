@@ -8,7 +8,7 @@ from torch import nn
 
 from tunesmith.data.branches import lines_of
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.prefix_sharing import prefix_groups
+from tunesmith.data.prefixes import prefix_groups
 from tunesmith.data.sampler import StepSampler
 from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe, resolved

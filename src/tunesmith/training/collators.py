@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.data.collate import Collator, Masking, build_batch, pads_to_multiple
-from tunesmith.data.prefix_sharing import share_prefixes
+from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
 from tunesmith.inference.load import has_token_types

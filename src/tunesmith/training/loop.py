@@ -18,7 +18,7 @@ from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, gradient_norm, rate
 from tunesmith.parallel.exchange import meet
 from tunesmith.training.state import TrainState
-from tunesmith.training.step import compute_gradients, exhausted_error, penalise
+from tunesmith.training.step import compute_gradients, exhausted_error, penalize
 from tunesmith.types import Event
 
 
@@ -46,7 +46,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         if met.exhausted is not None:
             raise exhausted_error(state, step, met.exhausted)
         plan = done.plan if met.tokens_per_pass is None else replace(done.plan, tokens_per_pass=met.tokens_per_pass)
-        penalty = penalise(state)
+        penalty = penalize(state)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = done.norm
         if grad_norm is None or penalty is not None or state.world.size > 1:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.addresses import fetch
-from tunesmith.data.mixing import source_ids, times_per_epoch
 from tunesmith.data.sampler import StepSampler
-from tunesmith.data.splits import CacheDirs, Splits, encode_rows
+from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import forgetting
 from tunesmith.evaluation.generate import new_tokens_for

@@ -44,9 +44,8 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.collators import collators
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.loss_scale import LossScale
 from tunesmith.training.resolve import OnProgress, ResolvedRun, plan_of, resolve_run
-from tunesmith.training.state import TrainState
+from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
 
 

@@ -13,8 +13,7 @@ from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.parallel.exchange import Computed, Exhausted
-from tunesmith.training.prefetch import BatchKey
-from tunesmith.training.state import TrainState
+from tunesmith.training.state import BatchKey, TrainState
 from tunesmith.types import Batch
 
 
@@ -114,7 +113,7 @@ def _pass(state: TrainState, batch: Batch, step: int, num_targets: float) -> tup
     return loss_sum.detach(), batch.num_computed
 
 
-def penalise(state: TrainState) -> float | None:
+def penalize(state: TrainState) -> float | None:
     """Add the gradient of the method's penalty, once a step, and return it; None: the method has none."""
     if state.attachment.step_hook is None:
         return None

@@ -16,7 +16,7 @@ from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
-from tunesmith.data.mixing import mix
+from tunesmith.data.splits import mix
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps

@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.branches import LEAST_TOKENS
-from tunesmith.types import Batch, Piece
+from tunesmith.types import LEAST_PREFIX, Batch, Piece
 
 MOST_ROWS = 512
 """Rows looked at together: the search for the best groups costs their square."""
@@ -102,7 +101,7 @@ def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Prefi
         prefix = len(rows[order[stop - 1]]) - 1
         for start in range(stop - 2, -1, -1):
             prefix = min(prefix, common[start], len(rows[order[start]]) - 1)
-            if prefix < LEAST_TOKENS:
+            if prefix < LEAST_PREFIX:
                 break
             if (saves := saved[start] + (stop - start - 1) * prefix) > best:
                 best, cut = saves, (start, prefix)
