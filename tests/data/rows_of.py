@@ -62,7 +62,11 @@ WRITERS: dict[str, Callable[[Sequence[Record]], bytes]] = {
     "rows.parquet": parquet,
 }
 """How rows of text are written, by a file's name."""
-WRITERS |= {f"{name}.gz": lambda rows, write=write: gzip.compress(write(rows), 1) for name, write in WRITERS.items()}  # type: ignore[misc]
+WRITERS |= {
+    f"{name}.gz": lambda rows, write=write: gzip.compress(write(rows), 1)  # type: ignore[misc]
+    for name, write in WRITERS.items()
+    if write is not parquet
+}
 
 
 def put(folder: Path, name: str, payload: bytes) -> Path:

@@ -195,12 +195,16 @@ def test_byte_of_a_finding_in_a_csv_text_is_that_of_the_file(tmp_path: Path):
     assert f"(byte {payload.index(0xE9)})" in problem.message
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
-def test_arrays_are_cut_the_same_however_they_arrive(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_arrays_are_cut_where_their_rows_end(tmp_path: Path):
     rows = [{"a": '\\"]},[{' * n, "b": [[], {}, [{"c": "\\\\"}]], "d": "\\" * n} for n in range(6)]
     path = put(tmp_path, "rows.json", json.dumps(rows).encode())
-    monkeypatch.setattr(read_json, "CHUNK_BYTES", chunk_bytes)
     assert read_texts(path) == rows
+
+
+def test_an_array_that_is_too_large_to_be_held_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(read_json, "MOST_ARRAY_BYTES", 10)
+    with pytest.raises(DataError, match="Write it as JSON lines"):
+        rows_in(put(tmp_path, "rows.json", b'[{"a": "b"}]'))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -209,12 +213,9 @@ def test_arrays_are_cut_the_same_however_they_arrive(chunk_bytes: int, tmp_path:
         st.dictionaries(TEXT, st.recursive(TEXT | st.integers(-(2**63), 2**63), st.lists, max_leaves=6)),
         min_size=1,
     ),
-    chunk_bytes=st.integers(1, 20),
 )
-def test_any_array_is_cut_where_its_rows_end(rows: list[Any], chunk_bytes: int, tmp_path: Path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_json, "CHUNK_BYTES", chunk_bytes)
-        assert read_texts(put(tmp_path, "rows.json", json.dumps(rows).encode())) == rows
+def test_any_array_is_cut_where_its_rows_end(rows: list[Any], tmp_path: Path):
+    assert read_texts(put(tmp_path, "rows.json", json.dumps(rows).encode())) == rows
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -313,7 +314,7 @@ def test_gzip_members_one_after_the_other_are_one_file(tmp_path: Path):
 
 def test_parquet_that_unpacks_to_many_times_its_size_is_refused(tmp_path: Path):
     payload = gzip.compress(b"PAR1" + bytes(4 << 20) + b"PAR1")
-    assert said(rows_in(put(tmp_path, "rows.parquet.gz", payload))[1]) == [("unpacks_too_large", 1)]
+    assert said(rows_in(put(tmp_path, "rows.parquet.gz", payload))[1]) == [("gzipped_parquet", 1)]
 
 
 def test_a_parquet_value_that_python_cannot_hold_is_a_finding(tmp_path: Path):

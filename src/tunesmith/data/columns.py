@@ -1,4 +1,4 @@
-"""Names of fields: what data.columns may give, proposals for unknown names, and columns that look like classes."""
+"""Names of fields: what data.columns may give, proposals for unknown names, and fields that may be classes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
 from tunesmith.data.problems import names, near
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 
 _PROPOSED: tuple[Shape, ...] = ("prompt_completion", "document_summary", "tokens_tags", "text_label", "text")
@@ -116,12 +117,6 @@ def _quoted(name: str) -> str:
     return name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
-def preferred_label(name: str) -> int:
-    """The place of a column's name among those that classes often have; behind them where it is none."""
-    often = ("label", *_OFTEN["label"])
-    return often.index(name.lower()) if name.lower() in often else len(often)
-
-
 def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool) -> Mapping[str, str]:
     """Our names of the fields, to theirs, where a row has the ones of a well-known data set; else empty."""
     if task is not None and "prompt_completion" not in SHAPES[task]:
@@ -136,14 +131,10 @@ def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool)
     return {}
 
 
-ROWS_LOOKED_AT = 1000
-MOST_VALUES = 100
-"""Different values that a column of classes has at most among those rows; and half as many as there are rows."""
-MOST_CHARS = 60
-ALONE = 50
-"""Rows without any other field, after which none is expected: documents can be long."""
-LISTED = 4
-_OTHERS: tuple[Shape, ...] = ("prompt_completion", "document_summary", "tokens_tags", "text_label")
+_CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")
+"""Fields next to a text that nearly always hold its class."""
+MOST_NAMES = 1000
+"""Names of fields remembered: a row's fields are the data's choice, they must not fill the memory."""
 
 
 def check_columns_exist(data: Data) -> None:
@@ -159,7 +150,7 @@ def check_columns_exist(data: Data) -> None:
             for _, record, _ in read([file], limits=data.limits, on_problem=_ignore, facts=facts):
                 for name in record:
                     missing.pop(name, None)
-                    if len(seen) < ROWS_LOOKED_AT:
+                    if len(seen) < MOST_NAMES:
                         seen[name] = None
                 if not missing or facts[-1].columns is not None:
                     break
@@ -173,89 +164,20 @@ def check_columns_exist(data: Data) -> None:
 
 
 def ask_text_or_classes(data: Data) -> str | None:
-    """The question to the user if rows of text have a column that looks like classes; None if they do not."""
+    """The question to the user if the first row of a file is text, and has a field that is often a class; else None."""
+    text = data.columns.get("text", "text")
     for file in data.train:
-        try:
-            found = class_columns(file, data)
-        except DataError:  # which is said when its rows are read
-            continue
-        if found:
-            return _question(file.path, found, data)
+        with suppress(DataError):  # which is said when its rows are read
+            for _, record, _ in islice(read([file], limits=data.limits, on_problem=_ignore), 1):
+                renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
+                label = next((name for name in _CLASSES if name in record and name != text), None)
+                if label is not None and find_shape({**record, **renamed}) == "text":
+                    columns = paste({"text": text, "label": label}, task="classify")
+                    return (
+                        f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
+                        f"To learn the class: {columns}. To learn the text itself: --set task=text."
+                    )
     return None
-
-
-def class_columns(file: DataFile, data: Data, text: str | None = None) -> dict[str, list[str]]:
-    """Columns next to the text with few values that repeat, the likeliest first, with their values.
-
-    `text`: the column that holds the text; None: that of the rows' own shape, where it is `text`. Raises `DataError`.
-    """
-    values: dict[str, dict[str, int]] = {}
-    num_rows = 0
-    for _, record, _ in islice(read([file], limits=data.limits, on_problem=_ignore), ROWS_LOOKED_AT):
-        if text is None:
-            renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
-            shape = find_shape({**record, **renamed})
-            if shape != "text":
-                return {}
-        num_rows += 1
-        if num_rows == ALONE and not values:
-            return {}
-        for name, value in record.items():
-            if name in (text or data.columns.get("text", "text"), "text_pair"):
-                continue
-            for label in value if isinstance(value, list) else [value]:
-                if isinstance(label, str | int | float) and str(label).strip():
-                    counts = values.setdefault(name, {})
-                    if len(counts) <= MOST_VALUES:
-                        counts[str(label)] = counts.get(str(label), 0) + 1
-    most = min(MOST_VALUES, num_rows // 2)
-    few = {
-        name: sorted(counts)
-        for name, counts in values.items()
-        if 2 <= len(counts) <= most and max(map(len, counts)) <= MOST_CHARS
-    }
-    return {name: few[name] for name in sorted(few, key=lambda name: (preferred_label(name), len(few[name])))}
-
-
-def describe(found: Mapping[str, list[str]]) -> str:
-    """The columns with some of their values."""
-    return "; ".join(
-        f"{name!r} has {len(values)} values ({', '.join(values[:LISTED])}{', ...' if len(values) > LISTED else ''})"
-        for name, values in islice(found.items(), LISTED)
-    )
-
-
-def hint_for_text(record: Mapping[str, Any], file: DataFile, data: Data) -> str:
-    """The hint for a row that can only be text under another name, if a column of its file looks like classes."""
-    columns = propose(record, ("text",))
-    if not columns or propose(record, _OTHERS):
-        return ""
-    try:
-        found = class_columns(file, data, text=columns["text"])
-    except DataError:
-        return ""
-    if not found:
-        return ""
-    label = next(iter(found))
-    return (
-        f"{describe(found)}. Did you mean {paste({**columns, 'label': label}, task='classify')}, to learn the class, "
-        f"or {paste(columns, task='text')}, to learn the text?"
-    )
-
-
-def _question(path: str, found: Mapping[str, list[str]], data: Data) -> str:
-    label = next(iter(found))
-    columns = {"text": data.columns.get("text", "text"), "label": label}
-    several = next((value for value in found[label] if "|" in value), None)
-    note = (
-        f" Each different value is one class, {several!r} too: for several classes a row, write lists in JSON lines."
-        if several
-        else ""
-    )
-    return (
-        f"{path}: the rows are text, and {describe(found)}. Is the text to be learnt, or its class? To learn the "
-        f"class: {paste(columns, task='classify')}. To learn the text itself: --set task=text.{note}"
-    )
 
 
 def _ignore(problem: Problem) -> Any:

@@ -9,19 +9,16 @@ import gzip
 import os
 import re
 import stat
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from tunesmith.data.problems import refusal
 from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
-from tunesmith.runs.atomic import storing
 from tunesmith.types import Problem, Source
 
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
@@ -184,10 +181,6 @@ def _num_controls(text: bytes) -> int:
     return len(text) - len(text.translate(None, _CONTROLS))
 
 
-MOST_UNPACKED = 20
-"""Times its size that a gzipped Parquet file may unpack to: Parquet is compressed already."""
-
-
 @dataclass(slots=True)
 class FileFacts:
     """Format of a file, and how far it has been read."""
@@ -277,24 +270,11 @@ def open_text(facts: FileFacts) -> Iterator[ByteStream]:
         yield stream
 
 
-@contextmanager
-def open_parquet(facts: FileFacts) -> Iterator[IO[bytes]]:
-    """A Parquet file, unpacked to a temporary file where it is gzipped. Raises `DataError` when it cannot be read."""
-    with _packed(facts) as packed:
-        if not facts.gzipped:
-            yield packed
-            return
-        with tempfile.TemporaryFile() as copy:
-            stream = ByteStream(gzip.GzipFile(fileobj=packed), packed, facts)
-            while block := stream.read(1 << 20):
-                with storing(Path(tempfile.gettempdir()), num_bytes=copy.tell() + len(block)):
-                    copy.write(block)
-                if copy.tell() > MOST_UNPACKED * facts.total_bytes + HEAD_BYTES:
-                    message = f"it unpacks to more than {MOST_UNPACKED} times its size."
-                    fix = "Unpack it: Parquet is compressed already."
-                    raise refusal(facts.path, 1, "unpacks_too_large", message, fix)
-            copy.seek(0)
-            yield copy
+def open_parquet(facts: FileFacts) -> BinaryIO:
+    """A Parquet file. Raises `DataError` when it cannot be read, or is gzipped: parts of it could not be read then."""
+    if facts.gzipped:
+        raise refusal(facts.path, 1, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
+    return _packed(facts)
 
 
 def _packed(facts: FileFacts) -> BinaryIO:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import check_column_names, explain, hint_for_text, paste, propose, read_as
+from tunesmith.data.columns import check_column_names, explain, paste, propose, read_as
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, FORMATS, SHAPES, find_shape
 from tunesmith.data.formats.preference import differ_in_space_alone
@@ -223,10 +223,6 @@ class FileExamples:
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))
 
-    @property
-    def _file(self) -> DataFile:
-        return DataFile(path=self.facts.path).at_place(self.facts.at or self.facts.path)
-
     def _well_known(self, record: dict[str, Any], source: Source) -> dict[str, Any]:
         """The row with our names, where it has those of a well-known data set."""
         if not self.well_known:
@@ -276,8 +272,6 @@ class FileExamples:
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task)
-            if self.task is None and code == "unknown_shape" and not self.data.columns:
-                fix = hint_for_text(record, self._file, self.data) or fix
             if self.facts.columns is not None:
                 raise refusal(self.facts.path, 1, code, message, fix)
             self.on_problem(Problem(source, code, message, fix))

@@ -203,6 +203,8 @@ OnBadRow = Callable[[int, BadRow, int], None]
 """Line, what is wrong with it, and the byte at which the row begins."""
 
 CHUNK_BYTES = 256 * 1024
+MOST_ARRAY_BYTES = 2**30
+"""A JSON array is held whole while its rows are read, unlike JSON lines."""
 
 
 def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
@@ -250,11 +252,11 @@ def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
 
     Raises `DataError` where the array is not JSON: nothing then says where the next row begins.
     """
-    for raw, size, offset in _elements(stream, facts, limits.line_bytes):
+    for raw, offset in _elements(stream, facts):
         facts.line += 1
         facts.rows += 1
-        if size > limits.line_bytes:
-            on_bad(facts.line, too_long(size, limits.line_bytes), offset)
+        if len(raw) > limits.line_bytes:
+            on_bad(facts.line, too_long(len(raw), limits.line_bytes), offset)
             continue
         if not raw.strip():
             raise _broken(facts, f"there is no value next to a comma (byte {offset}).", "Remove the comma.")
@@ -270,109 +272,39 @@ def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
 
 _DEEP = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
 _FLAT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
-_TO_QUOTE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def _elements(stream: ByteStream, facts: FileFacts, limit: int) -> Iterator[tuple[bytes, int, int]]:
-    """The elements of an array: bytes (cut where longer than `limit`), size, and place in the file."""
-    cutter = _Cutter(limit, 3 if facts.has_bom else 0)
-    while chunk := stream.read(CHUNK_BYTES):
-        yield from cutter.feed(chunk)
-        if cutter.ended:
-            _nothing_follows(cutter, stream, facts)
+def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[tuple[bytes, int]]:
+    """The elements of an array, and their places in the file. What is inside of them is not looked at."""
+    raw, offset = stream.read(MOST_ARRAY_BYTES + 1), 3 if facts.has_bom else 0
+    if len(raw) > MOST_ARRAY_BYTES:
+        message = f"the array has more than {MOST_ARRAY_BYTES:,} bytes, which is the most that is held at once."
+        raise refusal(facts.path, 1, "array_too_large", message, "Write it as JSON lines, one object a line.")
+    depth = begin = at = 0
+    is_first = True
+    while match := (_DEEP if depth > 1 else _FLAT).search(raw, at):
+        at, mark = match.end(), match.group()
+        if mark == b'"':  # it is never closed
+            break
+        depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+        if depth == 1 and begin == 0:
+            begin = at
+        elif depth == 0 or (depth == 1 and mark == b","):
+            piece = raw[begin : match.start()]
+            if piece.strip() or depth or not is_first:
+                yield piece, offset + begin
+            begin, is_first = at, False
+        if depth == 0:
+            if rest := raw[at:].strip():
+                facts.line += 1
+                fix = "Several arrays in one file: join them, or write one object a line."
+                message = f"{rest[:20].decode('utf-8', 'replace')!r} follows the end of the array."
+                raise refusal(facts.path, facts.line, "trailing_data", message, fix)
             return
     facts.line += 1
-    message = f"the array is not closed: the file ends in row {facts.line}, …{cutter.tail()!r}."
+    tail = raw[begin:][-40:].decode("utf-8", "replace")
+    message = f"the array is not closed: the file ends in row {facts.line}, …{tail!r}."
     raise refusal(facts.path, facts.line, "truncated_json", message, "Copy or export it again.")
-
-
-class _Cutter:
-    """Cuts a JSON array into its elements, however the bytes arrive, without looking into them."""
-
-    def __init__(self, limit: int, offset: int) -> None:
-        self.rest = b""
-        """Bytes after the array."""
-        self.ended = False
-        self._limit = limit
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._begin = offset
-        self._num_cut = 0
-
-    def feed(self, chunk: bytes) -> Iterator[tuple[bytes, int, int]]:
-        """The elements that end in this chunk."""
-        kept = at = 0
-        if self._in_string:
-            at = self._leave_string(chunk)
-        while not self._in_string:
-            match = (_DEEP if self._depth > 1 else _FLAT).search(chunk, at)
-            if match is None:
-                break
-            at = match.end()
-            mark = chunk[match.start()]
-            if mark in b"[{":
-                self._depth += 1
-                if self._depth == 1:
-                    self._begin += at
-                    kept = at
-            elif mark in b"]}":
-                self._depth -= 1
-            elif mark == ord('"') and at - match.start() == 1:
-                self._in_string = True
-                self._escaped = _ends_escaped(chunk[at:])
-            is_cut = (self._depth == 1 and mark == ord(",")) or self._depth == 0
-            if is_cut:
-                yield from self._cut(chunk[kept : match.start()], is_last=self._depth == 0)
-                kept = at
-            if self._depth == 0:
-                self.ended = True
-                self.rest = chunk[at:]
-                return
-        self._keep(chunk[kept:])
-
-    def tail(self) -> str:
-        return b"".join(self._parts)[-40:].decode("utf-8", "replace")
-
-    def _leave_string(self, chunk: bytes) -> int:
-        """End of a string that began in an earlier chunk; `_in_string` stays set if it does not end here."""
-        start = 1 if self._escaped else 0
-        match = _TO_QUOTE.match(chunk, start)
-        if match is None:
-            self._escaped = _ends_escaped(chunk[start:])
-            return len(chunk)
-        self._in_string = False
-        return match.end()
-
-    def _keep(self, piece: bytes) -> None:
-        if self._size <= self._limit:
-            self._parts.append(piece)
-        self._size += len(piece)
-
-    def _cut(self, piece: bytes, *, is_last: bool) -> Iterator[tuple[bytes, int, int]]:
-        self._keep(piece)
-        raw, size, begin = b"".join(self._parts), self._size, self._begin
-        self._parts, self._size, self._begin = [], 0, begin + size + 1
-        if raw.strip() or self._num_cut or not is_last:
-            yield raw, size, begin
-        self._num_cut += 1
-
-
-def _ends_escaped(piece: bytes) -> bool:
-    return (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-
-
-def _nothing_follows(cutter: _Cutter, stream: ByteStream, facts: FileFacts) -> None:
-    rest = cutter.rest
-    while rest or (rest := stream.read(CHUNK_BYTES)):
-        if rest.strip():
-            facts.line += 1
-            what = rest.strip()[:20].decode("utf-8", "replace")
-            fix = "Several arrays in one file: join them, or write one object a line."
-            raise refusal(facts.path, facts.line, "trailing_data", f"{what!r} follows the end of the array.", fix)
-        rest = b""
 
 
 def _broken(facts: FileFacts, message: str, fix: str) -> DataError:

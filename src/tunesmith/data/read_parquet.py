@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +15,8 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 
 BATCH_BYTES = 16 * 1024 * 1024
-MOST_ROWS = 1024
-UNPACKED_BYTES = 64 * 1024 * 1024
-"""That rows read at once may have if each of their texts is the longest that it can be."""
-HEADER_BYTES, NEXT_NUMBER, DICTIONARY_PAGE = 32, 0x15, 2
+MOST_ROWS = 64
+"""Rows read at once. A text that repeats is stored once: a file of a kilobyte can hold rows of gigabytes."""
 _BROKEN = (pa.ArrowException, OSError, ValueError)
 """Errors of pyarrow for a damaged file; ValueError for a column name that is not text."""
 _UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
@@ -34,7 +32,7 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
         facts.columns = distinct(facts, table.schema_arrow.names, 1)
         _check_depth(facts, table.schema_arrow, limits.depth)
         has_structs = any(pa.types.is_nested(field.type) for field in table.schema_arrow)
-        for record in _records(table, facts, _most_rows(stream, table.metadata)):
+        for record in _records(table, facts):
             facts.line += 1
             facts.rows += 1
             bad = record if isinstance(record, BadRow) else _finding(record, limits)
@@ -53,54 +51,10 @@ def _check_depth(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
             raise refusal(facts.path, 1, "too_deep", message, "Flatten them, or raise the limit.")
 
 
-def _most_rows(stream: IO[bytes], metadata: pq.FileMetaData) -> int:
-    """Rows that are read at once.
-
-    A text that repeats is stored once, in a dictionary that the sizes in the footer count once: a file of a kilobyte
-    can hold rows of gigabytes. Every value may be the longest of its dictionary.
-    """
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    num_bytes = sum(group.total_byte_size for group in groups)
-    most: int = min(MOST_ROWS, BATCH_BYTES // max(1, num_bytes // max(1, metadata.num_rows)))
-    for group in groups:
-        columns = [group.column(i) for i in range(group.num_columns)]
-        worst = sum(
-            _dictionary_bytes(stream, column) * max(1, column.num_values // max(1, group.num_rows))
-            for column in columns
-            if column.physical_type == "BYTE_ARRAY"
-        )
-        most = min(most, UNPACKED_BYTES // max(1, worst))
-    return max(1, most)
-
-
-def _dictionary_bytes(stream: IO[bytes], column: pq.ColumnChunkMetaData) -> int:
-    """Size of the dictionary that a column chunk begins with, unpacked; 0: it has none.
-
-    The header of a page begins with its type and its unpacked size, in Thrift's compact protocol.
-    """
-    before = stream.tell()
-    stream.seek(max(0, min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)))
-    head = iter(stream.read(HEADER_BYTES))
-    stream.seek(before)
-    kind = _field(head)
-    return (_field(head) or 0) if kind == DICTIONARY_PAGE else 0
-
-
-def _field(head: Iterator[int]) -> int | None:
-    """The next field of a header, if it is the one after the last and a number."""
-    if next(head, None) != NEXT_NUMBER:
-        return None
-    value = shift = 0
-    for byte in head:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value >> 1  # zigzag, of a number that is not negative
-    return None
-
-
-def _records(table: pq.ParquetFile, facts: FileFacts, num_rows: int) -> Iterator[dict[str, Any] | BadRow]:
+def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any] | BadRow]:
     metadata = table.metadata
+    num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    num_rows = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, num_bytes // max(1, metadata.num_rows))))
     batches = table.iter_batches(batch_size=num_rows, use_threads=False)
     while True:
         try:
