@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +18,12 @@ from tunesmith.data.branches import line_tokens, lines_of
 from tunesmith.data.check_preferences import Preferences, flipped_message
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import rare_collection
+from tunesmith.data.encode import chunks, rare_collection
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
+from tunesmith.data.problems import num_refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import local, size_of
 from tunesmith.errors import DataError
@@ -41,9 +42,6 @@ PAIRS_LISTED = 20
 """Repeated rows listed one by one; all are counted."""
 FIRST_BIN = 32
 """Tokens that the first bin of the length histogram holds; each further bin is twice as wide."""
-CHUNK_EXAMPLES = 512
-CHUNK_CHARS = 4_000_000
-"""Examples encoded at once: whichever bound is met first."""
 MOST_LABELS = 100_000
 """Different labels remembered: numbers can be as many as rows."""
 
@@ -302,9 +300,9 @@ class _Check:
         try:
             with local(file) as there:
                 source = examples([there], self._data, self._hear, facts=facts, task=self._task)
-                for chunk in _chunks(example for _, example in source):
-                    shape = chunk[-1].shape
-                    usable += self._chunk(side, chunk)
+                for chunk in chunks(source):
+                    shape = chunk[-1][1].shape
+                    usable += self._chunk(side, [example for _, example in chunk])
                     self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
         except DataError as error:
             is_readable = False
@@ -421,11 +419,9 @@ class _Check:
 
     def _refusals(self, files: Sequence[FileReport]) -> list[str]:
         refusals = [f"{file.path} cannot be used as it is" for file in files if not file.is_readable]
-        allowed = {"overlap", "unknown_label"} | ({"too_long"} if self._data.too_long == "drop" else set())
-        num_bad = sum(num for code, num in self._counts["error"].items() if code not in allowed)
-        if num_bad and self._data.bad_rows == "error" and not refusals:
-            what = "1 problem makes its row unusable" if num_bad == 1 else f"{num_bad:,} problems make rows unusable"
-            refusals.append(f"{what}; --set data.bad_rows=skip leaves such rows out")
+        of_rows = {code: num for code, num in self._counts["error"].items() if code not in ("overlap", "unknown_label")}
+        if not refusals and (num_bad := num_refused(self._data, of_rows)):
+            refusals.append(f"{unusable(num_bad)}; --set data.bad_rows=skip leaves such rows out")
         if self._counts["error"]["overlap"]:
             refusals.append("held-out rows are also in the training files, and data.overlap is error")
         for side in ("train", "eval") if self._data.eval else ("train",):
@@ -478,23 +474,3 @@ def _labelled_spans(example: Example) -> tuple[Span, ...]:
         return tuple(span for part, tag in pairs for span in ((f"{part.text} ", False), (f"{tag} ", True)))
     text = "\n".join(part.text for part in example.parts)
     return (f"{text}\n", False), (", ".join(example.labels) or "none", True)
-
-
-def _chunks(source: Iterator[Example]) -> Iterator[list[Example]]:
-    """Examples in chunks. Raises as `source`, after the chunks before."""
-    chunk: list[Example] = []
-    num_chars = 0
-    error = None
-    try:
-        for example in source:
-            chunk.append(example)
-            num_chars += sum(len(part.text) for part in example.parts)
-            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
-                yield chunk
-                chunk, num_chars = [], 0
-    except DataError as raised:
-        error = raised
-    if chunk:
-        yield chunk
-    if error is not None:
-        raise error

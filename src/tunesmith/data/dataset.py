@@ -27,9 +27,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import BranchColumns
-from tunesmith.data.encode import SCHEMA, Encoding, OnProblem, OnProgress, complete, rare_collection
+from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProblem, OnProgress, complete, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
-from tunesmith.data.parts import JoinedParts, encoding_of, one_at_a_time
+from tunesmith.data.parts import encoding_of, one_at_a_time
 from tunesmith.data.read import expand_folders, inspect_files
 from tunesmith.data.remote import is_address, known, verified
 from tunesmith.data.renderer import Renderer
@@ -366,9 +366,7 @@ def _found_or_encoded(
     return RowStore(folder, summary, paths, reused=False, notes=encoding.notes)
 
 
-def write(
-    path: Path, key: str, hashes: list[str], encoding: Encoding | JoinedParts, *, check: Callable[[], None]
-) -> Summary:
+def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, check: Callable[[], None]) -> Summary:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         hashing = disk.HashingFile(file)

@@ -97,6 +97,25 @@ def rare_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
+    """Examples in chunks. Raises as `found` does, after the chunks before."""
+    chunk: list[tuple[int, Example]] = []
+    num_chars, error = 0, None
+    try:
+        for file, example in found:
+            chunk.append((file, example))
+            num_chars += sum(len(part.text) for part in example.first_line)
+            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+                yield chunk
+                chunk, num_chars = [], 0
+    except TunesmithError as raised:
+        error = raised
+    if chunk:
+        yield chunk
+    if error is not None:
+        raise error
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """The rows of a chunk and its problems."""
@@ -202,11 +221,36 @@ class _Read:
     """The error that ended the reading."""
 
 
-class Encoding:
+class EncodingCounts:
+    """What was found while rows were encoded; complete when all of them were."""
+
+    def __init__(self, data: Data, on_problem: OnProblem, progress: OnProgress) -> None:
+        self._data, self._on_problem, self._progress = data, on_problem, progress
+        self.num_rows = self.skipped = 0
+        self.errors: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+        self.vocabulary: dict[str, int] = {}
+        """Classes by their first appearance, which rows count by until it is known what a model learns."""
+        self.many: bool | None = None
+        """Whether classes came as lists; None: rows without classes."""
+        self.notes: list[str] = []
+        """About the processes that encoded."""
+
+    def batches(self) -> Generator[pa.RecordBatch, None, None]:
+        """The rows as record batches."""
+        raise NotImplementedError
+
+    def _list(self, problem: Problem) -> None:
+        if len(self.problems) < self._data.limits.problems:
+            self.problems.append(problem)
+            self._on_problem(problem)
+
+
+class Encoding(EncodingCounts):
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    With `num_proc` above 1 other processes encode; everything is the same but the time. Counts are complete
-    when the batches have been taken. `num_bytes`: of all files.
+    With `num_proc` above 1 other processes encode; everything is the same but the time. `num_bytes`: of all files.
     """
 
     def __init__(
@@ -220,25 +264,9 @@ class Encoding:
         progress: OnProgress,
         num_proc: int = 1,
     ) -> None:
-        self._data = data
-        self._files = files
-        self._renderer = renderer
-        self._num_bytes = num_bytes
-        self._num_proc = num_proc
-        self._on_problem = on_problem
-        self._progress = progress
+        super().__init__(data, on_problem, progress)
+        self._files, self._renderer, self._num_bytes, self._num_proc = files, renderer, num_bytes, num_proc
         self._last_bad: Source | None = None
-        self.num_rows = 0
-        self.skipped = 0
-        self.errors: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self.problems: list[Problem] = []
-        self.vocabulary: dict[str, int] = {}
-        """Classes by their first appearance, which rows count by until it is known what a model learns."""
-        self.many: bool | None = None
-        """Whether classes came as lists; None: rows without classes."""
-        self.notes: list[str] = []
-        """About the processes that encoded."""
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
@@ -282,32 +310,20 @@ class Encoding:
     def _reads(self) -> Iterator[_Read]:
         """Problems found while a chunk is read come with it, so that they are heard in their order."""
         facts: list[FileFacts] = []
-        chunk: list[tuple[int, Example]] = []
         problems: list[Problem] = []
-        num_chars = 0
         error = None
 
-        def done() -> int:
-            return sum(file.done_bytes for file in facts)
+        def read(chunk: Chunk) -> _Read:
+            found = tuple(problems)
+            problems.clear()
+            return _Read(chunk, found, sum(file.done_bytes for file in facts), error)
 
-        found = examples(
-            self._files,
-            self._data,
-            problems.append,
-            facts=facts,
-            task=self._renderer.task_name,
-        )
+        task = self._renderer.task_name
         try:
-            for file, example in found:
-                chunk.append((file, example))
-                num_chars += sum(len(part.text) for part in example.first_line)
-                if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
-                    yield _Read(chunk, tuple(problems), done())
-                    problems.clear()
-                    chunk, num_chars = [], 0
+            yield from map(read, chunks(examples(self._files, self._data, problems.append, facts=facts, task=task)))
         except TunesmithError as raised:
-            chunk, error = [], raised
-        yield _Read(chunk, tuple(problems), done(), error)
+            error = raised
+        yield read([])
 
     def _hear(self, problem: Problem) -> None:
         counts = self.errors if problem.severity == "error" else self.warnings
@@ -315,9 +331,7 @@ class Encoding:
         if problem.severity == "error" and problem.source != self._last_bad:
             self.skipped += 1  # the problems of one row come one after the other
             self._last_bad = problem.source
-        if len(self.problems) < self._data.limits.problems:
-            self.problems.append(problem)
-            self._on_problem(problem)
+        self._list(problem)
 
 
 def _pickle_by_fields(cls: type[Any]) -> None:

@@ -6,7 +6,6 @@ the first part that is not there. At the end the parts are put together and remo
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,14 +15,23 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import SCHEMA, Encoded, Encoding, OnProblem, OnProgress, joined, num_processes
+from tunesmith.data.encode import (
+    SCHEMA,
+    Encoded,
+    Encoding,
+    EncodingCounts,
+    OnProblem,
+    OnProgress,
+    joined,
+    num_processes,
+)
+from tunesmith.data.problems import num_refused, refused
 from tunesmith.data.remote import PART_BYTES, is_address, local
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.formatting import plural
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import storing
-from tunesmith.types import Problem
 
 if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
@@ -58,7 +66,7 @@ def encoding_of(
     on_problem: OnProblem,
     progress: OnProgress,
     build: Build,
-) -> Encoding | JoinedParts:
+) -> EncodingCounts:
     """The rows of the files; those not on this machine are downloaded into `aside` and removed when `held` ends.
 
     Raises DataError, StorageError.
@@ -93,7 +101,7 @@ def in_parts(files: Sequence[DataFile], sizes: Sequence[int]) -> list[list[tuple
     return parts
 
 
-class JoinedParts:
+class JoinedParts(EncodingCounts):
     """The rows of parts one after the other; `data.encode.Encoding` of files that come and go."""
 
     def __init__(
@@ -106,15 +114,8 @@ class JoinedParts:
         progress: OnProgress,
         data: Data,
     ) -> None:
-        self._parts, self._total, self._build, self._progress = parts, total, build, progress
-        self._on_problem, self._data = on_problem, data
-        self.num_rows = self.skipped = 0
-        self.errors: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self.problems: list[Problem] = []
-        self.vocabulary: dict[str, int] = {}
-        self.many: bool | None = None
-        self.notes: list[str] = []
+        super().__init__(data, on_problem, progress)
+        self._parts, self._total, self._build = parts, total, build
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
@@ -125,7 +126,7 @@ class JoinedParts:
             def progress(rows: int, done: int, of: int, before: int = before, num_rows: int = num_rows) -> None:
                 self._progress(num_rows + rows, before + done, self._total)
 
-            store = self._build([file for file, _ in part], self._hear, progress)
+            store = self._build([file for file, _ in part], self._list, progress)
             self._count(store)
             first_file += len(part)
             self._refuse_bad(first_file)
@@ -137,18 +138,10 @@ class JoinedParts:
 
     def _refuse_bad(self, num_files: int) -> None:
         """Raise DataError if the data will be refused for rows of the parts so far: the others may take days."""
-        allowed = {"too_long"} if self._data.too_long == "drop" else set()
-        num_bad = sum(num for code, num in self.errors.items() if code not in allowed)
-        if num_bad and self._data.bad_rows == "error":
+        if num_bad := num_refused(self._data, self.errors):
             what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(num_files, 'file')}"
             way = "Correct the data, or leave such rows out: --set data.bad_rows=skip."
-            errors = [one for one in self.problems if one.severity == "error" and one.code not in allowed]
-            raise DataError(f"{what}; the others were not read. {way}", errors)
-
-    def _hear(self, problem: Problem) -> None:
-        if len(self.problems) < self._data.limits.problems:
-            self.problems.append(problem)
-            self._on_problem(problem)
+            raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
 
     def _count(self, store: RowStore) -> None:
         summary = store.summary

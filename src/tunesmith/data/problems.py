@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.errors import DataError
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Source
 
 MOST_NAMES = 20
@@ -20,6 +21,23 @@ def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> Dat
     """The error for a file in which nothing, or nothing more, can be read. No option leaves it out."""
     problem = Problem(Source(path, line), code, message, fix)
     return DataError(str(problem), [problem])
+
+
+def num_refused(data: Data, errors: Mapping[str, int]) -> int:
+    """The problems, counted by code, for which data is refused: none where the recipe leaves out what is wrong."""
+    if data.bad_rows != "error":
+        return 0
+    return sum(num for code, num in errors.items() if not (code == "too_long" and data.too_long == "drop"))
+
+
+def refused(data: Data, problems: Iterable[Problem]) -> list[Problem]:
+    """Those of some problems that `num_refused` counts."""
+    return [one for one in problems if one.severity == "error" and num_refused(data, {one.code: 1})]
+
+
+def unusable(num: int) -> str:
+    """So many problems, in words."""
+    return "1 problem makes its row unusable" if num == 1 else f"{num:,} problems make rows unusable"
 
 
 class RowProblems:

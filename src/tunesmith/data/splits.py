@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tunesmith.data.examples import OnProblem, content_hash, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
+from tunesmith.data.problems import num_refused, refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import is_address
 from tunesmith.data.renderer import Renderer
@@ -96,28 +98,13 @@ class Splits:
 
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
-        wanted: dict[str, int] = {}
-        rows_I = self.held_rows
-        if any(is_address(file.at) for file in self._held_files):  # not here: of the first file alone, if it has enough
+        files, rows_I = self.data.eval or self.data.train, self.held_rows
+        if any(is_address(file.at) for file in files):  # not here: of the first file alone, if it has enough
             rows_I = rows_I[np.argsort(self.held_store.file_index[rows_I], kind="stable")]
-        for i in rows_I:  # several rows can be windows of one document
-            if len(wanted) == num:
-                break
-            wanted.setdefault(str(self.held_store.source(int(i))), len(wanted))
-        found: dict[int, Example] = {}
-        if not wanted:
-            return []
-        for _, example in examples(self._held_files, self.data, lambda problem: None, task=self.task):
-            place = wanted.get(str(example.source))
-            if place is not None:
-                found[place] = example
-                if len(found) == len(wanted):
-                    break
-        return [found[place] for place in sorted(found)]
-
-    @property
-    def _held_files(self) -> Sequence[DataFile]:
-        return self.data.eval or self.data.train
+        # Several rows can be windows of one document.
+        wanted = list(islice(dict.fromkeys(str(self.held_store.source(int(i))) for i in rows_I), num))
+        found = examples_at(files, self.data, self.task, wanted)
+        return [found[source] for source in wanted if source in found]
 
 
 def first_example(data: Data) -> Example:
@@ -219,12 +206,10 @@ def _labels(
 
 def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
     """Raise for rows that cannot be used, unless the recipe says that they are left out."""
-    asked_for = {"too_long"} if data.too_long == "drop" else set()
-    errors = [p for p in problems if p.severity == "error" and p.code not in asked_for]
-    num_bad = sum(n for store in stores for code, n in store.summary.errors.items() if code not in asked_for)
-    if num_bad and data.bad_rows == "error":
-        what = "1 problem makes its row unusable" if num_bad == 1 else f"{num_bad:,} problems make rows unusable"
-        raise DataError(f"{what}. Correct the data, or leave such rows out: --set data.bad_rows=skip.", errors)
+    errors = refused(data, problems)
+    if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
+        way = "Correct the data, or leave such rows out: --set data.bad_rows=skip."
+        raise DataError(f"{unusable(num_bad)}. {way}", errors)
     for store in stores:
         if len(store) == 0:
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)
@@ -261,6 +246,17 @@ def given_text(example: Example) -> str | None:
     return "\n".join(f"{part.role}: {part.text}" for part in example.parts)
 
 
+def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: Collection[str]) -> dict[str, Example]:
+    """The examples of some rows by their places, "file:line", as far as the files have them. Raises as `examples`."""
+    found: dict[str, Example] = {}
+    for _, example in examples(files, data, lambda problem: None, task=task) if sources else ():
+        if (source := str(example.source)) in sources:
+            found[source] = example
+            if len(found) == len(sources):
+                break
+    return found
+
+
 def texts_in_order(found: Iterable[Example], store: RowStore) -> Iterator[str | None]:
     """The text of each row of a store from the examples of its files, in order; None where they do not have it."""
     coming = iter(found)
@@ -278,23 +274,14 @@ def texts_of(
 ) -> dict[int, str]:
     """The text of some rows, by their numbers; those are missing whose file is not here, or says something else."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
-    found: dict[int, str] = {}
-    if task == "text" or not wanted or any(is_address(file.at) for file in files):
-        return found
-    num_seen = 0
+    if task == "text" or any(is_address(file.at) for file in files):
+        return {}
     try:
-        for _, example in examples(files, data, lambda problem: None, task=task):
-            row = wanted.get(str(example.source))
-            if row is None:
-                continue
-            num_seen += 1
-            if (text := _verified(example, store, row)) is not None:
-                found[row] = text
-            if num_seen == len(wanted):
-                break
-    except DataError:
-        pass  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
-    return found
+        found = examples_at(files, data, task, wanted)
+    except DataError:  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
+        return {}
+    texts = {wanted[source]: _verified(example, store, wanted[source]) for source, example in found.items()}
+    return {row: text for row, text in texts.items() if text is not None}
 
 
 def _verified(example: Example, store: RowStore, row: int) -> str | None:
