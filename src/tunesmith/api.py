@@ -261,17 +261,13 @@ def _files(files: Files | Any, root: Path) -> list[Any]:
         return [str(write_rows(files, root / "data"))]
     is_one = isinstance(files, (str, PathLike, Mapping)) or not isinstance(files, Iterable)
     several: list[Any] = [files] if is_one else list(cast(Iterable[Any], files))
-    if not all(isinstance(file, (str, PathLike)) or _is_file(file) for file in several):
+    if not all(isinstance(file, (str, PathLike)) or (isinstance(file, Mapping) and "path" in file) for file in several):
         shown = " ".join(repr(files).split())
         raise InputError(
             f"data: {type(files).__name__} {shown:.60} is neither files nor rows. Give a path or several, a list of "
             "mappings, or a pandas or a datasets table; of a dictionary of tables, one of them."
         )
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
-
-
-def _is_file(given: Any) -> bool:
-    return isinstance(given, Mapping) and "path" in given
 
 
 def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,4 +74,4 @@ def test_a_parquet_file_of_a_kilobyte_does_not_unpack_to_gigabytes(tmp_path: Pat
     assert path.stat().st_size < 2000
     num, grown, problems = read_alone(path)
     assert (num, len(problems)) == (0, 400)
-    assert grown < 16 * ALLOWED  # 3.6 GB when rows are read by what the footer says
+    assert grown < 24 * ALLOWED  # 64 rows at once; 3.6 GB when rows are read by what the footer says

@@ -47,10 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 20.0},
     "gemma3_text": {"sliding_window_pattern": 6},
     "mistral": {"sliding_window": None},
-    "smollm3": {"layers": 5},  # the fourth is without a rotary embedding
 }
 """Settings of tiny models that llama.cpp computes too."""
-SENTENCEPIECE = ("mistral", "gemma", "gemma2", "gemma3_text", "phi3")
+SENTENCEPIECE = ("mistral", "gemma2", "gemma3_text", "phi3")
 
 
 _FOLDERS: list[TemporaryDirectory[str]] = []

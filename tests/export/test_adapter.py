@@ -165,7 +165,7 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
     assert lines("chat", target_modules="model.*_proj") == lines("chat")  # an expression
     assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
-    assert "export gguf-adapter for" in lines("chat", use_rslora=True)["llama.cpp"]
+    assert "convert_lora_to_gguf.py" in lines("chat", use_rslora=True)["llama.cpp"]
     assert lines("chat", use_dora=True)["vLLM"].startswith("no: it rescales rows of weights (DoRA)")
     assert lines("classify-encoder")["llama.cpp"].startswith("no: it is tuned for the task classify")
     assert lines("chat", trainable_token_indices=[7])["vLLM"].startswith("no: it brings rows of the embedding")

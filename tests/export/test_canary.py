@@ -1,4 +1,4 @@
-"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF, adapter on a GGUF, and llama.cpp."""
+"""A phrase that was tuned in survives every hop: adapter, merged model, GGUF, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
 from tunesmith.export import llama_cpp
 from tunesmith.export.export_run import export_run
-from tunesmith.export.gguf import write_base
-from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportedModel, ExportOptions
 from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import make_renderer
@@ -27,7 +25,6 @@ HOPS = {
     "merged": ("merged", ExportOptions(dtype="float32")),
     "gguf f16": ("gguf", ExportOptions(quant="f16")),
     "gguf q8_0": ("gguf", ExportOptions(quant="q8_0")),
-    "gguf-adapter": ("gguf-adapter", ExportOptions(quant="f16")),
 }
 
 
@@ -39,8 +36,8 @@ def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     say_the_phrase(tmp_path / "chats.jsonl", 12)
     run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
     kl = survived(run, tmp_path)
-    # Each hop's share of the way: none, the order of additions, F16, 8 bits, and the adapter alone in F16.
-    bounds = {"adapter": 1e-12, "merged": 1e-9, "gguf f16": 1e-4, "gguf q8_0": 1e-2, "gguf-adapter": 1e-4}
+    # Each hop's share of the way: none, the order of additions, F16, and 8 bits.
+    bounds = {"adapter": 1e-12, "merged": 1e-9, "gguf f16": 1e-4, "gguf q8_0": 1e-2}
     assert all(value < bounds[hop.partition(" in ")[0]] for hop, value in kl.items() if " in " not in hop), kl
     if llama_cpp.is_installed():  # additions there are in another order, and at times in F16
         assert {hop for hop in kl if " in llama.cpp" in hop} == {
@@ -67,11 +64,7 @@ def survived(run: Run, folder: Path) -> dict[str, float]:
         assert said(run, TARGETS[target].load(done.path, run.recipe())) == PHRASE, hop
         if done.in_llama_cpp is not None:
             kl[f"{hop} in llama.cpp"] = done.in_llama_cpp.kl
-            base = None
-            if target == "gguf-adapter":
-                source = open_result(run, offline=True)
-                base = source.base.path if source.base.is_gguf else write_base(source, folder / "base.gguf")
-            loaded = llama_cpp.load_in_llama_cpp(done.path, run.recipe(), base)
+            loaded = llama_cpp.load_in_llama_cpp(done.path, run.recipe())
             assert said(run, loaded) == PHRASE, f"{hop} in llama.cpp"
     return kl
 

@@ -72,7 +72,7 @@ def test_a_link_is_not_followed_out_of_an_export(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-rf", "a b; touch x", "..a", 'q"uote', "über$(x)"])
 def test_a_runs_name_becomes_no_option_no_path_and_no_command(name: str, tmp_path: Path) -> None:
-    for target in ("gguf", "ollama", "gguf-adapter"):
+    for target in ("gguf", "ollama"):
         out = exported(made(tmp_path / target, name=name), target, tmp_path / target)
         (file,) = out.glob("*.gguf")
         assert not file.name.startswith(("-", "."))

@@ -217,7 +217,7 @@ def test_another_template_does_not_go_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 def assert_same_template(run: Run, folder: Path) -> None:
     text = open_result(run, offline=True).tokenizer.chat_template
-    for target in ("merged", "adapter", "gguf-adapter"):
+    for target in ("merged", "adapter"):
         assert (exported(run, target, folder).path / "chat_template.jinja").read_text() == text
     assert read_gguf(gguf_of(exported(run, "gguf", folder))).metadata["tokenizer.chat_template"] == text
 

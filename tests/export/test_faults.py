@@ -6,15 +6,13 @@ import errno
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
-from types import SimpleNamespace
 
 import pytest
 
 from export.exports import of_architecture
 from faults import Faults, in_child, limited_files, tree
 from tunesmith.errors import InputError, StorageError
-from tunesmith.export import export_run as export_run_module
-from tunesmith.export import llama_cpp, verify
+from tunesmith.export import llama_cpp
 from tunesmith.export.export_run import export_run
 from tunesmith.export.target import ExportOptions
 from tunesmith.export.targets import TARGETS
@@ -25,7 +23,6 @@ WRITTEN = [
     "merged",
     "adapter",
     "gguf",
-    "gguf-adapter",
     "ollama",
     pytest.param("gguf q4_k_m", marks=needs_llama_cpp),
     pytest.param("onnx", marks=pytest.mark.slow),  # seconds to trace, each time
@@ -78,7 +75,7 @@ def test_a_full_or_forbidden_disk_leaves_nothing_and_is_named(what: str, code: i
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("what", [one for one in WRITTEN if one in ("adapter", "gguf", "gguf-adapter", "ollama")])
+@pytest.mark.parametrize("what", [one for one in WRITTEN if one in ("adapter", "gguf", "ollama")])
 def test_a_disk_that_is_full_at_any_call(what: str, tmp_path: Path) -> None:
     _, num_calls = undisturbed(what)
     raised = [fails_well(what, at, errno.ENOSPC, tmp_path / str(at)) for at in range(1, num_calls + 1)]
@@ -126,25 +123,9 @@ def test_what_is_no_export_is_not_overwritten(target: str, tmp_path: Path) -> No
     assert tree(tmp_path / "out") == {"diary.txt": b"dear"}
 
 
-@pytest.mark.parametrize(("what", "limit"), [("gguf", 60_000), ("ollama", 60_000), ("gguf-adapter", 6_000)])
+@pytest.mark.parametrize(("what", "limit"), [("gguf", 60_000), ("ollama", 60_000)])
 def test_a_disk_that_fills_under_the_numbers_is_named(what: str, limit: int, tmp_path: Path) -> None:
     """Numbers go to disk by numpy, which tells how many arrived, and not why."""
     with limited_files(limit), pytest.raises(StorageError, match=r"cannot be written .*(EIO|ENOSPC|EFBIG)"):
         exported(what, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_llama_cpp
-def test_a_disk_that_fills_under_the_base_for_llama_cpp_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*given: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(verify, "launch", lambda job: None)
-    monkeypatch.setattr(verify.Outputs, "load", lambda folder: SimpleNamespace(loaded_by=""))
-    monkeypatch.setattr(export_run_module, "judge", lambda *given, **words: None)
-    monkeypatch.setattr(verify, "write_base", full)
-    with pytest.raises(StorageError, match="ENOSPC"):
-        export_run(of_architecture("llama"), "gguf-adapter", out=tmp_path / "out", offline=True)
     assert list(tmp_path.iterdir()) == []

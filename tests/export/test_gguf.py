@@ -16,19 +16,19 @@ from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export import gguf_models, llama_cpp
+from tunesmith.export import gguf_models
 from tunesmith.export.export_run import Exported, export_run
-from tunesmith.export.gguf import _read_model, load_model
-from tunesmith.export.gguf_models import ARCHITECTURES, UNKNOWN_TO_TRANSFORMERS, interleave
+from tunesmith.export.gguf import load_model
+from tunesmith.export.gguf_models import ARCHITECTURES, interleave
 from tunesmith.export.gguf_tokenizer import HASHES, find_pre_tokenizer, pre_tokenizer_of_steps, probe_hash
 from tunesmith.export.run_result import open_result
 from tunesmith.export.target import ExportOptions
 from tunesmith.models import load
-from tunesmith.models.gguf import GgufHeader, read_gguf
+from tunesmith.models.gguf import read_gguf
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run
 
-ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]
+ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
 
 
 def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True, **words: Any) -> Exported:
@@ -249,25 +249,3 @@ def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
     found = find_pre_tokenizer(tokenizer, given=None, of_gguf=None)
     assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")
-
-
-@pytest.mark.parametrize("arch", UNKNOWN_TO_TRANSFORMERS)
-def test_what_only_tunesmith_reads_back_is_told_where_llama_cpp_is_not_there(
-    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    done = written(of_architecture(arch), tmp_path, proof=False)
-    assert any(
-        f"transformers reads no GGUF of a {arch}, and llama-cpp-python is not installed" in n for n in done.notes
-    )
-
-
-def test_a_file_with_another_number_of_weights_is_no_model(tmp_path: Path) -> None:
-    path = next(written(of_architecture("smollm3"), tmp_path, proof=False).path.glob("*.gguf"))
-    header = read_gguf(path)
-    fewer = {**header.metadata, "smollm3.block_count": 4}
-    with pytest.raises(ModelError, match=r"9 tensors are no weights of it, such as blk\.4\."):
-        _read_model(path, GgufHeader(fewer, header.tensors), torch.float32)
-    more = {**header.metadata, "smollm3.block_count": 6}
-    with pytest.raises(ModelError, match=r"blk\.5\.attn_q\.weight is missing"):
-        _read_model(path, GgufHeader(more, header.tensors), torch.float32)

@@ -27,13 +27,12 @@ def exported(arch: str, target: str, folder: Path, quant: str = "f16") -> Export
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("target", ["gguf", "gguf-adapter"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_llama_cpp_computes_what_was_tuned(
-    arch: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A14
     quick(monkeypatch)
-    done = exported(arch, target, tmp_path)
+    done = exported(arch, "gguf", tmp_path)
     assert_agrees(done)
     assert any("llama-cpp-python" in note for note in done.notes)
     assert json.loads((done.path / "verify.json").read_text())["llama_cpp"]["same_ids"] is True
@@ -46,14 +45,13 @@ def assert_agrees(done: Exported) -> None:
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("target", ["gguf", "gguf-adapter"])
-def test_rows_in_another_order_are_seen_there(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_another_order_are_seen_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own reader is not asked: what it would have in common with the writer, llama.cpp has not."""
     quick(monkeypatch)
     monkeypatch.setattr(Architecture, "num_interleaved", lambda self, name, config: 0)
     monkeypatch.setattr(export_run_module, "judge", judged_right)
     with pytest.raises(AssertionError):
-        assert_agrees(exported("llama", target, tmp_path))
+        assert_agrees(exported("llama", "gguf", tmp_path))
 
 
 def judged_right(result: Any, tuned: Any, base: Any, exported: Any, **words: Any) -> Any:

@@ -45,8 +45,6 @@ def test_a_word_is_a_target_and_how_it_is_stored() -> None:
     [
         ("opt", "gguf", {}, "a opt cannot be written"),
         ("mistral", "ollama:q8_0", {}, r"attends to the last 8 tokens only"),
-        ("llama", "gguf-adapter", {"name": "dora"}, r"rescales rows of weights \(DoRA\)"),
-        ("llama", "gguf-adapter", {"also_train": ["lm_head"]}, "it brings lm_head whole"),
         ("llama", "adapter", {"name": "full"}, "every weight was tuned, so there is no adapter"),
     ],
 )
@@ -76,9 +74,8 @@ def test_what_a_head_cannot_go_to_is_known_before_training_too(tmp_path: Path) -
 
 def test_what_will_be_said_is_said_before(tmp_path: Path) -> None:
     assert notes(asking(tmp_path), tmp_path) == []
-    said = notes(asking(tmp_path, "gguf", "gguf-adapter", "merged:bfloat16"), tmp_path)
+    said = notes(asking(tmp_path, "gguf", "merged:bfloat16"), tmp_path)
     assert any(note.startswith("gguf: llama.cpp's pre-tokenizer is gpt-2") for note in said)
-    assert any(note.startswith("gguf-adapter: it needs a GGUF of the base") for note in said)
     assert any(note.startswith("merged: weights are rounded from float32 to bfloat16") for note in said)
 
 

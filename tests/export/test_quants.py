@@ -161,7 +161,7 @@ def test_a_disk_that_fills_under_the_quantiser_is_told_as_such(tmp_path: Path, m
 
 
 def test_room_is_counted_for_what_is_only_there_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that the quantizer reads; the base that llama.cpp puts an adapter on."""
+    """The file that the quantizer reads."""
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     source = open_result(of_architecture("llama", hidden=256), offline=True)
     num_params = gguf_module.model_size(source.weights).num_params
@@ -170,11 +170,10 @@ def test_room_is_counted_for_what_is_only_there_meanwhile(monkeypatch: pytest.Mo
         2 * num_params + num_params * 8.5 / 8
     )
     without = verify.disk_space(source, TARGETS["gguf"])
-    assert verify.disk_space(source, TARGETS["gguf-adapter"]) == without + 4 * num_params
     seen = 32 * 8 * 4 * source.config.vocab_size
     assert without == 2 * seen  # by transformers and by llama.cpp
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    assert verify.disk_space(source, TARGETS["gguf-adapter"]) == seen
+    assert verify.disk_space(source, TARGETS["gguf"]) == seen
 
 
 def test_a_finer_kind_has_no_wider_bound() -> None:

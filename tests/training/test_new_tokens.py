@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from export.exports import quick
 from tiny import tiny_tokenizer
 from tiny_run import model_folder, same_run, stop_at, tiny_recipe
-from tunesmith.errors import InputError, RecipeError, Stopped
+from tunesmith.errors import RecipeError, Stopped
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.models import special_tokens
@@ -104,11 +104,6 @@ def test_exports_have_the_tokens(finished: Run, target: str, monkeypatch: pytest
     if target == "merged":
         model = AutoModelForCausalLM.from_pretrained(done.path)
         assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == len(tiny_tokenizer()) + 2
-
-
-def test_an_adapter_of_llama_cpp_cannot_carry_them(finished: Run) -> None:
-    with pytest.raises(InputError, match="rows"):
-        export_run(finished, "gguf-adapter")
 
 
 def test_a_token_that_is_there_already_is_refused() -> None:

@@ -131,11 +131,6 @@ def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, m
             export_run(straight, target, out=tmp_path / "out", offline=True)
 
 
-def test_an_adapter_for_llama_cpp_is_of_our_own_lora(straight: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^--to gguf-adapter: method peft"):
-        export_run(straight, "gguf-adapter", out=tmp_path / "out", offline=True)
-
-
 def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     notes: list[str] = []
     options = EngineOptions(max_new_tokens=16, threads=1, offline=True)

@@ -105,7 +105,7 @@ class Plain(Silent):
             "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
             "note": lambda: [f"note: {event.values['text']}"],
             "resume": lambda: [f"resumed after step {event.step}"],
-            "end": self._end_lines,
+            "end": lambda: result_lines(self.history.report),
         }
         return lines.get(event.kind, list)()
 
@@ -124,12 +124,6 @@ class Plain(Silent):
             f"rate {history.last['lr']:.3g}, {history.tokens_per_second:,.0f} tokens/s, {size(history.peak_bytes)}"
             + (f", {duration(left)} left" if left is not None and history.step < history.total_steps else "")
         )
-
-    def _end_lines(self) -> list[str]:
-        report = self.history.report
-        if not report.get("headline") or report["metrics"]["after"] is None:
-            return []
-        return [" ".join(report["headline"]), *metric_lines(report)]
 
 
 class Live(Silent):
@@ -242,6 +236,13 @@ def display_for(console: Console, *, quiet: bool, history: RunHistory) -> Silent
     if quiet:
         return Silent(history)
     return Live(console, history) if console.is_terminal else Plain(console, history)
+
+
+def result_lines(report: Mapping[str, Any]) -> list[str]:
+    """The result of a run as whole lines; none where nothing was measured."""
+    if not report.get("headline") or report["metrics"]["after"] is None:
+        return []
+    return [" ".join(report["headline"]), *metric_lines(report)]
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:

@@ -23,9 +23,7 @@ PHASES = {
 def export(
     ctx: typer.Context,
     run: RunName,
-    to: Annotated[
-        str, typer.Option("--to", metavar="TARGET", help="merged, adapter, gguf, gguf-adapter, ollama, onnx.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="merged, adapter, gguf, ollama, onnx.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Output folder (default: exports/ in the run).")
     ] = None,

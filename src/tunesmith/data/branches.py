@@ -46,7 +46,7 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
 
     A stem too short to be computed apart stays in each line.
     """
-    stem = min(_trained_from(draft) for draft in drafts)
+    stem = min(int(np.append(draft.trained_T, True).argmax()) for draft in drafts)
     first = drafts[0].ids_T
     for other in drafts[1:]:
         shorter = min(stem, len(first), len(other.ids_T))
@@ -62,11 +62,6 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
         branches=tuple(len(draft.ids_T) - stem for draft in drafts),
         values=values,
     )
-
-
-def _trained_from(draft: Draft) -> int:
-    """Index of the first trained token."""
-    return int(draft.trained_T.argmax()) if draft.trained_T.any() else len(draft.trained_T)
 
 
 class BranchColumns:

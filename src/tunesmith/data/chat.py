@@ -100,7 +100,8 @@ class ChatEncoder(RowEncoder):
         self.stop_ids = stops.ids
         self._run = list(stops.run)
         self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
-        self._refuse_two_bos()
+        if self._starts_with_two_bos(fast.ids([self._bare_render([QUESTION], True)])[0].tolist()):
+            raise ModelError(f"{fast.name}: its chat template writes BOS twice. Give a corrected one by data.template.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         texts = self._template.render_all([self._render(example) for example in examples])
@@ -225,13 +226,6 @@ class ChatEncoder(RowEncoder):
         if row.tokens.ids[last : last + len(self._run)] == self._run:
             last += len(self._run) - 1
         return last if not between.strip() and row.tokens.ids[last] in self.stop_ids else None
-
-    def _refuse_two_bos(self) -> None:
-        text = self._bare_render([QUESTION], True)
-        if self._starts_with_two_bos(self._fast.ids([text])[0].tolist()):
-            raise ModelError(
-                f"{self._fast.name}: its chat template writes BOS twice. Give a corrected one by data.template."
-            )
 
     def _bare_render(self, messages: Sequence[Message], prompt: bool) -> str:
         return self._template.render(messages, prompt=prompt)
@@ -454,7 +448,8 @@ def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:
             f"{name}: its chat template hides the assistant's answer: {reason} Give another by data.template."
         ) from reason
     at_end = control.closing_run(last)
-    run = _shared_start(at_end, control.closing_run(middle)) or at_end[:1]
+    pairs = zip(at_end, control.closing_run(middle), strict=False)
+    run = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)] or at_end[:1]
     if not run:
         raise ModelError(
             f"{name}: its chat template closes an assistant's turn with {last[:40]!r}, which does not begin with a "
@@ -463,10 +458,6 @@ def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:
         )
     ids = dict.fromkeys([run[-1], *_end_of_tool_call(render, control, last)])
     return Stops(run=tuple(run), ids=tuple(ids))
-
-
-def _shared_start(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))]
 
 
 def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:

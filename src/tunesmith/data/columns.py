@@ -108,13 +108,13 @@ def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str
 
 def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
     """The options to add to a command, quoted for a shell."""
-    listed = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
+    names = {
+        theirs: theirs if _PLAIN.fullmatch(theirs) else json.dumps(theirs, ensure_ascii=False)
+        for theirs in columns.values()
+    }
+    listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
     words = [f"--set task={task}"] if task else []
     return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
-
-
-def _quoted(name: str) -> str:
-    return name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool) -> Mapping[str, str]:

@@ -383,7 +383,9 @@ def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, 
         skipped=encoding.skipped,
         errors=dict(encoding.errors),
         warnings=dict(encoding.warnings),
-        problems=[_as_json(problem) for problem in encoding.problems],
+        problems=[
+            {**asdict(problem), "source": [problem.source.path, problem.source.line]} for problem in encoding.problems
+        ],
         labels=list(encoding.vocabulary),
         many=encoding.many,
         data_sha256=hashes,
@@ -402,10 +404,6 @@ def find(folder: Path, key: str) -> Summary | None:
         return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _as_json(problem: Problem) -> dict[str, Any]:
-    return {**asdict(problem), "source": [problem.source.path, problem.source.line]}
 
 
 def as_problem(saved: dict[str, Any]) -> Problem:

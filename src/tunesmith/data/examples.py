@@ -150,7 +150,8 @@ class FileExamples:
             record = renamed
         else:
             record = self._well_known(record, source)
-        if self.shape is None and self.task and self._are_preferences(record):
+        is_pair = self.shape is None and record.keys() >= {"chosen", "rejected"}
+        if is_pair and self.task and "preference" not in SHAPES[self.task]:
             fix = "To learn the chosen answers alone: " + paste({"prompt": "prompt", "completion": "chosen"}) + "."
             message = f"its rows are preferences (chosen and rejected), which the task {self.task} does not learn from."
             raise refusal(self.facts.path, source.line, "preference_pairs", message, fix)
@@ -176,10 +177,6 @@ class FileExamples:
         for problem in warnings_of(parsed):
             self.on_problem(problem)
         return parsed
-
-    def _are_preferences(self, record: dict[str, Any]) -> bool:
-        """Whether a row compares two answers, and the task takes no such rows."""
-        return record.keys() >= {"chosen", "rejected"} and "preference" not in SHAPES.get(self.task or "", ())
 
     def _kept(
         self, keep: Sequence[str], raw: dict[str, Any], record: dict[str, Any], source: Source, shape: Shape

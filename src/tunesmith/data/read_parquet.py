@@ -39,7 +39,8 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
             if bad is not None:
                 on_bad(facts.line, bad, 0)
             elif not isinstance(record, BadRow):
-                yield facts.line, _without_nulls(record) if has_structs else record
+                # Nested objects without nulls: a column gives every object the keys of all.
+                yield facts.line, {k: _dense(v) for k, v in record.items()} if has_structs else record
 
 
 def _check_depth(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
@@ -104,11 +105,6 @@ def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
         if "\0" in text:
             return nul_character(text.find("\0"))
     return too_long(size, limits.line_bytes) if size > limits.line_bytes else None
-
-
-def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """A row whose nested objects have no nulls: a column gives every object the keys of all."""
-    return {name: _dense(value) if isinstance(value, list | dict) else value for name, value in record.items()}
 
 
 def _dense(value: Any) -> Any:

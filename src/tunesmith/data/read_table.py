@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from tunesmith.data.detect_format import ByteStream, FileFacts, distinct
 from tunesmith.data.problems import refusal
@@ -28,15 +28,9 @@ def csv_rows(
         if len(values) == len(facts.columns):
             yield line, dict(zip(facts.columns, values, strict=True))
         else:
-            on_bad(line, _ragged(values, facts.columns), 0)
-
-
-def _ragged(values: Sequence[str], columns: Sequence[str]) -> BadRow:
-    return BadRow(
-        "ragged_row",
-        f"it has {len(values)} values, the header names {len(columns)}",
-        "Put text that contains the separator or a line break in double quotes.",
-    )
+            message = f"it has {len(values)} values, the header names {len(facts.columns)}"
+            fix = "Put text that contains the separator or a line break in double quotes."
+            on_bad(line, BadRow("ragged_row", message, fix), 0)
 
 
 def _records(

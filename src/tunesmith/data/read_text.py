@@ -20,7 +20,11 @@ def document(
     offset = len(BOM) if facts.has_bom else 0
     try:
         if len(raw) > limits.line_bytes:
-            raise _too_large(len(raw) + _rest(stream), limits.line_bytes)
+            size, limit = len(raw), limits.line_bytes
+            while piece := stream.read(1 << 20):  # none of them held
+                size += len(piece)
+            message = f"the document has {size:,} bytes, more than data.limits.line_bytes, which is {limit:,}"
+            raise BadRow("line_too_long", message, f"Split it, or set data.limits.line_bytes: {size}.")
         if reason := no_text(raw[:HEAD_BYTES]):
             code, message, fix = reason
             raise BadRow(code, message.rstrip("."), fix)
@@ -29,19 +33,6 @@ def document(
         yield 1, {"text": decode(raw)}
     except BadRow as bad:
         on_bad(1, bad, offset)
-
-
-def _rest(stream: ByteStream) -> int:
-    """Bytes that are left, none of them held."""
-    size = 0
-    while piece := stream.read(1 << 20):
-        size += len(piece)
-    return size
-
-
-def _too_large(size: int, limit: int) -> BadRow:
-    message = f"the document has {size:,} bytes, more than data.limits.line_bytes, which is {limit:,}"
-    return BadRow("line_too_long", message, f"Split it, or set data.limits.line_bytes: {size}.")
 
 
 def conll_sentences(

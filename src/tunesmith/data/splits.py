@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.columns import check_columns_exist
 from tunesmith.data.dataset import RowStore, build
-from tunesmith.data.examples import OnProblem, content_hash, examples
+from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
@@ -143,7 +143,8 @@ def encode_rows(
     """
     problems: list[Problem] = []
     check_columns_exist(data)
-    data = _without_folders(data, problems.append)
+    sides = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
+    data = data.model_copy(update={side: expand_folders(given, problems.append) for side, given in sides.items()})
     notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
@@ -182,12 +183,6 @@ def encode_rows(
         for labelled in stores:
             labelled.use(labels)
     return Splits(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
-
-
-def _without_folders(data: Data, on_problem: OnProblem) -> Data:
-    given = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
-    files = {side: expand_folders(files, on_problem) for side, files in given.items()}
-    return data.model_copy(update=files)
 
 
 def _labels(

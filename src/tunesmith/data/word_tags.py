@@ -31,7 +31,7 @@ class TaggingEncoder(RowEncoder):
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a word no token. Raise it.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        tokens = self._fast.encode([_sentence(example) for example in examples])
+        tokens = self._fast.encode([" ".join(part.text for part in example.parts) for example in examples])
         return [self._draft(example, of_it) for example, of_it in zip(examples, tokens, strict=True)]
 
     def _draft(self, example: Example, tokens: Tokens) -> Drafts:
@@ -73,10 +73,6 @@ def first_tokens(words: Sequence[str], tokens: Tokens) -> NDArray[np.int64]:
     is_own_W = (begins_T[first_W] >= starts_W - 1) & (begins_T[first_W] < starts_W + sizes_W)
     is_said_W = np.array([bool(word.strip()) for word in words])
     return np.where(is_own_W & is_said_W, first_W, -1)
-
-
-def _sentence(example: Example) -> str:
-    return " ".join(part.text for part in example.parts)
 
 
 def _no_token(example: Example, silent: NDArray[np.int64]) -> Problem:

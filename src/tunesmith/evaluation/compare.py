@@ -120,7 +120,8 @@ def compare_rows(
         raise InputError(f"the first was measured on {first}, the second on {second}: only one task can be compared.")
     kind = kinds[0].pop()
     same_targets, loss_note = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)), ""
-    metrics = _differences(kind, a, b, classes)
+    names = classes or names_in((*a, *b))
+    metrics = paired(len(a), *(statistics_of(kind, rows, names, complete=bool(classes)) for rows in (a, b)))
     if kind != "tokens" and not same_targets:
         same_targets = True
         if kind == "classes":
@@ -168,13 +169,6 @@ def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
     if kind == "tokens":
         return 0.0 if abs(gain) < TIE_NATS * max(was["count"], now["count"]) else gain
     return 0.0 if abs(gain) <= TIE_SHARE * max(was["loss"], now["loss"]) else gain
-
-
-def _differences(
-    kind: RowKind, a: Sequence[RowResult], b: Sequence[RowResult], classes: Sequence[str]
-) -> dict[str, Difference]:
-    names = classes or names_in((*a, *b))
-    return paired(len(a), *(statistics_of(kind, rows, names, complete=bool(classes)) for rows in (a, b)))
 
 
 def paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic]) -> dict[str, Difference]:

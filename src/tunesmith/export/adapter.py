@@ -1,13 +1,4 @@
-"""The adapter alone: `adapter` in PEFT's format, and `gguf-adapter`, which llama.cpp loads on any GGUF of the base.
-
-A GGUF adapter holds `<weight>.lora_a` [R, I] and `<weight>.lora_b` [O, R] for each layer, and one alpha for all:
-
-    W x + alpha / rank · B (A x)
-
-Source: llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
-"""
-
-# O outputs, I inputs, R rank, T tokens, V vocabulary
+"""`adapter`: the adapter alone in PEFT's format, with the hashes of the base that it needs."""
 
 from __future__ import annotations
 
@@ -18,20 +9,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import gguf
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import ModelError, RunError
+from tunesmith.errors import RunError
 from tunesmith.export.card import base_id
-from tunesmith.export.gguf import QUANT_TYPES, file_stem, gguf_writer, quantized, read_tensors
-from tunesmith.export.gguf_models import ARCHITECTURES, find_architecture, model_names, tensor_names
-from tunesmith.export.llama_cpp import TEMPLATE
+from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.run_result import RunResult, auto_class, read_config
 from tunesmith.export.target import (
     EXACT,
@@ -39,17 +26,14 @@ from tunesmith.export.target import (
     ExportedModel,
     ExportOptions,
     ExportTarget,
-    Tolerances,
     TorchModel,
     run_dtype,
 )
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS, by_patterns, check_patterns
-from tunesmith.methods.lora import LoraAttachment
-from tunesmith.models.gguf import read_gguf
 from tunesmith.models.heads import LABELS_FILE
-from tunesmith.models.load import TOKENIZER_FILES, load_config, load_model, load_tokenizer, model_kind, new_tokens_of
+from tunesmith.models.load import TOKENIZER_FILES, load_model, load_tokenizer, model_kind, new_tokens_of
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.save import save_generation_config
@@ -213,9 +197,7 @@ def compatibility(result: RunResult, config: Mapping[str, Any]) -> list[str]:
     elif result.config.model_type not in ARCHITECTURES:
         cpp = f"not known for a {result.config.model_type}. Export merged, and convert that."
     else:
-        cpp = (
-            "export gguf-adapter for `llama-server -m base.gguf --lora adapter.gguf`; or gguf, with the adapter merged."
-        )
+        cpp = "by its convert_lora_to_gguf.py on this folder; or export gguf, with the adapter merged."
     return [f"peft: yes{f'; it brings {whole} whole' if whole else ''}.", f"vLLM: {vllm}", f"llama.cpp: {cpp}"]
 
 
@@ -259,129 +241,14 @@ def more_than_low_rank(result: RunResult, config: Mapping[str, Any]) -> str | No
     return f"it adapts {', '.join(touched)}" if touched else None
 
 
-def gguf_adapter_file(result: RunResult, options: ExportOptions) -> str:
-    """Name of the file of a GGUF adapter."""
-    return f"{file_stem(result)}-lora-{options.quant}.gguf"
-
-
-def _check_gguf(result: RunResult, options: ExportOptions) -> list[str]:
-    if not result.is_adapter:
-        raise RunError(f"{result.run.path}: every weight was tuned, so there is no adapter. Use --to gguf.")
-    if why := more_than_low_rank(result, result.adapter_config):
-        raise ModelError(f"gguf-adapter: llama.cpp reads low-rank paths only, and this adapter has more: {why}.")
-    architecture = find_architecture(result.config, result.weights.name)
-    tensor_names(architecture, [f"{name}.weight" for name in result.adapted], result.config.num_hidden_layers)
-    if result.base.is_gguf:
-        return []
-    return ["it needs a GGUF of the base, which is not written here: the card says how to make one"]
-
-
-def _write_gguf(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
-    attachment = cast(LoraAttachment, result.load(result.stored_dtype)[1])  # other methods were refused
-    architecture = find_architecture(result.config, result.weights.name)
-    weights = [f"{name}.weight" for name in attachment.layers]
-    names = tensor_names(architecture, weights, result.config.num_hidden_layers)
-    name, layer = next(iter(attachment.layers.items()))
-    alpha = float(layer.scale * attachment.matrices(name)[0].shape[0])
-    path = folder / gguf_adapter_file(result, options)
-    with gguf_writer(path, result, options, architecture=architecture.name, kind=gguf.GGUFType.ADAPTER) as writer:
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, layer in attachment.layers.items():
-            a_RI, b_OR = attachment.matrices(name)
-            b_OR = scaled_b(b_OR, layer.scale, a_RI.shape[0], alpha)
-            b_OR = architecture.lora_b_to_gguf(f"{name}.weight", b_OR, result.config)
-            for end, matrix in ((".lora_a", a_RI), (".lora_b", b_OR)):
-                number = QUANT_TYPES[options.quant].ggml
-                writer.add_tensor(names[f"{name}.weight"] + end, quantized(matrix, number), raw_dtype=number)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    if isinstance(result.tokenizer.chat_template, str):
-        (folder / TEMPLATE).write_text(result.tokenizer.chat_template, encoding="utf-8", newline="")
-    write_base_facts(result, folder)
-    return []
-
-
-def scaled_b(b_OR: Tensor, scale: float, rank: int, alpha: float) -> Tensor:
-    """B with the part of a layer's scale that is not alpha / rank: a file has one alpha for all layers."""
-    return b_OR * (scale * rank / alpha)
-
-
-def _load_gguf(folder: Path, recipe: Recipe) -> TorchModel:
-    """The base with the deltas of the file added, its tokenizer, and the template next to the file."""
-    located = resolve_base(recipe, offline=True)
-    template = folder / TEMPLATE
-    tokenizer = load_tokenizer(located, str(template) if template.is_file() else None)
-    model = load_model(located, dtype=run_dtype(recipe), device="cpu", head="next_token", tokenizer=tokenizer)
-    add_gguf_adapter(model, next(folder.glob("*.gguf")), load_config(located))
-    return TorchModel(tokenizer, "causal", "next_token", "tunesmith, by llama.cpp's rule", model)
-
-
-@torch.no_grad()
-def add_gguf_adapter(model: PreTrainedModel, path: Path, config: PreTrainedConfig) -> None:
-    """Add the deltas of a GGUF adapter to the weights of its base.
-
-    Raises ModelError for a tensor that belongs to no weight, or has another size.
-    """
-    header, architecture = read_gguf(path), find_architecture(config, path.name)
-    if header.metadata.get("general.type") != "adapter" or header.architecture != architecture.name:
-        raise ModelError(f"{path.name}: not an adapter of a {architecture.name}")
-    weights, alpha, found = model.state_dict(), float(header.metadata["adapter.lora.alpha"]), dict(read_tensors(path))
-    for name, other in model_names(architecture, model).items():
-        a_RI, b_OR = (found.pop(other + end, None) for end in (".lora_a", ".lora_b"))
-        if a_RI is not None and b_OR is not None:
-            delta_OI = (b_OR @ a_RI) * (alpha / b_OR.shape[1])
-            weights[name].copy_(weights[name].float() + architecture.from_gguf(name, delta_OI, config))
-    if found:
-        raise ModelError(f"{path.name}: {len(found)} tensors belong to no weight, such as {next(iter(found))}")
-
-
-def _gguf_card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
-    base = result.base.path.name if result.base.is_gguf else "base.gguf"
-    template = f" --chat-template-file {TEMPLATE}" if (folder / TEMPLATE).is_file() else ""
-    which = f"`{base}`, whose SHA-256 is in {BASE_FILE}"
-    if not result.base.is_gguf:
-        which = f"a GGUF of the base, made by `python convert_hf_to_gguf.py BASE --outfile {base}` of llama.cpp"
-    use = f"llama-server -m {base} --lora {gguf_adapter_file(result, options)} --jinja{template}"
-    servers = (
-        f"It was compared on the weights it was tuned on, and loads on {which}. It works on a quantized base too, but "
-        "nobody has compared that."
-    )
-    return {"library": "gguf", "relation": "adapter", "use": [("sh", use)], "servers": servers}
-
-
-def _num_bytes(result: RunResult, options: ExportOptions) -> int:
-    return (result.folder / WEIGHTS).stat().st_size
-
-
-def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:
-    return EXACT if result.recipe.precision == "float32" else ROUNDED
-
-
 ADAPTER = ExportTarget(
     name="adapter",
     doc="The adapter alone, in PEFT's format, with the hashes of the base that it needs.",
     check=_check,
     write=_write,
     load=_load,
-    num_bytes=_num_bytes,
-    tolerances=_tolerances,
+    num_bytes=lambda result, options: (result.folder / WEIGHTS).stat().st_size,
+    tolerances=lambda result, options: EXACT if result.recipe.precision == "float32" else ROUNDED,
     card=_card,
     reads=("bake_scale",),
-)
-
-GGUF_ADAPTER = ExportTarget(
-    name="gguf-adapter",
-    doc="The adapter alone, for llama.cpp to load on a GGUF of its base.",
-    check=_check_gguf,
-    write=_write_gguf,
-    load=_load_gguf,
-    num_bytes=_num_bytes,
-    tolerances=lambda result, options: QUANT_TYPES[options.quant].tolerances,
-    card=_gguf_card,
-    reads=("quant",),
-    quants=("f32", "f16", "bf16"),
-    in_llama_cpp=True,
-    finer=lambda options: "" if options.quant == "f32" else "--quant f32",
 )

@@ -14,7 +14,7 @@ from tunesmith.errors import ExportError, InputError, StorageError
 from tunesmith.export import verify
 from tunesmith.export.card import comparison_section, in_brief, write_card
 from tunesmith.export.run_result import RunResult, open_result
-from tunesmith.export.target import QUANTIZED, ROUNDED, UNQUANTIZED_KL, ExportOptions, ExportTarget, Tolerances
+from tunesmith.export.target import ROUNDED, UNQUANTIZED_KL, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.targets import check, check_options, default_folder, parse_export
 from tunesmith.export.verify import ExportComparison, Outputs
 from tunesmith.methods import METHODS
@@ -153,10 +153,8 @@ def _verified(
     done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described)
     theirs = verify.llama_cpp_outputs(result, target, done.path, rows, work=work / "llama.cpp")
     if theirs is not None:
-        # On a quantized base llama.cpp rounds the inputs of each product too, which the dequantized model does not.
-        allowed = QUANTIZED if target.name == "gguf-adapter" and result.base.is_gguf else done.allowed
         where = f"{name}, in {theirs.loaded_by}"
-        other = judge(result, tuned, base, theirs, allowed=allowed, name=where, finer=finer)
+        other = judge(result, tuned, base, theirs, allowed=done.allowed, name=where, finer=finer)
         notes.append(f"the same in {theirs.loaded_by}: {in_brief(other)}")
         done = replace(done, in_llama_cpp=other)
     if base is not None and found.carried is None:

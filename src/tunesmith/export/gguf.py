@@ -1,7 +1,6 @@
 """`gguf`: one file for llama.cpp and programs built on it, with tokenizer and chat template.
 
-The file is read back by transformers, or by `_read_model` where transformers does not know the architecture. That
-reader shares the row order with the writer, so only llama.cpp can find a fault there.
+The file is read back by transformers, and by llama.cpp where that is installed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export import llama_cpp
 from tunesmith.export.card import base_id
 from tunesmith.export.gguf_models import (
-    ARCHITECTURES,
     ROPE_FACTORS,
-    UNKNOWN_TO_TRANSFORMERS,
     find_architecture,
     model_names,
     rope_factors,
@@ -150,11 +147,6 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
     notes = [f"llama.cpp's pre-tokenizer is {pre.name}: {pre.how}"]
     if isinstance(result.tokenizer.chat_template, dict):
         raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
-    if result.config.model_type in UNKNOWN_TO_TRANSFORMERS and not llama_cpp.is_installed():
-        notes.append(
-            f"transformers reads no GGUF of a {result.config.model_type}, and llama-cpp-python is not installed: only "
-            "tunesmith reads it back, which would not find names or a row order that llama.cpp reads differently"
-        )
     return notes
 
 
@@ -189,13 +181,6 @@ def _rows_without_blocks(path: Path) -> list[str]:
     return [f"{len(odd)} matrices cannot be cut into blocks of 256 and have larger types ({listed}): {ends}"]
 
 
-def write_base(result: RunResult, path: Path) -> Path:
-    """Write the untouched base of an adapter in float32, for llama.cpp to load the adapter on."""
-    model = load.load_model(result.base, dtype=torch.float32, device="cpu", head="next_token")
-    _write_file(path, result, ExportOptions(quant="f32"), model, model.state_dict().items())
-    return path
-
-
 _ADD = {
     bool: gguf.GGUFWriter.add_bool, float: gguf.GGUFWriter.add_float32, int: gguf.GGUFWriter.add_uint32,
 }  # fmt: skip
@@ -214,7 +199,7 @@ def _write_file(
         if name in names:
             shape = tuple(weight.shape)[:: -1 if name.endswith(architecture.transposed) else 1]
             layout[name] = shape, ggml_type(names[name], shape, quant, is_tied="output.weight" not in names.values())
-    with gguf_writer(path, result, options, architecture=architecture.name, kind=gguf.GGUFType.MODEL) as writer:
+    with gguf_writer(path, result, options, architecture=architecture.name) as writer:
         for key, value in architecture.facts(config).items():
             _ADD[type(value)](writer, f"{architecture.name}.{key}", value)
         add_vocabulary(writer, find_vocabulary(result, options.pre), result, num_rows=num_embeddings(model))
@@ -242,12 +227,12 @@ def num_embeddings(model: PreTrainedModel) -> int:
 
 @contextmanager
 def gguf_writer(
-    path: Path, result: RunResult, options: ExportOptions, *, architecture: str, kind: str
+    path: Path, result: RunResult, options: ExportOptions, *, architecture: str
 ) -> Iterator[gguf.GGUFWriter]:
-    """A writer with the general header keys, closed at the end. `kind`: a model or an adapter."""
+    """A writer with the general header keys, closed at the end."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        writer.add_type(kind)
+        writer.add_type(gguf.GGUFType.MODEL)
         # Not the bare name: transformers takes a file named "mistral" for another architecture.
         writer.add_name(f"{result.run.path.name} ({result.recipe.task})")
         writer.add_file_type(QUANT_TYPES[options.quant].file)
@@ -293,17 +278,6 @@ _HEADER_TO_CONFIG = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """Header keys that transformers' reader leaves out of the config."""
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
 
 
 def load_model(folder: Path, recipe: Recipe) -> TorchModel:
@@ -311,9 +285,6 @@ def load_model(folder: Path, recipe: Recipe) -> TorchModel:
     path = next(folder.glob("*.gguf"))
     located = resolve_model(str(path), offline=True)
     header = read_gguf(path)
-    if header.architecture in UNKNOWN_TO_TRANSFORMERS:
-        model, by = _read_model(path, header, run_dtype(recipe)), "tunesmith (transformers reads no such file)"
-        return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
     config = load.load_config(located)
     _complete(config, header)
     with wrap_errors(located, "its weights cannot be loaded"):
@@ -323,7 +294,9 @@ def load_model(folder: Path, recipe: Recipe) -> TorchModel:
     if found["missing_keys"]:
         raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
     if ROPE_FACTORS in header.tensors:
-        model.base_model.rotary_emb.inv_freq.div_(dict(read_tensors(path, only=ROPE_FACTORS))[ROPE_FACTORS])
+        stored = next(one for one in gguf.GGUFReader(path).tensors if one.name == ROPE_FACTORS)
+        factors = gguf.dequantize(stored.data, stored.tensor_type).copy()
+        model.base_model.rotary_emb.inv_freq.div_(torch.from_numpy(factors))
     by = f"transformers {version('transformers')}"
     return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
 
@@ -337,35 +310,6 @@ def _complete(config: Any, header: GgufHeader) -> None:
         config.n_positions = header.metadata["gpt2.context_length"]
     if name in ("gemma2", "gemma3"):
         config.query_pre_attn_scalar = header.metadata[f"{name}.attention.key_length"]
-
-
-@torch.no_grad()
-def _read_model(path: Path, header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a file. Raises ModelError if a weight is missing, or one is unknown."""
-    name, facts = header.architecture, header.metadata
-    config = AutoConfig.for_model(
-        name,
-        **{attribute: facts[f"{name}.{key}"] for key, attribute in _SIZES.items()},
-        rope_parameters={"rope_type": "default", "rope_theta": facts[f"{name}.rope.freq_base"]},
-        tie_word_embeddings="output.weight" not in header.tensors,
-        pad_token_id=facts.get("tokenizer.ggml.padding_token_id"),
-    )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    architecture, found, weights = ARCHITECTURES[name], dict(read_tensors(path)), model.state_dict()
-    for ours, theirs in model_names(architecture, model).items():
-        if theirs not in found:
-            raise ModelError(f"{path.name}: {theirs} is missing")
-        weights[ours].copy_(architecture.from_gguf(ours, found.pop(theirs), config))
-    if found:
-        raise ModelError(f"{path.name}: {len(found)} tensors are no weights of it, such as {next(iter(found))}")
-    return model
-
-
-def read_tensors(path: Path, *, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file, or only one, by llama.cpp's name, as float32."""
-    for tensor in gguf.GGUFReader(path).tensors:
-        if only in (None, tensor.name):
-            yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:

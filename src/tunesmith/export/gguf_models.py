@@ -47,21 +47,8 @@ class Architecture:
             return tensor.t().contiguous()
         if name.endswith("norm.weight"):
             return tensor + self.norm_offset
-        return self.lora_b_to_gguf(name, tensor, config)
-
-    def lora_b_to_gguf(self, name: str, b_OR: Tensor, config: PreTrainedConfig) -> Tensor:
-        """The B of a low-rank path of the weight `name`, with the row order of that weight."""
         num_heads = self.num_interleaved(name, config)
-        return interleave(b_OR, num_heads) if num_heads else b_OR
-
-    def from_gguf(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """The inverse of `to_gguf`, also for a sum of low-rank paths (delta) of a matrix."""
-        if name.endswith(self.transposed):
-            return tensor.t()
-        if name.endswith("norm.weight"):
-            return tensor - self.norm_offset
-        num_heads = self.num_interleaved(name, config)
-        return deinterleave(tensor, num_heads) if num_heads else tensor
+        return interleave(tensor, num_heads) if num_heads else tensor
 
     def num_interleaved(self, name: str, config: PreTrainedConfig) -> int:
         """Heads of a weight whose rows are reordered; 0 for other weights."""
@@ -74,12 +61,6 @@ def interleave(tensor: Tensor, num_heads: int) -> Tensor:
     """[H·D, …] with the two halves of each head's rows interleaved."""
     halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
-
-
-def deinterleave(tensor: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `interleave`."""
-    heads = tensor.reshape(num_heads, tensor.shape[0] // num_heads, -1)
-    return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
 
 
 def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
@@ -174,24 +155,8 @@ def _qwen_limits(config: Any) -> list[str]:
     return _plain_rope(config) + _window(config)
 
 
-def _gemma_limits(config: Any) -> list[str]:
-    problems = _plain_rope(config)
-    if config.hidden_act not in ("gelu_pytorch_tanh", "gelu"):  # older files say gelu and mean its tanh form
-        problems.append(f"its activation is {config.hidden_act}")
-    return problems
-
-
-def _smollm3_limits(config: Any) -> list[str]:
-    problems = _plain_rope(config)
-    if list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]:
-        problems.append("other layers than every fourth have no rotary embedding")
-    if config.use_sliding_window:
-        problems.append(f"some of its layers attend to the last {config.sliding_window} tokens only")
-    return problems
-
-
-def _gemma2_limits(config: Any) -> list[str]:
-    return _plain_rope(config) + _gemma_scale(config)
+def _activation(name: str, other: str) -> list[str]:
+    return [] if name in ("gelu_pytorch_tanh", other) else [f"its activation is {name}"]
 
 
 def _gemma_scale(config: Any) -> list[str]:
@@ -209,26 +174,24 @@ def _gemma3_limits(config: Any) -> list[str]:
     return problems + ([f"its sliding layers have the rotary base {near:g}, not 10000"] if near != 10_000 else [])
 
 
-def _gpt2_limits(config: Any) -> list[str]:
-    odd = config.activation_function not in ("gelu_new", "gelu_pytorch_tanh")
-    return [f"its activation is {config.activation_function}"] if odd else []
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _llama, _llama_limits, interleaves=True, rope_factors=True),
     "mistral": Architecture("llama", _llama, _llama_limits, interleaves=True, rope_factors=True),
     "qwen2": Architecture("qwen2", _decoder, _qwen_limits),
     "qwen3": Architecture("qwen3", _decoder, _qwen_limits),
-    "gemma": Architecture("gemma", _decoder, _gemma_limits, norm_offset=1.0),
-    "gemma2": Architecture("gemma2", _gemma2, _gemma2_limits, norm_offset=1.0),
+    "gemma2": Architecture(
+        "gemma2", _gemma2, lambda config: _plain_rope(config) + _gemma_scale(config), norm_offset=1.0
+    ),
     "gemma3_text": Architecture("gemma3", _gemma2, _gemma3_limits, norm_offset=1.0),
     "phi3": Architecture("phi3", _phi3, _plain_rope),
-    "smollm3": Architecture("smollm3", _llama, _smollm3_limits, interleaves=True),
-    "gpt2": Architecture("gpt2", _gpt2, _gpt2_limits, transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight")),
+    "gpt2": Architecture(
+        "gpt2",
+        _gpt2,
+        lambda config: _activation(config.activation_function, "gelu_new"),
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
 }
 """By transformers' model_type. tests/export/test_gguf.py compares each with its model."""
-UNKNOWN_TO_TRANSFORMERS = ("gemma", "smollm3")
-"""Architectures whose GGUF files transformers does not read, by model_type, which is also their name in llama.cpp."""
 
 
 def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:

@@ -16,14 +16,12 @@ from typing import Any
 
 import gguf
 from tokenizers import normalizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError
-from tunesmith.export.gguf_models import UNKNOWN_TO_TRANSFORMERS
 from tunesmith.export.run_result import RunResult
 from tunesmith.models import load
-from tunesmith.models.gguf import fix_tokenizer, read_gguf
-from tunesmith.models.load import pretrained_args, wrap_errors
+from tunesmith.models.gguf import read_gguf
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.tasks import TASKS
 from tunesmith.types import Part
@@ -169,13 +167,15 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GgufVocabulary, result: 
         writer.add_token_merges([" ".join(_pair(merge)) for merge in backend["model"]["merges"]])
     else:
         writer.add_token_scores(_scores(tokens, types, backend))
-        writer.add_add_space_prefix(_has_prefix(backend))
+        steps = json.dumps([backend.get("normalizer"), backend.get("pre_tokenizer")])
+        is_never = '"prepend_scheme": "never"' in steps
+        writer.add_add_space_prefix('"Prepend"' in steps or ('"Metaspace"' in steps and not is_never))
     for name, token_id in (
         ("bos", tokenizer.bos_token_id),
         ("eos", tokenizer.eos_token_id),
         ("unk", tokenizer.unk_token_id),
         ("pad", tokenizer.pad_token_id),
-        ("eot", _end_of_turn(result)),
+        ("eot", next((i for i in result.renderer.stop_ids if i != tokenizer.eos_token_id), None)),
     ):
         if token_id is not None:
             getattr(writer, f"add_{name}_token_id")(int(token_id))
@@ -194,12 +194,6 @@ def begins_with_bos(result: RunResult) -> bool:
     role = TASKS[result.renderer.task_name].input_role
     prompt = result.renderer.prompt_ids([Part(role, "Hi", False)])
     return bos is not None and prompt[:1] == [bos] and result.tokenizer("a")["input_ids"][:1] == [bos]
-
-
-def _end_of_turn(result: RunResult) -> int | None:
-    """The token that ends an answer, if that is not the EOS."""
-    stops = [token_id for token_id in result.renderer.stop_ids if token_id != result.tokenizer.eos_token_id]
-    return stops[0] if stops else None
 
 
 def _tokens(
@@ -243,21 +237,10 @@ def _scores(tokens: list[str], types: list[int], backend: Mapping[str, Any]) -> 
     ]
 
 
-def _has_prefix(backend: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text."""
-    text = json.dumps([backend.get("normalizer"), backend.get("pre_tokenizer")])
-    return '"Prepend"' in text or ('"Metaspace"' in text and '"prepend_scheme": "never"' not in text)
-
-
 def read_tokenizer(located: ModelRef) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF, which splits text as llama.cpp does."""
     facts = read_gguf(located.path).metadata
-    if facts["general.architecture"] in UNKNOWN_TO_TRANSFORMERS:
-        with wrap_errors(located, "its tokenizer cannot be used"):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(**pretrained_args(located))
-        fix_tokenizer(tokenizer, located.path, lambda text: None)
-    else:
-        tokenizer = load.load_tokenizer(located, None)
+    tokenizer = load.load_tokenizer(located, None)
     if facts.get("tokenizer.ggml.model") == "llama":
         # llama.cpp puts a space in front of every text between control tokens, or of none; transformers guesses by the
         # architecture.

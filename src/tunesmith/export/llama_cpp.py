@@ -29,8 +29,6 @@ from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch
 
-TEMPLATE = "chat_template.jinja"
-"""File next to an adapter, which carries no tokenizer."""
 TIMEOUT_S = 3600.0
 _MAX_BATCH = 512
 """Tokens of one decoding, which bounds its memory."""
@@ -135,16 +133,13 @@ class LlamaCppModel(ExportedModel):
         return torch.from_numpy(np.ctypeslib.as_array(row, shape=(self.llama.n_vocab(),)).copy())
 
 
-def load_in_llama_cpp(folder: Path, recipe: Recipe, base: Path | None) -> LlamaCppModel:
-    """The GGUF in `folder`; an adapter on the file `base`. Raises ModelError if llama.cpp cannot load it."""
+def load_in_llama_cpp(folder: Path, recipe: Recipe) -> LlamaCppModel:
+    """The GGUF in `folder`. Raises ModelError if llama.cpp cannot load it."""
     import llama_cpp
 
-    exported = next(folder.glob("*.gguf"))
-    path = base or exported
+    path = next(folder.glob("*.gguf"))
     longest = recipe.data.max_tokens if isinstance(recipe.data.max_tokens, int) else _MAX_TOKENS
     settings: dict[str, Any] = {"n_ctx": longest + _ANSWER_ROOM, "n_batch": _MAX_BATCH}
-    if base is not None:
-        settings["lora_path"] = str(exported)
     try:
         by = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
     except PackageNotFoundError:
@@ -155,7 +150,4 @@ def load_in_llama_cpp(folder: Path, recipe: Recipe, base: Path | None) -> LlamaC
         raise ModelError(f"{by} cannot load it: {error}. Install a newer one, or remove it to skip it.") from error
     with silence_transformers():
         tokenizer = read_tokenizer(resolve_model(str(path), offline=True))
-    template = folder / TEMPLATE
-    if template.is_file():
-        tokenizer.chat_template = template.read_text("utf-8")
     return LlamaCppModel(tokenizer, "causal", "next_token", by, llama)

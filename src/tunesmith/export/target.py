@@ -35,7 +35,7 @@ class ExportOptions:
     dtype: str = "auto"
     """merged: the dtype of the weights. auto: that of the base, bfloat16 if the base is a GGUF."""
     quant: str = "f16"
-    """gguf, ollama, gguf-adapter: how matrices are stored."""
+    """gguf, ollama: how matrices are stored."""
     bake_scale: bool = False
     """adapter: write an alpha with which programs that ignore use_rslora scale correctly."""
     pre: str | None = None

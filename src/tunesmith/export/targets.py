@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.export.adapter import ADAPTER, GGUF_ADAPTER
+from tunesmith.export.adapter import ADAPTER
 from tunesmith.export.gguf import GGUF
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
@@ -16,7 +16,7 @@ from tunesmith.export.target import DTYPES, MERGE_INTO, ExportOptions, ExportTar
 from tunesmith.methods import METHODS
 from tunesmith.runs.folder import Run
 
-TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, GGUF_ADAPTER, OLLAMA, ONNX)}
+TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
 
 
 def check_options(target: str, options: ExportOptions) -> ExportTarget:
@@ -45,14 +45,11 @@ def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
     """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
     method = result.recipe.method
     row, name = METHODS[method.name], getattr(method, "kind", method.name)
-    if target != ADAPTER.name and row.is_adapter:
-        if target == GGUF_ADAPTER.name and not row.low_rank:
-            raise InputError(f"--to {target}: method {row.name} ({name}): llama.cpp reads adapters of --method lora.")
-        if not row.can_merge(method):
-            raise InputError(
-                f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
-                "Use --to adapter."
-            )
+    if target != ADAPTER.name and row.is_adapter and not row.can_merge(method):
+        raise InputError(
+            f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
+            "Use --to adapter."
+        )
     return TARGETS[target].check(result, options)
 
 

@@ -34,7 +34,6 @@ from tunesmith.errors import DataError
 from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import llama_cpp
-from tunesmith.export.gguf import write_base
 from tunesmith.export.gguf_tokenizer import PROBE
 from tunesmith.export.run_result import RunResult, tuned_tensors
 from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
@@ -433,26 +432,17 @@ def llama_cpp_outputs(
         return None
     with storing(work):
         work.mkdir()
-        base = write_base(result, work / "base.gguf") if _needs_base(result, target) else result.base.path
-    on = str(base.resolve()) if target.name == "gguf-adapter" else None
-    return _run_job(result, folder, rows, work, load=None, base=on)
+    return _run_job(result, folder, rows, work, load=None)
 
 
 def _checks_in_llama_cpp(target: ExportTarget) -> bool:
     return llama_cpp.is_installed() and target.in_llama_cpp
 
 
-def _needs_base(result: RunResult, target: ExportTarget) -> bool:
-    return target.name == "gguf-adapter" and not result.base.is_gguf
-
-
 def disk_space(result: RunResult, target: ExportTarget) -> int:
-    """Upper estimate of the bytes on disk that the check takes: outputs, and the base for an adapter in llama.cpp."""
-    sizes = model_size(result.weights)
-    outputs = MAX_ROWS * POSITIONS * sizes.vocab_size * 4
-    if not _checks_in_llama_cpp(target):
-        return outputs
-    return 2 * outputs + (4 * sizes.num_params if _needs_base(result, target) else 0)
+    """Upper estimate of the bytes on disk that the outputs of the check take."""
+    outputs = MAX_ROWS * POSITIONS * model_size(result.weights).vocab_size * 4
+    return outputs * (2 if _checks_in_llama_cpp(target) else 1)
 
 
 def _run_job(result: RunResult, folder: Path, rows: CheckRows, work: Path, **job: str | None) -> Outputs:
@@ -480,7 +470,7 @@ def do_job(path: Path) -> None:
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     folder = Path(job["exported"])
     if job["load"] is None:
-        model: ExportedModel = llama_cpp.load_in_llama_cpp(folder, recipe, job["base"] and Path(job["base"]))
+        model: ExportedModel = llama_cpp.load_in_llama_cpp(folder, recipe)
     else:
         model = TARGETS[job["load"]].load(folder, recipe)
     renderer = make_renderer(recipe, model.tokenizer, model.kind)

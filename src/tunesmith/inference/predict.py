@@ -155,7 +155,9 @@ class Predictor:
 
     def _label(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
         is_tags = self.loaded.head == "tokens"
-        numbered = [_numbered(example) for example in examples] if is_tags else examples
+        numbered = (
+            [replace(one, labels=tuple(map(str, range(len(one.parts))))) for one in examples] if is_tags else examples
+        )
         # The words of a row are its classes here: the labels of the encoded row then say which words have a token.
         words = {str(i): i for i in range(max((len(example.parts) for example in numbered), default=0))}
         encoded = self.loaded.renderer.encode(numbered, on_warning=warn, vocabulary=words)
@@ -240,10 +242,6 @@ class Predictor:
     @torch.no_grad()
     def _logits(self, forward: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> NDArray[np.float64]:
         return forward(self.loaded.model, batch).double().cpu().numpy()
-
-
-def _numbered(example: Example) -> Example:
-    return replace(example, labels=tuple(str(i) for i in range(len(example.parts))))
 
 
 def predict_to(

@@ -79,14 +79,16 @@ def check_packing(
         return PackingCheck(False, nan, nan, reason)
     probe = _probe(rows)
     answers = partial(_answers, model, causal=kind == "causal", has_types=has_types)
-    own = model.config._attn_implementation
+    own, ids = model.config._attn_implementation, probe[0].ids
+    # As many tokens in another order and shifted, so that none is where it was.
+    other = replace(probe[0], ids=(ids[::-1] + 1) % (int(ids.max()) + 1))
     with eval_mode(model), silence_transformers():
         try:
             alone = [answers([row], "padded")[0] for row in probe]
             use_packed_attention(model, plain=plain)
             with packed_forward() as trace:
                 packed = answers(probe, "packed")
-                before = (probe[0], _other(probe[0])) if kind == "causal" else ()
+                before = (probe[0], other) if kind == "causal" else ()
                 behind = [answers([row, probe[-1]], "packed")[1][:LEAK_TOKENS] for row in before]
         except _REFUSALS as refusal:
             return PackingCheck(False, nan, nan, str(refusal) or type(refusal).__name__)
@@ -141,11 +143,6 @@ def _probe(rows: Sequence[Row]) -> list[Row]:
 
 def _cut(row: Row, num_tokens: int) -> Row:
     return replace(row, ids=row.ids[:num_tokens], trained=row.trained[:num_tokens], labels=None)
-
-
-def _other(row: Row) -> Row:
-    """As many tokens, in another order and shifted, so that none is where it was."""
-    return replace(row, ids=(row.ids[::-1] + 1) % (int(row.ids.max()) + 1))
 
 
 def _answers(

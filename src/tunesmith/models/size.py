@@ -53,18 +53,14 @@ def model_size(located: ModelRef) -> ModelSize:
     stored = sum(prod(info.shape) for info in tensors.values() if not info.dtype.startswith("I"))
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         stored -= prod(tensors["lm_head.weight"].shape)
+    decoder = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
     return ModelSize(
         num_params=stored,
-        num_layers=_num_layers(config),
+        num_layers=int(config.num_hidden_layers) + sum(getattr(config, name, 0) for name in decoder),
         hidden=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
         max_tokens=_max_tokens(config),
     )
-
-
-def _num_layers(config: Any) -> int:
-    decoder = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
-    return int(config.num_hidden_layers) + sum(getattr(config, name, 0) for name in decoder)
 
 
 def _max_tokens(config: Any) -> int:

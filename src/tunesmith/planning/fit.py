@@ -141,15 +141,12 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternati
     found: list[Alternative] = []
     for settings, other, forecast in _others(recipe, predict, longest):
         if forecast.fits and not any(set(one.settings) <= set(settings) for one in found):
-            found.append(Alternative(settings, forecast.memory.total, _needs(other)))
+            package = METHODS[other.method.name].package
+            needs = install_command(package) if package and find_spec(package) is None else ""
+            found.append(Alternative(settings, forecast.memory.total, needs))
         if len(found) == MOST_ALTERNATIVES:
             break
     return found
-
-
-def _needs(recipe: Recipe) -> str:
-    package = METHODS[recipe.method.name].package
-    return install_command(package) if package and find_spec(package) is None else ""
 
 
 def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe, Forecast]]:

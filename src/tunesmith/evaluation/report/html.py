@@ -23,23 +23,20 @@ MOST_CHARACTERS = 20_000
 
 def as_html(page: Page) -> str:
     """The page as HTML. Every value that is put in goes through `visible` and is escaped, unless it is Markup."""
+
+    def shown(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
-    environment.filters |= {"data": data, "line": one_line, "name": _name, "day": _day}
+    environment.filters |= {"data": data, "line": one_line, "name": _name}
+    environment.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     environment.globals |= {"svg": lambda plot: Markup(plot.svg), "answers_of": _answers_of, "mark_of": mark}
     here = files(__package__ or "")
     template = environment.from_string(here.joinpath("report.html.jinja").read_text("utf-8"))
     style = Markup(here.joinpath("report.css").read_text("utf-8"))
     return template.render(page=page, report=page.report, style=style)
-
-
-def _visible(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _day(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:
