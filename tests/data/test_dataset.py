@@ -211,7 +211,7 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_is_left(
             write(tmp_path / "new.jsonl", line("x", "y"))
             os.replace(tmp_path / "new.jsonl", path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(renderer, "encode", change_then_encode)

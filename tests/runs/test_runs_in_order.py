@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from evaluation.fake_runs import fake_run
 from tunesmith.cli.app import app
-from tunesmith.cli.run_filter import select
+from tunesmith.cli.runs import select
 from tunesmith.errors import InputError, RunError
 from tunesmith.runs import prune as removal
 from tunesmith.runs.folder import Run

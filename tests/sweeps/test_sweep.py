@@ -16,11 +16,10 @@ from sweeps.fake_trials import FakeTrials, event, grid_file, measured
 from tunesmith.errors import InputError, RunError, Stopped
 from tunesmith.evaluation.report.html import as_html
 from tunesmith.runs.folder import Run
-from tunesmith.sweeps.engine import OneByOne
 from tunesmith.sweeps.grid import read_grid
 from tunesmith.sweeps.page import sweep_page
 from tunesmith.sweeps.sweep import Sweep, Watch, best_of
-from tunesmith.sweeps.trial import Follower
+from tunesmith.sweeps.trial import Follower, OneByOne
 
 FOUR = "grid: {optim.lr: [1e-5, 1e-4, 1e-3, 1e-2]}\n"
 LOSSES = {"lr-01": (3.0, 2.8, 2.7, 2.6), "lr-02": (2.5, 2.0, 1.8, 1.7), "lr-03": (2.6, 2.2), "lr-04": (9.0, 8.0)}

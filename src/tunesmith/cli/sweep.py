@@ -20,9 +20,9 @@ from tunesmith.errors import DoesNotFitError, InputError, Stopped
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.sweeps.engine import TrialRunner
     from tunesmith.sweeps.grid import Trial
     from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
+    from tunesmith.sweeps.trial import TrialRunner
 
 COLUMNS = ("trial", "options", "measure", "steps", "state")
 
@@ -87,7 +87,7 @@ def sweep(
 
 @contextmanager
 def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
-    from tunesmith.sweeps.engine import OneByOne
+    from tunesmith.sweeps.trial import OneByOne
 
     if ray is None:
         yield OneByOne()
@@ -116,7 +116,7 @@ def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
     """Say how many trials there are and what disk they take; refuse what will not fit."""
     from tunesmith.cli.render import size, visible
     from tunesmith.formatting import plural
-    from tunesmith.training.disk import free_bytes
+    from tunesmith.training.setup import free_bytes
 
     grid, needed = found.grid, 0
     fresh = [trial for trial in grid.trials if not (found.root / trial.name).exists()]

@@ -175,13 +175,18 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GgufVocabulary, result: 
         ("eos", tokenizer.eos_token_id),
         ("unk", tokenizer.unk_token_id),
         ("pad", tokenizer.pad_token_id),
-        ("eot", next((i for i in result.renderer.stop_ids if i != tokenizer.eos_token_id), None)),
+        ("eot", _end_of_turn(result)),
     ):
         if token_id is not None:
             getattr(writer, f"add_{name}_token_id")(int(token_id))
     writer.add_add_bos_token(begins_with_bos(result))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _end_of_turn(result: RunResult) -> int | None:
+    """The token that ends an answer, if that is not the EOS."""
+    return next((stop for stop in result.renderer.stop_ids if stop != result.tokenizer.eos_token_id), None)
 
 
 def begins_with_bos(result: RunResult) -> bool:

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from tunesmith.errors import ModelError
 from tunesmith.export.run_result import RunResult, auto_class
 from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, Tolerances, TorchModel, run_dtype
+from tunesmith.models.heads import copy_pooling
 from tunesmith.models.load import model_kind
 from tunesmith.models.modes import silence_transformers
-from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import save_model
 from tunesmith.models.size import model_size

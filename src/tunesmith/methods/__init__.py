@@ -18,7 +18,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import adapter_format, full, lora, peft
 from tunesmith.methods.qlora import base_format, packing, quantize_base
-from tunesmith.models.pack_on_load import PackOnLoad
+from tunesmith.models.quantized import PackOnLoad
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Attachment, HeadName

@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
-from tunesmith.models.pack_on_load import PackOnLoad
-from tunesmith.models.quantized import QuantizedLinear, Unpacked, check_installed
+from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, Unpacked, check_installed
 from tunesmith.recipe.methods import QloraMethod
 
 ELEMENT_SIZE = {"nf4": 0.5625, "int8": 1.01}

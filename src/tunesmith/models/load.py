@@ -45,7 +45,7 @@ from tunesmith.models import heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
 from tunesmith.models.modes import silence_transformers
-from tunesmith.models.pack_on_load import PackOnLoad
+from tunesmith.models.quantized import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
 from tunesmith.recipe.schema import Recipe

@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.errors import StorageError
 from tunesmith.models import heads
+from tunesmith.models.heads import copy_pooling
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.modes import silence_transformers
-from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder

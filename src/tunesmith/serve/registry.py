@@ -19,8 +19,8 @@ from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import read_low_rank
 from tunesmith.models import load
+from tunesmith.models.heads import find_pooling
 from tunesmith.models.load import model_kind
-from tunesmith.models.pooling import find_pooling
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall

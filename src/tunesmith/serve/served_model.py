@@ -18,8 +18,8 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Predictor
 from tunesmith.inference.rows import Line
+from tunesmith.models.heads import Pooling, pool
 from tunesmith.models.modes import eval_mode
-from tunesmith.models.pooling import Pooling, pool
 from tunesmith.runs.folder import Run
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.word_tags import TaggingEncoder
+    from tunesmith.data.classification import TaggingEncoder
 
     return TaggingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind)
 

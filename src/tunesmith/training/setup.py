@@ -3,7 +3,9 @@ made before step 1."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,10 @@ from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import Collator
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import Splits
+from tunesmith.errors import DoesNotFitError
 from tunesmith.evaluation.forgetting import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
+from tunesmith.formatting import size
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, contention, load, machine
@@ -33,6 +37,7 @@ from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
 from tunesmith.planning.defaults import far_numbers, total_steps
+from tunesmith.planning.duration import kept_checkpoints
 from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import filled_by
@@ -271,3 +276,50 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "setting order of rows": f"version {sampler.VERSION}",
     }
     return {**settings, **model, **data, **own}
+
+
+def refuse_small_disk(setup: Setup, folder: Path) -> None:
+    """Raise DoesNotFitError where the disk of `folder` has less room than checkpoints and result take.
+
+    `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
+    """
+    trained = 4 * sum(tensor.numel() for tensor in setup.attachment.trained.values())
+    is_adapter = METHODS[setup.recipe.method.name].is_adapter
+    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes())
+    result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
+    held = _num_bytes(folder / "checkpoints")
+    needed = checkpoints + result - min(checkpoints, held)
+    free = free_bytes(folder)
+    if free is None or needed <= free:
+        return
+    raise DoesNotFitError(
+        f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: {size(checkpoints)} for "
+        f"checkpoints and {size(result)} for the result{f', less {size(held)} that it has' if held else ''}. "
+        + _way_out(setup, is_new=not held),
+        needed=needed,
+        room=free,
+    )
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Free bytes on the disk of a folder that exists or will; None if the system does not say."""
+    place = next((one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()), None)
+    try:
+        return None if place is None else shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def _way_out(setup: Setup, *, is_new: bool) -> str:
+    if not is_new:
+        return "Free some space, or move the run's folder to a larger disk."
+    fewer = ", keep fewer checkpoints with --set checkpoint.keep=1" if setup.recipe.checkpoint.keep > 1 else ""
+    return f"Free some space, choose a folder on a larger disk with --runs{fewer}."
+
+
+def _num_bytes(folder: Path) -> int:
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found

@@ -32,7 +32,6 @@ from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
-from tunesmith.training.disk import refuse_small_disk
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
@@ -45,7 +44,7 @@ from tunesmith.training.same_run import (
     settings_of_group,
     with_settings,
 )
-from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.together import (
     DIGEST,
