@@ -15,7 +15,7 @@ REQUIRED = {
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
-    *(f"S{n}" for n in range(1, 10)),
+    *(f"S{n}" for n in range(1, 9)),
     *("M1", "M2", "M3"),  # what a measure proves
     *(f"P{n}" for n in (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 16, 19, 20)),  # preferences
 }
