@@ -27,7 +27,7 @@ def main(name: str) -> None:
         line = f"{when}: {len(unseen)} of {len(rows)} rows were never trained on: loss {loss:.4f}"
         if unseen and "correct" in unseen[0]:
             right = sum(row["correct"] for row in unseen) / sum(row["count"] for row in unseen)
-            line += f", tokens guessed right {right:.1%}"
+            line += f", token accuracy {right:.1%}"
         print(line)
 
 

@@ -47,17 +47,17 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "runs on: cpu in bfloat16",
     ]
     assert "chosen: optim.lr = 0.0005: usual for LoRA on a model below a billion weights" in lines
-    assert "held out at step 0: loss 3.5000, tokens guessed right 35.0% (60 rows, 1,234 targets)" in lines
+    assert "held out at step 0: loss 3.5000, token accuracy 35.0% (60 rows, 1,234 targets)" in lines
     assert "answers at step 0: ROUGE-L 0.2000 (8 answers)" in lines
     assert "general ability at step 12: general text 3.2000 (4,321 tokens)" in lines
-    assert "step 1/12: loss 3.4000, rate 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
-    assert "step 12/12: loss 2.3000, rate 0.0005, 500 tokens/s, 1.0 GiB" in lines
+    assert "step 1/12: loss 3.4000, lr 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
+    assert "step 12/12: loss 2.3000, lr 0.0005, 500 tokens/s, 1.0 GiB" in lines
     assert "note: a note on the way" in lines
     assert lines[-5:] == [
         fake_events.HEADLINE,
         "held-out loss: before 3.5000 (3.450–3.550), after 2.2500 (2.200–2.300); "
         "difference −1.2500 (−1.3000 to −1.2000), better",
-        "tokens guessed right: before 35.0% (30.0–40.0), after 47.5% (42.5–52.5); "
+        "token accuracy: before 35.0% (30.0–40.0), after 47.5% (42.5–52.5); "
         "difference +12.5 (−1.0 to +26.0) points, may be chance",
         "ROUGE-L: before 0.2000 (0.000–0.400), after 0.3000 (0.100–0.500); difference +0.1000",
         "general text: before 3.1000, after 3.2000; difference +0.1000 (+0.0900 to +0.1100), worse",

@@ -71,7 +71,7 @@ def test_an_answer_of_one_word_is_marked_and_leads_where_all_were_answered(tmp_p
         (run.path / "evaluation" / f"answers-{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in lines))
     write_report(run, facts, progress)
     assert (
-        "On 40 answers to prompts it was not trained on, the share of answers exactly right went from 0.0% (0.0–100.0) "
+        "On 40 answers to prompts it was not trained on, exact match went from 0.0% (0.0–100.0) "
         "to 100.0% (0.0–100.0): +100.0 (+100.0 to +100.0) points, better."
     ) in (run.path / "report.md").read_text()
     markdown, html = ((run.path / f"report.{end}").read_text() for end in ("md", "html"))

@@ -220,7 +220,7 @@ def _print(
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     if not found.same_targets:
         still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
-        words = "loss, perplexity and tokens guessed right do not compare"
+        words = "loss, perplexity and token accuracy do not compare"
         screen.print(f"the two split the text into different tokens: {words}{still}")
     if found.loss_note:
         screen.print(found.loss_note)

@@ -121,7 +121,7 @@ class Plain(Silent):
         history, left = self.history, self.history.seconds_left
         return (
             f"step {history.step}/{history.total_steps}: loss {loss(history.last['loss'])}, "
-            f"rate {history.last['lr']:.3g}, {history.tokens_per_second:,.0f} tokens/s, {size(history.peak_bytes)}"
+            f"lr {history.last['lr']:.3g}, {history.tokens_per_second:,.0f} tokens/s, {size(history.peak_bytes)}"
             + (f", {duration(left)} left" if left is not None and history.step < history.total_steps else "")
         )
 

@@ -26,12 +26,6 @@ class MetricInfo:
     better: Literal["lower", "higher", "neither"]
     doc: str
 
-    @property
-    def phrase(self) -> str:
-        """The label as the subject of a sentence."""
-        of = {"exactly right": "answers exactly right"}.get(self.label, self.label)
-        return f"the share of {of}" if of.endswith("right") else of
-
     def text(self, value: float) -> str:
         """A value as it is printed."""
         if math.isnan(value):
@@ -74,7 +68,7 @@ class MetricInfo:
 METRICS: Mapping[str, MetricInfo] = {
     "loss": MetricInfo("held-out loss", "number", "lower", "Mean loss per target: nats, or squared error of numbers."),
     "perplexity": MetricInfo("perplexity", "ratio", "lower", "exp of the loss: choices the model wavers between."),
-    "token_accuracy": MetricInfo("tokens guessed right", "percent", "higher", "Targets that were the first choice."),
+    "token_accuracy": MetricInfo("token accuracy", "percent", "higher", "Targets that were the first choice."),
     "bits_per_byte": MetricInfo(
         "bits per byte", "number", "lower", "Loss over the UTF-8 bytes of the text: comparable across tokenizers."
     ),
@@ -84,9 +78,9 @@ METRICS: Mapping[str, MetricInfo] = {
     ),
     "macro_f1": MetricInfo("macro-F1", "number", "higher", "Mean over classes of the F1 score (scikit-learn)."),
     "micro_f1": MetricInfo("micro-F1", "number", "higher", "F1 over all classes and rows together (scikit-learn)."),
-    "exact_rows": MetricInfo("rows all right", "percent", "higher", "Rows whose whole set of classes is right."),
+    "exact_rows": MetricInfo("subset accuracy", "percent", "higher", "Rows whose whole set of classes is right."),
     "label_accuracy": MetricInfo(
-        "labels right",
+        "label accuracy",
         "percent",
         "higher",
         "Of all pairs of a row and a class, those answered rightly (1 - Hamming loss).",
@@ -103,8 +97,8 @@ METRICS: Mapping[str, MetricInfo] = {
     "span_f1": MetricInfo("span F1", "number", "higher", "Whole spans with the right type (seqeval)."),
     "span_precision": MetricInfo("span precision", "number", "higher", "Spans found that are right (seqeval)."),
     "span_recall": MetricInfo("span recall", "number", "higher", "Right spans that are found (seqeval)."),
-    "tag_accuracy": MetricInfo("tags right", "percent", "higher", "Words with the right tag."),
-    "exact_match": MetricInfo("exactly right", "percent", "higher", "Answers equal to the reference."),
+    "tag_accuracy": MetricInfo("tag accuracy", "percent", "higher", "Words with the right tag."),
+    "exact_match": MetricInfo("exact match", "percent", "higher", "Answers equal to the reference."),
     "rouge1": MetricInfo("ROUGE-1", "number", "higher", "F1 of words shared with the reference (rouge-score)."),
     "rouge2": MetricInfo("ROUGE-2", "number", "higher", "F1 of word pairs shared with the reference (rouge-score)."),
     "rougeL": MetricInfo("ROUGE-L", "number", "higher", "F1 of the longest common subsequence (rouge-score)."),
@@ -112,7 +106,7 @@ METRICS: Mapping[str, MetricInfo] = {
     "bleu": MetricInfo("BLEU", "ratio", "higher", "Corpus BLEU, 0 to 100 (sacrebleu)."),
     "chrf": MetricInfo("chrF", "ratio", "higher", "Corpus chrF, 0 to 100 (sacrebleu)."),
     "preference_accuracy": MetricInfo(
-        "preferences right", "percent", "higher", "Pairs of which the chosen answer gained more; ties count half."
+        "preference accuracy", "percent", "higher", "Pairs of which the chosen answer gained more; ties count half."
     ),
     "margin": MetricInfo("margin", "number", "higher", "Mean of β times the difference that the loss compares."),
     "chosen_shift": MetricInfo(

@@ -105,7 +105,7 @@ def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mappi
     value, ends = info.text(measures[key]["value"]), info.bounds(measures[key])
     where = "" if baseline["from"] == "the training rows" else f" of {baseline['from']}"
     return (
-        f"{info.phrase} is {value}{f' ({ends})' if ends else ''}, against {info.text(its['value'])} for "
+        f"{info.label} is {value}{f' ({ends})' if ends else ''}, against {info.text(its['value'])} for "
         f"{baseline['words']} ({baseline['name']}{where}): {verdict_words(key, its['change'])}"
     )
 

@@ -94,6 +94,6 @@ def _require_finite(
     listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
     loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
     raise NonFiniteError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}, rate {lr:.3g}: the update was not made. "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: the update was not made. "
         f"Rows of the step: {listed}. Lower optim.lr, set precision: float32, or look at these rows."
     )

@@ -151,7 +151,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     if before is not None:
         change = report["changes"].get(key)
         was = before["measures"][key]
-        moved = f"{info.phrase} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
+        moved = f"{info.label} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
         worth = verdict_words(key, change) if change else ""
         yield f"{where}{moved}{f': {worth}' if worth else ''}."
         if "loss" not in report["changes"]:
@@ -160,7 +160,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
                 "the results of each row, are not both in the run's folder."
             )
     elif baseline is None or baseline["key"] != key:
-        yield f"{where}{info.phrase} is {now}."
+        yield f"{where}{info.label} is {now}."
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
