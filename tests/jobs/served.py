@@ -14,7 +14,9 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 from jobs.places import BASES  # noqa: E402
 from serve import running as servers  # noqa: E402
 from serve.fake import FakeEngine  # noqa: E402
-from tunesmith.jobs import routes  # noqa: E402
+from tunesmith.jobs.engines import Engines  # noqa: E402
+from tunesmith.jobs.routes import QUERIES  # noqa: E402
+from tunesmith.jobs.server import make_routers  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
 from tunesmith.serve.app import make_app  # noqa: E402
 from tunesmith.serve.middleware import AccessPolicy  # noqa: E402
@@ -33,16 +35,10 @@ class Served:
 def serving(folder: Path) -> Iterator[Served]:
     store = Store(folder / "store")
 
-    async def detach(name: str) -> None:
-        return None
-
-    routers = (
-        routes.make_file_router(store), routes.make_upload_router(store), routes.make_job_router(store, BASES),
-        routes.make_model_router(store, BASES, detach),
-    )  # fmt: skip
+    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES))
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
-    with servers.running(AccessPolicy(queries=routes.QUERIES), FakeEngine()) as it:
+    with servers.running(AccessPolicy(queries=QUERIES), FakeEngine()) as it:
         yield Served(it, store, it.client())
     patch.undo()
     store.close()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from jobs.places import STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
-from tunesmith.errors import InputError
-from tunesmith.jobs.store import Store, events
+from tunesmith.jobs.store import Store
+from tunesmith.jobs.tables import events
 from tunesmith.jobs.training_files import rounds
 from tunesmith.serve.protocol import RequestError
 
 TRANSACTIONS = 11
 """From the first round to the model."""
+
+
+Opened = Callable[..., Store]
 
 
 class Killed(BaseException):
@@ -37,8 +41,8 @@ def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int =
         working.round()
 
 
-def test_a_job_becomes_a_model(tmp_path: Path) -> None:
-    store, models = Store(tmp_path), FakeModels()
+def test_a_job_becomes_a_model(opened: Opened, tmp_path: Path) -> None:
+    store, models = opened(tmp_path), FakeModels()
     name = put_job(store, put_file(store, rows(12)), suffix="My Suffix!", seed=3)
     assert store.job(name)["status"] == "validating_files"
     work(store, FakeLauncher(), models)
@@ -56,9 +60,9 @@ def test_a_job_becomes_a_model(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+def expected(opened: Opened, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """The outcome without a kill."""
-    store, models = Store(tmp_path_factory.mktemp("whole")), FakeModels()
+    store, models = opened(tmp_path_factory.mktemp("whole")), FakeModels()
     name = put_job(store, put_file(store, rows(12)), seed=3)
     work(store, FakeLauncher(), models, num=12)
     found = outcome(store, name, models)
@@ -69,9 +73,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 @pytest.mark.parametrize("is_committed", [False, True])
 @pytest.mark.parametrize("at", range(1, TRANSACTIONS + 1))
 def test_a_server_killed_at_any_transaction_goes_on(
-    tmp_path: Path, expected: tuple[object, ...], at: int, is_committed: bool
+    opened: Opened, tmp_path: Path, expected: tuple[object, ...], at: int, is_committed: bool
 ) -> None:
-    store, models, launcher = Store(tmp_path / "killed"), FakeModels(), FakeLauncher()
+    store, models, launcher = opened(tmp_path / "killed"), FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)), seed=3)
     writing, left = store.writing, [at]
 
@@ -89,7 +93,7 @@ def test_a_server_killed_at_any_transaction_goes_on(
     with pytest.raises(Killed):
         work(store, launcher, models)
     store.close()
-    store, models = Store(tmp_path / "killed"), FakeModels()
+    store, models = opened(tmp_path / "killed"), FakeModels()
     for row in store.tuned():
         models.attach(row["base"], row["name"], store.runs_path / row["job"])
     work(store, launcher, models, num=14)
@@ -97,8 +101,8 @@ def test_a_server_killed_at_any_transaction_goes_on(
     store.close()
 
 
-def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(tmp_path: Path) -> None:
-    store, launcher = Store(tmp_path), FakeLauncher()
+def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(opened: Opened, tmp_path: Path) -> None:
+    store, launcher = opened(tmp_path), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     for _ in range(3):
@@ -110,8 +114,8 @@ def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(tmp_path: Path) 
     store.close()
 
 
-def test_a_result_waits_for_an_engine_that_is_started_again(tmp_path: Path) -> None:
-    store, models, refusals = Store(tmp_path), FakeModels(), [503, 503]
+def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_path: Path) -> None:
+    store, models, refusals = opened(tmp_path), FakeModels(), [503, 503]
     attach = models.attach
 
     def refusing(base: str, name: str, run: Path) -> None:
@@ -131,8 +135,8 @@ def test_a_result_waits_for_an_engine_that_is_started_again(tmp_path: Path) -> N
     store.close()
 
 
-def test_one_run_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
-    store, launcher, models = Store(tmp_path), FakeLauncher(), FakeModels()
+def test_one_run_at_a_time_in_the_order_of_creation(opened: Opened, tmp_path: Path) -> None:
+    store, launcher, models = opened(tmp_path), FakeLauncher(), FakeModels()
     file = put_file(store, rows(12))
     names = [put_job(store, file) for _ in range(3)]
     working = dispatcher(store, launcher, models)
@@ -158,8 +162,10 @@ def test_one_run_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
         (b'{"foo": 1}\n' * 12, "invalid_training_file", "The job failed due to an invalid training file."),
     ],
 )  # fmt: skip
-def test_faults_of_rows_are_the_jobs_error(tmp_path: Path, content: bytes, code: str, words: str) -> None:
-    store, launcher = Store(tmp_path), FakeLauncher()
+def test_faults_of_rows_are_the_jobs_error(
+    opened: Opened, tmp_path: Path, content: bytes, code: str, words: str
+) -> None:
+    store, launcher = opened(tmp_path), FakeLauncher()
     name = put_job(store, put_file(store, content))
     work(store, launcher, FakeModels(), num=2)
     job = store.job(name)
@@ -171,8 +177,8 @@ def test_faults_of_rows_are_the_jobs_error(tmp_path: Path, content: bytes, code:
     store.close()
 
 
-def test_a_file_of_an_open_job_is_kept_until_it_ends(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_a_file_of_an_open_job_is_kept_until_it_ends(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
     file = put_file(store, rows(12))
     put_job(store, file)
     assert store.delete_file(file)
@@ -182,14 +188,6 @@ def test_a_file_of_an_open_job_is_kept_until_it_ends(tmp_path: Path) -> None:
     work(store, FakeLauncher(), FakeModels())
     assert not store.content_path(file).exists()
     store.close()
-
-
-def test_a_store_has_one_server(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    with pytest.raises(InputError, match="another server uses it"):
-        Store(tmp_path)
-    store.close()
-    Store(tmp_path).close()
 
 
 @pytest.mark.parametrize(("num", "epochs"), [(10, 10), (3, 25), (33, 3), (34, 3), (8333, 3), (8334, 2), (30_000, 1)])

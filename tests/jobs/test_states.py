@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
 from tunesmith.jobs.states import ENDED, state_after
-from tunesmith.jobs.store import Store, events
+from tunesmith.jobs.store import Store
+from tunesmith.jobs.tables import events
 from tunesmith.serve.protocol import RequestError
 
 OPEN = ("validating_files", "queued", "running", "paused")
@@ -31,9 +33,9 @@ def test_a_job_that_has_ended_stays_so(state, action) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_actions_end_as_the_last_wish_says(tmp_path: Path, seed: int) -> None:
+def test_random_actions_end_as_the_last_wish_says(opened: Callable[..., Store], tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    store, launcher, models = Store(tmp_path), FakeLauncher(), FakeModels()
+    store, launcher, models = opened(tmp_path), FakeLauncher(), FakeModels()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     for _ in range(25):

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import errors
+from tunesmith.cli import errors, keys
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check
 from tunesmith.cli.compare import compare
@@ -46,7 +46,7 @@ class PlainFlags:
 
 
 class RunCommands(PlainFlags, TyperGroup):
-    """`runs`, and the commands below it."""
+    """A command with commands below it."""
 
 
 class Command(PlainFlags, TyperCommand):
@@ -150,3 +150,8 @@ of_runs = typer.Typer(cls=RunCommands, invoke_without_command=True, callback=run
 for command in (rm, prune):
     of_runs.command(cls=Command)(command)
 app.add_typer(of_runs, name="runs", rich_help_panel="Look and talk")
+of_keys = typer.Typer(cls=RunCommands, no_args_is_help=True, help="Keys of a server of jobs.", context_settings=HELP)
+of_keys.command("create", cls=Command)(keys.create)
+of_keys.command("list", cls=Command)(keys.listed)
+of_keys.command("revoke", cls=Command)(keys.revoke)
+app.add_typer(of_keys, name="keys", rich_help_panel="Use and measure")

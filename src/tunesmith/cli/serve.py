@@ -30,7 +30,13 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model (
 Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests under way at the end.")]
 Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further name of this server.")]
 Jobs = Annotated[bool, typer.Option("--jobs", help="Take files and fine-tuning jobs too, in OpenAI's shape, on MODEL.")]
-StoreFolder = Annotated[Path, typer.Option("--store", metavar="DIR", help="Files, jobs and models of --jobs.")]
+StorePlace = Annotated[
+    str, typer.Option("--store", metavar="DIR|postgresql://...", help="Files, jobs and models of --jobs.")
+]
+StoreFiles = Annotated[
+    Path, typer.Option("--store-files", metavar="DIR", help="Contents and runs of a store on PostgreSQL.")
+]
+Upgrade = Annotated[bool, typer.Option("--upgrade-store", help="Upgrade an older PostgreSQL store. Back it up first.")]
 BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help="Models that jobs may tune, in YAML.")]
 Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may send requests.")]
 
@@ -51,7 +57,9 @@ def serve(
     allow_host: Hosts = None,
     allow_origin: Origins = None,
     jobs: Jobs = False,
-    store: StoreFolder = Path("jobs"),
+    store: StorePlace = "jobs",
+    store_files: StoreFiles = Path("jobs"),
+    upgrade_store: Upgrade = False,
     bases: BasesFile = None,
     model: BaseAt = None,
     root: Root = Path("runs"),
@@ -79,7 +87,7 @@ def serve(
         max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
     )
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
-    where = JobPlace(store, bases) if jobs else None
+    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store) if jobs else None
     serve_own(names, access, options, root=root, grace_s=grace, output=output, jobs=where)
 
 

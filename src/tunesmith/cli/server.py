@@ -6,9 +6,9 @@ import asyncio
 import os
 import shlex
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from tunesmith.jobs.bases import Bases
+    from tunesmith.jobs.store import Store
     from tunesmith.serve.http import BoundSocket
-    from tunesmith.serve.middleware import RequestLog
+    from tunesmith.serve.middleware import AccessPolicy, RequestLog
     from tunesmith.serve.protocol import Engine
 
 PATH_WIDTH = 60
@@ -48,8 +49,19 @@ class Access:
 class JobPlace:
     """The store of a server that takes jobs, and the file of the models they may tune."""
 
-    store: Path
+    store: str
+    """A folder, or postgresql://…"""
     bases: Path | None
+    files: Path = Path("jobs")
+    """Folder of contents and runs, if the store is no folder."""
+    may_upgrade: bool = False
+
+    def open(self, on_note: Callable[[str], None], *, is_server: bool = True) -> Store:
+        """Raises InputError."""
+        from tunesmith.jobs.store import Store
+
+        folder, url = (self.files, self.store) if "://" in self.store else (Path(self.store), None)
+        return Store(folder, url, is_server=is_server, may_upgrade=self.may_upgrade, on_note=on_note)
 
 
 @dataclass
@@ -152,17 +164,23 @@ def check_extra() -> None:
         ) from None
 
 
-def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
-    """The models that jobs may tune, and the paths that read a query. Raises InputError."""
+def import_jobs() -> None:
+    """Raises InputError naming a missing package of the extra `jobs`."""
     if os.name != "posix":
         raise InputError("--jobs: runs on Linux and macOS only.")
     try:
-        from tunesmith.jobs.bases import bases_of_file, bases_of_model
-        from tunesmith.jobs.routes import QUERIES
+        from tunesmith.jobs import access, routes  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
             f"--jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
         ) from None
+
+
+def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
+    """The models that jobs may tune, and the paths that read a query. Raises InputError."""
+    import_jobs()
+    from tunesmith.jobs.bases import bases_of_file, bases_of_model
+    from tunesmith.jobs.routes import QUERIES
     from tunesmith.runs.folder import is_run
 
     if jobs.bases is not None:
@@ -181,7 +199,8 @@ def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> No
     if not has_key and not bound.is_loopback:
         raise InputError(
             f"--host {access.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
-            f'{KEY_VARIABLE}. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. "
+            f'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
 
 
@@ -190,6 +209,14 @@ def names_and_origins(access: Access, bound: BoundSocket) -> tuple[frozenset[str
     machine = () if bound.is_loopback else (socket.gethostname(),)
     hosts = (name.lower() for name in ("localhost", access.host, *machine, *access.names))
     return frozenset(hosts), frozenset(origin.rstrip("/") for origin in access.origins)
+
+
+def with_projects(policy: AccessPolicy, store: Store, bound: BoundSocket) -> AccessPolicy:
+    """The policy with the keys of a store, which say the project of a request."""
+    from tunesmith.jobs.access import ProjectKeys
+
+    admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback)
+    return replace(policy, keys=None, admission=admission)
 
 
 def serve_own(
@@ -215,18 +242,20 @@ def serve_own(
     for note in notes:
         output.note(f"note: {note}")
     bound = bind(access.host, access.port)
-    refuse_open_door(access, bound, has_key=bool(keys))
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
+    store = None if jobs is None else jobs.open(output.note)
+    if store is not None:
+        policy = with_projects(policy, store, bound)
+    has_key = bool(keys) or (store is not None and store.has_keys())
+    refuse_open_door(access, bound, has_key=has_key)
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
             routers: Sequence[APIRouter] = ()
             engine: Engine
-            if bases is not None and jobs is not None:
+            if bases is not None and store is not None:
                 from tunesmith.jobs.server import JobServer
-                from tunesmith.jobs.store import Store
 
-                store = Store(jobs.store)
                 stack.callback(store.close)
                 output.note(f"loading {', '.join(bases.by_name)}")
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note)
@@ -237,7 +266,7 @@ def serve_own(
                 engine = await start_engine(targets, root=root, options=options, on_note=output.note)
             try:
                 server = make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
-                output.serving(bound, engine.served, has_key=bool(keys))
+                output.serving(bound, engine.served, has_key=has_key)
             except BaseException:
                 await engine.close(0)
                 raise

@@ -21,7 +21,8 @@ from tunesmith.jobs.launcher import Launcher, Process
 from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.run_events import EventTranslator, checkpoint_metrics, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
-from tunesmith.jobs.store import Record, Store, event
+from tunesmith.jobs.store import Store, event
+from tunesmith.jobs.tables import Record
 from tunesmith.jobs.training_files import CheckedFile, FileFault, check_file, problems_of, rounds, row_fault
 from tunesmith.recipe import load
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic

@@ -8,6 +8,8 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 from tunesmith.jobs.bases import Bases
+from tunesmith.jobs.names import project_of
+from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import Engine, EngineState, GenerationRequest, ModelCard, StreamEvent
 
 
@@ -17,13 +19,20 @@ class Engines:
     def __init__(self, engines: Mapping[str, Engine], bases: Bases) -> None:
         self._engines = engines
         self._bases = bases
+        self.readers: dict[str, set[str]] = {}
+        """Other projects that may ask a tuned model, by its name."""
 
     @property
     def served(self) -> Sequence[ModelCard]:
-        """Bases by all of their names, then tuned models."""
+        """Bases by all of their names, then the tuned models that the project of the request may ask."""
         own = {base: next(card for card in engine.served if card.is_base) for base, engine in self._engines.items()}
         named = [replace(own[base], name=name) for name, (base, _) in self._bases.names.items()]
-        return (*named, *(card for engine in self._engines.values() for card in engine.served if not card.is_base))
+        tuned = (card for engine in self._engines.values() for card in engine.served if not card.is_base)
+        return (*named, *(card for card in tuned if self._may_ask(card.name)))
+
+    def _may_ask(self, tuned: str) -> bool:
+        project = PROJECT.get()
+        return project in (None, project_of(tuned)) or project in self.readers.get(tuned, ())
 
     def _find(self, name: str) -> tuple[Engine, str]:
         """The engine that answers for a name, and the name there."""

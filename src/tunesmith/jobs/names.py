@@ -8,8 +8,11 @@ import secrets
 import string
 import unicodedata
 
+from tunesmith.errors import InputError
+
 BASE_62 = string.digits + string.ascii_letters
-ORGANIZATION = "tunesmith"
+DEFAULT_PROJECT = "tunesmith"
+"""The project of requests where there are no keys, and of the keys in a key file."""
 ID_LENGTH = 24
 MAX_NAME_BYTES = 255
 
@@ -29,10 +32,22 @@ def derived_id(prefix: str, *parts: object, length: int = ID_LENGTH) -> str:
     return prefix + digits
 
 
-def tuned_name(base: str, suffix: str | None, job: str) -> str:
-    """ft:BASE:tunesmith:SUFFIX:8 characters. The suffix keeps letters, digits and hyphens, in lower case."""
+def check_project(name: str) -> None:
+    """Raises InputError."""
+    if not re.fullmatch(r"[a-z0-9-]{1,32}", name):
+        raise InputError(f"{name[:60]!r}: a project's name has 1 to 32 small letters, digits and hyphens.")
+
+
+def project_of(tuned: str) -> str:
+    """The project that a tuned model belongs to, by its name."""
+    parts = tuned.split(":")
+    return parts[2] if len(parts) > 2 else DEFAULT_PROJECT
+
+
+def tuned_name(base: str, project: str, suffix: str | None, job: str) -> str:
+    """ft:BASE:PROJECT:SUFFIX:8 characters. The suffix keeps letters, digits and hyphens, in lower case."""
     kept = re.sub(r"[^a-z0-9-]", "-", (suffix or "").lower())
-    return f"ft:{base}:{ORGANIZATION}:{kept}:{derived_id('', job, 'model', length=8)}"
+    return f"ft:{base}:{project}:{kept}:{derived_id('', job, 'model', length=8)}"
 
 
 def shown_name(raw: bytes) -> str:

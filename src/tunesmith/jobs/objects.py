@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.jobs.names import ORGANIZATION, derived_id
-from tunesmith.jobs.store import Record
+from tunesmith.jobs.names import derived_id
+from tunesmith.jobs.tables import Record
 
 NO_ERROR = {"code": None, "message": None, "param": None}
 """`error` of a job that has not failed: scripts read `job.error.code` without looking."""
@@ -33,7 +33,7 @@ def job_object(row: Record) -> dict[str, Any]:
         **sent,
         "estimated_finish": None,
         "fine_tuned_model": row["tuned_name"] if has_ended else None,
-        "organization_id": f"org-{ORGANIZATION}",
+        "organization_id": f"org-{row['project']}",
         "result_files": [row["result_file"]] if row["result_file"] else [],
         "hyperparameters": row["numbers"],
         "method": {"type": "supervised", "supervised": {"hyperparameters": row["numbers"]}},

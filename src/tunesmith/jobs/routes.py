@@ -15,9 +15,10 @@ from starlette.responses import FileResponse, Response
 from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.job_request import JobBody
-from tunesmith.jobs.names import new_id, tuned_name
+from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
 from tunesmith.jobs.states import Action
-from tunesmith.jobs.store import Record, Store, event, events, files, jobs
+from tunesmith.jobs.store import Store, event
+from tunesmith.jobs.tables import Record, events, files, jobs
 from tunesmith.jobs.upload_parts import (
     CompletionBody,
     UploadBody,
@@ -29,11 +30,12 @@ from tunesmith.jobs.upload_parts import (
 from tunesmith.jobs.uploads import receive_file
 from tunesmith.runs.atomic import remove
 from tunesmith.runs.folder import Run
+from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
 
-QUERIES = ("/v1/files", "/v1/fine_tuning/jobs")
+QUERIES = ("/v1/files", "/v1/fine_tuning")
 """Beginnings of paths whose routes read a query."""
 _SAID: dict[Action, str] = {
     "cancel": "Fine-tuning job cancelled",
@@ -155,11 +157,11 @@ def make_upload_router(store: Store) -> APIRouter:
     return router
 
 
-def after(store: Store, table: Any, query: dict[str, str]) -> int | None:
+def after(store: Store, table: Any, query: dict[str, str], **is_: str) -> int | None:
     """The number of the row that a page follows. Raises RequestError for one that is not there."""
     if "after" not in query:
         return None
-    if (seq := store.seq(table, query["after"])) is None:
+    if (seq := store.seq(table, query["after"], **is_)) is None:
         raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
     return seq
 
@@ -218,8 +220,9 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
     def events_of(name: str, request: Request) -> Response:
         """Events of a job, newest first."""
         query = read_query(request, "after", "limit")
-        of_job = events.c.job == find_job(store, name)["id"]
-        rows, more = store.page(events, of_job, after=after(store, events, query), limit=read_limit(query, 20, 1000))
+        job, limit = find_job(store, name)["id"], read_limit(query, 20, 1000)
+        start = after(store, events, query, job=job)
+        rows, more = store.page(events, events.c.job == job, after=start, limit=limit)
         return json_response(objects.list_object([objects.event_object(row) for row in rows], has_more=more))
 
     @router.get("/{name}/checkpoints")
@@ -265,7 +268,8 @@ def create_job(store: Store, bases: Bases, body: JobBody) -> Record:
     which = f"Validating training file: {body.training_file}"
     which += f" and validation file: {body.validation_file}" if body.validation_file else ""
     said.append(event(name, which))
-    row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, body.suffix, name)}
+    project = PROJECT.get() or DEFAULT_PROJECT
+    row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, project, body.suffix, name)}
     return store.create_job({**row, "request": request, "numbers": numbers}, said)
 
 

@@ -16,6 +16,7 @@ from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines
 from tunesmith.jobs.launcher import LocalLauncher
+from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
 from tunesmith.serve.engine import start_engine
@@ -70,6 +71,7 @@ class JobServer:
                 await engine.close(0)
             raise
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
+        engines.readers = store.readers()
 
         launcher = LocalLauncher(offline=options.offline)
         dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note)
@@ -79,12 +81,7 @@ class JobServer:
             dispatcher.recover()
             dispatcher.run(stop)
 
-        routers = (
-            make_file_router(store),
-            make_upload_router(store),
-            make_job_router(store, bases),
-            make_model_router(store, bases, engines.detach),
-        )
+        routers = make_routers(store, bases, engines)
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return cls(store, engines, routers, stop, thread)
@@ -93,3 +90,14 @@ class JobServer:
         """End the work. A run under way stops after its step, and goes on under the next server."""
         self._stop.set()
         await asyncio.to_thread(self._thread.join, 10)
+
+
+def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRouter, ...]:
+    """All routes of a server of jobs but those of the engine."""
+    return (
+        make_file_router(store),
+        make_upload_router(store),
+        make_job_router(store, bases),
+        make_model_router(store, bases, engines.detach),
+        make_permission_router(store, engines),
+    )

@@ -1,18 +1,16 @@
-"""The store of files, jobs, events and tuned models: a folder with an SQLite database, written by one process.
+"""The store of files, jobs, events and tuned models: a folder and a database, written by one server.
 
 jobs/
-  jobs.sqlite     the tables below            lock     held by the server that uses the folder
+  jobs.sqlite     the tables, if they are not in PostgreSQL    lock     held by the server that uses the folder
   files/          contents of uploads         runs/    a run folder for each job, named by its id
   recipes/        the recipe of each job      parts/   a folder of parts for each pending upload
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,82 +18,14 @@ import filelock
 import sqlalchemy as sa
 
 from tunesmith.errors import InputError
+from tunesmith.jobs.database import Database
 from tunesmith.jobs.names import derived_id, new_id
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
-from tunesmith.runs.atomic import fsync_dir, remove
+from tunesmith.jobs.tables import Record, events, files, jobs, keys, models, own, permissions, stores, uploads
+from tunesmith.runs.atomic import fsync_dir, remove, write_atomic
+from tunesmith.serve.protocol import RequestError
 
-VERSION = 1
-"""Version of the tables; a store of a newer one is refused."""
-BUSY_MS = 10_000
-
-Record = Mapping[str, Any]
-"""A row of a table, by the names of its columns."""
-
-_tables = sa.MetaData()
-
-
-def _table(name: str, *columns: sa.Column[Any]) -> sa.Table:
-    # Never an id again, so that pages keep their order.
-    seq = sa.Column("seq", sa.Integer, primary_key=True)
-    created = sa.Column("created_at", sa.Integer, nullable=False)
-    return sa.Table(name, _tables, seq, created, *columns, sqlite_autoincrement=True)
-
-
-files = _table(
-    "files",
-    sa.Column("id", sa.String, unique=True, nullable=False),
-    sa.Column("purpose", sa.String, nullable=False),
-    sa.Column("filename", sa.String, nullable=False),
-    sa.Column("bytes", sa.Integer, nullable=False),
-    sa.Column("sha256", sa.String, nullable=False),
-    sa.Column("deleted_at", sa.Integer),
-)
-uploads = _table(
-    "uploads",
-    sa.Column("id", sa.String, unique=True, nullable=False),
-    sa.Column("status", sa.String, nullable=False),
-    sa.Column("bytes", sa.Integer, nullable=False),
-    sa.Column("filename", sa.String, nullable=False),
-    sa.Column("purpose", sa.String, nullable=False),
-    sa.Column("expires_at", sa.Integer, nullable=False),
-    sa.Column("part_ids", sa.JSON(none_as_null=True)),
-    sa.Column("file", sa.String),
-)
-jobs = _table(
-    "jobs",
-    sa.Column("id", sa.String, unique=True, nullable=False),
-    sa.Column("status", sa.String, nullable=False, index=True),
-    sa.Column("finished_at", sa.Integer),
-    sa.Column("base", sa.String, nullable=False),
-    sa.Column("model", sa.String, nullable=False),  # as shown: of an alias the dated name
-    sa.Column("tuned_name", sa.String, nullable=False),
-    sa.Column("request", sa.JSON, nullable=False),
-    sa.Column("numbers", sa.JSON, nullable=False),  # hyperparameters, "auto" until they are chosen
-    sa.Column("is_checked", sa.Boolean, nullable=False, default=False),
-    sa.Column("trained_tokens", sa.Integer),
-    sa.Column("result_file", sa.String),
-    sa.Column("error", sa.JSON(none_as_null=True)),
-    sa.Column("attempts", sa.Integer, nullable=False, default=0),  # starts without a new checkpoint between
-    sa.Column("last_checkpoint", sa.Integer, nullable=False, default=-1),
-)
-events = _table(
-    "events",
-    sa.Column("id", sa.String, unique=True, nullable=False),
-    sa.Column("job", sa.String, nullable=False, index=True),
-    sa.Column("level", sa.String, nullable=False),
-    sa.Column("message", sa.String, nullable=False),
-    sa.Column("type", sa.String, nullable=False),
-    sa.Column("data", sa.JSON(none_as_null=True)),
-)
-models = _table(
-    "models",
-    sa.Column("name", sa.String, unique=True, nullable=False),
-    sa.Column("job", sa.String, nullable=False, index=True),
-    sa.Column("base", sa.String, nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("metrics", sa.JSON, nullable=False),
-    sa.Column("deleted_at", sa.Integer),
-)
+DATABASE_FILE = "jobs.sqlite"
 
 
 def event(
@@ -105,7 +35,8 @@ def event(
     name = new_id("ftevent-") if once is None else derived_id("ftevent-", job, once)
     kind = "metrics" if data else "message"
     return {
-        "id": name, "job": job, "created_at": int(time.time()), "level": level, "message": message, "type": kind,
+        "id": name, "job": job, "created_at": int(time.time()), "level": level,
+        "message": message.replace("\0", "\\0"), "type": kind,
         "data": dict(data or {}),
     }  # fmt: skip
 
@@ -113,36 +44,53 @@ def event(
 class Store:
     """The folder and its tables. All methods may be called from any thread."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises InputError if another server uses the folder, or if it is of a newer version."""
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None = None,
+        *,
+        is_server: bool = True,
+        may_upgrade: bool = False,
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`url`: postgresql://…, where the tables are; None: in the folder. `is_server`: hold the lock.
+
+        Raises InputError if another server uses the store, and for a version that cannot be used.
+        """
         self.folder = folder.resolve()
-        for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if is_server or url is None:
+            for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
         try:
-            self._lock.acquire()
+            if is_server:
+                self._lock.acquire()
         except filelock.Timeout:
             raise InputError(f"{folder}: another server uses it. Stop that, or choose another: --store.") from None
-        try:
-            self._open()
-        except BaseException:
-            self._lock.release()
-            raise
+        with ExitStack() as opened:
+            opened.callback(self._lock.release)
+            try:
+                self._database = Database(url or self.folder / DATABASE_FILE, is_server=is_server)
+                opened.callback(self._database.close)
+                self._database.prepare(may_upgrade=may_upgrade, on_note=on_note)
+                if is_server:
+                    self._match_folder()
+            except RequestError as error:
+                raise InputError(f"--store {url or folder}: {error}") from error
+            self._opened = opened.pop_all()
 
-    def _open(self) -> None:
-        path = self.folder / "jobs.sqlite"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._engine = sa.create_engine(f"sqlite:///{path}")
-        sa.event.listen(self._engine, "connect", _set_up)
-        self._write_lock = threading.Lock()
-        with self.writing() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version > VERSION:
-                raise InputError(
-                    f"{path}: version {version}, this version of tunesmith knows {VERSION}. Use a newer version."
-                )
-            _tables.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
+    def _match_folder(self) -> None:
+        """Raises InputError for a folder of another database: what that does not know would be removed from it."""
+        if (own := self.one(stores)) is None:
+            self.insert(stores, {"id": new_id("store-")})
+        own, mark = self.one(stores) or {}, self.folder / "store-id"
+        there = mark.read_text() if mark.exists() else ""
+        is_new = not there and not any((*self.files_path.iterdir(), *self.runs_path.iterdir(), self.one(files)))
+        if there != own["id"] and not (is_new or self._database.is_sqlite):
+            message = f"{self.folder}: does not belong to the store in {self._database}. Give its own: --store-files."
+            raise InputError(message)
+        if there != own["id"]:
+            write_atomic(mark, own["id"].encode())
 
     @property
     def files_path(self) -> Path:
@@ -165,29 +113,42 @@ class Store:
         return self.files_path / file
 
     def close(self) -> None:
-        self._engine.dispose()
-        self._lock.release()
+        self._opened.close()
 
-    @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """A transaction; all of it is on the disk after the block, or nothing of it."""
-        with self._write_lock, self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.exec_driver_sql("ROLLBACK")
-                raise
-            connection.exec_driver_sql("COMMIT")
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """See Database."""
+        return self._database.writing()
 
     def _read(self, statement: sa.Select[Any]) -> list[Record]:
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
     def one(self, table: sa.Table, **is_: Any) -> Record | None:
         """The row whose columns have these values."""
-        found = self._read(sa.select(table).where(*(table.c[name] == value for name, value in is_.items())))
+        if any(isinstance(value, str) and "\0" in value for value in is_.values()):
+            return None  # no name of ours; PostgreSQL refuses to look
+        found = self._read(sa.select(table).where(*own(table), *_are(table, is_)).limit(1))
         return found[0] if found else None
+
+    def insert_new(self, table: sa.Table) -> Any:
+        """See Database."""
+        return self._database.insert_new(table)
+
+    def insert(self, table: sa.Table, row: Record) -> None:
+        with self.writing() as connection:
+            connection.execute(self.insert_new(table).values(created_at=int(time.time()), **row))
+
+    def delete(self, table: sa.Table, **is_: Any) -> bool:
+        """Whether there were rows whose columns have these values."""
+        with self.writing() as connection:
+            return bool(connection.execute(sa.delete(table).where(*own(table), *_are(table, is_))).rowcount)
+
+    def update(self, table: sa.Table, values: Record, **is_: Any) -> bool:
+        """Set columns of the rows whose columns have these values; whether there were any."""
+        with self.writing() as connection:
+            return bool(
+                connection.execute(sa.update(table).where(*own(table), *_are(table, is_)).values(values)).rowcount
+            )
 
     def page(
         self,
@@ -201,9 +162,9 @@ class Store:
         """At most `limit` rows beyond the one numbered `after`, and whether there are more."""
         order = table.c.seq.desc() if newest_first else table.c.seq
         beyond = () if after is None else (table.c.seq < after if newest_first else table.c.seq > after,)
-        statement = sa.select(table).where(*conditions, *beyond).order_by(order)
+        statement = sa.select(table).where(*own(table), *conditions, *beyond).order_by(order)
         found: list[Record] = []
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             for row in connection.execute(statement.execution_options(yield_per=500)).mappings():
                 if keeps(one := dict(row)):
                     found.append(one)
@@ -214,8 +175,7 @@ class Store:
     # Files
 
     def add_file(self, row: Record) -> Record:
-        with self.writing() as connection:
-            connection.execute(insert(files).values(created_at=int(time.time())).values(**row))
+        self.insert(files, row)
         return self.one(files, id=row["id"]) or {}
 
     def file(self, name: str) -> Record | None:
@@ -224,11 +184,9 @@ class Store:
 
     def delete_file(self, name: str) -> bool:
         """Whether there was one. Its content goes at once, or when no job that has not ended needs it."""
-        with self.writing() as connection:
-            gone = sa.update(files).where(files.c.id == name, files.c.deleted_at.is_(None))
-            done = connection.execute(gone.values(deleted_at=int(time.time()))).rowcount
+        done = self.update(files, {"deleted_at": int(time.time())}, id=name, deleted_at=None)
         self.sweep()
-        return bool(done)
+        return done
 
     def sweep(self, *, with_uploads: bool = False) -> None:
         """Remove contents that no row names any more. `with_uploads`: those of uploads too; none may be under way."""
@@ -253,7 +211,7 @@ class Store:
         with self.writing() as connection:
             now = int(time.time())
             connection.execute(sa.insert(jobs).values(created_at=now, status="validating_files", **row))
-            _add_events(connection, messages)
+            self._add_events(connection, messages)
         return self.job(row["id"]) or {}
 
     def job(self, name: str) -> Record | None:
@@ -270,14 +228,14 @@ class Store:
     def act(self, name: str, action: Action, message: str) -> Record | None:
         """A client's action on a job; None: there is no such job. Raises RequestError if its state forbids it."""
         with self.writing() as connection:
-            row = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == name)).first()
+            row = connection.execute(sa.select(jobs.c.status).where(*own(jobs), jobs.c.id == name)).first()
             if row is None:
                 return None
             after = state_after(row.status, action, name)
             if after != row.status:
                 ended = {"finished_at": int(time.time())} if after in ENDED else {}
                 connection.execute(sa.update(jobs).where(jobs.c.id == name).values(status=after, **ended))
-                _add_events(connection, [event(name, message)])
+                self._add_events(connection, [event(name, message)])
         return self.job(name)
 
     def change_job(
@@ -290,7 +248,7 @@ class Store:
             matches = sa.update(jobs).where(jobs.c.id == name, jobs.c.status.in_(if_status))
             done = connection.execute(matches.values(**values)).rowcount
             if done:
-                _add_events(connection, messages)
+                self._add_events(connection, messages)
         return bool(done)
 
     def succeed(
@@ -301,11 +259,12 @@ class Store:
             now = int(time.time())
             matches = sa.update(jobs).where(jobs.c.id == name, jobs.c.status == "running")
             values = {"result_file": result["id"], "trained_tokens": trained_tokens, "finished_at": now}
+            project = connection.execute(sa.select(jobs.c.project).where(jobs.c.id == name)).scalar()
             if not connection.execute(matches.values(status="succeeded", **values)).rowcount:
                 return False
-            connection.execute(insert(files).values(created_at=now).values(**result))
-            connection.execute(insert(models).values(created_at=now).values(**model))
-            _add_events(connection, messages)
+            connection.execute(self.insert_new(files).values(created_at=now, project=project, **result))
+            connection.execute(self.insert_new(models).values(created_at=now, project=project, **model))
+            self._add_events(connection, messages)
         return True
 
     # Events and models
@@ -313,36 +272,38 @@ class Store:
     def add_events(self, messages: Sequence[Record]) -> None:
         if messages:
             with self.writing() as connection:
-                _add_events(connection, messages)
+                self._add_events(connection, messages)
 
-    def seq(self, table: sa.Table, name: str) -> int | None:
+    def _add_events(self, connection: sa.Connection, messages: Sequence[Record]) -> None:
+        if messages:
+            connection.execute(self.insert_new(events), [dict(one) for one in messages])
+
+    def seq(self, table: sa.Table, name: str, **is_: Any) -> int | None:
         """The number of a row, for pages after it."""
-        row = self.one(table, id=name)
+        row = self.one(table, id=name, **is_)
         return None if row is None else int(row["seq"])
 
     def tuned(self, **is_: Any) -> list[Record]:
         """Tuned models that were not deleted, oldest first."""
-        conditions = [models.c[name] == value for name, value in is_.items()]
-        statement = sa.select(models).where(models.c.deleted_at.is_(None), *conditions)
+        statement = sa.select(models).where(*own(models), models.c.deleted_at.is_(None), *_are(models, is_))
         return self._read(statement.order_by(models.c.seq))
 
     def delete_model(self, name: str) -> None:
-        with self.writing() as connection:
-            gone = sa.update(models).where(models.c.name == name)
-            connection.execute(gone.values(deleted_at=int(time.time())))
+        self.update(models, {"deleted_at": int(time.time())}, name=name)
+
+    # Projects
+
+    def has_keys(self) -> bool:
+        """Whether a key was ever made: then nobody gets in without one."""
+        return self.one(keys) is not None
+
+    def readers(self) -> dict[str, set[str]]:
+        """Other projects that may ask a tuned model, by its name."""
+        found: dict[str, set[str]] = {}
+        for row in self._read(sa.select(permissions)):
+            found.setdefault(row["model"], set()).add(row["reader"])
+        return found
 
 
-def insert(table: sa.Table) -> Any:
-    """An insert that does nothing if the row is there already."""
-    return sa.insert(table).prefix_with("OR IGNORE")
-
-
-def _add_events(connection: sa.Connection, messages: Sequence[Record]) -> None:
-    if messages:
-        connection.execute(insert(events), [dict(one) for one in messages])
-
-
-def _set_up(connection: Any, record: Any) -> None:
-    connection.isolation_level = None  # transactions are opened by `writing` alone
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", f"busy_timeout = {BUSY_MS}"):
-        connection.execute(f"PRAGMA {pragma}")
+def _are(table: sa.Table, is_: Record) -> Iterator[sa.ColumnElement[bool]]:
+    return (table.c[name] == value for name, value in is_.items())

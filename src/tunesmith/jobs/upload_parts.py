@@ -20,7 +20,8 @@ from fastapi import Request
 from pydantic import Field, model_validator
 
 from tunesmith.jobs.names import new_id, shown_name
-from tunesmith.jobs.store import Record, Store, files, insert, uploads
+from tunesmith.jobs.store import Store
+from tunesmith.jobs.tables import Record, files, uploads
 from tunesmith.jobs.uploads import FIRST_LOOK_BYTES, check_purpose, look_at_first_row, receive_form, storing_upload
 from tunesmith.runs.atomic import fsync_dir, remove
 from tunesmith.serve.protocol import RequestError
@@ -182,4 +183,4 @@ def _publish(store: Store, row: Record, file: str, found: Record) -> None:
             raise RequestError(f"Upload {row['id']} has ended meanwhile.", code="invalid_state")
         os.replace(store.content_path(f".{file}"), store.content_path(file))
         fsync_dir(store.files_path)
-        connection.execute(insert(files).values(created_at=int(time.time()), **facts))
+        connection.execute(store.insert_new(files).values(created_at=int(time.time()), **facts))

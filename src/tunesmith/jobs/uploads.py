@@ -19,7 +19,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tunesmith.jobs.names import new_id, shown_name
-from tunesmith.jobs.store import Record, Store
+from tunesmith.jobs.store import Store
+from tunesmith.jobs.tables import Record
 from tunesmith.runs.atomic import fsync_dir
 from tunesmith.serve.protocol import RequestError
 

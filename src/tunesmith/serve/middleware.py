@@ -12,8 +12,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +28,8 @@ MAX_HEADER_BYTES = 32 * 1024
 CLIENT_GONE = 499
 """Logged status of a request whose client went away before its answer."""
 KEY_VARIABLE = "TUNESMITH_API_KEY"
+PROJECT: ContextVar[str | None] = ContextVar("project", default=None)
+"""The project of the request under way, if an Admission gave it one."""
 MIN_KEY_LENGTH = 20
 
 _MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
@@ -54,6 +58,18 @@ class ApiKeys:
     def of(cls, keys: Sequence[str]) -> ApiKeys | None:
         """None if there are no keys."""
         return cls(tuple(hashlib.sha256(key.encode()).digest() for key in keys)) if keys else None
+
+
+def wrong_key(message: str = "This server needs an API key: Authorization: Bearer KEY.") -> RequestError:
+    return RequestError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+class Admission(Protocol):
+    """Decides by more than a list of keys who may send requests."""
+
+    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
+        """The project of a request. Called in a thread. Raises RequestError."""
+        ...
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -115,6 +131,8 @@ class AccessPolicy:
     max_requests: int = 256
     queries: tuple[str, ...] = ()
     """Beginnings of paths whose routes read the query of a URL."""
+    admission: Admission | None = None
+    """In place of `keys`."""
 
 
 @dataclass
@@ -180,7 +198,7 @@ class AccessMiddleware:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope)
+        error = self._refusal(scope) or await self._not_admitted(scope)
         if error is not None:
             await error_response(error)(scope, receive, send)
         elif _is_preflight(scope):
@@ -211,15 +229,21 @@ class AccessMiddleware:
         return None
 
     def _wrong_key(self, scope: Scope) -> RequestError | None:
-        # Browsers ask without a key whether a page of this origin may send requests. The page at / is not secret.
-        is_question = bool(_headers(scope, b"origin")) and _is_preflight(scope)
-        is_page = scope["method"] == "GET" and scope["path"] == "/"
-        if self.policy.keys is not None and not is_question and not is_page:
+        if self.policy.keys is not None and not _is_for_all(scope):
             given = _headers(scope, b"authorization")
             if len(given) != 1 or not self.policy.keys.accepts(given[0]):
-                message = "This server needs an API key: Authorization: Bearer KEY."
-                headers = {"WWW-Authenticate": "Bearer"}
-                return RequestError(message, status=401, code="invalid_api_key", headers=headers)
+                return wrong_key()
+        return None
+
+    async def _not_admitted(self, scope: Scope) -> RequestError | None:
+        if self.policy.admission is not None and not _is_for_all(scope):
+            if any(len(_headers(scope, name)) > 1 for name in (b"authorization", b"openai-project")):
+                return wrong_key("A request has one key, and one project.")
+            admit, headers = self.policy.admission.admit, dict(scope["headers"])
+            try:
+                PROJECT.set(await asyncio.to_thread(admit, scope["method"], str(scope["path"]), headers))
+            except RequestError as error:
+                return error
         return None
 
     def _not_now(self, scope: Scope) -> RequestError | None:
@@ -279,6 +303,12 @@ class _Response:
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value for header, value in scope["headers"] if header == name]
+
+
+def _is_for_all(scope: Scope) -> bool:
+    """Browsers ask without a key whether a page of this origin may send requests. The page at / is not secret."""
+    is_question = bool(_headers(scope, b"origin")) and _is_preflight(scope)
+    return is_question or (scope["method"] == "GET" and scope["path"] == "/")
 
 
 def _is_preflight(scope: Scope) -> bool:

@@ -1,0 +1,52 @@
+"""tunesmith keys: made, listed and revoked while a server holds the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tunesmith.cli import app
+from tunesmith.jobs.access import ProjectKeys
+from tunesmith.jobs.store import Store
+
+
+def run(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["keys", *map(str, words)])
+    return done.exit_code, done.stdout
+
+
+def test_a_key_lives_from_create_to_revoke(tmp_path: Path) -> None:
+    place = tmp_path / "jobs"
+    server = Store(place)  # which runs meanwhile
+    code, out = run(
+        "create", "--project", "red", "--scope", "files.read", "--days", 9, "--label", "ci", "--store", place
+    )
+    key = out.split()[0]
+    assert (code, key[:3]) == (0, "ts-")
+    admission = ProjectKeys(server, None, may_be_open=True)
+    sent = {b"authorization": f"Bearer {key}".encode()}
+    assert admission.admit("GET", "/v1/files", sent) == "red"
+    code, out = run("list", "--store", place, "--json")
+    [row] = json.loads(out)
+    assert (row["project"], row["state"], row["scopes"], row["label"]) == ("red", "active", ["files.read"], "ci")
+    assert row["used_at"] is not None
+    assert key not in out
+    assert "red\tactive\tfiles.read" in run("list", "--store", place)[1]
+    assert run("revoke", row["id"], "--store", place)[0] == 0
+    with pytest.raises(Exception, match="is revoked"):
+        admission.admit("GET", "/v1/files", sent)
+    server.close()
+
+
+def test_faults_are_said_with_exit_code_2(tmp_path: Path) -> None:
+    for words in (
+        ("create", "--project", "Red"),
+        ("create", "--scope", "everything"),
+        ("revoke", "key-none"),
+        ("list", "--store", "postgresql://x:y@localhost/z"),
+    ):
+        where = [] if "--store" in words else ["--store", tmp_path]
+        assert run(*words, *where)[0] == 2, words

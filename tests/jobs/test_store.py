@@ -1,0 +1,210 @@
+"""The tables on both databases: versions, upgrades, locks, and what is written when the database goes away."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from jobs.places import put_file, put_job, rows
+from jobs.postgres import Cluster, cluster
+from tunesmith.errors import InputError
+from tunesmith.jobs import migrations
+from tunesmith.jobs.database import LOCK
+from tunesmith.jobs.store import DATABASE_FILE, Store, event
+from tunesmith.jobs.tables import TABLES, events
+from tunesmith.serve.protocol import RequestError
+
+Opened = Callable[..., Store]
+
+FIRST_STORE = Path(__file__).with_name("first_store.sql")
+"""A store of the first version with a file, a job and its events, as `sqlite3 .dump` writes it."""
+
+
+def old_store(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with sqlite3.connect(folder / DATABASE_FILE) as connection:
+        connection.executescript(FIRST_STORE.read_text())
+    connection.close()
+
+
+def test_migrations_make_the_tables_that_are_declared(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.writing() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), TABLES) == []
+    store.close()
+
+
+def test_a_store_has_one_server(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with pytest.raises(InputError, match="another server uses it"):
+        opened(tmp_path)
+    store.close()
+    opened(tmp_path).close()
+
+
+def test_a_database_has_one_server_from_whichever_folder(tmp_path: Path) -> None:
+    url = cluster().url(tmp_path)
+    store = Store(tmp_path / "a", url)
+    with pytest.raises(InputError, match="another server uses it"):
+        Store(tmp_path / "b", url)
+    store.close()
+
+
+def test_an_older_store_is_upgraded_after_a_copy(tmp_path: Path) -> None:
+    old_store(tmp_path)
+    said: list[str] = []
+    store = Store(tmp_path, on_note=said.append)
+    [job] = store.with_status("queued")
+    assert (job["id"], store.file("file-old")["bytes"]) == ("ftjob-old", 7)
+    assert len(store.page(events, events.c.job == "ftjob-old")[0]) == 2
+    store.close()
+    [copy] = tmp_path.glob(f"{DATABASE_FILE}.v1-*")
+    assert str(copy) in said[0]
+    assert copy.stat().st_mode & 0o077 == 0
+    with sqlite3.connect(copy) as connection:
+        assert connection.execute("SELECT id FROM jobs").fetchall() == [("ftjob-old",)]
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    said.clear()
+    Store(tmp_path, on_note=said.append).close()
+    assert said == []
+
+
+def test_a_killed_upgrade_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    old_store(tmp_path)
+    upgrade = migrations.upgrade
+
+    def killed(connection: sa.Connection) -> None:
+        upgrade(connection)
+        raise Killed
+
+    monkeypatch.setattr(migrations, "upgrade", killed)
+    with pytest.raises(Killed):
+        Store(tmp_path)
+    with sqlite3.connect(tmp_path / DATABASE_FILE) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall()
+    monkeypatch.undo()
+    store = Store(tmp_path)
+    assert store.job("ftjob-old") is not None
+    store.close()
+
+
+def test_a_newer_store_is_refused(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.writing() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '99'")
+    store.close()
+    with pytest.raises(InputError, match="version 99, this version of tunesmith knows"):
+        opened(tmp_path)
+
+
+def test_an_older_postgresql_store_waits_for_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = cluster().url(tmp_path)
+    Store(tmp_path, url).close()
+    monkeypatch.setattr(migrations, "newest", lambda: "next")
+    with pytest.raises(InputError, match="pg_dump, then start once with --upgrade-store"):
+        Store(tmp_path, url)
+    Store(tmp_path, url, may_upgrade=True).close()
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    import psycopg
+
+    url = cluster().url(tmp_path)
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE files (name text)")
+    with pytest.raises(InputError, match="tables of something else"):
+        Store(tmp_path, url)
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT count(*) FROM files").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://a:secret@localhost/x", "PGPASSWORD"),
+        ("postgresql://@@:x:/", "it looks like"),
+        ("postgresql:///x?host=/nowhere", "cannot be reached"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        Store(tmp_path, url)
+    assert "secret" not in str(caught.value)
+
+
+def test_names_are_data(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    name = put_job(store, put_file(store, rows(1)), metadata={"a'; DROP TABLE jobs; --": "\0 %s"}, suffix="\0'\"")
+    store.add_events([event(name, "a\0b % ' \\ \U0001f600")])
+    assert store.job(name)["request"]["metadata"] == {"a'; DROP TABLE jobs; --": "\0 %s"}
+    assert store.page(events)[0][0]["message"] == "a\\0b % ' \\ \U0001f600"
+    for nothing in ("' OR '1'='1", "x\0y", "%"):
+        assert store.job(nothing) is None
+        assert store.file(nothing) is None
+    store.close()
+
+
+def test_a_server_that_lost_its_database_writes_again_only_with_the_lock(tmp_path: Path) -> None:
+    import psycopg
+
+    own = Cluster()
+    try:
+        url = own.url(tmp_path)
+        store = Store(tmp_path / "a", url)
+        name = put_job(store, put_file(store, rows(1)))
+        own.stop()
+        with pytest.raises(RequestError) as caught:
+            store.act(name, "pause", "paused")
+        assert (caught.value.status, caught.value.code) == (503, "store_unavailable")
+        with pytest.raises(RequestError):
+            store.job(name)
+        own.start()
+        assert store.act(name, "pause", "paused")["status"] == "paused"
+        own.stop()
+        own.start()
+        other = psycopg.connect(url)
+        other.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
+        for _ in range(2):
+            with pytest.raises(RequestError) as caught:
+                store.act(name, "cancel", "cancelled")
+        assert "another server" in str(caught.value)
+        other.close()
+        assert store.job(name)["status"] == "paused"
+        assert store.act(name, "cancel", "cancelled")["status"] == "cancelled"
+        store.close()
+    finally:
+        own.remove()
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    if store._database.is_sqlite:
+        with store.writing() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+        name = put_file(store, rows(1))
+
+        def fill() -> None:
+            for _ in range(500):
+                put_job(store, name, metadata={"a": "x" * 500})
+
+        with pytest.raises(RequestError) as caught:
+            fill()
+        before = len(store.waiting())
+        assert (caught.value.status, caught.value.code) == (507, "storage_full")
+        assert caught.value.headers == {"x-should-retry": "false"}
+        assert before == len(store.page(events, events.c.message.like("Created%"), limit=1000)[0])
+        with store.writing() as connection:
+            connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+        put_job(store, name)
+    store.close()
