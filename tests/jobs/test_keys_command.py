@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tunesmith.cli import app
+from tunesmith.cli.app import app
 from tunesmith.jobs.access import ProjectKeys
 from tunesmith.jobs.store import Store
 
