@@ -244,8 +244,7 @@ def serve_own(
     bound = bind(access.host, access.port)
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
     store = None if jobs is None else jobs.open(output.note)
-    if store is not None:
-        policy = with_projects(policy, store, bound)
+    policy = policy if store is None else with_projects(policy, store, bound)
     has_key = bool(keys) or (store is not None and store.has_keys())
     refuse_open_door(access, bound, has_key=has_key)
 
