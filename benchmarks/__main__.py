@@ -20,6 +20,7 @@ from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, 
 from benchmarks.devices import add_devices
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
+from benchmarks.preferences import add_preferences
 from benchmarks.results import Result
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
 from benchmarks.train_command import add_train
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(verbs)
     add_devices(verbs)
     add_methods(verbs)
+    add_preferences(verbs)
     planning.add_parser(verbs)
     add_whole(verbs)
     return parser

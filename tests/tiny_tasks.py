@@ -195,7 +195,7 @@ def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:  # n
         return [{"document": text, "summary": " ".join(text.split()[:2])} for text in said]
     if task == "tag":
         return [{"tokens": text.split(), "tags": [tag_of(word) for word in text.split()]} for text in said]
-    if task == "prefer":
+    if task in ("prefer", "reward"):
         return _preferences(said, seed)
     fruit, places = ("apple", "pear", "plum"), ("Rome", "Oslo", "Lima")
     draw = random.Random(seed)

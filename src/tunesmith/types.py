@@ -7,7 +7,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -29,7 +29,7 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer"]
+TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward"]
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
@@ -116,6 +116,12 @@ class Example:
     def first_line(self) -> tuple[Part, ...]:
         """The parts with the first of the branches, or as they are."""
         return (*self.parts, *self.branches[0]) if self.branches else self.parts
+
+    @property
+    def asked(self) -> tuple[Part, ...]:
+        """The parts before the last trained one of `first_line`: none where nothing is trained."""
+        last = max((i for i, part in enumerate(self.first_line) if part.trained), default=0)
+        return self.first_line[:last]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +295,14 @@ class Task:
     """(an adapter, weights of the model) -> (peak learning rate, reason); None: the method's."""
     check: Callable[[Any], None] = lambda recipe: None
     """(recipe) -> None. Raises RecipeError for options that the task cannot take."""
+    look: Callable[[Any, Any, Any], Callable[..., Tensor]] | None = None
+    """(model, micro-batches of a step, world) -> `loss_sum` of this step: what its rows have in common is found before
+    the first backward, without gradient and over all processes. None: each row is learnt by itself."""
+    settle: Callable[[Sequence[Mapping[str, Any]]], Sequence[float]] | None = None
+    """(results of all rows measured) -> the loss of each, where it depends on the others; None: it does not."""
+    use_rows: Callable[[Any, Any], list[Choice]] = lambda recipe, sides: []
+    """(recipe, (store, rows) of each side, training first) -> options of its own section that follow from the rows,
+    which are made ready. Raises DataError for rows that these options cannot learn from."""
     text_measure: Callable[..., Measured] | None = None
     """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
     section: str = ""

@@ -22,6 +22,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import Scheduler
+from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on")
@@ -87,7 +88,24 @@ def a_cut_source(folder: Path) -> Run:
     return trained(recipe, folder)
 
 
-CUT = {"windows": a_document_of_windows, "summary": a_cut_summary, "chat": a_cut_chat, "source": a_cut_source}
+def a_preference(folder: Path) -> Run:
+    return trained(task_recipe(folder, "prefer", "causal", dropout=0.0, train={"max_steps": 2}), folder)
+
+
+def a_label(folder: Path) -> Run:
+    recipe = task_recipe(folder, "prefer", "causal", dropout=0.0, train={"max_steps": 2})
+    for name in ("prefer", "prefer-held"):
+        pairs = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        rows = [
+            {"prompt": pair["prompt"], "completion": pair["chosen"], "label": i % 2 == 0}
+            for i, pair in enumerate(pairs)
+        ]
+        lines(folder / f"{name}.jsonl", rows)
+    return trained(recipe, folder)
+
+
+CUT = {"windows": a_document_of_windows, "summary": a_cut_summary, "chat": a_cut_chat, "source": a_cut_source,
+       "preference": a_preference, "label": a_label}  # fmt: skip
 
 
 @pytest.fixture(params=CUT)
@@ -100,7 +118,7 @@ def test_a_run_of_long_rows_is_served_and_answers(cut: Run) -> None:
     notes: list[str] = []
     serving = served(cut, notes)
     name = cut.path.name
-    is_chat = serving.models[name].renderer.task_name == "chat"
+    is_chat = TASKS[serving.models[name].renderer.task_name].is_chat
     ask = (
         says(name, "hello") if is_chat else GenerationRequest(name, prompt="hello there", max_tokens=4, temperature=0.0)
     )

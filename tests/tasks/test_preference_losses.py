@@ -20,7 +20,7 @@ from tiny_model import tiny_model
 from tunesmith.data.branches import join, line_tokens, lines_of
 from tunesmith.data.drafts import Draft
 from tunesmith.models.fused_loss import find_output_layer
-from tunesmith.recipe.schema import Prefer
+from tunesmith.recipe.preferences import Prefer
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
 from tunesmith.types import Row, Source
 

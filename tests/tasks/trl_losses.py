@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -75,6 +75,50 @@ def free(pair: dict[str, Any], loss: str, beta: float) -> float:
 
 
 _CPU = SimpleNamespace(device="cpu")
+_SAME: Any = SimpleNamespace(device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value)
+
+
+def answers() -> dict[str, Any]:
+    """A batch of answers with labels: sums of their log-probabilities and those of mismatched ones, and references."""
+    draw = torch.Generator().manual_seed(11)
+    own, ref, kl, kl_ref = (-20 * torch.rand(7, generator=draw, dtype=torch.float64) for _ in range(4))
+    labels = [True, False, True, True, False, True, True]
+    found = {"logps": own, "reference": ref, "mismatched": kl, "mismatched_reference": kl_ref - 3}
+    return {**{key: value.tolist() for key, value in found.items()}, "label": labels}
+
+
+def kto(batch: dict[str, Any], beta: float, desirable: float, undesirable: float) -> float:
+    """A batch through KTOTrainer's own computation, with answers of one token."""
+    own, ref, kl, kl_ref = (torch.tensor(batch[key], dtype=torch.float64)
+                            for key in ("logps", "reference", "mismatched", "mismatched_reference"))  # fmt: skip
+    ids = torch.ones(len(own), 2, dtype=torch.int64)
+    outputs = SimpleNamespace(log_probs=own[:, None], entropy=own[:, None], mean_logits=own[:, None])
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), accelerator=_SAME, aux_loss_enabled=False, precompute_ref_logps=True,
+        calculate_KL=True, loss_type="kto", beta=beta, desirable_weight=desirable, undesirable_weight=undesirable,
+        _compute_kl_logps=lambda model, batch: kl, _metrics={"eval": defaultdict(list)}, _total_train_tokens=0,
+    )  # fmt: skip
+    inputs = {"input_ids": ids, "completion_mask": ids, "label": torch.tensor(batch["label"]), "ref_logps": ref}
+    loss = KTOTrainer._compute_loss(trainer, lambda **kwargs: outputs, {**inputs, "ref_KL_logps": kl_ref}, False)
+    return float(loss[0] if isinstance(loss, tuple) else loss)
+
+
+def rewards() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(5)
+    chosen, rejected = ((3 * torch.randn(6, generator=draw, dtype=torch.float64)).tolist() for _ in range(2))
+    return {"chosen": chosen, "rejected": rejected, "margin": [0.0, 1.0, 0.5, 0.0, 2.0, 0.25]}
+
+
+def reward(batch: dict[str, Any], center: float | None, *, margin: bool) -> float:
+    """A batch through RewardTrainer's own computation."""
+    logits = torch.tensor(batch["chosen"] + batch["rejected"], dtype=torch.float64)[:, None]
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), accelerator=_SAME,
+        args=SimpleNamespace(center_rewards_coefficient=center), _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )  # fmt: skip
+    inputs = {"margin": torch.tensor(batch["margin"], dtype=torch.float64)} if margin else {}
+    return float(RewardTrainer.compute_loss(trainer, lambda **kwargs: SimpleNamespace(logits=logits), inputs))
 
 
 def main() -> None:
@@ -84,6 +128,11 @@ def main() -> None:
         found["losses"][loss] = [dpo(pair, loss, beta, smoothing) for pair in found["pairs"]]
     for loss, beta in (("simpo", 2.0), ("cpo", 0.1), ("orpo", 0.1)):
         found["losses"][loss] = [free(pair, loss, beta) for pair in found["pairs"]]
+    found["answers"], found["rewards"] = answers(), rewards()
+    found["kto"] = [{"beta": b, "weights": [d, u], "loss": kto(found["answers"], b, d, u)}
+                    for b, d, u in ((0.1, 1.0, 1.0), (0.3, 1.0, 2.5), (0.1, 1.5, 1.0))]  # fmt: skip
+    found["reward"] = [{"center": c, "margin": m, "loss": reward(found["rewards"], c, margin=m)}
+                       for c, m in ((None, False), (None, True), (0.01, False), (0.5, True))]  # fmt: skip
     print(json.dumps(found, indent=1))
 
 

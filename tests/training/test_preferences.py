@@ -24,12 +24,13 @@ from tunesmith.data.branches import lines_of
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
 from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import preference_notes, row_baseline
+from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.docs import as_yaml
-from tunesmith.recipe.schema import Prefer
+from tunesmith.recipe.preferences import Prefer
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
 from tunesmith.training import reference
@@ -302,13 +303,17 @@ def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tm
     root = tmp_path / "runs"
     first = train(task_recipe(tmp_path, "chat", "causal", method=LORA), root=root)
     recipe = recipe_of(tmp_path)
-    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    assert runs(root) == [first]
+    second = train(recipe.model_copy(update={"model": "last"}), root=root)
     assert steps_of(second)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     loaded = load_run(second)
     (answer,) = predict_list(Predictor(loaded), [{"messages": [{"role": "user", "content": "the big apple"}]}])
     assert answer["messages"][-1]["role"] == "assistant"
     (answer,) = predict_list(Predictor(loaded), ["the big apple"])
     assert answer["messages"][-1]["role"] == "assistant"
+    exported = export_run(second, "merged", out=tmp_path / "merged", proof=False).path
+    merged = predict_list(Predictor(load_any(str(exported), root=root, task="chat")), ["the big apple"])
+    assert merged == [answer]
 
 
 def test_measured_again_a_result_is_as_its_run_said(tmp_path):
@@ -317,9 +322,56 @@ def test_measured_again_a_result_is_as_its_run_said(tmp_path):
     found = evaluate_file(load_run(run), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
     for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
         assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
-    full = train(recipe_of(tmp_path, method="full"), root=tmp_path / "runs")
-    with pytest.raises(InputError, match="measured against the model of step 1"):
-        evaluate_file(load_any(str(full.path), root=tmp_path / "runs"), str(tmp_path / "prefer-held.jsonl"))
+
+
+def test_a_result_of_full_tuning_is_measured_against_its_base(tmp_path):
+    run = train(recipe_of(tmp_path, method="full"), root=tmp_path / "runs")
+    said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
+    loaded = load_any(str(run.path), root=tmp_path / "runs")
+    found = evaluate_file(loaded, str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+    for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
+        assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
+    alone = evaluate_file(replace(loaded, run=None), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+    assert alone["margin"]["value"] == 0  # against itself nothing has moved
+
+
+# trap: P7
+def test_an_answer_ends_with_one_token_and_nothing_behind_it_is_learnt(tmp_path):
+    """As TRL has it, the newline that a template writes behind the end of a turn would be learnt too."""
+    setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
+    lines = [line for i in setup.rows.train_rows[:6] for line in lines_of(setup.store.row(int(i)))]
+    for line in lines:
+        learnt = line.ids[line.trained].tolist()
+        assert_ends_once(learnt, setup.renderer.stop_ids)
+        behind = line.ids[np.flatnonzero(line.trained)[-1] + 1 :].tolist()
+        for wrong in ([*learnt, *behind], [*learnt, learnt[-1]]):
+            if len(wrong) > len(learnt):
+                with pytest.raises(AssertionError):
+                    assert_ends_once(wrong, setup.renderer.stop_ids)
+
+
+def assert_ends_once(learnt: list[int], stop_ids: Any) -> None:
+    assert sum(token in stop_ids for token in learnt) == 1
+    assert learnt[-1] in stop_ids
+
+
+# trap: P15
+def test_what_was_learnt_of_length_is_shown_where_it_cannot_help():
+    """A model that learnt length is right where the chosen answer is longer, and wrong where it is shorter."""
+    rows = [
+        {"hash": f"{i:x}", "loss": 0.5, "count": 1, "lengths": [9, 3] if i % 4 else [3, 9], "logps": [-9.0, -9.0],
+         "reference": [-9.0, -9.0], "margin": 2.0}
+        for i in range(40)
+    ]  # fmt: skip
+    learner = [{**row, "margin": float(row["lengths"][0] - row["lengths"][1])} for row in rows]
+    assert_right_at_any_length(rows)
+    with pytest.raises(AssertionError):
+        assert_right_at_any_length(learner)
+
+
+def assert_right_at_any_length(rows: list[dict[str, Any]]) -> None:
+    _, details = score(rows)
+    assert [one["accuracy"] for one in details["by_length"]] == [1.0, None, 1.0]
 
 
 def test_the_model_and_rows_prove_themselves(tmp_path):

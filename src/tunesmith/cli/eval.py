@@ -26,6 +26,10 @@ def evaluate(
         int | None,
         typer.Option(min=0, help="Prompts to answer and score (default: 50 for tasks that write answers)."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|MODEL", help="Judge of answers before and after: gives rewards, or writes."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a JSON line a row with its loss and prediction.")
     ] = None,
@@ -49,7 +53,7 @@ def evaluate(
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
     options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
-    found = measured(target, data, samples=samples, keep=keep, **options)
+    found = measured(target, data, samples=samples, judge=judge, keep=keep, **options)
     if as_json:
         values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
         values |= {"measures": found.measures, "baseline": found.baseline, "headline": found.headline}
@@ -68,6 +72,7 @@ def measured(
     task: str | None,
     model: str | None = None,
     samples: int | None,
+    judge: str | None = None,
     offline: bool,
     keep: Callable[[Iterator[dict[str, Any]]], None],
 ) -> EvaluationResult:
@@ -83,7 +88,9 @@ def measured(
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
         loaded = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
-        found = evaluate_file(loaded, data, samples=samples, keep=keep, offline=offline, on_progress=progress)
+        arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
+        how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
+        found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     for note in filter(None, [loaded.note, *found.notes]):
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found

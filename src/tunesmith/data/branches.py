@@ -11,7 +11,8 @@ and computed once where the lines of a micro-batch may share prefixes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,15 @@ def lines_of(row: Row) -> list[Row]:
     if not row.branches:
         return [row]
     stem, lines = len(row.ids) - sum(row.branches), []
-    start = stem
+    start, labels = stem, row.labels
     for size in row.branches:
         ids_T, trained_T = (
             np.concatenate([whole[:stem], whole[start : start + size]]) for whole in (row.ids, row.trained)
         )
-        lines.append(replace(row, ids=ids_T, trained=trained_T, branches=(), values=()))
+        own, num = labels, int(trained_T.sum())
+        if labels is not None:
+            own, labels = labels[:num], labels[num:]
+        lines.append(replace(row, ids=ids_T, trained=trained_T, labels=own, branches=(), values=()))
         start += size
     return lines
 
@@ -52,16 +56,58 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
         shorter = min(stem, len(first), len(other.ids_T))
         differ = np.flatnonzero(first[:shorter] != other.ids_T[:shorter])
         stem = int(differ[0]) if len(differ) else shorter
-    if stem < LEAST_PREFIX:
+    if stem < LEAST_PREFIX and len(drafts) > 1:
         stem = 0
+    classes = [draft.classes_N for draft in drafts if draft.classes_N is not None]
     return Draft(
         np.concatenate([first[:stem], *(draft.ids_T[stem:] for draft in drafts)]),
         np.concatenate([drafts[0].trained_T[:stem], *(draft.trained_T[stem:] for draft in drafts)]),
         num_unspelled=sum(draft.num_unspelled for draft in drafts),
         warnings=[warning for draft in drafts for warning in draft.warnings],
+        classes_N=tuple(name for of_draft in classes for name in of_draft) if classes else None,
+        second=drafts[0].second,
         branches=tuple(len(draft.ids_T) - stem for draft in drafts),
         values=values,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """For each row another one, whose answer is read behind this row's prompt, which it does not answer."""
+
+    rows_I: NDArray[np.int64]
+    """[I]; -1 for rows that were not among those given."""
+    max_tokens: int
+
+    def joined(self, others: Partners | None) -> Partners:
+        """These partners, and those that other rows of the same store have."""
+        if others is None:
+            return self
+        return replace(self, rows_I=np.where(self.rows_I < 0, others.rows_I, self.rows_I))
+
+    def line(self, row: Row, other: Row) -> Row:
+        """The prompt of `row` with the answer of `other`, whose end is left out where it does not fit."""
+        stem, start = len(row.ids) - row.branches[0], len(other.ids) - other.branches[0]
+        end = start + self.max_tokens - stem
+        ids_T, trained_T = (
+            np.concatenate([own[:stem], others[start:end]])
+            for own, others in ((row.ids, other.ids), (row.trained, other.trained))
+        )
+        return replace(row, ids=ids_T, trained=trained_T, branches=(), values=())
+
+
+def partners_of(
+    rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
+) -> Partners | None:
+    """For each of some rows the next in the order of content hashes that has another prompt, the first one behind the
+    last; None where all have one prompt. The hashes are those of all rows of a store."""
+    order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
+    ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
+    if not len(ends):
+        return None
+    found = np.full(len(hashes_I), -1, np.int64)
+    found[order] = order[(ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)] + 1) % len(order)]
+    return Partners(found, max_tokens)
 
 
 class BranchColumns:
@@ -72,7 +118,19 @@ class BranchColumns:
         self._sizes, self._values = ([(one.offsets.to_numpy(), one.values.to_numpy()) for one in of] for of in columns)
         self.has_any = any(len(sizes) for _, sizes in self._sizes)
         self.reference: NDArray[np.float64] | None = None
-        """[I, K], the log-probability of each branch's trained tokens under the model of step 1; None: not computed."""
+        """[I, K], the log-probability of each branch's trained tokens under the model of step 1, then of the partner's;
+        None: not computed."""
+        self.partners: Partners | None = None
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """[I], branches of each row."""
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for offsets, _ in self._sizes)])
+
+    @cached_property
+    def firsts(self) -> NDArray[np.float64]:
+        """[I], the first number of each row, where every row has one."""
+        return np.concatenate([np.empty(0), *(values[offsets[:-1]] for offsets, values in self._values)])
 
     def sizes(self, batch: int, place: int) -> tuple[int, ...]:
         """Tokens of each branch of a row behind its stem, by its record batch and its place there."""

@@ -27,14 +27,15 @@ class Preferences:
 
     def add(self, example: Example) -> None:
         """Keep what is needed of a row; nothing of one that compares no answers."""
-        if not example.branches:
+        if len(example.branches) < 2:
             return
         prompt = [[part.role, part.text] for part in example.parts]
-        sides = [[[part.role, part.text, part.fields] for part in branch] for branch in example.branches]
+        ends = (example.branches[0], example.branches[-1])
+        sides = [[[part.role, part.text, part.fields] for part in branch] for branch in ends]
         hashes = [hash_of([prompt, side]) for side in sides]
         self._ordered.append(hash_of(hashes))
         self._unordered.append(hash_of(sorted(hashes)))
-        self._chars.extend(sum(len(part.text) for part in branch if part.trained) for branch in example.branches)
+        self._chars.extend(sum(len(part.text) for part in branch if part.trained) for branch in ends)
 
     def flipped(self, num_rows: int) -> NDArray[np.int64]:
         """(row, the first row with the same two answers the other way round); none where rows of other shapes are."""

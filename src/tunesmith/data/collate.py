@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
+LinesOf = Literal["all", "learnt", "looked"]
 RANDOM_BEYOND = 0.8
 KEPT_BEYOND = 0.9
 
@@ -94,16 +95,18 @@ class Collator:
         if self.masking is not None:
             self.store.use_masks(self.masking.share)
 
-    def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = ()) -> Batch:
+    def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """The batch of some rows of the store. `draw` numbers the maskings of a row: the step, or 0 for measuring.
-        `copies`: see `sampler.copies_in`; empty: each row is there once.
+        `copies`: see `sampler.copies_in`; empty: each row is there once. `lines`: of rows with partners those that are
+        learnt, those that the step looks at before, or all, which are measured.
 
         In a step, masks follow from a row's index in the store; for measuring, from the content of its example, so that
         they are the same in another file, order or run.
         """
         copies = tuple(copies) or (0,) * len(members)
         rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
-        whole, rows = rows, [line for row in rows for line in lines_of(row)]
+        whole, parts = rows, [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
+        rows = [line for part in parts for line in part]
         batch = build_batch(
             rows,
             members,
@@ -114,18 +117,25 @@ class Collator:
             pad_id=self.pad_id,
         )
         batch = replace(batch, copies_B=copies)
-        batch = self._with_lines(batch, whole) if whole[0].branches else batch
+        batch = self._with_lines(batch, whole, list(map(len, parts))) if whole[0].branches else batch
         batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
 
-    def _with_lines(self, batch: Batch, rows: Sequence[Row]) -> Batch:
-        """The batch of the lines of `rows`, with the rows that targets belong to, and their numbers."""
-        reference, device = self.store.branches.reference, batch.row_of_N.device
-        found = (
-            np.zeros((len(rows), len(rows[0].branches))) if reference is None else reference[list(batch.row_indices)]
-        )
+    def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
+        partners = self.store.branches.partners
+        if partners is None or lines == "learnt":
+            return lines_of(row)
+        other = partners.line(row, self.store.row(int(partners.rows_I[index])))
+        return [other] if lines == "looked" else [*lines_of(row), other]
+
+    def _with_lines(self, batch: Batch, rows: Sequence[Row], counts: Sequence[int]) -> Batch:
+        """The batch of so many lines of each row, with the rows that targets belong to, and their numbers."""
+        branches, device = self.store.branches, batch.row_of_N.device
+        found = np.zeros((len(rows), 2))
+        if branches.reference is not None:
+            found = branches.reference[list(batch.row_indices)]
         values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
-        row_of_line = np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])
+        row_of_line = np.repeat(np.arange(len(rows)), counts)
         wide = torch.float32 if device.type == "mps" else torch.float64
         return replace(
             batch,

@@ -258,7 +258,8 @@ class RowStore:
     def use(self, labels: Labels) -> None:
         """Let rows hold the targets that `labels` define."""
         self._learnt = labels
-        self.denominators = self.labels.denominators(labels)
+        if not self.branches.has_any:
+            self.denominators = self.labels.denominators(labels)
 
     def use_masks(self, share: float) -> None:
         """Count this share of a row's trained tokens as learnt, at least one; see `collate.Masking`."""

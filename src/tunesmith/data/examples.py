@@ -13,7 +13,7 @@ import orjson
 
 from tunesmith.data.columns import check_column_names, explain, paste, propose, read_as
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.formats import CHATS, FORMATS, SHAPES, find_shape
+from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SHAPES, find_shape
 from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, near, refusal
 from tunesmith.data.read import read
@@ -29,7 +29,7 @@ def warnings_of(example: Example) -> Iterator[Problem]:
     if example.shape == "tokens_tags":
         yield from _odd_tags(example)
         return
-    if example.branches and differ_in_space_alone(example):
+    if len(example.branches) == 2 and differ_in_space_alone(example):
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts
@@ -161,7 +161,7 @@ class FileExamples:
             if shape is None:
                 return None
         module = FORMATS[shape]
-        problems = self._too_many(record, source, module.FIELDS) if shape in (*CHATS, "preference") else []
+        problems = self._too_many(record, source, module.FIELDS) if shape in (*CHATS, *COMPARED) else []
         parsed = problems or module.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
@@ -351,7 +351,7 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*CHATS, "preference", "text_label", "tokens_tags")
+    return example.plain or example.shape in (*CHATS, *COMPARED, "text_label", "tokens_tags")
 
 
 def hash_of(content: list[Any]) -> int:

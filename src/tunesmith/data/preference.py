@@ -17,6 +17,13 @@ from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.types import Example, Part, Problem
 
 
+def side_encoder(tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> RowEncoder:
+    """The encoder of one answer with its prompt: in the chat template if the tokenizer has one."""
+    if getattr(tokenizer, "chat_template", None):
+        return ChatEncoder(tokenizer, fast, limit, date)
+    return CompletionEncoder(tokenizer, fast, limit)
+
+
 class PreferenceEncoder(RowEncoder):
     """Encodes both sides with every check of training on answers, in the chat template if the tokenizer has one.
 
@@ -24,10 +31,7 @@ class PreferenceEncoder(RowEncoder):
     """
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> None:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._side: RowEncoder = (
-            ChatEncoder(tokenizer, fast, limit, date) if has_template else CompletionEncoder(tokenizer, fast, limit)
-        )
+        self._side = side_encoder(tokenizer, fast, limit, date)
         self.control = self._side.control
         self.template_text = self._side.template_text
         self.stop_ids = self._side.stop_ids
@@ -54,16 +58,17 @@ class PreferenceEncoder(RowEncoder):
 
     def _row(self, example: Example, sides: Sequence[Drafts]) -> Drafts:
         if not sides:
-            fix = "Give it chosen and rejected; to learn from answers alone, use task: chat."
+            fix = "Give it chosen and rejected, or a label, true or false; to learn from answers alone, use task: chat."
             return Problem(example.source, "no_preference", "it compares no answers.", fix)
         drafts: list[Draft] = []
-        for name, side in zip(SIDES, sides, strict=True):
+        names = [f"{name}: " for name in SIDES] if len(sides) > 1 else [""]
+        for name, side in zip(names, sides, strict=True):
             if isinstance(side, Problem):
-                return replace(side, message=f"{name}: {side.message}")
+                return replace(side, message=f"{name}{side.message}")
             draft = side[0]
-            draft.warnings = [replace(one, message=f"{name}: {one.message}") for one in draft.warnings]
+            draft.warnings = [replace(one, message=f"{name}{one.message}") for one in draft.warnings]
             drafts.append(draft)
-        if np.array_equal(drafts[0].ids_T, drafts[1].ids_T):
+        if len(drafts) > 1 and np.array_equal(drafts[0].ids_T, drafts[1].ids_T):
             message = "chosen and rejected are the same tokens, as the model reads them."
             return Problem(example.source, "identical_sides", message, "Remove the row.")
         return [join(drafts, example.values)]

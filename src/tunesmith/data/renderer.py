@@ -159,7 +159,7 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
     labels_N: NDArray[np.int64] | None = None
     if draft.classes_N is not None:
         ids = [vocabulary.setdefault(name, len(vocabulary)) for name in draft.classes_N]
-        is_answered = bool(example.labels) or example.many
+        is_answered = bool(example.labels or example.branches) or example.many
         labels_N = np.array(ids, np.int64) if is_answered else np.full(draft.trained_T.sum(), IGNORE, np.int64)
     return Row(
         draft.ids_T,

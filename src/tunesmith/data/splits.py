@@ -193,7 +193,7 @@ def _labels(
     **how: Any,
 ) -> tuple[Labels | None, list[Choice]]:
     """The classes of a new head, if the task has one."""
-    if not {"text_label", "tokens_tags"} & set(SHAPES[task]):
+    if not {"text_label", "tokens_tags", "scored_answers"} & set(SHAPES[task]):
         return None, []
     sides = [each.count_labels() for each in dict.fromkeys(stores)]
     return resolve_labels(task=task, data=data, trained=stores[0].count_labels(train_rows), sides=sides, **how)
@@ -233,9 +233,10 @@ def given_text(example: Example) -> str | None:
     if example.shape == "tokens_tags":
         return " ".join(part.text for part in example.parts)
     if example.branches:
-        chosen, *others = ("\n".join(f"{part.role}: {part.text}" for part in branch) for branch in example.branches)
+        names = ["chosen", *("rejected" for _ in example.branches[1:])] if len(example.branches) > 1 else ["answer"]
+        answers = ("\n".join(f"{part.role}: {part.text}" for part in branch) for branch in example.branches)
         prompt = "\n".join(f"{part.role}: {part.text}" for part in example.parts)
-        return "\n\n".join([prompt, f"[chosen]\n{chosen}", *(f"[rejected]\n{other}" for other in others)])
+        return "\n\n".join([prompt, *(f"[{name}]\n{said}" for name, said in zip(names, answers, strict=True))])
     if example.plain or example.shape == "text_label":
         return "\n".join(part.text for part in example.parts)
     return "\n".join(f"{part.role}: {part.text}" for part in example.parts)

@@ -16,13 +16,12 @@ from typing import Any
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, value_of
 from tunesmith.evaluation.metrics import FEWEST_ROWS
+from tunesmith.evaluation.preference_scores import HABITS, by_habit, column
 from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
     RowKind,
     RowResult,
-    by_habit,
     by_key,
-    column,
     keyed,
     kind_of,
     names_in,
@@ -45,6 +44,8 @@ CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "numbers": ("mse",),
     "tags": ("tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("preference_accuracy",),
+    "answers": ("preference_accuracy",),
+    "rewards": ("preference_accuracy",),
 }
 """Metrics of an answer that is always the same, the one that the commonest answer is best at first."""
 
@@ -213,8 +214,8 @@ def rows_against_constant(
     said: list[RowResult] = [
         {**row, "predicted": [constant] * len(row["tags"]) if kind == "tags" else constant} for row in units
     ]
-    if kind == "pairs":
-        said = by_habit(units, constant)
+    if kind in HABITS:
+        said = by_habit(kind, units, constant)
     names = classes or names_in((*units, *said))
     sides = (statistics_of(kind, some, names, complete=True) for some in (said, units))
     of_constant, of_model = ({key: side[key] for key in side if key in CONSTANT_METRICS[kind]} for side in sides)

@@ -234,13 +234,11 @@ def sample_notes(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]
 
 
 def _prompt(renderer: Renderer, example: Example, limit: PromptLimit) -> SamplePrompt | None:
-    parts = example.first_line
-    last = max((i for i, part in enumerate(parts) if part.trained), default=0)
-    if last == 0:
+    before = example.asked
+    if not before:
         return None
-    before = parts[:last]
     ids, cut = limit.encode(renderer, replace(example, parts=before))
-    reference = parts[last].text
+    reference = example.first_line[len(before)].text
     return SamplePrompt(tuple(ids), before[-1].text, reference=reference, source=str(example.source), cut=cut)
 
 

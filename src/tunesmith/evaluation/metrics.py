@@ -122,6 +122,10 @@ METRICS: Mapping[str, MetricInfo] = {
     "likelier_chosen": MetricInfo(
         "likelier answer", "percent", "neither", "What choosing by the untouched model's likelihood a token gets right."
     ),
+    "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
+    "reward_spread": MetricInfo("spread of rewards", "number", "neither", "Mean distance of rewards from their mean."),
+    "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
+    "win_rate_alike": MetricInfo("win rate alike", "percent", "higher", "The same, for answers as long as before."),
     "general_loss": MetricInfo("general text", "number", "lower", "Loss on the general text kept in the package."),
 }
 
@@ -138,6 +142,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "number": ("loss", "mse", "spearman"),
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("loss", "preference_accuracy", "margin"),
+    "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
 }
 """Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own: bits per
 byte documents, ROC AUC two classes, span metrics tags that mark spans."""

@@ -19,18 +19,17 @@ from numpy.typing import NDArray
 
 from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import bootstrap
+from tunesmith.evaluation import bootstrap, preference_scores
 from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
+from tunesmith.evaluation.preference_scores import HABITS, MOST_DOTS, column
 
 RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
 Constant = str | float | list[str]
 """One answer to every row: a class or tag, a number, or the classes that hold."""
-RowKind = Literal["tokens", "classes", "sets", "numbers", "tags", "pairs"]
+RowKind = Literal["tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards"]
 OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
-MOST_DOTS = 500
-"""Rows in the scatter of true and predicted numbers."""
 MOST_SOURCES = 20
 """Sources whose losses are measured apart."""
 PREFIXES = ("B", "I", "E", "S")
@@ -61,8 +60,8 @@ def score(
     kind, units = kind_of(results[0]), list(by_key(results).values())
     statistics = statistics_of(kind, units, classes, complete=True)
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
-    if kind == "pairs":
-        details["constant"] = {"answer": better_habit(units), "from": "the rows measured"}
+    if kind in HABITS:
+        details["constant"] = {"answer": preference_scores.better_habit(kind, units), "from": "the rows measured"}
     elif constant is not None:
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
@@ -88,8 +87,10 @@ def kind_of(row: RowResult) -> RowKind:
     """The kind of prediction that a row's result holds."""
     if "correct" in row:
         return "tokens"
+    if "rewards" in row:
+        return "rewards"
     if "logps" in row:
-        return "pairs"
+        return "answers" if "wanted" in row else "pairs"
     if "value" in row:
         return "numbers"
     if "tags" in row:
@@ -123,8 +124,8 @@ def keyed(rows: Iterable[RowResult]) -> Iterator[tuple[tuple[str, int], RowResul
 
 def num_right(row: RowResult) -> int:
     """1 for a row whose class or classes are right, else 0; of tags how many are."""
-    if "logps" in row:
-        return int(row["margin"] > 0)
+    if "margin" in row:
+        return int((row["margin"] > 0) == row.get("wanted", True))
     if "tags" in row:
         return sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True))
     return int(row["label"] == row["predicted"])
@@ -154,10 +155,6 @@ def names_in(rows: Iterable[RowResult]) -> list[str]:
         for value in (row.get("label"), row.get("tags"), row.get("predicted")):
             found.update(name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
     return sorted(found)
-
-
-def column(rows: Sequence[RowResult], key: str) -> Floats:
-    return np.array([row[key] for row in rows], np.float64)
 
 
 def _token_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
@@ -271,53 +268,15 @@ def _tag_counts(rows: Sequence[RowResult], classes: Sequence[str]) -> NDArray[np
     return counts
 
 
-def _pair_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Pairs of answers; a tie of both counts half."""
-    logps_I2, reference_I2, lengths_I2 = (
-        np.array([row[key] for row in rows], np.float64).reshape(-1, 2) for key in ("logps", "reference", "lengths")
-    )
-    shifts_I2 = (logps_I2 - reference_I2) / lengths_I2
-    return {
-        "preference_accuracy": ratio(_won(column(rows, "margin"))),
-        "margin": ratio(column(rows, "margin")),
-        "chosen_shift": ratio(shifts_I2[:, 0]),
-        "rejected_shift": ratio(shifts_I2[:, 1]),
-        **{habit: ratio(_won(preferred)) for habit, preferred in _habits(rows).items()},
-    }
-
-
-def _won(differences_I: Floats) -> Floats:
-    return np.where(differences_I == 0, 0.5, (differences_I > 0).astype(np.float64))
-
-
-def _habits(rows: Sequence[RowResult]) -> dict[str, Floats]:
-    """[I], by how much each of two habits that know nothing of the preferences prefers the chosen answer: the longer
-    answer, and the one of which the untouched model finds each token likelier in the mean."""
-    lengths_I2, reference_I2 = (np.array([row[key] for row in rows], np.float64) for key in ("lengths", "reference"))
-    means_I2 = reference_I2 / lengths_I2
-    return {
-        "longer_chosen": lengths_I2[:, 0] - lengths_I2[:, 1],
-        "likelier_chosen": means_I2[:, 0] - means_I2[:, 1],
-    }
-
-
-def better_habit(rows: Sequence[RowResult]) -> str:
-    """The habit that chooses more of these pairs rightly."""
-    return max(_habits(rows).items(), key=lambda item: float(_won(item[1]).sum()))[0]
-
-
-def by_habit(rows: Sequence[RowResult], habit: str) -> list[RowResult]:
-    """The rows as if a model had chosen by a habit."""
-    return [{**row, "margin": value} for row, value in zip(rows, _habits(rows)[habit].tolist(), strict=True)]
-
-
 _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool], dict[str, Statistic]]] = {
     "tokens": _token_statistics,
     "classes": _class_statistics,
     "sets": _set_statistics,
     "numbers": _number_statistics,
     "tags": _tag_statistics,
-    "pairs": _pair_statistics,
+    "pairs": preference_scores.pair_statistics,
+    "answers": preference_scores.answer_statistics,
+    "rewards": preference_scores.reward_statistics,
 }
 
 
@@ -370,23 +329,14 @@ def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str,
     return {"labels": list(classes), "per_type": table}
 
 
-def _pair_details(rows: Sequence[RowResult], _: Sequence[str]) -> dict[str, Any]:
-    """Margin and difference in length of some pairs, and accuracy by which answer is longer."""
-    shown = np.unique(np.linspace(0, len(rows) - 1, MOST_DOTS).astype(np.int64))
-    margins_I, longer_I = column(rows, "margin"), _habits(rows)["longer_chosen"]
-    of_length = []
-    for name, which_I in (("shorter", longer_I < 0), ("as long", longer_I == 0), ("longer", longer_I > 0)):
-        accuracy = float(_won(margins_I[which_I]).mean()) if which_I.any() else None
-        of_length.append({"chosen": name, "pairs": int(which_I.sum()), "accuracy": accuracy})
-    return {"margins": [[float(longer_I[i]), float(margins_I[i])] for i in shown], "by_length": of_length}
-
-
 _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[str, Any]]] = {
     "classes": _class_details,
     "sets": _set_details,
     "numbers": _number_details,
     "tags": _tag_details,
-    "pairs": _pair_details,
+    "pairs": preference_scores.pair_details,
+    "answers": lambda rows, classes: {},
+    "rewards": preference_scores.reward_details,
 }
 
 

@@ -17,6 +17,7 @@ from tunesmith.evaluation.compare import (
     rows_against_constant,
 )
 from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
+from tunesmith.evaluation.preference_scores import HABITS
 from tunesmith.evaluation.scores import RowResult, are_short, kind_of
 
 MOST_NAMED = 3
@@ -57,8 +58,8 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
     kind = kind_of(rows[0])
     found = rows_against_constant(rows, constant["answer"], classes=classes)
     return {
-        "name": {"numbers": "mean baseline", "pairs": "best habit"}.get(kind, "majority baseline"),
-        "words": _HABITS.get(constant["answer"], "") if kind == "pairs" else _words(constant["answer"]),
+        "name": "best habit" if kind in HABITS else "mean baseline" if kind == "numbers" else "majority baseline",
+        "words": _HABITS.get(constant["answer"], "") if kind in HABITS else _words(constant["answer"]),
         "from": constant["from"],
         "rows": len(rows),
         "key": CONSTANT_METRICS[kind][0],
@@ -159,12 +160,13 @@ def preference_notes(measures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     if "preference_accuracy" not in measures:
         return
     value = {key: one["value"] for key, one in measures.items()}
-    accuracy, chosen, rejected = (value[key] for key in ("preference_accuracy", "chosen_shift", "rejected_shift"))
-    if measures["preference_accuracy"].get("high", 1.0) < min(value["longer_chosen"], value["likelier_chosen"]):
+    accuracy = value["preference_accuracy"]
+    if measures["preference_accuracy"].get("high", 1.0) < min(value[habit] for habit in _HABITS if habit in value):
         yield (
             f"{accuracy:.1%} of the held-out preferences are right, fewer than by choosing the longer answer or the "
             "likelier one: chosen and rejected may be the wrong way round"
         )
+    chosen, rejected = (value.get(key, 0.0) for key in ("chosen_shift", "rejected_shift"))
     if chosen < UNLEARNT:
         yield (
             f"chosen answers lost {-chosen:.2f} nats a token, rejected ones {-rejected:.2f}: the model unlearns both. "

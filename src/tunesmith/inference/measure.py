@@ -7,9 +7,10 @@ from __future__ import annotations
 import heapq
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ from tunesmith.evaluation.verdicts import (
     too_few,
 )
 from tunesmith.formatting import plural
-from tunesmith.inference.load import LoadedModel
+from tunesmith.inference.judge import judged
+from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer
+from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Layout, Problem, TaskName
+from tunesmith.types import Example, Layout, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
@@ -122,17 +125,19 @@ def evaluate_file(
     path: str,
     *,
     samples: int | None = None,
+    judge: LoadedModel | None = None,
     keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> EvaluationResult:
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
-    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line a row, as
+    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `judge`: says how often these answers win
+    against those of the model that the run began with. `keep` gets an iterator of one line a row, as
     in a run's evaluation/after.jsonl.
 
     Raises:
-        InputError: `samples` for a model that writes nothing.
+        InputError: `samples` for a model that writes nothing, or a judge of what is no run.
         DataError: rows cannot be used, or have labels that the model does not know; see `build`.
         NonFiniteError: the loss is no number.
     """
@@ -141,6 +146,8 @@ def evaluate_file(
         raise InputError(
             f"--samples: a model of task {task} without a head for writing gives no answers. Leave it out."
         )
+    if judge is not None and (loaded.run is None or loaded.is_base or loaded.head != "next_token"):
+        raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
     trained = None if loaded.run is None else load_training_rows(loaded.run)
     loaded, more = _with_class_weights(loaded, trained)
@@ -148,9 +155,11 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
+        chosen = TASKS[task].use_rows(loaded.recipe, [(store, rows_I)])
+        loaded = replace(loaded, recipe=reduce(with_choice, chosen, loaded.recipe))
         if TASKS[task].compares:
-            with _reference_of(loaded):
-                found = _predicted(loaded, store, lambda done, total: on_progress("reference", done, total))
+            with _as_begun(loaded) as base:
+                found = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
             store.branches.reference = np.array([result["logps"] for result in found.results], np.float64)
         found = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
         results = row_results(loaded.head, loaded.labels, found, store.hashes)
@@ -163,16 +172,34 @@ def evaluate_file(
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*more, *counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
-    sampled, more = _answer(loaded, data, store, samples, on_progress)
-    answers, references = [[sample[key] for sample in sampled] for key in ("answer", "reference")]
-    measures |= score_answers(answers, references, bleu=loaded.recipe.evaluation.bleu)
+    how: dict[str, Any] = {"judge": judge, "num": samples, "on_progress": on_progress}
+    sampled, of_answers, more = _answered(loaded, data, store, **how)
+    measures |= of_answers
     baseline = row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
-        scored = zip(sampled, answer_scores(answers, references), strict=True)
+        scored = zip(sampled, answer_scores(*_columns(sampled)), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
     headline = _headline(task, measures, baseline, details, store)
     notes += more
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
+
+
+def _answered(
+    loaded: LoadedModel, data: Data, store: RowStore, *, judge: LoadedModel | None, **how: Any
+) -> tuple[list[dict[str, Any]], dict[str, Interval], list[str]]:
+    """Answers to some rows, their measures, and notes."""
+    sampled, asked, notes = _answer(loaded, data, store, **how)
+    measures = score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
+    if judge is None or not sampled:
+        return sampled, measures, notes
+    with _as_begun(loaded) as base:
+        before, *_ = _answer(base, data, store, **how)
+    rates, said = judged(judge, asked, _columns(before)[0], _columns(sampled)[0])
+    return sampled, {**measures, **rates}, [*notes, said]
+
+
+def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [[sample[key] for sample in sampled] for key in ("answer", "reference")]
 
 
 def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, int], None]) -> Predictions:
@@ -186,17 +213,16 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
     )
 
 
-def _reference_of(loaded: LoadedModel) -> AbstractContextManager[None]:
-    """A block in which the model is the one that its run began with. Raises InputError if it holds no such model."""
+@contextmanager
+def _as_begun(loaded: LoadedModel) -> Iterator[LoadedModel]:
+    """The model that the run of another began with, inside the block. Raises RunError where that is not here."""
     if loaded.has_base:
-        return loaded.adapter_disabled()
-    if loaded.run is not None and not loaded.is_base:
-        raise InputError(
-            f"{loaded.run.path}: preferences are measured against the model of step 1, which a result of method "
-            f"{loaded.recipe.method.name} does not hold. Its own held-out pairs are in evaluation/after.jsonl; an "
-            "adapter can be measured on any file."
-        )
-    return nullcontext()
+        with loaded.adapter_disabled():
+            yield loaded
+    elif loaded.run is not None and not loaded.is_base:
+        yield replace(load_base(loaded.run, offline=True), recipe=loaded.recipe)
+    else:
+        yield loaded
 
 
 def _headline(
@@ -297,14 +323,14 @@ def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
 
 def _answer(
     loaded: LoadedModel, data: Data, store: RowStore, num: int | None, on_progress: OnProgress
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Answers to the rows of smallest content hash, whatever their order in the file, and notes on them."""
+) -> tuple[list[dict[str, Any]], list[Example], list[str]]:
+    """Answers to the rows of smallest content hash, whatever their order in the file, what was answered, and notes."""
     task, renderer = loaded.renderer.task_name, loaded.renderer
     if num is None:
         usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
         num = usual if TASKS[task].writes_answers else 0
     if num == 0:
-        return [], []
+        return [], [], []
     new_tokens = new_tokens_for(store.targets, loaded.recipe.evaluation.sample_tokens)
     rows = (example for _, example in examples(data.train, data, ignore, task=task))
     chosen = heapq.nsmallest(num, rows, key=content_hash)
@@ -314,4 +340,6 @@ def _answer(
     sampled = list(answer_samples(loaded.model, renderer, prompts, sampling, on_progress))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
-    return sampled, [note, *sample_notes(prompts, num_rows=len(chosen))]
+    asked = {str(example.source): replace(example, parts=example.asked, branches=(), labels=()) for example in chosen}
+    notes = [note, *sample_notes(prompts, num_rows=len(chosen))]
+    return sampled, [asked[sample["source"]] for sample in sampled], notes

@@ -201,7 +201,8 @@ class Predictor:
         assert labels is not None, "a sequence head answers with labels"
         logits_BC = self._logits(sequence_logits, batch)
         if labels.kind == "number":
-            yield from ({"label": float(value)} for value in logits_BC[:, 0])
+            key = TASKS[self.task].answer_key or "label"
+            yield from ({key: float(value)} for value in logits_BC[:, 0])
             return
         chances_BC = sigmoid(logits_BC) if labels.kind == "many" else softmax(logits_BC)
         for chances_C in chances_BC:

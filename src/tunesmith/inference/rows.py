@@ -149,7 +149,7 @@ def input_fields(example: Example) -> dict[str, Any]:
     if example.shape == "document_summary":
         return {"document": texts[0]}
     if example.plain:
-        return {"prompt": texts[0]}
+        return dict(zip(("prompt", "completion"), texts, strict=False))
     messages = [{"role": part.role, "content": part.text, **part.fields} for part in example.parts]
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
 

@@ -162,7 +162,7 @@ def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
 
 def far_numbers(rows: Splits) -> list[str]:
     """A note where labels are numbers far from 0, which a head, whose weights start near 0, learns slowly."""
-    if rows.labels is None or rows.labels.kind != "number":
+    if rows.labels is None or rows.labels.kind != "number" or rows.store.branches.has_any:
         return []
     seen = rows.store.count_labels(rows.train_rows)
     values_V, counts_V = np.array([float(name) for name in seen.names]), seen.counts_V

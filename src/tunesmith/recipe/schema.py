@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 from pydantic_core import PydanticCustomError
 
 from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, OptionGroup, Positive, Words
+from tunesmith.recipe.preferences import Prefer, Reward
 from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")
@@ -229,49 +230,6 @@ class Loss(OptionGroup):
     """NEFTune: uniform noise of at most alpha / √(tokens of the row · width) on every embedding; 5 is usual."""
 
 
-PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "dpo_norm", "apo_zero", "simpo", "cpo", "orpo"]
-_BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
-
-
-class Prefer(OptionGroup):
-    """Task prefer: the loss of a pair of answers, see docs/preferences.md."""
-
-    loss: PreferenceLoss = "dpo"
-    """Loss of a pair. dpo, robust, hinge, ipo, dpo_norm and apo_zero compare the model with the one that it was at
-    step 1; simpo, cpo and orpo do not."""
-    beta: Annotated[float, Field(gt=0)] | None = None
-    """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5, of simpo
-    2."""
-    margin: Annotated[float, Field(ge=0)] | None = None
-    """Margin by which the chosen answer has to win, in addition to that of a row (dpo, dpo_norm, hinge, simpo, cpo).
-    null: 0, of simpo β / 2."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round (dpo, robust)."""
-    nll: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the chosen answer's negative log-likelihood a token, which keeps it likely. null: 0, of cpo and orpo
-    1."""
-    length: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length less."""
-
-    def filled(self) -> Prefer:
-        """These options with what null means."""
-        if None not in (self.beta, self.margin, self.nll):
-            return self
-        beta = _BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
-        usual = {"beta": beta, "margin": beta / 2 if self.loss == "simpo" else 0.0}
-        usual["nll"] = 1.0 if self.loss in ("cpo", "orpo") else 0.0
-        return self.model_copy(update={key: value for key, value in usual.items() if getattr(self, key) is None})
-
-    @model_validator(mode="after")
-    def _has_what_it_is_given(self) -> Prefer:
-        if self.label_smoothing and self.loss not in ("dpo", "robust"):
-            raise ValueError(f"prefer.label_smoothing: {self.loss} has none: use dpo or robust")
-        if self.loss in ("robust", "ipo", "apo_zero", "orpo") and (self.margin or self.length):
-            option = "margin" if self.margin else "length"
-            raise ValueError(f"prefer.{option}: {self.loss} has none: use dpo")
-        return self
-
-
 class Train(OptionGroup):
     """Length of training, and sizes of steps and micro-batches."""
 
@@ -388,13 +346,14 @@ class Recipe(OptionGroup):
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, a tag
-    for each word, or the better of two answers. auto: detected from the rows."""
+    for each word, the better of two answers, or a number for an answer. auto: detected from the rows."""
     method: Method = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
     optim: Optim = Optim()
     loss: Loss = Loss()
     prefer: Prefer = Prefer()
+    reward: Reward = Reward()
     train: Train = Train()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

@@ -17,6 +17,7 @@ from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.generate import GENERATE
 from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
+from tunesmith.tasks.reward import REWARD
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import TAG
 from tunesmith.tasks.text import TEXT
@@ -25,7 +26,9 @@ from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
 if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
-TASKS: dict[TaskName, Task] = {task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER)}
+TASKS: dict[TaskName, Task] = {
+    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD)
+}
 """By name. `bind` gives a task its classes and losses before it is trained."""
 
 

@@ -6,16 +6,26 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.losses import token_measure
 from tunesmith.tasks.preference_losses import preference_loss_sum, preference_measure
-from tunesmith.types import Task
+from tunesmith.tasks.unpaired_losses import kto_loss_sum, kto_measure, look, settle
+from tunesmith.types import Choice, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tunesmith.data.dataset import RowStore
     from tunesmith.data.drafts import EncoderSettings, RowEncoder
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
 
+FEW_ROWS = 40
+"""Training rows below which a step would have one."""
 LARGE = 1e9
 """Weights from which a model counts as large."""
 
@@ -41,7 +51,7 @@ def _rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
     return (5e-7 if is_large else 1e-6), f"usual for preferences in full tuning {where}"
 
 
-def _check(recipe: Recipe) -> None:
+def check_compared(recipe: Recipe) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
     if recipe.data.too_long == "cut":
         raise RecipeError(
@@ -50,11 +60,60 @@ def _check(recipe: Recipe) -> None:
     for option in ("label_smoothing", "z_loss", "neftune_alpha"):
         if getattr(recipe.loss, option):
             way = "Use prefer.label_smoothing" if option == "label_smoothing" else "Leave it out"
-            raise RecipeError(f"loss.{option}: is for the likelihood of tokens; task prefer compares answers. {way}.")
+            raise RecipeError(f"loss.{option}: is for the likelihood of tokens; {recipe.task} compares answers. {way}.")
+
+
+def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+    """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
+    from tunesmith.data.branches import partners_of
+
+    (store, train_I), *_ = sides
+    unpaired = bool((store.branches.counts[train_I] == 1).all())
+    for side, rows_I in sides:
+        other_I = rows_I[(side.branches.counts[rows_I] == 1) != unpaired]
+        if len(other_I):
+            have, others = ("two answers", "a label") if unpaired else ("a label", "two answers")
+            raise DataError(
+                f"{side.source(int(other_I[0]))}: it has {have}, and other rows have {others}. Use one kind."
+            )
+    loss, fitting = recipe.prefer.loss, "kto" if unpaired else "dpo"
+    what = "answers with a label" if unpaired else "pairs of answers"
+    if loss != "auto" and unpaired != (loss == "kto"):
+        raise DataError(f"prefer.loss: {loss}: the rows are {what}. Leave it out, or use {fitting}.")
+    choices = [Choice("prefer.loss", fitting, f"rows are {what}")] if loss == "auto" else []
+    if not unpaired:
+        return choices
+    if recipe.train.rows_per_step == 1:
+        raise RecipeError("train.rows_per_step: 1: kto estimates from other rows of a step. Use 2 or more.")
+    for side, rows_I in sides:
+        if len(rows_I):
+            found = partners_of(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
+            if found is None:
+                raise DataError(f"{side.source(int(rows_I[0]))}: all rows have this prompt: kto needs several.")
+            side.branches.partners = found.joined(side.branches.partners)
+    return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
+
+
+def _weights(recipe: Recipe, wanted_I: NDArray[np.bool_]) -> list[Choice]:
+    """Options of kto that the labels of the training rows decide. Raises DataError where they are all alike."""
+    counts = {"desirable": int(wanted_I.sum()), "undesirable": int((~wanted_I).sum())}
+    missing = [key for key in counts if getattr(recipe.prefer, key) is None]
+    if missing and not all(counts.values()):
+        raise DataError(f"data.train: all rows have label {str(bool(wanted_I[0])).lower()}: kto needs both.")
+    why = f"{counts['desirable']:,} of {len(wanted_I):,} answers are wanted: both sides weigh the same"
+    choices = [Choice(f"prefer.{key}", max(counts.values()) / counts[key], why) for key in missing]
+    if recipe.train.rows_per_step == "auto" and len(wanted_I) < FEW_ROWS:
+        choices.append(Choice("train.rows_per_step", 2, "few rows, and kto estimates from other rows of a step"))
+    return choices
 
 
 def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
     how: dict[str, Any] = {"options": recipe.prefer, "output": output}
+    if recipe.prefer.loss == "kto":
+        found: dict[str, Any] = {"loss_sum": kto_loss_sum, "measure": kto_measure, "look": look}
+        bound: dict[str, Any] = {key: partial(function, **how) for key, function in found.items()}
+        text = partial(token_measure, output=output)
+        return replace(task, **bound, settle=partial(settle, options=recipe.prefer), text_measure=text)
     measure, text_measure = partial(task.measure, **how), partial(token_measure, output=output)
     return replace(task, loss_sum=partial(task.loss_sum, **how), measure=measure, text_measure=text_measure)
 
@@ -62,7 +121,7 @@ def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
 PREFER = Task(
     name="prefer",
     doc="The better of two answers to a prompt.",
-    shapes=("preference",),
+    shapes=("preference", "unpaired"),
     heads={"causal": "next_token"},
     loss_sum=preference_loss_sum,
     measure=preference_measure,
@@ -71,7 +130,7 @@ PREFER = Task(
     is_chat=True,
     writes_answers=True,
     answer_key="answer",
-    detected="rows compare two answers to a prompt",
+    detected="rows compare answers to a prompt",
     on_overlong=("error", "of a cut answer the model would learn that it was cut"),
     headline_metrics=("preference_accuracy", "margin", "chosen_shift"),
     next_commands=(("chat", "--compare"), ("show",)),
@@ -80,7 +139,8 @@ PREFER = Task(
     outcome="pairs",
     rows_per_step=32,
     rate=_rate,
-    check=_check,
+    check=check_compared,
+    use_rows=_use_rows,
     section="prefer",
     bound=_bound,
 )

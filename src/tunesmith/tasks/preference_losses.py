@@ -12,11 +12,12 @@ float64: the log-probabilities of long answers are large, and their difference i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.recipe.schema import Prefer, required
+from tunesmith.recipe.preferences import Prefer
+from tunesmith.recipe.schema import required
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     return losses_B, scaled_B
 
 
-def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pairs:
-    """The log-probabilities of both answers of each row, with gradient."""
+def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tuple[Tensor, Tensor]:
+    """[L] the log-probability of the trained tokens of each line, with gradient, and [L] their number; float64."""
     import torch
 
     from tunesmith.models.forward import hidden_states, logits_at_targets
@@ -167,12 +168,22 @@ def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pair
     else:
         logp_N = -target_losses(logits_at_targets(model, batch), batch.targets_N)
     assert batch.line_of_N is not None, "rows of preferences have branches"
-    assert batch.values_BV is not None, "rows of preferences have branches"
-    wide = batch.values_BV.dtype
+    wide = values_of(batch).dtype
     s_L = torch.zeros(len(batch.lengths), dtype=wide, device=logp_N.device)
     s_L = s_L.index_add(0, batch.line_of_N, logp_N.to(wide))
-    n_L = torch.bincount(batch.line_of_N, minlength=len(s_L)).to(wide)
-    return Pairs(s_L.view(-1, 2), n_L.view(-1, 2), batch.values_BV[:, 1:], batch.values_BV[:, 0])
+    return s_L, torch.bincount(batch.line_of_N, minlength=len(s_L)).to(wide)
+
+
+def values_of(batch: Batch) -> Tensor:
+    """[B, V], the numbers of each row."""
+    assert batch.values_BV is not None, "rows of preferences have branches"
+    return batch.values_BV
+
+
+def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pairs:
+    """The log-probabilities of both answers of each row, with gradient."""
+    s_L, n_L = line_logps(model, batch, output)
+    return Pairs(s_L.view(-1, 2), n_L.view(-1, 2), values_of(batch)[:, 1:], values_of(batch)[:, 0])
 
 
 def preference_loss_sum(
@@ -191,11 +202,12 @@ def preference_measure(
     with torch.no_grad():
         pairs = pairs_of(model, batch, output)
         losses_B, scaled_B = pair_losses(pairs, options)
-    columns: dict[str, Any] = {
-        "logps": pairs.s_B2.tolist(),
-        "reference": pairs.reference_B2.tolist(),
-        "lengths": pairs.n_B2.long().tolist(),
-        "margin": scaled_B.tolist(),
-    }
-    results = tuple(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    columns = {"logps": pairs.s_B2, "reference": pairs.reference_B2, "lengths": pairs.n_B2.long(), "margin": scaled_B}
+    return measured(losses_B, columns)
+
+
+def measured(losses_B: Tensor, columns: Mapping[str, Tensor]) -> Measured:
+    """The losses of rows, and what was found of each by name."""
+    rows = zip(*(values_B.tolist() for values_B in columns.values()), strict=True)
+    results: tuple[dict[str, Any], ...] = tuple(dict(zip(columns, row, strict=True)) for row in rows)
     return Measured(losses_N=losses_B.float(), outputs_N=losses_B.new_empty(0), results=results)

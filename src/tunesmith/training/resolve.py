@@ -279,7 +279,7 @@ def _elsewhere(recipe: Recipe, device: Device) -> Recipe:
 
 def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
     recipe = inputs.recipe
-    return encode_rows(
+    rows = encode_rows(
         recipe.data,
         inputs.renderer,
         cache_dirs=cache_dirs,
@@ -289,6 +289,9 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
         own_classes=inputs.own_classes,
         on_progress=on_progress,
     )
+    sides = [(rows.store, rows.train_rows), (rows.held_store, rows.held_rows)]
+    rows.choices.extend(TASKS[rows.task].use_rows(recipe, sides))
+    return rows
 
 
 def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:

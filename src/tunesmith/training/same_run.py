@@ -21,6 +21,8 @@ NAMED_LATER = {
     "setting data.mix": "times",
     "setting repeatable": "False",
     "setting optim.lr_times": "1.0",
+    "setting prefer.desirable": "None",
+    "setting prefer.undesirable": "None",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 
@@ -31,7 +33,8 @@ def refuse_other_run(
     """Notes on settings changed before, and settings that the run did not name; RunError if it would be another."""
     if not then:
         return [], []
-    unnamed, then = [key for key in NAMED_LATER if key not in then], {**NAMED_LATER, **then}
+    later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
+    unnamed, then = [key for key in later if key not in then], {**later, **then}
     then = as_renamed(then, setup.identity)
     free = {f"setting {key}" for key in (*SAME_UPDATE, *(setting.partition("=")[0] for setting in settings))}
     try:

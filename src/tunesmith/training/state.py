@@ -72,7 +72,7 @@ class BatchKey:
     copies: tuple[int, ...]
 
     def make(self, collator: Collator) -> Batch:
-        return collator.batch(self.rows, draw=self.step, copies=self.copies)
+        return collator.batch(self.rows, draw=self.step, copies=self.copies, lines="learnt")
 
 
 @dataclass

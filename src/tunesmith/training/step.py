@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,16 +39,18 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
     `exhausted` says so and all gradients are dropped.
     """
     num_targets = sum(float(state.store.denominators[i]) for i in plan.rows(step))
-    halved = False
+    halved, loss_of = False, None
     while True:
         passes = plan.step(step)
-        torch.manual_seed(_step_seed(state.recipe.seed, step, plan.part[0]))
         losses: list[Tensor] = []
         computed = 0
         try:
+            if loss_of is None or state.world.size == 1:  # together, all ranks look once, whichever runs out of memory
+                loss_of = step_loss(state, passes, step)
+            torch.manual_seed(_step_seed(state.recipe.seed, step, plan.part[0]))
             then = partial(_first_of_next, state, plan, step)
             for batch in state.ahead.batches(state.collator, _keys(passes, step), then):
-                loss_sum, tokens = _pass(state, batch, step, num_targets)
+                loss_sum, tokens = _pass(state, batch, step, num_targets, loss_of)
                 losses.append(loss_sum)
                 computed += tokens
             state.loss_scale.undo(state.attachment.trained.values())
@@ -104,10 +107,23 @@ def _first_of_next(state: TrainState, plan: StepSampler, step: int) -> BatchKey 
     return keys[0] if keys else None
 
 
-def _pass(state: TrainState, batch: Batch, step: int, num_targets: float) -> tuple[Tensor, int]:
+def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callable[..., Tensor]:
+    """The task's loss of these passes, behind a look at their rows with the random numbers that the passes draw."""
+    if state.task.look is None:
+        return state.task.loss_sum
+    torch.manual_seed(_step_seed(state.recipe.seed, step, state.plan.part[0]))
+    keys = _keys(passes, step)
+    batches = (state.collator.batch(key.rows, draw=step, copies=key.copies, lines="looked") for key in keys)
+    with torch.no_grad():
+        return state.task.look(state.model, batches, state.world)
+
+
+def _pass(
+    state: TrainState, batch: Batch, step: int, num_targets: float, loss_of: Callable[..., Tensor]
+) -> tuple[Tensor, int]:
     """Run forward and backward; return the loss sum and the number of computed positions."""
     with state.noise.on(state.model, batch, step):
-        loss_sum = state.task.loss_sum(state.model, batch)
+        loss_sum = loss_of(state.model, batch)
     state.loss_scale.scaled(loss_sum, num_targets).backward()  # type: ignore[no-untyped-call]
     state.attachment.collect_gradients()
     return loss_sum.detach(), batch.num_computed

@@ -11,17 +11,21 @@ from tunesmith.data.formats import (
     messages,
     preference,
     prompt_completion,
+    scored_answers,
     sharegpt,
     text,
     text_label,
     tokens_tags,
+    unpaired,
 )
 from tunesmith.types import Shape, TaskName
 
 FORMATS: dict[Shape, Any] = {
     module.NAME: module
     for module in (
+        scored_answers,
         preference,
+        unpaired,
         messages,
         sharegpt,
         alpaca,
@@ -35,11 +39,12 @@ FORMATS: dict[Shape, Any] = {
 """Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
 parse(record, source, answered=). The first match counts."""
 
-_KNOWN = sorted(FORMATS.values(), key=lambda module: module is preference)
+_KNOWN = sorted(FORMATS.values(), key=lambda module: module in (preference, scored_answers))
 FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
+COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "chat": CHATS,
     "generate": CHATS,  # of which it takes those that are plain pairs, and says so row by row
@@ -47,7 +52,8 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "summarize": ("document_summary",),
     "classify": ("text_label",),
     "tag": ("tokens_tags",),
-    "prefer": ("preference", *CHATS),  # of which it takes preferences, and answers all
+    "prefer": ("preference", "unpaired", *CHATS),  # of which it takes preferences, and answers all
+    "reward": ("scored_answers", "preference"),
 }
 """Shapes that a task learns from."""
 

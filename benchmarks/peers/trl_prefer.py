@@ -1,0 +1,80 @@
+"""TRL's DPOTrainer on pairs of token ids, in the order given, from an adapter that is there. Run by itself:
+
+python trl_prefer.py JOB.json RESULT.json
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from given_rows import run, versions
+from peft import PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+
+class GivenIds(DPOTrainer):  # type: ignore[misc]
+    """The rows are ids, and their order is that of the file."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+class Notes(TrainerCallback):  # type: ignore[misc]
+    """When each step ended, and its loss."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.ends:
+            self.ends.append(time.time())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.time())
+
+    def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """RESULT.json: {"losses", "seconds" of each step, "versions"}; the adapter is left in the job's folder."""
+    torch.set_num_threads(job["threads"])
+    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["precision"]))
+    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    notes = Notes()
+    arguments = DPOConfig(
+        output_dir=job["folder"], beta=job["beta"], learning_rate=job["lr"], lr_scheduler_type="constant",
+        per_device_train_batch_size=job["pairs_per_batch"], max_steps=job["steps"], max_length=None,
+        gradient_accumulation_steps=job["pairs_per_step"] // job["pairs_per_batch"], max_grad_norm=1.0, logging_steps=1,
+        weight_decay=0.0, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = GivenIds(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(job["pairs"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        callbacks=[notes],
+    )
+    if (
+        "ref" in model.peft_config
+    ):  # a copy of the adapter, which adds nothing yet: without it the base is the reference
+        model.delete_adapter("ref")
+    trainer.train()
+    model.save_pretrained(f"{job['folder']}/adapter")
+    seconds = [after - before for before, after in zip(notes.ends, notes.ends[1:], strict=False)]
+    return {"losses": notes.losses, "seconds": seconds, "versions": versions("torch", "transformers", "trl", "peft")}
+
+
+if __name__ == "__main__":
+    run(train)

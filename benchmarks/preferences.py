@@ -1,0 +1,103 @@
+"""`python -m benchmarks preferences`: DPO beside TRL's, on the same ids, adapter, rate and order.
+
+Pairs are made of chats of one question and one answer with a topic: the chosen answer is the chat's own, the rejected
+one that of another question of the same topic, drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measured import ROOT, machine, run_child, versions
+
+BETA, SEED = 0.1, 0
+WARM_UP = 3
+"""First steps whose seconds do not count."""
+
+
+def add_preferences(verbs: Any) -> None:
+    """The verb's own words."""
+    parser = verbs.add_parser("preferences", help="DPO, beside TRL's: losses, tokens a second, memory, accuracy")
+    add = parser.add_argument
+    add("--model", required=True, help="a folder of a chat model")
+    add("--chats", required=True, nargs=2, metavar="FILE", help="JSONL of chats with a topic, to train and to test on")
+    add("--peer", default=str(ROOT / ".peers" / "trl" / "bin" / "python"), help="TRL's Python")
+    add("--steps", type=int, default=20)
+    add("--pairs-per-step", type=int, default=8)
+    add("--pairs-per-batch", type=int, default=2, help="TRL's, which accumulates them to a step")
+    add("--lr", type=float, default=2e-4, help="constant")
+    add("--precision", default="float32")
+    add("--threads", type=int, default=1)
+    add("--work", type=Path, required=True, metavar="FOLDER", help="pairs, runs and results; what is there is kept")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """0: the losses agree to 1e-3; 1: they do not, or someone failed."""
+    folder = options.work.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in zip(("train", "test"), options.chats, strict=True):
+        if not (folder / f"{name}.jsonl").exists():
+            text = "".join(json.dumps(pair) + "\n" for pair in pairs_of(Path(path)))
+            (folder / f"{name}.jsonl").write_text(text, "utf-8")
+    job = {key: value for key, value in vars(options).items() if isinstance(value, str | int | float)}
+    job |= {"beta": BETA, "folder": str(folder), "seed": SEED}
+    (folder / "asked.json").write_text(json.dumps(job), "utf-8")
+    for name, python, script in (
+        ("ours", sys.executable, "prefer_ours.py"),
+        ("trl", options.peer, "trl_prefer.py"),
+    ):
+        if not (folder / f"{name}.json").exists():
+            given = folder / ("asked.json" if name == "ours" else "job.json")
+            log = folder / f"{name}.log"
+            command = [python, str(ROOT / "benchmarks" / "peers" / script), str(given), str(folder / f"{name}.part")]
+            child = run_child(command, log=log, settings={"OMP_NUM_THREADS": str(options.threads)})
+            if child.code:
+                print(f"{name} failed:\n{child.tail}", file=sys.stderr)
+                return 1
+            found = json.loads((folder / f"{name}.part").read_text("utf-8"))
+            found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
+            (folder / f"{name}.json").write_text(json.dumps(found), "utf-8")
+    return report(*(json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("ours", "trl")))
+
+
+def pairs_of(path: Path) -> list[dict[str, Any]]:
+    """A pair of each different chat whose topic has another answer."""
+    draw, by_topic = random.Random(SEED), defaultdict(dict)
+    for line in path.read_text("utf-8").splitlines():
+        chat = json.loads(line)
+        if len(chat["messages"]) == 2:
+            question, answer = (message["content"] for message in chat["messages"])
+            by_topic[chat["topic"]].setdefault(question, answer)
+    pairs = []
+    for chats in by_topic.values():
+        for question, answer in chats.items():
+            others = sorted({other for other in chats.values() if other != answer})
+            if others:
+                prompt = [{"role": "user", "content": question}]
+                pairs.append({"prompt": prompt, "chosen": answer, "rejected": draw.choice(others)})
+    return pairs
+
+
+def report(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
+    """Print what was found."""
+    worst = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    speeds = [ours["tokens"] / statistics.median(one["seconds"][WARM_UP:]) for one in (ours, theirs)]
+    with_reference = ours["tokens"] / (statistics.median(ours["seconds"][WARM_UP:]) + ours["reference_seconds"])
+    peaks = [one["peak_bytes"] / 2**30 for one in (ours, theirs)]
+    print(f"first loss {ours['losses'][0]:.6f} and {theirs['losses'][0]:.6f}, last {ours['losses'][-1]:.6f} and")
+    print(f"{theirs['losses'][-1]:.6f}; of {len(ours['losses'])} steps they differ by {worst:.2e} at most")
+    print(f"tokens/s {speeds[0]:,.0f} and {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} times")
+    print(f"the first epoch, in which ours computes the reference: {with_reference / speeds[1]:.2f} times")
+    print(f"memory {peaks[0]:.2f} GiB and {peaks[1]:.2f} GiB: {peaks[0] / peaks[1]:.2f}")
+    print(json.dumps({"machine": machine(), "ours": versions(), "TRL": theirs["versions"],
+                      "load": [ours["load_before"], theirs["load_before"]]}))  # fmt: skip
+    return int(worst > 1e-3)

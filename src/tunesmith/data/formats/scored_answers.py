@@ -1,0 +1,64 @@
+"""Answers to one prompt, the best first, or with a score each: {"prompt": "...", "answers": ["...", "..."],
+"scores": [4, 1]}. The prompt is text or a list of messages.
+
+A row to be scored has one answer: {"prompt": "...", "completion": "..."}, each text, or each a list of messages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tunesmith.data.formats import prompt_completion
+from tunesmith.data.formats._turns import check_order, parts_of, tools_of
+from tunesmith.data.problems import RowProblems
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "scored_answers"
+FIELDS = ("prompt", "answers", "scores", "completion", "tools")
+REQUIRED = ("prompt", "answers")
+INPUTS = ("prompt", "completion")
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "prompt" in record and isinstance(record.get("answers"), list)
+
+
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels."""
+    if not answered:
+        return prompt_completion.parse(record, source)
+    found = RowProblems(source)
+    prompt, answers = record["prompt"], record["answers"]
+    tools = tools_of(record, found)
+    scores = _scores(record.get("scores"), len(answers), found)
+    texts = [found.answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(answers)]
+    if isinstance(prompt, list):
+        parts = parts_of(prompt, found, place="prompt", trained=False)
+        check_order(parts, found, place="prompt", answered=False)
+    else:
+        parts = [Part("user", found.text(record, "prompt"), False)]
+    if len(answers) < 2:
+        found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
+    elif len(set(scores)) == 1:
+        found.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
+    if found.problems:
+        return found.problems
+    order = sorted(range(len(texts)), key=lambda i: -scores[i])
+    branches = tuple((Part("assistant", texts[i], True),) for i in order)
+    labels = tuple(repr(float(scores[i])) for i in order)
+    plain = isinstance(prompt, str)
+    return Example(tuple(parts), source, NAME, tools, plain=plain, labels=labels, branches=branches, values=(0.0,))
+
+
+def _scores(given: Any, num: int, found: RowProblems) -> list[float]:
+    """A score for each answer; of answers without any, which are in order, how many follow."""
+    if given is None:
+        return [float(num - 1 - i) for i in range(num)]
+    are_numbers = isinstance(given, list) and all(
+        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in given
+    )
+    if not are_numbers or len(given) != num:
+        found.add("bad_scores", f"scores are {str(given)[:40]}.", f"Give a list of {num} numbers, one an answer.")
+        return [0.0] * num
+    return [float(one) for one in given]

@@ -1,0 +1,72 @@
+"""Options of tasks that compare answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tunesmith.recipe.methods import Auto, OptionGroup
+
+PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "dpo_norm", "apo_zero", "simpo", "cpo", "orpo", "kto"]
+_BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
+
+
+class Prefer(OptionGroup):
+    """Task prefer: the loss of a pair of answers, see docs/preferences.md."""
+
+    loss: PreferenceLoss | Auto = "auto"
+    """Loss of a pair, or with kto of an answer that is labelled true or false. simpo, cpo and orpo do not compare the
+    model with the one that it was at step 1, all others do. auto: dpo, for rows with a label kto."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5, of simpo
+    2."""
+    margin: Annotated[float, Field(ge=0)] | None = None
+    """Margin by which the chosen answer has to win, in addition to that of a row (dpo, dpo_norm, hinge, simpo, cpo).
+    null: 0, of simpo β / 2."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round (dpo, robust)."""
+    nll: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the chosen answer's negative log-likelihood a token, which keeps it likely. null: 0, of cpo and orpo
+    1."""
+    length: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length less."""
+    desirable: Annotated[float, Field(gt=0)] | None = None
+    """Weight of an answer with label true (kto). null: both sides weigh the same, an answer of the larger one 1."""
+    undesirable: Annotated[float, Field(gt=0)] | None = None
+    """Weight of an answer with label false (kto). null: as of `desirable`."""
+
+    def filled(self) -> Prefer:
+        """These options with what null and auto mean for pairs."""
+        loss = "dpo" if self.loss == "auto" else self.loss
+        beta = _BETAS.get(loss, 0.1) if self.beta is None else self.beta
+        usual = {"beta": beta, "margin": beta / 2 if loss == "simpo" else 0.0, "desirable": 1.0, "undesirable": 1.0}
+        usual["nll"] = 1.0 if loss in ("cpo", "orpo") else 0.0
+        found = {key: value for key, value in usual.items() if getattr(self, key) is None}
+        return self.model_copy(update={"loss": loss, **found})
+
+    @model_validator(mode="after")
+    def _has_what_it_is_given(self) -> Prefer:
+        if self.label_smoothing and self.loss not in ("dpo", "robust", "auto"):
+            raise ValueError(f"prefer.label_smoothing: {self.loss} has none: use dpo or robust")
+        if self.loss in ("robust", "ipo", "apo_zero", "orpo", "kto") and (self.margin or self.length):
+            option = "margin" if self.margin else "length"
+            raise ValueError(f"prefer.{option}: {self.loss} has none: use dpo")
+        if self.loss == "kto" and self.nll:
+            raise ValueError("prefer.nll: kto has none: its rows have no chosen answer. Leave it out")
+        if self.loss not in ("kto", "auto") and (self.desirable or self.undesirable):
+            option = "desirable" if self.desirable else "undesirable"
+            raise ValueError(f"prefer.{option}: is for kto; {self.loss} compares pairs. Leave it out")
+        return self
+
+
+class Reward(OptionGroup):
+    """Task reward: the loss of a better and a worse answer, see docs/preferences.md."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """Margin by which the better answer has to win for each point of difference in score, in addition to the margin of
+    a row. Answers without scores differ by 1 from one to the next."""
+    center: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the squared sum of both rewards, which keeps their mean at 0."""

@@ -1,0 +1,115 @@
+"""A judge of answers before and after: win rates, both orders, length, and who may judge what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_tasks import task_recipe
+from tunesmith.errors import InputError
+from tunesmith.evaluation.win_rates import win_rates
+from tunesmith.inference.judge import judged
+from tunesmith.inference.load import load_any, load_model
+from tunesmith.inference.measure import evaluate_file
+from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.training.trainer import train
+from tunesmith.types import Example, Part, Source
+
+LORA = {"name": "lora", "rank": 4, "alpha": 8}
+SHORT: dict[str, Any] = {"method": LORA, "dropout": 0.0, "train": {"max_steps": 3}}
+PROMPT = Example((Part("user", "Which fruit?", False),), Source("a", 1), "messages")
+
+
+def test_a_win_rate_is_the_mean_with_ties_half():
+    found = win_rates(np.array([1.0, 1.0, 0.5, 0.0]), np.zeros(4))
+    assert found["win_rate"]["value"] == 0.625
+    assert found["win_rate_alike"]["value"] == pytest.approx(0.625, abs=1e-3)
+    assert found["win_rate"]["low"] < 0.625 < found["win_rate"]["high"]
+
+
+def test_wins_that_follow_length_alone_are_none_at_equal_length():
+    draw = np.random.default_rng(0)
+    longer = draw.normal(20, 20, 400)
+    won = (draw.random(400) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))).astype(float)
+    found = win_rates(won, longer)
+    assert found["win_rate"]["low"] > 0.6
+    assert found["win_rate_alike"]["low"] < 0.5 < found["win_rate_alike"]["high"]
+
+
+def test_a_side_that_always_wins_has_a_rate_that_is_finite():
+    found = win_rates(np.ones(8), np.arange(8.0))
+    assert found["win_rate"]["value"] == 1.0
+    assert 0.9 < found["win_rate_alike"]["value"] <= 1.0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judges")
+    for task in ("chat", "reward"):
+        recipe = task_recipe(folder, task, "causal", **SHORT)
+        train(recipe.model_copy(update={"name": task}), root=folder / "runs")
+    return folder
+
+
+def run_of(root: Path, name: str) -> Any:
+    (path,) = (path for path in (root / "runs").iterdir() if path.name.startswith(name))
+    return load_any(str(path), root=root / "runs")
+
+
+def test_a_reward_judges_the_answers_of_a_run_against_those_of_its_base(root):
+    judge, file = run_of(root, "reward"), str(root / "chat-held.jsonl")
+    found = evaluate_file(run_of(root, "chat"), file, samples=4, judge=judge)
+    assert "4 prompts judged by" in found.notes[-1]
+    base = evaluate_file(load_any(str(run_of(root, "chat").run.path), root=root, base=True), file, samples=4)
+    rewards = [
+        [line["reward"] for line in predict_list(Predictor(judge), [
+            {"prompt": [{"role": "user", "content": one["prompt"]}],
+             "completion": [{"role": "assistant", "content": one["answer"] or " "}]} for one in answers])]
+        for answers in (base.samples, found.samples)
+    ]  # fmt: skip
+    expected = np.mean([1.0 if new > old else 0.5 if new == old else 0.0 for old, new in zip(*rewards, strict=True)])
+    assert found.measures["win_rate"]["value"] == expected
+
+
+def says(monkeypatch: pytest.MonkeyPatch, choose: Any) -> None:
+    def answer(self: Predictor, rows: list[Example], *_: Any) -> list[dict[str, str]]:
+        return [{"answer": choose(row.parts[0].text)} for row in rows]
+
+    monkeypatch.setattr(Predictor, "__call__", answer)
+
+
+def test_a_judge_that_writes_is_asked_in_both_orders(root, monkeypatch):
+    judge = run_of(root, "chat")
+    prompts, before, after = [PROMPT] * 3, ["Rome", "a pear", "x"], ["a plum", "Oslo", "x"]
+    fruit = ("plum", "pear")
+
+    def knows(question: str) -> str:
+        first = question.partition("Answer B:")[0]
+        return "A" if any(name in first for name in fruit) else "B."
+
+    says(monkeypatch, knows)
+    assert judged(judge, prompts[:2], before[:2], after[:2])[0]["win_rate"]["value"] == 0.5  # one each
+    assert judged(judge, prompts[:1], before[:1], after[:1])[0]["win_rate"]["value"] == 1.0
+    says(monkeypatch, lambda question: "A")  # whatever comes first
+    found, note = judged(judge, prompts, before, after)
+    assert found["win_rate"]["value"] == 0.5
+    assert "3 ties" in note
+    says(monkeypatch, lambda question: "Both are fine.")
+    assert "3 ties" in judged(judge, prompts, before, after)[1]
+
+
+def test_who_can_neither_judge_nor_be_judged_is_refused(root, tmp_path):
+    file = str(root / "chat-held.jsonl")
+    judge = run_of(root, "reward")
+    with pytest.raises(InputError, match="Name a run that writes"):
+        evaluate_file(judge, str(root / "reward-held.jsonl"), judge=judge)
+    with pytest.raises(InputError, match="Name a run that writes"):
+        evaluate_file(load_model(str(root / "model-causal")), file, samples=2, judge=judge)
+    with pytest.raises(InputError, match="neither gives rewards nor writes"):
+        judged(replace(judge, labels=None), [PROMPT], ["a"], ["b"])
+    assert json.loads((root / "reward-held.jsonl").read_text().splitlines()[0])["chosen"]
