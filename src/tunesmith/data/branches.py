@@ -73,7 +73,7 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
 
 @dataclass(frozen=True, slots=True)
 class Partners:
-    """For each row another one, whose answer is read behind this row's prompt, which it does not answer."""
+    """Another row for each row, whose answer is read behind this row's prompt, which it does not answer."""
 
     rows_I: NDArray[np.int64]
     """[I]; -1 for rows that were not among those given."""
@@ -99,7 +99,7 @@ class Partners:
 def partners_of(
     rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
 ) -> Partners | None:
-    """For each of some rows the next in the order of content hashes that has another prompt, the first one behind the
+    """Partners of some rows: the next in the order of content hashes that has another prompt, the first one behind the
     last; None where all have one prompt. The hashes are those of all rows of a store."""
     order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
     ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows

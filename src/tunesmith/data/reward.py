@@ -17,7 +17,7 @@ from tunesmith.types import Example, ModelKind, Part, Problem
 
 
 class RewardEncoder(RowEncoder):
-    """A causal model is read at the last token of prompt and answer, an encoder, which reads two texts, at its first.
+    """Causal models are read at the last token of prompt and answer, encoders, which read two texts, at the first.
 
     Raises `ModelError` for a tokenizer or template that cannot be trained with.
     """

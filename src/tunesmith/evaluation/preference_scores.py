@@ -104,7 +104,7 @@ HABITS: Mapping[str, Callable[[Results], dict[str, Floats]]] = {
     "answers": _of_answers,
     "rewards": lambda rows: {"longer_chosen": np.array([_contests(row, "lengths").mean() for row in rows])},
 }
-"""By kind of row, what each habit prefers a row's answer by."""
+"""The values that habits prefer an answer by, by kind of row."""
 _STATISTICS = {"pairs": pair_statistics, "answers": answer_statistics, "rewards": reward_statistics}
 
 
@@ -127,7 +127,7 @@ def pair_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
 
 
 def reward_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
-    """The same of every better and worse answer."""
+    """Margins and differences in length of every better and worse answer."""
     return _by_length(*(np.concatenate([_contests(row, key) for row in rows]) for key in ("rewards", "lengths")))
 
 

@@ -1,4 +1,4 @@
-"""How often the answers of a tuned model win against those from before, by what a judge said of each prompt."""
+"""Rates at which answers of a tuned model win against those from before, by what a judge said of each prompt."""
 
 # I prompts, R resamples, 2: constant, length
 

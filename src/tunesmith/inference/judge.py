@@ -1,4 +1,4 @@
-"""A judge of two answers to one prompt: a model that gives rewards, or one that writes which answer is better."""
+"""Judges of two answers to one prompt: models that give rewards, or that write which answer is better."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _choices(judge: LoadedModel, prompts: Sequence[Example], first: Sequence[str
 
 
 def _values(judge: LoadedModel, rows: Sequence[Example]) -> Iterator[Any]:
-    """What the judge answers to each row. Raises DataError for a row that it cannot read."""
+    """The judge's answer to each row. Raises DataError for a row that it cannot read."""
     for line in Predictor(judge, max_new_tokens=4)(rows, lambda done: None, lambda warning: None):
         if isinstance(line, Problem):
             raise DataError(f"--judge: {line}", [line])

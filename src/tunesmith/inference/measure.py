@@ -133,8 +133,7 @@ def evaluate_file(
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
     `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `judge`: says how often these answers win
-    against those of the model that the run began with. `keep` gets an iterator of one line a row, as
-    in a run's evaluation/after.jsonl.
+    against those from before. `keep` gets an iterator of one line a row, as in a run's evaluation/after.jsonl.
 
     Raises:
         InputError: `samples` for a model that writes nothing, or a judge of what is no run.
@@ -172,15 +171,13 @@ def evaluate_file(
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*more, *counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
-    how: dict[str, Any] = {"judge": judge, "num": samples, "on_progress": on_progress}
-    sampled, of_answers, more = _answered(loaded, data, store, **how)
+    sampled, of_answers, more = _answered(loaded, data, store, judge=judge, num=samples, on_progress=on_progress)
     measures |= of_answers
     baseline = row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
         scored = zip(sampled, answer_scores(*_columns(sampled)), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
-    headline = _headline(task, measures, baseline, details, store)
-    notes += more
+    headline, notes = _headline(task, measures, baseline, details, store), [*notes, *more]
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
 
 

@@ -52,7 +52,7 @@ def look(model: nn.Module, batches: Iterable[Batch], world: World, **how: Any) -
 
 
 def kto_measure(model: nn.Module, batch: Batch, *, options: Prefer, output: OutputLayer | None = None) -> Measured:
-    """What was found of each row's answer and that of its partner, without gradient. Losses follow from all rows."""
+    """Findings about each row's answer and its partner's, without gradient. Losses follow from all rows."""
     import torch
 
     with torch.no_grad():

@@ -52,7 +52,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 
 
 def _scores(given: Any, num: int, found: RowProblems) -> list[float]:
-    """A score for each answer; of answers without any, which are in order, how many follow."""
+    """Scores of the answers; answers without any are in order, and each counts those that follow."""
     if given is None:
         return [float(num - 1 - i) for i in range(num)]
     are_numbers = isinstance(given, list) and all(
