@@ -43,6 +43,8 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "text_label": {"text": "Hi", "label": "greeting", "text_pair": "Hello."},
     "tokens_tags": {"tokens": ["Hi", "Ann"], "tags": ["O", "B-PER"]},
     "preference": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
+    "unpaired": {"prompt": "Hi", "completion": "Hello.", "label": True},
+    "scored_answers": {"prompt": "Hi", "answers": ["Go.", "Hello."], "scores": [1, 2.5]},
 }
 PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text": [("text", "Hi", True)],
@@ -50,6 +52,8 @@ PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text_label": [("text", "Hi", False), ("text_pair", "Hello.", False)],
     "tokens_tags": [("word", "Hi", False), ("word", "Ann", False)],
     "preference": [("user", "Hi", False)],
+    "unpaired": [("user", "Hi", False)],
+    "scored_answers": [("user", "Hi", False)],
 }
 
 
@@ -58,7 +62,7 @@ def test_every_shape_is_found_by_its_fields_and_gives_parts(shape: Shape):
     assert find_shape(GOOD[shape]) == shape
     expected = PARTS.get(shape, [("user", "Hi", False), ("assistant", "Hello.", True)])
     assert turns(parsed(shape, GOOD[shape])) == expected
-    assert set(FORMATS[shape].INPUTS) <= set(FORMATS[shape].REQUIRED)
+    assert set(FORMATS[shape].INPUTS) <= set(FORMATS[shape].FIELDS)
     assert set(GOOD[shape]) <= set(FORMATS[shape].FIELDS) <= set(FIELDS)
 
 

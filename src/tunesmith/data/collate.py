@@ -122,8 +122,8 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
-        partners = self.store.branches.partners
-        if partners is None or lines == "learnt":
+        partners = self.store.branches.partners if row.branches and lines != "learnt" else None
+        if partners is None:
             return lines_of(row)
         other = partners.line(row, self.store.row(int(partners.rows_I[index])))
         return [other] if lines == "looked" else [*lines_of(row), other]

@@ -39,7 +39,7 @@ FORMATS: dict[Shape, Any] = {
 """Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
 parse(record, source, answered=). The first match counts."""
 
-_KNOWN = sorted(FORMATS.values(), key=lambda module: module in (preference, scored_answers))
+_KNOWN = sorted(FORMATS.values(), key=lambda module: module in (preference, scored_answers, unpaired))
 FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 

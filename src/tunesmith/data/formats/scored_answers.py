@@ -29,7 +29,10 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if not answered:
         return prompt_completion.parse(record, source)
     found = RowProblems(source)
-    prompt, answers = record["prompt"], record["answers"]
+    prompt, answers = record.get("prompt"), record.get("answers")
+    if not isinstance(answers, list):
+        found.wrong_type("answers", answers, "a list of texts")
+        return found.problems
     tools = tools_of(record, found)
     scores = _scores(record.get("scores"), len(answers), found)
     texts = [found.answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(answers)]
