@@ -81,18 +81,14 @@ class Partners:
 
     def joined(self, others: Partners | None) -> Partners:
         """These partners, and those that other rows of the same store have."""
-        if others is None:
-            return self
-        return replace(self, rows_I=np.where(self.rows_I < 0, others.rows_I, self.rows_I))
+        return self if others is None else replace(self, rows_I=np.where(self.rows_I < 0, others.rows_I, self.rows_I))
 
     def line(self, row: Row, other: Row) -> Row:
         """The prompt of `row` with the answer of `other`, whose end is left out where it does not fit."""
         stem, start = len(row.ids) - row.branches[0], len(other.ids) - other.branches[0]
         end = start + self.max_tokens - stem
-        ids_T, trained_T = (
-            np.concatenate([own[:stem], others[start:end]])
-            for own, others in ((row.ids, other.ids), (row.trained, other.trained))
-        )
+        ids_T = np.concatenate([row.ids[:stem], other.ids[start:end]])
+        trained_T = np.concatenate([row.trained[:stem], other.trained[start:end]])
         return replace(row, ids=ids_T, trained=trained_T, branches=(), values=())
 
 

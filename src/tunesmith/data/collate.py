@@ -131,9 +131,7 @@ class Collator:
     def _with_lines(self, batch: Batch, rows: Sequence[Row], counts: Sequence[int]) -> Batch:
         """The batch of so many lines of each row, with the rows that targets belong to, and their numbers."""
         branches, device = self.store.branches, batch.row_of_N.device
-        found = np.zeros((len(rows), 2))
-        if branches.reference is not None:
-            found = branches.reference[list(batch.row_indices)]
+        found = np.zeros((len(rows), 2)) if branches.reference is None else branches.reference[list(batch.row_indices)]
         values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), counts)
         wide = torch.float32 if device.type == "mps" else torch.float64

@@ -9,8 +9,7 @@ import numpy as np
 from tunesmith.evaluation.bootstrap import Floats, Interval, intervals, ratio
 from tunesmith.evaluation.predict_rows import sigmoid
 
-RIDGE = (1e-3, 1.0)
-"""Penalties of the squares of a and b: they stay finite where one side always wins."""
+RIDGE = (1e-3, 1.0)  # penalties of a² and b²: they stay finite where one side always wins
 
 
 def win_rates(won_I: Floats, longer_I: Floats) -> dict[str, Interval]:

@@ -70,5 +70,4 @@ def settle(results: Sequence[Mapping[str, Any]], *, options: Prefer) -> list[flo
     columns = ([row[key] for row in results] for key in ("logps", "reference"))
     r_B2 = torch.sub(*(torch.tensor(column, dtype=torch.float64) for column in columns))
     wanted_B = torch.tensor([row["wanted"] for row in results])
-    found: list[float] = kto_losses(r_B2[:, 0], wanted_B, max(0.0, float(r_B2[:, 1].mean())), options).tolist()
-    return found
+    return list(map(float, kto_losses(r_B2[:, 0], wanted_B, max(0.0, float(r_B2[:, 1].mean())), options)))
