@@ -18,7 +18,7 @@ class Feed:
         self.device, self.fail = device, fail
         self.log: list[tuple[Any, bool]] = []
 
-    def batch(self, rows: Any, *, draw: int, copies: Any) -> Any:
+    def batch(self, rows: Any, *, draw: int, copies: Any, lines: Any) -> Any:
         if rows == (self.fail,):
             raise ValueError("a damaged row")
         self.log.append(((draw, rows, copies), threading.current_thread() is threading.main_thread()))
