@@ -311,7 +311,7 @@ def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tm
     assert answer["messages"][-1]["role"] == "assistant"
     (answer,) = predict_list(Predictor(loaded), ["the big apple"])
     assert answer["messages"][-1]["role"] == "assistant"
-    exported = export_run(second, "merged", out=tmp_path / "merged", proof=False).path
+    exported = export_run(second, "merged", out=tmp_path / "merged").path
     merged = predict_list(Predictor(load_any(str(exported), root=root, task="chat")), ["the big apple"])
     assert merged == [answer]
 

@@ -482,7 +482,8 @@ def do_job(path: Path) -> None:
 def _example(values: Mapping[str, Any]) -> Example:
     parts = tuple(Part(**part) for part in values["parts"])
     rest = {"tools": tuple(values["tools"]), "labels": tuple(values["labels"]), "source": Source(**values["source"])}
-    return Example(**{**values, **rest, "parts": parts})
+    branches = tuple(tuple(Part(**part) for part in branch) for branch in values["branches"])
+    return Example(**{**values, **rest, "parts": parts, "branches": branches})
 
 
 if __name__ == "__main__":
