@@ -65,6 +65,23 @@ def test_the_same_pair_with_another_margin_is_not_flipped(tmp_path):
     assert "flipped_pair" not in found.warnings
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "code"),
+    [
+        ("prefer", [{"prompt": f"q{i}", "completion": "a", "label": bool(i % 2)} for i in range(8)], "flipped_pair"),
+        ("reward", [{"prompt": f"q{i}", "answers": ["a", "b", "c"]} for i in range(8)], "flipped_pair"),
+    ],
+)
+def test_labels_and_orders_that_contradict_each_other_are_found(tmp_path, task, rows, code):
+    path = tmp_path / "rows.jsonl"
+    first = rows[1]
+    other = {**first, "label": not first["label"]} if "label" in first else {**first, "answers": ["c", "b", "a"]}
+    for more, expected in (([], {}), ([other], {code: 1})):
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]), "utf-8")
+        found = check(Data(train=[str(path)], held_out=0), task=task)
+        assert {**found.errors, **found.warnings} == expected
+
+
 def test_a_file_where_longer_is_better_is_noted(tmp_path):
     found = report(tmp_path, [pair(f"q{i}", "a longer answer", "short") for i in range(8)])
     assert any("length alone may be learnt" in note for note in found.notes)

@@ -27,15 +27,16 @@ class Preferences:
 
     def add(self, example: Example) -> None:
         """Keep what is needed of a row; nothing of one that compares no answers."""
-        if len(example.branches) < 2:
+        if not example.branches:
             return
         prompt = [[part.role, part.text] for part in example.parts]
-        ends = (example.branches[0], example.branches[-1])
+        ends = (example.branches[0], *example.branches[1:][-1:])
         sides = [[[part.role, part.text, part.fields] for part in branch] for branch in ends]
         hashes = [hash_of([prompt, side]) for side in sides]
-        self._ordered.append(hash_of(hashes))
+        self._ordered.append(hash_of(hashes if len(ends) > 1 else [hashes, example.values]))
         self._unordered.append(hash_of(sorted(hashes)))
-        self._chars.extend(sum(len(part.text) for part in branch if part.trained) for branch in ends)
+        if len(ends) > 1:
+            self._chars.extend(sum(len(part.text) for part in branch if part.trained) for branch in ends)
 
     def flipped(self, num_rows: int) -> NDArray[np.int64]:
         """(row, the first row with the same two answers the other way round); none where rows of other shapes are."""
@@ -62,4 +63,4 @@ class Preferences:
 
 def flipped_message(there: object, *_: int) -> str:
     """The message about a pair that is there the other way round."""
-    return f"the same two answers are at {there} the other way round: one of both is likely wrong."
+    return f"the same is at {there} the other way round: one of both is likely wrong."

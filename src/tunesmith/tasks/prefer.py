@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
 
-FEW_ROWS = 40
-"""Training rows below which a step would have one."""
 LARGE = 1e9
 """Weights from which a model counts as large."""
 
@@ -102,7 +100,7 @@ def _weights(recipe: Recipe, wanted_I: NDArray[np.bool_]) -> list[Choice]:
         raise DataError(f"data.train: all rows have label {str(bool(wanted_I[0])).lower()}: kto needs both.")
     why = f"{counts['desirable']:,} of {len(wanted_I):,} answers are wanted: both sides weigh the same"
     choices = [Choice(f"prefer.{key}", max(counts.values()) / counts[key], why) for key in missing]
-    if recipe.train.rows_per_step == "auto" and len(wanted_I) < FEW_ROWS:
+    if recipe.train.rows_per_step == "auto" and len(wanted_I) < 40:  # a step would have one row
         choices.append(Choice("train.rows_per_step", 2, "few rows, and kto estimates from other rows of a step"))
     return choices
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
 
-FEW_ROWS = 1000
-
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
     from tunesmith.data.reward import RewardEncoder
@@ -51,7 +49,7 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
                 f"{store.source(int(single_I[0]))}: it has one answer: a reward is learnt from two or more."
             )
     num = len(sides[0][1])
-    epochs = 2.0 if num < FEW_ROWS else 1.0
+    epochs = 2.0 if num < 1000 else 1.0
     choice = Choice("train.epochs", epochs, f"{num:,} rows; rewards of more passes fit their rows and no others")
     return [choice] if recipe.train.epochs == "auto" else []
 
