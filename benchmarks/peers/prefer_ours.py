@@ -29,7 +29,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     recipe = validate({
         "model": job["model"], "task": "prefer", "method": "lora", "precision": job["precision"], "device": "cpu",
         "threads": job["threads"], "seed": job["seed"], "prefer": {"beta": job["beta"]},
-        "data": {"train": [str(folder / "train.jsonl")], "eval": [str(folder / "test.jsonl")]},
+        "data": {"train": [str(folder / "train.jsonl")], "eval": [str(folder / "test.jsonl")], "bad_rows": "skip"},
         "optim": {"lr": job["lr"], "schedule": "constant", "warmup": 0},
         "train": {"rows_per_step": job["pairs_per_step"], "max_steps": job["steps"], "epochs": 9},
         "evaluation": {"samples": 0, "general": False, "surprising": 0, "max_rows": 1},

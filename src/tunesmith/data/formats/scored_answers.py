@@ -43,7 +43,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         parts = [Part("user", found.text(record, "prompt"), False)]
     if len(answers) < 2:
         found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
-    elif len(set(scores)) == 1:
+    elif len(set(scores)) == 1 and not found.problems:
         found.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
     if found.problems:
         return found.problems
