@@ -392,7 +392,7 @@ class Event:
 
     kind: Literal[
         "start", "plan", "evaluation", "step", "checkpoint", "sample", "answers", "general", "note", "resume",
-        "stopped", "failed", "end",
+        "stopped", "failed", "end", "snapshot",
     ]  # fmt: skip
     step: int
     time: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ from tunesmith.types import Event
 
 BASES = Bases({"tiny": PublicBase(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
 STEPS = 6
+SNAPSHOT = 4
+"""Step whose result is kept on the way."""
 
 
 def rows(num: int) -> bytes:
     turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"})
     return b"".join(json.dumps({"messages": turns, "n": i}).encode() + b"\n" for i in range(num))
+
+
+def pairs(num: int) -> bytes:
+    """Preferences as OpenAI has them."""
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+    sides = {f"{name}_output": [{"role": "assistant", "content": name}] for name in ("preferred", "non_preferred")}
+    return b"".join(json.dumps({"input": asked, **sides, "n": i}).encode() + b"\n" for i in range(num))
 
 
 def put_file(store: Store, content: bytes, name: str = "file-a") -> str:
@@ -33,7 +43,7 @@ def put_file(store: Store, content: bytes, name: str = "file-a") -> str:
 
 
 def put_job(store: Store, file: str, **body: Any) -> str:
-    return str(create_job(store, BASES, JobBody(model="tiny", training_file=file, **body))["id"])
+    return str(create_job(store, BASES, JobBody(**{"model": "tiny", "training_file": file, **body}))["id"])
 
 
 @dataclass
@@ -42,6 +52,7 @@ class FakeRun:
 
     path: Path
     recipe: Path
+    environment: Mapping[str, str]
     stops: bool = False
     is_dead: bool = False
 
@@ -61,6 +72,8 @@ class FakeRun:
         done = sum(event.kind == "step" for event in run.events())
         if done < STEPS:
             run.append(Event("step", done + 1, 2.0 + done, {"loss": 1.0 / (done + 1), "tokens": 10}, {}))
+            if done + 1 == SNAPSHOT:
+                run.append(Event("snapshot", SNAPSHOT, 2.5 + done, {"path": f"snapshots/step-{SNAPSHOT}"}, {}))
         else:
             run.append(Event("end", done, 20.0, {"report": ""}, {}))
         return True
@@ -78,9 +91,9 @@ class FakeLauncher:
 
     started: list[FakeRun] = field(default_factory=list)
 
-    def start(self, run: Path, recipe: Path) -> FakeRun:
+    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> FakeRun:
         assert self.find(run) is None, "two processes would work on one run"
-        self.started.append(FakeRun(run, recipe))
+        self.started.append(FakeRun(run, recipe, environment))
         return self.started[-1]
 
     def find(self, run: Path) -> FakeRun | None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.places import STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events
 from tunesmith.jobs.training_files import rounds
 from tunesmith.serve.protocol import RequestError
 
-TRANSACTIONS = 11
+TRANSACTIONS = 12
 """From the first round to the model."""
 
 
@@ -31,7 +32,15 @@ def outcome(store: Store, name: str, models: FakeModels) -> tuple[object, ...]:
     said = [row["message"] for row in store.page(events, events.c.job == name, limit=100)[0]]
     results = base64.b64decode(store.content_path(job["result_file"]).read_bytes())
     values = (job["status"], job["tuned_name"] in models.served, job["trained_tokens"], job["numbers"])
-    return (*values, results, sorted(one.replace(name, "JOB").replace(job["tuned_name"], "MODEL") for one in said))
+    names = {
+        name: "JOB",
+        job["tuned_name"]: "MODEL",
+        snapshot_name("tiny", "tunesmith", None, name, SNAPSHOT): "SNAPSHOT",
+    }
+    for old, new in names.items():
+        said = [one.replace(old, new) for one in said]
+    assert set(models.served) == {row["name"] for row in store.tuned()}
+    return (*values, results, sorted(said))
 
 
 def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 14) -> None:
@@ -53,8 +62,9 @@ def test_a_job_becomes_a_model(opened: Opened, tmp_path: Path) -> None:
     assert job["tuned_name"].startswith("ft:tiny:tunesmith:my-suffix-:")
     assert [row["name"] for row in store.tuned()] == list(models.served)
     results = base64.b64decode(store.content_path(job["result_file"]).read_bytes()).decode().splitlines()
-    assert results[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-    assert results[1] == "1,1.0,,,"
+    columns = "train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert results[0] == f"step,{columns},full_valid_loss,full_valid_mean_token_accuracy"
+    assert results[1] == "1,1.0,,,,,"
     assert len(results) == STEPS + 1
     store.close()
 
@@ -128,7 +138,9 @@ def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_
     work(store, FakeLauncher(), models)
     assert (store.job(name)["status"], refusals) == ("succeeded", [])
 
-    refusals.append(400)
+    assert len(store.tuned(job=name)) == len(models.served) == 2
+
+    refusals += [400, 400, 400]  # the end of an epoch, twice, then the result
     name = put_job(store, "file-a")
     work(store, FakeLauncher(), models)
     assert store.job(name)["error"]["code"] == "result_not_served"

@@ -87,6 +87,8 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert tuned != before, "the tuned model answers as its base does"
         assert live.answer("tiny") == before
         look_at(client, job)
+        for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
+            assert live.answer(checkpoint.fine_tuned_model_checkpoint)
 
         killed = client.fine_tuning.jobs.create(**body)
         log = tmp_path / "jobs" / "runs" / killed.id / "events.jsonl"
@@ -101,7 +103,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert adapter(tmp_path, again) == adapter(tmp_path, job)
         assert answer == tuned
         steps = [one.data["step"] for one in client.fine_tuning.jobs.list_events(again.id) if one.type == "metrics"]
-        assert sorted(steps) == [*range(1, 73), 72]
+        assert sorted(steps) == sorted([*range(1, 73), *range(6, 73, 6)]), "each, and each end of an epoch measured"
 
         assert client.models.delete(job.fine_tuned_model).deleted
         assert job.fine_tuned_model not in [model.id for model in client.models.list()]
@@ -111,18 +113,87 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert live.popen.wait(60) == 0
 
 
+@pytest.mark.slow
+def test_a_job_by_dpo_tunes_a_tuned_model_further(tmp_path: Path) -> None:
+    """A minute: three runs as processes."""
+    model_folder(tmp_path / "tiny")
+    live = Live.start(tmp_path)
+    try:
+        client = live.client
+        rows = client.files.create(file=chats(tmp_path / "rows.jsonl", 18), purpose="fine-tune").id
+        first, answer = live.finished(client.fine_tuning.jobs.create(model="tiny", training_file=rows, **OLD))
+        liked = client.files.create(file=("pairs.jsonl", pairs(answer)), purpose="fine-tune").id
+        how = {"beta": 0.05, **HOW, "learning_rate_multiplier": 50.0}
+        body: dict[str, Any] = {"method": {"type": "dpo", "dpo": {"hyperparameters": how}}, "seed": 1}
+        second, other = live.finished(
+            client.fine_tuning.jobs.create(model=first.fine_tuned_model, training_file=liked, suffix="liked", **body)
+        )
+        assert second.method.dpo.hyperparameters.model_dump() == how
+        assert second.fine_tuned_model.startswith("ft:tiny:tunesmith:liked:")
+        assert second.model_extra["tunesmith"]["base"] == first.fine_tuned_model
+        assert other != answer == live.answer(first.fine_tuned_model)
+        step = list(client.fine_tuning.jobs.checkpoints.list(second.id))[-1].fine_tuned_model_checkpoint
+        third, _ = live.finished(client.fine_tuning.jobs.create(model=step, training_file=rows, **OLD))
+        assert client.models.delete(first.fine_tuned_model).deleted
+        live.popen.terminate()
+        assert live.popen.wait(60) == 0
+        live = Live.start(tmp_path)
+        assert live.answer(second.fine_tuned_model) == other, "it needs the adapter of the deleted model"
+        assert live.answer(third.fine_tuned_model)
+    finally:
+        live.popen.terminate()
+        assert live.popen.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_other_versions_of_the_client_go_from_upload_to_chat(tmp_path: Path) -> None:
+    """OPENAI_CLIENTS: interpreters that have other versions of the openai package, as in PATH."""
+    others = os.environ.get("OPENAI_CLIENTS", "")
+    if not others:
+        pytest.skip("OPENAI_CLIENTS names no interpreter with another version of the openai package")
+    model_folder(tmp_path / "tiny")
+    chats(tmp_path / "rows.jsonl", 18)
+    live = Live.start(tmp_path)
+    try:
+        for python in (sys.executable, *others.split(os.pathsep)):
+            words = [python, str(Path(__file__).with_name("client_flow.py")), str(live.client.base_url), str(tmp_path)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            print(done.stdout, end="")
+    finally:
+        live.popen.terminate()
+        assert live.popen.wait(60) == 0
+
+
+OLD: dict[str, Any] = {"hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 8.0}, "seed": 3}
+
+
+def pairs(answer: str | None) -> bytes:
+    """Preferences against an answer."""
+    lines = []
+    for i in range(12):
+        sides = {"preferred_output": "a quick brown fox", "non_preferred_output": f"{answer} {i}"}
+        said = {key: [{"role": "assistant", "content": side}] for key, side in sides.items()}
+        lines.append({"input": {"messages": [{"role": "user", "content": "hello"}]}, **said})
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
 def look_at(client: openai.OpenAI, job: Any) -> None:
     """What a succeeded job has, and where."""
     assert job.fine_tuned_model.startswith("ft:tiny:tunesmith:try:")
     assert job.hyperparameters.model_dump() == HOW
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
-    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
-    assert checkpoint.step_number == 72
-    assert checkpoint.metrics.full_valid_loss > 0
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=2))
+    assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model
+    assert [one.step_number for one in checkpoints] == [72, 66, 60]
+    assert checkpoints[1].fine_tuned_model_checkpoint.endswith(":ckpt-step-66")
+    for one in checkpoints:
+        assert one.metrics.step == one.step_number
+        assert one.metrics.full_valid_loss > 0
+        assert one.metrics.full_valid_mean_token_accuracy >= 0
     lines = base64.b64decode(client.files.content(job.result_files[0]).read()).decode().splitlines()
     assert len(lines) == 73
-    assert lines[-1].split(",")[3] != ""
+    assert [line.split(",")[0] for line in lines[1:] if line.split(",")[3]] == [str(i) for i in range(6, 73, 6)]
     said = [one.message for one in client.fine_tuning.jobs.list_events(job.id, limit=10)]
     assert said[-1] == f"Created fine-tuning job: {job.id}"
     assert said[0] == "The job has successfully completed"

@@ -53,7 +53,8 @@ def test_random_actions_end_as_the_last_wish_says(opened: Callable[..., Store], 
         working.round()
     job = store.job(name)
     assert job["status"] == "succeeded"
-    assert list(models.served) == [job["tuned_name"]]
+    assert list(models.served) == [row["name"] for row in store.tuned()]
+    assert job["tuned_name"] in models.served
     messages = [row["message"] for row in store.page(events, limit=200)[0]]
     steps = [one for one in messages if one.startswith("Step ")]
     assert steps[::-1] == [f"Step {i}/6: training loss={1 / i:.2f}" for i in range(1, 7)]  # each once

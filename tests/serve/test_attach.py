@@ -78,6 +78,28 @@ def test_answers_under_way_stay_and_the_run_answers_as_from_the_start(run: Run, 
     assert texts(registry, [("ft:x", "hello")], {}) == tuned
 
 
+def test_a_run_that_started_from_another_answers_on_the_base_of_both(run: Run, registry: Registry) -> None:
+    folder = run.path.parents[1]
+    recipe = run.recipe().model_copy(update={"model": str(run.path), "seed": 5})
+    second = train(recipe, root=folder / "runs", out=folder / "runs" / "second", offline=True)
+    assert second.started_from() == run
+    registry.attach(registry.read_run("ft:x", run.path))
+    registry.attach(registry.read_run("ft:y", second.path))
+    whole = open_registry([str(second.path)], root=run.path.parent, options=EngineOptions(), note=lambda text: None)
+    asked = ["hello", "the quick brown fox jumps over", "yes please"]
+    tuned = texts(whole, [("second", text) for text in asked], {})
+    assert texts(registry, [("ft:y", text) for text in asked], {}) == tuned
+    assert texts(registry, [("ft:x", text) for text in asked], {}) != tuned
+    config = run.adapter_path / "adapter_config.json"
+    kept = config.read_bytes()
+    config.write_bytes(kept + b" ")
+    try:
+        with pytest.raises(RunError, match="not as the run left it"):  # the adapter below it counts too
+            registry.read_run("ft:z", second.path)
+    finally:
+        config.write_bytes(kept)
+
+
 def test_a_run_that_does_not_fit_is_refused_and_nothing_changes(run: Run, registry: Registry, tmp_path: Path) -> None:
     base = next(iter(registry.models))
     expected = texts(registry, [(base, "hello")], {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -78,3 +79,16 @@ def test_a_run_without_a_result_is_refused(tmp_path):
     run = Run.create(root, "begun", "model: x\n")
     with pytest.raises(RunError, match=r"no result yet.*resume"):
         train(recipe.model_copy(update={"model": str(run.path)}), root=root)
+
+
+def test_a_merged_base_that_was_removed_is_made_again(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"epochs": 1})
+    runs = [train(recipe, root=root)]
+    for seed in (1, 2):
+        again = recipe.model_copy(update={"model": str(runs[-1].path), "seed": seed})
+        runs.append(train(again, root=root))
+        shutil.rmtree(runs[0].merged_path)
+    assert [run.started_from() for run in runs] == [None, runs[0], runs[1]]
+    # 1e-5: the same float32 weights, once as base and adapter, once merged
+    assert evaluation(runs[2], "before") == pytest.approx(evaluation(runs[1], "after"), rel=1e-5)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import errors, keys
+from tunesmith.cli import errors, jobs, keys
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check
 from tunesmith.cli.compare import compare
@@ -45,8 +45,8 @@ class PlainFlags:
         return params
 
 
-class RunCommands(PlainFlags, TyperGroup):
-    """A command with commands below it."""
+class Subcommands(PlainFlags, TyperGroup):
+    """A command with others below it."""
 
 
 class Command(PlainFlags, TyperCommand):
@@ -146,12 +146,16 @@ for group, commands in GROUPS.items():
     for command in commands:
         app.command(NAMES.get(command), cls=Command, rich_help_panel=group)(command)
 
-of_runs = typer.Typer(cls=RunCommands, invoke_without_command=True, callback=runs, context_settings=HELP)
+of_runs = typer.Typer(cls=Subcommands, invoke_without_command=True, callback=runs, context_settings=HELP)
 for command in (rm, prune):
     of_runs.command(cls=Command)(command)
 app.add_typer(of_runs, name="runs", rich_help_panel="Look and talk")
-of_keys = typer.Typer(cls=RunCommands, no_args_is_help=True, help="Keys of a server of jobs.", context_settings=HELP)
+of_keys = typer.Typer(cls=Subcommands, no_args_is_help=True, help="Keys of a server of jobs.", context_settings=HELP)
 of_keys.command("create", cls=Command)(keys.create)
 of_keys.command("list", cls=Command)(keys.listed)
 of_keys.command("revoke", cls=Command)(keys.revoke)
 app.add_typer(of_keys, name="keys", rich_help_panel="Use and measure")
+of_jobs = typer.Typer(cls=Subcommands, invoke_without_command=True, callback=jobs.jobs, context_settings=HELP)
+for command in (jobs.list_jobs, jobs.show, jobs.follow, jobs.cancel, jobs.pause, jobs.resume):
+    of_jobs.command("list" if command is jobs.list_jobs else None, cls=Command)(command)
+app.add_typer(of_jobs, name="jobs", rich_help_panel="Use and measure")

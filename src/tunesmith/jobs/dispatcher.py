@@ -17,12 +17,13 @@ import orjson
 
 from tunesmith.errors import RunError, StorageError
 from tunesmith.jobs.bases import Bases, PublicBase
+from tunesmith.jobs.job_request import Integration
 from tunesmith.jobs.launcher import Launcher, Process
-from tunesmith.jobs.names import derived_id
-from tunesmith.jobs.run_events import EventTranslator, checkpoint_metrics, results_file, trained_tokens
+from tunesmith.jobs.names import derived_id, snapshot_name
+from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record
+from tunesmith.jobs.tables import Record, models
 from tunesmith.jobs.training_files import CheckedFile, FileFault, check_file, problems_of, rounds, row_fault
 from tunesmith.recipe import load
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
@@ -31,6 +32,8 @@ from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 
 POLL_S = 0.2
+SNAPSHOTS = 2
+"""Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
 MOST_ATTEMPTS = 3
 """Starts without a new checkpoint between them."""
 UNAVAILABLE = 503
@@ -76,6 +79,7 @@ class Dispatcher:
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
         self.store.sweep(with_uploads=True)
+        self.store.sweep_models()
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
                 self._follow_new(job["id"], process)
@@ -127,7 +131,8 @@ class Dispatcher:
             return self._finish(name, run)
         if run.path.exists():
             run.clear_stop()
-        self._follow_new(name, self.launcher.start(run.path, self.store.recipes_path / f"{name}.yaml"))
+        path = self.store.recipes_path / f"{name}.yaml"
+        self._follow_new(name, self.launcher.start(run.path, path, environment_of(job)))
 
     def _follow_new(self, name: str, process: Process) -> None:
         run = Run(self._run_path(name))
@@ -136,12 +141,12 @@ class Dispatcher:
     def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""
         request = job["request"]
-        path = self._content(request["training_file"], "training")
-        found = check_file(path, "training", min_examples=self.bases.min_examples)
+        path, method = self._content(request["training_file"], "training"), request.get("method", "supervised")
+        found = check_file(path, "training", method=method, min_examples=self.bases.min_examples)
         validation = None
         if request["validation_file"] is not None:
             validation = self._content(request["validation_file"], "validation")
-            other = check_file(validation, "validation", min_examples=1)
+            other = check_file(validation, "validation", method=method, min_examples=1)
             if other.task != found.task:
                 message = "The validation file has rows of another shape than the training file."
                 raise FileFault("invalid_validation_file", message, "validation_file")
@@ -149,7 +154,14 @@ class Dispatcher:
         if numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(found.num_rows)
         decided = {**numbers, "seed": request["seed"]}
-        recipe = job_recipe(self.bases.by_name[job["base"]], found, path, validation, decided)
+        base = self.bases.by_name[job["base"]]
+        if request.get("starts_from"):
+            parent = self.store.one(models, name=request["starts_from"])
+            assert parent is not None, "a model that an open job starts from is not deleted"
+            base = base.model_copy(update={"model": str(self.store.model_path(parent))})
+        recipe = job_recipe(base, found, path, validation, decided)
+        if request["integrations"]:
+            recipe["track"] = ["wandb"]
         return orjson.dumps(recipe), numbers
 
     def _content(self, file: str, which: str) -> Path:
@@ -183,6 +195,9 @@ class Dispatcher:
             self.store.change_job(one.job, if_status=["running"], last_checkpoint=max(saved), attempts=0)
         if any(event.kind == "plan" for event in found):
             self._take_numbers(one)
+        if any(event.kind == "snapshot" for event in found):
+            with suppress(RequestError):  # no engine now: `_finish` serves what is not served yet
+                self._serve_snapshots(one.job, one.run)
 
     def _take_numbers(self, one: _Active) -> None:
         """The hyperparameters that were chosen."""
@@ -193,6 +208,8 @@ class Dispatcher:
             "n_epochs": int(float(recipe.train.epochs)), "batch_size": recipe.train.rows_per_step,
             "learning_rate_multiplier": 1.0 if times == "auto" else times,
         }  # fmt: skip
+        if "beta" in job["numbers"]:
+            numbers["beta"] = recipe.prefer.filled().beta
         self.store.change_job(one.job, if_status=["running", "paused"], numbers=numbers)
 
     def _end(self, job: Record, one: _Active) -> None:
@@ -232,6 +249,28 @@ class Dispatcher:
         error = {"code": code, "message": message, "param": param}
         self.store.change_job(job["id"], said, if_status=[*WAITING, "running"], status="failed", error=error)
 
+    def _serve_snapshots(self, name: str, run: Run) -> None:
+        """Put results at ends of epochs on their base, once each. Raises RequestError while there is no engine."""
+        job, found = self.store.job(name), list(run.events())
+        assert job is not None, "rows of jobs are never removed"
+        metrics = metrics_by_step(found)
+        for one in (one for one in found if one.kind == "snapshot"):
+            tuned = snapshot_name(job["model"], job["project"], job["request"]["suffix"], name, one.step)
+            if self.store.one(models, name=tuned) is not None:
+                continue
+            try:
+                self.models.attach(job["base"], tuned, run.path / one.values["path"])
+            except Exception as error:
+                if _is_unavailable(error):
+                    raise
+                said = event(name, f"{tuned}: cannot be served: {error}", level="warn", once=f"refused {one.step}")
+                self.store.add_events([said])
+                continue
+            text = f"Checkpoint created at step {one.step} with Snapshot ID: {tuned}"
+            place = {"name": tuned, "job": name, "base": job["base"], "project": job["project"]}
+            model = {**place, "step": one.step, "metrics": metrics[one.step]}
+            self.store.add_model(model, [event(name, text, once=f"snapshot {one.step}")])
+
     def _finish(self, name: str, run: Run) -> None:
         """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""
         job = self.store.job(name)
@@ -245,13 +284,14 @@ class Dispatcher:
             "id": file, "purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content),
             "sha256": sha256_file(self.store.content_path(file)),
         }  # fmt: skip
-        metrics = checkpoint_metrics(found)
-        tuned, step = job["tuned_name"], metrics.get("step", 0)
+        step, metrics = max(metrics_by_step(found).items())
+        tuned = job["tuned_name"]
         model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
         try:
+            self._serve_snapshots(name, run)
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
-            if isinstance(error, RequestError) and error.status == UNAVAILABLE:  # the engine is being started again
+            if _is_unavailable(error):
                 self.store.change_job(name, if_status=["running"], status="queued")
                 return None
             return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
@@ -266,19 +306,31 @@ class Dispatcher:
             for path in (run.checkpoints_path, run.rows_path):  # the result and the report stay
                 remove(path)
         self.store.sweep()
+        self.store.sweep_models()
         return None
+
+
+def _is_unavailable(error: Exception) -> bool:
+    """Whether an engine is being started again."""
+    return isinstance(error, RequestError) and error.status == UNAVAILABLE
+
+
+def environment_of(job: Record) -> dict[str, str]:
+    """Variables for the services that get the metrics of a job."""
+    found = [Integration.model_validate(one).wandb.environment for one in job["request"]["integrations"]]
+    return found[0] if found else {}
 
 
 def job_recipe(
     base: PublicBase, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
 ) -> dict[str, Any]:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
-    times = numbers["learning_rate_multiplier"]
+    times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), found.task == "prefer"
     is_here = Path(base.model).exists()  # the run may be resumed from another working directory
     own: dict[str, Any] = {
         "model": str(Path(base.model).resolve()) if is_here else base.model,
         "task": found.task,
-        "data": {"train": [str(training)], "too_long": "cut"},
+        "data": {"train": [str(training)], "too_long": "drop" if is_dpo else "cut"},
         "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
         "seed": numbers["seed"],
         "devices": 1,
@@ -286,7 +338,12 @@ def job_recipe(
     own["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}
     if times != "auto":
         own["optim"] = {"lr_times": float(times)}
-    whole = {"method": {"name": "lora"}, **base.recipe}
+    if beta != "auto":
+        own["prefer"] = {"beta": float(beta)}
+    whole: dict[str, Any] = {"method": {"name": "lora"}, **base.recipe}
+    whole["checkpoint"] = {"snapshots": SNAPSHOTS, **whole.get("checkpoint", {})}
+    if validation is not None:
+        whole["evaluation"] = {"every": "epoch", "keep": "last", **whole.get("evaluation", {})}
     for key, value in own.items():
         whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
     return load.validate(whole).model_dump(mode="json", exclude_defaults=True) | {"method": whole["method"]}

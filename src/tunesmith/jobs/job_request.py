@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -35,6 +35,12 @@ def _positive(value: Any) -> Any:
     return value
 
 
+def _up_to_two(value: Any) -> Any:
+    if value != "auto" and not 0 < value <= 2:
+        raise ValueError('should be "auto" or a number above 0, 2 at most')
+    return value
+
+
 class Hyperparameters(StrictModel):
     """What a client may decide about training; "auto" is decided here."""
 
@@ -48,10 +54,22 @@ class Hyperparameters(StrictModel):
         return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
 
 
+class DpoHyperparameters(Hyperparameters):
+    """Those of a job that learns from preferences."""
+
+    beta: Annotated[Any, BeforeValidator(_up_to_two), BeforeValidator(_auto_or_number)] = "auto"
+
+
 class Supervised(StrictModel):
     """Options of the method supervised."""
 
     hyperparameters: Hyperparameters | None = None
+
+
+class Dpo(StrictModel):
+    """Options of the method dpo."""
+
+    hyperparameters: DpoHyperparameters | None = None
 
 
 class MethodChoice(StrictModel):
@@ -59,17 +77,36 @@ class MethodChoice(StrictModel):
 
     type: str
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: Dpo | None = None
     reinforcement: dict[str, Any] | None = None
 
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        """Those of its own type."""
+        options = self.dpo if self.type == "dpo" else self.supervised
+        return None if options is None else options.hyperparameters
 
-def _known_method(method: MethodChoice) -> MethodChoice:
-    if method.type != "supervised":
-        message = (
-            f"method: {method.type[:40]!r} is not available here: jobs are supervised. tunesmith train --task prefer"
-        )
-        raise refuse("method_not_available", "method", f"{message} learns from preferences.")
-    return method
+
+class WandbProject(StrictModel):
+    """Where a run goes in Weights & Biases."""
+
+    project: str = Field(min_length=1, max_length=128)
+    name: str | None = Field(None, max_length=128)
+    entity: str | None = Field(None, max_length=128)
+    tags: list[str] | None = Field(None, max_length=50)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As wandb reads it."""
+        found = {"PROJECT": self.project, "NAME": self.name, "ENTITY": self.entity, "TAGS": ",".join(self.tags or ())}
+        return {f"WANDB_{key}": value for key, value in found.items() if value}
+
+
+class Integration(StrictModel):
+    """A service that gets the metrics of a job."""
+
+    type: Literal["wandb"]
+    wandb: WandbProject
 
 
 class JobBody(Body):
@@ -82,14 +119,16 @@ class JobBody(Body):
     suffix: str | None = Field(None, min_length=1, max_length=64)
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     metadata: dict[str, str] | None = None
-    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
+    integrations: list[Integration] | None = Field(None, max_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> JobBody:
-        if self.method is not None:
-            _known_method(self.method)
-        inner = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
-        if inner is not None and self.hyperparameters not in (None, inner):
+        if self.kind not in ("supervised", "dpo"):
+            message = f"method: {self.kind[:40]!r} is not available here. Use supervised or dpo."
+            raise refuse("method_not_available", "method", message)
+        inner = None if self.method is None else self.method.hyperparameters
+        outer = {} if self.hyperparameters is None else self.hyperparameters.model_dump()
+        if inner is not None and any(getattr(inner, key) != value for key, value in outer.items()):
             message = "hyperparameters: differ from those in method. Give them once, in method."
             raise refuse("invalid_value", "hyperparameters", message)
         pairs = (self.metadata or {}).items()
@@ -99,7 +138,14 @@ class JobBody(Body):
         return self
 
     @property
-    def chosen(self) -> Hyperparameters:
-        """The hyperparameters, from either place."""
-        inner = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
-        return inner or self.hyperparameters or Hyperparameters()
+    def kind(self) -> str:
+        """Type of the method."""
+        return "supervised" if self.method is None else self.method.type
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The hyperparameters of its method, from either place."""
+        inner = None if self.method is None else self.method.hyperparameters
+        given = inner or self.hyperparameters or Hyperparameters()
+        own = DpoHyperparameters if self.kind == "dpo" else Hyperparameters
+        return own(**given.model_dump()).model_dump()

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,8 @@ class Process(Protocol):
 class Launcher(Protocol):
     """Starts runs, here or elsewhere."""
 
-    def start(self, run: Path, recipe: Path) -> Process:
-        """Train in a new run folder, or resume the run that is in it."""
+    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> Process:
+        """Train in a new run folder, or resume the run that is in it, with these variables set too."""
         ...
 
     def find(self, run: Path) -> Process | None:
@@ -85,14 +85,14 @@ class LocalLauncher:
     def __init__(self, *, offline: bool) -> None:
         self._offline = offline
 
-    def start(self, run: Path, recipe: Path) -> ChildProcess:
+    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> ChildProcess:
         """See Launcher."""
         words = ["train", "--recipe", str(recipe), "--out", str(run)]
         if (run / "run.json").exists():
             words = ["resume", str(run)]
-        return self._start(run, [*words, "--json", *(["--offline"] if self._offline else [])])
+        return self._start(run, [*words, "--json", *(["--offline"] if self._offline else [])], environment)
 
-    def _start(self, run: Path, words: Sequence[str]) -> ChildProcess:
+    def _start(self, run: Path, words: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
         lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,7 +100,7 @@ class LocalLauncher:
                 popen = subprocess.Popen(
                     ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
-                    env=for_child(), start_new_session=True, pass_fds=(lock,),
+                    env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
                 )  # fmt: skip
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(popen.pid).encode(), 0)

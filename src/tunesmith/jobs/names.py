@@ -15,6 +15,7 @@ DEFAULT_PROJECT = "tunesmith"
 """The project of requests where there are no keys, and of the keys in a key file."""
 ID_LENGTH = 24
 MAX_NAME_BYTES = 255
+SNAPSHOT = ":ckpt-step-"
 
 
 def new_id(prefix: str) -> str:
@@ -48,6 +49,17 @@ def tuned_name(base: str, project: str, suffix: str | None, job: str) -> str:
     """ft:BASE:PROJECT:SUFFIX:8 characters. The suffix keeps letters, digits and hyphens, in lower case."""
     kept = re.sub(r"[^a-z0-9-]", "-", (suffix or "").lower())
     return f"ft:{base}:{project}:{kept}:{derived_id('', job, 'model', length=8)}"
+
+
+def snapshot_name(base: str, project: str, suffix: str | None, job: str, step: int) -> str:
+    """The name of the result at the end of an epoch, which has 8 characters of its own."""
+    return f"{tuned_name(base, project, suffix, f'{job} {step}')}{SNAPSHOT}{step}"
+
+
+def snapshot_step(name: str) -> int | None:
+    """The step that a name of a snapshot ends with; None: it is the name of a last result."""
+    _, mark, step = name.rpartition(SNAPSHOT)
+    return int(step) if mark else None
 
 
 def shown_name(raw: bytes) -> str:

@@ -25,6 +25,8 @@ def upload_object(row: Record, file: Record | None) -> dict[str, Any]:
 def job_object(row: Record) -> dict[str, Any]:
     request = row["request"]
     has_ended = row["status"] == "succeeded"
+    method = request.get("method", "supervised")
+    common = {name: value for name, value in row["numbers"].items() if name != "beta"}
     same = {name: row[name] for name in ("id", "created_at", "finished_at", "status", "model", "trained_tokens")}
     sent = {name: request[name] for name in ("training_file", "validation_file", "seed", "metadata")}
     return {
@@ -35,14 +37,18 @@ def job_object(row: Record) -> dict[str, Any]:
         "fine_tuned_model": row["tuned_name"] if has_ended else None,
         "organization_id": f"org-{row['project']}",
         "result_files": [row["result_file"]] if row["result_file"] else [],
-        "hyperparameters": row["numbers"],
-        "method": {"type": "supervised", "supervised": {"hyperparameters": row["numbers"]}},
+        "hyperparameters": common,
+        "method": {"type": method, method: {"hyperparameters": row["numbers"]}},
         "integrations": request["integrations"],
         "error": row["error"] or NO_ERROR,
         "user_provided_suffix": request["suffix"],
         "usage_metrics": None,
         "shared_with_openai": False,
-        "tunesmith": {"base": row["base"], "run": row["id"]},
+        "tunesmith": {
+            "base": request.get("starts_from") or row["base"],
+            "run": row["id"],
+            "report": f"/v1/fine_tuning/jobs/{row['id']}/report.html" if has_ended else None,
+        },
     }
 
 
@@ -64,5 +70,10 @@ def checkpoint_object(row: Record) -> dict[str, Any]:
 
 
 def list_object(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    return {"object": "list", "data": list(data), "has_more": has_more}
+
+
+def list_with_ends(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """A list as those of files and checkpoints are."""
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": list(data), **ends, "has_more": has_more}
+    return {**list_object(data, has_more=has_more), **ends}

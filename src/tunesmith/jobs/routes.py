@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import os
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -12,6 +15,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
+from tunesmith.errors import InputError
 from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.job_request import JobBody
@@ -28,15 +32,17 @@ from tunesmith.jobs.upload_parts import (
     create_upload,
 )
 from tunesmith.jobs.uploads import receive_file
-from tunesmith.runs.atomic import remove
-from tunesmith.runs.folder import Run
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
+from tunesmith.tracking.tracker import check_names
 
 QUERIES = ("/v1/files", "/v1/fine_tuning")
 """Beginnings of paths whose routes read a query."""
+REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+"""A report loads nothing and runs nothing."""
+_METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 _SAID: dict[Action, str] = {
     "cancel": "Fine-tuning job cancelled",
     "pause": "Fine-tuning job paused",
@@ -49,7 +55,7 @@ def read_query(request: Request, *allowed: str) -> dict[str, str]:
     """The parameters of a URL. Raises RequestError for an unknown one, or one given twice."""
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if name not in allowed and not (name.startswith("metadata[") and "metadata" in allowed):
+        if name not in allowed and not ("metadata" in allowed and _METADATA.fullmatch(name)):
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(allowed) or 'none'}."
             raise RequestError(f"{name[:60]}: unknown parameter{hint}", code="unknown_parameter", param=name[:60])
@@ -97,7 +103,7 @@ def make_file_router(store: Store) -> APIRouter:
             after=after(store, files, query), limit=read_limit(query, 10_000, 10_000),
             newest_first=query.get("order", "desc") == "desc",
         )  # fmt: skip
-        return json_response(objects.list_object([objects.file_object(row) for row in rows], has_more=more))
+        return json_response(objects.list_with_ends([objects.file_object(row) for row in rows], has_more=more))
 
     @router.get("/v1/files/{name}")
     def one(name: str, request: Request) -> Response:
@@ -187,11 +193,13 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
     def listed(request: Request) -> Response:
         """All jobs, newest first."""
         query = read_query(request, "after", "limit", "metadata")
-        wanted = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[")}
+        wanted = {match[1]: value for key, value in query.items() if (match := _METADATA.fullmatch(key))}
+        if query.get("metadata", "null") != "null" or ("metadata" in query and wanted):
+            raise RequestError("metadata: should be null, or metadata[key]=value for each pair.", param="metadata")
 
         def keeps(row: Record) -> bool:
             own = row["request"]["metadata"]
-            return own is None if query.get("metadata") == "null" else wanted.items() <= (own or {}).items()
+            return not own if "metadata" in query else wanted.items() <= (own or {}).items()
 
         limit = read_limit(query, 20, 100)
         rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
@@ -202,6 +210,15 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         """One job."""
         read_query(request)
         return json_response(objects.job_object(find_job(store, name)))
+
+    @router.get("/{name}/report.html")
+    def report(name: str, request: Request) -> Response:
+        """The report of a job that has succeeded, as a page."""
+        read_query(request)
+        path = store.runs_path / find_job(store, name)["id"] / "report.html"
+        if not path.is_file():
+            raise RequestError(f"{name}: it has no report yet.", status=404, code="not_found", param="id")
+        return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY}, media_type="text/html")
 
     @router.post("/{name}/{action}")
     def act(name: str, action: Action, request: Request) -> Response:
@@ -230,47 +247,76 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
         """Checkpoints of a job that can be asked, newest first."""
         query = read_query(request, "after", "limit")
         limit = read_limit(query, 10, 100)
-        found = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])]
+        found = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])[::-1]]
         if "after" in query:
             names = [one["id"] for one in found]
             if query["after"] not in names:
                 raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
             found = found[names.index(query["after"]) + 1 :]
-        return json_response(objects.list_object(found[:limit], has_more=len(found) > limit))
+        return json_response(objects.list_with_ends(found[:limit], has_more=limit > 0 and len(found) > limit))
 
 
 def create_job(store: Store, bases: Bases, body: JobBody) -> Record:
-    """The row of a new job. Raises RequestError for a model or file that is not there."""
-    if body.model not in bases.names:
-        message = f"Model {body.model[:80]} is not available for fine-tuning or does not exist. "
-        message += f"There are: {', '.join(bases.names)}. A tuned model cannot be tuned further here."
-        raise RequestError(message, code="model_not_available", param="model")
+    """The row of a new job. Raises RequestError for a model, a file or a service that is not there."""
+    base, shown, parent = _start(store, bases, body.model)
     for param in ("training_file", "validation_file"):
-        name = getattr(body, param)
-        row = store.file(name) if name is not None else None
-        if name is not None and row is None:
-            raise RequestError(f"invalid {param}: {name[:80]}", param=param, code="file_not_found")
-        if row is not None and row["purpose"] != "fine-tune":
-            message = f"invalid {param}: {name[:80]}: its purpose is {row['purpose']}, and has to be fine-tune."
-            raise RequestError(message, param=param, code="invalid_purpose")
-    name, (base, shown) = new_id("ftjob-"), bases.names[body.model]
-    numbers = body.chosen.model_dump()
+        _check_file(store, param, getattr(body, param))
+    integrations = [one.model_dump(exclude_none=True) for one in body.integrations or ()]
+    if integrations:
+        _check_wandb()
+    name, numbers = new_id("ftjob-"), body.chosen
     request = {
         "model": body.model, "training_file": body.training_file, "validation_file": body.validation_file,
         "suffix": body.suffix, "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
-        "metadata": body.metadata, "integrations": body.integrations or [], "hyperparameters": numbers,
+        "metadata": body.metadata, "integrations": integrations, "hyperparameters": numbers, "method": body.kind,
+        "starts_from": parent,
     }  # fmt: skip
     said = [event(name, f"Created fine-tuning job: {name}")]
-    if body.model != base:
+    if parent is not None:
+        said.append(event(name, f"{parent} is merged into its base, and the result is tuned further"))
+    elif body.model != base:
         said.append(event(name, f"{body.model} is a name of {base} here: that model is tuned"))
-    if body.integrations:
-        said.append(event(name, "integrations: nothing is sent from here", level="warn"))
+    if body.validation_file == body.training_file:
+        text = "The validation file is the training file: its loss says what was learnt by heart"
+        said.append(event(name, text, level="warn"))
     which = f"Validating training file: {body.training_file}"
     which += f" and validation file: {body.validation_file}" if body.validation_file else ""
     said.append(event(name, which))
     project = PROJECT.get() or DEFAULT_PROJECT
     row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, project, body.suffix, name)}
     return store.create_job({**row, "request": request, "numbers": numbers}, said)
+
+
+def _start(store: Store, bases: Bases, name: str) -> tuple[str, str, str | None]:
+    """The base of a model that a request names, the name that its job shows, and its own name if it is a tuned one."""
+    if name in bases.names:
+        return (*bases.names[name], None)
+    found = store.tuned(name=name)
+    if found and found[0]["base"] in bases.by_name:
+        return found[0]["base"], find_job(store, found[0]["job"])["model"], name
+    message = f"Model {name[:200]} is not available for fine-tuning or does not exist. "
+    message += f"There are: {', '.join(bases.names)}, and tuned models by their names."
+    raise RequestError(message, code="model_not_available", param="model")
+
+
+def _check_file(store: Store, param: str, name: str | None) -> None:
+    row = store.file(name) if name is not None else None
+    if name is not None and row is None:
+        raise RequestError(f"invalid {param}: {name[:80]}", param=param, code="file_not_found")
+    if row is not None and row["purpose"] != "fine-tune":
+        message = f"invalid {param}: {name or '':.80}: its purpose is {row['purpose']}, and has to be fine-tune."
+        raise RequestError(message, param=param, code="invalid_purpose")
+
+
+def _check_wandb() -> None:
+    """Raises RequestError if nothing could be sent from here."""
+    try:
+        check_names(["wandb"])
+        is_offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+        if not (is_offline or os.environ.get("WANDB_API_KEY")):
+            raise InputError("the server has no key: set WANDB_API_KEY (or WANDB_MODE=offline) where it is started.")
+    except InputError as error:
+        raise RequestError(f"integrations: wandb: {error}", param="integrations", code="integration_failed") from None
 
 
 def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
@@ -286,9 +332,12 @@ def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
         if not found:
             message = f"The model '{name[:200]}' does not exist"
             raise RequestError(message, status=404, code="model_not_found", param="model")
+        if users := [job["id"] for job in store.open_jobs() if job["request"].get("starts_from") == name]:
+            message = f"The model '{name}' is being tuned further by {users[0]}. Wait for that, or cancel it."
+            raise RequestError(message, param="model", code="model_in_use")
         await detach(name)
         store.delete_model(name)
-        remove(Run(store.runs_path / found[0]["job"]).adapter_path)
+        await asyncio.to_thread(store.sweep_models)
         return json_response({"id": name, "object": "model", "deleted": True})
 
     return router

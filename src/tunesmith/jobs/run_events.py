@@ -10,7 +10,11 @@ from typing import Any
 from tunesmith.jobs.store import event
 from tunesmith.types import Event
 
-_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_COLUMNS = (
+    "step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)  # fmt: skip
+"""Of the results file. The accuracy of training steps is not measured."""
 
 
 class EventTranslator:
@@ -35,7 +39,7 @@ class EventTranslator:
             data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
             text = f"Step {one.step}/{self.total_steps}: training loss={values['loss']:.2f}"
             return event(self.job, text, data=data, once=f"step {one.step}")
-        if one.kind == "evaluation" and values["name"] == "after":
+        if one.kind == "evaluation" and values["name"] != "before":
             loss = _number(values["loss"])
             data = {
                 "step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps,
@@ -62,21 +66,21 @@ def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def checkpoint_metrics(found: Sequence[Event]) -> dict[str, Any]:
-    """The metrics of the last step."""
-    steps = [one for one in found if one.kind == "step"]
-    after = [one for one in found if one.kind == "evaluation" and one.values["name"] == "after"]
-    own = {"step": steps[-1].step, "train_loss": _number(steps[-1].values["loss"])} if steps else {}
-    return {**own, **(held_out_metrics(after[-1].values) if after else {})}
+def metrics_by_step(found: Iterable[Event]) -> dict[int, dict[str, Any]]:
+    """The metrics of each step, with those of the validation file where it was measured."""
+    steps: dict[int, dict[str, Any]] = {}
+    for one in found:
+        if one.kind == "step":
+            steps[one.step] = {"step": one.step, "train_loss": _number(one.values["loss"])}
+        elif one.kind == "evaluation" and one.step in steps:
+            steps[one.step] |= held_out_metrics(one.values)
+    return steps
 
 
 def results_file(found: Sequence[Event]) -> bytes:
     """step_metrics.csv in base64, as OpenAI sends it: a line for each step, blank where nothing was measured."""
-    metrics = checkpoint_metrics(found)
     lines = [",".join(_COLUMNS)]
-    for one in (one for one in found if one.kind == "step"):
-        row = {"step": one.step, "train_loss": _number(one.values["loss"])}
-        row |= metrics if one.step == metrics.get("step") else {}
+    for row in metrics_by_step(found).values():
         lines.append(",".join("" if row.get(name) is None else str(row[name]) for name in _COLUMNS))
     return base64.b64encode("".join(f"{line}\n" for line in lines).encode())
 

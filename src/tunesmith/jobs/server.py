@@ -60,7 +60,7 @@ class JobServer:
         started = {}
         try:
             for name, base in bases.by_name.items():
-                attached = {row["name"]: store.runs_path / row["job"] for row in store.tuned(base=name)}
+                attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
                 started[name] = await start_engine(
                     [base.model], root=root, options=replace(options, attaches=True), attached=attached, on_note=on_note
                 )

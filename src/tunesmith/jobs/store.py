@@ -19,10 +19,11 @@ import sqlalchemy as sa
 
 from tunesmith.errors import InputError
 from tunesmith.jobs.database import Database
-from tunesmith.jobs.names import derived_id, new_id
+from tunesmith.jobs.names import derived_id, new_id, snapshot_step
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
 from tunesmith.jobs.tables import Record, events, files, jobs, keys, models, own, permissions, stores, uploads
 from tunesmith.runs.atomic import fsync_dir, remove, write_atomic
+from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 
 DATABASE_FILE = "jobs.sqlite"
@@ -112,6 +113,12 @@ class Store:
         """The content of a file, by an id of ours."""
         return self.files_path / file
 
+    def model_path(self, row: Record) -> Path:
+        """The run folder of a tuned model."""
+        step = snapshot_step(row["name"])
+        run = Run(self.runs_path / row["job"])
+        return run.path if step is None else run.snapshots_path / f"step-{step}"
+
     def close(self) -> None:
         self._opened.close()
 
@@ -170,7 +177,7 @@ class Store:
                     found.append(one)
                 if len(found) > limit:
                     break
-        return found[:limit], len(found) > limit
+        return found[:limit], 0 < limit < len(found)
 
     # Files
 
@@ -190,8 +197,7 @@ class Store:
 
     def sweep(self, *, with_uploads: bool = False) -> None:
         """Remove contents that no row names any more. `with_uploads`: those of uploads too; none may be under way."""
-        open_jobs = self._read(sa.select(jobs.c.request).where(jobs.c.status.not_in(ENDED)))
-        needed = {row["request"].get(key) for row in open_jobs for key in ("training_file", "validation_file")}
+        needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in self._read(sa.select(files.c.id).where(files.c.deleted_at.is_(None)))}
         for path in self.files_path.iterdir():
             if path.name not in needed and (with_uploads or not path.name.startswith(".")):
@@ -287,6 +293,36 @@ class Store:
         """Tuned models that were not deleted, oldest first."""
         statement = sa.select(models).where(*own(models), models.c.deleted_at.is_(None), *_are(models, is_))
         return self._read(statement.order_by(models.c.seq))
+
+    def add_model(self, model: Record, messages: Sequence[Record]) -> None:
+        with self.writing() as connection:
+            connection.execute(self.insert_new(models).values(created_at=int(time.time()), **model))
+            self._add_events(connection, messages)
+
+    def open_jobs(self) -> list[Record]:
+        """Jobs that have not ended, oldest first."""
+        return self._read(sa.select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.seq))
+
+    def sweep_models(self) -> None:
+        """Remove weights that no model needs any more: a deleted one's, and of merged ones those no open job needs."""
+        started = {
+            row["id"]: row["request"].get("starts_from") for row in self._read(sa.select(jobs.c.id, jobs.c.request))
+        }
+        everything = {row["name"]: row for row in self._read(sa.select(models))}
+        needed = set[str]()
+        for row in everything.values():
+            name = None if row["deleted_at"] else row["name"]
+            while name is not None and name not in needed:
+                needed.add(name)
+                name = started[everything[name]["job"]]
+        in_use = {row["request"].get("starts_from") for row in self.open_jobs()}
+        for name, row in everything.items():
+            run = Run(self.model_path(row))
+            for path in (
+                *(() if name in needed else (run.adapter_path,)),
+                *(() if name in in_use else (run.merged_path,)),
+            ):
+                remove(path)
 
     def delete_model(self, name: str) -> None:
         self.update(models, {"deleted_at": int(time.time())}, name=name)

@@ -16,7 +16,10 @@ FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
 MAX_NAMED = 10
 MAX_LISTED = 100
-_TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate"}
+_TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
+_FORMATS: dict[TaskName, str] = {
+    "chat": "fine-tune-chat", "generate": "fine-tune-completions", "prefer": "fine-tune-preference",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class CheckedFile:
     task: TaskName
 
 
-def check_file(path: Path, which: str, *, min_examples: int) -> CheckedFile:
-    """Read all rows of a training or validation file. Raises FileFault."""
+def check_file(path: Path, which: str, *, method: str, min_examples: int) -> CheckedFile:
+    """Read all rows of a training or validation file of a job of this method. Raises FileFault."""
     problems: list[Problem] = []
     num, tasks = 0, set[TaskName | None]()
     try:
@@ -60,11 +63,17 @@ def check_file(path: Path, which: str, *, min_examples: int) -> CheckedFile:
         raise row_fault(errors, which)
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
+    task = next(iter(tasks)) or "chat"
+    if method != (fitting := "dpo" if task == "prefer" else "supervised"):
+        message = (
+            f"Input file {path.name} is in the {_FORMATS[task]} format, but the specified fine-tuning job is not using "
+            f"'{fitting}' as the training method (provided method={method})."
+        )
+        raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {message}", f"{which}_file")
     if num < min_examples:
         least = f"must have at least {min_examples} examples"
         message = f"{which.capitalize()} file has {num} example(s), but {least}"
         raise FileFault("invalid_n_examples", message, f"{which}_file")
-    task = next(iter(tasks)) or "chat"
     return CheckedFile(num, task)
 
 

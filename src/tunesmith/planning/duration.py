@@ -131,6 +131,7 @@ def kept_checkpoints(recipe: Recipe, steps: int) -> int:
 def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
     """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured."""
     every = recipe.evaluation.every
+    assert every != "epoch", "it is decided with the steps"
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
     prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
     answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)

@@ -261,8 +261,8 @@ class Train(OptionGroup):
 class EvaluationOptions(OptionGroup):
     """Measuring on held-out rows."""
 
-    every: Positive | None = None
-    """Steps between evaluations; null: before the first step and after the last only."""
+    every: Positive | Literal["epoch"] | None = None
+    """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last only."""
     max_rows: Positive | Auto | None = "auto"
     """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000, or fewer in
     a short run: measuring takes at most about a third of a run."""
@@ -301,6 +301,9 @@ class CheckpointOptions(OptionGroup):
     """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500; more where they are short."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Ends of so many epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N:
+    each is a run's folder for predict, chat, serve and export."""
 
 
 class ResultExportOptions(OptionGroup):

@@ -16,9 +16,9 @@ from tunesmith.types import Event
 
 LoggedState = Literal["new", "stopped", "failed", "done", "interrupted"]
 
-_DURABLE = {"checkpoint", "stopped", "failed", "end"}
+_DURABLE = {"checkpoint", "snapshot", "stopped", "failed", "end"}
 _MEASURES = {"evaluation", "sample", "answers", "general"}
-_DONE_AGAIN = _MEASURES | {"step", "checkpoint", "stopped", "failed", "end"}
+_DONE_AGAIN = _MEASURES | {"step", "checkpoint", "snapshot", "stopped", "failed", "end"}
 _ENDS: dict[str, LoggedState] = {"stopped": "stopped", "failed": "failed", "end": "done"}
 _KIND_AT = len('{"kind":"')
 

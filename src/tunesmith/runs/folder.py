@@ -60,6 +60,7 @@ RESULT = "result.json"
 _OWN = (
     "evaluation",
     "checkpoints",
+    "snapshots",
     "rows",
     "rows/train",
     "rows/held_out",
@@ -161,6 +162,15 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def snapshots_path(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
+    def merged_path(self) -> Path:
+        """The result as a whole model, made when another run starts from it."""
+        return self.path / "merged"
+
+    @property
     def adapter_path(self) -> Path:
         return self.path / "adapter"
 
@@ -232,6 +242,12 @@ class Run:
 
         return load.load(str(self.recipe_path)).data.date != "auto"
 
+    def started_from(self) -> Run | None:
+        """The run whose merged result this one was tuned on; None: it was tuned on another model."""
+        place = Path(self.recipe().place)
+        parent = Run(place.parent)
+        return parent if place == parent.merged_path and (parent.path / "run.json").is_file() else None
+
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name` of this folder, atomically."""
         write_atomic(self.path / name, to_json(value, indent=True) + b"\n")
@@ -261,7 +277,7 @@ class Run:
         try:
             self.refuse_links()
             clean(self.path)
-            for name in ("checkpoints", "evaluation", "rows/train", "rows/held_out"):
+            for name in ("checkpoints", "evaluation", "snapshots", "rows/train", "rows/held_out"):
                 clean(self.path / name)
             self.write_json("lock.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
             yield

@@ -28,6 +28,23 @@ class LowRankPath:
         """[T, O], changed in place."""
         return y_TO.addmm_(x_TI @ self.a_RI.t(), self.b_OR.t(), alpha=self.scale)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> LowRankPath:
+        return LowRankPath(self.a_RI.to(device, dtype), self.b_OR.to(device, dtype), self.scale)
+
+
+def joined_paths(adapters: Sequence[Mapping[str, tuple[Tensor, Tensor, float]]]) -> dict[str, LowRankPath]:
+    """Adapters that were tuned on one another as one: the sum of their products is one of the sum of their ranks."""
+    found: dict[str, LowRankPath] = {}
+    for layer in sorted({layer for adapter in adapters for layer in adapter}):
+        paths = [LowRankPath(*adapter[layer]) for adapter in adapters if layer in adapter]
+        if len(paths) == 1:
+            found[layer] = paths[0]
+            continue
+        a_RI = torch.cat([path.a_RI.float() for path in paths])
+        b_OR = torch.cat([path.b_OR.float() * path.scale for path in paths], dim=1)
+        found[layer] = LowRankPath(a_RI, b_OR, 1.0)
+    return found
+
 
 @dataclass(slots=True)
 class _Routing:

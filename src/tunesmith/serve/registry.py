@@ -25,7 +25,7 @@ from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, is_run
-from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError
+from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -103,13 +103,15 @@ class Registry:
             raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
         assert shared is not None, "refused above"
         base, recipe = shared.loaded, run.recipe()
-        loading.refuse_other_base(run, base.located, shared.hashes.result())
-        run.check_result(run.adapter_path)
-        weights = read_low_rank(run.adapter_path)
-        where, dtype = base.model.device, base.model.dtype
+        chain = [run]
+        while (parent := chain[-1].started_from()) is not None:
+            chain.append(parent)
+        loading.refuse_other_base(chain[-1], base.located, shared.hashes.result())
+        for one in chain:
+            one.check_result(one.adapter_path)
         paths = {
-            layer: LowRankPath(a.to(where, dtype), b.to(where, dtype), scale)
-            for layer, (a, b, scale) in weights.items()
+            layer: path.to(base.model.device, base.model.dtype)
+            for layer, path in joined_paths([read_low_rank(one.adapter_path) for one in chain]).items()
         }
         for part in ("a_RI", "b_OR"):
             loading.refuse_non_finite({layer: getattr(path, part) for layer, path in paths.items()}, run.adapter_path)

@@ -64,8 +64,9 @@ class Grid:
 
     @property
     def every(self) -> int | None:
-        """Steps between evaluations."""
-        return self.trials[0].recipe.evaluation.every
+        """Steps between evaluations; None: they are not counted in steps."""
+        every = self.trials[0].recipe.evaluation.every
+        return every if isinstance(every, int) else None
 
 
 def read_grid(path: Path, name: str | None = None) -> Grid:

@@ -51,7 +51,7 @@ class WandbRun:
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tunesmith"),
             id=reader.key,
-            name=reader.name,
+            name=os.environ.get("WANDB_NAME", reader.name),
             resume="allow",
             config={**reader.recipe, **reader.facts},
             settings=settings,

@@ -131,9 +131,6 @@ def _room_left(size: ModelSize, recipe: Recipe) -> ModelSize:
     return replace(size, max_tokens=size.max_tokens - virtual)
 
 
-MERGED = "merged"
-
-
 def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | None]:
     """The model that `model` names, and what to say of it where it is a run: its folder, its name in `root`, "last".
 
@@ -151,7 +148,7 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
         raise RunError(
             f"{run.path}: it has no result yet, so nothing can start from it. Go on with `tunesmith resume`."
         )
-    merged = run.path / MERGED
+    merged = run.merged_path
     if not _is_current(merged, run.adapter_path):
         _merge(run, merged, offline=offline)
     return str(merged), f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
@@ -164,6 +161,8 @@ def _is_current(merged: Path, adapter: Path) -> bool:
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:
+    if (below := run.started_from()) is not None:
+        start_from(str(below.path), root=run.path.parent, offline=offline)  # its merged base may be gone
     with run.lock():
         remove(merged)
         speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights

@@ -140,7 +140,7 @@ def _why_alone(inputs: Inputs, rows: Splits) -> str:
 
 
 def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
-    """Fit a method that has a schedule of its own to the run's number of steps.
+    """Fit evaluations by epoch, and a method that has a schedule of its own, to the run's number of steps.
 
     Raises RecipeError where the steps leave it none, or the optimizer would undo it.
     """
@@ -151,6 +151,10 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
         lambda: total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch),
     )
     choices = [Choice(option, value, "the run's own steps") for option, value in chosen]
+    if recipe.evaluation.every == "epoch":
+        steps = plan_of(recipe, rows, "padded").steps_per_epoch
+        choices.append(Choice("evaluation.every", steps, "the steps of an epoch"))
+        recipe = with_choice(recipe, choices[-1])
     return recipe.model_copy(update={"method": method}), choices
 
 

@@ -288,7 +288,7 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes())
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
-    needed = checkpoints + result - min(checkpoints, held)
+    needed = checkpoints + result * (1 + setup.recipe.checkpoint.snapshots) - min(checkpoints, held)
     free = free_bytes(folder)
     if free is None or needed <= free:
         return

@@ -6,6 +6,7 @@ Everything that happens becomes an event; `train` and `resume` differ only in wh
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from tunesmith.parallel.world import World
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
-from tunesmith.runs.atomic import fsync_file, remove, storing, temporary_folder, write_atomic
+from tunesmith.runs.atomic import fsync_file, remove, replace_folder, storing, temporary_folder, write_atomic
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
@@ -322,6 +323,8 @@ def _take_steps(session: Session) -> None:
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
+        if event.step in _snapshot_steps(setup) and setup.world.is_first:
+            _keep_snapshot(session)
         over = not last and _patience_is_over(session)
         is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
         due = last or over or is_best or event.step % save_every == 0
@@ -360,7 +363,7 @@ def _halved(event: Event) -> str:
 def _evaluation_is_due(setup: Setup, step: int) -> bool:
     """Every `evaluation.every` steps, and at the last step if it may be the best."""
     every = setup.recipe.evaluation.every
-    if every is None:
+    if not isinstance(every, int):
         return False
     return step % every == 0 if step < setup.total_steps else setup.recipe.evaluation.keep == "best"
 
@@ -435,6 +438,29 @@ def _try_saving(setup: Setup, run: Run) -> None:
         setup.save_result(folder)
     finally:
         remove(folder)
+
+
+def _snapshot_steps(setup: Setup) -> range:
+    """Ends of the newest epochs before the last step."""
+    steps, num = setup.plan.steps_per_epoch, setup.recipe.checkpoint.snapshots
+    last = (setup.total_steps - 1) // steps * steps
+    return range(last, max(0, last - num * steps), -steps)
+
+
+def _keep_snapshot(session: Session) -> None:
+    """The result as it is now in a run's folder of its own: complete or absent."""
+    run, name = session.run, f"step-{session.progress.step}"
+    temporary = temporary_folder(run.snapshots_path, name)
+    try:
+        with storing(temporary):
+            for path in (run.recipe_path, run.path / "run.json", run.events_path):
+                shutil.copyfile(path, temporary / path.name)
+        _save_result(session.setup, Run(temporary))
+        replace_folder(temporary, run.snapshots_path / name, swap=True)
+    except BaseException:
+        remove(temporary)
+        raise
+    session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}"})
 
 
 def _save_result(setup: Setup, run: Run) -> None:

@@ -1,0 +1,238 @@
+"""tunesmith jobs: fine-tuning jobs of a running server, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli.options import Json, remember_json
+from tunesmith.cli.render import age, visible
+from tunesmith.errors import InputError, Stopped, TunesmithError
+
+DEFAULT = "http://127.0.0.1:8000/v1"
+TIMEOUT_S = 30.0
+POLL_S = 1.0
+PAGE = 100
+ENDED = ("succeeded", "failed", "cancelled")
+COLUMNS = ("job", "status", "model", "method", "made", "fine-tuned model")
+
+Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, or [bold]last[/].")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", metavar="URL", envvar="OPENAI_BASE_URL", help="Server; its key is read from TUNESMITH_API_KEY."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class JobServerClient:
+    """The server, as these commands ask it."""
+
+    url: str
+
+    def ask(self, method: str, path: str, **query: Any) -> Any:
+        """The answer as JSON. Raises InputError for what is refused and a server that is not there."""
+        address = f"{self.url.rstrip('/')}/fine_tuning/jobs{path}?{urllib.parse.urlencode(query)}".rstrip("?")
+        key = os.environ.get("TUNESMITH_API_KEY")
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        try:
+            request = urllib.request.Request(address, method=method, headers=headers)
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise _refusal(error, address) from None
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", error)
+            way = "Start one with `tunesmith serve --jobs MODEL`, or pass its address with --url."
+            raise InputError(f"{self.url}: no server of jobs answers: {why}. {way}") from None
+
+    def name(self, job: str) -> str:
+        """The path of a job. Raises InputError if there is none yet."""
+        if job == "last":
+            found = self.ask("GET", "", limit=1)["data"]
+            if not found:
+                raise InputError(f"{self.url}: there are no jobs yet. docs/jobs.md shows how a script makes one.")
+            job = found[0]["id"]
+        return f"/{urllib.parse.quote(job, safe='')}"
+
+    def new_events(self, path: str, seen: set[str]) -> list[dict[str, Any]]:
+        """Events that are not in `seen`, which gets them, oldest first."""
+        found: list[dict[str, Any]] = []
+        page: dict[str, Any] = {"has_more": True}
+        while page["has_more"]:
+            after = {"after": found[-1]["id"]} if found else {}
+            page = self.ask("GET", f"{path}/events", limit=PAGE, **after)
+            new = [one for one in page["data"] if one["id"] not in seen]
+            found += new
+            if len(new) < len(page["data"]):
+                break
+        seen.update(one["id"] for one in found)
+        return found[::-1]
+
+
+def _refusal(error: urllib.error.HTTPError, address: str) -> TunesmithError:
+    try:
+        message = str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        message = f"{address}: {error.code} {error.reason}, and no answer of a server of jobs."
+    return TunesmithError(message) if error.code >= 500 else InputError(message)
+
+
+def list_jobs(
+    ctx: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, max=PAGE, help="Most jobs.")] = 20,
+    url: Url = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first.
+
+    tunesmith jobs list --url http://trainer:8000/v1
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.streams import console, json_page
+
+    found = JobServerClient(url).ask("GET", "", limit=limit)["data"]
+    if as_json:
+        typer.echo(json_page(found))
+        return
+    screen = console()
+    if not screen.is_terminal:
+        for cells in (COLUMNS, *map(_cells, found)):
+            typer.echo("\t".join(cells))
+        return
+    from rich.table import Table
+
+    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+    for job in found:
+        table.add_row(*map(visible, _cells(job)))
+    screen.print(table if found else "no jobs yet")
+
+
+def _cells(job: dict[str, Any]) -> tuple[str, ...]:
+    made = age(max(0.0, time.time() - job["created_at"]))
+    model = job["fine_tuned_model"] or (job["error"] or {}).get("message") or ""
+    return (job["id"], job["status"], job["model"], job["method"]["type"], made, " ".join(model.split())[:120])
+
+
+def show(ctx: typer.Context, job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
+    """Show a job: its state, numbers, files, checkpoints and newest events.
+
+    tunesmith jobs show ftjob-8Hd2...
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.streams import console, json_page
+
+    client = JobServerClient(url)
+    path = client.name(job)
+    found = client.ask("GET", path)
+    checkpoints = client.ask("GET", f"{path}/checkpoints")["data"]
+    if as_json:
+        typer.echo(json_page({**found, "checkpoints": checkpoints}))
+        return
+    screen = console()
+    for line in (*_facts(found, checkpoints), *map(_line, client.ask("GET", f"{path}/events", limit=10)["data"][::-1])):
+        screen.print(visible(line), soft_wrap=True)
+
+
+def _facts(job: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Iterator[str]:
+    kind = job["method"]["type"]
+    numbers = ", ".join(f"{key} {value}" for key, value in job["method"][kind]["hyperparameters"].items())
+    yield f"{job['id']}: {job['status']}"
+    yield f"{kind} on {job['tunesmith']['base']}: {numbers}, seed {job['seed']}"
+    yield f"trained on {job['training_file']}, measured on {job['validation_file'] or 'nothing'}"
+    if job["error"] and job["error"]["message"]:
+        yield f"{job['error']['code']}: {job['error']['message']}"
+    if job["fine_tuned_model"]:
+        yield f"model {job['fine_tuned_model']}, {job['trained_tokens']:,} tokens, results {job['result_files'][0]}"
+    for one in checkpoints:
+        loss = one["metrics"].get("valid_loss", one["metrics"].get("train_loss"))
+        yield f"step {one['step_number']}: {one['fine_tuned_model_checkpoint']}, loss {loss}"
+
+
+def _line(event: dict[str, Any]) -> str:
+    mark = "" if event["level"] == "info" else f"{event['level']}: "
+    return f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))} {mark}{event['message']}"
+
+
+def follow(ctx: typer.Context, job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
+    """Print the events of a job until it ends. Exit code 0 if it succeeded, 3 if it is paused, else 1.
+
+    tunesmith jobs follow last
+    """
+    remember_json(ctx, as_json)
+    from tunesmith.cli.streams import console, json_line
+
+    client, seen, screen = JobServerClient(url), set[str](), console()
+    path = client.name(job)
+    while True:
+        found = client.ask("GET", path)
+        for event in client.new_events(path, seen):
+            if as_json:
+                json_line(event)
+            else:
+                screen.print(visible(_line(event)), soft_wrap=True)
+        if found["status"] == "paused":
+            raise Stopped(f"{found['id']}: paused; go on with: tunesmith jobs resume {found['id']}")
+        if found["status"] in ENDED:
+            break
+        time.sleep(POLL_S)
+    if found["status"] != "succeeded":
+        why = f": {found['error']['message']}" if found["error"] and found["error"]["message"] else "."
+        raise TunesmithError(f"{found['id']}: {found['status']}{why}")
+
+
+def _act(ctx: typer.Context, job: str, action: str, url: str, *, as_json: bool) -> None:
+    remember_json(ctx, as_json)
+    from tunesmith.cli.streams import console, json_line
+
+    client = JobServerClient(url)
+    found = client.ask("POST", f"{client.name(job)}/{action}")
+    if as_json:
+        json_line(found)
+    else:
+        console().print(visible(f"{found['id']}: {found['status']}"), soft_wrap=True)
+
+
+def cancel(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+    """Cancel a job for good. Its run stops after its step; checkpoints that it made stay.
+
+    tunesmith jobs cancel ftjob-8Hd2...
+    """
+    _act(ctx, job, "cancel", url, as_json=as_json)
+
+
+def pause(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+    """Pause a job. Its run stops after its step, and the next job may begin.
+
+    tunesmith jobs pause last
+    """
+    _act(ctx, job, "pause", url, as_json=as_json)
+
+
+def resume(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+    """Let a paused job go on where it stopped, with the same result.
+
+    tunesmith jobs resume last
+    """
+    _act(ctx, job, "resume", url, as_json=as_json)
+
+
+def jobs(ctx: typer.Context) -> None:
+    """List, show, follow and steer fine-tuning jobs of a running server (`tunesmith serve --jobs`).
+
+    tunesmith jobs list
+
+    tunesmith jobs follow last
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())

@@ -1,0 +1,173 @@
+"""Jobs by DPO, jobs that tune a tuned model, checkpoints on the way, and metrics sent to Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
+from tunesmith.jobs import routes
+from tunesmith.jobs.names import snapshot_name
+from tunesmith.jobs.objects import checkpoint_object, job_object
+from tunesmith.jobs.run_events import EventTranslator, results_file
+from tunesmith.jobs.store import Store
+from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Event
+
+DPO = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2}}}
+
+
+def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 14) -> None:
+    working = dispatcher(store, launcher, models)
+    working.recover()
+    for _ in range(num):
+        working.round()
+
+
+def recipe_of(store: Store, name: str) -> dict[str, Any]:
+    return json.loads((store.recipes_path / f"{name}.yaml").read_text())
+
+
+def test_a_job_by_dpo_learns_from_preferences(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    file, valid = put_file(store, pairs(12)), put_file(store, pairs(3), "file-b")
+    name = put_job(store, file, method=DPO, validation_file=valid)
+    work(store, FakeLauncher(), FakeModels())
+    recipe, job = recipe_of(store, name), store.job(name)
+    assert job["status"] == "succeeded"
+    assert (recipe["task"], recipe["prefer"], recipe["data"]["too_long"]) == ("prefer", {"beta": 0.3}, "drop")
+    assert recipe["evaluation"] == {"every": "epoch", "keep": "last"}
+    shown = job_object(job)
+    assert set(shown["hyperparameters"]) == {"n_epochs", "batch_size", "learning_rate_multiplier"}
+    assert shown["method"] == {"type": "dpo", "dpo": {"hyperparameters": {**shown["hyperparameters"], "beta": 0.3}}}
+    store.close()
+
+
+def test_the_usual_beta_is_shown_once_it_is_chosen(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    name = put_job(store, put_file(store, pairs(12)), method={"type": "dpo"}, hyperparameters={"batch_size": 4})
+    assert store.job(name)["numbers"]["beta"] == "auto"
+    work(store, FakeLauncher(), FakeModels())
+    assert job_object(store.job(name))["method"]["dpo"]["hyperparameters"]["beta"] == 0.1
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "method", "words"),
+    [
+        (
+            rows(12), "dpo", "Input file file-a is in the fine-tune-chat format, but the specified fine-tuning job is "
+            "not using 'supervised' as the training method (provided method=dpo).",
+        ),
+        (
+            pairs(12), "supervised", "Input file file-a is in the fine-tune-preference format, but the specified "
+            "fine-tuning job is not using 'dpo' as the training method (provided method=supervised).",
+        ),
+        (
+            pairs(11) + b'{"input": {"messages": [{"role": "user", "content": "q"}]}, "preferred_output": []}\n', "dpo",
+            "Invalid file format. Line 12: ",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_of_another_method_are_the_jobs_error(tmp_path: Path, content: bytes, method: str, words: str) -> None:
+    store = Store(tmp_path)
+    name = put_job(store, put_file(store, content), method={"type": method})
+    work(store, FakeLauncher(), FakeModels(), num=2)
+    error = store.job(name)["error"]
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert error["message"].startswith(f"The job failed due to an invalid training file. {words}")
+    store.close()
+
+
+def test_ends_of_epochs_are_checkpoints(tmp_path: Path) -> None:
+    store, models = Store(tmp_path), FakeModels()
+    name = put_job(store, put_file(store, rows(12)), suffix="mine")
+    working = dispatcher(store, FakeLauncher(), models)
+    while not models.served:
+        working.round()
+    assert store.job(name)["status"] == "running"
+    tuned = snapshot_name("tiny", "tunesmith", "mine", name, SNAPSHOT)
+    assert tuned.endswith(":ckpt-step-4")
+    assert models.served == {tuned: str(store.runs_path / name / "snapshots" / "step-4")}
+    assert "snapshots" in recipe_of(store, name)["checkpoint"]
+    work(store, working.launcher, models)
+    [first, last] = [checkpoint_object(row) for row in store.tuned(job=name)]
+    assert first["metrics"] == {"step": 4, "train_loss": 0.25}
+    assert (last["step_number"], last["fine_tuned_model_checkpoint"]) == (STEPS, store.job(name)["tuned_name"])
+    assert first["id"] != last["id"]
+    store.close()
+
+
+def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(tmp_path: Path) -> None:
+    store, models = Store(tmp_path), FakeModels()
+    file = put_file(store, rows(12))
+    work(store, launcher := FakeLauncher(), models, num=14 if put_job(store, file) else 0)
+    parent = store.tuned()[-1]
+    adapter = store.model_path(parent) / "adapter"
+    adapter.mkdir()
+    (adapter.parent / "merged").mkdir()
+    name = put_job(store, file, model=parent["name"], suffix="again")
+    job = store.job(name)
+    assert (job["base"], job["model"]) == ("tiny", "tiny")
+    assert job_object(job)["tunesmith"]["base"] == parent["name"]
+    work(store, launcher, models)
+    assert recipe_of(store, name)["model"] == str(store.model_path(parent))
+    assert store.job(name)["status"] == "succeeded"
+    assert not (adapter.parent / "merged").exists(), "it is made again where it is needed"
+    store.delete_model(parent["name"])
+    store.sweep_models()
+    assert adapter.exists(), "the model that was tuned from it needs it"
+    for row in store.tuned(job=name):
+        store.delete_model(row["name"])
+    store.sweep_models()
+    assert not adapter.exists()
+    with pytest.raises(RequestError, match="is not available for fine-tuning or does not exist"):
+        put_job(store, file, model=parent["name"])
+    store.close()
+
+
+def test_metrics_of_the_validation_file_are_there_for_each_epoch() -> None:
+    def measured(step: int, name: str, loss: float) -> Event:
+        accuracy = {"value": loss / 10, "low": 0.0, "high": 1.0}
+        return Event(
+            "evaluation", step, 3.0, {"name": name, "loss": loss, "measures": {"token_accuracy": accuracy}}, {}
+        )
+
+    steps = [Event("step", i, 2.0, {"loss": 1.0 / i, "tokens": 1}, {}) for i in range(1, 5)]
+    found = [measured(0, "before", 9.0), *steps[:2], measured(2, "step", 4.0), *steps[2:], measured(4, "after", 3.0)]
+    translate = EventTranslator("ftjob-x")
+    translate.total_steps = 4
+    said = translate(found)
+    texts = [row["message"] for row in said]
+    assert texts[2] == "Step 2/4: training loss=0.50, validation loss=4.00, full validation loss=4.00"
+    assert len(texts) == 6
+    assert said[2]["data"] == {
+        "step": 2, "train_loss": 0.5, "total_steps": 4, "valid_loss": 4.0, "full_valid_loss": 4.0,
+        "valid_mean_token_accuracy": 0.4, "full_valid_mean_token_accuracy": 0.4,
+    }  # fmt: skip
+    import base64
+
+    lines = base64.b64decode(results_file(found)).decode().splitlines()
+    assert lines[1:] == ["1,1.0,,,,,", "2,0.5,,4.0,0.4,4.0,0.4", f"3,{1 / 3},,,,,", "4,0.25,,3.0,0.3,3.0,0.3"]
+
+
+WANDB = [{"type": "wandb", "wandb": {"project": "p", "name": "n", "tags": ["a", "b"]}}]
+
+
+def test_metrics_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "check_names", lambda names: names)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)), integrations=WANDB)
+    work(store, launcher, FakeModels())
+    assert recipe_of(store, name)["track"] == ["wandb"]
+    assert launcher.started[0].environment == {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_TAGS": "a,b"}
+    assert job_object(store.job(name))["integrations"] == WANDB
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(RequestError, match="set WANDB_API_KEY"):
+        put_job(store, "file-a", integrations=WANDB)
+    store.close()
