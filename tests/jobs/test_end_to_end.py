@@ -133,13 +133,13 @@ def test_a_job_by_dpo_tunes_a_tuned_model_further(tmp_path: Path) -> None:
         assert second.model_extra["tunesmith"]["base"] == first.fine_tuned_model
         assert other != answer == live.answer(first.fine_tuned_model)
         step = list(client.fine_tuning.jobs.checkpoints.list(second.id))[-1].fine_tuned_model_checkpoint
-        third, _ = live.finished(client.fine_tuning.jobs.create(model=step, training_file=rows, **OLD))
+        third, last = live.finished(client.fine_tuning.jobs.create(model=step, training_file=rows, **OLD))
         assert client.models.delete(first.fine_tuned_model).deleted
         live.popen.terminate()
         assert live.popen.wait(60) == 0
         live = Live.start(tmp_path)
         assert live.answer(second.fine_tuned_model) == other, "it needs the adapter of the deleted model"
-        assert live.answer(third.fine_tuned_model)
+        assert live.answer(third.fine_tuned_model) == last
     finally:
         live.popen.terminate()
         assert live.popen.wait(60) == 0
