@@ -10,11 +10,10 @@ import pytest
 
 import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
-from tunesmith.api import _over
+from tunesmith.api import ProgressLine, _over
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RunError
 from tunesmith.recipe.load import load, validate
-from tunesmith.runs.progress_line import ProgressLine
 
 
 class Table:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.in_memory import is_rows, write_rows
-from tunesmith.errors import DataError, InputError, RecipeError
+from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.export.export_run import check_planned, export_planned
+from tunesmith.formatting import PHASES
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
@@ -28,8 +31,7 @@ from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.runs.progress_line import ProgressLine, is_wanted
-from tunesmith.tracking.processes import tracked
+from tunesmith.tracking.sender import tracked
 from tunesmith.training import trainer as training
 from tunesmith.types import Event, TaskName
 
@@ -284,3 +286,53 @@ def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def is_wanted() -> bool:
+    """Whether somebody watches: in a notebook, or where stderr is a terminal."""
+    in_notebook = "ipykernel" in sys.modules
+    return in_notebook or bool(sys.stderr is not None and sys.stderr.isatty())
+
+
+@dataclass
+class ProgressLine:
+    """One bar that moves on from phase to phase; `run`, `event` and `tick` are what a `Listener` takes."""
+
+    make: Callable[..., Any] = tqdm
+    _bar: Any = None
+    _phase: str = ""
+    _steps: int = 0
+    _facts: dict[str, str] = field(default_factory=dict)
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` of a phase."""
+        if what != self._phase or self._bar is None:
+            self.close()
+            self._phase = what
+            self._bar = self.make(total=total, desc=PHASES.get(what, what), leave=False)
+        if total != self._bar.total:
+            self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def run(self, run: Run) -> None:
+        """Take the number of steps from the plan of a resumed run."""
+        with suppress(RunError):  # a damaged log is put right and heard later
+            for event in run.events():
+                if event.kind == "plan":
+                    self._steps = int(event.values["steps"])
+
+    def event(self, event: Event) -> None:
+        """Steps and their losses, held-out losses."""
+        if event.kind == "plan":
+            self._steps = int(event.values["steps"])
+        elif event.kind == "evaluation" and event.values.get("loss") is not None:
+            self._facts["held-out loss"] = f"{event.values['loss']:.3f}"
+        elif event.kind == "step":
+            self.tick("train", event.step, self._steps)
+            self._bar.set_postfix({"loss": f"{event.values['loss']:.3f}", **self._facts}, refresh=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.errors import DataError, GroupError, InputError
 from tunesmith.recipe.load import validate
-from tunesmith.sweeps import ray_train
+from tunesmith.sweeps import ray_engine
 from tunesmith.sweeps.ray_engine import RayTasks, connected, needs_of
 from tunesmith.sweeps.trial import Job
 
@@ -85,10 +85,10 @@ def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_error_of_a_worker_is_that_of_the_rank_which_failed() -> None:
-    mark = ray_train._MARK
+    mark = ray_engine._MARK
     lost = f'{mark}{{"kind":"error","code":"GroupError","message":"rank 1: bad row","exit":2}}'
     own = f'{mark}{{"kind":"error","code":"DataError","message":"bad row","exit":2}}'
-    found = ray_train._cause(RuntimeError(f"rank 0:\nRuntimeError: {lost}\nrank 1:\nRuntimeError: {own}\n"))
+    found = ray_engine._cause(RuntimeError(f"rank 0:\nRuntimeError: {lost}\nrank 1:\nRuntimeError: {own}\n"))
     assert isinstance(found, DataError)
     assert str(found) == "bad row"
-    assert isinstance(ray_train._cause(RuntimeError("worker died")), GroupError)
+    assert isinstance(ray_engine._cause(RuntimeError("worker died")), GroupError)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tunesmith.sweeps.rungs import Asha, Judge
+from tunesmith.sweeps.grid import Asha, Judge
 
 
 @pytest.mark.parametrize(("factor", "first"), [(2, 1), (3, 1), (3, 2), (4, 3)])

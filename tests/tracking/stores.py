@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.step_metrics import RunReader
-from tunesmith.tracking.tracker import TRACKERS
+from tunesmith.tracking.tracker import TRACKERS, RunReader
 
 Points = Counter[tuple[str, int, float]]
 

@@ -13,8 +13,7 @@ from tracking.logs import ending, event, new_run, opening, trained, with_results
 from tracking.stores import READ, in_tensorboard, logged, missing, wandb_records
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.processes import SenderProcess
-from tunesmith.tracking.sender import read_state, state_path
+from tunesmith.tracking.sender import SenderProcess, read_state, state_path
 from tunesmith.tracking.tracker import TRACKERS
 
 STEPS = 30

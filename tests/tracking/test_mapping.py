@@ -14,8 +14,7 @@ import pytest
 
 from tracking.logs import ending, new_run, opening, trained, with_results, write
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.step_metrics import RunReader, StepMetrics
-from tunesmith.tracking.tracker import artifacts_of
+from tunesmith.tracking.tracker import RunReader, StepMetrics, artifacts_of
 
 STEPS = 4
 

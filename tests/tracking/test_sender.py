@@ -15,8 +15,7 @@ from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.tracking import sender
 from tunesmith.tracking.sender import read_state
-from tunesmith.tracking.step_metrics import RunReader, StepMetrics
-from tunesmith.tracking.tracker import TRACKERS, check_names
+from tunesmith.tracking.tracker import TRACKERS, RunReader, StepMetrics, check_names
 
 
 class MemoryTracker:

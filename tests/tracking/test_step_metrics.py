@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tracking.logs import draw, ending, evaluation, event, new_run, opening, trained
-from tunesmith.tracking.step_metrics import RunReader, StepMetrics, metrics_of
+from tunesmith.tracking.tracker import RunReader, StepMetrics, metrics_of
 from tunesmith.types import Event
 
 

@@ -37,7 +37,7 @@ def resume(
     from tunesmith.parallel.world import place_of
     from tunesmith.recipe import load
     from tunesmith.runs.folder import Run
-    from tunesmith.tracking.processes import tracked
+    from tunesmith.tracking.sender import tracked
 
     found = Run.open(run, root, base=model)
     try:

@@ -34,8 +34,7 @@ def track(
     from tunesmith.cli.streams import console, json_line
     from tunesmith.errors import TunesmithError
     from tunesmith.runs.folder import Run
-    from tunesmith.tracking.processes import SenderProcess
-    from tunesmith.tracking.sender import read_state, state_path
+    from tunesmith.tracking.sender import SenderProcess, read_state, state_path
     from tunesmith.tracking.tracker import check_names
 
     found = Run.open(run, root)

@@ -92,7 +92,7 @@ def train(
 def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.errors import RecipeError
-    from tunesmith.sweeps.ray_train import train_on_ray
+    from tunesmith.sweeps.ray_engine import train_on_ray
 
     if out is None:
         raise RecipeError("--ray: needs --out DIR on a disk that all workers see: a group started again goes on there.")
@@ -107,7 +107,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
     from tunesmith.parallel.world import place_of
-    from tunesmith.tracking.processes import tracked
+    from tunesmith.tracking.sender import tracked
 
     launch_ranks(recipe)
     first = place_of(os.environ).rank == 0

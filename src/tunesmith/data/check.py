@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens, lines_of
-from tunesmith.data.check_preferences import Preferences, flipped_message
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import chunks, rare_collection
@@ -23,6 +22,7 @@ from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
+from tunesmith.data.preference import Preferences, flipped_message
 from tunesmith.data.problems import num_refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import local, size_of

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,7 +19,6 @@ from tunesmith.evaluation.metrics import METRICS
 from tunesmith.recipe import load, yaml_io
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
-from tunesmith.sweeps.rungs import Asha
 
 MOST_TRIALS = 1000
 HELD_OUT_ROWS = 1000
@@ -231,3 +230,48 @@ def _refuse_unjudged(path: Path, grid: Grid) -> None:
             f"{path}: base: evaluation.every: missing: asha stops trials by their evaluations on the way. Set it to "
             "the steps between them, or leave asha out."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Asha:
+    """When trials are judged."""
+
+    factor: int = 3
+    """One in so many goes on at each rung, and rungs are so many times further apart."""
+    first: int = 1
+    """Evaluations before the first rung."""
+
+
+@dataclass
+class Judge:
+    """The rungs of a sweep, with what each trial measured there."""
+
+    asha: Asha
+    every: int
+    """Steps between evaluations."""
+    lower_is_better: bool
+    rungs: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step of the rung → trial → its measure, lower is better; worse than any where it is no number."""
+
+    def is_rung(self, step: int) -> bool:
+        """Whether trials are judged after this step."""
+        evaluations, rest = divmod(step, self.every * self.asha.first)
+        while evaluations > 1 and evaluations % self.asha.factor == 0:
+            evaluations //= self.asha.factor
+        return rest == 0 and evaluations == 1
+
+    def hear(self, trial: str, step: int, value: float) -> dict[str, Any] | None:
+        """Note an evaluation; {"step", "value", "rank", "of"} if the trial is to stop for it, None if it goes on.
+
+        `rank` counts from 1 among the `of` trials that have reached the rung so far.
+        """
+        if not self.is_rung(step):
+            return None
+        worth = value if self.lower_is_better else -value
+        rung = self.rungs.setdefault(step, {})
+        rung[trial] = worth if math.isfinite(worth) else math.inf
+        rank = 1 + sum(other < rung[trial] for other in rung.values())
+        kept = max(1, len(rung) // self.asha.factor)
+        if rank <= kept and rung[trial] < math.inf:
+            return None
+        return {"step": step, "value": value, "rank": rank, "of": len(rung)}

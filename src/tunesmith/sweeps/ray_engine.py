@@ -1,16 +1,24 @@
-"""Trials on Ray: several at once on this machine or on a cluster whose machines share the disk of the runs."""
+"""Trials on Ray, several at once, and a run in a group of its workers: on this machine, or on a cluster whose machines
+share the disk of the runs."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from tunesmith.environment import for_child, install_command
-from tunesmith.errors import InputError
+from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError
+from tunesmith.parallel.child import Hears, as_error
 from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
 
 NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
@@ -102,3 +110,88 @@ class RayTasks:
             return str(self._ray.get(task))
         except self._ray.exceptions.RayError as error:  # its worker or its machine is gone
             return f"Ray lost it: {' '.join(str(error).split()):.300}"
+
+
+ATTEMPTS = 4
+"""Times that a group which loses a worker is started; its run goes on from the newest checkpoint."""
+_MARK = "tunesmith error: "
+
+
+def train_on_ray(
+    recipe: Recipe, *, out: Path, workers: int, listener: Hears, address: str = "auto", offline: bool = False
+) -> Run:
+    """Train on so many workers, each with a device of its own; the finished run in `out`.
+
+    All machines see the same files under the same paths. A group that loses a worker is started again.
+
+    Raises:
+        InputError: Ray is missing or not reached, or what `train` refuses.
+        Stopped: stopped on request; the same call goes on.
+        TunesmithError: what the run failed with.
+    """
+    with connected(address) as ray:
+        needs, run = needs_of(recipe.model_copy(update={"devices": 1}), ray), Run(out)
+        place = {"recipe": recipe.model_dump_json(), "out": str(out.absolute()), "folder": str(Path.cwd())}
+        trainer = _trainer({**place, "offline": offline}, needs, workers)
+        for attempt in range(1, ATTEMPTS + 1):
+            call = BackgroundCall(trainer.fit)
+
+            def is_over(call: BackgroundCall[Any] = call) -> bool:
+                if listener.should_stop() and run.is_locked() and not run.stop_asked():
+                    run.ask_stop()
+                return call.is_over()
+
+            for event in run.follow(is_over):
+                listener.on_event(event)
+            try:
+                call.result()
+                break
+            except Exception as failure:  # Ray's wrapper around what a worker raised
+                error = _cause(failure)
+                if attempt == ATTEMPTS or not isinstance(error, GroupError) or listener.should_stop():
+                    raise error from failure
+    if run.state() == "stopped":
+        raise Stopped("stopped; the same command goes on")
+    return run
+
+
+def _trainer(config: dict[str, Any], needs: dict[str, float], workers: int) -> Any:
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as error:
+        raise InputError(f"--ray: Ray Train is not whole ({error}). Install it: {install_command('ray')}.") from error
+    on_cards = needs["num_gpus"] > 0
+    return TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_cards else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=on_cards, resources_per_worker={"CPU": needs["num_cpus"]}
+        ),
+        run_config=RunConfig(storage_path=str(Path(gettempdir()) / "tunesmith-ray")),
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """A rank: it trains inside the group that Ray made."""
+    import tunesmith
+
+    os.chdir(config["folder"])
+    recipe = Recipe.model_validate_json(config["recipe"])
+    try:
+        tunesmith.train(recipe=recipe, out=config["out"], offline=config["offline"], progress=False)
+    except Stopped:
+        return
+    except TunesmithError as error:
+        values = {"kind": "error", "code": type(error).__name__, "message": str(error), "exit": error.exit_code}
+        raise RuntimeError(_MARK + json.dumps(values)) from None
+
+
+def _cause(failure: BaseException) -> TunesmithError:
+    """The error that a worker named, the one of the rank that failed first; GroupError where a worker is gone."""
+    found = [json.loads(line) for line in re.findall(rf"{_MARK}(\{{.*\}})", str(failure))]
+    if not found:
+        return GroupError(f"Ray: {' '.join(str(failure).split()):.500}")
+    first = min(found, key=lambda one: one["code"] == GroupError.__name__)
+    return as_error(first, first["message"], first["exit"])

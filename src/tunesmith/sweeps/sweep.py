@@ -24,8 +24,7 @@ from tunesmith.formatting import plural
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.atomic import from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run
-from tunesmith.sweeps.grid import Grid, Trial
-from tunesmith.sweeps.rungs import Judge
+from tunesmith.sweeps.grid import Grid, Judge, Trial
 from tunesmith.sweeps.trial import Follower, Job, OneByOne, TrialRunner
 
 FORMAT = 1
