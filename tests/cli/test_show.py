@@ -58,23 +58,6 @@ def test_a_classifier_is_shown_beside_the_majority_baseline(shown) -> None:
     assert "before" not in flat
 
 
-def test_a_report_of_an_earlier_version_is_judged_anew(shown) -> None:
-    """It compared a head of random numbers with the trained one."""
-    first, run = shown("classes")
-    old = json.loads(run.report_path.read_text())
-    new_keys = ("headline", "changes", "baseline", "new_head", "short_answers")
-    before = {**old["metrics"]["after"], "loss": 2.2}
-    old = {key: value for key, value in old.items() if key not in new_keys}
-    old["metrics"] = {**old["metrics"], "before": before}
-    old["labels"] = {"circulatory": 9, "digestive": 3}
-    del old["details"]["after"]["constant"]
-    run.write_json("report.json", old)
-    assert CliRunner().invoke(app, ["show", str(run.path)]).stdout == first
-    shown_report = json.loads(CliRunner().invoke(app, ["show", str(run.path), "--json"]).stdout)["report"]
-    assert shown_report["metrics"]["before"] is None
-    assert shown_report["baseline"]["words"] == "always answering `circulatory`"
-
-
 def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
     from rich.console import Console
 

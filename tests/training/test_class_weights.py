@@ -44,23 +44,6 @@ def test_eval_finds_the_weighted_loss_of_the_report(run: Run) -> None:
         check(evaluate_file(unweighted, path).measures["loss"]["value"])
 
 
-def test_a_run_that_says_balanced_alone_is_weighed_by_its_training_rows(run: Run) -> None:
-    """Earlier versions kept no weights."""
-    speaker, path = load_run(run, offline=True), run.recipe().data.eval[0].path
-    train_ = speaker.recipe.train.model_copy(update={"class_weights": "balanced"})
-    assert speaker.labels is not None
-    earlier = replace(
-        speaker,
-        run=run,
-        recipe=speaker.recipe.model_copy(update={"train": train_}),
-        labels=replace(speaker.labels, weights_C=None),
-    )
-    reported = run.read_json("report.json")["metrics"]["after"]["loss"]
-    assert evaluate_file(earlier, path).measures["loss"]["value"] == pytest.approx(reported, abs=1e-5)
-    alone = evaluate_file(replace(earlier, run=None), path)
-    assert "the loss is not weighted as in training" in alone.notes[0]
-
-
 def test_the_recipe_of_a_weighted_run_repeats_it(run: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "_write_pages", lambda *arguments: None)

@@ -133,7 +133,7 @@ class _Side:
 
 def _kept(name: str, root: Path) -> _Side:
     """The evaluation that a run made of its held-out rows when it ended."""
-    from tunesmith.evaluation.report.build import up_to_date
+    from tunesmith.evaluation.report.build import kept_report
     from tunesmith.runs.atomic import from_json
     from tunesmith.runs.folder import Run
 
@@ -147,7 +147,7 @@ def _kept(name: str, root: Path) -> _Side:
     lines = [[from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else [] for path in paths]
     if not run.report_path.exists():
         return _Side(lines[0], lines[1])
-    report = up_to_date(run, run.read_json("report.json"))
+    report = kept_report(run)
     return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
 
 

@@ -47,12 +47,12 @@ def show(ctx: typer.Context, run: RunName = "last", root: Root = Path("runs"), a
 
 
 def _report(run: Run) -> dict[str, Any] | None:
-    """The report of a finished run, judged as this version does; None before there is one."""
+    """The report of a finished run, or None before there is one."""
     if not run.report_path.exists():
         return None
-    from tunesmith.evaluation.report.build import up_to_date
+    from tunesmith.evaluation.report.build import kept_report
 
-    return up_to_date(run, run.read_json("report.json"))
+    return kept_report(run)
 
 
 def _head(screen: Console, run: Run) -> None:

@@ -10,10 +10,9 @@ import yaml
 
 from tunesmith import __version__
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.evaluation.report.build import up_to_date
+from tunesmith.evaluation.report.build import kept_report
 from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
-from tunesmith.models.folder import read_json
 from tunesmith.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def write_card(
 ) -> None:  # fmt: skip
     """Write README.md into an exported folder. `fields` are those of the target; `checked` is what the check found."""
     chosen, origin = find_license(result, license)
-    path = result.run.report_path
-    report = up_to_date(result.run, read_json(path)) if path.is_file() else {}
+    report = kept_report(result.run) if result.run.report_path.is_file() else {}
     name = str(report.get("name") or result.run.path.name)
     parts = [
         f"# {_escape(name)}",

@@ -22,10 +22,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
     REPLACED,
     TEMPORARY,
-    WRITER,
     abandoned,
     being_written,
-    clean,
     remove,
     replace_folder,
     storing,
@@ -36,8 +34,6 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import find_inputs
 
 CHECK_FILE = "verify.json"
-STALE_S = 24 * 3600.0
-"""Age at which a temporary folder of another process counts as left behind."""
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -210,16 +206,13 @@ def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions)
 
 
 def _clean_up(out: Path) -> None:
-    """Put back what a killed export had moved aside, and remove what dead ones left: folders without a lock, and of
-    earlier versions, which took none, old ones."""
+    """Put back what a killed export had moved aside, and remove what dead ones left: folders without a lock."""
     aside = out.with_name(REPLACED + out.name)
     if aside.exists() and not out.exists():
         aside.rename(out)
     for left in abandoned(out.parent):
         with storing(left):
             remove(left)
-    if not any((path / WRITER).is_file() for path in out.parent.glob(f"{TEMPORARY}*")):
-        clean(out.parent, name=out.name, older_than_s=STALE_S)
 
 
 def _check_space(out: Path, num_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def _find_parts(render: Callable[..., str]) -> Parts:
     around, tail = _split(after_w, r)
     # The text between an answer and the next question closes the one and opens the other.
     _, end = _split(render(talk[:2], prompt=False), w)
-    answer_after = _common_start(end, around)
+    answer_after = commonprefix([end, around])  # noqa: RUF071
     user_before = around[len(answer_after) :]
     if not head.endswith(user_before):
         raise ValueError("it writes the first question differently from the second")
     open_text = whole[len(closed) :]
-    user_after = tail[: len(tail) - len(open_text)] if open_text else _common_start(between, tail)
+    user_after = tail[: len(tail) - len(open_text)] if open_text else commonprefix([between, tail])  # noqa: RUF071
     parts = {
         "user": (user_before, user_after),
         "assistant": (between[len(user_after) :], answer_after),
@@ -103,13 +104,6 @@ def _split(text: str, mark: str) -> tuple[str, str]:
         raise ValueError(f"it writes a message {text.count(mark)} times")
     before, _, after = text.partition(mark)
     return before, after
-
-
-def _common_start(left: str, right: str) -> str:
-    num = 0
-    while num < min(len(left), len(right)) and left[num] == right[num]:
-        num += 1
-    return left[:num]
 
 
 def _write_out(parts: Parts, messages: Messages) -> str:

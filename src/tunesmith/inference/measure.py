@@ -22,7 +22,7 @@ from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.hold_out import split
-from tunesmith.data.labels import count_classes, find_kind, refuse_unknown, weights_of
+from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.read import expand_folders
 from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
@@ -148,8 +148,9 @@ def evaluate_file(
     if judge is not None and (loaded.run is None or loaded.is_base or loaded.head != "next_token"):
         raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
+    if loaded.recipe.train.class_weights == "balanced":
+        notes.append("the loss is not weighted as in training: an early version kept no class weights of this run")
     trained = None if loaded.run is None else load_training_rows(loaded.run)
-    loaded, more = _with_class_weights(loaded, trained)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
@@ -170,7 +171,7 @@ def evaluate_file(
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
-    notes += [*more, *counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
+    notes += [*counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
     sampled, of_answers, more = _answered(loaded, data, store, judge=judge, num=samples, on_progress=on_progress)
     measures |= of_answers
     baseline = row_baseline(results, details.get("constant"), classes)
@@ -254,21 +255,6 @@ def _encoded(
         refuse_unknown(loaded.labels, store.count_labels())
         store.use(loaded.labels)
     return store
-
-
-def _with_class_weights(loaded: LoadedModel, trained: TrainingRows | None) -> tuple[LoadedModel, list[str]]:
-    """The model with the class weights of its training. Runs of earlier versions say "balanced" without the weights:
-    they follow from the training rows, where those are kept."""
-    labels = loaded.labels
-    if labels is None or loaded.recipe.train.class_weights != "balanced":
-        return loaded, []
-    if trained is None:
-        return loaded, [
-            "the loss is not weighted as in training: the rows that train.class_weights follows from are gone"
-        ]
-    counts_C = count_classes(trained.store.count_labels(trained.rows_I), labels.names)
-    weights_C = weights_of("balanced", labels.kind, labels.names, counts_C)
-    return replace(loaded, labels=replace(labels, weights_C=weights_C)), []
 
 
 def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:

@@ -79,23 +79,12 @@ class OutputFile:
         then = atomic.from_json(self._progress.read_bytes())
         whole = then.pop(COMPLETE, None)
         _refuse_changes(self.path, self._identity, then)
-        if exists and whole is not None and atomic.sha256_file(self.path) != whole:
+        if exists and atomic.sha256_file(self.path) != whole:
             raise InputError(
-                f"{self.path}: was changed since it was complete. Choose another --out, or write over it with "
+                f"{self.path}: is not the file that was complete. Choose another --out, or write over it with "
                 "--overwrite."
             )
-        self.is_complete = exists and whole is not None
-        if exists and whole is None:  # an earlier version wrote under this name from the start
-            if os.fstat(self._file.fileno()).st_size:
-                raise InputError(
-                    f"{self.path}: is there unfinished, and {self.part.name} too, which one is to be continued is "
-                    "not known. Remove one of them, choose another --out, or start again with --overwrite."
-                )
-            self._release()
-            os.replace(self.path, self.part)
-            self._file.close()
-            self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115
-            _lock(self._file.fileno(), self.path)
+        self.is_complete = exists
 
     def _read_lines(self) -> None:
         """Count the lines, and drop what a killed process left behind the last line end."""

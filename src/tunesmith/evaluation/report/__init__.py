@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.report.build import RunSeries, build, up_to_date
+from tunesmith.evaluation.report.build import RunSeries, build, kept_report
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import Run
 
@@ -36,7 +36,7 @@ def redraw(run: Run) -> None:
 
     Raises RunError where the run has no report.
     """
-    _write_pages(run, RunSeries.of(run.events()), up_to_date(run, run.read_json("report.json")))
+    _write_pages(run, RunSeries.of(run.events()), kept_report(run))
 
 
 def _write_pages(run: Run, series: RunSeries, report: Mapping[str, Any]) -> None:

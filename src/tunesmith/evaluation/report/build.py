@@ -170,7 +170,7 @@ def _judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     details = report["details"]["after"]
     classes = details.get("labels", ())
     after = list(rows_of(run, "after").values())
-    baseline = row_baseline(after, _constant(report), classes)
+    baseline = row_baseline(after, details.get("constant"), classes)
     if baseline is None and "answers" in (report["metrics"]["after"] or {}):
         baseline = answer_baseline(answers_of(run, "after"))
     found: dict[str, Any] = {"changes": {}, "baseline": baseline}
@@ -185,26 +185,12 @@ def _judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     return {**whole, "headline": list(headline(whole))}
 
 
-def up_to_date(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report as this version writes it: one of an earlier version is judged anew from the run's folder."""
-    if "headline" in report:
-        return dict(report)
-    metrics, details = report["metrics"], report["details"]
-    if has_new_head(report):
-        metrics, details = {**metrics, "before": None}, {**details, "before": {}}
-        report = {**report, "flips": None, "worse_rows": []}
-    short = are_short([sample.get("reference", "") for sample in report["samples"]])
-    return _judged(run, {**report, "metrics": metrics, "details": details, "short_answers": short})
-
-
-def _constant(report: Mapping[str, Any]) -> Any:
-    """The constant answer; of an earlier version's report by the counts of the training rows' labels."""
-    details, counts = report["details"]["after"], report.get("labels") or {}
-    if "constant" in details or not counts or not details:
-        return details.get("constant")
-    are_sets = "per_class" in details and "confusion" not in details
-    usual = [name for name, num in counts.items() if 2 * num > report["rows"]["train"]]
-    return {"answer": usual if are_sets else max(counts, key=counts.__getitem__), "from": "the training rows"}
+def kept_report(run: Run) -> dict[str, Any]:
+    """The report of a finished run. Raises RunError where there is none, or one of an early form."""
+    report = run.read_json("report.json")
+    if "headline" not in report:
+        raise RunError(f"{run.report_path}: an early version wrote it, in a form that is no longer read.")
+    return dict(report)
 
 
 def rows_of(run: Run, name: str) -> dict[tuple[str, int], RowResult]:
