@@ -101,8 +101,7 @@ def test_padding_learns_as_it_does_in_transformers(kind: str, pads_with: str, tm
 def test_padding_with_number_0_whatever_the_tokenizer_says_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("training.setup", "training.collators"):
-        monkeypatch.setattr(f"tunesmith.{module}.pad_id", lambda model, tokenizer: 0)  # planted: T18
+    monkeypatch.setattr("tunesmith.training.setup.pad_id", lambda model, tokenizer: 0)  # planted: T18
     pad = word_tokenizer().mask_token_id
     with pytest.raises(AssertionError):
         assert_gradients_are_those_of_transformers("convbert", tmp_path, pads_with="[MASK]", pad=pad)
