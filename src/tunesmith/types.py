@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
+
+T = TypeVar("T")
 
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
@@ -414,3 +416,10 @@ def has_new_head(plan: Mapping[str, Any]) -> bool:
     """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
     say; nearly every classifier and tagger did."""
     return bool(plan.get("new_head", plan.get("task") in ("classify", "tag")))
+
+
+def required(value: T | None) -> T:
+    """The value of an option that its section fills in if it is null."""
+    if value is None:
+        raise AssertionError("an option without a value here")
+    return value

@@ -336,7 +336,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
         if max(some) >= num_rows
     ]
     rows = next(iter(ids), ())
-    problems += _misfits(tensors, _shapes(saved, model, adapted, whole, rows))
+    problems += tensor_problems(tensors, _shapes(saved, model, adapted, whole, rows))
     problems += _unequal_ties(model, whole, tensors)
     # A pooler that comes with the base may be missing, the rest of a head may not.
     drawn, inside = heads.new_param_names(model), f"{model.base_model_prefix}."
@@ -473,7 +473,8 @@ def _shapes(
     return shapes
 
 
-def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def tensor_problems(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The tensors that are missing, unknown, or of another shape than `shapes` has by their names."""
     problems = [f"no weights for {name}" for name in shapes if name not in tensors]
     problems += [f"unknown tensor {name}" for name in sorted(tensors) if name not in shapes]
     return problems + [

@@ -26,6 +26,7 @@ from tunesmith.methods.adapter_format import (
     check_patterns,
     head_modules,
     task_type,
+    tensor_problems,
     writing_adapter,
 )
 from tunesmith.methods.master_weights import MasterWeights
@@ -413,7 +414,7 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
             config.inference_mode = is_prompt(kind)
             wrapped = peft.get_peft_model(model, config)
             expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            if misfits := _misfits(tensors, expected):
+            if misfits := tensor_problems(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}):
                 raise ModelError(f"{folder}: does not fit: {'; '.join(misfits[:5])}")
             peft.set_peft_model_state_dict(wrapped, tensors)
             if kind == adalora.KIND:  # peft has cast its matrices to the type of the base
@@ -425,16 +426,6 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
         raise ModelError(f"{folder}: cannot be read as an adapter of peft: {error}") from error
     model.train(training)
     return attachment
-
-
-def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"no {name}" for name in expected if name not in found]
-    problems += [f"unknown tensor {name}" for name in found if name not in expected]
-    return problems + [
-        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
 
 
 def _layer_class() -> Any:

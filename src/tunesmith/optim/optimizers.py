@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from torch import Tensor
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.optim.rounding import StochasticRounding
-from tunesmith.recipe.schema import Optim, required, resolved
-from tunesmith.types import Choice
+from tunesmith.types import Choice, required
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Optim
 
 Groups = list[dict[str, Any]]
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
@@ -99,7 +101,7 @@ def _like(tensor: Tensor) -> Slot:
 def _adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     device = groups[0]["params"][0][1].device.type
     betas, eps = required(optim.betas), required(optim.eps)
-    return torch.optim.AdamW(groups, lr=resolved(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
+    return torch.optim.AdamW(groups, lr=float(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
 
 
 def _adamw_kernel(device: str) -> tuple[str, str]:
@@ -121,7 +123,7 @@ def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
 def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     betas, eps = required(optim.betas), required(optim.eps)
     adamw = import_bitsandbytes().optim.AdamW8bit
-    return adamw(groups, lr=resolved(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
+    return adamw(groups, lr=float(optim.lr), betas=betas, eps=eps, min_8bit_size=SMALL)  # type: ignore[no-any-return]
 
 
 def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -138,13 +140,13 @@ def _adamw_8bit_codes(optimizer: Any, tensor: Tensor) -> Mapping[str, Tensor]:
 
 
 def _lion(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    return import_bitsandbytes().optim.Lion32bit(groups, lr=resolved(optim.lr), betas=required(optim.betas))  # type: ignore[no-any-return]
+    return import_bitsandbytes().optim.Lion32bit(groups, lr=float(optim.lr), betas=required(optim.betas))  # type: ignore[no-any-return]
 
 
 def _adafactor(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     # An update is scaled by max(1, RMS of the weight) and not by the RMS alone: rates mean what they mean elsewhere,
     # and a matrix of zeros, as LoRA's B at its start, can move.
-    return torch.optim.Adafactor(groups, lr=resolved(optim.lr), eps=(None, 1.0))
+    return torch.optim.Adafactor(groups, lr=float(optim.lr), eps=(None, 1.0))
 
 
 def _adafactor_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -158,7 +160,7 @@ def _adafactor_state(tensor: Tensor) -> Mapping[str, Slot]:
 
 def _muon(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     momentum = required(optim.momentum)
-    return torch.optim.Muon(groups, lr=resolved(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(groups, lr=float(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def _schedule_free(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
@@ -166,7 +168,7 @@ def _schedule_free(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
 
     # One tensor after another: updating all at once holds a second copy of every gradient.
     betas, eps = required(optim.betas), required(optim.eps)
-    return AdamWScheduleFree(groups, lr=resolved(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
+    return AdamWScheduleFree(groups, lr=float(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
 
 
 def _from(library: str) -> Callable[[str], tuple[str, str]]:
@@ -274,7 +276,7 @@ def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mappi
         {
             "params": members[decay, factor],
             "weight_decay": optim.weight_decay if decay else 0.0,
-            "lr": resolved(optim.lr) * factor,
+            "lr": float(optim.lr) * factor,
             "rate_factor": factor,
         }
         for decay, factor in sorted(members, key=lambda key: (not key[0], key[1]))

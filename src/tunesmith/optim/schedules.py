@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from tunesmith.recipe.schema import Optim, required, resolved
+from tunesmith.types import required
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Optim
 
 
 def linear(progress: float) -> float:
@@ -38,7 +42,7 @@ def rate(step: int, total: int, optim: Optim) -> float:
     """
     if not 1 <= step <= total:
         raise ValueError(f"step {step} of {total}: steps are counted from 1 to the last")
-    warmup, peak = warmup_steps(total, optim), resolved(optim.lr)
+    warmup, peak = warmup_steps(total, optim), float(optim.lr)
     if step <= warmup:
         return peak * (step / warmup)
     return peak * SCHEDULES[required(optim.schedule)]((step - 1 - warmup) / (total - warmup))

@@ -427,10 +427,3 @@ def resolved(value: T | Auto) -> T:
     if value == "auto":
         raise AssertionError("an option is still auto: planning resolves every auto before a run")
     return value
-
-
-def required(value: T | None) -> T:
-    """The value of an option that its section fills in if it is null."""
-    if value is None:
-        raise AssertionError("this optimizer does not have the option")
-    return value

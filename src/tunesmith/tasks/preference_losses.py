@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe.preferences import Prefer
-from tunesmith.recipe.schema import required
-from tunesmith.types import Batch, Measured
+from tunesmith.types import Batch, Measured, required
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
