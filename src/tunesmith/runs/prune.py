@@ -67,15 +67,12 @@ def _exports(run: Run, kept: list[str]) -> dict[Path, str]:
     if (run.path / MERGED).is_dir():
         found[run.path / MERGED] = "base and adapter as one, made anew when a run starts from this one"
     place = run.recipe().place
-    has_base = run.model_path.is_dir() or Path(place).expanduser().exists() or _is_hub_id(place)
+    is_hub_id = not place.startswith((".", "/", "~")) and place.count("/") == 1 and not place.endswith(".gguf")
+    has_base = run.model_path.is_dir() or Path(place).expanduser().exists() or is_hub_id
     if found and not (has_base and (run.model_path.is_dir() or run.adapter_path.is_dir())):
         kept.append(f"its exports stay: {place}, which they are made from, is not there")
         return {}
     return found
-
-
-def _is_hub_id(place: str) -> bool:
-    return not place.startswith((".", "/", "~")) and place.count("/") == 1 and not place.endswith(".gguf")
 
 
 def refuse_used(chosen: Sequence[Run]) -> None:

@@ -22,7 +22,7 @@ from tunesmith.models import load
 from tunesmith.models.heads import find_pooling
 from tunesmith.models.load import model_kind
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
@@ -223,7 +223,9 @@ def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> t
         hashes[path] = hashes.get(path) or load.fingerprint(base)
         loading.refuse_other_base(run, base, hashes[path])
         found.append(base)
-        users.append((str(path), base.revision, _quantization(run.recipe()), str(run.path)))
+        method = run.recipe().method
+        form = METHODS[method.name].base_format(method)
+        users.append((str(path), base.revision, f" in {form}" if form else "", str(run.path)))
     by_base: dict[tuple[str, str | None, str], list[str]] = {}
     for *key, user in users:
         by_base.setdefault(tuple(key), []).append(user)  # type: ignore[arg-type]
@@ -233,11 +235,6 @@ def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> t
             f"one base is served with its adapters, but these are on {len(by_base)}: {several}. Serve apart."
         )
     return found[0], next(iter(hashes.values()), None)
-
-
-def _quantization(recipe: Recipe) -> str:
-    form = METHODS[recipe.method.name].base_format(recipe.method)
-    return f" in {form}" if form else ""
 
 
 def _add_shared(

@@ -86,7 +86,8 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
             "random: {trials: 20}."
         )
     base = _base(path, data["base"])
-    chosen = list(_drawn(axes, drawn) if drawn else _all(axes))
+    combined = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
+    chosen = list(_drawn(axes, drawn) if drawn else combined)
     called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
     digits = max(2, len(str(len(chosen))))
     recipes = _recipes(path, text, base, chosen)
@@ -168,11 +169,6 @@ def _base(path: Path, given: Mapping[str, Any]) -> Mapping[str, Any]:
     if found.evaluation.max_rows != "auto":
         return given
     return {**given, "evaluation": {**(given.get("evaluation") or {}), "max_rows": HELD_OUT_ROWS}}
-
-
-def _all(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
 
 
 def _drawn(axes: Mapping[str, Any], how: Mapping[str, int]) -> Iterator[dict[str, Any]]:

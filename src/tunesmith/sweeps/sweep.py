@@ -161,7 +161,9 @@ class Sweep:
                     running.remove(trial)
                     self._conclude(trial, ended[trial.name], watch, is_over=stopping or watch.should_stop())
                 elif stopping or trial.name in self.stopped:
-                    self._ask_stop(trial)
+                    run = self.followers[trial.name].run
+                    if run.is_locked() and not run.stop_asked():
+                        run.ask_stop()
             if stopping and not running:
                 done = sum(self.outcome(trial).state == "done" for trial in self.grid.trials)
                 raise Stopped(f"stopped with {done} of {plural(len(self.grid.trials), 'trial')} done")
@@ -205,11 +207,6 @@ class Sweep:
         at = self.stopped[trial.name]
         metric = info_of(self.grid.metric)
         return f"{metric.label} {metric.text(at['value'])} at step {at['step']} was place {at['rank']} of {at['of']}"
-
-    def _ask_stop(self, trial: Trial) -> None:
-        run = self.followers[trial.name].run
-        if run.is_locked() and not run.stop_asked():
-            run.ask_stop()
 
     def _conclude(self, trial: Trial, failure: str, watch: Watch, *, is_over: bool) -> None:
         run = self.followers[trial.name].run

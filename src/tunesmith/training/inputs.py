@@ -149,15 +149,10 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
             f"{run.path}: it has no result yet, so nothing can start from it. Go on with `tunesmith resume`."
         )
     merged = run.merged_path
-    if not _is_current(merged, run.adapter_path):
+    config, adapter = merged / "config.json", run.adapter_path / "adapter_config.json"
+    if not (config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime):
         _merge(run, merged, offline=offline)
     return str(merged), f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
-
-
-def _is_current(merged: Path, adapter: Path) -> bool:
-    """Whether the merged model is there whole, and not older than its adapter."""
-    config = merged / "config.json"
-    return config.is_file() and config.stat().st_mtime >= (adapter / "adapter_config.json").stat().st_mtime
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:

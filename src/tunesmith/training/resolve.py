@@ -76,12 +76,15 @@ def resolve_run(
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
     given, world = changed(recipe), world or World()
-    if device is not None:
-        recipe = _elsewhere(recipe, device)
+    if device is not None:  # what is here decides the rest
+        precision = device.precision if recipe.precision == "auto" else recipe.precision
+        recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
     recipe, grouped, processes = _on_devices(recipe, world)
     inputs = find_inputs(recipe, root=root, offline=offline)
-    cache_dirs = _cache_dirs(root, run)
-    if run is None:  # a run has its rows
+    cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
+    if run is not None:
+        cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
+    else:  # a run has its rows
         fetch(inputs.recipe.data, on_progress)
     rows = _rows(inputs, cache_dirs, on_progress)
     recipe = reduce(with_choice, rows.choices, inputs.recipe)
@@ -93,20 +96,17 @@ def resolve_run(
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
     if reason := _why_alone(inputs, rows):
-        free_tokens = False
-        alone = Choice("train.tokens_per_pass", 1, reason)
+        free_tokens, alone = False, Choice("train.tokens_per_pass", 1, reason)
         recipe = with_choice(recipe, alone)
         choices = [*(choice for choice in choices if choice.key != alone.key), alone]
     recipe, counted = _count_steps(recipe, rows)
     rows, recipe, measuring = _measuring(recipe, inputs, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
-    known_of = {choice.key for choice in measuring}
-    choices = [choice for choice in choices if choice.key not in known_of]
+    choices = [choice for choice in choices if choice.key not in [one.key for one in measuring]]
     choices = [*inputs.choices, *grouped, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None or not world.is_first:
         return ResolvedRun(_without_layers(recipe), choices, [], inputs, rows, given, None)
-
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
     try:
@@ -275,12 +275,6 @@ def _without_layers(recipe: Recipe) -> Recipe:
     return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
 
 
-def _elsewhere(recipe: Recipe, device: Device) -> Recipe:
-    """A recipe for a card that is not here, which what is here can decide the rest of."""
-    precision = device.precision if recipe.precision == "auto" else recipe.precision
-    return recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
-
-
 def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
     recipe = inputs.recipe
     rows = encode_rows(
@@ -306,12 +300,6 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
         raise RecipeError(
             f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
         )
-
-
-def _cache_dirs(root: Path, run: Run | None) -> CacheDirs:
-    """A new run shares encoded rows with others below `root`; a resumed one has its own."""
-    shared = root / ".rows"
-    return CacheDirs(shared, shared) if run is None else CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
 
 
 def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:

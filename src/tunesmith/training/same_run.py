@@ -42,7 +42,10 @@ def refuse_other_run(
     except RunError:
         setup.rows.discard()
         raise
-    return [] if settings else _set_before(setup.identity, then), unnamed
+    pairs = [(key, setup.identity.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
+    # A `resume --set` that was killed before its checkpoint left them.
+    notes = [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
+    return [] if settings else notes, unnamed
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
@@ -73,12 +76,6 @@ def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in identity.items() if key not in keys}
-
-
-def _set_before(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """Notes on settings that a `resume --set`, killed before its checkpoint, left in recipe.yaml."""
-    pairs = [(key, now.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
-    return [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
 
 
 def refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
