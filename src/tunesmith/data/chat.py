@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
@@ -115,12 +115,7 @@ class ChatEncoder(RowEncoder):
         ]
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids that serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
         messages = [as_message(part) for part in parts]

@@ -4,19 +4,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem
 
 PLACEHOLDER = "{document}"
 """Replaced by the document in a prompt."""
+
+
+def _eos_of(fast: FastTokenizer) -> int:
+    """Raises `ModelError` for a tokenizer without EOS."""
+    if fast.eos_id is None:
+        raise ModelError(
+            f"{fast.name}: its tokenizer has no EOS token: the tuned model would never stop. "
+            "Name one as eos_token in its tokenizer_config.json."
+        )
+    return fast.eos_id
 
 
 class CompletionEncoder(RowEncoder):
@@ -28,12 +38,7 @@ class CompletionEncoder(RowEncoder):
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit) -> None:
         self._fast = fast
         self._limit = limit
-        if fast.eos_id is None:
-            raise ModelError(
-                f"{fast.name}: its tokenizer has no EOS token: the tuned model would never stop. "
-                "Name one as eos_token in its tokenizer_config.json."
-            )
-        self._eos_id = fast.eos_id
+        self._eos_id = _eos_of(fast)
         self.control = ControlTokens(tokenizer, "")
         self.stop_ids = (self._eos_id,)
         alone = fast.ids(["a"], add_special_tokens=True)[0]
@@ -55,12 +60,7 @@ class CompletionEncoder(RowEncoder):
         ]
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The tokenizer's ids of the text, BOS included if it adds one. `tools` have no meaning."""
         text = "".join(part.text for part in parts)
@@ -98,12 +98,7 @@ class Seq2SeqEncoder(RowEncoder):
     """
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str | None) -> None:
-        if fast.eos_id is None:
-            raise ModelError(
-                f"{fast.name}: its tokenizer has no EOS token: the tuned model would never stop. "
-                "Name one as eos_token in its tokenizer_config.json."
-            )
-        self._eos_id = fast.eos_id
+        self._eos_id = _eos_of(fast)
         self._fast = fast
         self._limit = limit
         self._prompt = prompt or PLACEHOLDER
@@ -124,12 +119,7 @@ class Seq2SeqEncoder(RowEncoder):
         ]
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids for the encoder, cut as in training. `tools` and `max_tokens` have no meaning."""
         text_T = self._fast.ids([self._prompt.replace(PLACEHOLDER, "".join(part.text for part in parts))])[0]

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
@@ -22,7 +22,23 @@ OVERLAP_CHARS = 4_096
 """Characters that two stretches share. A token depends on what is near: in their middle both split the text alike."""
 
 
-class DocumentEncoder(RowEncoder):
+class _WindowEncoder(RowEncoder):
+    """Base of both: it takes the windows of each text."""
+
+    _fast: FastTokenizer
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        texts = [example.parts[0].text for example in examples]
+        return [
+            self._windows(example.source, text, spelled)
+            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
+        ]
+
+    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
+        raise NotImplementedError
+
+
+class DocumentEncoder(_WindowEncoder):
     """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one.
 
     A window reads at least one token that the one before it has trained. Raises `RecipeError` for a limit or a
@@ -37,20 +53,8 @@ class DocumentEncoder(RowEncoder):
         self._width = limit.max_tokens
         self._stride = _checked_stride(stride, width=self._width, num_read=1)
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        texts = [example.parts[0].text for example in examples]
-        return [
-            self._windows(example.source, text, spelled)
-            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
-        ]
-
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids of a text that is to be continued. `tools` have no meaning."""
         ids_T = self._fast.ids([parts[0].text])[0]
@@ -68,7 +72,7 @@ class DocumentEncoder(RowEncoder):
         return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
 
 
-class MaskedDocumentEncoder(RowEncoder):
+class MaskedDocumentEncoder(_WindowEncoder):
     """Text for a model of masked tokens: every window in the tokenizer's own frame. Trained: what may be masked.
 
     Raises `ModelError` for a tokenizer without a mask; `RecipeError` for a limit or a `stride` (None: the longest) that
@@ -86,13 +90,6 @@ class MaskedDocumentEncoder(RowEncoder):
         self._frame = fast.frame(1)
         self._width = None if limit.max_tokens is None else limit.max_tokens - self._frame.num_added()
         self._stride = _checked_stride(stride, width=self._width, num_read=0)
-
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        texts = [example.parts[0].text for example in examples]
-        return [
-            self._windows(example.source, text, spelled)
-            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
-        ]
 
     def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
         maskable_T = ~self.control.are_reserved(spelled.ids_T)

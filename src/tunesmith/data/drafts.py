@@ -38,6 +38,8 @@ Drafts = list[Draft] | Problem
 """The windows of an example, mostly one, or the problem that makes it unusable."""
 
 
+Tools = Sequence[Mapping[str, Any]]
+"""Descriptions of functions that a chat template may show."""
 OnCut = Callable[[int], None]
 """Receives the number of tokens that were cut off a prompt."""
 
@@ -75,12 +77,7 @@ class RowEncoder:
         raise NotImplementedError
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids that serving feeds to have `parts` answered, see `Renderer.prompt_ids`."""
         raise AssertionError("a model of this task writes nothing")

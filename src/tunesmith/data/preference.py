@@ -6,7 +6,7 @@ What a check says of them as a whole: pairs that are there both ways round, and 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data.branches import join
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import CompletionEncoder
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
+from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.examples import hash_of
 from tunesmith.data.formats.preference import SIDES
 from tunesmith.data.hold_out import conflicts
@@ -53,12 +53,7 @@ class PreferenceEncoder(RowEncoder):
         return [self._row(example, [next(drafted) for _ in example.branches]) for example in examples]
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids that serving feeds, see `RowEncoder.prompt_ids`."""
         return self._side.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, EncoderSettings, LengthLimit, OnCut, RowEncoder, TooLong, ignore_cut
+from tunesmith.data.drafts import Draft, EncoderSettings, LengthLimit, OnCut, RowEncoder, TooLong, Tools, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, Task
 
@@ -87,12 +87,7 @@ class Renderer:
         return results
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools = (), *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids that serving feeds to have `parts` answered, or a document continued; the same code as training.
 

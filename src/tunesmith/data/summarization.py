@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
-from tunesmith.data.drafts import Drafts, LengthLimit, OnCut, RowEncoder, ignore_cut
+from tunesmith.data.drafts import Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Part, Problem
@@ -61,12 +61,7 @@ class SummarizationEncoder(RowEncoder):
         return results
 
     def prompt_ids(
-        self,
-        parts: Sequence[Part],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        on_cut: OnCut = ignore_cut,
+        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
         """The ids of a document to be summarized; `data.too_long: cut` cuts its end down to `max_tokens`."""
         document = parts[0].text

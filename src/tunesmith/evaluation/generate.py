@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tunesmith.data.renderer import Renderer
 from tunesmith.formatting import plural
 from tunesmith.models.attention import longrope_conflict
-from tunesmith.models.modes import eval_mode
+from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example
 
@@ -101,7 +101,8 @@ def _generate(
     # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
     config = sampling.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
     config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
-    with eval_mode(model), _without_own_config(model), _contiguous_head_input(model):
+    # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
+    with eval_mode(model), generating_by(model, GenerationConfig()), _contiguous_head_input(model):
         out_BT: Tensor = model.generate(
             ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
         )
@@ -119,21 +120,8 @@ def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])):
         yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
-    # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def trimmed(renderer: Renderer, text: str) -> str:

@@ -95,11 +95,8 @@ def _at_positions(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]
         output[next(iter(output))] = hidden_BTD.flatten(0, 1)[positions_N][None]
         return output
 
-    hook = body_of(model).register_forward_hook(keep)
-    try:
+    with body_of(model).register_forward_hook(keep):
         yield done
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -120,11 +117,8 @@ def _first_alone(model: nn.Module, batch: Batch) -> Iterator[None]:
         output[next(iter(output))] = first_B1D
         return output
 
-    hook = _layers(model).register_forward_hook(keep)
-    try:
+    with _layers(model).register_forward_hook(keep):
         yield
-    finally:
-        hook.remove()
 
 
 def _layers(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -80,3 +80,16 @@ def count_layers(model: nn.Module) -> int:
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that can be recomputed, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Give a model that generates another config inside the block."""
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -40,11 +40,8 @@ class EmbeddingNoise:
             noise_BTD = self.noise(batch, step, width=output_BTD.shape[-1])
             return output_BTD + noise_BTD.to(output_BTD.dtype)
 
-        hook = model.get_input_embeddings().register_forward_hook(add)
-        try:
+        with model.get_input_embeddings().register_forward_hook(add):
             yield
-        finally:
-            hook.remove()
         if calls != [True]:
             raise ModelError(
                 f"loss.neftune_alpha: {type(model).__name__} does not look its tokens up once a pass, so noise cannot "

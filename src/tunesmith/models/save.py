@@ -20,7 +20,7 @@ from tunesmith.errors import StorageError
 from tunesmith.models import heads
 from tunesmith.models.heads import copy_pooling
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
-from tunesmith.models.modes import silence_transformers
+from tunesmith.models.modes import generating_by, silence_transformers
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
@@ -63,7 +63,7 @@ def save_model(
 
 def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
     # Its own generation config may be one that transformers refuses to save; the mended one is written later.
-    with writing_weights(folder, num_bytes), silence_transformers(), _generation_config(model, GenerationConfig()):
+    with writing_weights(folder, num_bytes), silence_transformers(), generating_by(model, GenerationConfig()):
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
@@ -77,18 +77,6 @@ def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
     except SafetensorError as error:
         message = f"{folder}: the weights cannot be written ({num_bytes:,} bytes needed): {error}"
         raise StorageError(message, path=str(folder), errno_name="EIO", bytes_needed=num_bytes) from error
-
-
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    if not model.can_generate():
-        yield
-        return
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:

@@ -400,11 +400,8 @@ def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, 
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    hook = model.get_input_embeddings().register_forward_hook(keep)
-    try:
+    with model.get_input_embeddings().register_forward_hook(keep):
         hidden_ND = hidden_states(model, batch)[batch.predict_N].float()
-    finally:
-        hook.remove()
     weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(0)).to(hidden_ND)
     (grad_1TD,) = torch.autograd.grad(hidden_ND, embedded, weights_ND)
     sums_TD = grad_1TD.new_zeros(max(batch.lengths), grad_1TD.shape[-1], dtype=torch.float32)
