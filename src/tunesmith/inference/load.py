@@ -160,18 +160,10 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Loa
         except ModelError:
             checking.result()  # says which file is damaged
             raise
-        note = "; ".join(filter(None, [checking.result(), loaded.note, assumed_date(run, loaded.renderer)]))
+        note = "; ".join(filter(None, [checking.result(), loaded.note]))
         refuse_non_finite(dict(loaded.model.named_parameters()), run.model_path)
         return replace(loaded, note=note)
-    loaded = load_adapter(load_base(run, offline=offline, as_trained=as_trained), run)
-    return replace(loaded, note="; ".join(filter(None, [loaded.note, assumed_date(run, loaded.renderer)])))
-
-
-def assumed_date(run: Run, renderer: Renderer) -> str:
-    """A note on a run of an earlier version, which does not record the day that its template writes."""
-    if renderer.date is None or run.records_date:
-        return ""
-    return f"its chat template writes the date, which its recipe does not record: {renderer.date}, the day it was made"
+    return load_adapter(load_base(run, offline=offline, as_trained=as_trained), run)
 
 
 def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:

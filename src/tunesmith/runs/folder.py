@@ -235,13 +235,6 @@ class Run:
         day = date.fromtimestamp(self.created).isoformat()
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
-    @property
-    def records_date(self) -> bool:
-        """Whether its recipe records the date that its chat template writes."""
-        from tunesmith.recipe import load
-
-        return load.load(str(self.recipe_path)).data.date != "auto"
-
     def started_from(self) -> Run | None:
         """The run whose merged result this one was tuned on; None: it was tuned on another model."""
         place = Path(self.recipe().place)
@@ -397,12 +390,12 @@ def runs(root: Path) -> list[Run]:
     return [Run(path) for path in sorted(root.iterdir()) if (path / "run.json").is_file() and path.name[0] != "."]
 
 
-def made_from(run: Run) -> list[str]:
-    """Files and folders that a run was made from, as typed; none if it did not record them."""
+def made_from(run: Run) -> dict[str, str]:
+    """Files and folders that a run was made from: as typed → where; empty if it did not record them."""
     try:
-        return list(run.read_json("run.json")["made"]["places"])
-    except (RunError, KeyError, TypeError):
-        return []
+        return dict(run.read_json("run.json")["made"]["places"])
+    except (RunError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def is_run(target: str, root: Path) -> bool:

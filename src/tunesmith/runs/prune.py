@@ -18,7 +18,7 @@ from tunesmith.errors import InputError, RunError
 from tunesmith.formatting import listed
 from tunesmith.recipe.origin import typed_places
 from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing
-from tunesmith.runs.folder import Run, runs
+from tunesmith.runs.folder import Run, made_from, runs
 
 REMOVED = "removed"
 """Name of what is being removed, of which an interrupted removal leaves the rest."""
@@ -133,18 +133,11 @@ def _used_places(run: Run, *, others: Sequence[Run]) -> Iterator[tuple[Path, Run
         try:
             places = [at for _, at in typed_places(other.recipe())]
         except InputError:  # a recipe that cannot be read: by what was recorded when it was made
-            places = _recorded(other)
+            places = list(map(str, made_from(other).values()))
         for place in places:
             path = Path(place).expanduser()
             if _is_within(path, run.path):
                 yield path, other
-
-
-def _recorded(run: Run) -> list[str]:
-    try:
-        return [str(place) for place in run.read_json("run.json")["made"]["places"].values()]
-    except (RunError, KeyError, TypeError, AttributeError):
-        return []
 
 
 def _is_within(path: Path, folder: Path) -> bool:

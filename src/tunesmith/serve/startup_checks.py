@@ -19,7 +19,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError, ModelError, RunError
-from tunesmith.inference.load import LoadedModel, assumed_date
+from tunesmith.inference.load import LoadedModel
 from tunesmith.models.attention import longrope_conflict, packed_forward
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
@@ -75,8 +75,7 @@ def check_prompts(model: ServedModel, run: Run, note: Note) -> None:
     if num:
         note(f"{run.path}: {num} training prompts are the same tokens when they are served")
     if renderer.date is not None:
-        what = assumed_date(run, renderer)
-        note(f"{run.path}: {what or f'its chat template writes the date: {renderer.date}, as in training'}")
+        note(f"{run.path}: its chat template writes the date: {renderer.date}, as in training")
 
 
 def check_encoding(run: Run | None, renderer: Renderer, note: Note) -> None:

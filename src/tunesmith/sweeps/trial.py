@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tunesmith.errors import RunError, Stopped, TunesmithError
+from tunesmith.errors import Stopped, TunesmithError
 from tunesmith.parallel.child import run_words
-from tunesmith.runs.atomic import from_json
 from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
@@ -79,43 +79,25 @@ class Follower:
     total: int = 0
     after: dict[str, Any] = field(default_factory=dict)
     """Measures of the result."""
-    _offset: int = 0
-    _file: int = 0
+
+    def __post_init__(self) -> None:
+        self._new = Tail(self.run.events_path)
 
     def read(self) -> list[tuple[int, dict[str, Any]]]:
         """Evaluations on the way that are new, as (step, measures)."""
-        found: list[tuple[int, dict[str, Any]]] = []
-        try:
-            with open(self.run.events_path, "rb") as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_ino != self._file or facts.st_size < self._offset:
-                    self._file, self._offset, self.step = facts.st_ino, 0, 0
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    found += self._take(line)
-        except FileNotFoundError:
-            return []
+        found = []
+        for event in self._new():
+            values = event.values
+            if event.kind == "plan":
+                self.step, self.total = 0, int(values.get("steps", 0))
+            elif event.kind == "step":
+                self.step = event.step
+            elif event.kind == "evaluation" and values["name"] == "after":
+                self.after = dict(values["measures"])
+            elif event.kind == "evaluation":
+                self.course[event.step] = values["measures"]
+                found += [(event.step, values["measures"])] if values["name"] == "step" else []
         return found
-
-    def _take(self, line: bytes) -> list[tuple[int, dict[str, Any]]]:
-        try:
-            event = from_json(line)
-        except ValueError as error:
-            raise RunError(f"{self.run.events_path}: a line is no event: it was changed by hand or a fault.") from error
-        values = event["values"]
-        if event["kind"] == "plan":
-            self.total = int(values.get("steps", 0))
-        elif event["kind"] == "step":
-            self.step = event["step"]
-        elif event["kind"] == "evaluation" and values["name"] == "after":
-            self.after = dict(values["measures"])
-        elif event["kind"] == "evaluation":
-            self.course[event["step"]] = values["measures"]
-            return [(event["step"], values["measures"])] if values["name"] == "step" else []
-        return []
 
 
 RunTrial = Callable[[Job], str]
