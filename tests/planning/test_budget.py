@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.planning import budget
 from tunesmith.planning.budget import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring
 from tunesmith.planning.defaults import with_choice

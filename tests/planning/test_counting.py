@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.evaluation import forgetting
+from tunesmith.evaluation import general
 from tunesmith.planning.duration import KINDS
 from tunesmith.training import evaluate as looking
 from tunesmith.training import trainer as training
@@ -42,7 +42,7 @@ def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monk
 def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
     """Counted where it is done. Answers are counted as long as they may be."""
     done: Counter[str] = Counter(starting=1, finishing=1)
-    measured, texts, answers = looking._outcomes, forgetting.text_batches, looking.answer_samples
+    measured, texts, answers = looking._outcomes, general.text_batches, looking.answer_samples
 
     def outcomes(session, collator, rows_I, what):
         done["held_out" if what == "evaluate" else "surprising"] += int(collator.store.lengths[rows_I].sum())
@@ -50,7 +50,7 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
 
     def text_batches(rows, **how):
         done["general"] += sum(len(row.ids) for row in rows)
-        done["answering"] += forgetting.ANSWER_TOKENS
+        done["answering"] += general.ANSWER_TOKENS
         return texts(rows, **how)
 
     def answered(model, renderer, prompts, how, tick):
@@ -58,7 +58,7 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
         return answers(model, renderer, prompts, how, tick)
 
     monkeypatch.setattr(looking, "_outcomes", outcomes)
-    monkeypatch.setattr(forgetting, "text_batches", text_batches)
+    monkeypatch.setattr(general, "text_batches", text_batches)
     monkeypatch.setattr(looking, "answer_samples", answered)
     run = train(recipe, root=folder / "runs", listener=training.Listener())
     kinds = Counter(event.kind for event in run.events())

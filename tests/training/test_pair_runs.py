@@ -10,7 +10,7 @@ import pytest
 from tiny_run import values_of
 from tiny_tasks import encoder_decoder_folder, task_recipe
 from tunesmith.errors import Stopped
-from tunesmith.evaluation.forgetting import can_generate
+from tunesmith.evaluation.general import can_generate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.training.loop import training_steps

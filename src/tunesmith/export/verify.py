@@ -31,7 +31,7 @@ from tunesmith.data.labels import targets
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
-from tunesmith.evaluation.forgetting import GENERAL_INSTRUCTIONS, passages
+from tunesmith.evaluation.general import GENERAL_INSTRUCTIONS, passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_tokenizer import PROBE

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.optim.rounding import StochasticRounding
+from tunesmith.optim.bfloat16 import StochasticRounding
 from tunesmith.types import Choice, required
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH
 from tunesmith.planning.defaults import operations_per_second, with_choice
 from tunesmith.recipe.schema import Recipe, resolved

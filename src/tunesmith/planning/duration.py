@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.splits import Splits
-from tunesmith.evaluation.forgetting import ANSWER_TOKENS
+from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
 from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.devices import Device

@@ -208,7 +208,7 @@ def _registered(value: Any) -> Any:
     return METHOD_OPTIONS[value["name"]].model_validate(value) if isinstance(value, dict) else value
 
 
-Method = Annotated[
+MethodOptions = Annotated[
     Annotated[AutoMethod, Tag("auto")]
     | Annotated[LoraMethod, Tag("lora")]
     | Annotated[DoraMethod, Tag("dora")]

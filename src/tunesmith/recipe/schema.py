@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunesmith.recipe.methods import Auto, AutoMethod, Day, Fraction, LoraMethod, Method, OptionGroup, Positive, Words
+from tunesmith.recipe.methods import (
+    Auto,
+    AutoMethod,
+    Day,
+    Fraction,
+    LoraMethod,
+    MethodOptions,
+    OptionGroup,
+    Positive,
+    Words,
+)
 from tunesmith.recipe.preferences import Prefer, Reward
 from tunesmith.types import TASK_NAMES
 
@@ -350,7 +360,7 @@ class Recipe(OptionGroup):
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, a tag
     for each word, the better of two answers, or a number for an answer. auto: detected from the rows."""
-    method: Method = AutoMethod()
+    method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
     optim: Optim = Optim()

@@ -15,9 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe.preferences import Prefer
-from tunesmith.recipe.schema import required
 from tunesmith.tasks.preference_losses import line_logps, measured, values_of
-from tunesmith.types import Batch, Measured
+from tunesmith.types import Batch, Measured, required
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

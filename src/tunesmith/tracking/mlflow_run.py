@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
+from tunesmith.recipe.docs import flat
 from tunesmith.runs.folder import Run
 from tunesmith.tracking.tracker import PATIENCE_S, RunReader, StepMetrics, refuse_offline, refuse_unreachable
 
@@ -69,10 +70,10 @@ class MlflowRun:
         from mlflow.entities import Param, RunTag
 
         known = self._run.data.params  # a parameter of a run cannot change
-        params = [Param(key, value[:LONGEST_PARAM]) for key, value in _flat(reader.recipe) if key not in known]
+        params = [Param(key, value[:LONGEST_PARAM]) for key, value in _flat(reader.recipe).items() if key not in known]
         for at in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self._id, params=params[at : at + MOST_PARAMS])
-        tags = {**dict(_flat(reader.facts)), "mlflow.note.content": "\n\n".join(reader.notes)}
+        tags = {**_flat(reader.facts), "mlflow.note.content": "\n\n".join(reader.notes)}
         tags |= {f"tunesmith.{name}": repr(value) for name, value in reader.last_values.items()}
         named = [RunTag(key, value[:LONGEST_TAG]) for key, value in tags.items()]
         for at in range(0, len(named), MOST_PARAMS):
@@ -89,14 +90,9 @@ class MlflowRun:
         self._client.set_terminated(self._id, status)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """Dotted keys of the characters that MLflow allows, and values as text."""
-    for key, value in tree.items():
-        name = prefix + re.sub(r"[^\w\-. /]", "_", str(key))
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name[:250], str(value)
+    return {re.sub(r"[^\w\-. /]", "_", key)[:250]: str(value) for key, value in flat(tree).items()}
 
 
 open_run = MlflowRun

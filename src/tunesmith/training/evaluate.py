@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import forgetting
+from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, answer_samples
 from tunesmith.evaluation.metrics import METRICS
@@ -173,7 +173,7 @@ def _samples(session: Session, how: Sampling) -> Iterator[dict[str, Any]]:
 def _measure_general(session: Session, name: str) -> None:
     """Emit a "general" event: loss on the general text of this package, and answers to general instructions."""
     setup = session.setup
-    losses_P, counts_P = forgetting.text_losses(
+    losses_P, counts_P = general.text_losses(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
     )
     loss = float(losses_P.sum() / counts_P.sum())
@@ -182,7 +182,7 @@ def _measure_general(session: Session, name: str) -> None:
         "loss": loss,
         "tokens": int(counts_P.sum()),
         "passages": {"losses": losses_P.tolist(), "tokens": counts_P.tolist()},
-        "answers": forgetting.answers(setup.model, setup.renderer),
+        "answers": general.answers(setup.model, setup.renderer),
     }
     session.emit("general", values)
     if name == "after":
@@ -190,8 +190,8 @@ def _measure_general(session: Session, name: str) -> None:
         before = next((values for values in earlier if values["name"] == "before"), None)
         if before is None:  # the log has lost it
             return
-        moved = forgetting.loss_change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
-        text, past_bound = forgetting.assess(before["loss"], loss, moved)
+        moved = general.loss_change(before["passages"]["losses"], losses_P.tolist(), counts_P.tolist())
+        text, past_bound = general.assess(before["loss"], loss, moved)
         if past_bound:
             session.emit("note", {"text": text})
 

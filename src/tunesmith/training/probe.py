@@ -31,7 +31,7 @@ from tunesmith.data.collate import Collator
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.environment import for_child
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
-from tunesmith.evaluation.forgetting import general_rows, text_batches
+from tunesmith.evaluation.general import general_rows, text_batches
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test

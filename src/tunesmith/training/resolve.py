@@ -12,7 +12,7 @@ from tunesmith.data.addresses import fetch
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
-from tunesmith.evaluation import forgetting
+from tunesmith.evaluation import general
 from tunesmith.evaluation.generate import new_tokens_for
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
@@ -164,7 +164,7 @@ def _measuring(
     """Decide how much is measured if the recipe leaves it open; the rows again if fewer of them are held out."""
     row = float(rows.store.lengths[rows.train_rows].mean())
     steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
-    speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
+    speaks = general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     size = RunSize(
         num_parameters=inputs.size.num_params,
         device=device,
@@ -263,10 +263,10 @@ def _reason(error: Exception) -> str:
 
 def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
     """Tokens of the general text, if it is measured."""
-    speaks = forgetting.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
+    speaks = general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     if not (resolved(recipe.evaluation.general) and speaks):
         return 0
-    return sum(len(row.ids) for row in forgetting.general_rows(inputs.renderer.tokenizer))
+    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
 
 
 def _without_layers(recipe: Recipe) -> Recipe:

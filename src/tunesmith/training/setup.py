@@ -23,7 +23,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
 from tunesmith.errors import DoesNotFitError
-from tunesmith.evaluation.forgetting import can_generate
+from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.formatting import size
 from tunesmith.inference.load import has_token_types

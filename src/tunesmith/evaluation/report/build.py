@@ -149,7 +149,7 @@ def _general_ability(series: RunSeries) -> dict[str, Any] | None:
     """Change of general ability; None where it was not measured on both sides."""
     if not {"before", "after"} <= set(series.general):
         return None
-    from tunesmith.evaluation.forgetting import assess, loss_change
+    from tunesmith.evaluation.general import assess, loss_change
 
     before, after = series.general["before"], series.general["after"]
     change = loss_change(before["passages"]["losses"], after["passages"]["losses"], after["passages"]["tokens"])

@@ -10,7 +10,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods.full import FullAttachment, attach
 from tunesmith.optim import Optimizer
-from tunesmith.optim.rounding import round_stochastically
+from tunesmith.optim.bfloat16 import round_stochastically
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.recipe.schema import Optim
 

@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.tokenizer import FastTokenizer
-from tunesmith.evaluation import forgetting
+from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
@@ -27,7 +27,7 @@ def model():
 
 
 def test_text_is_a_few_hundred_sentences():
-    passages = forgetting.passages()
+    passages = general.passages()
     assert len(passages) >= 90
     assert len(re.findall(r"[.?!](?=\s|$|\")", "\n".join(passages))) >= 280
     assert len(set(passages)) == len(passages)
@@ -36,10 +36,10 @@ def test_text_is_a_few_hundred_sentences():
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monkeypatch):
-    monkeypatch.setattr(forgetting, "MAX_TOKENS", 20)
+    monkeypatch.setattr(general, "MAX_TOKENS", 20)
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    wholes = FastTokenizer(tokenizer).ids(forgetting.passages(), add_special_tokens=True)
-    rows = forgetting.general_rows(tokenizer)
+    wholes = FastTokenizer(tokenizer).ids(general.passages(), add_special_tokens=True)
+    rows = general.general_rows(tokenizer)
     assert max(len(row.ids) for row in rows) == 20
     for number, whole in enumerate(wholes, start=1):
         targets = [row.ids[row.trained] for row in rows if row.source.line == number]
@@ -49,12 +49,12 @@ def test_every_token_is_a_target_once_but_the_first_of_a_passage(adds_bos, monke
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypatch):
-    monkeypatch.setattr(forgetting, "passages", lambda: ["A brown fox jumps.", "One two", "What is it?\nYes."])
+    monkeypatch.setattr(general, "passages", lambda: ["A brown fox jumps.", "One two", "What is it?\nYes."])
     tiny = model()
-    monkeypatch.setattr(forgetting, "MAX_TOKENS", 4)  # a passage of several rows is one passage still
+    monkeypatch.setattr(general, "MAX_TOKENS", 4)  # a passage of several rows is one passage still
     losses, counts = [], []
     with torch.no_grad():
-        for ids in FastTokenizer(TOKENIZER).ids(forgetting.passages(), add_special_tokens=True):
+        for ids in FastTokenizer(TOKENIZER).ids(general.passages(), add_special_tokens=True):
             ids_T = torch.from_numpy(ids.astype(np.int64))
             counts.append(len(ids_T) - 1)
             losses.append(0.0)
@@ -64,7 +64,7 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
                 losses[-1] += float(F.cross_entropy(logits, window_T[1:], reduction="sum"))
     if layout == "packed":
         use_packed_attention(tiny)
-    losses_P, counts_P = forgetting.text_losses(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
+    losses_P, counts_P = general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
     assert counts_P.tolist() == counts
     assert losses_P == pytest.approx(losses, rel=1e-5)  # float32 logits
 
@@ -72,7 +72,7 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
 def test_measuring_leaves_the_model_as_it_was():
     tiny = model().train()
     state = torch.get_rng_state()
-    forgetting.text_losses(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
+    general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
     assert tiny.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -92,19 +92,19 @@ def test_instructions_are_asked_as_chats_where_there_is_a_template(tokenizer, ta
         seen.extend(tokenizer.decode(prompt) for prompt in prompts)
         return [type("Answer", (), {"text": "Paris"})] * len(prompts)
 
-    monkeypatch.setattr(forgetting, "generate", answer)
+    monkeypatch.setattr(general, "generate", answer)
     renderer = Renderer(tokenizer, TASKS[task], max_tokens=None, too_long="error", control_tokens="error")
-    found = forgetting.answers(model(), renderer)
+    found = general.answers(model(), renderer)
     assert len(found) == 12
     assert found[0] == {"prompt": "What is the capital of France?", "answer": "Paris"}
     assert seen[0].endswith(asked)
 
 
 def test_instructions_are_answered(monkeypatch):
-    monkeypatch.setattr(forgetting, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(general, "ANSWER_TOKENS", 2)
     renderer = Renderer(TOKENIZER, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
-    found = forgetting.answers(model(), renderer)
-    assert [one["prompt"] for one in found] == list(forgetting.GENERAL_INSTRUCTIONS)
+    found = general.answers(model(), renderer)
+    assert [one["prompt"] for one in found] == list(general.GENERAL_INSTRUCTIONS)
     assert all(isinstance(one["answer"], str) for one in found)
 
 
@@ -114,27 +114,27 @@ def moved(value: float, margin: float = 0.01) -> Interval:
 
 def test_change_is_of_the_loss_per_token_with_an_interval_of_other_passages():
     """Ten tokens lose 1 nat each and thirty 2: 70 nats of 40 tokens. A resample has either, or both."""
-    found = forgetting.loss_change([10.0, 60.0], [20.0, 120.0], [10, 30])
+    found = general.loss_change([10.0, 60.0], [20.0, 120.0], [10, 30])
     assert found == {"value": 70 / 40, "low": 1.0, "high": 2.0}
 
 
 def test_change_common_to_all_passages_is_sure_however_much_they_differ():
     counts = [1, 100, 7]
-    found = forgetting.loss_change([5.0, 1.0, 900.0], [5.0 + 0.2, 1.0 + 20, 900.0 + 1.4], counts)
+    found = general.loss_change([5.0, 1.0, 900.0], [5.0 + 0.2, 1.0 + 20, 900.0 + 1.4], counts)
     assert found == pytest.approx({"value": 0.2, "low": 0.2, "high": 0.2})
 
 
 def test_verdict_says_how_far_the_loss_moved():
-    assert forgetting.assess(3.0, 3.05, moved(0.05)) == (
+    assert general.assess(3.0, 3.05, moved(0.05)) == (
         "General text: loss 3.0000 before, 3.0500 after: +0.0500 nats (95 %: +0.0400 to +0.0600; perplexity +5.1 %), "
         "within the bound of +0.1 nats.",
         False,
     )
-    assert "perplexity -4.9 %), within" in forgetting.assess(3.05, 3.0, moved(-0.05))[0]
+    assert "perplexity -4.9 %), within" in general.assess(3.05, 3.0, moved(-0.05))[0]
 
 
 def test_verdict_past_the_bound_names_the_options_that_help():
-    line, past = forgetting.assess(3.0, 3.2, moved(0.2, 0.15))
+    line, past = general.assess(3.0, 3.2, moved(0.2, 0.15))
     assert past  # by its value: the interval says how sure that is
     assert "perplexity +22.1 %), past the bound of +0.1 nats" in line
     for option in ("optim.lr", "train.epochs", "method.targets=mlp", "data.replay"):
@@ -144,7 +144,7 @@ def test_verdict_past_the_bound_names_the_options_that_help():
 
 @pytest.mark.parametrize("after", [math.nan, math.inf, 1e6])
 def test_verdict_of_a_lost_model_is_past_the_bound(after):
-    line, past = forgetting.assess(3.0, after, forgetting.loss_change([3.0], [after], [1]))
+    line, past = general.assess(3.0, after, general.loss_change([3.0], [after], [1]))
     assert past
     assert len(line) < 400
 
