@@ -272,7 +272,7 @@ class WorkerEngine:
 
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, Any]]:
         """See protocol.Engine."""
-        lines: list[Mapping[str, Any]] = await self._reply({"model": model, "classify": list(texts)})
+        lines: list[Mapping[str, Any]] = await self._reply({"model": model, "texts": list(texts)})
         return lines
 
     async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:

@@ -183,8 +183,8 @@ class Worker:
         self._refuse(key, RequestError(message, code="context_length_exceeded", param="max_tokens"))
 
     def _read(self, message: Mapping[str, Any]) -> Any:
-        if "classify" in message:
-            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["classify"]]
+        if "texts" in message:
+            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["texts"]]
             return self._registry.find(message["model"], Classifier).classify(texts)
         return self._registry.find(message["model"], Embedder).embed(message["embed"])
 
