@@ -148,16 +148,10 @@ def default_threads(processes: int = 1) -> tuple[int, str]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process; where only its peak is known, that, and 0 where neither is."""
-    if sys.platform == "linux":
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform == "win32":
-        return 0
-    import resource
+    """Resident memory of this process."""
+    import psutil
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>[^\"']+)[\"']")

@@ -177,7 +177,7 @@ def recipe_on_hub(folder: Path, **more: object) -> Recipe:
 
 
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_downloaded(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident_bytes() // 2)
     with pytest.raises(DoesNotFitError, match="memory: this run needs"):
         prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
     assert "model.safetensors" not in hub.asked
@@ -186,7 +186,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_downloaded(hu
 def test_planted_a_run_that_looks_for_its_model_with_weights_would_be_seen(hub, tmp_path, monkeypatch):
     real = locating.resolve_model
     monkeypatch.setattr(locating, "resolve_model", lambda model, **how: real(model, **how | {"weights": True}))
-    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident_bytes() // 2)
     with pytest.raises(DoesNotFitError):
         prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
     assert "model.safetensors" in hub.asked

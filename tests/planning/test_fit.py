@@ -152,14 +152,14 @@ def test_nothing_is_offered_that_does_not_fit():
 
 
 def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident_bytes() // 2)
     monkeypatch.setattr("tunesmith.models.load.load_model", lambda *args, **how: pytest.fail("it was loaded"))
     with pytest.raises(DoesNotFitError, match=r"memory: this run needs .* GiB, and .* GiB are there \(weights"):
         prepare(tiny_recipe(tmp_path), root=tmp_path)
 
 
 def test_it_is_run_all_the_same_where_the_recipe_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident() // 2)
+    monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident_bytes() // 2)
     setup = prepare(tiny_recipe(tmp_path, memory="warn"), root=tmp_path)
     assert any("this run needs" in note for note in setup.notes)
 
@@ -194,7 +194,7 @@ def test_cards_are_named_or_known_by_their_memory_alone():
 def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
     monkeypatch.setattr(devices, "_memory_free", lambda: 10**12)
     monkeypatch.setattr(devices, "_group_free", lambda: 3 * 10**9)
-    assert devices.room("cpu") == 3 * 10**9 + devices.resident()
+    assert devices.room("cpu") == 3 * 10**9 + devices.resident_bytes()
 
 
 @pytest.mark.parametrize("rows_per_step", [3, 18])

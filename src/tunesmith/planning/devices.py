@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -11,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from tunesmith.environment import resident_bytes
 from tunesmith.errors import InputError
 
 GB = 10**9
@@ -122,32 +123,17 @@ def room(device: str) -> int:
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + int(torch.cuda.memory_reserved(device)) + CUDA_CONTEXT  # which is held already, too
-    return min(_memory_free(), _group_free()) + resident()
+    return min(_memory_free(), _group_free()) + resident_bytes()
 
 
 def share_of_room(kind: str, room: int, processes: int) -> int:
     """Bytes for one of several processes on one machine: each has its own card, but they share a processor's memory."""
-    return (room - resident()) // processes + resident() if kind == "cpu" else room
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+    return (room - resident_bytes()) // processes + resident_bytes() if kind == "cpu" else room
 
 
 def _memory_free() -> int:
-    """Bytes that the system can give without swapping; all that there is where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return 2**63
+    """Bytes that the system can give without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def _group_free() -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
@@ -45,7 +46,7 @@ def main() -> int:
     start = orjson.loads(sys.stdin.buffer.readline())
     options = EngineOptions(**start["options"])
     torch.set_num_threads(options.threads or num_cpus())
-    limit = options.memory_limit_bytes or int(0.9 * _machine_bytes())
+    limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
     busy_since: list[float] = []
     threading.Thread(target=_watch, args=(send, limit, busy_since), daemon=True).start()
     try:
@@ -235,13 +236,6 @@ def _sender() -> Send:
             os._exit(0)
 
     return send
-
-
-def _machine_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 1 << 62
 
 
 if __name__ == "__main__":

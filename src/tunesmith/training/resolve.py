@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.data.addresses import fetch
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
+from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.generate import new_tokens_for
@@ -209,7 +210,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         plan_of=lambda recipe, layout: replace(plan_of(recipe, rows, layout), part=(0, size)),
         shares=shares,
         device=device,
-        base=devices.resident(),
+        base=resident_bytes(),
         general_tokens=_general_tokens(recipe, inputs),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
