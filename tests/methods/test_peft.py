@@ -319,7 +319,7 @@ def test_a_missing_tensor_is_not_loaded_in_silence(tmp_path: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     first, *_ = tensors
     save_file({name: tensor for name, tensor in tensors.items() if name != first}, folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=f"does not fit: no {first}"):
+    with pytest.raises(ModelError, match=f"does not fit: no weights for {first}"):
         load_result(base_model(), folder)
 
 
