@@ -277,7 +277,7 @@ class WorkerEngine:
 
     async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """See protocol.Engine."""
-        vectors, num_tokens = await self._reply({"model": model, "embed": list(texts)})
+        vectors, num_tokens = await self._reply({"model": model, "passages": list(texts)})
         return vectors, num_tokens
 
     async def attach(self, name: str, run: Path) -> None:
