@@ -59,17 +59,6 @@ def _with_marks(backend: Tokenizer, vocabulary: Mapping[str, int]) -> PreTrained
     )
 
 
-def piece_tokenizer(*, lowercase: bool = True) -> PreTrainedTokenizerFast:
-    """BERT's own: words of small letters, cut into the longest pieces that it knows."""
-    letters = [chr(c) for c in range(33, 127) if not (lowercase and chr(c).isupper())]
-    words = [word.lower() if lowercase else word for word in WORDS]
-    pieces = [*letters, *(f"##{letter}" for letter in letters), *words, "##s", "un", "##ed", "##ing"]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*MARKS, *pieces]))}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    return _with_marks(backend, vocabulary)
-
-
 def write_pooling(folder: Path, settings: Mapping[str, Any]) -> None:
     """The files of sentence-transformers, with these settings of its module of pooling and lengths of 1."""
     modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in

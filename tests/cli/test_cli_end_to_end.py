@@ -28,6 +28,7 @@ QUICK = (
     "train.rows_per_step=3",
     "evaluation.samples=2",
     "evaluation.sample_tokens=4",
+    "evaluation.general=false",
     "precision=float32",
     "threads=1",
 )
@@ -216,7 +217,7 @@ def test_runs_of_data_files_of_one_name_can_be_told_apart(place: Place, tmp_path
     (tmp_path / "chats.csv").write_text("prompt,completion\n" + "".join(pairs))
     for data in (place.data, tmp_path / "chats.csv"):
         words = ["train", place.model, data, "--runs", tmp_path / "runs", "--offline", "--quiet"]
-        tunesmith(*words, *settings("train.max_steps=1", "evaluation.general=false"))
+        tunesmith(*words, *settings("train.max_steps=1"))
     names = [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] != "."]
     assert sorted(name.rpartition("-")[0] for name in names) == ["chats", "chats-csv"]
 
@@ -329,7 +330,7 @@ def test_python_face_does_the_same(place: Place, done: tuple[Run, Result]) -> No
         method={"name": "lora", "rank": 4},
         optim={"lr": 0.01},
         train={"rows_per_step": 3, "max_steps": 6},
-        evaluation={"samples": 2, "sample_tokens": 4},
+        evaluation={"samples": 2, "sample_tokens": 4, "general": False},
         precision="float32",
         threads=1,
         root=place.folder / "python",

@@ -82,7 +82,21 @@ def same(folder: Path, renderer: Renderer, *names: str, num_proc: int = 2) -> Ro
     return several
 
 
-def test_chats_are_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """Processes of every pool that was closed."""
+    found: dict[int, Any] = {}
+    close = encode_module._Pool.close
+
+    def noting(self: Any) -> None:
+        found.update(self._executor._processes)
+        close(self)
+
+    monkeypatch.setattr(encode_module._Pool, "close", noting)
+    return found
+
+
+def test_chats_are_the_same_and_processes_end_with_the_work(tmp_path: Path, started: dict[int, Any]) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("\n".join(chats(40)), "utf-8")
     store = same(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), "a.jsonl", "b.jsonl", num_proc=3)
@@ -90,6 +104,8 @@ def test_chats_are_the_same(tmp_path: Path) -> None:
     assert {"cut", "ignored_fields"} <= store.summary.warnings.keys()
     assert {"control_token", "no_answer", "bad_json"} <= store.summary.errors.keys()
     assert store.notes == ("rows are encoded by 3 processes (data.num_proc)",)
+    assert len(started) == 3
+    assert not any(is_there(pid) for pid in started)
 
 
 def test_labelled_rows_are_the_same(tmp_path: Path) -> None:
@@ -168,7 +184,9 @@ def half_written(executor: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="other pipes")
-def test_closing_waits_for_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_waits_for_no_result_and_ends_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[int, Any]
+) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
     managers = []
     close = encode_module._Pool.close
@@ -186,6 +204,9 @@ def test_closing_waits_for_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), progress=stop)
     assert not managers[0].is_alive()  # or Python would wait for it at its end
+    assert len(started) == 2
+    assert not any(is_there(pid) for pid in started)
+    assert list((tmp_path / "rows").iterdir()) == []
 
 
 def test_rows_that_a_process_has_no_memory_for_are_encoded_here(tmp_path: Path) -> None:
@@ -225,28 +246,6 @@ def test_the_garbage_collector_is_as_before_afterwards(tmp_path: Path, monkeypat
     )
     assert {threshold[0] for threshold in during} == {encode_module.COLLECT_AFTER}
     assert gc.get_threshold() == before
-
-
-def test_processes_end_with_the_work_and_with_what_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
-    started: dict[int, Any] = {}
-    close = encode_module._Pool.close
-
-    def noting(self: Any) -> None:
-        started.update(self._executor._processes)
-        close(self)
-
-    monkeypatch.setattr(encode_module._Pool, "close", noting)
-    built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS))
-
-    def stop(rows: int, done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), to="stopped", progress=stop)
-    assert len(started) == 4
-    assert not any(is_there(pid) for pid in started)
-    assert list((tmp_path / "stopped").iterdir()) == []
 
 
 SCRIPT = """

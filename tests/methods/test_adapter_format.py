@@ -50,7 +50,7 @@ def trained_model(arch: str = "llama", **settings: object) -> tuple[PreTrainedMo
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A saved adapter of the tiny llama."""
-    _, attachment = trained_model()
+    _, attachment = trained_model(dropout=0.25)
     save_adapter(attachment, tmp_path / "adapter", base="tiny/llama", revision="abc")
     return tmp_path / "adapter"
 
@@ -110,17 +110,6 @@ def test_a_bfloat16_model_saves_its_float32_masters(tmp_path: Path) -> None:
     save_adapter(attachment, tmp_path / "adapter", base="tiny/llama")
     for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items():
         assert torch.equal(tensor, attachment.trained[name.removeprefix("base_model.model.")])
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_saved_and_loaded_is_the_same_bitwise(arch: str, tmp_path: Path) -> None:
-    model, attachment = trained_model(arch, dropout=0.25)
-    save_adapter(attachment, tmp_path / "adapter", base="tiny/base")
-    again = base(arch)
-    loaded = load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-    assert list(loaded.trained) == list(attachment.trained)
-    assert (loaded.settings.rank, loaded.settings.alpha, loaded.settings.dropout) == (4, 12, 0.25)
 
 
 def test_loaded_and_saved_again_is_the_same_folder(folder: Path, tmp_path: Path) -> None:

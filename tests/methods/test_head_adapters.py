@@ -175,23 +175,6 @@ def test_a_new_masked_language_head_is_refused_beside_adapters(tmp_path: Path) -
         attach(model, LoraMethod(), seed=0)
 
 
-@pytest.mark.parametrize("arch", ["bert", "gpt2", "t5"])
-def test_a_merged_model_is_a_plain_one_with_the_trained_head(arch: str, tmp_path: Path) -> None:
-    head: HeadName = "next_token" if arch in TRANSLATORS else "sequence"
-    model = base(arch, head)
-    layout = {name: type(module) for name, module in model.named_modules()}
-    attachment = attach(model, LoraMethod(rank=4), seed=0)
-    randomise(attachment)
-    how = {"decoder_input_ids": IDS} if arch in TRANSLATORS else {}
-    with torch.no_grad():
-        live = model(input_ids=IDS, **how).logits
-        attachment.merge()
-        model.save_pretrained(tmp_path / "merged")
-        again = type(model).from_pretrained(tmp_path / "merged").eval()(input_ids=IDS, **how).logits
-    assert {name: type(module) for name, module in model.named_modules()} == layout
-    assert (again - live).abs().max() <= 1e-4
-
-
 # trap: A5
 IN_A_NEW_PROCESS = """
 import json, sys, torch

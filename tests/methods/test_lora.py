@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tiny_model import tiny_model
@@ -80,24 +78,6 @@ def test_random_numbers_of_the_process_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_passes_add_up_in_float32(dtype: torch.dtype) -> None:
-    model = tiny_model("llama", vocab_size=VOCAB, dtype=dtype)
-    attachment = attach(model, LoraMethod(rank=4), seed=0)
-    randomise(attachment)
-    single: list[dict[str, Tensor]] = []
-    for seed in (1, 2, 3):
-        backward(model, attachment, seed=seed)
-        single.append({name: tensor.grad.clone() for name, tensor in attachment.trained.items()})
-        for tensor in attachment.trained.values():
-            tensor.grad = None
-    for seed in (1, 2, 3):
-        backward(model, attachment, seed=seed)
-    for name, tensor in attachment.trained.items():
-        assert tensor.grad.dtype == torch.float32
-        assert torch.equal(tensor.grad, single[0][name] + single[1][name] + single[2][name])
-
-
 def test_a_float32_model_is_trained_without_copies() -> None:
     model = tiny_model("llama", vocab_size=VOCAB)
     attachment = attach(model, LoraMethod(), seed=0)
@@ -113,48 +93,6 @@ def test_without_adapter_is_the_untouched_model() -> None:
     with attachment.adapter_disabled():
         assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(model), before, atol=1e-2)
-
-
-def checkpointing(forward: Callable[..., Tensor], *, use_reentrant: bool) -> Callable[..., Tensor]:
-    def recomputing(hidden: Tensor, **context: object) -> Tensor:
-        return checkpoint(partial(forward, **context), hidden, use_reentrant=use_reentrant)
-
-    return recomputing
-
-
-# trap: L10
-def assert_checkpointing_changes_no_gradient(*, use_reentrant: bool, dropout: float = 0.0) -> None:
-    results = []
-    for checkpointed in (False, True):
-        model = tiny_model("llama", vocab_size=VOCAB).train()
-        attachment = attach(model, LoraMethod(rank=4, dropout=dropout), seed=0)
-        randomise(attachment)
-        if checkpointed:
-            for layer in model.model.layers:
-                layer.forward = checkpointing(layer.forward, use_reentrant=use_reentrant)
-        torch.manual_seed(11)
-        try:
-            loss = backward(model, attachment)
-        except RuntimeError as error:  # what torch says when no input of a reentrant block wants a gradient
-            raise AssertionError("nothing is trained") from error
-        results.append((loss, {name: tensor.grad for name, tensor in attachment.trained.items()}))
-    (loss, grads), (loss_again, grads_again) = results
-    assert loss == loss_again
-    for name, grad in grads.items():
-        assert grad.abs().max() > 0, name
-        assert grads_again[name] is not None, name
-        assert torch.equal(grad, grads_again[name]), name
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointed_layers_give_the_same_gradients(dropout: float) -> None:
-    assert_checkpointing_changes_no_gradient(use_reentrant=False, dropout=dropout)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_the_comparison_sees_adapters_that_reentrant_checkpointing_cut_off() -> None:
-    with pytest.raises(AssertionError):
-        assert_checkpointing_changes_no_gradient(use_reentrant=True)
 
 
 # trap: A1

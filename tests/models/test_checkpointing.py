@@ -23,8 +23,7 @@ from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
 
-@pytest.mark.parametrize("arch", [*CAN, *CANNOT])
-@pytest.mark.parametrize("num_layers", [0, 1, 3])
+@pytest.mark.parametrize(("arch", "num_layers"), [*((arch, 1) for arch in (*CAN, *CANNOT)), ("llama", 0), ("llama", 3)])
 def test_exactly_k_layers_are_recomputed(arch, num_layers, monkeypatch):
     recomputed = []
     monkeypatch.setattr(

@@ -22,7 +22,6 @@ from tunesmith.types import HeadName, Labels
 
 HOW = {"dtype": torch.float32, "device": "cpu"}
 THREE = Labels("one", ("a", "b", "c"))
-OTHERS = Labels("one", ("x", "y"))
 TAGS = Labels("tags", ("B", "I", "O"))
 
 
@@ -91,9 +90,6 @@ def test_new_weights_depend_on_the_seed_and_nothing_else_and_leave_no_trace(tmp_
     # 64 · 64 draws of standard deviation 0.02: their own is within 5 %.
     assert first.bert.pooler.dense.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not first.classifier.bias.any()
-
-
-UNTOUCHED = "bert.encoder.layer.0.output.dense.weight"
 
 
 @pytest.mark.parametrize(

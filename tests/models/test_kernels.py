@@ -23,26 +23,15 @@ def losses(folder, **sections) -> list[float]:
         ("bfloat16", 0.05),  # 12 steps of weights that are rounded to 2^-8 each
     ],
 )
-def test_both_ways_train_alike(tmp_path, precision, tolerance):
-    how = {"precision": precision}
-    fast = losses(tmp_path / "fast", kernels="fast", **how)
-    plain = losses(tmp_path / "plain", kernels="plain", **how)
-    assert fast == pytest.approx(plain, abs=tolerance)
-    assert plain[-1] < plain[0] - 0.1  # it learns: equal losses of a model that stands still prove nothing
-
-
-def test_plain_means_plain(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        short_row_attention, "short_row_attention", lambda *args, **how: pytest.fail("products were used")
-    )
-    losses(tmp_path / "plain", kernels="plain", precision="bfloat16")
-
-
-def test_fast_is_what_runs_by_default(tmp_path, monkeypatch):
+def test_both_ways_train_alike_and_fast_is_what_runs_by_default(tmp_path, monkeypatch, precision, tolerance):
     seen = []
     real = short_row_attention.short_row_attention
     monkeypatch.setattr(
         short_row_attention, "short_row_attention", lambda *args, **how: seen.append(1) or real(*args, **how)
     )
-    losses(tmp_path / "fast", precision="bfloat16")
-    assert seen
+    plain = losses(tmp_path / "plain", kernels="plain", precision=precision)
+    assert not seen
+    fast = losses(tmp_path / "fast", precision=precision)
+    assert bool(seen) == (precision == "bfloat16")
+    assert fast == pytest.approx(plain, abs=tolerance)
+    assert plain[-1] < plain[0] - 0.1  # it learns: equal losses of a model that stands still prove nothing

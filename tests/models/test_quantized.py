@@ -5,10 +5,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,43 +128,6 @@ def test_the_graph_keeps_no_unpacked_weight(with_path: bool) -> None:
     kept += [t.shape for t in gc.get_objects() if type(t) is Tensor]
     assert torch.Size((256, 256)) not in kept
     assert out.grad_fn is not None
-
-
-IN_A_NEW_PROCESS = """
-import gc, sys, torch
-sys.path[:0] = sys.argv[1:]
-from tiny_model import tiny_model
-from tunesmith.methods import METHODS
-from tunesmith.environment import import_bitsandbytes
-from tunesmith.recipe.methods import QloraMethod
-
-import_bitsandbytes()
-torch.set_num_threads(1)
-model = tiny_model("llama", vocab_size=512, hidden=1024, layers=5, dtype=torch.bfloat16)
-
-
-def held():
-    gc.collect()
-    line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
-    in_tensors = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return in_tensors, int(line.split()[1]) * 1024
-
-
-before = held()
-METHODS["qlora"].prepare_base(model, QloraMethod(rank=4), device="cpu")
-print(*before, *held())
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads what the kernel says a process holds")
-def test_the_process_holds_less() -> None:
-    """5 layers of 1024: 40 M weights in bfloat16 are 80 MB, in nf4 with scales in 8 bits 21 MB."""
-    words = [sys.executable, "-c", IN_A_NEW_PROCESS, *sys.path]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
-    tensors, process, packed_tensors, packed_process = map(int, done.stdout.split())
-    assert packed_tensors < 0.3 * tensors
-    assert process - packed_process > 0.8 * (tensors - packed_tensors) - 8e6  # a few MB are left of the work
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

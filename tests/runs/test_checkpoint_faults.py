@@ -18,7 +18,7 @@ from tunesmith.errors import StorageError
 from tunesmith.runs import atomic as files
 from tunesmith.runs import checkpoint
 
-NUM_KILLS = int(os.environ.get("TUNESMITH_KILLS", "50"))
+NUM_KILLS = int(os.environ.get("TUNESMITH_KILLS", "20"))
 SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
 

@@ -68,20 +68,21 @@ def check_rotation(rotate, folder: Path, *, seed: int) -> None:
 
 @pytest.fixture
 def in_memory(monkeypatch) -> Iterator[Path]:
-    """A thousand runs in seconds: what reaches the disk when is another test's subject (test_checkpoint_faults)."""
+    """Hundreds of runs in seconds: what reaches the disk when is another test's subject (test_checkpoint_faults)."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
 
 
-def test_best_and_newest_survive_a_thousand_runs(in_memory):  # trap: R6
-    for seed in range(1000):
+@pytest.mark.parametrize("num_runs", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_best_and_newest_survive_hundreds_of_runs(in_memory, num_runs):  # trap: R6
+    for seed in range(num_runs):
         check_rotation(checkpoint.rotate, in_memory / str(seed), seed=seed)
 
 
 @pytest.mark.parametrize("planted", [rotate_by_name, rotate_by_count, rotate_best_first])
-def test_the_thousand_runs_catch_a_bad_rotation(in_memory, planted):  # trap: R6 planted
+def test_the_random_runs_catch_a_bad_rotation(in_memory, planted):  # trap: R6 planted
     with pytest.raises(AssertionError):  # noqa: PT012
         for seed in range(50):
             check_rotation(planted, in_memory / str(seed), seed=seed)

@@ -25,7 +25,7 @@ sys.modules["tunesmith.serve.engine"] = module
 
 
 def plant(bug: str) -> None:
-    """What a server must not do, for tests that have to see it: PLANTED names it."""
+    """What a server must not do, for tests that have to see it: PLANTED names such bugs."""
     from tunesmith.cli import server
     from tunesmith.serve import middleware
 
@@ -44,5 +44,6 @@ def plant(bug: str) -> None:
 
 
 if __name__ == "__main__":
-    plant(os.environ.get("PLANTED", ""))
+    for bug in os.environ.get("PLANTED", "").split("; "):
+        plant(bug)
     main()

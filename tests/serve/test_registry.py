@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,32 @@ def test_an_adapter_that_changes_nothing_is_refused(run: Run) -> None:
         opened(run.path)
 
 
+@contextmanager
+def kept(path: Path) -> Iterator[Path]:
+    """A file of the shared base, put back afterwards."""
+    content = path.read_bytes()
+    try:
+        yield path
+    finally:
+        path.write_bytes(content)
+
+
 # trap: A8
-def test_another_base_is_refused(made: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    run = training.train(recipe, root=tmp_path / "runs", offline=True)
-    sharp("llama", seed=9).save_pretrained(recipe.model)
-    with pytest.raises(RunError, match=r"model.safetensors: not the file that .* was tuned on"):
-        opened(run.path)
 
 
-def test_a_base_whose_generation_settings_were_edited_is_the_same_base(tmp_path: Path) -> None:
+def test_another_base_is_refused(run: Run, made: Path) -> None:
+    base = made / "model-llama"
+    with kept(base / "model.safetensors"), kept(base / "config.json"), kept(base / "generation_config.json"):
+        sharp("llama", seed=9).save_pretrained(base)
+        with pytest.raises(RunError, match=r"model.safetensors: not the file that .* was tuned on"):
+            opened(run.path)
+
+
+def test_a_base_whose_generation_settings_were_edited_is_the_same_base(run: Run, made: Path) -> None:
     """No weight depends on them, and how answers end is the run's own."""
-    recipe = tiny_recipe(tmp_path)
-    run = training.train(recipe, root=tmp_path / "runs", offline=True)
-    settings = Path(recipe.model) / "generation_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "temperature": 0.3}), "utf-8")
-    opened(run.path)
+    with kept(made / "model-llama" / "generation_config.json") as settings:
+        settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "temperature": 0.3}), "utf-8")
+        opened(run.path)
 
 
 def test_data_that_is_gone_is_said_and_not_refused(run: Run, made: Path) -> None:

@@ -108,9 +108,9 @@ CUT = {"windows": a_document_of_windows, "summary": a_cut_summary, "chat": a_cut
        "preference": a_preference, "label": a_label}  # fmt: skip
 
 
-@pytest.fixture(params=CUT)
-def cut(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
-    return CUT[request.param](tmp_path)
+@pytest.fixture(scope="module", params=CUT)
+def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return CUT[request.param](tmp_path_factory.mktemp("cut"))
 
 
 # trap: T7
@@ -128,7 +128,7 @@ def test_a_run_of_long_rows_is_served_and_answers(cut: Run) -> None:
 
 # trap: T7
 def test_another_tokenizer_is_still_noticed_where_rows_were_cut(cut: Run) -> None:
-    """The planted bug: a tokenizer that was saved otherwise."""
+    """The planted bug: a tokenizer that was saved otherwise. The last test of this run."""
     folder = cut.model_path if cut.model_path.exists() else cut.adapter_path
     saved = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     if "merges" in saved["model"]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder
+from tunesmith.cli.app import app
 from tunesmith.environment import for_child
 from tunesmith.runs.folder import Run, runs
 
@@ -41,7 +43,7 @@ def made(folder: Path, rates: str) -> None:
     (folder / "lr.yaml").write_text(FILE.format(rates=rates), "utf-8")
 
 
-def test_two_runs_one_after_the_other(tmp_path: Path) -> None:
+def test_two_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path, "[1e-2, 1e-4]")
     done = sweep(tmp_path, "--json")
     assert done.returncode == 0, done.stderr.decode()
@@ -54,15 +56,16 @@ def test_two_runs_one_after_the_other(tmp_path: Path) -> None:
     assert "2 trials of optim.lr" in done.stderr.decode()
     assert b"<svg" in (tmp_path / "runs" / "lr" / "sweep.html").read_bytes()
     before = (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes()
-    again = sweep(tmp_path)
-    assert again.returncode == 0
-    assert b"compare runs/lr-02 runs/lr-01" in again.stdout
+    monkeypatch.chdir(tmp_path)
+    again = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline"])
+    assert again.exit_code == 0
+    assert "compare runs/lr-02 runs/lr-01" in again.stdout
     assert (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes() == before
 
     (tmp_path / "lr.yaml").write_text(FILE.format(rates="[1e-2, -1]"), "utf-8")
-    refused = sweep(tmp_path, "--name", "b")
-    assert refused.returncode == 2
-    assert b"lr.yaml:12: grid: optim.lr: -1 is out of range" in refused.stderr
+    refused = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline", "--name", "b"])
+    assert refused.exit_code == 2
+    assert "lr.yaml:12: grid: optim.lr: -1 is out of range" in refused.output
     assert not (tmp_path / "runs" / "b").exists()
 
 

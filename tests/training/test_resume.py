@@ -43,12 +43,12 @@ def tiny_method(method):
     return FullMethod() if method.get("name") == "full" else LoraMethod(rank=4, alpha=8, dropout=0.1)
 
 
-def test_stopped_at_any_step_and_resumed_is_the_same_run(reference):  # trap: R1, R2, R3
+def test_stopped_and_resumed_is_the_same_run(reference):  # trap: R1, R2, R3
     folder, straight = reference
     total = max(event.step for event in straight.events())
     assert total >= 8
-    every = 1 if straight.recipe().method.name == "lora" else 4
-    for step in range(1, total, every):
+    some = {1, 2, 3, total - 1}  # before any checkpoint, at one, behind one and an evaluation, and the last but one
+    for step in some if straight.recipe().method.name == "lora" else {4}:
         with pytest.raises(Stopped):
             train(straight.recipe(), root=folder / "stopped", listener=stop_at(step))
         run = runs(folder / "stopped")[0]
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_
     same_run(run, straight)
 
 
-KILLS = int(os.environ.get("TUNESMITH_KILLS", "10"))
+KILLS = int(os.environ.get("TUNESMITH_KILLS", "4"))
 KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
 WORKER = """

@@ -43,10 +43,15 @@ def report_of(run: Run) -> dict:
     return json.loads(run.report_path.read_text())
 
 
-@pytest.mark.parametrize("task", ["chat", "generate"])
-@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
-    ("arch", "precision"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16"), ("bloom", "float32")]
+    ("arch", "precision", "method", "task"),
+    [
+        ("llama", "float32", "lora", "chat"),
+        ("llama", "bfloat16", "lora", "generate"),
+        ("llama", "bfloat16", "full", "chat"),
+        ("gpt2", "float32", "full", "generate"),
+        ("bloom", "float32", "lora", "chat"),
+    ],
 )
 def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch, precision):
     run = train(recipe_of(tmp_path, arch=arch, method=method, task=task, precision=precision), root=tmp_path / "runs")
@@ -101,12 +106,11 @@ def test_the_same_recipe_gives_the_same_numbers_wherever_rows_are_cached(tmp_pat
 
 def test_checkpointed_layers_change_memory_not_numbers(tmp_path):
     losses = []
-    for layers in (0, 1, 2):
+    for layers in (0, 1):
         recipe = recipe_of(tmp_path, train={"checkpointed_layers": layers, "max_steps": 4})
         run = train(recipe, root=tmp_path / f"runs{layers}")
         losses.append([event.values["loss"] for event in run.events() if event.kind == "step"])
-    for other in losses[1:]:
-        assert max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) <= 1e-5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_one_row_can_be_trained_on_and_nothing_is_measured(tmp_path):
