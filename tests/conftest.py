@@ -14,6 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers.utils import logging
 
+os.fsync = lambda descriptor: None
+"""A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
@@ -22,13 +26,27 @@ from tunesmith.types import Event
 WORDS = ("the quick brown fox jumps over a lazy dog what is tallest mountain", "on Earth yes please hello")
 
 
-def model_folder(path: Path, arch: str = "llama", *, dropout: float = 0.0, seed: int = 0) -> Path:
-    """A model and its tokenizer as a person would have them on disk."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(arch, vocab_size=len(tokenizer), dropout=dropout, seed=seed)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+_KEPT = TemporaryDirectory(prefix="tiny-models-")
+"""Removed when the tests end."""
+
+
+def copied(path: Path, name: str, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerFast]]) -> Path:
+    """A model and its tokenizer as a person would have them on disk: made once for each `name`, then copied."""
+    kept = Path(_KEPT.name) / name
+    if not kept.exists():
+        for one in make():
+            one.save_pretrained(kept)
+    torch.manual_seed(0)  # so that what is drawn next does not depend on who made it
+    shutil.copytree(kept, path, copy_function=shutil.copy, dirs_exist_ok=True)
     return path
+
+
+def model_folder(path: Path, arch: str = "llama", *, dropout: float = 0.0, seed: int = 0) -> Path:
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        tokenizer = tiny_tokenizer()
+        return tiny_model(arch, vocab_size=len(tokenizer), dropout=dropout, seed=seed), tokenizer
+
+    return copied(path, f"{arch}-{dropout}-{seed}", make)
 
 
 def chats(path: Path, num: int, *, seed: int = 0) -> Path:

@@ -15,12 +15,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from tiny_run import model_folder
+from tiny_run import copied, model_folder
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 
@@ -70,68 +71,74 @@ def write_pooling(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def encoder_folder(path: Path, *, hidden: int = 32, dropout: float = 0.1) -> Path:
     """A BERT of two layers with a head for masked words."""
-    tokenizer = word_tokenizer()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    BertForMaskedLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        tokenizer = word_tokenizer()
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+        torch.manual_seed(0)
+        return BertForMaskedLM(config), tokenizer
+
+    return copied(path, f"bert-{hidden}-{dropout}", make)
 
 
 def encoder_decoder_folder(path: Path, *, hidden: int = 48, dropout: float = 0.0) -> Path:
     """A T5 of two layers on each side, whose tokenizer closes every text with </s>."""
-    tokenizer = closing_tokenizer()
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=hidden,
-        d_kv=hidden // 4,
-        d_ff=2 * hidden,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-        dropout_rate=dropout,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        tokenizer = closing_tokenizer()
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=hidden,
+            d_kv=hidden // 4,
+            d_ff=2 * hidden,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            dropout_rate=dropout,
+        )
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(config), tokenizer
+
+    return copied(path, f"t5-{hidden}-{dropout}", make)
 
 
 def padded_folder(path: Path) -> Path:
     """A BART with the same tokenizer, which cannot run rows end to end."""
-    tokenizer = closing_tokenizer()
-    torch.manual_seed(0)
-    config = BartConfig(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        max_position_embeddings=64,
-        dropout=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=1,
-        forced_eos_token_id=1,
-    )
-    BartForConditionalGeneration(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        tokenizer = closing_tokenizer()
+        config = BartConfig(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            max_position_embeddings=64,
+            dropout=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=1,
+            forced_eos_token_id=1,
+        )
+        torch.manual_seed(0)
+        return BartForConditionalGeneration(config), tokenizer
+
+    return copied(path, "bart", make)
 
 
 def closing_tokenizer() -> PreTrainedTokenizerFast:

@@ -67,9 +67,8 @@ def check_rotation(rotate, folder: Path, *, seed: int) -> None:
 
 
 @pytest.fixture
-def in_memory(monkeypatch) -> Iterator[Path]:
+def in_memory() -> Iterator[Path]:
     """Hundreds of runs in seconds: what reaches the disk when is another test's subject (test_checkpoint_faults)."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
+from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Answer, Sampling
 from tunesmith.inference import load as loading
@@ -57,25 +58,6 @@ def test_runs_and_their_base_are_served(asked: Asked) -> None:
     assert {one.answers for one in served.values()} == {"text"}
     assert {one.task for one in served.values()} == {"chat"}
     assert all(one.max_tokens == 512 and one.created > 1e9 for one in served.values())
-
-
-def test_the_parent_holds_no_torch(root: Path) -> None:
-    code = """
-import asyncio, pathlib, sys
-from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.engine import start_engine
-from tunesmith.errors import InputError
-try:
-    asyncio.run(start_engine(["no-such-run"], root=pathlib.Path(sys.argv[1]), options=EngineOptions(offline=True)))
-except InputError as error:
-    print(error)
-print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
-"""
-    words = [sys.executable, "-c", code, str(root)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-    assert "no-such-run" in done.stdout
-    assert done.stdout.strip().endswith("[]")
 
 
 def test_greedy_answers_at_once_are_those_of_generation(asked: Asked, root: Path) -> None:
@@ -361,19 +343,25 @@ def test_an_answer_that_nobody_reads_is_abandoned(asked: Asked, monkeypatch: pyt
     asked.run(scene())
 
 
+def test_what_the_child_refuses_is_refused_here(root: Path) -> None:
+    with pytest.raises(InputError, match="no-such-run"):
+        Asked(["no-such-run"], root)
+
+
 def test_a_child_over_its_memory_is_ended_before_it_is_ready(root: Path) -> None:
     with pytest.raises(Exception, match=r"it held \d+ MiB of memory, more than the 100 it may"):
         Asked(["first"], root, replace(OPTIONS, memory_limit_bytes=100 * 1024**2))
 
 
-def test_the_child_ends_with_its_parent(root: Path) -> None:
+def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None:
     code = f"""
-import asyncio, os, pathlib
+import asyncio, os, pathlib, sys
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.engine import start_engine
 async def main():
     engine = await start_engine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
-    print(engine._worker.process.pid, flush=True)
+    heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
+    print(engine._worker.process.pid, *heavy, flush=True)
     os._exit(1)
 asyncio.run(main())
 """
