@@ -146,6 +146,8 @@ def test_a_line_a_request_and_nothing_of_what_was_asked() -> None:
 def test_the_test_sees_what_should_not_be_said() -> None:
     planted = "faults tell what was asked; control characters are written; answers are written"
     wrong = wrong_lines(log_of(PLANTED=planted))
+    with pytest.raises(AssertionError):
+        assert wrong == []
     for bug in (r"RuntimeError at .*secret", r"^GET .*\x1b", r"^POST .*secret"):
         assert any(re.search(bug, line) for line in wrong), bug
 

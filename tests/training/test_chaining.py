@@ -29,6 +29,13 @@ def test_the_second_run_begins_where_the_first_ended(tmp_path, method):
     plan = next(event for event in second.events() if event.kind == "plan")
     assert any(f"starts from the result of {first.path}" in text for text in plan.values["warnings"])
     assert "last" not in second.recipe().model
+    if method == "full":
+        return
+    merged = first.path / "merged" / "config.json"  # made once and kept
+    made = merged.stat().st_mtime_ns
+    train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    assert merged.stat().st_mtime_ns == made
+    assert json.loads(merged.read_text())["architectures"]
 
 
 def test_domain_then_task(tmp_path):
@@ -60,17 +67,6 @@ def test_another_class_makes_a_new_head_and_says_so(tmp_path):
     assert second.recipe().data.labels == ("fruit", "place", "size")
     plan = next(event for event in second.events() if event.kind == "plan")
     assert any("classifier.weight" in text for text in plan.values["warnings"])
-
-
-def test_the_merged_model_is_made_once_and_kept(tmp_path):
-    root = tmp_path / "runs"
-    recipe = task_recipe(tmp_path, "text", "causal", method="lora")
-    first = train(recipe, root=root)
-    train(recipe.model_copy(update={"model": str(first.path)}), root=root)
-    made = (first.path / "merged" / "config.json").stat().st_mtime_ns
-    train(recipe.model_copy(update={"model": str(first.path)}), root=root)
-    assert (first.path / "merged" / "config.json").stat().st_mtime_ns == made
-    assert json.loads((first.path / "merged" / "config.json").read_text())["architectures"]
 
 
 def test_a_run_without_a_result_is_refused(tmp_path):

@@ -51,9 +51,7 @@ def test_a_model_of_any_kind_is_tried_with_a_task_that_it_can_learn(tmp_path: Pa
     assert _small(validate({"model": str(model)}), tmp_path, offline=True).task == USUAL.get(kind, "generate")
 
 
-@pytest.mark.parametrize(
-    ("kind", "task"), [("encoder", "text"), ("encoder", "tag"), ("causal", "summarize"), ("causal", "classify")]
-)
+@pytest.mark.parametrize(("kind", "task"), [("encoder", "tag"), ("causal", "classify")])
 def test_the_task_that_is_set_counts(tmp_path: Path, kind: str, task: str) -> None:
     model = MODELS[kind](tmp_path / "model")
     proofs = list(selftest(validate({"model": str(model), "task": task}), offline=True))
@@ -61,9 +59,8 @@ def test_the_task_that_is_set_counts(tmp_path: Path, kind: str, task: str) -> No
     assert all(proof.passed for proof in proofs), proofs
 
 
-@pytest.mark.parametrize(("kind", "task"), [("encoder", "classify"), ("encoder_decoder", "generate")])
-def test_a_run_is_tried_with_its_own_rows(tmp_path: Path, kind: str, task: str) -> None:
-    run = train(task_recipe(tmp_path, task, kind), root=tmp_path / "runs")
+def test_a_run_is_tried_with_its_own_rows(tmp_path: Path) -> None:
+    run = train(task_recipe(tmp_path, "generate", "encoder_decoder"), root=tmp_path / "runs")
     done = CliRunner().invoke(app, ["selftest", str(run.path), "--offline"])
     assert done.exit_code == 0, done.output
     assert done.output.count("✓") >= len(PROOFS)
