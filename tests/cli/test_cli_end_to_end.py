@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import fresh
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.runs.folder import Run
@@ -257,12 +254,6 @@ def test_a_finished_run_has_nothing_to_resume(done: tuple[Run, Result]) -> None:
     assert "nothing is left to resume" in tunesmith("resume", run.path, code=2).stderr
 
 
-def process(words: Sequence[str | Path]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tunesmith", *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 LONG = ("train.epochs=20",)
 LONG_STEPS = 120  # 6 an epoch: long enough that a signal lands in the middle
 
@@ -283,13 +274,13 @@ def test_stop_checkpoints_and_resume_ends_the_same(place: Place, uninterrupted: 
     """A signal in the middle: exit 3, the way on is named, and every loss is that of a run never stopped."""
     words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--json", *settings(*LONG)]
     stopped = place.folder / "stopped"
-    work = process([*words, "--out", stopped])
+    work = fresh.Process("-m", "tunesmith", *words, "--out", stopped)
     assert work.stdout is not None
     for line in work.stdout:
         if json.loads(line)["kind"] == "step":
             break
     work.send_signal(signal.SIGINT)
-    _, said = work.communicate(timeout=120)
+    _, said = work.communicate()
     assert work.returncode == 3, said
     assert f"tunesmith resume {stopped}" in said
     run = Run(stopped)
@@ -305,14 +296,14 @@ def test_stop_checkpoints_and_resume_ends_the_same(place: Place, uninterrupted: 
 
 def test_a_second_signal_leaves_at_once_and_says_the_way_on(place: Place) -> None:
     words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--json", *settings(*LONG)]
-    work = process([*words, "--out", place.folder / "left"])
+    work = fresh.Process("-m", "tunesmith", *words, "--out", place.folder / "left")
     assert work.stdout is not None
     for line in work.stdout:
         if json.loads(line)["kind"] == "step":
             break
     work.send_signal(signal.SIGINT)
     work.send_signal(signal.SIGTERM)  # another one: two of a kind that wait are one
-    _, said = work.communicate(timeout=120)
+    _, said = work.communicate()
     assert work.returncode in (-signal.SIGINT, -signal.SIGTERM), said
     assert "stopped at once; continue from its last checkpoint with: " in said
     assert f"resume {place.folder / 'left'}" in said

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import fresh
 import tunesmith
 from tiny_run import chats, model_folder
 from tunesmith.runs.folder import Run
@@ -59,9 +60,9 @@ def ran(folder: Path, *arguments: str, env: dict[str, str] | None = None, **stre
     )
 
 
-def trained(folder: Path, name: str, **how: Any) -> Ended:
+def trained(folder: Path, name: str, stdout: int) -> fresh.Process:
     given = ["train", "model", "chats.jsonl", "--eval", "held.jsonl", "--offline", "--out", f"runs/{name}"]
-    return ran(folder, *given, *SETTINGS, **how)
+    return fresh.Process("-m", "tunesmith", *given, *SETTINGS, cwd=folder, stdout=stdout)
 
 
 def test_streams_that_nobody_reads_leave_the_run_done(folder: Path) -> None:
@@ -76,9 +77,10 @@ def test_streams_that_nobody_reads_leave_the_run_done(folder: Path) -> None:
 
     reader, writer = os.pipe()
     os.close(reader)
-    ended = trained(folder, "pipe", stdout=writer)
+    process = trained(folder, "pipe", writer)
     os.close(writer)
-    assert (ended.returncode, Run(folder / "runs" / "pipe").state()) == (0, "done"), ended.stderr.decode()
+    _, errors = process.communicate()
+    assert (process.returncode, Run(folder / "runs" / "pipe").state()) == (0, "done"), errors
 
 
 def test_a_command_whose_stdout_is_closed_ends_as_ever(folder: Path) -> None:
@@ -108,19 +110,22 @@ def test_json_in_another_encoding_says_the_same(folder: Path) -> None:
 @needs_full
 def test_a_full_disk_behind_stdout_leaves_the_run_done_and_is_said(folder: Path) -> None:
     with open("/dev/full", "wb") as full:
-        ended = trained(folder, "full", stdout=full)
+        process = trained(folder, "full", full.fileno())
+    _, errors = process.communicate()
     assert Run(folder / "runs" / "full").state() == "done"
-    assert ended.returncode == 1
-    assert b"stdout: No space left on device: not all of the output could be written" in ended.stderr
-    assert b"fault in tunesmith" not in ended.stderr
+    assert process.returncode == 1
+    assert "stdout: No space left on device: not all of the output could be written" in errors
+    assert "fault in tunesmith" not in errors
 
 
 @needs_full
 def test_answers_that_nobody_gets_are_not_computed_on(folder: Path) -> None:
     with open("/dev/full", "wb") as full:
-        ended = ran(folder, "predict", "model", "held.jsonl", "--offline", stdout=full)
-    assert ended.returncode == 1
-    assert b"error: stdout: No space left on device" in ended.stderr
+        words = ("-m", "tunesmith", "predict", "model", "held.jsonl", "--offline")
+        process = fresh.Process(*words, cwd=folder, stdout=full.fileno())
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "error: stdout: No space left on device" in errors
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.3])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+import fresh
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
@@ -498,9 +496,7 @@ def test_saved_files_compute_the_same_in_a_new_process(tmp_path: Path) -> None:
         live[case] = logits(model)
         save_file({"ids": probe_ids()}, folder / "ids.safetensors")
         words += [str(folder), CASES[case].model_dump_json()]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS, *words], check=True, env=environment)
+    fresh.done("-c", IN_A_NEW_PROCESS, *words)
     for case, expected in live.items():
         # 2e-5: float32 in another order of sums, and perhaps another number of threads.
         assert (load_file(tmp_path / case / "out.safetensors")["logits"] - expected).abs().max() <= 2e-5, case

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+import fresh
 from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
@@ -226,11 +224,7 @@ def trained_result(folder: Path, arch: str, method: str) -> Tensor:
 def answers_of_a_new_process(folder: Path, cases: list[str]) -> dict[str, Tensor]:
     save_file({"ids": IDS}, folder / "ids.safetensors")
     (folder / "cases.json").write_text(str(cases).replace("'", '"'))
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS, str(folder)], check=True, env=environment, timeout=240
-    )
+    fresh.done("-c", IN_A_NEW_PROCESS, folder)
     return load_file(folder / "out.safetensors")
 
 

@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import fresh
 from tiny_run import chats, same_run, stop_at, tiny_recipe
 from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
@@ -214,89 +213,46 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_
 KILLS = int(os.environ.get("TUNESMITH_KILLS", "4"))
 KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
-WORKER = """
-import contextlib, importlib, sys, time
+RUN = """
+import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[4:]
-for name in Path(sys.argv[3]).read_text().split():  # the imports are not what is killed
-    with contextlib.suppress(Exception):
-        importlib.import_module(name)
 from tunesmith.recipe.load import load
-from tunesmith.runs.folder import Run, runs
+from tunesmith.runs.folder import runs
 from tunesmith.training.trainer import resume, train
 recipe, root = sys.argv[1], Path(sys.argv[2])
-import gc
-gc.freeze()  # what is imported is not looked through again in each run
-print("ready", flush=True)
-for line in sys.stdin:
-    made = runs(root)
-    pid = __import__("os").fork()
-    if pid == 0:
-        if made:
-            resume(made[0])
-        else:
-            train(load(recipe), root=root)
-        __import__("os")._exit(0)
-    print(pid, flush=True)
-    print(__import__("os").waitpid(pid, 0)[1], flush=True)
+resume(made[0]) if (made := runs(root)) else train(load(recipe), root=root)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     """SIGKILL at random moments, over as many runs as it takes; TUNESMITH_KILLS=2000 for a long one."""
     recipe = tiny_recipe(tmp_path, dropout=0.1, checkpoint={"every": 2}, evaluation={"every": 3})
     recipe_path = tmp_path / "recipe.yaml"
     recipe_path.write_text(as_yaml(recipe, comments=False))
     straight = train(recipe, root=tmp_path / "straight")
-    paths = [entry for entry in sys.path if entry]
-    imported = tmp_path / "imported.txt"
-    names = [
-        name for name in sys.modules if name.split(".")[0] in ("tunesmith", "torch", "transformers", "safetensors")
-    ]
-    imported.write_text("\n".join(name for name in names if ".models." not in name or "llama" in name))
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(recipe_path), str(tmp_path / "runs"), str(imported), *paths],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert worker.stdin
-    assert worker.stdout
-    assert worker.stdout.readline() == "ready\n"
+    words = ("-c", RUN, recipe_path, tmp_path / "runs")
+    fresh.done("-c", "pass")  # what is imported is not what is killed
+    begun = time.perf_counter()
+    fresh.done(*words)  # one that is left alone tells how long a new process takes
+    seconds = time.perf_counter() - begun
+    shutil.rmtree(runs(tmp_path / "runs")[0].path)
     draw, killed, finished = random.Random(KILL_SEED), 0, 0
-    try:
-        begun = time.perf_counter()
-        worker.stdin.write("go\n")  # one that is left alone tells how long a new process takes
-        worker.stdin.flush()
-        worker.stdout.readline()
-        assert worker.stdout.readline() == "0\n"
-        seconds = time.perf_counter() - begun
-        shutil.rmtree(runs(tmp_path / "runs")[0].path)
-        while killed < KILLS:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            pid = int(worker.stdout.readline())
-            time.sleep(draw.uniform(0, seconds))
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            status = int(worker.stdout.readline())
-            killed += os.WIFSIGNALED(status)
-            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-            made = runs(tmp_path / "runs")
-            if made and made[0].state() == "done":
-                same_run(made[0], straight)
-                finished += 1
-                shutil.rmtree(made[0].path)
-        worker.stdin.close()
-        worker.wait()
+    while killed < KILLS:
+        process = fresh.Process(*words)
+        time.sleep(draw.uniform(0, seconds))
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        killed += process.returncode != 0
         made = runs(tmp_path / "runs")
-        if made:
-            same_run(resume(made[0]), straight)
+        if made and made[0].state() == "done":
+            same_run(made[0], straight)
             finished += 1
-    finally:
-        worker.kill()
+            shutil.rmtree(made[0].path)
+    if made := runs(tmp_path / "runs"):
+        same_run(resume(made[0]), straight)
+        finished += 1
     print(json.dumps({"kills": killed, "runs finished": finished}))
     assert finished >= 1
 
