@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -43,29 +44,31 @@ def made(folder: Path, rates: str) -> None:
     (folder / "lr.yaml").write_text(FILE.format(rates=rates), "utf-8")
 
 
-def test_two_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(tmp_path, "[1e-2, 1e-4]")
-    done = sweep(tmp_path, "--json")
-    assert done.returncode == 0, done.stderr.decode()
+@pytest.mark.parametrize("rates", [["1e-2"], pytest.param(["1e-2", "1e-4"], marks=pytest.mark.slow)])
+def test_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[str]) -> None:
+    def swept(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline", *words])
+        assert result.exit_code == code, result.output
+        return result
+
+    made(tmp_path, f"[{', '.join(rates)}]")
+    monkeypatch.chdir(tmp_path)
+    done = swept("--json")
     found = orjson.loads(done.stdout)
+    names = ["lr-01", "lr-02"][: len(rates)]
     assert found["best"] == "lr-01"
-    assert [trial["state"] for trial in found["trials"]] == ["done", "done"]
-    rows = [Run(tmp_path / "runs" / name).metrics["loss"] for name in ("lr-01", "lr-02")]
+    assert [trial["state"] for trial in found["trials"]] == ["done"] * len(rates)
+    rows = [Run(tmp_path / "runs" / name).metrics["loss"] for name in names]
     assert [trial["measure"] for trial in found["trials"]] == rows
-    assert [run.path.name for run in runs(tmp_path / "runs")] == ["lr-01", "lr-02"]
-    assert "2 trials of optim.lr" in done.stderr.decode()
+    assert [run.path.name for run in runs(tmp_path / "runs")] == names
+    assert "of optim.lr" in done.stderr
     assert b"<svg" in (tmp_path / "runs" / "lr" / "sweep.html").read_bytes()
     before = (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes()
-    monkeypatch.chdir(tmp_path)
-    again = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline"])
-    assert again.exit_code == 0
-    assert "compare runs/lr-02 runs/lr-01" in again.stdout
+    assert ("compare runs/lr-02 runs/lr-01" in swept().stdout) == (len(rates) > 1)
     assert (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes() == before
 
     (tmp_path / "lr.yaml").write_text(FILE.format(rates="[1e-2, -1]"), "utf-8")
-    refused = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline", "--name", "b"])
-    assert refused.exit_code == 2
-    assert "lr.yaml:12: grid: optim.lr: -1 is out of range" in refused.output
+    assert "lr.yaml:12: grid: optim.lr: -1 is out of range" in swept("--name", "b", code=2).output
     assert not (tmp_path / "runs" / "b").exists()
 
 
