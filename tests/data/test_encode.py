@@ -108,6 +108,7 @@ def test_chats_are_the_same_and_processes_end_with_the_work(tmp_path: Path, star
     assert not any(is_there(pid) for pid in started)
 
 
+@pytest.mark.slow
 def test_labelled_rows_are_the_same(tmp_path: Path) -> None:
     labels = ["late", "early", "never", "always", "some,times"]
     rows = [f'"text {i} of it","{labels[3 * i % 5]}"' for i in range(50)]
@@ -156,7 +157,7 @@ def test_an_error_comes_back_from_a_process_as_it_is(tmp_path: Path) -> None:
     assert list((tmp_path / "rows").iterdir()) == []
 
 
-@pytest.mark.parametrize("is_writing", [False, True])
+@pytest.mark.parametrize("is_writing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rows_of_a_process_that_dies_are_encoded_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_writing: bool
 ) -> None:
