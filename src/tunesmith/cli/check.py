@@ -63,7 +63,7 @@ def check(
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
-        from tunesmith.cli.display import fetched, progress_bar
+    from tunesmith.cli.display import fetched, progress_bar
     from tunesmith.cli.streams import console, json_line
     from tunesmith.data.check import check as check_rows
     from tunesmith.data.splits import mix
