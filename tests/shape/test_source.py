@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,10 @@ def forbidden(tree: ast.Module, *, may_print: bool) -> Iterator[str]:
                     yield f"{node.lineno}: shell"
         elif isinstance(node, ast.ExceptHandler) and node.type is None:
             yield f"{node.lineno}: bare except"
+        for block in ("body", "orelse", "finalbody"):
+            for last, behind in pairwise(found if isinstance(found := getattr(node, block, []), list) else []):
+                if isinstance(last, (ast.Raise, ast.Return)):
+                    yield f"{behind.lineno}: behind a raise or return, where nothing gets"
 
 
 def _is(node: ast.expr, value: object) -> bool:
@@ -79,6 +84,7 @@ def test_source_runs_no_foreign_code_and_prints_nothing(path: Path) -> None:
         "run('ls', shell=True)",
         "try:\n    f()\nexcept:\n    pass",
         "print(1)",
+        "if 1:\n    raise ValueError\n    import x",
     ],
 )
 def test_the_rule_catches(text: str) -> None:
