@@ -133,7 +133,7 @@ def test_partners_go_round_and_pass_over_rows_of_one_prompt():
     hashes, inputs = np.array([5, 1, 3, 2, 4], np.uint64), np.array([7, 7, 8, 7, 7], np.uint64)
     found = partners_of(np.arange(5), hashes, inputs, 9)
     assert found.rows_I.tolist() == [2, 2, 4, 2, 2]  # in order 1, 3, 2, 4, 0: the one of prompt 8, and the one after it
-    assert partners_of(np.array([0, 1, 3]), hashes, inputs, 9) is None
+    assert partners_of(np.array([0, 1, 3]), hashes, inputs, 9).rows_I.tolist() == [0, 1, -1, 3, -1]
     some = partners_of(np.array([0, 2]), hashes, inputs, 9)
     assert some.joined(found).rows_I.tolist() == [2, 2, 0, 2, 2]
 
@@ -172,6 +172,13 @@ def test_a_run_stopped_and_resumed_is_the_same_run_and_is_measured_again_as_it_s
     assert first["loss"] == pytest.approx(np.where(labels > 0, weights.desirable, weights.undesirable).mean() / 2)
 
 
+def test_a_single_row_may_be_held_out(tmp_path):
+    recipe = recipe_of(tmp_path, train={"max_steps": 2})
+    write(tmp_path / "prefer-held.jsonl", labelled(1, seed=7))
+    run = train(recipe, root=tmp_path / "runs")
+    assert run.state() == "done"
+
+
 def test_the_model_and_rows_prove_themselves(tmp_path):
     proofs = list(selftest(recipe_of(tmp_path)))
     assert all(proof.passed for proof in proofs), proofs
@@ -182,7 +189,7 @@ def test_the_model_and_rows_prove_themselves(tmp_path):
     [
         (lambda rows: rows + rows_of("prefer", 2), {}, "other_shape"),
         (lambda rows: [{**row, "label": True} for row in rows], {}, "all rows have label true"),
-        (lambda rows: [{**row, "prompt": rows[0]["prompt"]} for row in rows], {}, "all rows have this prompt"),
+        (lambda rows: [{**row, "prompt": rows[0]["prompt"]} for row in rows], {}, "all training rows have this prompt"),
         (lambda rows: rows, {"prefer": {"loss": "dpo"}}, "the rows are answers with a label"),
         (lambda rows: rows_of("prefer", 24), {"prefer": {"loss": "kto"}}, "the rows are pairs of answers"),
         (lambda rows: rows, {"train": {"rows_per_step": 1}}, "Use 2 or more"),

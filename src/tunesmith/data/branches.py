@@ -94,15 +94,15 @@ class Partners:
 
 def partners_of(
     rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
-) -> Partners | None:
+) -> Partners:
     """Partners of some rows: the next in the order of content hashes that has another prompt, the first one behind the
-    last; None where all have one prompt. The hashes are those of all rows of a store."""
+    last; where all have one prompt, each row is its own. The hashes are those of all rows of a store."""
     order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
     ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
-    if not len(ends):
-        return None
     found = np.full(len(hashes_I), -1, np.int64)
-    found[order] = order[(ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)] + 1) % len(order)]
+    found[order] = order
+    if len(ends):
+        found[order] = order[(ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)] + 1) % len(order)]
     return Partners(found, max_tokens)
 
 

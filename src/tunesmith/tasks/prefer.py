@@ -63,6 +63,8 @@ def check_compared(recipe: Recipe) -> None:
 
 def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
     """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
+    import numpy as np
+
     from tunesmith.data.branches import partners_of
 
     (store, train_I), *_ = sides
@@ -71,9 +73,7 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         other_I = rows_I[(side.branches.counts[rows_I] == 1) != unpaired]
         if len(other_I):
             have, others = ("two answers", "a label") if unpaired else ("a label", "two answers")
-            raise DataError(
-                f"{side.source(int(other_I[0]))}: it has {have}, and other rows have {others}. Use one kind."
-            )
+            raise DataError(f"{side.source(int(other_I[0]))}: it has {have}, other rows have {others}. Use one kind.")
     loss, fitting = recipe.prefer.loss, "kto" if unpaired else "dpo"
     what = "answers with a label" if unpaired else "pairs of answers"
     if loss != "auto" and unpaired != (loss == "kto"):
@@ -83,12 +83,11 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         return choices
     if recipe.train.rows_per_step == 1:
         raise RecipeError("train.rows_per_step: 1: kto estimates from other rows of a step. Use 2 or more.")
+    if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
+        raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
     for side, rows_I in sides:
-        if len(rows_I):
-            found = partners_of(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
-            if found is None:
-                raise DataError(f"{side.source(int(rows_I[0]))}: all rows have this prompt: kto needs several.")
-            side.branches.partners = found.joined(side.branches.partners)
+        found = partners_of(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
+        side.branches.partners = found.joined(side.branches.partners)
     return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
 
 
