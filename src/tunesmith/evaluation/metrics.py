@@ -106,9 +106,14 @@ METRICS: Mapping[str, MetricInfo] = {
     "bleu": MetricInfo("BLEU", "ratio", "higher", "Corpus BLEU, 0 to 100 (sacrebleu)."),
     "chrf": MetricInfo("chrF", "ratio", "higher", "Corpus chrF, 0 to 100 (sacrebleu)."),
     "preference_accuracy": MetricInfo(
-        "preference accuracy", "percent", "higher", "Pairs of which the chosen answer gained more; ties count half."
+        "preference accuracy",
+        "percent",
+        "higher",
+        "Pairs whose chosen answer gained more, or has more reward; ties half.",
     ),
-    "margin": MetricInfo("margin", "number", "higher", "Mean of β times the difference that the loss compares."),
+    "margin": MetricInfo(
+        "margin", "number", "higher", "Mean difference that the loss compares; of preferences times β."
+    ),
     "chosen_shift": MetricInfo(
         "shift of chosen",
         "number",
