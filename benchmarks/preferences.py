@@ -64,6 +64,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 print(f"{name} failed:\n{child.tail}", file=sys.stderr)
                 return 1
             found = json.loads((folder / f"{name}.part").read_text("utf-8"))
+            if "tuned" in found:
+                known = json.loads((folder / "job.json").read_text("utf-8"))
+                (folder / "job.json").write_text(json.dumps({**known, "tuned": found["tuned"]}), "utf-8")
             found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
             (folder / f"{name}.json").write_text(json.dumps(found), "utf-8")
     return report(*(json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("ours", "trl")))
@@ -98,6 +101,9 @@ def report(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
     print(f"tokens/s {speeds[0]:,.0f} and {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} times")
     print(f"the first epoch, in which ours computes the reference: {with_reference / speeds[1]:.2f} times")
     print(f"memory {peaks[0]:.2f} GiB and {peaks[1]:.2f} GiB: {peaks[0] / peaks[1]:.2f}")
+    right = theirs["won"]
+    num, other = len(right["ours"]), sum(a != b for a, b in zip(right["ours"], right["trl"], strict=True))
+    print(f"held-out pairs right, of {num}: {sum(right['ours'])} and {sum(right['trl'])}; {other} decided otherwise")
     print(json.dumps({"machine": machine(), "ours": versions(), "TRL": theirs["versions"],
                       "load": [ours["load_before"], theirs["load_before"]]}))  # fmt: skip
     return int(worst > 1e-3)

@@ -39,7 +39,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     steps = [[i for rows in setup.plan.step(step) for i in rows] for step in range(1, job["steps"] + 1)]
     pairs = [_pair(lines_of(setup.store.row(i))) for rows in steps for i in rows]
     num_rows = len(setup.rows.train_rows) + len(setup.rows.held_rows)
-    given = {**job, "adapter": str(folder / "start"), "pairs": pairs, "folder": str(folder / "trl")}
+    held = [_pair(lines_of(setup.rows.held_store.row(i))) for i in range(len(setup.rows.held_store))]
+    given = {**job, "adapter": str(folder / "start"), "pairs": pairs, "held_out": held, "folder": str(folder / "trl")}
     (folder / "job.json").write_text(json.dumps(given), "utf-8")
     del setup
     gc.collect()
@@ -58,7 +59,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "reference_seconds": (clock[-1] - clock[0]) / num_rows * job["pairs_per_step"],
         "run_seconds": time.perf_counter() - begun,
         "tokens": statistics.mean(event.values["tokens"] for event in events),
-        "run": str(tuned.path),
+        "tuned": str(tuned.adapter_path),
     }
 
 

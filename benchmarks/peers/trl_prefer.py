@@ -46,8 +46,26 @@ class Notes(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(logs["loss"]))
 
 
+def won(model: Any, pairs: list[dict[str, list[int]]]) -> list[bool]:
+    """Whether the chosen answer of each pair gained more under the active adapter than the rejected one."""
+
+    def logp(prompt: list[int], answer: list[int]) -> float:
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return float(torch.log_softmax(logits.double(), -1).gather(1, torch.tensor(answer)[:, None]).sum())
+
+    found = []
+    with torch.no_grad():
+        for pair in pairs:
+            sides = [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")]
+            tuned = [logp(*side) for side in sides]
+            with model.disable_adapter():
+                base = [logp(*side) for side in sides]
+            found.append(tuned[0] - base[0] > tuned[1] - base[1])
+    return found
+
+
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """RESULT.json: {"losses", "seconds" of each step, "versions"}; the adapter is left in the job's folder."""
+    """RESULT.json: {"losses", "seconds" of each step, "won": held-out pairs by each tuned adapter, "versions"}."""
     torch.set_num_threads(job["threads"])
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["precision"]))
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
@@ -71,9 +89,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     ):  # a copy of the adapter, which adds nothing yet: without it the base is the reference
         model.delete_adapter("ref")
     trainer.train()
-    model.save_pretrained(f"{job['folder']}/adapter")
     seconds = [after - before for before, after in zip(notes.ends, notes.ends[1:], strict=False)]
-    return {"losses": notes.losses, "seconds": seconds, "versions": versions("torch", "transformers", "trl", "peft")}
+    model.eval()
+    found = {"trl": won(model, job["held_out"])}
+    model.load_adapter(job["tuned"], "ours")
+    model.set_adapter("ours")
+    found["ours"] = won(model, job["held_out"])
+    of = versions("torch", "transformers", "trl", "peft")
+    return {"losses": notes.losses, "seconds": seconds, "won": found, "versions": of}
 
 
 if __name__ == "__main__":
