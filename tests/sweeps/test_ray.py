@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import DataError, GroupError, InputError
+from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.load import validate
 from tunesmith.sweeps import ray_engine
-from tunesmith.sweeps.ray_engine import RayTasks, connected, needs_of
+from tunesmith.sweeps.ray_engine import RayTasks
 from tunesmith.sweeps.trial import Job
 
 

@@ -38,6 +38,9 @@ StoreFiles = Annotated[
 ]
 Upgrade = Annotated[bool, typer.Option("--upgrade-store", help="Upgrade an older PostgreSQL store. Back it up first.")]
 BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help="Models that jobs may tune, in YAML.")]
+RayAt = Annotated[
+    str | None, typer.Option("--ray", metavar="local|auto|HOST:PORT", help="Run jobs at once on Ray (extra ray).")
+]
 Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may send requests.")]
 
 
@@ -60,6 +63,7 @@ def serve(
     store: StorePlace = "jobs",
     store_files: StoreFiles = Path("jobs"),
     upgrade_store: Upgrade = False,
+    ray: RayAt = None,
     bases: BasesFile = None,
     model: BaseAt = None,
     root: Root = Path("runs"),
@@ -80,20 +84,21 @@ def serve(
     from tunesmith.cli.streams import console
     from tunesmith.serve.protocol import EngineOptions
 
-    names = _named(targets, jobs=jobs, bases=bases)
+    names = _named(targets, jobs=jobs, bases=bases, ray=ray)
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
     memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     options = EngineOptions(
         max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
     )
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
-    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store) if jobs else None
+    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store, ray=ray) if jobs else None
     serve_own(names, access, options, root=root, grace_s=grace, output=output, jobs=where)
 
 
-def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None) -> list[str]:
-    if bases is not None and not jobs:
-        raise InputError("--bases: names models for jobs: give --jobs too.")
+def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None, ray: str | None) -> list[str]:
+    for option, given in (("--bases", bases), ("--ray", ray)):
+        if given is not None and not jobs:
+            raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None:
         raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
     return targets or []

@@ -7,10 +7,10 @@ import os
 import shlex
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -55,6 +55,14 @@ class JobPlace:
     files: Path = Path("jobs")
     """Folder of contents and runs, if the store is no folder."""
     may_upgrade: bool = False
+    ray: str | None = None
+    """Address of the cluster that runs are started on; None: on this machine."""
+
+    def cluster(self) -> AbstractContextManager[Any]:
+        """Ray, or None. Raises InputError if it is not reached."""
+        from tunesmith.parallel.cluster import connected
+
+        return nullcontext() if self.ray is None else connected(self.ray)
 
     def open(self, on_note: Callable[[str], None], *, is_server: bool = True) -> Store:
         """Raises InputError."""
@@ -169,7 +177,7 @@ def import_jobs() -> None:
     if os.name != "posix":
         raise InputError("--jobs: runs on Linux and macOS only.")
     try:
-        from tunesmith.jobs import access, routes  # noqa: F401
+        from tunesmith.jobs import access, server  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
             f"--jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
@@ -245,19 +253,19 @@ def serve_own(
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
     store = None if jobs is None else jobs.open(output.note)
     policy = policy if store is None else with_projects(policy, store, bound)
-    has_key = bool(keys) or (store is not None and store.has_keys())
-    refuse_open_door(access, bound, has_key=has_key)
+    refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.has_keys())))
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
             routers: Sequence[APIRouter] = ()
             engine: Engine
-            if bases is not None and store is not None:
+            if bases is not None and store is not None and jobs is not None:
                 from tunesmith.jobs.server import JobServer
 
                 stack.callback(store.close)
                 output.note(f"loading {', '.join(bases.by_name)}")
-                working = await JobServer.start(store, bases, options, root=root, on_note=output.note)
+                ray = stack.enter_context(jobs.cluster())
+                working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)
                 engine, routers = working.engines, working.routers
             else:

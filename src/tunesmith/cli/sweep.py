@@ -92,7 +92,8 @@ def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
     if ray is None:
         yield OneByOne()
         return
-    from tunesmith.sweeps.ray_engine import RayTasks, connected
+    from tunesmith.parallel.cluster import connected
+    from tunesmith.sweeps.ray_engine import RayTasks
 
     with connected(ray) as there:
         yield RayTasks(there, found.grid.trials[0].recipe)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
 
 from tunesmith.errors import InputError
 from tunesmith.jobs.names import DEFAULT_PROJECT, check_project, new_id
@@ -85,6 +90,7 @@ class ProjectKeys:
     from_file: ApiKeys | None
     may_be_open: bool
     """Whether requests without a key are for the first project, as long as no key was ever made."""
+    _rates: MovingWindowRateLimiter = field(default_factory=lambda: MovingWindowRateLimiter(MemoryStorage()))
 
     def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
         """See Admission."""
@@ -92,7 +98,7 @@ class ProjectKeys:
         if self.from_file is not None and self.from_file.accepts(authorization):
             return self._for_project(DEFAULT_PROJECT, headers)
         if self.from_file is None and self.may_be_open and not self.store.has_keys():
-            return DEFAULT_PROJECT  # whatever key and project a program sends along
+            return self._counted(DEFAULT_PROJECT)  # whatever key and project a program sends along
         row = self._find(authorization)
         needed = scope_of(method, path)
         if needed is not None and not {needed, "admin"} & set(row["scopes"]):
@@ -117,6 +123,15 @@ class ProjectKeys:
         if wanted != project.encode():
             message = "OpenAI-Project: is not the project of this key."
             raise RequestError(message, status=401, code="mismatched_project")
+        return self._counted(project)
+
+    def _counted(self, project: str) -> str:
+        if (most := self.store.rules.of(project).requests_per_minute) is not None:
+            window = RateLimitItemPerMinute(most)
+            if not self._rates.hit(window, project):
+                wait = max(1, math.ceil(self._rates.get_window_stats(window, project).reset_time - time.time()))
+                message, headers = f"Most requests a minute: {most}. Try again in {wait} s.", {"Retry-After": str(wait)}
+                raise RequestError(message, status=429, code="rate_limit_exceeded", headers=headers)
         return project
 
 

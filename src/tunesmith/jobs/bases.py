@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.errors import InputError
+from tunesmith.jobs.names import check_project
+from tunesmith.jobs.rules import ProjectRules, Rules
 from tunesmith.recipe import load, yaml_io
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -34,6 +36,8 @@ class _File(BaseModel):
 
     bases: dict[str, PublicBase] = Field(min_length=1)
     min_examples: int = Field(10, ge=1)
+    every_project: ProjectRules = ProjectRules()
+    projects: dict[str, ProjectRules] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Bases:
     by_name: Mapping[str, PublicBase]
     min_examples: int = 10
     """Fewest rows of a training file."""
+    rules: Rules = field(default_factory=Rules)
     _names: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +81,10 @@ def bases_of_file(path: Path) -> Bases:
     except ValidationError as error:
         faults = [f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
         raise InputError("\n".join(faults)) from None
-    bases = Bases(found.bases, found.min_examples)
+    for project in found.projects:
+        check_project(project)
+    rules = Rules(every_project=found.every_project, projects=found.projects)
+    bases = Bases(found.bases, found.min_examples, rules)
     for name, base in found.bases.items():
         recipe = load.validate({"model": base.model, **base.recipe})
         if recipe.method.name not in ("auto", "lora"):

@@ -7,6 +7,8 @@ run, and a job changes its state in one transaction with everything that belongs
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from tunesmith.serve.protocol import RequestError
 POLL_S = 0.2
 SNAPSHOTS = 2
 """Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
+EXPIRE_S = 60.0
 MOST_ATTEMPTS = 3
 """Starts without a new checkpoint between them."""
 UNAVAILABLE = 503
@@ -57,6 +60,7 @@ class _Active:
     """A run under way."""
 
     job: str
+    project: str
     run: Run
     process: Process
     tail: Tail
@@ -75,6 +79,10 @@ class Dispatcher:
     on_note: Callable[[str], None] = lambda text: None
     parallel: int = 1
     active: dict[str, _Active] = field(default_factory=dict)
+    last_start: dict[str, int] = field(default_factory=dict)
+    """The number of the last start of a project."""
+    num_started: int = 0
+    expires_next: float = 0.0
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
@@ -82,7 +90,7 @@ class Dispatcher:
         self.store.sweep_models()
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
-                self._follow_new(job["id"], process)
+                self._follow_new(job, process)
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop`. Runs under way then stop after their step, and go on under the next server."""
@@ -102,9 +110,27 @@ class Dispatcher:
         for job in self.store.with_status("running"):
             if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
-        for job in self.store.waiting():
-            if job["id"] not in self.active and len(self.active) < self.parallel:
+        for job in self._in_turn():
+            if len(self.active) < self.parallel and self._may_run(job):
                 self._begin(job)
+        if time.monotonic() >= self.expires_next:
+            self.expires_next = time.monotonic() + EXPIRE_S
+            for line in self.store.expire():
+                self.on_note(line)
+
+    def _in_turn(self) -> list[Record]:
+        """Jobs that wait, the projects in turn, and each project's oldest first."""
+        places = Counter(one.project for one in self.active.values())
+        waiting = [job for job in self.store.waiting() if job["id"] not in self.active]
+        order = {}
+        for job in waiting:
+            order[job["id"]] = (places[job["project"]], self.last_start.get(job["project"], 0), job["seq"])
+            places[job["project"]] += 1
+        return sorted(waiting, key=lambda job: order[job["id"]])
+
+    def _may_run(self, job: Record) -> bool:
+        most = self.store.rules.of(job["project"]).jobs_running
+        return most is None or sum(one.project == job["project"] for one in self.active.values()) < most
 
     def _run_path(self, job: str) -> Path:
         return self.store.runs_path / job
@@ -132,11 +158,13 @@ class Dispatcher:
         if run.path.exists():
             run.clear_stop()
         path = self.store.recipes_path / f"{name}.yaml"
-        self._follow_new(name, self.launcher.start(run.path, path, environment_of(job)))
+        self._follow_new(job, self.launcher.start(run.path, path, environment_of(job)))
 
-    def _follow_new(self, name: str, process: Process) -> None:
-        run = Run(self._run_path(name))
-        self.active[name] = _Active(name, run, process, Tail(run.events_path), EventTranslator(name))
+    def _follow_new(self, job: Record, process: Process) -> None:
+        name, run = job["id"], Run(self._run_path(job["id"]))
+        self.active[name] = _Active(name, job["project"], run, process, Tail(run.events_path), EventTranslator(name))
+        self.num_started += 1
+        self.last_start[job["project"]] = self.num_started
 
     def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""

@@ -14,7 +14,8 @@ NO_ERROR = {"code": None, "message": None, "param": None}
 
 def file_object(row: Record) -> dict[str, Any]:
     own = {name: row[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
-    return {"object": "file", **own, "status": "processed", "status_details": None}
+    expiry = {} if row["expires_at"] is None else {"expires_at": row["expires_at"]}
+    return {"object": "file", **own, **expiry, "status": "processed", "status_details": None}
 
 
 def upload_object(row: Record, file: Record | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
 from tunesmith.jobs.states import Action
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record, events, files, jobs
+from tunesmith.jobs.tables import Record, events, files, is_live, jobs
 from tunesmith.jobs.upload_parts import (
     CompletionBody,
     UploadBody,
@@ -99,7 +99,7 @@ def make_file_router(store: Store) -> APIRouter:
             raise RequestError("order: should be asc or desc.", param="order")
         wanted = [files.c.purpose == query["purpose"]] if "purpose" in query else []
         rows, more = store.page(
-            files, files.c.deleted_at.is_(None), *wanted,
+            files, is_live(), *wanted,
             after=after(store, files, query), limit=read_limit(query, 10_000, 10_000),
             newest_first=query.get("order", "desc") == "desc",
         )  # fmt: skip

@@ -17,8 +17,10 @@ from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines
 from tunesmith.jobs.launcher import LocalLauncher
 from tunesmith.jobs.permissions import make_permission_router
+from tunesmith.jobs.ray_launcher import RayLauncher
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
+from tunesmith.jobs.webhooks import WebhookSender
 from tunesmith.serve.engine import start_engine
 from tunesmith.serve.protocol import EngineOptions
 
@@ -50,13 +52,21 @@ class JobServer:
     engines: Engines
     routers: tuple[APIRouter, ...]
     _stop: threading.Event
-    _thread: threading.Thread
+    _threads: tuple[threading.Thread, ...]
 
     @classmethod
     async def start(
-        cls, store: Store, bases: Bases, options: EngineOptions, *, root: Path, on_note: Callable[[str], None]
+        cls,
+        store: Store,
+        bases: Bases,
+        options: EngineOptions,
+        *,
+        root: Path,
+        on_note: Callable[[str], None],
+        ray: Any = None,
     ) -> JobServer:
         """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
+        store.rules = bases.rules
         started = {}
         try:
             for name, base in bases.by_name.items():
@@ -73,8 +83,10 @@ class JobServer:
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
         engines.readers = store.readers()
 
-        launcher = LocalLauncher(offline=options.offline)
-        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note)
+        local = LocalLauncher(offline=options.offline)
+        launcher = local if ray is None else RayLauncher(ray, offline=options.offline)
+        slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
+        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note, slots)
         stop = threading.Event()
 
         def work() -> None:
@@ -82,14 +94,17 @@ class JobServer:
             dispatcher.run(stop)
 
         routers = make_routers(store, bases, engines)
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        return cls(store, engines, routers, stop, thread)
+        sender = WebhookSender(store, on_note)
+        threads = tuple(threading.Thread(target=one, daemon=True) for one in (work, lambda: sender.run(stop)))
+        for thread in threads:
+            thread.start()
+        return cls(store, engines, routers, stop, threads)
 
     async def close(self) -> None:
         """End the work. A run under way stops after its step, and goes on under the next server."""
         self._stop.set()
-        await asyncio.to_thread(self._thread.join, 10)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, 10)
 
 
 def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRouter, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,26 @@ import sqlalchemy as sa
 
 from tunesmith.errors import InputError
 from tunesmith.jobs.database import Database
-from tunesmith.jobs.names import derived_id, new_id, snapshot_step
+from tunesmith.jobs.names import DEFAULT_PROJECT, derived_id, new_id, snapshot_step
+from tunesmith.jobs.rules import Rules
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
-from tunesmith.jobs.tables import Record, events, files, jobs, keys, models, own, permissions, stores, uploads
+from tunesmith.jobs.tables import (
+    Record,
+    events,
+    files,
+    is_live,
+    jobs,
+    keys,
+    models,
+    own,
+    permissions,
+    stores,
+    uploads,
+    webhooks,
+)
 from tunesmith.runs.atomic import fsync_dir, remove, write_atomic
 from tunesmith.runs.folder import Run
+from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 
 DATABASE_FILE = "jobs.sqlite"
@@ -59,6 +74,7 @@ class Store:
         Raises InputError if another server uses the store, and for a version that cannot be used.
         """
         self.folder = folder.resolve()
+        self.rules = Rules()
         if is_server or url is None:
             for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -182,12 +198,28 @@ class Store:
     # Files
 
     def add_file(self, row: Record) -> Record:
-        self.insert(files, row)
+        """Raises RequestError if the project may not have as much."""
+        with self.writing() as connection:
+            self.check_room(connection, row["bytes"])
+            connection.execute(self.insert_new(files).values(created_at=int(time.time()), **row))
         return self.one(files, id=row["id"]) or {}
 
+    def check_room(self, connection: sa.Connection | None, num_bytes: int) -> None:
+        """Raises RequestError if a file of that size is more than the project of the request may have."""
+        most = self.rules.of(PROJECT.get() or DEFAULT_PROJECT).file_bytes
+        if most is None:
+            return
+        with nullcontext(connection) if connection is not None else self._database.reading() as reader:
+            taken = int(reader.scalar(sa.select(sa.func.sum(files.c.bytes)).where(*own(files), is_live())) or 0)
+        if taken + num_bytes > most:
+            message = f"The files of this project have {taken:,} bytes and may have {most:,}. Delete some."
+            headers = {"x-should-retry": "false", "Connection": "close"}
+            raise RequestError(message, status=429, code="insufficient_quota", param="file", headers=headers)
+
     def file(self, name: str) -> Record | None:
-        """A file that was not deleted."""
-        return self.one(files, id=name, deleted_at=None)
+        """A file that was not deleted, and has not expired."""
+        found, _ = ([], False) if "\0" in name else self.page(files, files.c.id == name, is_live(), limit=1)
+        return found[0] if found else None
 
     def delete_file(self, name: str) -> bool:
         """Whether there was one. Its content goes at once, or when no job that has not ended needs it."""
@@ -196,12 +228,21 @@ class Store:
         return done
 
     def sweep(self, *, with_uploads: bool = False) -> None:
-        """Remove contents that no row names any more. `with_uploads`: those of uploads too; none may be under way."""
+        """Remove contents of deleted files that no open job needs, and runs that are kept no longer.
+
+        `with_uploads`: also what no row names, at the start: later it may belong to an upload that is being finished.
+        """
+        found = self._read(sa.select(files.c.id, files.c.deleted_at))
+        # Read after the files: a job that is made of one meanwhile is seen here.
         needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
-        needed |= {row["id"] for row in self._read(sa.select(files.c.id).where(files.c.deleted_at.is_(None)))}
+        needed |= {row["id"] for row in found if row["deleted_at"] is None}
+        deleted = {row["id"] for row in found} - needed
         for path in self.files_path.iterdir():
-            if path.name not in needed and (with_uploads or not path.name.startswith(".")):
+            if path.name in deleted or (with_uploads and path.name not in needed):
                 path.unlink(missing_ok=True)
+        for row in self._read(sa.select(jobs.c.id).where(jobs.c.run_removed_at.is_not(None))):
+            if (run := self.runs_path / row["id"]).exists():
+                remove(run)
         fsync_dir(self.files_path)
         is_pending = (uploads.c.status == "pending", uploads.c.expires_at > int(time.time()))
         pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(*is_pending))}
@@ -211,11 +252,40 @@ class Store:
             for temporary in path.glob(".*") if with_uploads else ():
                 temporary.unlink(missing_ok=True)
 
+    def expire(self) -> list[str]:
+        """Delete what is kept no longer by its own time or by the rules, rows first; returns a line for each."""
+        now, said = int(time.time()), []
+        everything, needed = self._needed_models()
+        kept = {everything[name]["job"] for name in needed}
+        with self.writing() as connection:
+            for table, done in ((files, "deleted_at"), (jobs, "run_removed_at")):
+                for project in connection.scalars(sa.select(table.c.project).distinct()).all():
+                    rules = self.rules.of(project)
+                    days = rules.keep_files_days if table is files else rules.keep_runs_days
+                    before = 0 if days is None else now - int(days * 86_400)
+                    if table is files:
+                        is_over = (files.c.expires_at <= now) | (files.c.created_at < before)
+                    else:
+                        is_over = (jobs.c.finished_at < before) & jobs.c.id.not_in(kept)
+                    rows = sa.update(table).where(table.c.project == project, table.c[done].is_(None), is_over)
+                    what = "its time is over" if table is files else "its run is removed, no model of it is left"
+                    gone = connection.scalars(rows.values({done: now}).returning(table.c.id))
+                    said += [f"{name}: {what}" for name in gone]
+        if said:
+            self.sweep()
+        return said
+
     # Jobs
 
     def create_job(self, row: Record, messages: Sequence[Record]) -> Record:
+        """Raises RequestError if too many jobs of the project wait."""
         with self.writing() as connection:
             now = int(time.time())
+            most = self.rules.of(PROJECT.get() or DEFAULT_PROJECT).jobs_waiting
+            waiting = sa.select(sa.func.count()).select_from(jobs).where(*own(jobs), jobs.c.status.in_(WAITING))
+            if (connection.scalar(waiting) or 0) >= most:
+                message = f"{most} jobs of this project wait, and no more are taken. Try again when some have ended."
+                raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "60"})
             connection.execute(sa.insert(jobs).values(created_at=now, status="validating_files", **row))
             self._add_events(connection, messages)
         return self.job(row["id"]) or {}
@@ -241,6 +311,7 @@ class Store:
             if after != row.status:
                 ended = {"finished_at": int(time.time())} if after in ENDED else {}
                 connection.execute(sa.update(jobs).where(jobs.c.id == name).values(status=after, **ended))
+                self._queue_webhook(connection, name, after)
                 self._add_events(connection, [event(name, message)])
         return self.job(name)
 
@@ -254,6 +325,7 @@ class Store:
             matches = sa.update(jobs).where(jobs.c.id == name, jobs.c.status.in_(if_status))
             done = connection.execute(matches.values(**values)).rowcount
             if done:
+                self._queue_webhook(connection, name, values.get("status"))
                 self._add_events(connection, messages)
         return bool(done)
 
@@ -271,7 +343,21 @@ class Store:
             connection.execute(self.insert_new(files).values(created_at=now, project=project, **result))
             connection.execute(self.insert_new(models).values(created_at=now, project=project, **model))
             self._add_events(connection, messages)
+            self._queue_webhook(connection, name, "succeeded")
         return True
+
+    def _queue_webhook(self, connection: sa.Connection, job: str, state: str | None) -> None:
+        """Called in the transaction that ends a job, so that neither is there without the other."""
+        project = connection.scalar(sa.select(jobs.c.project).where(jobs.c.id == job))
+        if state in ENDED and self.rules.of(project or "").webhook is not None:
+            now, name = int(time.time()), derived_id("evt_", job, state)
+            facts = {"id": name, "project": project, "job": job, "type": f"fine_tuning.job.{state}"}
+            connection.execute(self.insert_new(webhooks).values(created_at=now, next_at=now, **facts))
+
+    def due_webhooks(self) -> list[Record]:
+        """Oldest first."""
+        is_due = (webhooks.c.ended_at.is_(None), webhooks.c.next_at <= int(time.time()))
+        return self._read(sa.select(webhooks).where(*is_due).order_by(webhooks.c.seq).limit(100))
 
     # Events and models
 
@@ -303,18 +389,24 @@ class Store:
         """Jobs that have not ended, oldest first."""
         return self._read(sa.select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.seq))
 
-    def sweep_models(self) -> None:
-        """Remove weights that no model needs any more: a deleted one's, and of merged ones those no open job needs."""
+    def _needed_models(self) -> tuple[dict[str, Record], set[str]]:
+        """All models by name, and the names of those that are left, with those that they or open jobs started from."""
         started = {
             row["id"]: row["request"].get("starts_from") for row in self._read(sa.select(jobs.c.id, jobs.c.request))
         }
         everything = {row["name"]: row for row in self._read(sa.select(models))}
         needed = set[str]()
-        for row in everything.values():
-            name = None if row["deleted_at"] else row["name"]
+        starts = [row["name"] for row in everything.values() if row["deleted_at"] is None]
+        for first in (*starts, *(row["request"].get("starts_from") for row in self.open_jobs())):
+            name = first
             while name is not None and name not in needed:
                 needed.add(name)
                 name = started[everything[name]["job"]]
+        return everything, needed
+
+    def sweep_models(self) -> None:
+        """Remove weights that no model needs any more: a deleted one's, and of merged ones those no open job needs."""
+        everything, needed = self._needed_models()
         in_use = {row["request"].get("starts_from") for row in self.open_jobs()}
         for name, row in everything.items():
             run = Run(self.model_path(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,11 @@ def own(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
     return () if project is None or "project" not in table.c else (table.c.project == project,)
 
 
+def is_live() -> sa.ColumnElement[bool]:
+    """The condition that a file was not deleted, and its time is not over."""
+    return files.c.deleted_at.is_(None) & (files.c.expires_at.is_(None) | (files.c.expires_at > int(time.time())))
+
+
 files = _table(
     "files",
     _owned(),
@@ -44,6 +50,7 @@ files = _table(
     sa.Column("filename", sa.String, nullable=False),
     sa.Column("bytes", BIG, nullable=False),
     sa.Column("sha256", sa.String, nullable=False),
+    sa.Column("expires_at", BIG),
     sa.Column("deleted_at", BIG),
 )
 uploads = _table(
@@ -55,6 +62,7 @@ uploads = _table(
     sa.Column("filename", sa.String, nullable=False),
     sa.Column("purpose", sa.String, nullable=False),
     sa.Column("expires_at", BIG, nullable=False),
+    sa.Column("expires_after_s", BIG),  # of the file that is made
     sa.Column("part_ids", sa.JSON(none_as_null=True)),
     sa.Column("file", sa.String),
 )
@@ -75,6 +83,7 @@ jobs = _table(
     sa.Column("error", sa.JSON(none_as_null=True)),
     sa.Column("attempts", sa.Integer, nullable=False, default=0),  # starts without a new checkpoint between
     sa.Column("last_checkpoint", sa.Integer, nullable=False, default=-1),
+    sa.Column("run_removed_at", BIG),
 )
 events = _table(
     "events",
@@ -94,6 +103,17 @@ models = _table(
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("deleted_at", BIG),
+)
+webhooks = _table(
+    "webhooks",
+    sa.Column("id", sa.String, unique=True, nullable=False),
+    sa.Column("project", sa.String, nullable=False),
+    sa.Column("job", sa.String, nullable=False),
+    sa.Column("type", sa.String, nullable=False),
+    sa.Column("next_at", BIG, nullable=False, index=True),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("ended_at", BIG),  # taken, or given up
+    sa.Column("failure", sa.String),
 )
 keys = _table(
     "keys",

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Request
@@ -22,7 +22,14 @@ from pydantic import Field, model_validator
 from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record, files, uploads
-from tunesmith.jobs.uploads import FIRST_LOOK_BYTES, check_purpose, look_at_first_row, receive_form, storing_upload
+from tunesmith.jobs.uploads import (
+    FIRST_LOOK_BYTES,
+    check_purpose,
+    lifetime_s,
+    look_at_first_row,
+    receive_form,
+    storing_upload,
+)
 from tunesmith.runs.atomic import fsync_dir, remove
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictModel, without_unused
@@ -49,6 +56,7 @@ class UploadBody(_Given):
     filename: str = Field(min_length=1, max_length=4096)
     mime_type: str = Field(max_length=255)
     purpose: str
+    expires_after: dict[Literal["anchor", "seconds"], Any] | None = None
 
 
 class CompletionBody(_Given):
@@ -61,11 +69,13 @@ class CompletionBody(_Given):
 def create_upload(store: Store, body: UploadBody) -> Record:
     """The row of a new upload. Raises RequestError for a purpose that is none."""
     check_purpose(body.purpose)
+    store.check_room(None, body.bytes)
     store.sweep()
     name, now = new_id("upload_"), int(time.time())
     row = {
         "id": name, "status": "pending", "bytes": body.bytes, "purpose": body.purpose,
         "filename": shown_name(body.filename.encode("utf-8", "replace")),
+        "expires_after_s": lifetime_s(**(body.expires_after or {})),
     }  # fmt: skip
     with store.writing() as connection:
         connection.execute(sa.insert(uploads).values(created_at=now, expires_at=now + LIFETIME_S, **row))
@@ -176,11 +186,18 @@ def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> st
 def _publish(store: Store, row: Record, file: str, found: Record) -> None:
     """The file, its row and the state of the upload in one transaction; RequestError if it has ended meanwhile."""
     matches = sa.update(uploads).where(uploads.c.id == row["id"], uploads.c.status == "pending")
-    facts = {"id": file, "sha256": found["sha256"], **{key: row[key] for key in ("purpose", "filename", "bytes")}}
+    now, lifetime = int(time.time()), row["expires_after_s"]
+    facts = {
+        "id": file,
+        "sha256": found["sha256"],
+        "expires_at": lifetime and now + lifetime,
+        **{key: row[key] for key in ("purpose", "filename", "bytes")},
+    }
     with store.writing() as connection:
         done = connection.execute(matches.values(status="completed", file=file, part_ids=found["part_ids"]))
         if not done.rowcount:
             raise RequestError(f"Upload {row['id']} has ended meanwhile.", code="invalid_state")
+        store.check_room(connection, row["bytes"])
         os.replace(store.content_path(f".{file}"), store.content_path(file))
         fsync_dir(store.files_path)
-        connection.execute(store.insert_new(files).values(created_at=int(time.time()), **facts))
+        connection.execute(store.insert_new(files).values(created_at=now, **facts))

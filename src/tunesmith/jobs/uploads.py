@@ -33,6 +33,11 @@ SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 FIRST_LOOK_BYTES = 8 << 20
 """Of a training file: its first row has to end within them."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+FORM_BYTES = 4096
+"""Of a form around its file, at most."""
+LIFETIMES_S = (3600, 2_592_000)
+_EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
+UNAVAILABLE = 503
 NO_JSONL = "Invalid file format for Fine-Tuning API. Must be .jsonl"
 
 
@@ -119,15 +124,39 @@ class Form:
 
 async def receive_file(request: Request, store: Store) -> Record:
     """The row of an uploaded file. Raises RequestError; nothing is left of it then."""
+    length = request.headers.get("content-length", "")
+    least = int(length) - FORM_BYTES if length.isascii() and length.isdigit() else 0
+    await asyncio.to_thread(store.check_room, None, max(least, 1))
     name = new_id("file-")
     form = await receive_form(
-        request, store.content_path(name), _check_file, content="file", texts=("purpose",), max_bytes=MAX_BYTES
-    )
+        request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
+        max_bytes=MAX_BYTES,
+    )  # fmt: skip
+    anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
+    lifetime = lifetime_s(anchor, seconds)
     row = {
         "id": name, "purpose": form.text("purpose"), "filename": shown_name(form.filename or b""),
         "bytes": form.num_bytes, "sha256": form.digest.hexdigest(),
+        "expires_at": None if lifetime is None else int(time.time()) + lifetime,
     }  # fmt: skip
-    return await asyncio.to_thread(store.add_file, row)
+    try:
+        return await asyncio.to_thread(store.add_file, row)
+    except RequestError as error:
+        if error.status != UNAVAILABLE:  # else the row may be there
+            store.content_path(name).unlink(missing_ok=True)
+        raise
+
+
+def lifetime_s(anchor: object = None, seconds: object = None) -> int | None:
+    """The time that a client lets a file live; None: it says nothing. Raises RequestError."""
+    if anchor is None and seconds is None:
+        return None
+    least, most = LIFETIMES_S
+    text = str(seconds)
+    if anchor != "created_at" or not (text.isascii() and text.isdigit() and least <= int(text[:9]) <= most):
+        message = f"expires_after: has the anchor created_at, and seconds from {least:,} to {most:,}."
+        raise RequestError(message, param="expires_after")
+    return int(text)
 
 
 async def receive_form(
@@ -138,6 +167,7 @@ async def receive_form(
     content: str,
     texts: tuple[str, ...],
     max_bytes: int,
+    optional: tuple[str, ...] = (),
 ) -> Form:
     """A form whose field `content` was written to `target`, complete or not at all. Raises RequestError."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
@@ -147,7 +177,7 @@ async def receive_form(
     temporary = target.with_name(f".{target.name}")
     try:
         with storing_upload(), open(temporary, "xb") as out:
-            form = Form(out, content, texts, max_bytes)
+            form = Form(out, content, (*texts, *optional), max_bytes)
             await _feed(request, MultipartParser(options[b"boundary"], form.callbacks()))
             if not form.is_complete:
                 raise RequestError("The form stops before its end.", code="invalid_form")

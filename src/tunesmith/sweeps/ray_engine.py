@@ -4,77 +4,20 @@ share the disk of the runs."""
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from tunesmith.environment import for_child, install_command
+from tunesmith.environment import install_command
 from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError
 from tunesmith.parallel.child import Hears, as_error
+from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
-
-NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
-LOCAL = "local"
-"""Address of a Ray that is started on this machine and ends with this process."""
-
-
-def import_ray() -> Any:
-    """Ray, with its report of usage switched off. Raises InputError with the command that installs it."""
-    os.environ.update(NO_REPORTS)
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--ray: Ray is not installed. Install it with: {install_command('ray')}, or leave --ray out: trials then "
-            "run one after the other."
-        ) from error
-    return ray
-
-
-@contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Ray at `address`: "local", "auto" (the cluster that this machine belongs to), HOST:PORT or ray://HOST:PORT.
-
-    Raises InputError if it is not reached.
-    """
-    ray = import_ray()
-    paths = for_child()["PYTHONPATH"]
-    environment = {"env_vars": {**NO_REPORTS, "PYTHONPATH": paths}}
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=environment,
-        )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"--ray {address}: no Ray is reached there: {text:.200} Use local, or start one.") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def needs_of(recipe: Recipe, ray: Any) -> dict[str, float]:
-    """Processors and cards that Ray keeps for one run of a recipe.
-
-    As many processors as `threads` says, else one; a card each of `devices` if the cluster has cards and the recipe
-    does not name another device.
-    """
-    devices = recipe.devices if isinstance(recipe.devices, int) else 1
-    has_cards = ray.cluster_resources().get("GPU", 0) > 0 and recipe.device in ("auto", "cuda")
-    threads = recipe.threads if isinstance(recipe.threads, int) else 1
-    return {"num_cpus": threads * (1 if has_cards else devices), "num_gpus": devices if has_cards else 0}
 
 
 class RayTasks:

@@ -1,0 +1,78 @@
+"""Runs of jobs as Ray tasks, on this machine or on a cluster whose machines see the folder of the store.
+
+A task is only the place of a run: it starts the child that `LocalLauncher` starts, and waits for it. So what a killed
+server, task or machine leaves behind is what a killed local run leaves: a folder, and a lock that is held or free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
+from tunesmith.parallel.cluster import needs_of
+from tunesmith.recipe import load
+from tunesmith.runs.folder import Run
+
+POLL_S = 0.5
+
+
+def hold_place(run: Path, recipe: Path, environment: Mapping[str, str], offline: bool) -> None:
+    """The task: ends when the run does. A child that a lost task left at work goes on, and is waited for."""
+    launcher = LocalLauncher(offline=offline)
+    process = launcher.find(run) or launcher.start(run, recipe, environment)
+    while process.is_alive():
+        time.sleep(POLL_S)
+
+
+@dataclass(frozen=True)
+class RayRun:
+    """A run that waits for a place on the cluster, or has one. `task` is None for one of an earlier server."""
+
+    child: ChildProcess
+    ray: Any
+    task: Any = None
+
+    def is_alive(self) -> bool:
+        waits = self.task is not None and not self.ray.wait([self.task], timeout=0)[0]
+        return waits or self.child.is_alive()
+
+    def stop(self) -> None:
+        if (self.child.run / "run.json").exists():
+            Run(self.child.run).ask_stop()
+        elif self.task is not None:
+            with suppress(self.ray.exceptions.RayError):
+                self.ray.cancel(self.task)  # it may wait for a place still; else it is asked again once it has a folder
+
+    def error(self) -> dict[str, Any] | None:
+        return self.child.error()
+
+
+class RayLauncher:
+    """Runs on a cluster."""
+
+    def __init__(self, ray: Any, *, offline: bool) -> None:
+        self._ray, self._offline = ray, offline
+
+    @property
+    def slots(self) -> int:
+        """Runs that have a place at once, of one card each, or of one processor where there are no cards."""
+        there = self._ray.cluster_resources()
+        return max(1, int(there.get("GPU", 0) or there.get("CPU", 1)))
+
+    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> RayRun:
+        """See Launcher."""
+        needs = needs_of(load.validate(orjson.loads(recipe.read_bytes())), self._ray)
+        remote = self._ray.remote(max_retries=0, **needs)(hold_place)
+        return RayRun(ChildProcess(run), self._ray, remote.remote(run, recipe, dict(environment), self._offline))
+
+    def find(self, run: Path) -> RayRun | None:
+        """See Launcher."""
+        found = RayRun(ChildProcess(run), self._ray)
+        return found if found.is_alive() else None

@@ -1,0 +1,65 @@
+"""What each project may have, how long it is kept, and who hears of its jobs: a part of bases.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WebhookEndpoint(BaseModel):
+    """The address that hears of jobs that have ended."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(pattern=r"^https?://[^\s/?#@]+(/\S*)?$")
+    secret_file: Path
+    """Holds the secret of Standard Webhooks, whsec_…"""
+    private: bool = False
+    """Whether the address may be on this machine or in a private network, and without TLS."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> WebhookEndpoint:
+        if not self.private and not self.url.startswith("https://"):
+            raise ValueError("url: has to begin with https://, unless private: true")
+        try:
+            self.secret()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"secret_file: {self.secret_file}: cannot be read: {error}") from None
+        return self
+
+    def secret(self) -> str:
+        found = self.secret_file.read_text("utf-8").strip()
+        if not found.startswith("whsec_"):
+            raise ValueError(f"secret_file: {self.secret_file}: a secret begins with whsec_")
+        return found
+
+
+class ProjectRules(BaseModel):
+    """Limits of a project; None: none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    jobs_waiting: int = Field(100, ge=1)
+    jobs_running: int | None = Field(None, ge=1)
+    file_bytes: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    keep_files_days: float | None = Field(None, gt=0)
+    keep_runs_days: float | None = Field(None, gt=0)
+    """Of jobs that have ended without a model that is left."""
+    webhook: WebhookEndpoint | None = None
+
+
+class Rules(BaseModel):
+    """The rules of all projects: those of one win over those of every one, field by field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_project: ProjectRules = ProjectRules()
+    projects: dict[str, ProjectRules] = Field(default_factory=dict)
+
+    def of(self, project: str) -> ProjectRules:
+        own = self.projects.get(project)
+        if own is None:
+            return self.every_project
+        return self.every_project.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
