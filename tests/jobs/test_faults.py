@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from faults import Faults
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
 from jobs.postgres import Cluster
 from jobs.test_dispatcher import TRANSACTIONS, outcome, work
+from tunesmith.jobs.rules import ProjectRules, Rules
 from tunesmith.jobs.states import ENDED
-from tunesmith.jobs.store import Store
+from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import events, files, jobs
 from tunesmith.serve.protocol import RequestError
 
@@ -46,8 +47,9 @@ def test_a_thousand_sequences_of_actions_follow_the_rules(opened: Opened, tmp_pa
     store, draw = opened(tmp_path), random.Random(7)
     if store._database.is_sqlite:
         store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
+    store.rules = Rules(every_project=ProjectRules(jobs_waiting=10_000))
     file = put_file(store, rows(12))
-    for _ in range(1000):
+    for _ in range(1000 if store._database.is_sqlite else 50):
         state, name, said = "validating_files", put_job(store, file), 0
         for _ in range(draw.randint(1, 6)):
             wish = draw.choice([*MOVES, "cancel", "pause", "pause", "resume", "resume"])
@@ -243,6 +245,10 @@ def test_a_run_on_a_full_disk_waits_for_room(tmp_path: Path) -> None:
     with store.writing() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    for size in (3000, 300, 30, 3):
+        with suppress(RequestError):
+            while True:
+                store.add_events([event(name, "x" * size)])
     statuses = []
     for _ in range(40):
         try:

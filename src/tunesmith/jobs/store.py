@@ -348,8 +348,10 @@ class Store:
 
     def _queue_webhook(self, connection: sa.Connection, job: str, state: str | None) -> None:
         """Called in the transaction that ends a job, so that neither is there without the other."""
+        if state not in ENDED:
+            return
         project = connection.scalar(sa.select(jobs.c.project).where(jobs.c.id == job))
-        if state in ENDED and self.rules.of(project or "").webhook is not None:
+        if self.rules.of(project or "").webhook is not None:
             now, name = int(time.time()), derived_id("evt_", job, state)
             facts = {"id": name, "project": project, "job": job, "type": f"fine_tuning.job.{state}"}
             connection.execute(self.insert_new(webhooks).values(created_at=now, next_at=now, **facts))

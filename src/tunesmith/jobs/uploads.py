@@ -191,6 +191,10 @@ async def receive_form(
             await asyncio.to_thread(os.fsync, out.fileno())
             os.replace(temporary, target)
             fsync_dir(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            target.unlink(missing_ok=True)
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
