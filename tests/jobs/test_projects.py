@@ -135,9 +135,10 @@ def test_whatever_is_anothers_is_not_there(place: Place) -> None:
     assert place.client("blue").files.content(blue["file"]).read() == rows(12)
 
 
-@pytest.mark.parametrize("field", ["training_file", "validation_file"])
-def test_no_job_is_made_of_anothers_file(place: Place, field: str) -> None:
-    body = {"model": "tiny", "training_file": place.ids["red"]["file"], field: place.ids["blue"]["file"]}
+@pytest.mark.parametrize("field", ["training_file", "validation_file", "model"])
+def test_no_job_is_made_of_anothers_file_or_model(place: Place, field: str) -> None:
+    body = {"model": "tiny", "training_file": place.ids["red"]["file"]}
+    body[field] = place.ids["blue"]["model" if field == "model" else "file"]
     status, answer, _ = place.ask("POST", "/v1/fine_tuning/jobs", body, key=place.keys["red"])
     assert (status, answer["error"]["param"]) == (400, field)
 

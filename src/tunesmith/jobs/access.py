@@ -29,7 +29,6 @@ _NEEDED: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
     ("/v1/uploads", ("files.write", "files.write")),
     ("/v1/fine_tuning/checkpoints", ("admin", "admin")),
     ("/v1/fine_tuning", ("jobs.read", "jobs.write")),
-    ("/jobs", ("jobs.read", "jobs.write")),
     ("/v1/models", (None, "models.delete")),
     ("/v1", ("models.ask", "models.ask")),
     ("/metrics", ("admin", "admin")),

@@ -94,11 +94,15 @@ class Dispatcher:
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop`. Runs under way then stop after their step, and go on under the next server."""
+        last = ""
         while not stop.wait(POLL_S):
             try:
                 self.round()
+                last = ""
             except Exception as error:  # a full disk, say: the next round may succeed, and jobs lose nothing
-                self.on_note(f"jobs: {type(error).__name__}: {error}")
+                if (text := f"jobs: {type(error).__name__}: {error}") != last:  # said once, however long it lasts
+                    self.on_note(text)
+                last = text
                 stop.wait(5 * POLL_S)
         for one in self.active.values():
             one.process.stop()

@@ -66,8 +66,7 @@ class WebhookSender:
         while not stop.wait(POLL_S):
             try:
                 self.round()
-            except RequestError as error:  # the store cannot be reached: later
-                self.on_note(f"webhooks: {error}")
+            except RequestError:  # the store cannot be reached, which the dispatcher says
                 stop.wait(10 * POLL_S)
 
     def round(self) -> None:
