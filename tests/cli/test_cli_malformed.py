@@ -37,7 +37,7 @@ def written(place: Path, case: Case) -> list[str]:
     return [name for name in everything if name != case.filename and Path(name).name != "problems.jsonl"]
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=IDS[::4])  # tests/data/test_malformed.py reads all of them
+@pytest.mark.parametrize("case", CASES[::8], ids=IDS[::8])  # tests/data/test_malformed.py reads all of them
 def test_check_names_the_line(case: Case, place: Path) -> None:
     (place / case.filename).write_bytes(case.payload)
     result = CliRunner().invoke(app, ["check", case.filename])
@@ -68,7 +68,7 @@ def test_machines_are_told_the_same(case: Case, place: Path) -> None:
     assert (case.code, case.line) in findings
 
 
-@pytest.mark.parametrize("case", CASES[:: len(CASES) // 2], ids=IDS[:: len(CASES) // 2])
+@pytest.mark.parametrize("case", CASES[:1], ids=IDS[:1])
 def test_a_real_process_ends_the_same_way(case: Case, place: Path) -> None:
     (place / case.filename).write_bytes(case.payload)
     command = [sys.executable, "-m", "tunesmith", "check", case.filename]

@@ -12,6 +12,7 @@ from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.cli.forecasts import forecast_facts, probe_facts
 from tunesmith.planning.duration import KINDS
+from tunesmith.training.probe import Found, Timed
 
 FORECAST = {
     "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
@@ -62,11 +63,15 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
     assert "note: memory: this run needs" in plan(tmp_path, code=2)
 
 
-def test_for_machines_a_probe_is_plain_values(tmp_path):
+def test_for_machines_a_probe_is_plain_values(tmp_path, monkeypatch):
+    """What a probe finds is measured in tests/planning/test_probe.py."""
+    steps = [Timed(0.02, 90, step=7), Timed(0.01, 60, step=2)]
+    work = {kind: Timed(0.1, 10) for kind in KINDS if kind not in ("training", "general")}
+    monkeypatch.setattr("tunesmith.training.probe.probe", lambda *args, **how: Found(steps, work, peak=2**28))
     told = json.loads(plan(tmp_path, "--json", "--probe"))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"], "it leaves no run"
     assert told["probe"]["ended"] == ""
-    assert told["probe"]["memory"] >= told["probe"]["peak"] > 0
+    assert told["probe"]["memory"] >= told["probe"]["peak"] == 2**28
     assert told["probe"]["seconds"]["spread"] < told["forecast"]["seconds"]["spread"]
     for seconds in (told["forecast"]["seconds"], told["probe"]["seconds"]):
         assert seconds["total"] == pytest.approx(sum(work["seconds"] for work in seconds["work"].values()))

@@ -38,8 +38,7 @@ def test_tokens_are_drawn_by_their_probability(temperature: float) -> None:
         assert abs(found[token_id] - 4000 * chance) <= 4 * math.sqrt(4000 * chance * (1 - chance)) + 1
 
 
-@pytest.mark.parametrize("likeliest", [2, 1024])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize(("top_p", "likeliest"), [(0.01, 2), (0.5, 1024), (0.9, 2), (0.999, 1024)])
 def test_a_share_is_that_of_transformers(top_p: float, likeliest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "MOST_LIKELY", likeliest)
     warped = TopPLogitsWarper(top_p)(None, logits()[None])[0]
