@@ -252,18 +252,33 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
     assert asked.engine.state().restarts == 1
 
 
+async def worker_that_says(line: str) -> engine.WorkerProcess:
+    words = [sys.executable, "-c", f"import time; print({line!r}, flush=True); time.sleep(300)"]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
+    return engine.WorkerProcess(process, on_message=lambda message: None)
+
+
 def test_a_worker_that_sends_something_else_is_ended() -> None:
     async def scene() -> str:
-        code = "import time; print('{', flush=True); time.sleep(300)"
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe)
-        worker = engine.WorkerProcess(process, on_message=lambda message: None)
+        worker = await worker_that_says("{")
         worker._tasks.append(asyncio.create_task(worker._read()))
         why = await asyncio.wait_for(worker.ended(), 60)
         await worker.end()
         return why
 
     assert asyncio.run(scene()) == "it sent a message that cannot be read"
+
+
+def test_what_the_child_refuses_is_refused_here() -> None:
+    async def scene() -> None:
+        worker = await worker_that_says('{"failed": "no-such-run: no such run", "is_input": true}')
+        with pytest.raises(InputError, match="no-such-run"):
+            await worker._become_ready(lambda note: None)
+        worker.kill("that was all")
+        await worker.end()
+
+    asyncio.run(scene())
 
 
 def test_whatever_a_crash_interrupts_gets_500_and_what_waits_503() -> None:
@@ -341,11 +356,6 @@ def test_an_answer_that_nobody_reads_is_abandoned(asked: Asked, monkeypatch: pyt
         await heard(asked.engine.generate(says("second", "hello", max_tokens=2)))
 
     asked.run(scene())
-
-
-def test_what_the_child_refuses_is_refused_here(root: Path) -> None:
-    with pytest.raises(InputError, match="no-such-run"):
-        Asked(["no-such-run"], root)
 
 
 def test_a_child_over_its_memory_is_ended_before_it_is_ready(root: Path) -> None:
