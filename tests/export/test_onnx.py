@@ -27,7 +27,7 @@ from tunesmith.types import Batch, Row
 from tunesmith.types import Source as Place
 
 OFTEN = ("llama",)
-"""The others are in the slow set: each takes seconds to trace. BERT is the folder that a new process needs, below."""
+"""The others are in the slow set: each takes seconds to trace. BERT comes below."""
 
 
 def exported(run: Run, tmp_path: Path, *, proof: bool = True) -> Exported:
@@ -66,8 +66,9 @@ def test_weights_too_many_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch
     assert any("are in model.onnx.data" in note for note in done.notes)
 
 
-def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
+def test_nothing_but_the_folder_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's own lines, on rows of other lengths than those that were traced, padded on the right."""
+    quick(monkeypatch)
     done = exported(of_encoder("bert"), tmp_path)
     text = (done.path / "README.md").read_text()
     assert 'padding_side="right"' in text

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tunesmith
+from export.exports import quick
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RunError
@@ -76,7 +77,8 @@ def test_every_verb_finds_model_and_data_from_another_folder(home: Path) -> None
     assert model.num_parameters()
 
 
-def test_an_export_is_proven_on_held_out_rows_from_another_folder(home: Path) -> None:
+def test_an_export_is_proven_on_held_out_rows_from_another_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
     assert "held-out rows" in said("export", home / "runs" / "done", "--to", "merged", "--offline")
 
 
