@@ -337,16 +337,16 @@ def test_schedule_free_is_measured_and_saved_at_its_average_and_takes_gradients_
     assert not np.array_equal(measured.losses_I, elsewhere.losses_I)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 @every
-def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, method: str, tmp_path: Path) -> None:
+def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
     """Weights, state, result and every event value, with evaluations between, in bfloat16 and with the best kept."""
+    method = "full" if name in ("adafactor", "muon", "adamw_8bit") else "lora"  # what depends on the shape of a weight
     settings = {"name": "lora", "rank": 8, "dropout": 0.1} if method == "lora" else {"name": "full"}
     sections = {"optim": {"name": name, "lr": 1e-3, "weight_decay": 0.1}, "evaluation": {"every": 2, "keep": "best"}}
     recipe = tiny_recipe(tmp_path, rows=12, precision="bfloat16", **sections)
     recipe = validate({**recipe.model_dump(), "method": settings})
     straight = train(recipe, root=tmp_path / "straight")
-    for step in (1, 4):
+    for step in (1, 4) if name == "adamw" else (4,):
         with pytest.raises(Stopped):
             train(straight.recipe(), root=tmp_path / "stopped", listener=stop_at(step))
         run = runs(tmp_path / "stopped")[0]

@@ -6,6 +6,8 @@ import json
 import random
 from typing import Any
 
+import pytest
+
 from tiny_tasks import WORDS, task_recipe, write
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -29,6 +31,7 @@ def copies(num: int, *, seed: int) -> list[dict[str, str]]:
     return [{"prompt": text, "completion": text} for text in said]
 
 
+@pytest.mark.slow  # 560 steps; that a T5 learns in a few: tests/training/test_every_task.py
 def test_a_t5_learns_to_copy_what_it_never_saw(tmp_path):
     sections = {
         "optim": {"lr": 5e-3},
