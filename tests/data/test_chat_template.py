@@ -76,6 +76,13 @@ HOSTILE = {
 }
 
 
+VARIANTS = {
+    "a power of variables", "a loop for one role", "a width of variables", "a width by the filter",
+    "a product of variables", "lists that double", "a namespace that grows", "lists in lists",
+}  # fmt: skip
+"""Each begins another process, which another attack ends in the same way: for the slow set."""
+
+
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_module, "RENDER_S", 1.0)
@@ -138,7 +145,9 @@ def test_a_template_sees_tools_fields_and_the_day() -> None:
     assert shown.render([{"role": "user", "content": "a"}], tools=({"name": "f"},), prompt=False) == "27 Nov 1 a"
 
 
-@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize(
+    "attack", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in HOSTILE]
+)
 def test_a_hostile_template_ends_soon_with_the_bound_that_it_met(attack: str) -> None:
     body, says = HOSTILE[attack]
     begun = time.monotonic()
