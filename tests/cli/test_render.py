@@ -37,7 +37,7 @@ def test_one_line_is_cut_with_an_ellipsis() -> None:
     [
         (values.duration, {0: "0 s", 59.4: "59 s", 59.6: "1:00 min", 185: "3:05 min", 7800: "2:10:00 h", -3: "0 s"}),
         (render.count, {999: "999", 9_999: "9,999", 12_345: "12.3 k", 134_515_008: "134.5 M", 1.7e9: "1.7 B"}),
-        (render.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
+        (values.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
         (render.age, {3: "just now", 60: "1 minute ago", 7300: "2 hours ago", 90_000: "1 day ago"}),
     ],
 )

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.planning import budget
-from tunesmith.planning.budget import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning import defaults
+from tunesmith.planning.defaults import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring, with_choice
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import resolve_run
@@ -72,8 +71,8 @@ def test_what_takes_a_few_seconds_is_never_made_less() -> None:
 def test_fewer_held_out_rows_are_the_same_when_the_run_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "UNNOTICED_S", 0.0)
-    monkeypatch.setattr(budget, "FEW_HELD", 3)
+    monkeypatch.setattr(defaults, "UNNOTICED_S", 0.0)
+    monkeypatch.setattr(defaults, "FEW_HELD", 3)
     data = {"eval": [str(chats(tmp_path / "held.jsonl", 40, seed=1))]}
     recipe = tiny_recipe(tmp_path, data=data, evaluation={"samples": "auto", "surprising": 0}, train={"max_steps": 2})
     run = train(recipe, root=tmp_path / "runs")

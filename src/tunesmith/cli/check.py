@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from tunesmith.cli.options import Json, Offline, Settings, files, mix_of, remember_json, to_overrides
-from tunesmith.errors import InputError
-
-if TYPE_CHECKING:
-    from tunesmith.data.renderer import Renderer
-    from tunesmith.recipe.schema import Recipe
-
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
 from rich.console import Console
 from rich.text import Text
 
 from tunesmith.cli.errors import print_problems
+from tunesmith.cli.options import Json, Offline, Settings, files, mix_of, remember_json, to_overrides
 from tunesmith.cli.render import ACCENT, MUTED, percent, sample_row, visible
 from tunesmith.cli.streams import console
+from tunesmith.errors import InputError
 from tunesmith.formatting import mix_text, plural
 
 if TYPE_CHECKING:
     from tunesmith.data.check import CheckReport, TokenStats
+    from tunesmith.data.renderer import Renderer
+    from tunesmith.recipe.schema import Recipe
 
 
 def check(

@@ -31,13 +31,12 @@ from tunesmith.cli.render import (
     plan_panel,
     result,
     sample_row,
-    size,
     sparkline,
     visible,
 )
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
-from tunesmith.formatting import PHASES, command, duration
+from tunesmith.formatting import PHASES, command, duration, size
 from tunesmith.types import Event
 
 if TYPE_CHECKING:

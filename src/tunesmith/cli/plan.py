@@ -118,7 +118,7 @@ def _resolve(
 
 def _small_disk(forecast: Any, root: Path) -> str:
     """A warning if the disk has less room than the run takes; empty: it has enough."""
-    from tunesmith.cli.render import size
+    from tunesmith.formatting import size
     from tunesmith.training.setup import free_bytes
 
     needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
@@ -130,7 +130,7 @@ def _small_disk(forecast: Any, root: Path) -> str:
 
 def _why_not(resolved: Any, *, fits: bool) -> str:
     """Why a plan for this machine is not tried; empty: it is."""
-    from tunesmith.cli.render import size
+    from tunesmith.formatting import size
     from tunesmith.models.folder import weight_files
 
     if not fits:

@@ -35,12 +35,11 @@ def push(
 
     from tunesmith.cli.display import phases
     from tunesmith.cli.export import PHASES
-    from tunesmith.cli.render import size
     from tunesmith.cli.streams import console, json_line
     from tunesmith.export.export_run import export_run
     from tunesmith.export.push import push as upload
     from tunesmith.export.targets import default_folder
-    from tunesmith.formatting import plural
+    from tunesmith.formatting import plural, size
     from tunesmith.runs.folder import Run
 
     found = Run.open(run, root)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+import operator
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.options import Json, Root, remember_json
+from tunesmith.errors import InputError
+from tunesmith.formatting import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,15 +26,6 @@ if TYPE_CHECKING:
     from tunesmith.runs.folder import Run
     from tunesmith.runs.prune import Prunable
 
-import difflib
-import fnmatch
-import operator
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-
-from tunesmith.errors import InputError
-from tunesmith.formatting import listed
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
 DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
@@ -146,10 +144,10 @@ def prune(
 
 def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_json: bool, verb: str) -> bool:
     """Say what each run would free, and ask. Raises InputError where nobody can answer."""
-    from tunesmith.cli.render import size, visible
+    from tunesmith.cli.render import visible
     from tunesmith.cli.streams import console
     from tunesmith.errors import InputError
-    from tunesmith.formatting import plural
+    from tunesmith.formatting import plural, size
 
     screen = console(stderr=as_json)
     if not lines:
@@ -170,8 +168,8 @@ def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_js
 
 
 def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Prunable]]], *, as_json: bool) -> None:
-    from tunesmith.cli.render import size
     from tunesmith.cli.streams import console, json_line
+    from tunesmith.formatting import size
 
     if as_json:
         removed = [{"path": str(part.path), "bytes": part.num_bytes} for _, parts in lines for part in parts]

@@ -76,8 +76,7 @@ def _plan(screen: Console, history: RunHistory, report: Mapping[str, Any] | None
 
 def took(report: Mapping[str, Any]) -> str:
     """The time and memory that a finished run took."""
-    from tunesmith.cli.render import size
-    from tunesmith.formatting import duration
+    from tunesmith.formatting import duration, size
 
     parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
     spans = [f"{duration(report['seconds'][part])} {words}" for part, words in parts.items()]

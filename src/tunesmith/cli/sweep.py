@@ -115,8 +115,8 @@ def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
 
 def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
     """Say how many trials there are and what disk they take; refuse what will not fit."""
-    from tunesmith.cli.render import size, visible
-    from tunesmith.formatting import plural
+    from tunesmith.cli.render import visible
+    from tunesmith.formatting import plural, size
     from tunesmith.training.setup import free_bytes
 
     grid, needed = found.grid, 0

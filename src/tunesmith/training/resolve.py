@@ -23,8 +23,7 @@ from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
-from tunesmith.planning.budget import HELD, RunSize, decide_measuring
-from tunesmith.planning.defaults import Facts, decide, total_steps, with_choice
+from tunesmith.planning.defaults import HELD, Facts, RunSize, decide, decide_measuring, total_steps, with_choice
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fill_card, fit, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
