@@ -74,7 +74,7 @@ class JobPlace:
 
 @dataclass
 class ServerOutput:
-    """What a server prints: lines for people, or JSON lines."""
+    """Output of a server: lines for people, or JSON lines."""
 
     screen: Console
     quiet: bool

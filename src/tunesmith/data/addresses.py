@@ -154,7 +154,7 @@ def fetch(data: Data, on_progress: OnProgress) -> None:
 
 
 def _cost(files: Sequence[RemoteFile]) -> str:
-    """What reading these files takes: bytes to download, and bytes of disk."""
+    """The cost of reading these files: bytes to download, and bytes of disk."""
     missing = [file for file in files if file.cached() is None]
     if not missing:
         return "all here"

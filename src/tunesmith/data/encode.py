@@ -222,7 +222,7 @@ class _Read:
 
 
 class EncodingCounts:
-    """What was found while rows were encoded; complete when all of them were."""
+    """Counts of rows that are being encoded; complete when all of them were."""
 
     def __init__(self, data: Data, on_problem: OnProblem, progress: OnProgress) -> None:
         self._data, self._on_problem, self._progress = data, on_problem, progress

@@ -108,7 +108,7 @@ class Preferences:
         return conflicts(unordered_I, ordered_I)
 
     def notes(self) -> Iterator[str]:
-        """How long chosen and rejected answers are."""
+        """Lengths of chosen and rejected answers."""
         if not self._chars:
             return
         chars_I2 = np.frombuffer(self._chars, np.int32).reshape(-1, 2)

@@ -31,7 +31,7 @@ def num_refused(data: Data, errors: Mapping[str, int]) -> int:
 
 
 def refused(data: Data, problems: Iterable[Problem]) -> list[Problem]:
-    """Those of some problems that `num_refused` counts."""
+    """The problems among these that `num_refused` counts."""
     return [one for one in problems if one.severity == "error" and num_refused(data, {one.code: 1})]
 
 

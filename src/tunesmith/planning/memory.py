@@ -248,7 +248,7 @@ def _piece(is_cpu: bool) -> int:
 
 
 def _read_piece(sizes: Sizes, is_cpu: bool) -> int:
-    """The same where the output layer is not trained."""
+    """`_piece` where the output layer is not trained."""
     return max(_piece(is_cpu), 4 * CHUNK_TARGETS * sizes.outputs)
 
 

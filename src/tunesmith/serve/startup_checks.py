@@ -284,5 +284,5 @@ def _probes(model: PreTrainedModel) -> list[list[int]]:
 
 
 def _probe(vocab_size: int, num: int) -> list[int]:
-    """The same tokens at every call."""
+    """Random tokens, alike at every call."""
     return torch.randint(0, vocab_size, (num,), generator=torch.Generator().manual_seed(num)).tolist()

@@ -111,7 +111,7 @@ def _text(path: Path) -> str:
 
 
 def _problems(data: Any) -> Iterator[str] | list[str]:
-    """What is wrong with the form of the file."""
+    """Faults in the form of the file."""
     if not isinstance(data, Mapping):
         return ["no mapping: write base: with model and data, and grid: with lists of values."]
     found = [f"{key}: unknown: a sweep has {', '.join(SECTIONS)}." for key in data if key not in SECTIONS]

@@ -33,7 +33,7 @@ STATE = "sweep.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial."""
+    """The result of a trial."""
 
     trial: Trial
     state: str
@@ -230,7 +230,7 @@ class Sweep:
         )
 
     def outcome(self, trial: Trial) -> Outcome:
-        """What is known of a trial now."""
+        """The outcome of a trial so far."""
         follower, metric = self.followers[trial.name], self.grid.metric
         follower.read()
         state, reason = follower.run.state() if self._has_run(trial) else "new", ""

@@ -24,7 +24,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What an engine needs to run a trial, here or on another machine that sees the same disk."""
+    """A trial as an engine runs it, here or on another machine that sees the same disk."""
 
     name: str
     run: Path

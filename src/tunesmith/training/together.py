@@ -92,7 +92,7 @@ def refuse_other_inputs(setup: Setup) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run begins, as the first rank found it."""
+    """Start of a run, as the first rank found it."""
 
     run: Run
     progress: Progress
