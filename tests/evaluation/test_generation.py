@@ -138,6 +138,9 @@ class Writes:
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = ids
 
+    def can_generate(self) -> bool:
+        return True
+
     def generate(self, ids_BT: torch.Tensor, **rest: Any) -> torch.Tensor:
         return torch.cat([ids_BT, torch.tensor([self.ids]).expand(len(ids_BT), -1)], 1)
 
