@@ -15,6 +15,7 @@ from pathlib import Path
 
 ENVIRONMENTS = {
     "trl": ("torch>=2.13", "transformers==5.24.*", "trl==1.16.*", "peft==0.21.*"),
+    "st": ("torch>=2.13", "transformers==5.24.*", "sentence-transformers==6.2.*", "simple-icd-10-cm==1.5.*"),
     "llamafactory": ("torch>=2.13", "llamafactory==0.9.5"),
     "litgpt": ("torch>=2.13", "litgpt==0.5.13", "requests"),
 }

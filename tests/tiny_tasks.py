@@ -193,6 +193,8 @@ def rows_of(task: str, num: int, *, seed: int = 0) -> list[dict[str, Any]]:  # n
         return [{"tokens": text.split(), "tags": [tag_of(word) for word in text.split()]} for text in said]
     if task in ("prefer", "reward"):
         return _preferences(said, seed)
+    if task == "embed":
+        return [{"anchor": text, "positive": f"the {' '.join(sorted(text.split()))}"} for text in said]
     fruit, places = ("apple", "pear", "plum"), ("Rome", "Oslo", "Lima")
     draw = random.Random(seed)
     classes = ["fruit" if i % 2 else "place" for i in range(num)]

@@ -20,6 +20,7 @@ PHASES = {
     "probe": "trying the heaviest step",
     "train": "training",
     "evaluate": "measuring held-out rows",
+    "documents": "reading documents",
     "answer": "answering held-out prompts",
     "check": "checking rows",
     "general": "measuring general ability",

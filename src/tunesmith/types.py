@@ -31,11 +31,14 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward"]
+TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "embed"]
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
-HeadName = Literal["next_token", "masked_token", "sequence", "tokens"]
-"""A head predicts the next token, a masked token, something about a whole text, or about each of its words."""
+HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]
+"""A head predicts the next token, a masked token, something about a whole text, or about each of its words; `vector`:
+there is none, and the hidden states of a text are pooled."""
+PoolingKind = Literal["mean", "cls", "max", "last"]
+"""Over all tokens of a text, or that of its first or last token."""
 LabelKind = Literal["one", "many", "number", "tags"]
 """One class a row, any number of classes a row, a number a row, or one class a word."""
 
@@ -54,6 +57,21 @@ class Labels:
     def num_outputs(self) -> int:
         """Outputs of the head."""
         return 1 if self.kind == "number" else len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How the token vectors of a text become its vector."""
+
+    kind: PoolingKind = "mean"
+    normalizes: bool = False
+    """Scale a vector to length 1."""
+    max_tokens: int | None = None
+    """Most tokens of a text, where that is less than the model reads."""
+    query_prompt: str = ""
+    """Put in front of a text that searches."""
+    document_prompt: str = ""
+    """Put in front of a text that is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +323,10 @@ class Task:
     use_rows: Callable[[Any, Any], list[Choice]] = lambda recipe, sides: []
     """(recipe, (store, rows) of each side, training first) -> options of its own section that follow from the rows,
     which are made ready. Raises DataError for rows that these options cannot learn from."""
+    choose: Callable[[Any, Any], Sequence[Choice]] = lambda recipe, located: ()
+    """(recipe, its model) -> options of its own section that follow from the model's files."""
+    pools: bool = False
+    """The trained tokens of a line are pooled, not predicted: targets are not shifted."""
     text_measure: Callable[..., Measured] | None = None
     """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
     section: str = ""

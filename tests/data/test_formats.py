@@ -45,6 +45,7 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "preference": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
     "unpaired": {"prompt": "Hi", "completion": "Hello.", "label": True},
     "scored_answers": {"prompt": "Hi", "answers": ["Go.", "Hello."], "scores": [1, 2.5]},
+    "text_pairs": {"anchor": "Hi", "positive": "Hello.", "negatives": ["Go."]},
 }
 PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text": [("text", "Hi", True)],
@@ -54,6 +55,7 @@ PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "preference": [("user", "Hi", False)],
     "unpaired": [("user", "Hi", False)],
     "scored_answers": [("user", "Hi", False)],
+    "text_pairs": [("anchor", "Hi", False)],
 }
 
 

@@ -86,7 +86,7 @@ class FakeEngine:
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:
         return [{"label": "good", "probabilities": {"good": 0.75, "bad": 0.25}} for _ in texts]
 
-    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    async def embed(self, model: str, texts: Sequence[str], **how: object) -> tuple[list[list[float]], int]:
         return [[float(len(text)), 0.5] for text in texts], sum(len(text.split()) for text in texts)
 
     def state(self) -> EngineState:

@@ -128,6 +128,11 @@ class BranchColumns:
         """[I], the first number of each row, where every row has one."""
         return np.concatenate([np.empty(0), *(values[offsets[:-1]] for offsets, values in self._values)])
 
+    @cached_property
+    def value_counts(self) -> NDArray[np.int64]:
+        """[I], numbers of each row."""
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for offsets, _ in self._values)])
+
     def sizes(self, batch: int, place: int) -> tuple[int, ...]:
         """Tokens of each branch of a row behind its stem, by its record batch and its place there."""
         return tuple(_at(self._sizes, batch, place)) if self.has_any else ()

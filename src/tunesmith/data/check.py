@@ -327,7 +327,8 @@ class _Check:
                 continue
             usable += 1
             rows.add_labels(example)
-            rows.preferences.add(example)
+            if example.shape != "text_pairs":
+                rows.preferences.add(example)
             content, read = both_hashes(example)
             rows.hashes.append(content)
             rows.inputs.append(read)

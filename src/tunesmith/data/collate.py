@@ -90,6 +90,8 @@ class Collator:
     """Whether packed batches are padded to a multiple."""
     pad_id: int = 0
     """See `models.special_tokens.pad_id`."""
+    pools: bool = False
+    """Whether trained tokens are pooled, see `Task.pools`."""
 
     def __post_init__(self) -> None:
         if self.masking is not None:
@@ -115,6 +117,7 @@ class Collator:
             decoder_start=self.decoder_start,
             has_types=self.has_types,
             pad_id=self.pad_id,
+            pools=self.pools,
         )
         batch = replace(batch, copies_B=copies)
         batch = self._with_lines(batch, whole, list(map(len, parts))) if whole[0].branches else batch
@@ -163,13 +166,15 @@ def build_batch(
     decoder_start: int | None = None,
     has_types: bool = False,
     pad_id: int = 0,
+    pools: bool = False,
 ) -> Batch:
     """The tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token t + 1 of
     its row.
 
-    Rows with labels are not shifted: a label is predicted at its own position. An encoder–decoder reads the source, and
-    its decoder reads `decoder_start` and the target without its last token. `has_types`: the model distinguishes the
-    two texts of a pair by token types. `pad_id`: the token that shorter rows are padded with.
+    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that are pooled
+    (`pools`). An encoder–decoder reads the source, and its decoder reads `decoder_start` and the target without its
+    last token. `has_types`: the model distinguishes the two texts of a pair by token types. `pad_id`: the token that
+    shorter rows are padded with.
     """
     is_pair, is_packed = layout == "encoder_decoder", layout == "packed"
     read = [_source(row) if is_pair else row.ids for row in rows]
@@ -184,7 +189,7 @@ def build_batch(
         # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
     decoder_ids_BU, targets = None, list[NDArray[np.int32]]()
-    learnt = [_learnt(row, int(start)) for row, start in zip(rows, starts, strict=True)]
+    learnt = [_learnt(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]
     if is_pair:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
@@ -214,8 +219,10 @@ def build_batch(
     )
 
 
-def _learnt(row: Row, start: int) -> Learnt:
+def _learnt(row: Row, start: int, *, pools: bool) -> Learnt:
     """Labels are predicted at their own position, tokens at the one before."""
+    if pools:
+        return start + np.flatnonzero(row.trained), row.ids[row.trained]
     if row.labels is not None:
         return start + np.flatnonzero(row.trained), row.labels
     return start + np.flatnonzero(row.trained[1:]), row.ids[1:][row.trained[1:]]

@@ -19,7 +19,9 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 
-_PROPOSED: tuple[Shape, ...] = ("prompt_completion", "document_summary", "tokens_tags", "text_label", "text")
+_PROPOSED: tuple[Shape, ...] = (
+    "prompt_completion", "document_summary", "tokens_tags", "text_label", "text", "text_pairs",
+)  # fmt: skip
 """Shapes that a row of unknown names may have been meant for, in the order in which they are tried."""
 _OFTEN: Mapping[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "input", "source", "context", "text", "user"),
@@ -36,6 +38,8 @@ _OFTEN: Mapping[str, tuple[str, ...]] = {
         "labels", "category", "class", "sentiment", "topic", "intent", "emotion", "score", "rating", "target",
         "completion", "output", "answer",
     ),
+    "anchor": ("query", "question", "prompt", "sentence1", "text", "premise", "title"),
+    "positive": ("answer", "passage", "document", "sentence2", "text_pair", "hypothesis", "body"),
 }  # fmt: skip
 """Other common names of our fields."""
 
@@ -125,7 +129,7 @@ def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool)
         needed = [theirs for ours, theirs in columns.items() if ours != "input" and (answered or ours in _ASKED)]
         if not answered and "input" in columns:
             needed.append(columns["input"])
-        own = set(FIELDS) - set(columns.values())
+        own = set(FIELDS) - set(FORMATS["text_pairs"].FIELDS) - set(columns.values())
         if all(name in record for name in needed) and not record.keys() & (own | others):
             return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     return {}

@@ -450,6 +450,8 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "too_long": renderer.too_long,
         "control_tokens": renderer.control_tokens,
     }
+    if renderer.pooling is not None:
+        parts["pooling"] = asdict(renderer.pooling)
     if renderer.date is not None:
         parts["date"] = renderer.date
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()

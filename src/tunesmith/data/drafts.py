@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
-from tunesmith.types import Example, ModelKind, Part, Problem, Source
+from tunesmith.types import Example, ModelKind, Part, Pooling, Problem, Source
 
 TooLong = Literal["error", "drop", "cut"]
 
@@ -62,6 +62,8 @@ class EncoderSettings:
     """`data.prompt`."""
     date: str | None
     """The date that a chat template writes; None: today."""
+    pooling: Pooling | None = None
+    """The pooling of a task whose texts become vectors."""
 
 
 class RowEncoder:

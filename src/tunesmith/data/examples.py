@@ -29,7 +29,7 @@ def warnings_of(example: Example) -> Iterator[Problem]:
     if example.shape == "tokens_tags":
         yield from _odd_tags(example)
         return
-    if len(example.branches) == 2 and differ_in_space_alone(example):
+    if len(example.branches) == 2 and example.shape != "text_pairs" and differ_in_space_alone(example):
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts
@@ -351,7 +351,7 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*CHATS, *COMPARED, "text_label", "tokens_tags")
+    return example.plain or example.shape in (*CHATS, *COMPARED, "text_label", "text_pairs", "tokens_tags")
 
 
 def hash_of(content: list[Any]) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft, EncoderSettings, LengthLimit, OnCut, RowEncoder, TooLong, Tools, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer, fingerprint
-from tunesmith.types import IGNORE, Example, ModelKind, Part, Problem, Row, Task
+from tunesmith.types import IGNORE, Example, ModelKind, Part, Pooling, Problem, Row, Task
 
 Encoded = list[Row] | list[Problem]
 
@@ -21,9 +21,9 @@ class Renderer:
     """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
     `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the options of
-    `data`; None: as the option's "auto" or null. `date`: the day that a chat template writes; None: today. Raises
-    `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for options that leave a row no
-    room.
+    `data`; None: as the option's "auto" or null. `date`: the day that a chat template writes; None: today. `pooling`:
+    for texts that become vectors. Raises `ModelError` for a tokenizer or template that cannot be trained with,
+    `RecipeError` for options that leave a row no room.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Renderer:
         stride: int | None = None,
         prompt: str | None = None,
         date: str | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         fast = FastTokenizer(tokenizer)
         limit = LengthLimit(max_tokens, too_long)
@@ -49,7 +50,10 @@ class Renderer:
         self.control_tokens = control_tokens
         self.stride = stride
         self.prompt = prompt
-        self._encoder: RowEncoder = task.encoder(EncoderSettings(tokenizer, fast, limit, kind, stride, prompt, date))
+        self.pooling = pooling
+        self._encoder: RowEncoder = task.encoder(
+            EncoderSettings(tokenizer, fast, limit, kind, stride, prompt, date, pooling)
+        )
         self.date = date if "strftime_now" in self._encoder.template_text else None
         """The day that the chat template writes; None: none, or today."""
         self._control = self._encoder.control
@@ -143,11 +147,15 @@ def _empty(example: Example) -> Iterator[Problem]:
 
 def _place(example: Example, index: int) -> str:
     if index >= len(example.parts):
-        return "an answer"
+        return "one of its texts" if example.shape == "text_pairs" else "an answer"
     role = example.parts[index].role
     if example.shape == "tokens_tags":
         return f"tokens[{index}]"
-    return role if example.shape in ("text", "document_summary", "text_label") else f"messages[{index}] ({role})"
+    return (
+        role
+        if example.shape in ("text", "document_summary", "text_label", "text_pairs")
+        else f"messages[{index}] ({role})"
+    )
 
 
 def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:

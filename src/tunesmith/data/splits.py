@@ -232,6 +232,9 @@ def given_text(example: Example) -> str | None:
         return None
     if example.shape == "tokens_tags":
         return " ".join(part.text for part in example.parts)
+    if example.shape == "text_pairs":
+        texts = (*example.parts, *(part for branch in example.branches for part in branch))
+        return "\n".join(f"{part.role}: {part.text}" for part in texts)
     if example.branches:
         names = ["chosen", *("rejected" for _ in example.branches[1:])] if len(example.branches) > 1 else ["answer"]
         answers = ("\n".join(f"{part.role}: {part.text}" for part in branch) for branch in example.branches)

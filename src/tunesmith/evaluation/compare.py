@@ -17,6 +17,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, value_of
 from tunesmith.evaluation.metrics import FEWEST_ROWS
 from tunesmith.evaluation.preference_scores import HABITS, by_habit, column
+from tunesmith.evaluation.retrieval_scores import by_bm25
 from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
     RowKind,
@@ -46,6 +47,8 @@ CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "pairs": ("preference_accuracy",),
     "answers": ("preference_accuracy",),
     "rewards": ("preference_accuracy",),
+    "ranks": ("recall_1", "recall_10", "mrr_10", "ndcg_10"),
+    "similarities": (),
 }
 """Metrics of an answer that is always the same, the one that the commonest answer is best at first."""
 
@@ -164,6 +167,8 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
     """Gain of B on a row, 0 for a tie: by what is right, then by the probability that B gives it."""
+    if kind == "similarities":  # their loss is that of all rows together
+        return 0.0
     if kind not in ("tokens", "numbers"):
         return (num_right(now) - num_right(was)) * (1 + sureness(now))
     gain = float(was["loss"] - now["loss"])  # of the whole row, so that models with other tokens compare
@@ -216,6 +221,8 @@ def rows_against_constant(
     ]
     if kind in HABITS:
         said = by_habit(kind, units, constant)
+    elif kind == "ranks":
+        said = by_bm25(units)
     names = classes or names_in((*units, *said))
     sides = (statistics_of(kind, some, names, complete=True) for some in (said, units))
     of_constant, of_model = ({key: side[key] for key in side if key in CONSTANT_METRICS[kind]} for side in sides)

@@ -131,6 +131,10 @@ METRICS: Mapping[str, MetricInfo] = {
     "reward_spread": MetricInfo("spread of rewards", "number", "neither", "Mean distance of rewards from their mean."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
     "win_rate_alike": MetricInfo("win rate alike", "percent", "higher", "The same, for answers as long as before."),
+    "recall_1": MetricInfo("recall@1", "percent", "higher", "Anchors whose positive is the nearest of all documents."),
+    "recall_10": MetricInfo("recall@10", "percent", "higher", "Anchors whose positive is among the ten nearest."),
+    "mrr_10": MetricInfo("MRR@10", "number", "higher", "Mean of 1 / rank of the positive, 0 beyond the tenth."),
+    "ndcg_10": MetricInfo("nDCG@10", "number", "higher", "Mean of 1 / log2(1 + rank) of the positive, 0 beyond."),
     "general_loss": MetricInfo("general text", "number", "lower", "Loss on the general text kept in the package."),
 }
 
@@ -148,6 +152,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("loss", "preference_accuracy", "margin"),
     "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
+    "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }
 """Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own: bits per
 byte documents, ROC AUC two classes, span metrics tags that mark spans."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import bootstrap, preference_scores
+from tunesmith.evaluation import bootstrap, preference_scores, retrieval_scores
 from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
 from tunesmith.evaluation.preference_scores import HABITS, MOST_DOTS, column
 
@@ -27,7 +27,9 @@ RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
 Constant = str | float | list[str]
 """One answer to every row: a class or tag, a number, or the classes that hold."""
-RowKind = Literal["tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards"]
+RowKind = Literal[
+    "tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards", "ranks", "similarities",
+]  # fmt: skip
 OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
 MOST_SOURCES = 20
@@ -62,6 +64,8 @@ def score(
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
     if kind in HABITS:
         details["constant"] = {"answer": preference_scores.better_habit(kind, units), "from": "the rows measured"}
+    elif kind == "ranks":
+        details["constant"] = {"answer": retrieval_scores.BM25, "from": "the rows measured"}
     elif constant is not None:
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
@@ -85,17 +89,17 @@ def loss_by_source(rows: Sequence[RowResult], sources: Sequence[str]) -> dict[st
 
 def kind_of(row: RowResult) -> RowKind:
     """The kind of prediction that a row's result holds."""
-    if "correct" in row:
-        return "tokens"
-    if "rewards" in row:
-        return "rewards"
-    if "logps" in row:
-        return "answers" if "wanted" in row else "pairs"
-    if "value" in row:
-        return "numbers"
-    if "tags" in row:
-        return "tags"
+    for mark, kind in _MARKS.items():
+        if mark in row:
+            return kind
     return "sets" if isinstance(row["label"], list) else "classes"
+
+
+_MARKS: Mapping[str, RowKind] = {
+    "correct": "tokens", "rewards": "rewards", "wanted": "answers", "logps": "pairs", "rank": "ranks",
+    "similarity": "similarities", "value": "numbers", "tags": "tags",
+}  # fmt: skip
+"""Keys of which the first one that a row has says its kind."""
 
 
 def by_key(rows: Iterable[RowResult]) -> dict[tuple[str, int], RowResult]:
@@ -126,6 +130,8 @@ def num_right(row: RowResult) -> int:
     """1 for a row whose class or classes are right, else 0; of tags how many are."""
     if "margin" in row:
         return int((row["margin"] > 0) == row.get("wanted", True))
+    if "rank" in row:
+        return int(row["rank"] == 1)
     if "tags" in row:
         return sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True))
     return int(row["label"] == row["predicted"])
@@ -277,6 +283,8 @@ _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool
     "pairs": preference_scores.pair_statistics,
     "answers": preference_scores.answer_statistics,
     "rewards": preference_scores.reward_statistics,
+    "ranks": retrieval_scores.rank_statistics,
+    "similarities": retrieval_scores.similarity_statistics,
 }
 
 
@@ -337,6 +345,8 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[s
     "pairs": preference_scores.pair_details,
     "answers": lambda rows, classes: {},
     "rewards": preference_scores.reward_details,
+    "ranks": retrieval_scores.rank_details,
+    "similarities": retrieval_scores.similarity_details,
 }
 
 

@@ -27,9 +27,11 @@ LIKE_A_CLASS = 0.1
 _MOST_CHARACTERS = 40
 UNLEARNT = -0.5
 """Nats a token of chosen answers that a model may lose before that is noted."""
+_NAMES = {"numbers": "mean baseline", "ranks": "BM25"}
 _HABITS = {
     "longer_chosen": "always choosing the longer answer",
     "likelier_chosen": "choosing what the untouched model finds likelier",
+    "bm25": "the order of words that both share",
 }
 
 
@@ -58,8 +60,8 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
     kind = kind_of(rows[0])
     found = rows_against_constant(rows, constant["answer"], classes=classes)
     return {
-        "name": "best habit" if kind in HABITS else "mean baseline" if kind == "numbers" else "majority baseline",
-        "words": _HABITS.get(constant["answer"], "") if kind in HABITS else _words(constant["answer"]),
+        "name": _NAMES.get(kind, "best habit" if kind in HABITS else "majority baseline"),
+        "words": _HABITS.get(constant["answer"], "") if kind in (*HABITS, "ranks") else _words(constant["answer"]),
         "from": constant["from"],
         "rows": len(rows),
         "key": CONSTANT_METRICS[kind][0],

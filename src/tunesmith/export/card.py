@@ -24,7 +24,7 @@ UNKNOWN = "unknown"
 
 _PIPELINES = {
     "sequence": "text-classification", "tokens": "token-classification", "masked_token": "fill-mask",
-    "next_token": "text-generation",
+    "next_token": "text-generation", "vector": "sentence-similarity",
 }  # fmt: skip
 
 

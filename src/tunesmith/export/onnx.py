@@ -80,6 +80,8 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
             f"onnx: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed. "
             f"`{install_command('onnx')}` installs all that is needed."
         )
+    if result.head == "vector":
+        raise ModelError(f"{result.weights.name}: onnx: a graph of vectors is not made here. Export merged instead.")
     if result.kind == "encoder_decoder":
         raise ModelError(
             f"{result.weights.name}: onnx: only encoders and decoder-only models can be exported, not an "

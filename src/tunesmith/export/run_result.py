@@ -145,6 +145,8 @@ class RunResult:
 
 def auto_class(head: HeadName, kind: ModelKind) -> str:
     """The class of transformers that loads a model with this head."""
+    if head == "vector":
+        return "AutoModel"
     writes = "Seq2SeqLM" if kind == "encoder_decoder" else "CausalLM"
     return f"AutoModelFor{_CLASSES.get(head, writes)}"
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
 from tunesmith.inference.load import has_token_types
-from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
@@ -160,6 +160,8 @@ class TorchModel(ExportedModel):
     def logits(self, batch: Batch) -> Tensor:
         forward = {"sequence": sequence_logits, "tokens": token_logits}.get(self.head, logits_at_targets)
         with eval_mode(self.model):
+            if self.head == "vector":
+                return hidden_states(self.model, batch)[batch.predict_N].float().cpu()
             return forward(self.model, batch).float().cpu()
 
     def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:

@@ -152,11 +152,11 @@ def compute(
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
     for row in encoded:
-        batch = build_batch([row], [0], layout=layout, device=model.device, **settings)
+        batch = build_batch([row], [0], layout=layout, device=model.device, pools=model.head == "vector", **settings)
         logits_NV = model.logits(batch)
         if len(logits_NV) == 0:
             continue
-        if row.labels is None or not _has_no_answer(row.labels):
+        if model.head != "vector" and (row.labels is None or not _has_no_answer(row.labels)):
             outputs.losses.append(float(_losses(logits_NV, batch, labels).double().sum()))
             outputs.counts.append(batch.num_targets)
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))

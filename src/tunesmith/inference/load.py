@@ -309,6 +309,8 @@ def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> Task
     architectures = (None if located.is_gguf else files.load_config(located).architectures) or [""]
     head: HeadName = "masked_token" if kind == "encoder" else "next_token"
     head = next((head for end, head in _HEADED.items() if architectures[0].endswith(end)), head)
+    if (located.path / "modules.json").is_file():  # of sentence-transformers
+        head = "vector"
     fitting = [task for task in TASKS.values() if task.heads.get(kind) == head]
     fitting = fitting or [task for task in TASKS.values() if head in task.heads.values()]  # refused by name later
     return next(task.name for task in fitting if has_template or not task.is_chat)
@@ -378,6 +380,9 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
         stride=None if recipe.data.stride == "auto" else recipe.data.stride,
         prompt=recipe.data.prompt,
         date=None if recipe.data.date == "auto" else recipe.data.date,
+        pooling=recipe.embed.as_pooling(resolved(recipe.data.max_tokens))
+        if TASKS[resolved(recipe.task)].pools
+        else None,
     )
 
 

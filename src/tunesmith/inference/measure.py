@@ -38,6 +38,7 @@ from tunesmith.evaluation.generate import (
     sample_prompts,
 )
 from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
+from tunesmith.evaluation.retrieval import settled
 from tunesmith.evaluation.scores import answer_scores, score, score_answers
 from tunesmith.evaluation.verdicts import (
     answer_baseline,
@@ -201,7 +202,7 @@ def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, int], None]) -> Predictions:
-    return predict_rows(
+    found = predict_rows(
         loaded.model,
         bind(loaded.renderer.task_name, loaded.labels, output=_output_layer(loaded), recipe=loaded.recipe),
         _feed(loaded, store),
@@ -209,6 +210,10 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
         tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
         progress=progress,
     )
+    if TASKS[loaded.renderer.task_name].outcome != "vectors":
+        return found
+    how = {"options": loaded.recipe.embed, "tokenizer": loaded.renderer.tokenizer}
+    return settled((store, np.arange(len(store)), found), (), **how)
 
 
 @contextmanager
@@ -301,6 +306,7 @@ def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
         decoder_start=getattr(loaded.model.config, "decoder_start_token_id", None),
         has_types=loaded.has_types,
         pad_id=loaded.pad_id,
+        pools=TASKS[loaded.renderer.task_name].pools,
     )
 
 

@@ -1,4 +1,4 @@
-"""Predictions for rows: classes, numbers, tags or text, each row encoded as it was in training."""
+"""Predictions for rows: classes, numbers, tags, vectors or text, each row encoded as it was in training."""
 
 # B rows, C classes
 
@@ -34,6 +34,7 @@ from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
 from tunesmith.tasks import TASKS
+from tunesmith.tasks.embedding_losses import embed
 from tunesmith.types import Batch, Example, Problem, Row, TaskName
 
 Done = Callable[[int], None]
@@ -172,7 +173,7 @@ class Predictor:
         with eval_mode(self.loaded.model):
             for members in self._passes({i: len(row.ids) for i, row in rows.items()}, done):
                 batch = self._batch([rows[i] for i in members], members)
-                lines = self._tags(batch, rows, examples, warn) if is_tags else self._classes(batch)
+                lines = self._tags(batch, rows, examples, warn) if is_tags else self._lines(batch)
                 for i, line in zip(members, lines, strict=True):
                     results[i] = line
         return results
@@ -194,7 +195,14 @@ class Predictor:
             device=self.loaded.model.device,
             has_types=self.loaded.has_types,
             pad_id=self.loaded.pad_id,
+            pools=self.loaded.head == "vector",
         )
+
+    def _lines(self, batch: Batch) -> Iterator[Line]:
+        if self.loaded.head != "vector":
+            return self._classes(batch)
+        vectors_LD = embed(self.loaded.model, batch, self.loaded.recipe.embed)
+        return ({"embedding": vector_D} for vector_D in vectors_LD.tolist())
 
     def _classes(self, batch: Batch) -> Iterator[Line]:
         labels = self.loaded.labels

@@ -58,10 +58,12 @@ class Engines:
         engine, name = self._find(model)
         return await engine.classify(name, texts)
 
-    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    async def embed(
+        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
+    ) -> tuple[list[list[float]], int]:
         """See protocol.Engine."""
         engine, name = self._find(model)
-        return await engine.embed(name, texts)
+        return await engine.embed(name, texts, dimensions=dimensions, is_query=is_query)
 
     async def attach_to(self, base: str, name: str, run: Path) -> None:
         """Serve a run as `name` on its base; see protocol.Engine."""

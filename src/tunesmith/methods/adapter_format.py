@@ -34,6 +34,7 @@ from tunesmith.methods.targets import (
     weights_of,
 )
 from tunesmith.models import heads
+from tunesmith.models.pooling import write_pooling
 from tunesmith.models.save import save_tokenizer
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
@@ -94,6 +95,8 @@ def writing_adapter(
         yield staged
         save_tokenizer(with_pad_token(model, renderer.tokenizer), staged, located=located)
         heads.write_labels(model, staged)
+        if renderer.pooling is not None:
+            write_pooling(renderer.pooling, staged, size=model.config.get_text_config().hidden_size)
 
 
 def base_reference(located: ModelRef) -> str:
@@ -157,7 +160,7 @@ def planned_config(settings: LowRankMethod) -> dict[str, Any]:
 
 def task_type(model: PreTrainedModel) -> str | None:
     """peft's name of the model's task; it has none for models that guess masked tokens."""
-    names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None}
+    names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None, "vector": "FEATURE_EXTRACTION"}
     return names.get(heads.head_of(model), "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
 
 

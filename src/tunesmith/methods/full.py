@@ -137,7 +137,8 @@ def save_result(
     attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
     """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in."""
-    save_model(model, renderer.tokenizer, folder, located=located, stop_ids=renderer.stop_ids)
+    ends, pooling = renderer.stop_ids, renderer.pooling
+    save_model(model, renderer.tokenizer, folder, located=located, stop_ids=ends, pooling=pooling)
 
 
 def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:

@@ -22,7 +22,9 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -200,7 +202,9 @@ def load_model(
             ignore_mismatched_sizes=labels is not None,
             output_loading_info=True,
         )
-    lacks = _lacking(located, model, found, drawable=labels is not None or head == "masked_token")
+    lacks = _lacking(located, model, found, drawable=labels is not None or head in ("masked_token", "vector"))
+    if head == "vector" and lacks:
+        model.pooler, lacks = None, set()  # it is not read
     keep = labels is None or (config is not None and heads.same_labels(config, head, labels))
     fresh = heads.fresh_names(model, lacks, keep=keep)
     heads.init_head(model, fresh, seed=seed)
@@ -210,7 +214,7 @@ def load_model(
         on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}")
     if unused := sorted(found["unexpected_keys"]):
         on_note(f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}")
-    if heads.pools_last(model):
+    if heads.pools_last(model) or (head == "vector" and config is not None and not located.is_gguf):
         choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
         _forget_gguf(model, located)
@@ -237,6 +241,7 @@ _AUTO: dict[str, tuple[Any, Any]] = {
     "masked_token": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "sequence": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "tokens": (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    "vector": (AutoModel, MODEL_MAPPING),
 }
 
 

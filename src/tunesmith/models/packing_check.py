@@ -179,7 +179,7 @@ def _answers(
     )
     if per_row:
         found_NV = sequence_logits(model, batch)
-    elif causal and head != "next_token":
+    elif head == "vector" or (causal and head != "next_token"):
         found_NV = hidden_states(model, batch)[predict_N]
     else:
         found_NV = logits_at_targets(model, batch)

@@ -18,12 +18,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.errors import StorageError
 from tunesmith.models import heads
-from tunesmith.models.heads import copy_pooling
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.modes import generating_by, silence_transformers
+from tunesmith.models.pooling import copy_pooling, write_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
+from tunesmith.types import Pooling
 
 SHARD_BYTES = 5 * 1000**3
 """Largest weights file; what the hub and most tools write."""
@@ -36,12 +37,14 @@ def save_model(
     *,
     located: ModelRef,
     stop_ids: Sequence[int],
+    pooling: Pooling | None = None,
 ) -> None:
     """Write the model to `folder`, whole or not at all; an existing one is replaced.
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
     `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
-    labels.json. An encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
+    labels.json. `pooling`: of a model that makes vectors. An encoder that guesses masked words keeps the files at
+    `located` that say how its vectors are pooled.
     Raises StorageError where the disk refuses.
     """
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -53,6 +56,8 @@ def save_model(
             heads.write_labels(model, temporary)
             if type(model).__name__.endswith("ForMaskedLM"):
                 copy_pooling(located.path, temporary)
+            if pooling is not None:
+                write_pooling(pooling, temporary, size=model.config.get_text_config().hidden_size)
             if model.can_generate():
                 save_generation_config(model, temporary, stop_ids=stop_ids)
         replace_folder(temporary, folder, swap=True)

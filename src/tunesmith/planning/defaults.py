@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ def decide_before_rows(
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task = TASKS[resolved(recipe.task)]
+    choices += (own := list(task.choose(recipe, located)))
+    recipe = reduce(with_choice, own, recipe)
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     task.check(recipe)

@@ -35,6 +35,7 @@ from tunesmith.planning.duration import (
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, phases, sizes_of
 from tunesmith.planning.prefixes import filled_by
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName, Layout, ModelKind
 
 BALANCE_STEPS = 64
@@ -223,7 +224,9 @@ class Forecaster:
         of_step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
         found = prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)
         found |= {kind: found[kind] / size for kind in DEALT}
-        found["training"] = of_step + sum_seconds(sizes, plan, self.device)
+        looks = TASKS[resolved(recipe.task)].look is not None and micro_batches > 1
+        looking = load.tokens * found["held_out"] if looks else 0.0
+        found["training"] = of_step + looking + sum_seconds(sizes, plan, self.device)
         counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
         return Duration({kind: Work(count, found[kind]) for kind, count in counted.items()})
 

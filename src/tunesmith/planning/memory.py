@@ -184,7 +184,7 @@ def sizes_of(
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
         hidden=int(config.hidden_size),
         heads=int(getattr(config, "num_attention_heads", 1)),
-        outputs=labels.num_outputs if labels is not None else int(config.vocab_size),
+        outputs=labels.num_outputs if labels is not None else 0 if head == "vector" else int(config.vocab_size),
         trains_output=output is not None and any(p.requires_grad for p in output.parameters()),
         fused_loss=recipe.kernels == "fast" and method.fused_loss and output_layer_of(model) is not None,
         can_pack=not recurrent_layer(model),

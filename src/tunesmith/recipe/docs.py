@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
-from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup
+from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup, Positive
 from tunesmith.recipe.schema import DataFile, OneOf, Recipe
 from tunesmith.recipe.yaml_io import dump
 from tunesmith.types import TASK_NAMES
@@ -158,11 +158,12 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
             type(None): "null",
             bool: "true or false",
             dict: "a mapping of names to " + _IN_MAPPINGS.get(arguments[1:], "numbers"),
-            tuple: "a list of files" if DataFile in arguments else "a list of texts",
+            tuple: _LISTS.get(arguments[:1], "a list of texts"),
         }
         yield names[origin or annotation], _bounds(metadata), False
 
 
+_LISTS: Mapping[tuple[Any, ...], str] = {(DataFile,): "a list of files", (Positive,): "a list of whole numbers"}
 _IN_MAPPINGS: Mapping[tuple[Any, ...], str] = {(str,): "names", (Any,): "values"}
 
 

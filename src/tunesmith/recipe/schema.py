@@ -27,6 +27,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.preferences import Prefer, Reward
+from tunesmith.recipe.retrieval import Embed
 from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ class Data(OptionGroup):
     """Longest row, in tokens. auto: what the model can attend to."""
     too_long: Literal["error", "drop", "cut"] | Auto = "auto"
     """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted). auto:
-    cut for classify, tag and summarize, error otherwise. Documents of task text are cut in windows instead."""
+    cut for classify, tag, summarize and embed, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
     """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows of a
     causal model overlap by one token, those of an encoder do not. Smaller: each window begins with context that is read
@@ -359,7 +360,8 @@ class Recipe(OptionGroup):
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, a tag
-    for each word, the better of two answers, or a number for an answer. auto: detected from the rows."""
+    for each word, the better of two answers, a number for an answer, or vectors of texts. auto: detected from the
+    rows."""
     method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
@@ -367,6 +369,7 @@ class Recipe(OptionGroup):
     loss: Loss = Loss()
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
+    embed: Embed = Embed()
     train: Train = Train()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

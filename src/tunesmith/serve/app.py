@@ -158,7 +158,8 @@ def make_router(engine: Engine) -> APIRouter:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """A vector for each text."""
         find_model(engine, body.model, "embeddings")
-        vectors, num_tokens = await engine.embed(body.model, body.input)
+        how: Any = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
+        vectors, num_tokens = await engine.embed(body.model, body.input, **how)
         request.state.usage = Usage(num_tokens)
         encode = _base64 if body.encoding_format == "base64" else list
         data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]

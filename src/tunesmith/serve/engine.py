@@ -275,9 +275,12 @@ class WorkerEngine:
         lines: list[Mapping[str, Any]] = await self._reply({"model": model, "texts": list(texts)})
         return lines
 
-    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    async def embed(
+        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
+    ) -> tuple[list[list[float]], int]:
         """See protocol.Engine."""
-        vectors, num_tokens = await self._reply({"model": model, "passages": list(texts)})
+        how = {"dimensions": dimensions, "is_query": is_query}
+        vectors, num_tokens = await self._reply({"model": model, "passages": list(texts), "how": how})
         return vectors, num_tokens
 
     async def attach(self, name: str, run: Path) -> None:

@@ -191,8 +191,12 @@ class Engine(Protocol):
         """A line for each text, as `tunesmith predict` writes it."""
         ...
 
-    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        """A vector for each text, and the number of tokens read."""
+    async def embed(
+        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
+    ) -> tuple[list[list[float]], int]:
+        """A vector for each text, cut to `dimensions` numbers, and the number of tokens read.
+
+        `is_query`: with the prompt of texts that search."""
         ...
 
     async def attach(self, name: str, run: Path) -> None:

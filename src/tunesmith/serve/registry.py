@@ -19,8 +19,8 @@ from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import read_low_rank
 from tunesmith.models import load
-from tunesmith.models.heads import find_pooling
 from tunesmith.models.load import model_kind
+from tunesmith.models.pooling import find_pooling
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.background import BackgroundCall
@@ -302,8 +302,9 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
         writer = make_writer(loaded, name, choose_decoder(loaded, AdapterSet(loaded.model), note), run=run)
         registry.add(writer)
         check_writers([writer], note)
-    elif loaded.head == "masked_token":
-        card, pooling = _card(loaded, name, run, "embeddings"), find_pooling(loaded.located.path)
+    elif loaded.head in ("masked_token", "vector"):
+        card = _card(loaded, name, run, "embeddings")
+        pooling = loaded.renderer.pooling or find_pooling(loaded.located.path)
         most = min(card.max_tokens, pooling.max_tokens or card.max_tokens)
         registry.add(Embedder(replace(card, max_tokens=most), loaded, pooling))
     else:

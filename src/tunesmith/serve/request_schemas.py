@@ -353,6 +353,8 @@ class EmbeddingBody(Body):
         max_length=MAX_INPUTS
     )
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    input_type: Literal["query", "document"] = "document"
 
 
 def _texts_or_pairs(value: Any) -> Any:

@@ -1,32 +1,36 @@
 """Models by the names clients use: those that write text, those with a head that classifies, and text embedders."""
 
-# B texts, T tokens, D hidden size
+# L texts, D hidden size
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.data.collate import build_batch
+from tunesmith.data.embedding import pooled
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Predictor
 from tunesmith.inference.rows import Line
-from tunesmith.models.heads import Pooling, pool
+from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
+from tunesmith.models.pooling import pool
 from tunesmith.runs.folder import Run
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.serve.sampling import JsonGrammars, SamplingParams
 from tunesmith.serve.scheduler import PreparedRequest
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
 
 MAX_LOGPROBS = 20
 
@@ -200,42 +204,46 @@ class Classifier:
 
 @dataclass
 class Embedder:
-    """An encoder without a head: its hidden states, pooled as its files say."""
+    """A model without a head: its hidden states, pooled as its run or its files say."""
 
     card: ModelCard
     loaded: LoadedModel
     pooling: Pooling
 
-    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        """A vector for each text, and the number of tokens read. Raises RequestError for an empty or too long text."""
-        rows = [self._ids(text, i) for i, text in enumerate(texts)]
-        lengths = [len(row) for row in rows]
+    def embed(
+        self, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
+    ) -> tuple[list[list[float]], int]:
+        """A vector for each text, and the number of tokens read. `dimensions`: cut to so many numbers.
+
+        Raises RequestError for an empty or too long text, or more numbers than a vector has.
+        """
+        size = int(self.loaded.model.config.get_text_config().hidden_size)
+        if dimensions is not None and dimensions > size:
+            raise RequestError(f"dimensions: the vectors of this model have {size:,} numbers", param="dimensions")
+        prompt = self.pooling.query_prompt if is_query else self.pooling.document_prompt
+        rows = [self._row(prompt, text, i) for i, text in enumerate(texts)]
+        lengths = [len(row.ids) for row in rows]
         most = self.loaded.tokens_per_pass(lengths)
         vectors: dict[int, list[float]] = {}
         with eval_mode(self.loaded.model):
             for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded"):
-                vectors |= zip(members, self._vectors([rows[i] for i in members]), strict=True)
+                found_LD = self._vectors([rows[i] for i in members])[:, :dimensions]
+                if self.pooling.normalizes:
+                    found_LD = torch.nn.functional.normalize(found_LD, dim=-1)
+                vectors |= zip(members, found_LD.tolist(), strict=True)
         return [vectors[i] for i in range(len(rows))], sum(lengths)
 
-    def _ids(self, text: str, index: int) -> list[int]:
+    def _row(self, prompt: str, text: str, index: int) -> Row:
         if not text.strip():
             raise RequestError(f"input[{index}] is empty", param="input")
-        ids, most = list(self.loaded.renderer.tokenizer(text).input_ids), self.card.max_tokens
+        ids, most = list(self.loaded.renderer.tokenizer(prompt + text).input_ids), self.card.max_tokens
         if len(ids) > most:
             message = f"input[{index}] has {len(ids):,} tokens, at most {most:,} are read: shorten it"
             raise RequestError(message, code="context_length_exceeded", param="input")
-        return ids
+        return Row(np.array(ids, np.int32), pooled(len(ids), self.pooling.kind), Source("input", index + 1))
 
-    def _vectors(self, rows: Sequence[list[int]]) -> Iterator[list[float]]:
-        ids_BT = torch.full((len(rows), max(map(len, rows))), self.loaded.pad_id)
-        mask_BT = torch.zeros_like(ids_BT)
-        for b, row in enumerate(rows):
-            ids_BT[b, : len(row)] = torch.tensor(row)
-            mask_BT[b, : len(row)] = 1
-        base: Any = self.loaded.model.base_model
-        ids_BT, mask_BT = ids_BT.to(self.loaded.model.device), mask_BT.to(self.loaded.model.device)
-        hidden_BTD: Tensor = base(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
-        pooled_BD = pool(hidden_BTD, mask_BT, self.pooling.kind)
-        if self.pooling.normalizes:
-            pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=-1)
-        yield from pooled_BD.tolist()
+    def _vectors(self, rows: Sequence[Row]) -> Tensor:
+        model = self.loaded.model
+        how: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
+        batch = build_batch(rows, range(len(rows)), layout="padded", **how)
+        return pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)

@@ -187,7 +187,7 @@ class Worker:
         if "texts" in message:
             texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["texts"]]
             return self._registry.find(message["model"], Classifier).classify(texts)
-        return self._registry.find(message["model"], Embedder).embed(message["passages"])
+        return self._registry.find(message["model"], Embedder).embed(message["passages"], **message["how"])
 
     def _refuse(self, key: int, error: RequestError) -> None:
         self._send({"events": [[key, *encode_event(error)]]})

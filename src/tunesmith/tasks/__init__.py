@@ -14,6 +14,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Loss, Recipe
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
+from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.generate import GENERATE
 from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
 TASKS: dict[TaskName, Task] = {
-    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD)
+    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, EMBED)
 }
 """By name. `bind` gives a task its classes and losses before it is trained."""
 

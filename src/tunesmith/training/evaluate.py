@@ -30,6 +30,7 @@ from tunesmith.evaluation.predict_rows import (
     row_results,
     sample_rows,
 )
+from tunesmith.evaluation.retrieval import other_rows, settled
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
 from tunesmith.evaluation.verdicts import preference_notes
 from tunesmith.recipe.schema import resolved
@@ -95,6 +96,17 @@ def measure_held_out(session: Session, name: str) -> None:
 
 
 def _outcomes(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
+    setup, found = session.setup, _predicted(session, collator, rows_I, what)
+    if setup.task.outcome != "vectors":
+        return found
+    sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
+    more = other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents) if what == "evaluate" else ()
+    others = [(one.store, some_I, _predicted(session, one, some_I, "documents")) for one, some_I in more]
+    how = {"options": setup.recipe.embed, "tokenizer": setup.renderer.tokenizer}
+    return settled((collator.store, rows_I, found), others, **how)
+
+
+def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
     return predict_rows(
         session.setup.model,
         session.setup.task,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -163,6 +164,6 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
         speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
         speaker.attachment.merge()
         adapter = ModelRef("folder", run.adapter_path, str(run.adapter_path))
-        save_model(
-            speaker.model, speaker.renderer.tokenizer, merged, located=adapter, stop_ids=speaker.renderer.stop_ids
-        )
+        renderer = speaker.renderer
+        how: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pooling": renderer.pooling}
+        save_model(speaker.model, renderer.tokenizer, merged, located=adapter, **how)

@@ -251,7 +251,12 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
 
 def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, plan: StepSampler) -> Choice | None:
     """Whether shared prefixes are computed once, as far as it can be decided without weights; None: they cannot be."""
-    if inputs.kind != "causal" or plan.layout != "packed" or has_token_types(model, inputs.renderer.tokenizer):
+    if (
+        inputs.kind != "causal"
+        or inputs.head == "vector"
+        or plan.layout != "packed"
+        or has_token_types(model, inputs.renderer.tokenizer)
+    ):
         return None
     return decide_sharing(model, recipe, shared_prefixes(plan, rows.store))
 

@@ -356,6 +356,7 @@ def collators(
             has_types=has_token_types(model, tokenizer),
             pad_id=pad_id(model, tokenizer),
             shares=shares,
+            pools=TASKS[resolved(recipe.task)].pools,
             pads=pads_to_multiple(plan.layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 

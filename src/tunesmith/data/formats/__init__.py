@@ -15,6 +15,7 @@ from tunesmith.data.formats import (
     sharegpt,
     text,
     text_label,
+    text_pairs,
     tokens_tags,
     unpaired,
 )
@@ -26,6 +27,7 @@ FORMATS: dict[Shape, Any] = {
         scored_answers,
         preference,
         unpaired,
+        text_pairs,
         messages,
         sharegpt,
         alpaca,
@@ -54,6 +56,7 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "tag": ("tokens_tags",),
     "prefer": ("preference", "unpaired", *CHATS),  # of which it takes preferences, and answers all
     "reward": ("scored_answers", "preference"),
+    "embed": ("text_pairs",),
 }
 """Shapes that a task learns from."""
 

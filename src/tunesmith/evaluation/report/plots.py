@@ -216,6 +216,8 @@ def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
         plots.append(_threshold(details["threshold"]))
     if details.get("scatter"):
         plots.append(_scatter(np.asarray(details["scatter"], np.float64)))
+    if details.get("recall"):
+        plots.append(_recall(details["recall"], details["documents"]))
     if details.get("margins"):
         plots += _pair_plots(np.asarray(details["margins"], np.float64), details["by_length"])
     return plots
@@ -343,6 +345,21 @@ def _scatter(pairs: Floats) -> Plot:
         axes.legend(loc="upper left")
 
     return draw("scatter", "Numbers", f"{len(pairs):,} held-out rows: the number and what the model said.", paint)
+
+
+def _recall(curves: Mapping[str, Sequence[float]], documents: int) -> Plot:
+    def paint(axes: Any) -> None:
+        for name, shares in curves.items():
+            style = {"color": ACCENT, "linewidth": 2.0} if name == "model" else {"linewidth": 1.0}
+            if name != "at":
+                axes.plot(curves["at"], shares, label=name, **style)
+        axes.set_xscale("log")
+        axes.set_xticks(curves["at"], [str(rank) for rank in curves["at"]])
+        axes.set(ylim=(0, 1.02), xlabel="nearest documents looked at", ylabel="recall")
+        axes.legend(loc="lower right")
+
+    text = f"Held-out anchors whose positive is among the nearest, of {documents:,} documents."
+    return draw("recall", "Recall", text, paint)
 
 
 def length_plot(lengths: Mapping[str, Any]) -> Plot:

@@ -1,0 +1,81 @@
+"""Texts that belong together: {"anchor": "...", "positive": "..."}, with hard negatives or without; or two sentences
+and their score: {"sentence1": "...", "sentence2": "...", "score": 0.8}.
+
+Read as well: query for anchor; negative, negative_1, negative_2, ..., and negatives, each a text or a list of texts.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+from tunesmith.data.problems import RowProblems
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "text_pairs"
+_ANCHORS = ("anchor", "query", "sentence1")
+_NEGATIVES = ("negative", *(f"negative_{i}" for i in range(1, 11)), "negatives")
+FIELDS = ("anchor", "positive", "query", "sentence1", "sentence2", "score", *_NEGATIVES)
+REQUIRED = ("anchor", "positive")
+INPUTS = ("anchor",)
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return record.keys() >= {"sentence1", "sentence2", "score"} or (
+        "positive" in record and not record.keys().isdisjoint(_ANCHORS)
+    )
+
+
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: its anchor, and as branches its positive and negatives. Not `answered`: the anchor alone.
+
+    `values` holds the score, if there is one.
+    """
+    found = RowProblems(source)
+    first = next((key for key in _ANCHORS if key in record), "anchor")
+    parts = (Part(first, _text(record, first, found), False),)
+    if not answered:
+        return found.problems or Example(parts, source, NAME)
+    second = "sentence2" if first == "sentence1" and "positive" not in record else "positive"
+    texts = [Part(second, _text(record, second, found), False)]
+    for key in (key for key in _NEGATIVES if record.get(key) is not None):
+        several = record[key] if isinstance(record[key], list) else [record[key]]
+        names = [key] if several is not record[key] else [f"{key}[{i}]" for i in range(len(several))]
+        texts += [Part("negative", _text({n: t}, n, found), False) for n, t in zip(names, several, strict=True)]
+    values = _score(record, found)
+    if not found.problems and not values:
+        _compare(parts[0], texts, found)
+    branches = tuple((part,) for part in texts)
+    return found.problems or Example(parts, source, NAME, branches=branches, values=values)
+
+
+def _text(record: dict[str, Any], key: str, found: RowProblems) -> str:
+    text = found.text(record, key)
+    if isinstance(record.get(key), str) and not text.strip():
+        found.add("empty", f"{key} is empty.", "Write it, or remove the row.")
+    return text
+
+
+def _score(record: dict[str, Any], found: RowProblems) -> tuple[float, ...]:
+    value = record.get("score")
+    if value is None and "sentence2" not in record:
+        return ()
+    if isinstance(value, str):  # as a table without types has it
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        found.add("bad_score", f"score is {str(value)[:40]!r}.", "Write a number, or remove the row.")
+        return ()
+    return (float(value),)
+
+
+def _compare(anchor: Part, texts: list[Part], found: RowProblems) -> None:
+    """Problems of texts that teach nothing, or the contrary."""
+    positive, *negatives = (part.text.strip() for part in texts)
+    if positive == anchor.text.strip():
+        found.add("identical_texts", f"{anchor.role} and positive are the same text.", "Remove the row.")
+    for text in dict.fromkeys(negatives):
+        if text in (positive, anchor.text.strip()):
+            same = "positive" if text == positive else anchor.role
+            found.add("identical_texts", f"a negative is the same text as {same}: {text[:40]!r}.", "Remove it.")

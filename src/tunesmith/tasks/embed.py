@@ -1,0 +1,138 @@
+"""Embed: vectors of texts, by which those that belong together are found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.tasks.embedding_losses import ALONE, embedding_loss_sum, embedding_measure, look
+from tunesmith.types import Choice, Pooling, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tunesmith.data.dataset import RowStore
+    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+    from tunesmith.models.fused_loss import OutputLayer
+    from tunesmith.models.resolve_model import ModelRef
+    from tunesmith.recipe.schema import Recipe
+
+SMALL = 50_000_000
+"""Weights up to which an encoder counts as small."""
+
+
+def _encoder(settings: EncoderSettings) -> RowEncoder:
+    from tunesmith.data.embedding import EmbeddingEncoder
+
+    pooling = settings.pooling or Pooling()
+    return EmbeddingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind, pooling)
+
+
+def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+    return {"anchor": text} | ({} if answer is None else {"positive": answer})
+
+
+def _rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
+    if is_adapter:
+        return 1e-4, "usual for vectors with an adapter"
+    if num_parameters <= SMALL:
+        return 5e-5, "usual for vectors of a small model in full tuning"
+    return 2e-5, "usual for vectors in full tuning"
+
+
+def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
+    """Pooling and prompts, as the model's files say."""
+    from tunesmith.models.load import model_kind
+    from tunesmith.models.pooling import find_pooling
+    from tunesmith.models.size import model_size
+
+    options, size = recipe.embed, model_size(located).hidden
+    if wrong := [dim for dim in options.dims if dim > size]:
+        raise RecipeError(f"embed.dims: {wrong[0]}: the vectors of {located.name} have {size} numbers. Use fewer.")
+    is_made_for_it = not located.is_gguf and (located.path / "modules.json").is_file()
+    usual = Pooling("last" if model_kind(located) == "causal" else "mean", True)
+    found = find_pooling(located.path) if is_made_for_it else usual
+    why = "as the model's files say" if is_made_for_it else "the model's files do not say"
+    choices = []
+    for key, value in (("pooling", found.kind), ("normalize", found.normalizes)):
+        if getattr(options, key) == "auto":
+            choices.append(Choice(f"embed.{key}", value, why))
+    for key in ("query_prompt", "document_prompt"):
+        if getattr(options, key) is None and getattr(found, key):
+            choices.append(Choice(f"embed.{key}", getattr(found, key), why))
+    if recipe.data.max_tokens == "auto" and found.max_tokens is not None:
+        choices.append(Choice("data.max_tokens", min(found.max_tokens, model_size(located).max_tokens), why))
+    return choices
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise RecipeError for options that change nothing here."""
+    for option in ("label_smoothing", "z_loss", "neftune_alpha"):
+        if getattr(recipe.loss, option):
+            raise RecipeError(f"loss.{option}: is for tokens and classes; task embed compares texts. Leave it out.")
+
+
+def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+    """The loss that rows are made for. Raises DataError for the first row that it cannot learn from."""
+    (store, rows_I), *_ = sides
+    loss, choices = recipe.embed.loss, []
+    if loss == "auto":
+        has_score = bool(store.branches.value_counts[rows_I[:1]].sum())
+        has_negative = bool((store.branches.counts[rows_I[:1]] > 2).all())
+        loss = ("margin" if has_negative else "cosent") if has_score else "ranking"
+        why = {"margin": "rows have a score and a negative", "cosent": "rows have a score", "ranking": "rows have none"}
+        choices.append(Choice("embed.loss", loss, why[loss]))
+    for side, some_I in sides:
+        counts_I, values_I = side.branches.counts[some_I], side.branches.value_counts[some_I]
+        fits_I = values_I == (loss != "ranking")
+        if loss != "ranking":
+            fits_I &= counts_I == (3 if loss == "margin" else 2)
+        if not fits_I.all():
+            needs = {"ranking": "an anchor, a positive and no score", "margin": "one negative and a score"}
+            raise DataError(
+                f"{side.source(int(some_I[fits_I.argmin()]))}: embed.loss {loss} learns from rows with "
+                f"{needs.get(loss, 'two texts and a score')}. Put other rows into another run, or set embed.loss."
+            )
+    return choices
+
+
+def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
+    options = recipe.embed
+    alone = options.loss in ALONE
+    return replace(
+        task,
+        loss_sum=partial(embedding_loss_sum, options=options),
+        measure=partial(embedding_measure, options=options),
+        look=None if alone else partial(look, options=options),
+    )
+
+
+EMBED = Task(
+    name="embed",
+    doc="Vectors of texts, by which those that belong together are found.",
+    shapes=("text_pairs",),
+    heads={"encoder": "vector", "causal": "vector"},
+    loss_sum=embedding_loss_sum,
+    measure=embedding_measure,
+    encoder=_encoder,
+    record=_record,
+    input_role="anchor",
+    detected="rows are texts that belong together",
+    on_overlong=("cut", "the beginning of a text shows what it is about; cut texts are counted"),
+    headline_metrics=("recall_1", "ndcg_10", "mrr_10", "spearman"),
+    next_commands=(("serve",), ("show",)),
+    look=look,
+    pools=True,
+    outcome="vectors",
+    rows_per_step=128,
+    rate=_rate,
+    choose=_choose,
+    check=_check,
+    use_rows=_use_rows,
+    section="embed",
+    bound=_bound,
+)

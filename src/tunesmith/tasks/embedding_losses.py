@@ -1,0 +1,240 @@
+"""Losses of vectors: of all rows of a step together, whatever its micro-batches.
+
+The vectors of a step are computed first without gradient. Its loss then has a gradient by each vector, and every
+micro-batch computes its vectors again, draws the same dropout, and takes its own part of that gradient as weights: the
+gradient of one large batch in the memory of a small one (Gao et al. 2021, arXiv 2101.06983, section 3).
+"""
+
+# B rows, L texts (of each row its anchor, its positive, its negatives), M documents, D vector size
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith.recipe.retrieval import Embed
+from tunesmith.types import Batch, Measured
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tunesmith.parallel.world import World
+
+SCORED = ("cosent", "angle", "cosine")
+"""Losses of two texts and their score; the others are of an anchor and its positive."""
+ALONE = ("cosine", "margin")
+"""Losses of each row by itself."""
+KEY_BYTES = 16
+USUAL = Embed(loss="ranking", normalize=True, pooling="mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The texts of some rows, row after row, each with its anchor first and its positive second."""
+
+    vectors_LD: Tensor
+    counts_B: tuple[int, ...]
+    """Texts of each row."""
+    keys_L: tuple[bytes, ...]
+    """Equal for equal texts."""
+    scores_B: Tensor
+    """Scores of the rows; any numbers where they have none."""
+
+    @property
+    def anchors_B(self) -> Tensor:
+        """Index of each anchor among the texts."""
+        import torch
+
+        counts_B = torch.tensor(self.counts_B, dtype=torch.int64, device=self.vectors_LD.device)
+        return counts_B.cumsum(0) - counts_B
+
+    def numbers(self) -> Tensor:
+        """[L], equal for equal texts."""
+        import torch
+
+        known: dict[bytes, int] = {}
+        numbers = [known.setdefault(key, len(known)) for key in self.keys_L]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.vectors_LD.device)
+
+
+def embed(model: nn.Module, batch: Batch, options: Embed) -> Tensor:
+    """[L, D] float32, the vectors of a batch."""
+    from torch.nn import functional as F
+
+    from tunesmith.models.forward import hidden_states
+    from tunesmith.models.pooling import pool
+
+    assert options.pooling != "auto", "pooling is decided before a model is loaded"
+    vectors_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, options.pooling)
+    return F.normalize(vectors_LD, dim=-1) if options.normalize else vectors_LD
+
+
+def texts_of(batch: Batch, vectors_LD: Tensor) -> Texts:
+    """The texts of a batch; the key of a text is a hash of its tokens."""
+    import torch
+
+    assert batch.line_of_N is not None, "rows of texts have branches"
+    assert batch.values_BV is not None, "rows of texts have branches"
+    ids_BT = batch.ids_BT.cpu().numpy().astype(np.int32)
+    if batch.layout == "packed":
+        lines = np.split(ids_BT[0], np.cumsum(batch.lengths))[:-1]
+    else:
+        lines = [ids_T[:length] for ids_T, length in zip(ids_BT, batch.lengths, strict=True)]
+    row_of_L = torch.zeros(len(lines), dtype=torch.int64, device=batch.row_of_N.device)
+    row_of_L[batch.line_of_N] = batch.row_of_N
+    counts_B = torch.bincount(row_of_L, minlength=len(batch.row_indices)).tolist()
+    keys = tuple(hashlib.blake2b(line.tobytes(), digest_size=KEY_BYTES).digest() for line in lines)
+    return Texts(vectors_LD, tuple(counts_B), keys, batch.values_BV[:, 0].to(vectors_LD.dtype))
+
+
+def text_losses(texts: Texts, options: Embed) -> Tensor:
+    """[B], the loss of each row in the company of all of them; of cosent and angle the same for each."""
+    from torch.nn import functional as F
+
+    if not options.dims:
+        return _losses(texts, options)
+    cut = [replace(texts, vectors_LD=F.normalize(texts.vectors_LD[:, :dim], dim=-1)) for dim in options.dims]
+    return sum((_losses(one, options) for one in cut[1:]), _losses(cut[0], options))
+
+
+def _losses(texts: Texts, options: Embed) -> Tensor:
+    """Sources: docs/embeddings.md."""
+    import torch
+    from torch.nn import functional as F
+
+    if options.loss in ("ranking", "auto"):
+        return _ranking(texts, options)
+    anchors_B = texts.anchors_B
+    a_BD, b_BD = texts.vectors_LD[anchors_B], texts.vectors_LD[anchors_B + 1]
+    if options.loss == "margin":
+        negatives_BD = texts.vectors_LD[anchors_B + 2]
+        return ((a_BD * b_BD).sum(-1) - (a_BD * negatives_BD).sum(-1) - texts.scores_B).square()
+    a_BD, b_BD = F.normalize(a_BD, dim=-1), F.normalize(b_BD, dim=-1)
+    similar_B = (a_BD * b_BD).sum(-1)
+    if options.loss == "cosine":
+        return (similar_B - texts.scores_B).square()
+    if options.loss == "angle":  # halves of a vector as real and imaginary parts: cosine and sine of the angle
+        (a_re, a_im), (b_re, b_im) = (F.pad(x, (0, x.shape[1] % 2)).chunk(2, dim=1) for x in (a_BD, b_BD))
+        similar_B = (similar_B + (a_im * b_re - a_re * b_im).sum(-1)).abs()
+    similar_B = options.scale * similar_B
+    differences_BB = similar_B[None, :] - similar_B[:, None]
+    counts_BB = texts.scores_B[:, None] > texts.scores_B[None, :]
+    whole = torch.logsumexp(torch.cat([similar_B.new_zeros(1), differences_BB[counts_BB]]), 0)
+    return whole.expand(len(similar_B))
+
+
+def _ranking(texts: Texts, options: Embed) -> Tensor:
+    """Cross-entropy of each anchor's positive among all documents. Those that are the same text as its anchor, or a
+    positive of the same anchor text in another row, are no negatives."""
+    import torch
+    from torch.nn import functional as F
+
+    anchors_B, numbers_L = texts.anchors_B, texts.numbers()
+    is_document_L = torch.ones(len(numbers_L), dtype=torch.bool, device=numbers_L.device)
+    is_document_L[anchors_B] = False
+    own_B = anchors_B - torch.arange(len(anchors_B), device=anchors_B.device)  # among the documents
+    vectors_LD = F.normalize(texts.vectors_LD, dim=-1)
+    queries_B, documents_M = numbers_L[anchors_B], numbers_L[is_document_L]
+    scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[is_document_L].T
+    num = len(texts.keys_L)
+    belongs_BM = torch.isin(queries_B[:, None] * num + documents_M, queries_B * num + documents_M[own_B])
+    hidden_BM = belongs_BM | (documents_M == queries_B[:, None])
+    hidden_BM[torch.arange(len(own_B), device=own_B.device), own_B] = False
+    losses_B = _cross_entropy(scores_BM, own_B, hidden_BM)
+    if not options.symmetric:
+        return losses_B
+    scores_BB, hidden_BB = scores_BM[:, own_B].T, hidden_BM[:, own_B].T
+    return (losses_B + _cross_entropy(scores_BB, torch.arange(len(own_B), device=own_B.device), hidden_BB)) / 2
+
+
+def _cross_entropy(scores_BM: Tensor, own_B: Tensor, hidden_BM: Tensor) -> Tensor:
+    scores_BM = scores_BM.masked_fill(hidden_BM, float("-inf"))
+    return scores_BM.logsumexp(1) - scores_BM.gather(1, own_B[:, None])[:, 0]
+
+
+def embedding_loss_sum(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Tensor:
+    """Sum of the losses of a batch whose rows are all that there are."""
+    return text_losses(texts_of(batch, embed(model, batch, options)), options).sum()
+
+
+def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Measured:
+    """The vectors of each row, as a NumPy array [texts, D] under "vectors". Losses follow from all rows: see
+    `evaluation.retrieval`."""
+    import torch
+
+    with torch.no_grad():
+        texts = texts_of(batch, embed(model, batch, options))
+    parts = torch.split(texts.vectors_LD.cpu(), list(texts.counts_B))
+    nothing_B = torch.zeros(len(parts))
+    return Measured(nothing_B, nothing_B.new_empty(0), tuple({"vectors": part.numpy()} for part in parts))
+
+
+def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = USUAL) -> partial[Tensor]:
+    """The `loss_sum` of the micro-batches of a step. Of a step that is one micro-batch, nothing is computed twice."""
+    import torch
+
+    coming = iter(batches)
+    some = list(islice(coming, 2))
+    if world.size == 1 and len(some) < 2:
+        return partial(embedding_loss_sum, options=options)
+    found: list[Texts] = []
+    names: list[tuple[int, int]] = []
+    for batch in chain(some, coming):
+        found.append(texts_of(batch, embed(model, batch, options)))
+        names += zip(batch.row_indices, batch.copies_B, strict=True)
+    size = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+    texts, start = _of_all_ranks(_joined(found, size), world)
+    with torch.enable_grad():
+        vectors_LD = texts.vectors_LD.detach().requires_grad_()
+        losses_B = text_losses(replace(texts, vectors_LD=vectors_LD), options)
+        (gradient_LD,) = torch.autograd.grad(losses_B.sum(), vectors_LD)
+    parts = torch.split(gradient_LD, list(texts.counts_B))[start : start + len(names)]
+    kept = dict(zip(names, zip(parts, losses_B.detach()[start : start + len(names)], strict=True), strict=True))
+    return partial(_kept_loss_sum, kept=kept, options=options)
+
+
+def _kept_loss_sum(
+    model: nn.Module, batch: Batch, *, kept: Mapping[tuple[int, int], tuple[Tensor, Tensor]], options: Embed
+) -> Tensor:
+    """A sum whose value is the share of these rows in the loss of the step, and whose gradient is their part of its."""
+    import torch
+
+    gradients, losses = zip(*(kept[name] for name in zip(batch.row_indices, batch.copies_B, strict=True)), strict=True)
+    weighted = (embed(model, batch, options) * torch.cat(gradients)).sum()
+    return (torch.stack(losses).sum() - weighted).detach() + weighted
+
+
+def _joined(found: Sequence[Texts], size: int) -> Texts:
+    import torch
+
+    return Texts(
+        torch.cat([one.vectors_LD for one in found] or [torch.empty(0, size)]),
+        tuple(count for one in found for count in one.counts_B),
+        tuple(key for one in found for key in one.keys_L),
+        torch.cat([one.scores_B for one in found] or [torch.empty(0)]),
+    )
+
+
+def _of_all_ranks(own: Texts, world: World) -> tuple[Texts, int]:
+    """The texts of all processes, in order of ranks, and the place of the first own row."""
+    import torch
+    from safetensors.torch import load, save
+
+    if world.size == 1:
+        return own, 0
+    keys_LK = torch.tensor([list(key) for key in own.keys_L], dtype=torch.uint8).reshape(-1, KEY_BYTES)
+    tensors = {"vectors": own.vectors_LD.cpu(), "scores": own.scores_B.cpu(), "keys": keys_LK}
+    device, of_ranks = own.vectors_LD.device, []
+    for content in world.gather(save({**tensors, "counts": torch.tensor(own.counts_B, dtype=torch.int64)})):
+        there = load(content)
+        keys = tuple(bytes(key) for key in there["keys"].tolist())
+        scores = there["scores"].to(device)
+        of_ranks.append(Texts(there["vectors"].to(device), tuple(there["counts"].tolist()), keys, scores))
+    before = sum(len(one.counts_B) for one in of_ranks[: world.rank])
+    return _joined(of_ranks, own.vectors_LD.shape[1]), before

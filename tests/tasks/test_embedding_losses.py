@@ -1,0 +1,220 @@
+"""Losses of vectors: by formulas, by sentence-transformers' own numbers, and in one micro-batch as in many."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shape.tree import ROOT
+from tiny_tasks import task_recipe, texts, write
+from tunesmith.parallel.world import World
+from tunesmith.recipe.retrieval import Embed
+from tunesmith.tasks import embedding_losses
+from tunesmith.tasks.embedding_losses import Texts, look, text_losses
+from tunesmith.training.setup import Setup, prepare
+from tunesmith.training.step import compute_gradients
+
+PEER = json.loads((Path(__file__).parent / "st_losses.json").read_text("utf-8"))
+"""Made by st_losses.py where sentence-transformers is installed."""
+
+
+def some_texts(rows: list[list[list[float]]], scores: list[float] | None = None, keys: Any = None) -> Texts:
+    """Texts of given vectors, all of them different unless `keys` say otherwise."""
+    flat = [vector for row in rows for vector in row]
+    names = keys or range(len(flat))
+    wanted = scores or [0.0] * len(rows)
+    vectors = torch.tensor(flat, dtype=torch.float64)
+    return Texts(vectors, tuple(map(len, rows)), tuple(str(key).encode() for key in names), torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("case", PEER["cases"], ids=lambda case: case["name"])
+def test_every_loss_is_that_of_sentence_transformers(case):
+    found = text_losses(some_texts(case["rows"], case["scores"]), Embed(**case["options"]))
+    assert float(found.mean()) == pytest.approx(case["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_peer_still_says_so(tmp_path):
+    python = ROOT / ".peers" / "st" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
+    script = Path(__file__).with_name("st_losses.py")
+    subprocess.run([python, script, tmp_path / "again.json"], check=True, capture_output=True)
+    again = json.loads((tmp_path / "again.json").read_text("utf-8"))
+    for now, then in zip(again["cases"], PEER["cases"], strict=True):
+        assert now["loss"] == pytest.approx(then["loss"], rel=1e-6), now["name"]
+
+
+VECTORS = torch.randn(9, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tolist()
+ROWS = [VECTORS[0:2], VECTORS[2:5], VECTORS[5:7], VECTORS[7:9]]
+"""The second row has a hard negative."""
+
+
+def cos(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+
+def by_hand(anchor: list[float], positive: list[float], others: list[list[float]]) -> float:
+    return -20 * cos(anchor, positive) + math.log(sum(math.exp(20 * cos(anchor, one)) for one in [positive, *others]))
+
+
+def test_an_anchor_is_compared_with_every_document_of_the_step():
+    expected = []
+    for i, (anchor, positive, *_) in enumerate(ROWS):
+        others = [text for k, row in enumerate(ROWS) for text in row[1:] if (k, text) != (i, positive)]
+        expected.append(by_hand(anchor, positive, others))
+    assert text_losses(some_texts(ROWS), Embed(loss="ranking")).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+KEYS = ["a", "x", "b", "x", "n", "a", "y", "x", "z"]
+"""Rows 1 and 2 share their positive x, rows 1 and 3 their anchor a; the last row's anchor is the text x itself."""
+
+
+def assert_no_text_is_its_own_negative() -> None:  # trap: P23
+    found = text_losses(some_texts(ROWS, keys=KEYS), Embed(loss="ranking")).tolist()
+    _, x1, _, x2, n, _, y, _, z = VECTORS
+    expected = [
+        by_hand(VECTORS[0], x1, [n, z]),  # neither the other x nor y, which belongs to a as well
+        by_hand(VECTORS[2], x2, [n, y, z]),
+        by_hand(VECTORS[5], y, [n, z]),
+        by_hand(VECTORS[7], z, [n, y]),  # not itself
+    ]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_text_is_its_own_negative():
+    assert_no_text_is_its_own_negative()
+
+
+def test_the_test_sees_duplicates_as_negatives(monkeypatch):
+    monkeypatch.setattr(Texts, "numbers", lambda texts: torch.arange(len(texts.keys_L)))
+    with pytest.raises(AssertionError):
+        assert_no_text_is_its_own_negative()
+
+
+def test_rows_that_are_all_one_document_have_no_loss_and_no_gradient():
+    texts_of = some_texts(ROWS, keys=["a", "x", "b", "x", "x", "c", "x", "d", "x"])
+    vectors = texts_of.vectors_LD.requires_grad_()
+    losses = text_losses(replace(texts_of, vectors_LD=vectors), Embed(loss="ranking"))
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0] * 4, abs=1e-12)
+    assert float(vectors.grad.abs().max()) < 1e-12
+
+
+def test_sizes_are_added():
+    whole, half = (text_losses(some_texts(ROWS), Embed(loss="ranking", dims=dims)) for dims in ((6,), (3,)))
+    both = text_losses(some_texts(ROWS), Embed(loss="ranking", dims=(6, 3)))
+    torch.testing.assert_close(both, whole + half)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ranking": {},
+    "symmetric": {"symmetric": True},
+    "dims": {"dims": [32, 8]},
+    "cosent": {"loss": "cosent"},
+    "angle": {"loss": "angle"},
+    "cosine": {"loss": "cosine"},
+    "margin": {"loss": "margin"},
+}
+
+
+def rows_for(name: str, num: int) -> list[dict[str, Any]]:
+    said, others, third = (texts(num, seed=seed) for seed in (1, 2, 3))
+    if name in ("cosent", "angle", "cosine"):
+        return [{"sentence1": a, "sentence2": others[i], "score": i % 5} for i, a in enumerate(said)]
+    rows = [{"anchor": a, "positive": b, "negative": c} for a, b, c in zip(said, others, third, strict=True)]
+    return [{**row, "score": 0.5} for row in rows] if name == "margin" else rows
+
+
+def setup_of(folder: Path, name: str, *, tokens: int, dropout: float = 0.0, **sections: Any) -> Setup:
+    folder.mkdir(exist_ok=True, parents=True)
+    data = {"train": [str(write(folder / "rows.jsonl", rows_for(name, 16)))], "eval": []}
+    sections = {"train": {"rows_per_step": 14, "tokens_per_pass": tokens}, "embed": OPTIONS[name], **sections}
+    return prepare(task_recipe(folder, "embed", "encoder", data=data, dropout=dropout, **sections), root=folder)
+
+
+def gradients(setup: Setup) -> tuple[int, float, torch.Tensor]:
+    """Micro-batches of step 1, its loss, and its gradient as one vector."""
+    setup.model.train()
+    done = compute_gradients(setup, setup.plan, 1)
+    grads = [tensor.grad.flatten() for tensor in setup.attachment.trained.values() if tensor.grad is not None]
+    return len(done.own.passes), sum(done.own.losses) / done.num_targets, torch.cat(grads)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_micro_batch_is_as_many(tmp_path, name):  # trap: P24
+    one, loss, gradient = gradients(setup_of(tmp_path / "one", name, tokens=4096))
+    many, loss_of_many, gradient_of_many = gradients(setup_of(tmp_path / "many", name, tokens=48))
+    assert (one, many) == (1, pytest.approx(8, abs=3))
+    assert loss_of_many == pytest.approx(loss, rel=1e-5)
+    assert apart(gradient_of_many, gradient) < 1e-4  # float32 sums in another order
+
+
+def test_the_test_sees_negatives_of_the_pass(tmp_path):
+    setup = setup_of(tmp_path / "many", "ranking", tokens=48)
+    setup.task = replace(setup.task, look=None)
+    _, loss, _ = gradients(setup)
+    _, expected, _ = gradients(setup_of(tmp_path / "one", "ranking", tokens=4096))
+    assert loss < expected - 0.1
+
+
+def assert_the_gradient_is_that_of_one_graph(folder: Path, method: Any) -> None:  # trap: P25
+    """With dropout: of all micro-batches in one graph, which draw the same."""
+    setup = setup_of(folder, "ranking", tokens=48, dropout=0.2, method=method)
+    many, _, found = gradients(setup)
+    assert many > 3
+    setup.optimizer.zero_grad()
+    seeds: list[int] = []
+    real = torch.manual_seed
+    try:
+        torch.manual_seed = lambda seed: (seeds.append(seed), real(seed))[1]
+        compute_gradients(setup, setup.plan, 1)
+    finally:
+        torch.manual_seed = real
+    setup.optimizer.zero_grad()
+    torch.manual_seed(seeds[0])
+    options = setup.recipe.embed
+    batches = [setup.collator.batch(rows, draw=1) for rows in setup.plan.step(1)]
+    parts = [embedding_losses.texts_of(batch, embedding_losses.embed(setup.model, batch, options)) for batch in batches]
+    losses = text_losses(embedding_losses._joined(parts, 0), options)
+    (losses.sum() / len(losses)).backward()
+    setup.attachment.collect_gradients()
+    grads = [tensor.grad.flatten() for tensor in setup.attachment.trained.values() if tensor.grad is not None]
+    assert apart(found, torch.cat(grads)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 4, "dropout": 0.2}], ids=["full", "lora"])
+def test_dropout_is_drawn_again_as_it_was_looked_at(tmp_path, method):
+    assert_the_gradient_is_that_of_one_graph(tmp_path, method)
+
+
+def test_the_test_sees_dropout_that_is_drawn_anew(tmp_path, monkeypatch):
+    def other(model: Any, batches: Any, world: World, **how: Any) -> Any:
+        found = look(model, batches, world, **how)
+
+        def loss_sum(model: Any, batch: Any) -> Any:
+            torch.rand(1)
+            return found(model, batch)
+
+        return loss_sum
+
+    monkeypatch.setattr("tunesmith.tasks.embed.look", other)
+    with pytest.raises(AssertionError):
+        assert_the_gradient_is_that_of_one_graph(tmp_path, "full")
+
+
+def test_a_vector_has_length_one_in_bfloat16_too():  # trap: P26
+    vector = F.normalize(torch.randn(384, generator=torch.Generator().manual_seed(0)).bfloat16().float(), dim=-1)
+    assert abs(float(vector @ vector) - 1) < 1e-6
