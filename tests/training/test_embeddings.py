@@ -60,7 +60,7 @@ def test_what_teaches_nothing_is_an_error_by_line(tmp_path, row, code, said):
 
 def test_other_names_are_proposed(tmp_path):
     (found,) = problems(tmp_path, [{"question": "red", "answer": "blue"}])
-    assert (found.source.line, found.code) == (1, "other_task")
+    assert (found.source.line, found.code) == (1, "unknown_shape")
     assert "data.columns={anchor: question, positive: answer}" in str(found)
 
 
@@ -117,7 +117,6 @@ def test_prompts_are_saved_and_served(tmp_path):
 
 
 def test_the_test_sees_forgotten_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr("tunesmith.types.Pooling.query_prompt", "", raising=False)
     monkeypatch.setattr("tunesmith.serve.served_model.Embedder.embed", _without_prompts)
     with pytest.raises(AssertionError):
         assert_prompts_are_served(tmp_path)

@@ -66,7 +66,8 @@ def _load(folder: Path, recipe: Recipe) -> TorchModel:
             folder, dtype=run_dtype(recipe), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    missing = {name for name in found["missing_keys"] if head != "vector" or not name.startswith("pooler.")}
+    wrong = sorted({*missing, *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
     if wrong:
         raise ModelError(f"{folder.name}: {len(wrong)} weights do not fit the model, such as {wrong[0]}")
     return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model)

@@ -154,6 +154,13 @@ def make_router(engine: Engine) -> APIRouter:
         form = CompletionFormat(logprobs=body.logprobs is not None)
         return await _answer(events, body, request, form, prefix="cmpl")
 
+    add_readers(router, engine)
+    return router
+
+
+def add_readers(router: APIRouter, engine: Engine) -> None:
+    """Add the routes of models that read and write nothing."""
+
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """A vector for each text."""
@@ -173,8 +180,6 @@ def make_router(engine: Engine) -> APIRouter:
         lines = await engine.classify(body.model, body.input)
         data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
         return json_response({"object": "list", "data": data, "model": body.model})
-
-    return router
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
