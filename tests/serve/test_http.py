@@ -104,7 +104,8 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
         ("POST", "/v1/embeddings", {"model": "vectors", "input": ""}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": [[1, 2]]}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "support", "input": "a"}, {}, 400, "wrong_route"),
-        ("POST", "/v1/embeddings", {**VECTORS, "dimensions": 2}, {}, 400, "unsupported_parameter"),
+        ("POST", "/v1/embeddings", {**VECTORS, "dimensions": 0}, {}, 400, "invalid_value"),
+        ("POST", "/v1/embeddings", {**VECTORS, "input_type": "text"}, {}, 400, "invalid_value"),
         ("POST", "/v1/fine_tuning/jobs", CHAT, {}, 404, "not_found"),
     ],
 )  # fmt: skip
