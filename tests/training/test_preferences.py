@@ -413,8 +413,14 @@ def test_a_learner_of_length_is_no_better_than_the_habit():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_processes_take_the_same_steps_killed_and_resumed(tmp_path):
+@pytest.mark.parametrize("rows", ["pairs", "labels"])
+def test_two_processes_take_the_same_steps_killed_and_resumed(tmp_path, rows):
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 40}, checkpoint={"every": 10})
+    for path in (tmp_path / "prefer.jsonl", tmp_path / "prefer-held.jsonl") if rows == "labels" else ():
+        pairs = [json.loads(line) for line in path.read_text().splitlines()]
+        sides = ["rejected" if i % 3 else "chosen" for i in range(len(pairs))]
+        write(path, [{"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+                     for side, pair in zip(sides, pairs, strict=True)])  # fmt: skip
     alone = train(recipe, root=tmp_path / "runs")
     (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
     straight, killed = tmp_path / "straight", tmp_path / "killed"
