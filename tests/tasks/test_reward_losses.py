@@ -150,6 +150,46 @@ def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_pat
             assert float(model(**given).logits[0, 0]) == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
+METHODS = [{**LORA, "name": "dora"}, {**LORA, "name": "qlora"}, {"name": "peft", "kind": "IA3"}]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
+def test_every_method_learns_rewards(tmp_path, method):
+    run = train(recipe_of(tmp_path, method=method, train={"max_steps": 3}), root=tmp_path / "runs")
+    (line,) = predict_list(Predictor(load_run(run)), [{"prompt": "the big apple", "completion": " eats"}])
+    assert math.isfinite(line["reward"])
+
+
+def by_memory(folder: Path, *sizes: int) -> list[list[tuple[float, float, int]]]:
+    found = []
+    for tokens in sizes:
+        (folder / str(tokens)).mkdir(parents=True)
+        how = {"train": {"rows_per_step": 6, "max_steps": 2, "tokens_per_pass": tokens}}
+        run = train(recipe_of(folder / str(tokens), **how), root=folder / "runs")
+        steps = [event.values for event in run.events() if event.kind == "step"]
+        found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps])
+    return found
+
+
+def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
+    assert [steps[0][2] for steps in found] == [1, 6]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
+
+
+def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
+    assert_alike(by_memory(tmp_path / "right", 4096, 1))
+
+    def of_the_pass(*given: Any) -> Any:
+        losses, moved = reward_losses(*given)
+        return losses.mean().expand(len(losses)) / len(losses), moved
+
+    monkeypatch.setattr("tunesmith.tasks.reward_losses.reward_losses", of_the_pass)
+    planted = by_memory(tmp_path / "planted", 4096, 1)
+    with pytest.raises(AssertionError):
+        assert_alike(planted)
+
+
 def test_rows_with_scores_are_learnt_in_their_order(tmp_path):
     rows = [
         {"prompt": row["prompt"], "answers": [row["rejected"][0]["content"], "Oslo", row["chosen"][0]["content"]],
