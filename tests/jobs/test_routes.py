@@ -180,3 +180,30 @@ def test_ids_are_data(served: Served, tmp_path: Path) -> None:
     for name in ("..%2F..%2Fetc%2Fpasswd", "'%20OR%201=1--", "file-" + "a" * 500):
         assert served.running.ask("GET", f"/v1/files/{name}/content")[0] == 404
         assert served.running.ask("GET", f"/v1/fine_tuning/jobs/{name}")[0] == 404
+
+
+def test_a_repeated_request_whose_answer_was_lost_makes_nothing_twice(served: Served, file: str) -> None:
+    """Clients of OpenAI count in x-stainless-retry-count how often they sent a request before."""
+
+    def made(retry: int, **more: object) -> str:
+        body = {"model": "tiny", "training_file": file, **more}
+        headers = {"x-stainless-retry-count": str(retry)}
+        return served.running.ask("POST", "/v1/fine_tuning/jobs", body, headers=headers)[1]["id"]
+
+    first = made(0)
+    assert made(1) == first
+    assert made(2) == first
+    assert made(2) != first, "of another request, whose first tries never came"
+    second = made(0)
+    assert second != first, "the same request by intent"
+    assert made(1, seed=3) not in (first, second), "another body"
+
+    again = {"extra_headers": {"x-stainless-retry-count": "1"}}
+    once = served.client.files.create(file=("c.jsonl", rows(5)), purpose="fine-tune").id
+    assert served.client.files.create(file=("c.jsonl", rows(5)), purpose="fine-tune", **again).id == once
+    assert served.client.files.create(file=("d.jsonl", rows(5)), purpose="fine-tune", **again).id != once
+    assert served.client.files.create(file=("c.jsonl", rows(5)), purpose="fine-tune").id != once
+    assert served.client.fine_tuning.jobs.cancel(first).status == "cancelled"
+    assert served.client.fine_tuning.jobs.cancel(first, **again).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="is already cancelled"):
+        served.client.fine_tuning.jobs.cancel(first)

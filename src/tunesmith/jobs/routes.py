@@ -20,7 +20,8 @@ from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
-from tunesmith.jobs.states import Action
+from tunesmith.jobs.repeats import digest_of, job_made_before, retry_count
+from tunesmith.jobs.states import Action, JobState
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, events, files, is_live, jobs
 from tunesmith.jobs.upload_parts import (
@@ -48,6 +49,7 @@ _SAID: dict[Action, str] = {
     "pause": "Fine-tuning job paused",
     "resume": "Fine-tuning job resumed",
 }
+_LEADS_TO: dict[Action, JobState] = {"cancel": "cancelled", "pause": "paused", "resume": "queued"}
 Detach = Callable[[str], Awaitable[None]]
 
 
@@ -187,7 +189,9 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
     def create(body: JobBody, request: Request) -> Response:
         """Put a job into the queue."""
         read_query(request)
-        return json_response(objects.job_object(create_job(store, bases, body)))
+        retry = retry_count(request)
+        earlier = job_made_before(store, body, retry)
+        return json_response(objects.job_object(earlier or create_job(store, bases, body, retry=retry)))
 
     @router.get("")
     def listed(request: Request) -> Response:
@@ -224,6 +228,9 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
     def act(name: str, action: Action, request: Request) -> Response:
         """Cancel, pause or resume a job. Its run stops after its step."""
         read_query(request)
+        row = store.job(name)
+        if row is not None and retry_count(request) and row["status"] == _LEADS_TO[action]:
+            return json_response(objects.job_object(row))  # the answer of the first try was lost
         if (row := store.act(name, action, _SAID[action])) is None:
             raise missing("FineTuningJob", name)
         return json_response(objects.job_object(row))
@@ -256,7 +263,7 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
         return json_response(objects.list_with_ends(found[:limit], has_more=limit > 0 and len(found) > limit))
 
 
-def create_job(store: Store, bases: Bases, body: JobBody) -> Record:
+def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0) -> Record:
     """The row of a new job. Raises RequestError for a model, a file or a service that is not there."""
     base, shown, parent = _start(store, bases, body.model)
     for param in ("training_file", "validation_file"):
@@ -269,7 +276,7 @@ def create_job(store: Store, bases: Bases, body: JobBody) -> Record:
         "model": body.model, "training_file": body.training_file, "validation_file": body.validation_file,
         "suffix": body.suffix, "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
         "metadata": body.metadata, "integrations": integrations, "hyperparameters": numbers, "method": body.kind,
-        "starts_from": parent,
+        "starts_from": parent, "sent": digest_of(body), "retry": retry,
     }  # fmt: skip
     said = [event(name, f"Created fine-tuning job: {name}")]
     if parent is not None:

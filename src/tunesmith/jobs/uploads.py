@@ -19,6 +19,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tunesmith.jobs.names import new_id, shown_name
+from tunesmith.jobs.repeats import file_made_before, retry_count
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record
 from tunesmith.runs.atomic import fsync_dir
@@ -139,6 +140,9 @@ async def receive_file(request: Request, store: Store) -> Record:
         "bytes": form.num_bytes, "sha256": form.digest.hexdigest(),
         "expires_at": None if lifetime is None else int(time.time()) + lifetime,
     }  # fmt: skip
+    if (earlier := await asyncio.to_thread(file_made_before, store, row, retry_count(request))) is not None:
+        store.content_path(name).unlink(missing_ok=True)
+        return earlier
     try:
         return await asyncio.to_thread(store.add_file, row)
     except RequestError as error:
