@@ -82,8 +82,12 @@ def test_nothing_but_the_folder_is_needed(tmp_path: Path, monkeypatch: pytest.Mo
     assert_computes_as_tuned(done)
 
 
-def test_the_last_token_is_known_by_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # trap: A10
+def test_the_last_token_is_known_by_the_mask(tmp_path: Path) -> None:  # trap: A10
     assert_padding_changes_nothing(tmp_path / "masked")
+
+
+@pytest.mark.slow
+def test_the_test_sees_a_last_token_known_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "pools_last", lambda model: False)  # the model's own rule: not the padding's id
     with pytest.raises(AssertionError):
         assert_padding_changes_nothing(tmp_path / "by-id")

@@ -42,7 +42,13 @@ def kinds_of(done: Exported) -> dict[str, str]:
     return {name: info.dtype for name, info in read_gguf(next(done.path.glob("*.gguf"))).tensors.items()}
 
 
-@pytest.mark.parametrize("quant", OURS)
+OFTEN = ("f16", "q8_0", "q5_1")
+"""Numbers, whole blocks, and blocks with an offset; the others are in the slow set."""
+
+
+@pytest.mark.parametrize(
+    "quant", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in OURS]
+)
 def test_every_kind_of_ours_is_read_back(quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = written(of_architecture("llama", hidden=256), tmp_path, quant)

@@ -142,13 +142,13 @@ for at_once in (None, packing):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what the kernel says a process holds")
 def test_the_whole_model_is_never_in_memory_and_what_was_unpacked_is_given_back(tmp_path):
-    """6 layers of 768: 32 M weights in float16 are 64 MB, packed 17 MB. The file holds them in bfloat16."""
-    folder = saved(tmp_path / "model", "llama", hidden=768, layers=6, dtype=torch.bfloat16)
+    """4 layers of 768: 21 M weights in float16 are 43 MB, packed 11 MB. The file holds them in bfloat16."""
+    folder = saved(tmp_path / "model", "llama", hidden=768, layers=4, dtype=torch.bfloat16)
     small = saved(tmp_path / "small", "llama", dtype=torch.bfloat16)
     words = [sys.executable, "-c", HELD, str(folder), str(small), *sys.path]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     (peak, left), (peak_at_once, left_at_once) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert peak > 62e6
+    assert peak > 41e6
     assert peak_at_once < 0.6 * peak, done.stdout
-    assert max(left, left_at_once) < 17e6 + 12e6, done.stdout  # a few MB are left of the work
+    assert max(left, left_at_once) < 11e6 + 10e6, done.stdout  # a few MB are left of the work

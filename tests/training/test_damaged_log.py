@@ -72,7 +72,14 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+OFTEN = ("first four lines", "tail of zeros", "one step lost", "a value changed", "garbage between")
+"""The others are in the slow set: each is a run."""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(DAMAGES[name], id=name, marks=[] if name in OFTEN else pytest.mark.slow) for name in DAMAGES],
+)
 def test_a_damaged_log_is_put_right_and_said_before_training_goes_on(run: Run, straight: Run, damage: Damage) -> None:
     run.events_path.write_bytes(damage(run.events_path.read_bytes().splitlines(keepends=True)))
     heard: list[tuple[str, str]] = []

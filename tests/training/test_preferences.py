@@ -133,7 +133,13 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, layout, monkey
     assert_alike(found)
 
 
-@pytest.mark.parametrize("loss", OBJECTIVES)
+OFTEN = ("dpo", "ipo", "orpo", "apo_zero")
+"""With and without a reference, by likelihoods and by odds, of pairs and of each side; the others in the slow set."""
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_one_pass_is_six_passes_for_every_loss(tmp_path, loss):
     assert_alike(by_memory(tmp_path, 4096, 1, prefer={"loss": loss}))
 
