@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import shutil
@@ -47,6 +48,21 @@ def span(low: float, high: float) -> str:
     if (first, unit) == (last, other):
         return f"about {last} {other}"
     return f"{first} to {last} {other}" if unit == other else f"{first} {unit} to {last} {other}"
+
+
+def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:
+    """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are named."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {near[0] if folder is None else folder / near[0]}?" if near else ""
+
+
+def near_file(name: str | Path) -> str:
+    """`did_you_mean` for a file or folder, by those next to it."""
+    path = Path(name)
+    with suppress(OSError, ValueError):
+        names = sorted(name for name in os.listdir(path.parent) if not name.startswith("."))
+        return did_you_mean(path.name, names, path.parent)
+    return ""
 
 
 def plural(number: int, noun: str) -> str:

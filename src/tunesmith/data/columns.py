@@ -13,9 +13,10 @@ from typing import Any
 
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
-from tunesmith.data.problems import names, near
+from tunesmith.data.problems import names
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.formatting import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 
@@ -163,8 +164,8 @@ def check_columns_exist(data: Data) -> None:
         if not missing:
             return
     for theirs, ours in missing.items():
-        hint = near(theirs, seen) or f"There are: {names(seen)}."
-        raise RecipeError(f"data.columns.{ours}: no row has a field {theirs!r}. {hint}")
+        hint = did_you_mean(theirs, seen) or f" There are: {names(seen)}."
+        raise RecipeError(f"data.columns.{ours}: no row has a field {theirs!r}.{hint}")
 
 
 def ask_text_or_classes(data: Data) -> str | None:

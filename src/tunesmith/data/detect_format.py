@@ -4,7 +4,6 @@ The name of a file decides only between plain text and what looks like a table."
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import os
 import re
@@ -19,6 +18,7 @@ from typing import BinaryIO, Literal
 from tunesmith.data.problems import refusal
 from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
+from tunesmith.formatting import near_file
 from tunesmith.types import Problem, Source
 
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
@@ -323,20 +323,12 @@ class ByteStream:
 
 def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return refusal(path, line, "no_such_file", "there is no such file.", _near(path) or "Look at the path.")
+        return refusal(
+            path, line, "no_such_file", "there is no such file.", near_file(path).strip() or "Look at the path."
+        )
     if isinstance(error, PermissionError):
         return refusal(path, line, "unreadable", "you may not read it.", "Change its permissions.")
     return refusal(path, line, "unreadable", f"it cannot be read: {error.strerror or error}.")
-
-
-def _near(path: str) -> str:
-    """The file of the same folder whose name is most like that of one that is not there."""
-    folder, name = os.path.split(path)
-    try:
-        found = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
-    except (OSError, ValueError):
-        return ""
-    return f"Did you mean {os.path.join(folder, found[0])}?" if found else ""
 
 
 def damaged_gzip(path: str, line: int, error: Exception) -> DataError:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 import orjson
@@ -15,9 +14,10 @@ from tunesmith.data.columns import check_column_names, explain, paste, propose, 
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SHAPES, find_shape
 from tunesmith.data.formats.preference import differ_in_space_alone
-from tunesmith.data.problems import names, near, refusal
+from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import read
 from tunesmith.errors import InputError
+from tunesmith.formatting import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
@@ -183,11 +183,8 @@ class FileExamples:
     ) -> dict[str, Any]:
         """Fields as the file has them, and the row's own answer."""
         if self.shape is None and (lacking := [name for name in keep if name not in raw]):
-            near = get_close_matches(lacking[0], raw, n=1)
-            meant = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(
-                f"{source}: --keep {lacking[0]}: the first row has no such field.{meant} There are: {names(raw)}."
-            )
+            words = f"the first row has no such field.{did_you_mean(lacking[0], raw)} There are: {names(raw)}."
+            raise InputError(f"{source}: --keep {lacking[0]}: {words}")
         kept = {name: raw.get(name) for name in keep}
         reference = _reference(record, shape, source)
         return kept if reference is None else {**kept, "reference": reference}
@@ -247,7 +244,7 @@ class FileExamples:
         missing = [theirs for ours, theirs in columns.items() if ours not in found and ours in needed]
         if missing:
             message = f"it has no {', '.join(map(repr, missing))}, which data.columns names; it has {names(record)}."
-            hint = near(missing[0], record)
+            hint = did_you_mean(missing[0], record).strip()
             if self.facts.columns is not None:
                 raise refusal(self.facts.path, 1, "missing_column", message, hint or "Correct data.columns.")
             self.on_problem(Problem(source, "missing_column", message, hint or "Correct the row, or data.columns."))

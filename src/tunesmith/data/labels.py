@@ -9,7 +9,6 @@ into the run's recipe, so a run that is repeated with more rows keeps every id.
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from tunesmith.data.columns import paste
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.formatting import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
@@ -214,7 +214,7 @@ def weights_of(
         return np.asarray(np.where(counts_C > 0, counts_C.sum() / (present * np.maximum(counts_C, 1)), 1.0))
     for name in class_weights:
         if name not in names:
-            raise RecipeError(f"train.class_weights: {name!r} is not one of the classes.{_near(name, names)}")
+            raise RecipeError(f"train.class_weights: {name!r} is not one of the classes.{did_you_mean(name, names)}")
     return np.array([class_weights.get(name, 1.0) for name in names], np.float64)
 
 
@@ -239,19 +239,14 @@ def _unknown(name: str, names: Sequence[str], *, is_given: bool) -> tuple[str, s
     if is_given:
         return (
             f"the label {name[:60]!r} is not in data.labels ({listed}).",
-            f"Correct it, or add it.{_near(name, names)}",
+            f"Correct it, or add it.{did_you_mean(name, names)}",
         )
     message = f"no training row has the label {name[:60]!r} of this held-out row (there are {listed})."
-    return message, f"Correct it, add training rows, or name all classes in data.labels.{_near(name, names)}"
+    return message, f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, names)}"
 
 
 def _no_number(name: str) -> tuple[str, str]:
     return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _refuse_too_many(names: Sequence[str], seen: LabelCounts, data: Data, task: TaskName) -> None:

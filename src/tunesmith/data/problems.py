@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -128,12 +127,6 @@ def describe_type(value: Any) -> str:
         type(None): "null", bytes: "raw bytes",
     }  # fmt: skip
     return names.get(type(value), f"of type {type(value).__name__}")
-
-
-def near(name: str, others: Iterable[str]) -> str:
-    """ "Did you mean ...?" for a name that is not there; "" where none is like it."""
-    found = difflib.get_close_matches(name, list(others), n=1)
-    return f"Did you mean {found[0]}?" if found else ""
 
 
 def names(record: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import InputError, ModelError, RecipeError
+from tunesmith.formatting import did_you_mean
 from tunesmith.methods import adalora
 from tunesmith.methods.adapter_format import (
     WEIGHTS,
@@ -111,9 +111,9 @@ def config_class(kind: str) -> Any:
             f"method.kind: {kind}: it needs inputs, code or a loss that only peft's own training gives it. Use one of: "
             f"{', '.join(usable)}."
         )
-    near = difflib.get_close_matches(kind, usable, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    raise RecipeError(f"method.kind: {kind!r}: peft has no such method.{meant} There are: {', '.join(usable)}.")
+    raise RecipeError(
+        f"method.kind: {kind!r}: peft has no such method.{did_you_mean(kind, usable)} There are: {', '.join(usable)}."
+    )
 
 
 def make_config(method: PeftMethod, **given: Any) -> Any:

@@ -6,7 +6,6 @@ Words for layers are `last:4`, `first:4`, `7` or `0-3`, counted from 0 in each s
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.formatting import did_you_mean
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.recipe.methods import Bias
@@ -303,8 +303,7 @@ def near_words(word: str, names: Iterable[str], *groups: str) -> str:
     """A hint for a word that means nothing: a similar one, and the ends of names that exist."""
     ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
     known = [other for other in (*groups, *ends) if other != word]
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"{f' Did you mean {near[0]}?' if near else ''} There are: {', '.join(known)}."
+    return f"{did_you_mean(word, known)} There are: {', '.join(known)}."
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:

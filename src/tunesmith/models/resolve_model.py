@@ -11,12 +11,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 from tunesmith.errors import ModelError
+from tunesmith.formatting import near_file
 from tunesmith.hub_errors import hub_failures, why_refused
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
 from tunesmith.models.gguf import read_gguf
@@ -66,12 +66,12 @@ def resolve_model(model: str, *, revision: str | None = None, offline: bool = Fa
     elif path.is_dir():
         located = _in_folder(path, model)
     elif _looks_like_path(model):
-        raise ModelError(f"{model}: no such folder or file.{_near(path) or _GIVE}")
+        raise ModelError(f"{model}: no such folder or file.{near_file(path) or _GIVE}")
     else:
         try:
             located = _from_hub(model, revision=revision, offline=offline, weights=weights)
         except ModelError as error:
-            raise ModelError(f"{error}{_near(path)}") from error
+            raise ModelError(f"{error}{near_file(path)}") from error
         check_folder(located.path, model)
         return located
     if revision is not None:
@@ -115,16 +115,6 @@ def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True)
 def _looks_like_path(model: str) -> bool:
     path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
     return path or ("/" in model and Path(model).parent.is_dir())
-
-
-def _near(path: Path) -> str:
-    """A suggestion of a folder or file with a similar name, if there is one."""
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return ""
-    near = get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _gguf_file(path: Path) -> Path:

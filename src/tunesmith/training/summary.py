@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
@@ -16,13 +16,14 @@ from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
-from tunesmith.data.splits import mix
+from tunesmith.data.splits import Splits, mix
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.training.resolve import ResolvedRun, plan_of
 from tunesmith.training.setup import Setup
+from tunesmith.types import Choice
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -37,17 +38,24 @@ def start_values(setup: Setup) -> dict[str, Any]:
     return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
 
 
+def _in_short(recipe: Recipe, model: str, rows: Splits) -> dict[str, Any]:
+    """Values that every account of a run begins with."""
+    kinds = {"model": model, "task": recipe.task, "method": recipe.method.name, "precision": recipe.precision}
+    return {**kinds, "mix": mix(rows.data, rows.trained_per_file)}
+
+
+def _choices(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    return [{"key": one.key, "value": plain(one.value), "reason": one.reason} for one in choices]
+
+
 def plan_values(setup: Setup) -> dict[str, Any]:
     """Values of the "plan" event: what will be done, and why."""
     plan = setup.plan
     return {
-        "model": setup.located.name,
-        "task": setup.task.name,
-        "method": setup.recipe.method.name,
+        **_in_short(setup.recipe, setup.located.name, setup.rows),
         "given": setup.given,
-        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in setup.choices],
+        "choices": _choices(setup.choices),
         "rows": row_counts(setup),
-        "mix": mix(setup.rows.data, setup.rows.trained_per_file),
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "longest_row": int(plan.lengths_I.max()),
         "rows_per_step": plan.rows_per_step,
@@ -58,7 +66,6 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
         "total_parameters": setup.num_parameters,
-        "precision": setup.recipe.precision,
         "device": _named(setup.device, setup.world.size),
         "labels": label_counts(setup),
         "new_head": setup.new_head,
@@ -83,24 +90,20 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
         is_filled = pads_to_multiple(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
         padding = {"padding": round(plan.padding(pads=is_filled), 4)}
     return {
-        "model": found.inputs.located.name,
-        "task": recipe.task,
-        "method": recipe.method.name,
+        **_in_short(recipe, found.inputs.located.name, found.rows),
         "given": found.given,
-        "choices": [{"key": c.key, "value": plain(c.value), "reason": c.reason} for c in found.choices],
+        "choices": _choices(found.choices),
         "rows": {
             "train": len(found.rows.train_rows),
             "held_out": len(found.rows.held_rows),
             "skipped": found.rows.skipped,
         },
-        "mix": mix(found.rows.data, found.rows.trained_per_file),
         "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
         "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         **padding,
         "steps": total_steps(recipe, plan.steps_per_epoch),
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
-        "precision": recipe.precision,
         "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),
         "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes],
         "recipe": recipe.model_dump(mode="json"),
@@ -116,12 +119,8 @@ def report_facts(setup: Setup) -> dict[str, Any]:
     """Facts for the report, without its metrics."""
     return {
         "name": run_name(setup),
-        "task": setup.task.name,
-        "method": setup.recipe.method.name,
-        "model": setup.located.name,
+        **_in_short(setup.recipe, setup.located.name, setup.rows),
         "rows": row_counts(setup),
-        "mix": mix(setup.rows.data, setup.rows.trained_per_file),
-        "precision": setup.recipe.precision,
         "device": _named(setup.device, setup.world.size),
         "threads": resolved(setup.recipe.threads),
         "versions": versions(setup.recipe),
