@@ -31,8 +31,7 @@ def check(
         list[str] | None, typer.Option("--eval", metavar="DATA", help="Held-out rows: checked, and for overlap.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="Also check tokens: lengths, template."),
+        str | None, typer.Option("--model", metavar="MODEL", help="Also check tokens: lengths, template.")
     ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="TASK", help="Task to learn (default: detected from DATA).")

@@ -23,8 +23,7 @@ def evaluate(
     base: Base = False,
     model: BaseAt = None,
     samples: Annotated[
-        int | None,
-        typer.Option(min=0, help="Prompts to answer and score (default: 50 for tasks that write answers)."),
+        int | None, typer.Option(min=0, help="Prompts to answer and score (default: 50 for tasks that write answers).")
     ] = None,
     judge: Annotated[
         str | None,

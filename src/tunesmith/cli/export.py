@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from tunesmith.export.export_run import Exported
     from tunesmith.runs.folder import Run
 
-PHASES = {
-    "tuned": "running the tuned model",
-    "write": "writing",
-    "verify": "comparing in a new process",
-}
+PHASES = {"tuned": "running the tuned model", "write": "writing", "verify": "comparing in a new process"}
 
 
 def export(

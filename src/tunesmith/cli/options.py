@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
 
 Root = Annotated[
-    Path,
-    typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs."),
+    Path, typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs.")
 ]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, its name, the beginning of its name, or [bold]last[/].")
@@ -28,8 +27,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
 Base = Annotated[bool, typer.Option("--base", help="Use the untouched base of the run.")]
 BaseAt = Annotated[
-    str | None,
-    typer.Option("--model", metavar="PATH", help="Place of the run's base model, if it was moved."),
+    str | None, typer.Option("--model", metavar="PATH", help="Place of the run's base model, if it was moved.")
 ]
 TaskOf = Annotated[str | None, typer.Option("--task", metavar="TASK", help="Task of a MODEL; a run has its own.")]
 Settings = Annotated[
@@ -67,15 +65,13 @@ Epochs = Annotated[
     float | None, typer.Option("--epochs", metavar="N", help="Passes over the training rows: train.epochs.")
 ]
 BatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", metavar="ROWS", help="Rows in one update: train.rows_per_step."),
+    int | None, typer.Option("--batch-size", metavar="ROWS", help="Rows in one update: train.rows_per_step.")
 ]
 Rank = Annotated[int | None, typer.Option("--rank", metavar="R", help="Rank of LoRA and its kin: method.rank.")]
 Fast = Annotated[
     bool,
     typer.Option(
-        "--fast",
-        help="Measure nothing but held-out rows: evaluation.samples=0, .general=false, .surprising=0.",
+        "--fast", help="Measure nothing but held-out rows: evaluation.samples=0, .general=false, .surprising=0."
     ),
 ]
 RecipeFile = Annotated[

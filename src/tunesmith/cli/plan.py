@@ -52,8 +52,7 @@ def plan(
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Annotated[
-        str | None,
-        typer.Option(metavar="H100-80G|24G|8xH100|...", help="Plan for cards that are not here."),
+        str | None, typer.Option(metavar="H100-80G|24G|8xH100|...", help="Plan for cards that are not here.")
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the model in a process of its own and measure, too.")

@@ -35,10 +35,7 @@ def sweep(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
-            metavar="local|auto|HOST:PORT",
-            help="Run trials at once on Ray (extra ray): docs/sweep.md.",
-        ),
+        typer.Option(metavar="local|auto|HOST:PORT", help="Run trials at once on Ray (extra ray): docs/sweep.md."),
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,

@@ -186,11 +186,7 @@ def encode_rows(
 
 
 def _labels(
-    data: Data,
-    task: TaskName,
-    stores: tuple[RowStore, RowStore],
-    train_rows: NDArray[np.int64],
-    **how: Any,
+    data: Data, task: TaskName, stores: tuple[RowStore, RowStore], train_rows: NDArray[np.int64], **how: Any
 ) -> tuple[Labels | None, list[Choice]]:
     """The classes of a new head, if the task has one."""
     if not {"text_label", "tokens_tags", "scored_answers"} & set(SHAPES[task]):

@@ -115,10 +115,7 @@ METRICS: Mapping[str, MetricInfo] = {
         "margin", "number", "higher", "Mean difference that the loss compares; of preferences times β."
     ),
     "chosen_shift": MetricInfo(
-        "shift of chosen",
-        "number",
-        "neither",
-        "Log-probability a token that chosen answers gained, in nats.",
+        "shift of chosen", "number", "neither", "Log-probability a token that chosen answers gained, in nats."
     ),
     "rejected_shift": MetricInfo("shift of rejected", "number", "neither", "The same of rejected answers."),
     "longer_chosen": MetricInfo(

@@ -20,15 +20,7 @@ from tunesmith.errors import RunError
 from tunesmith.export.card import base_id
 from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.run_result import RunResult, auto_class, read_config
-from tunesmith.export.target import (
-    EXACT,
-    ROUNDED,
-    ExportedModel,
-    ExportOptions,
-    ExportTarget,
-    TorchModel,
-    run_dtype,
-)
+from tunesmith.export.target import EXACT, ROUNDED, ExportedModel, ExportOptions, ExportTarget, TorchModel, run_dtype
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS, by_patterns, check_patterns

@@ -30,12 +30,7 @@ from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export import llama_cpp
 from tunesmith.export.card import base_id
-from tunesmith.export.gguf_models import (
-    ROPE_FACTORS,
-    find_architecture,
-    model_names,
-    rope_factors,
-)
+from tunesmith.export.gguf_models import ROPE_FACTORS, find_architecture, model_names, rope_factors
 from tunesmith.export.gguf_tokenizer import add_vocabulary, find_vocabulary, read_tokenizer
 from tunesmith.export.run_result import RunResult, tuned_tensors
 from tunesmith.export.target import (

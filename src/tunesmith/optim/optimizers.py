@@ -113,11 +113,7 @@ def _adamw_kernel(device: str) -> tuple[str, str]:
 def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
     # The plain kernel counts steps on the CPU, the fused one on the device.
     place: Literal["device", "cpu"] = "device" if tensor.device.type in FUSED_DEVICES else "cpu"
-    return {
-        "step": Slot(torch.Size(), torch.float32, place),
-        "exp_avg": _like(tensor),
-        "exp_avg_sq": _like(tensor),
-    }
+    return {"step": Slot(torch.Size(), torch.float32, place), "exp_avg": _like(tensor), "exp_avg_sq": _like(tensor)}
 
 
 def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
