@@ -140,12 +140,8 @@ class ChatEncoder(RowEncoder):
                 if part.trained:
                     turns.append((yield from find_turn(request, messages, index, whole=whole, ends=self._ends)))
         except TemplateRefusal as refusal:
-            return Problem(
-                example.source,
-                "template_error",
-                f"the chat template refuses the row: {refusal}",
-                "Change the row, or give another template by data.template.",
-            )
+            fix = "Change the row, or give another template by data.template."
+            return Problem(example.source, "template_error", f"the chat template refuses the row: {refusal}", fix)
         except Ambiguous as reason:
             return Problem(
                 example.source,
@@ -171,12 +167,8 @@ class ChatEncoder(RowEncoder):
 
     def _draft(self, source: Source, row: _Row, prompt_ids: Mapping[str, list[int]]) -> Drafts:
         if self._starts_with_two_bos(row.tokens.ids):
-            return Problem(
-                source,
-                "double_bos",
-                "its text begins with two BOS tokens.",
-                "Remove the BOS from the first message: the chat template writes one.",
-            )
+            fix = "Remove the BOS from the first message: the chat template writes one."
+            return Problem(source, "double_bos", "its text begins with two BOS tokens.", fix)
         whole, ids_T = row.text.whole, row.tokens.ids_T
         draft = Draft(
             ids_T,
@@ -244,16 +236,12 @@ def _first_token(
     elif turn.prompt is not None and turn.start == turn.prompt:
         straddles = True
     elif turn.index:
-        warnings.append(
-            Problem(
-                source,
-                "context_rewritten",
-                f"what precedes messages[{turn.index}] in the whole conversation is not what serving shows "
-                "the model at that turn.",
-                "The chat template does this, for instance by leaving out earlier reasoning.",
-                severity="warning",
-            )
+        message = (
+            f"what precedes messages[{turn.index}] in the whole conversation is not what serving shows "
+            "the model at that turn."
         )
+        fix = "The chat template does this, for instance by leaving out earlier reasoning."
+        warnings.append(Problem(source, "context_rewritten", message, fix, severity="warning"))
     if straddles:
         return Problem(
             source,
@@ -277,23 +265,15 @@ def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: 
         fields = not_shown(messages[turn.index], text)
         if fields or turn.shortened:
             what = f"the {' and '.join(fields)}" if fields else "a part"
-            yield Problem(
-                example.source,
-                "not_shown",
-                f"the chat template leaves out {what} of messages[{turn.index}], which is trained without.",
-                "Give a template that shows it by data.template, or set the weight of that message to 0.",
-                severity="warning" if text.strip() else "error",
-            )
+            message = f"the chat template leaves out {what} of messages[{turn.index}], which is trained without."
+            fix = "Give a template that shows it by data.template, or set the weight of that message to 0."
+            yield Problem(example.source, "not_shown", message, fix, severity="warning" if text.strip() else "error")
     names = [str(tool.get("function", tool).get("name", "")) for tool in example.tools]
     unseen = [name for name in names if name not in whole]
     if unseen:
-        yield Problem(
-            example.source,
-            "not_shown",
-            f"the chat template leaves out the row's tool definitions ({', '.join(unseen)}).",
-            "Give a template that shows tools by data.template.",
-            severity="warning",
-        )
+        message = f"the chat template leaves out the row's tool definitions ({', '.join(unseen)})."
+        fix = "Give a template that shows tools by data.template."
+        yield Problem(example.source, "not_shown", message, fix, severity="warning")
 
 
 def find_turn(

@@ -137,10 +137,8 @@ def first_tokens(words: Sequence[str], tokens: Tokens) -> NDArray[np.int64]:
 
 def _no_token(example: Example, silent: NDArray[np.int64]) -> Problem:
     first = int(silent[0])
-    return Problem(
-        example.source,
-        "no_token",
+    message = (
         f"{len(silent)} of its words have no token of their own, the first is tokens[{first}] "
-        f"({example.parts[first].text[:20]!r}): their tags are not learnt.",
-        severity="warning",
+        f"({example.parts[first].text[:20]!r}): their tags are not learnt."
     )
+    return Problem(example.source, "no_token", message, severity="warning")

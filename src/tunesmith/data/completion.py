@@ -75,12 +75,9 @@ class CompletionEncoder(RowEncoder):
             # The last token of the prompt would join the completion: keep the prompt as it is served.
             apart = np.concatenate([prompt_P, self._fast.ids([completion])[0]])
             if self._fast.decode(apart) != self._fast.decode(whole_T):
-                return Problem(
-                    example.source,
-                    "token_boundary",
-                    "the prompt's last token joins the start of the completion, and apart they give another text.",
-                    "Move the white space between them to the start of the completion.",
-                )
+                message = "the prompt's last token joins the start of the completion, and apart they give another text."
+                fix = "Move the white space between them to the start of the completion."
+                return Problem(example.source, "token_boundary", message, fix)
             whole_T = apart
         num_control = int(self.control.are_reserved(whole_T).sum()) - self._num_added
         if not len(whole_T) or whole_T[-1] != self._eos_id:
@@ -160,18 +157,10 @@ class Seq2SeqEncoder(RowEncoder):
 def pair_of(example: Example) -> tuple[str, str] | Problem:
     """The prompt and the completion of an example that is plain text."""
     if not example.plain:
-        return Problem(
-            example.source,
-            "not_a_pair",
-            "it is a conversation; generate takes a prompt and a completion, both plain text.",
-            "Use task: chat for conversations.",
-        )
+        message = "it is a conversation; generate takes a prompt and a completion, both plain text."
+        return Problem(example.source, "not_a_pair", message, "Use task: chat for conversations.")
     trained = [part.trained for part in example.parts]
     if not trained or any(trained[:-1]) or not trained[-1]:
-        return Problem(
-            example.source,
-            "not_a_pair",
-            f"{sum(trained)} of its {len(trained)} parts are trained; generate takes a prompt and one completion.",
-            "Use task: chat for conversations.",
-        )
+        message = f"{sum(trained)} of its {len(trained)} parts are trained; generate takes a prompt and one completion."
+        return Problem(example.source, "not_a_pair", message, "Use task: chat for conversations.")
     return "".join(part.text for part in example.parts[:-1]), example.parts[-1].text

@@ -128,19 +128,13 @@ class LengthLimit:
 
     def _untrained(self, source: Source, num_tokens: int, starts_at: int | None) -> Problem:
         if starts_at is None:
-            return Problem(
-                source,
-                "no_target",
-                f"none of its {num_tokens} tokens is trained: it has no answer that is marked to be trained.",
-                "Give it one, or remove the row.",
-            )
-        return Problem(
-            source,
-            "no_target",
+            message = f"none of its {num_tokens} tokens is trained: it has no answer that is marked to be trained."
+            return Problem(source, "no_target", message, "Give it one, or remove the row.")
+        message = (
             f"none of its {num_tokens} tokens is trained: the answer starts at token {starts_at}, but "
-            f"data.max_tokens is {self.max_tokens}.",
-            "Raise it, shorten the prompt, or set data.too_long: drop.",
+            f"data.max_tokens is {self.max_tokens}."
         )
+        return Problem(source, "no_target", message, "Raise it, shorten the prompt, or set data.too_long: drop.")
 
     @property
     def _rule(self) -> str:

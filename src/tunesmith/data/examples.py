@@ -38,12 +38,8 @@ def warnings_of(example: Example) -> Iterator[Problem]:
         return  # nearly every row
     for i, (before, part) in enumerate(itertools.pairwise(parts), start=1):
         if before.role == part.role and part.role in _ALTERNATING:
-            yield _warning(
-                example,
-                "same_role_twice",
-                f"messages {i} and {i + 1} are both of the {part.role}.",
-                "Join them: many chat templates refuse that.",
-            )
+            fix = "Join them: many chat templates refuse that."
+            yield _warning(example, "same_role_twice", f"messages {i} and {i + 1} are both of the {part.role}.", fix)
             break
     blank = next((i for i, part in enumerate(parts) if not part.text.strip() and part.role != "assistant"), None)
     if blank is not None:

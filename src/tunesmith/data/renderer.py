@@ -114,12 +114,9 @@ class Renderer:
         for place, value in [*places, ("a tool definition", list(example.tools))]:
             found = next((token for text in _strings(value) if (token := self._control.in_text(text))), None)
             if found:
-                yield Problem(
-                    example.source,
-                    "control_token",
-                    f"{place} contains {found}, a control token of this model.",
-                    "Remove it, or set data.control_tokens: allow when the text can be trusted.",
-                )
+                message = f"{place} contains {found}, a control token of this model."
+                fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
+                yield Problem(example.source, "control_token", message, fix)
 
     def _spelled_otherwise(self, example: Example, drafts: Sequence[Draft]) -> list[Problem]:
         """Control tokens that the tokenizer made of text that does not spell them."""
