@@ -130,7 +130,7 @@ def test_a_kill_in_the_end_leaves_a_pending_upload(served: Served, monkeypatch: 
 
     monkeypatch.setattr(upload_parts, "_publish" if at == "joined" else "fsync_dir", killed)
     with pytest.raises(Killed):
-        upload_parts.complete_upload(served.store, upload.id, upload_parts.CompletionBody(part_ids=[part]))
+        upload_parts.complete_upload(served.store, upload.id, upload_parts.JoinBody(part_ids=[part]))
     monkeypatch.undo()
     served.store.sweep(with_uploads=True)
     assert sorted(served.store.files_path.iterdir()) == before

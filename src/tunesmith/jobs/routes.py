@@ -25,7 +25,7 @@ from tunesmith.jobs.states import Action, JobState
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, events, files, is_live, jobs
 from tunesmith.jobs.upload_parts import (
-    CompletionBody,
+    JoinBody,
     UploadBody,
     add_part,
     cancel_upload,
@@ -153,7 +153,7 @@ def make_upload_router(store: Store) -> APIRouter:
         return json_response(facts)
 
     @router.post("/{name}/complete")
-    def complete(name: str, body: CompletionBody) -> Response:
+    def complete(name: str, body: JoinBody) -> Response:
         """Join parts to a file, in the order given."""
         return answer(complete_upload(store, name, body))
 

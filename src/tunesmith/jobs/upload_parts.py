@@ -59,7 +59,7 @@ class UploadBody(_Given):
     expires_after: dict[Literal["anchor", "seconds"], Any] | None = None
 
 
-class CompletionBody(_Given):
+class JoinBody(_Given):
     """POST /v1/uploads/{id}/complete"""
 
     part_ids: list[str] = Field(min_length=1, max_length=MAX_PARTS)
@@ -126,7 +126,7 @@ def _end(store: Store, name: str, **values: Any) -> None:
         )
 
 
-def complete_upload(store: Store, name: str, body: CompletionBody) -> Record:
+def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     """Join the parts to a file. The same call again gives the same answer.
 
     Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
