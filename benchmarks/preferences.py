@@ -1,4 +1,4 @@
-"""`python -m benchmarks preferences`: DPO beside TRL's, on the same ids, adapter, rate and order.
+"""`python -m benchmarks preferences`: DPO and TRL's DPO, on the same ids, adapter, rate and order.
 
 Pairs are made of chats of one question and one answer with a topic: the chosen answer is the chat's own, the rejected
 one that of another question of the same topic, drawn from a seed.
@@ -25,7 +25,7 @@ WARM_UP = 3
 
 def add_preferences(verbs: Any) -> None:
     """The verb's own words."""
-    parser = verbs.add_parser("preferences", help="DPO, beside TRL's: losses, tokens a second, memory, accuracy")
+    parser = verbs.add_parser("preferences", help="DPO and TRL's DPO: losses, tokens a second, memory, accuracy")
     add = parser.add_argument
     add("--model", required=True, help="a folder of a chat model")
     add("--chats", required=True, nargs=2, metavar="FILE", help="JSONL of chats with a topic, to train and to test on")
@@ -50,13 +50,13 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             (folder / f"{name}.jsonl").write_text(text, "utf-8")
     job = {key: value for key, value in vars(options).items() if isinstance(value, str | int | float)}
     job |= {"beta": BETA, "folder": str(folder), "seed": SEED}
-    (folder / "asked.json").write_text(json.dumps(job), "utf-8")
+    (folder / "given.json").write_text(json.dumps(job), "utf-8")
     for name, python, script in (
         ("ours", sys.executable, "prefer_ours.py"),
         ("trl", options.peer, "trl_prefer.py"),
     ):
         if not (folder / f"{name}.json").exists():
-            given = folder / ("asked.json" if name == "ours" else "job.json")
+            given = folder / ("given.json" if name == "ours" else "job.json")
             log = folder / f"{name}.log"
             command = [python, str(ROOT / "benchmarks" / "peers" / script), str(given), str(folder / f"{name}.part")]
             child = run_child(command, log=log, settings={"OMP_NUM_THREADS": str(options.threads)})

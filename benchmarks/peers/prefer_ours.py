@@ -1,6 +1,6 @@
 """Our side of `python -m benchmarks preferences`: the steps alone, and what the peer is to be given.
 
-    python prefer_ours.py ASKED.json RESULT.json
+    python prefer_ours.py GIVEN.json RESULT.json
 
 Writes job.json: the pairs of every step as ids, in order, and the adapter before its first step.
 """

@@ -138,7 +138,7 @@ class Example:
         return (*self.parts, *self.branches[0]) if self.branches else self.parts
 
     @property
-    def asked(self) -> tuple[Part, ...]:
+    def last_prompt(self) -> tuple[Part, ...]:
         """The parts before the last trained one of `first_line`: none where nothing is trained."""
         last = max((i for i, part in enumerate(self.first_line) if part.trained), default=0)
         return self.first_line[:last]

@@ -222,7 +222,7 @@ def sample_notes(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]
 
 
 def _prompt(renderer: Renderer, example: Example, limit: PromptLimit) -> SamplePrompt | None:
-    before = example.asked
+    before = example.last_prompt
     if not before:
         return None
     ids, cut = limit.encode(renderer, replace(example, parts=before))

@@ -25,7 +25,7 @@ QUESTION = (
 def judged(
     judge: LoadedModel, prompts: Sequence[Example], before: Sequence[str], after: Sequence[str]
 ) -> tuple[dict[str, Interval], str]:
-    """Win rates of the answers after against those before, and a note. A judge that writes is asked in both orders; if
+    """Win rates of the answers after against those before, and a note. A judge that writes sees both orders; if
     it contradicts itself, or says neither, that is a tie. Raises InputError for a judge that can do neither."""
     if judge.labels is not None and judge.labels.kind == "number":
         sides: list[Sequence[float]] = [_rewards(judge, prompts, answers) for answers in (before, after)]

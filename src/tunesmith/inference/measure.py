@@ -187,13 +187,13 @@ def _answered(
     loaded: LoadedModel, data: Data, store: RowStore, *, judge: LoadedModel | None, **how: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Interval], list[str]]:
     """Answers to some rows, their measures, and notes."""
-    sampled, asked, notes = _answer(loaded, data, store, **how)
+    sampled, prompted, notes = _answer(loaded, data, store, **how)
     measures = score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
     if judge is None or not sampled:
         return sampled, measures, notes
     with _as_begun(loaded) as base:
         before, *_ = _answer(base, data, store, **how)
-    rates, said = judged(judge, asked, _columns(before)[0], _columns(sampled)[0])
+    rates, said = judged(judge, prompted, _columns(before)[0], _columns(sampled)[0])
     return sampled, {**measures, **rates}, [*notes, said]
 
 
@@ -329,6 +329,8 @@ def _answer(
     sampled = list(answer_samples(loaded.model, renderer, prompts, sampling, on_progress))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
-    asked = {str(example.source): replace(example, parts=example.asked, branches=(), labels=()) for example in chosen}
+    prompted = {
+        str(example.source): replace(example, parts=example.last_prompt, branches=(), labels=()) for example in chosen
+    }
     notes = [note, *sample_notes(prompts, num_rows=len(chosen))]
-    return sampled, [asked[sample["source"]] for sample in sampled], notes
+    return sampled, [prompted[sample["source"]] for sample in sampled], notes
