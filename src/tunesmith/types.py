@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Size, Tensor
 
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
 
@@ -368,8 +368,20 @@ class Attachment(Protocol):
     """Facts about what is trained that a person should know, such as layers that could not be adapted."""
     rate_factors: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
+    shards: Mapping[str, Size] = MappingProxyType({})
+    """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.sharding`."""
     step_hook: StepHook | None = None
     """None: training follows from gradients of the rows alone."""
+
+    @property
+    def shared(self) -> Mapping[str, Tensor]:
+        """The trained tensors that every process has whole."""
+        return {name: tensor for name, tensor in self.trained.items() if name not in self.shards}
+
+    @property
+    def num_trained(self) -> int:
+        """Trained weights of all processes together."""
+        return sum(self.shards.get(name, tensor.shape).numel() for name, tensor in self.trained.items())
 
     @property
     def keeps_base(self) -> bool:

@@ -1,6 +1,6 @@
 """Starts a group of gloo processes for tests, without an agent: each runs scenarios, and writes what it found.
 
-    python group.py FOLDER SCENARIO ...
+    python group.py FOLDER MODULE SCENARIO ...
 
 is one rank. A rank that takes longer than a minute is killed, so that nothing hangs.
 """
@@ -21,8 +21,10 @@ LIMIT_S = 150
 """Seconds for all scenarios of one start, on a busy machine."""
 
 
-def start(folder: Path, *names: str, size: int = 2) -> list[dict[str, Any]]:
-    """What each rank found, by scenario: its value, or {"error", "text"}."""
+def start(
+    folder: Path, *names: str, size: int = 2, module: str = "parallel.scenarios", killed: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """What each rank found, by scenario: its value, or {"error", "text"}. `killed`: ranks that the last one kills."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +33,8 @@ def start(folder: Path, *names: str, size: int = 2) -> list[dict[str, Any]]:
     for rank in range(size):
         more = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
         more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        words = [sys.executable, __file__, str(folder), *names]
+        more |= {"KILLED": json.dumps(killed)}
+        words = [sys.executable, __file__, str(folder), module, *names]
         with open(folder / f"rank-{rank}.log", "wb") as log:
             environment = {**os.environ, **{key: str(value) for key, value in more.items()}}
             ranks.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -40,27 +43,29 @@ def start(folder: Path, *names: str, size: int = 2) -> list[dict[str, Any]]:
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * size, "".join((folder / f"rank-{rank}.log").read_text() for rank in range(size))
+    assert codes == [-9 if rank in killed else 0 for rank in range(size)], "".join(
+        (folder / f"rank-{rank}.log").read_text() for rank in range(size)
+    )
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
 
 
 def main() -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
-    scenarios = importlib.import_module("parallel.scenarios")
+    scenarios = importlib.import_module(sys.argv[2])
     from torch.distributed.rendezvous import rendezvous
 
     kept = next(rendezvous("env://"))  # one store for all scenarios
     folder, found = Path(sys.argv[1]), {}
-    for attempt, name in enumerate(sys.argv[2:]):
+    for attempt, name in enumerate(sys.argv[3:]):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # each scenario is a group of its own
         try:
             found[name] = getattr(scenarios, name)(folder)
         except Exception as error:
             found[name] = {"error": type(error).__name__, "text": str(error)}
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     kept[0].set(f"done/{os.environ['RANK']}", "")
     if kept[1] == 0:  # whose store it is
-        kept[0].wait([f"done/{rank}" for rank in range(kept[2])])
+        kept[0].wait([f"done/{rank}" for rank in range(kept[2]) if rank not in json.loads(os.environ["KILLED"])])
 
 
 if __name__ == "__main__":

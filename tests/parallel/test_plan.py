@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from typer.testing import CliRunner
 
 from tiny_run import tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import NVLINK, PCIE, link, named, named_group
 from tunesmith.planning.forecast import Forecast, heaviest, mean_balance
 from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.load import load
 from tunesmith.training.resolve import ResolvedRun, resolve_run
 
 
@@ -25,11 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def planned(folder: Path, number: int, name: str = "H100") -> tuple[ResolvedRun, Forecast]:
-    from tunesmith.recipe.load import load
-
-    recipe = load(str(folder / "recipe.yaml"), [f"devices={number}"])
-    found = resolve_run(recipe, root=folder, device=named(name))
+def planned(
+    folder: Path, number: int, name: str = "H100", *settings: str, room: int | None = None
+) -> tuple[ResolvedRun, Forecast]:
+    recipe = load(str(folder / "recipe.yaml"), [f"devices={number}", *settings])
+    card = named(name)
+    found = resolve_run(recipe, root=folder, device=card if room is None else replace(card, room=room))
     assert found.forecast is not None
     return found, found.forecast
 
@@ -59,8 +62,6 @@ def test_the_heaviest_pass_of_any_device_counts(folder: Path) -> None:
 
 
 def _of(forecast: Forecast, rank: int, step: int) -> list[tuple[int, ...]]:
-    from dataclasses import replace
-
     return replace(forecast.plan, part=(rank, 4)).step(step)
 
 
@@ -100,3 +101,49 @@ def test_the_plan_says_it_in_words(folder: Path) -> None:
     assert "runs on: 4 × H100-80G" in said
     assert "on each device at most" in said
     assert "devices: 4, each with the whole model and a part of each step" in said
+
+
+FULL = "method=full"
+
+
+def test_split_layers_leave_each_device_its_part_of_them(folder: Path) -> None:
+    """Of layers of b bytes four devices keep a quarter each, and two layers of the two while they compute."""
+    (_, whole), (found, split) = (planned(folder, 4, "H100", FULL, *more) for more in ((), ("shard=true",)))
+    assert found.recipe.shard is True
+    group = split.values()["group"]
+    assert group["split"] > 0 < group["gather_seconds"]
+    assert "split" not in whole.values()["group"]
+    assert split.memory.weights == whole.memory.weights - group["split"] * 3 // 4 + group["split"]
+    assert split.memory.optimizer < whole.memory.optimizer
+    assert split.disk.checkpoints == pytest.approx(whole.disk.checkpoints, rel=1e-3)  # they hold whole tensors
+
+
+def test_layers_are_split_where_a_whole_model_does_not_fit(folder: Path) -> None:
+    big = ("train.tokens_per_pass=4096", "optim.name=adamw", FULL)
+    whole, split = (planned(folder, 4, "H100", *big, f"shard={value}")[1] for value in ("false", "true"))
+    assert split.memory.total < whole.memory.total
+    room = (split.memory.total + whole.memory.total) // 2
+    found, forecast = planned(folder, 4, "H100", *big, room=room)
+    choice = next(choice for choice in found.choices if choice.key == "shard")
+    assert (found.recipe.shard, forecast.split) == (True, split.split)
+    assert choice.reason.startswith("a whole model on each device would need")
+    assert planned(folder, 4, "H100", *big)[0].recipe.shard is False
+
+
+REFUSED = {
+    "method.name=dora": "method.name: dora",
+    "method.init=pissa": "method.init: pissa",
+    "method.bias=all": "method.bias: all",
+    "method.also_train=[embed_tokens]": "method.also_train",
+    "precision=float16": "precision: float16",
+    "devices=1": "devices: 1",
+    "method=full optim.name=muon": "optim.name: muon",
+    "method=full precision=bfloat16 method.rounding=stochastic": "method.rounding: stochastic",
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED)
+def test_what_cannot_be_split_is_refused_by_its_option(folder: Path, settings: str) -> None:
+    recipe = load(str(folder / "recipe.yaml"), ["devices=2", "shard=true", *settings.split()])
+    with pytest.raises(RecipeError, match=f"shard: true: not with {REFUSED[settings]}"):
+        resolve_run(recipe, root=folder)

@@ -439,7 +439,12 @@ def _memory(forecast: Mapping[str, Any]) -> str:
 def _group(group: Mapping[str, Any]) -> str:
     summed = f"sums of gradients take {group['sum_seconds']:.2g} s a step"
     busy = f"a device has {group['balance']:.0%} of the busiest one's work on average"
-    return f"{group['devices']}, each with the whole model and a part of each step: {busy}, {summed}"
+    if "split" not in group:
+        return f"{group['devices']}, each with the whole model and a part of each step: {busy}, {summed}"
+    split = f"layers of {size(group['split'])} are split, {size(group['split'] // group['devices'])} a device"
+    gathered = f"bringing them together takes {group['gather_seconds']:.2g} s a step, beside the products"
+    whole = "embeddings and head are whole on each"
+    return f"{group['devices']}, each with a part of each step: {split}, {whole}; {gathered}; {busy}, {summed}"
 
 
 def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:

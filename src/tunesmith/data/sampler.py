@@ -70,6 +70,8 @@ class StepSampler:
     computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
+    is_even: bool = False
+    """Every part of a step has to go through the model as often, see `idle`."""
     _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -90,8 +92,18 @@ class StepSampler:
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of this part of an optimizer step, counted from 1; none if there are too few rows."""
-        rows = self.rows(step)
+        return self._part(step, self.part[0])
+
+    def idle(self, step: int) -> list[MicroBatch]:
+        """Micro-batches of one row that this part computes in addition, for nothing, where `is_even`."""
         rank, size = self.part
+        if not self.is_even or size == 1:
+            return []
+        numbers = [len(self._part(step, other)) for other in range(size)]
+        return [(self.rows(step)[0],)] * (max(numbers) - numbers[rank])
+
+    def _part(self, step: int, rank: int) -> list[MicroBatch]:
+        rows, size = self.rows(step), self.part[1]
         if size > 1:
             units = self._units(rows)
             mine = shares([cost for cost, _ in units], size)[rank]

@@ -76,8 +76,11 @@ def predict_rows(
     results: dict[int, Mapping[str, Any]] = {}
     done = 0
     batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=collator.layout)
-    mine = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)[world.rank]
+    dealt = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)
+    mine = dealt[world.rank]
     with eval_mode(model):
+        for _ in range(max(map(len, dealt)) - len(mine) if world.is_sharded else 0):  # every rank has as many passes
+            task.measure(model, collator.batch(batches[0], draw=0))
         for members in map(batches.__getitem__, mine):
             batch = collator.batch(members, draw=0)
             measured = task.measure(model, batch)

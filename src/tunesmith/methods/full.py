@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.master_weights import MasterWeights
+from tunesmith.methods.master_weights import MasterWeights, is_split
 from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embedding
 from tunesmith.methods.targets import check_word, is_in_layers, layer_counts, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
@@ -53,6 +53,7 @@ class FullAttachment(Attachment):
         if not has_masters:
             for parameter in chosen.values():
                 parameter.requires_grad_(True).grad_dtype = torch.float32
+        self.shards = {name: parameter.shape for name, parameter in chosen.items() if is_split(parameter)}
         self.notes: tuple[str, ...] = (*_frozen_note(model, chosen), *remark)
 
     @property
@@ -134,11 +135,18 @@ def required_precision(settings: FullMethod) -> tuple[str, str] | None:
 
 
 def save_result(
-    attachment: FullAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
+    attachment: FullAttachment,
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    renderer: Renderer,
+    located: ModelRef,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in."""
+    """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in. `weights`: of a
+    model whose layers are split."""
     ends, pooling = renderer.stop_ids, renderer.pooling
-    save_model(model, renderer.tokenizer, folder, located=located, stop_ids=ends, pooling=pooling)
+    save_model(model, renderer.tokenizer, folder, located=located, stop_ids=ends, pooling=pooling, weights=weights)
 
 
 def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:

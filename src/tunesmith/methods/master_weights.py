@@ -31,10 +31,10 @@ class MasterWeights:
         generators: dict[torch.device, torch.Generator] = {}
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32 and not is_split(parameter):
                 self.trained[name] = parameter
                 continue
-            master = parameter.detach().float()
+            master = _own(parameter).detach().float()
             if spread is not None and parameter.dtype == torch.bfloat16 and not master.is_meta:
                 device = master.device
                 spread_in_cells(master, generators.setdefault(device, torch.Generator(device).manual_seed(spread)))
@@ -48,7 +48,7 @@ class MasterWeights:
     def collect(self) -> None:
         """Add the gradients of the copies to those of the masters, in float32, and drop them."""
         if self._pairs and _in_one_call(self._pairs[0][1]):
-            both = [(p, p.grad, m.grad) for p, m in self._pairs if p.grad is not None and m.grad is not None]
+            both = [(p, _own(p.grad), m.grad) for p, m in self._pairs if p.grad is not None and m.grad is not None]
             if both:
                 torch._foreach_add_([total for _, _, total in both], [gradient for _, gradient, _ in both])
             for parameter, _, _ in both:
@@ -60,16 +60,28 @@ class MasterWeights:
     def publish(self) -> None:
         """Round the masters into the copies."""
         if self._pairs and _in_one_call(self._pairs[0][1]):
-            torch._foreach_copy_([parameter for parameter, _ in self._pairs], [master for _, master in self._pairs])
+            own = [_own(parameter) for parameter, _ in self._pairs]
+            torch._foreach_copy_(own, [master for _, master in self._pairs])
             return
         for parameter, master in self._pairs:
-            parameter.copy_(master)
+            _own(parameter).copy_(master)
 
     def release(self) -> None:
         """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether this process has only a piece of a tensor, see `parallel.sharding`."""
+    return hasattr(tensor, "to_local")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The piece of a tensor that this process has, sharing its memory; a whole one as it is."""
+    local: Tensor = tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+    return local
 
 
 def _in_one_call(tensor: Tensor) -> bool:
@@ -84,10 +96,11 @@ class _MoveGradient:
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
+        gradient = _own(parameter.grad)
         if self.master.grad is None:
-            self.master.grad = parameter.grad.float()
+            self.master.grad = gradient.float()
         else:
-            self.master.grad.add_(parameter.grad)
+            self.master.grad.add_(gradient)
         parameter.grad = None
 
 

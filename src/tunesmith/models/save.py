@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import StorageError
@@ -38,20 +39,21 @@ def save_model(
     located: ModelRef,
     stop_ids: Sequence[int],
     pooling: Pooling | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the model to `folder`, whole or not at all; an existing one is replaced.
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
     `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
-    labels.json. `pooling`: of a model that makes vectors. An encoder that guesses masked words keeps the files at
-    `located` that say how its vectors are pooled.
+    labels.json. `pooling`: of a model that makes vectors. `weights`: those to write in place of the model's own. An
+    encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
     Raises StorageError where the disk refuses.
     """
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     temporary = temporary_folder(folder.parent, folder.name)
     try:
         with storing(folder, num_bytes=num_bytes):
-            _save_weights(model, temporary, num_bytes)
+            _save_weights(model, temporary, num_bytes, weights)
             save_tokenizer(with_pad_token(model, tokenizer), temporary, located=located)
             heads.write_labels(model, temporary)
             if type(model).__name__.endswith("ForMaskedLM"):
@@ -66,10 +68,10 @@ def save_model(
         raise
 
 
-def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int) -> None:
+def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int, weights: Mapping[str, Tensor] | None) -> None:
     # Its own generation config may be one that transformers refuses to save; the mended one is written later.
     with writing_weights(folder, num_bytes), silence_transformers(), generating_by(model, GenerationConfig()):
-        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES, state_dict=weights)
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
 

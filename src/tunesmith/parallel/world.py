@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import threading
 import time
@@ -32,6 +33,8 @@ COLLECTIVE_S = 7200.0
 OWN_AGENT = "TUNESMITH_AGENT"
 """Set in ranks that `launch` started."""
 FAILED = "failed"
+_TRANSPORT = re.compile(r"gloo|NCCL|[Pp]rocess ?[Gg]roup|[Cc]onnection")
+"""Words of an error of torch.distributed, which has no class of its own."""
 AGREED = (Stopped, NonFiniteError, OutOfMemoryError)
 """Errors that all ranks raise together, after they met."""
 
@@ -84,6 +87,8 @@ class World:
         """Whether any rank was, when they last met."""
         self.joined: list[dict[str, Any]] = []
         """What each rank said of itself when it came."""
+        self.mesh: Any = None
+        """torch's mesh of ranks over which the layers of the model are split; None: each rank has the whole model."""
         self._store = store
         self._is_connected = False
         self._over = threading.Event()
@@ -97,6 +102,11 @@ class World:
     def part(self) -> tuple[int, int]:
         """(rank, size)."""
         return self.rank, self.size
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every pass through the model is a meeting of all ranks, see `sharding`."""
+        return self.mesh is not None
 
     def join(self, facts: Mapping[str, Any]) -> None:
         """Wait until every rank is there, and compare their versions and kinds of device.
@@ -182,6 +192,17 @@ class World:
                 f"rank {self.rank} of {self.size} lost the others: one was killed, or its machine is gone "
                 f"({text[:200]})"
             ) from error
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """A block that runs the model: where its layers are split, every pass talks to the other ranks."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_sharded or not _TRANSPORT.search(str(error)):
+                raise
+            with self.reaching():
+                raise
 
     def gather(self, content: bytes) -> list[bytes]:
         """The bytes of every rank, in order of ranks, on every rank."""

@@ -81,6 +81,10 @@ class Forecast:
     """Mean load of a device as a share of the largest."""
     sum_seconds: float = 0.0
     """Of a step: to sum the gradients of all devices."""
+    split: int = 0
+    """Bytes of layers that are split over the devices; 0: each has the whole model."""
+    gather_seconds: float = 0.0
+    """Of a step: to bring split layers together, at the same time as others compute."""
 
     @property
     def fits(self) -> bool:
@@ -106,7 +110,8 @@ class Forecast:
         }
 
     def _group(self) -> dict[str, Any]:
-        return {"devices": self.plan.part[1], "balance": self.balance, "sum_seconds": self.sum_seconds}
+        split = {"split": self.split, "gather_seconds": self.gather_seconds} if self.split else {}
+        return {"devices": self.plan.part[1], "balance": self.balance, "sum_seconds": self.sum_seconds, **split}
 
 
 @dataclass
@@ -170,6 +175,8 @@ class Forecaster:
             trained_parameters=sizes.trained_parameters,
             balance=balance,
             sum_seconds=sum_seconds(sizes, plan, self.device),
+            split=sizes.gathered,
+            gather_seconds=gather_seconds(sizes, plan, self.device),
         )
 
     def card_tokens(self, recipe: Recipe) -> int:
@@ -180,7 +187,7 @@ class Forecaster:
         return min(card_tokens(sizes, self.device), max(CARD_TOKENS[0], 1 << (most - 1).bit_length()))
 
     def _sizes_of(self, recipe: Recipe) -> tuple[str, Sizes, nn.Module]:
-        key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r}"
+        key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.shard}"
         if key not in self._sizes:
             self._sizes[key] = sizes_of(
                 recipe, self.located, head=self.head, labels=self.rows.labels, store=self.rows.store
@@ -224,6 +231,7 @@ class Forecaster:
         of_step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
         found = prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)
         found |= {kind: found[kind] / size for kind in DEALT}
+        of_step = max(of_step, gather_seconds(sizes, plan, self.device))
         looks = TASKS[resolved(recipe.task)].look is not None and micro_batches > 1
         looking = load.tokens * found["held_out"] if looks else 0.0
         found["training"] = of_step + looking + sum_seconds(sizes, plan, self.device)
@@ -241,6 +249,16 @@ def sum_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
     """Seconds to sum the gradients of a step: each number goes out and comes back once, but for a device's own part."""
     size = plan.part[1]
     return 2 * sizes.gradients * (size - 1) / size / link(device)
+
+
+def gather_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
+    """Seconds of a step to gather split layers, twice a micro-batch, and to scatter their gradients where trained."""
+    size = plan.part[1]
+    micro_batches = max(
+        1.0, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch / size / plan.tokens_per_pass
+    )
+    times = 2 + (sizes.own_parameters < sizes.trained_parameters)
+    return micro_batches * times * sizes.gathered * (size - 1) / size / link(device)
 
 
 def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> list[Heavy]:

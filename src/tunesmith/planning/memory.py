@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import MicroBatch
@@ -61,6 +62,10 @@ class Sizes:
     """float32 copies of what is trained, where it is computed in another type."""
     optimizer: int
     trained_parameters: int
+    own_parameters: int
+    """Of these, as many as one device keeps: fewer where layers are split."""
+    gathered: int
+    """Bytes of layers that are split over devices: each pass brings them in for the forward and for the backward."""
     itemsize: int
     features_L: tuple[int, ...]
     """Inputs and outputs of each layer's linear layers, for one token; of a shared layer once for each use."""
@@ -86,12 +91,12 @@ class Sizes:
     @property
     def gradients(self) -> int:
         """Bytes of float32 gradients."""
-        return 4 * self.trained_parameters
+        return 4 * self.own_parameters
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
-        return 4 * self.trained_parameters + self.optimizer
+        return 4 * self.trained_parameters + self.optimizer * self.trained_parameters // max(1, self.own_parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,7 @@ def sizes_of(
     features_L = tuple(_features(layer) for layer in layers)
     saved = _quantized_away(model, recipe) if method.quantizes else 0
     linears = _linear_weights(model)
+    split = _split_weights(model, recipe)
     with torch.device("meta"):
         attachment = attach(recipe, model, head=head, store=store, pad_id=0)
     computing = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
@@ -168,13 +174,23 @@ def sizes_of(
     first = 0 if below or not inside else next((i for i, layer in enumerate(layers) if _learns(layer)), len(layers))
     config = model.config.get_text_config()
     linear_weights = sum(weight.numel() for weight in linears)
+    state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed).state_bytes()
+    num_trained, gathered = sum(tensor.numel() for tensor in trained), sum(split.values())
+    elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0
+    """Share of what is split that other devices keep."""
+    own = num_trained - int(
+        elsewhere * sum(attachment.trained[name].numel() for name in split.keys() & attachment.trained.keys())
+    )
+    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in layers_of(model)), reverse=True)[:2]
+    at_hand = sum(largest) if split else 0  # a layer that computes, and the next one
+    masters = sum(tensor.nbytes for tensor in trained if id(tensor) not in computing)
     return Sizes(
-        weights=sum(computing.values()) - saved,
-        masters=sum(tensor.nbytes for tensor in trained if id(tensor) not in computing),
-        optimizer=Optimizer(
-            attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed
-        ).state_bytes(),
-        trained_parameters=sum(tensor.numel() for tensor in trained),
+        weights=sum(computing.values()) - saved - int(elsewhere * gathered) + at_hand,
+        masters=masters * own // max(1, num_trained),
+        optimizer=state * own // max(1, num_trained),
+        trained_parameters=num_trained,
+        own_parameters=own,
+        gathered=gathered,
         itemsize=model.dtype.itemsize,
         features_L=features_L,
         recomputable=len(layers_of(model)),
@@ -189,6 +205,14 @@ def sizes_of(
         fused_loss=recipe.kernels == "fast" and method.fused_loss and output_layer_of(model) is not None,
         can_pack=not recurrent_layer(model),
     ), model
+
+
+def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
+    """Bytes of each weight, by name, that the recipe splits over its devices: those of the layers."""
+    if recipe.shard is not True:
+        return {}
+    inside = {id(weight) for layer in layers_of(model) for weight in layer.parameters()}
+    return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 
 def phases(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device) -> list[Memory]:

@@ -383,6 +383,9 @@ class Recipe(OptionGroup):
     """Devices that train together, a process each: CUDA cards, or parts of a processor. auto: all cards of this
     machine, else one. Another number changes rounding and the random numbers of dropout only. Where torchrun or its
     like starts the processes, it is their number."""
+    shard: bool | Auto = "auto"
+    """Split the weights of the layers over the devices, so that each keeps a part of them only. auto: where a whole
+    model does not fit each device."""
     memory: Literal["refuse", "warn"] = "refuse"
     """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
     threads: Positive | Auto = "auto"

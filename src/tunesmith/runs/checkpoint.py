@@ -267,7 +267,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     The library's own writer takes all bytes at once: for full tuning that would double the memory at every save.
     Format: https://github.com/huggingface/safetensors#format.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    order = _order(tensors)
     header: dict[str, Any] = {}
     end = 0
     for name in order:
@@ -283,12 +283,29 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             digest.update(block)
             file.write(block)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            flat = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
             content = flat.view(torch.uint8).numpy().data
             hashing = hasher.submit(digest.update, content)  # both take as long, and neither holds Python's lock
             file.write(content)
             hashing.result()
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def gather(tensors: Mapping[str, Tensor]) -> None:
+    """Take part, on another rank, in the writing of tensors that are split over a group."""
+    for name in _order(tensors):
+        _whole(tensors[name])
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order of the file, which keeps every tensor aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor with what other ranks have of it."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -46,8 +46,9 @@ def evaluate_run(session: Session, name: str) -> None:
     measure_held_out(session, name)
     started = time.perf_counter()
     _answer(session, name)
-    first = session.setup.world.is_first
-    if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate and first:
+    world = session.setup.world
+    takes_part = world.is_first or world.is_sharded
+    if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate and takes_part:
         session.listener.on_progress("general", 0, 1)
         _measure_general(session, name)
         session.listener.on_progress("general", 1, 1)
@@ -172,7 +173,7 @@ def _samples(session: Session, how: Sampling) -> Iterator[dict[str, Any]]:
     """The answers to all prompts, in order; each rank of a group writes those of some batches."""
     setup, tick = session.setup, session.listener.on_progress
     rank, size = setup.world.part
-    if size == 1:
+    if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
         yield from answer_samples(setup.model, setup.renderer, setup.samples, how, tick)
         return
     batches = [setup.samples[at : at + ANSWER_BATCH] for at in range(0, len(setup.samples), ANSWER_BATCH)]
@@ -197,7 +198,7 @@ def _measure_general(session: Session, name: str) -> None:
         "answers": general.answers(setup.model, setup.renderer),
     }
     session.emit("general", values)
-    if name == "after":
+    if name == "after" and setup.world.is_first:
         earlier = (event.values for event in session.run.events() if event.kind == "general")
         before = next((values for values in earlier if values["name"] == "before"), None)
         if before is None:  # the log has lost it

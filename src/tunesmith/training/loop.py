@@ -15,10 +15,10 @@ from dataclasses import replace
 from tunesmith.data.sampler import MicroBatch
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
-from tunesmith.optim import clip_divisor, gradient_norm, rate
+from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import meet
 from tunesmith.training.state import TrainState
-from tunesmith.training.step import compute_gradients, exhausted_error, penalize
+from tunesmith.training.step import compute_gradients, exhausted_error, penalize, step_norm
 from tunesmith.types import Event
 
 
@@ -42,7 +42,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         if optimizer.train_mode():
             attachment.publish()
         done = compute_gradients(state, plan, step)
-        met = meet(state.world, attachment.trained, done.own, num_targets=done.num_targets)
+        met = meet(state.world, attachment.shared, done.own, num_targets=done.num_targets)
         if met.exhausted is not None:
             raise exhausted_error(state, step, met.exhausted)
         plan = done.plan if met.tokens_per_pass is None else replace(done.plan, tokens_per_pass=met.tokens_per_pass)
@@ -50,7 +50,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = done.norm
         if grad_norm is None or penalty is not None or state.world.size > 1:
-            grad_norm = gradient_norm(attachment.trained.values())
+            grad_norm = step_norm(state)
         _require_finite(state, step, passes=met.passes, losses=met.losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))

@@ -25,10 +25,11 @@ from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.planning.defaults import HELD, Facts, RunSize, decide, decide_measuring, total_steps, with_choice
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fit import fill_card, fit, refuse
+from tunesmith.planning.fit import fill_card, fit, gib, refuse
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
+from tunesmith.planning.sharding import refuse_shard, split_choice, why_whole
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -81,6 +82,7 @@ def resolve_run(
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
     recipe, grouped, processes = _on_devices(recipe, world)
     inputs = find_inputs(recipe, root=root, offline=offline)
+    refuse_shard(inputs.recipe, inputs.located, inputs.kind)
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
     if run is not None:
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
@@ -95,6 +97,10 @@ def resolve_run(
     free_tokens = recipe.train.tokens_per_pass == "auto"
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
+    refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
+    can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
+    if recipe.shard == "auto":
+        recipe = with_choice(recipe, Choice("shard", False, ""))
     if reason := _why_alone(inputs, rows):
         free_tokens, alone = False, Choice("train.tokens_per_pass", 1, reason)
         recipe = with_choice(recipe, alone)
@@ -110,7 +116,7 @@ def resolve_run(
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
     try:
-        _forecast(found, device, world, free_tokens=free_tokens)
+        _forecast(found, device, world, free_tokens=free_tokens, can_split=can_split)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
@@ -183,7 +189,7 @@ def _measuring(
     return rows, recipe, choices
 
 
-def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool, can_split: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     `found` as it was."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
@@ -213,11 +219,15 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         general_tokens=_general_tokens(recipe, inputs),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
-    filled: list[Choice] = []
-    if free_tokens and device.kind == "cuda":
-        recipe, filled = fill_card(recipe, forecaster.forecast, tokens=forecaster.card_tokens(recipe))
-    recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
-    fitted = [*(choice for choice in filled if choice.key not in {one.key for one in fitted}), *fitted]
+    whole = recipe
+    recipe, fitted, forecast = _fitted(whole, forecaster, longest=longest, free_tokens=free_tokens)
+    if not forecast.fits and can_split and forecast.num_layers:
+        choice = split_choice(recipe, needed=gib(forecast.memory.total), room=gib(device.room))
+        split, others, other = _fitted(with_choice(whole, choice), forecaster, longest=longest, free_tokens=free_tokens)
+        if other.fits:
+            recipe, fitted, forecast = split, [choice, *others], other
+    if recipe.shard is True and not forecast.num_layers:
+        raise RecipeError("shard: true: the model has no list of layers that could be split. Leave shard out.")
     if not forecast.fits:
         refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
         if recipe.memory == "refuse":
@@ -228,6 +238,18 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
     found.recipe, found.forecast = recipe, forecast
+
+
+def _fitted(
+    recipe: Recipe, forecaster: Forecaster, *, longest: int, free_tokens: bool
+) -> tuple[Recipe, list[Choice], Forecast]:
+    """The recipe as it fits best, see `planning.fit`."""
+    filled: list[Choice] = []
+    if free_tokens and forecaster.device.kind == "cuda":
+        recipe, filled = fill_card(recipe, forecaster.forecast, tokens=forecaster.card_tokens(recipe))
+    recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
+    fitted = [*(choice for choice in filled if choice.key not in {one.key for one in fitted}), *fitted]
+    return recipe, fitted, forecast
 
 
 def _few_rows(recipe: Recipe, forecast: Forecast) -> str:

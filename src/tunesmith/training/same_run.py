@@ -12,10 +12,11 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.training.setup import Setup
 
-SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices")
+SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
 """Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
 NAMED_LATER = {
     "setting devices": "1",
+    "setting shard": "False",
     "setting train.group_by_length": "False",
     "setting data.date": "None",
     "setting data.mix": "times",
@@ -49,13 +50,15 @@ def refuse_other_run(
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
-    """Settings of a run that goes on with another number of devices: as many threads in all as before."""
+    """Settings of a run that goes on with another number of devices: as many threads in all as before, and whole
+    layers if it is alone now."""
     before = 1 if recipe.devices == "auto" else recipe.devices
+    whole = ["shard=false"] if world.size == 1 and recipe.shard is True else []
     if before == world.size:
-        return []
+        return whole
     threads = max(1, resolved(recipe.threads) * before // world.size)
     is_cpu = recipe.device == "cpu" and threads != recipe.threads
-    return [f"devices={world.size}", *([f"threads={threads}"] if is_cpu else [])]
+    return [*whole, f"devices={world.size}", *([f"threads={threads}"] if is_cpu else [])]
 
 
 def with_settings(run: Run, settings: Sequence[str]) -> Recipe:

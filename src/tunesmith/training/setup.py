@@ -32,7 +32,7 @@ from tunesmith.models import attention, contention, load, machine
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
+from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode, layers_of
 from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES, PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
@@ -93,10 +93,19 @@ class Setup(TrainState):
         """Whether the model writes text, so that its general ability can be measured."""
         return can_generate(self.head, is_causal=self.plan.layout != "encoder_decoder", max_tokens=self.room)
 
-    def save_result(self, folder: Path) -> None:
-        """Save the tuned adapter or model."""
-        method = METHODS[self.recipe.method.name]
-        method.save_result(self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located)
+    def whole_weights(self) -> dict[str, Any]:
+        """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
+        if not self.attachment.shards:
+            return {}
+        from tunesmith.parallel.sharding import whole_weights
+
+        return {"weights": whole_weights(self.world, self.model)}
+
+    def save_result(self, folder: Path, **weights: Any) -> None:
+        """Save the tuned adapter or model. `weights`: those that `whole_weights` found."""
+        METHODS[self.recipe.method.name].save_result(
+            self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located, **weights
+        )
 
 
 def prepare(
@@ -124,7 +133,9 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     on_progress("load", 0, 1)
     hashes = BackgroundCall(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
-    model, num_parameters = _load(recipe, inputs, rows.labels)
+    if recipe.shard is True:
+        world.connect()
+    model, num_parameters = _load(recipe, inputs, rows.labels, world)
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
@@ -133,7 +144,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    plan = replace(plan_of(recipe, rows, layout), part=world.part)
+    plan = replace(plan_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, plan, device=recipe.device)
     plan = filled_by(plan, rows.store) if collator.shares else plan
     samples, sample_notes = _samples(recipe, inputs, rows)
@@ -201,14 +212,14 @@ def _resolve(
     return resolve_run(recipe, root=root, on_progress=on_progress, run=run, world=world)
 
 
-def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTrainedModel, int]:
+def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
     contention.watch()
     method = recipe.method
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
-        device="cpu" if inputs.located.is_gguf else recipe.device,
+        device="cpu" if inputs.located.is_gguf or recipe.shard is True else recipe.device,
         head=inputs.head,
         labels=labels,
         seed=recipe.seed,
@@ -218,6 +229,10 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None) -> tuple[PreTra
     )
     resize_embeddings(model, inputs.added)
     num_parameters = num_weights(model)
+    if recipe.shard is True:
+        from tunesmith.parallel.sharding import shard_layers
+
+        shard_layers(world, model, model.base_model, layers_of(model), device=recipe.device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if not TASKS[resolved(recipe.task)].draws:
@@ -287,9 +302,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
 
     `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
     """
-    trained = 4 * sum(tensor.numel() for tensor in setup.attachment.trained.values())
+    trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
     is_adapter = METHODS[setup.recipe.method.name].is_adapter
-    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes())
+    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes() * trained // own)
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
     needed = checkpoints + result * (1 + setup.recipe.checkpoint.snapshots) - min(checkpoints, held)

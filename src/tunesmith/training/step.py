@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
-from tunesmith.errors import OutOfMemoryError, is_out_of_memory
+from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
+from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
 from tunesmith.training.state import BatchKey, TrainState
 from tunesmith.types import Batch
@@ -41,7 +42,7 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
     num_targets = sum(float(state.store.denominators[i]) for i in plan.rows(step))
     halved, loss_of = False, None
     while True:
-        passes = plan.step(step)
+        passes, idle = plan.step(step), plan.idle(step)
         losses: list[Tensor] = []
         computed = 0
         try:
@@ -49,12 +50,13 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
                 loss_of = step_loss(state, passes, step)
             torch.manual_seed(_step_seed(state.recipe.seed, step, plan.part[0]))
             then = partial(_first_of_next, state, plan, step)
-            for batch in state.ahead.batches(state.collator, _keys(passes, step), then):
-                loss_sum, tokens = _pass(state, batch, step, num_targets, loss_of)
+            for batch in state.ahead.batches(state.collator, _keys([*passes, *idle], step), then):
+                divisor = num_targets if len(losses) < len(passes) else math.inf
+                loss_sum, tokens = _pass(state, batch, step, divisor, loss_of)
                 losses.append(loss_sum)
                 computed += tokens
             state.loss_scale.undo(state.attachment.trained.values())
-            sums, norm = _read(state, losses)
+            sums, norm = _read(state, losses[: len(passes)])
             if norm is not None and all(map(math.isfinite, sums)) and state.loss_scale.gives_way(norm):
                 drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
                 continue
@@ -62,6 +64,8 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if state.world.is_sharded:
+                raise _lost_in_a_pass(state, plan, step) from error
         # Outside of the handler, whose traceback holds the tensors of the pass.
         drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
@@ -159,6 +163,24 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
         lengths=[found.tokens],
         peak=found.peak,
     )
+
+
+def _lost_in_a_pass(state: TrainState, plan: StepSampler, step: int) -> GroupError:
+    """The error where memory ends while other ranks wait inside the pass, which cannot be made anew."""
+    return GroupError(
+        f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the devices: the others "
+        f"cannot go on. Resume with --set train.tokens_per_pass={max(1, plan.tokens_per_pass // 2)}."
+    )
+
+
+def step_norm(state: TrainState) -> float:
+    """Norm of the gradients of a step: of those that every rank has, and of the pieces that each has of others."""
+    attachment = state.attachment
+    own = gradient_norm(attachment.shared.values())
+    if not attachment.shards:
+        return own
+    pieces = gradient_norm(attachment.trained[name] for name in attachment.shards)
+    return math.hypot(own, *state.world.gather_values(pieces))
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

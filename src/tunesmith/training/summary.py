@@ -64,7 +64,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "padding": round(plan.padding(pads=setup.collator.pads), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
-        "trained_parameters": sum(tensor.numel() for tensor in setup.attachment.trained.values()),
+        "trained_parameters": setup.attachment.num_trained,
         "total_parameters": setup.num_parameters,
         "device": _named(setup.device, setup.world.size),
         "labels": label_counts(setup),

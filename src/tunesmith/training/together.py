@@ -23,6 +23,7 @@ from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import Place, World, group, place_of
 from tunesmith.planning import devices
 from tunesmith.recipe.schema import Recipe
+from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Progress, Session
 from tunesmith.training.setup import Setup
@@ -97,28 +98,37 @@ class Start:
     run: Run
     progress: Progress
     is_fresh: bool
+    saves: bool
+    """Whether the checkpoint is saved again before the next step."""
 
 
-def share_start(session: Session, optimizer: Mapping[str, Tensor], *, is_fresh: bool) -> None:
-    """Give the other ranks the run, its progress, its weights and the state of its optimizer."""
+def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves: bool = False) -> None:
+    """Give the other ranks the run, its progress, its weights and the state of its optimizer: of a fresh run without a
+    checkpoint, or of one that goes on from its newest, which is then saved again if `saves`."""
     setup = session.setup
     if setup.world.size == 1:
         return
     own_run(session.run, 0)
-    facts = {"run": str(session.run.path.absolute()), "progress": asdict(session.progress), "is_fresh": is_fresh}
-    setup.world.gather_values(facts)
+    facts = {"run": str(session.run.path.absolute()), "progress": asdict(session.progress), "is_fresh": newest is None}
+    setup.world.gather_values({**facts, "saves": saves and newest is not None})
     _broadcast_weights(setup)
-    broadcast(setup.world, optimizer)
+    pieces = {} if newest is None else {name: newest.weights[name] for name in setup.attachment.shards}
+    broadcast(setup, pieces)
+    broadcast(setup, {} if newest is None else newest.optimizer)
 
 
 def receive_start(setup: Setup) -> Start:
     """Take what `share_start` gives on the first rank."""
     facts = setup.world.gather_values(None)[0]
     _broadcast_weights(setup)
-    optimizer = broadcast(setup.world, None)
+    with torch.no_grad():
+        for name, piece in (broadcast(setup, None) or {}).items():
+            setup.attachment.trained[name].copy_(piece)
+        setup.attachment.publish()
+    optimizer = broadcast(setup, None)
     if optimizer:
         setup.optimizer.load(optimizer)
-    return Start(Run(Path(facts["run"])), Progress(**facts["progress"]), facts["is_fresh"])
+    return Start(Run(Path(facts["run"])), Progress(**facts["progress"]), facts["is_fresh"], facts["saves"])
 
 
 @torch.no_grad()
@@ -128,21 +138,23 @@ def _broadcast_weights(setup: Setup) -> None:
 
     attachment, world = setup.attachment, setup.world
     with world.reaching():
-        for tensor in attachment.trained.values():
+        for tensor in attachment.shared.values():
             whole = tensor.detach().contiguous()
             dist.broadcast(whole, src=0)
             if not world.is_first:
                 tensor.copy_(whole)
     hook = attachment.step_hook
     if hook is not None:
-        state = broadcast(world, hook.state() if world.is_first else None)
+        state = broadcast(setup, hook.state() if world.is_first else None)
         if not world.is_first and state is not None:
             hook.load(state)
     attachment.publish()
 
 
-def broadcast(world: World, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """The tensors that the first rank gives, on every rank; None where it gives none. Others pass None."""
+def broadcast(setup: Setup, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The tensors that the first rank gives, on every rank; None where it gives none. Others pass None. Of what is
+    split over the ranks each keeps its piece."""
+    world = setup.world
     if world.size == 1:
         return None if tensors is None else dict(tensors)
     import torch.distributed as dist
@@ -160,7 +172,28 @@ def broadcast(world: World, tensors: Mapping[str, Tensor] | None) -> dict[str, T
             as_bytes = found[name].reshape(-1).view(torch.uint8)
             if as_bytes.numel():
                 dist.broadcast(as_bytes, src=0)
+            found[name] = own_piece(setup, name, found[name])
     return found
+
+
+def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
+    """What this rank keeps of a tensor of a checkpoint."""
+    if not setup.attachment.shards:
+        return tensor
+    from tunesmith.parallel.sharding import piece_of
+
+    return piece_of(name, tensor, setup.attachment.shards, setup.world.part)
+
+
+def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trained tensors and state of the optimizer for a checkpoint; `checkpoint.save` gathers those that are split."""
+    parts = state_dict(setup.attachment), setup.optimizer.state()
+    if not setup.attachment.shards:
+        return parts
+    from tunesmith.parallel.sharding import as_whole
+
+    weights, optimizer = (as_whole(part, setup.attachment.shards, setup.world.mesh) for part in parts)
+    return weights, optimizer
 
 
 def refuse_drift(session: Session) -> None:
@@ -181,7 +214,9 @@ def refuse_drift(session: Session) -> None:
 def digest(setup: Setup) -> int:
     """64 bits of all trained tensors and of the method's state, in order."""
     found = 0
-    for tensor in state_dict(setup.attachment).values():
+    for name, tensor in state_dict(setup.attachment).items():
+        if name in setup.attachment.shards:
+            continue
         flat = tensor.detach().contiguous().view(-1)
         whole = flat.view(torch.int32) if flat.element_size() % 4 == 0 else flat.view(torch.uint8)
         found = (found * _MIXER + int(whole.sum(dtype=torch.int64))) % 2**64
@@ -189,8 +224,8 @@ def digest(setup: Setup) -> int:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 of a recipe as it is given, but for the number of devices."""
-    given = recipe.model_dump(mode="json", exclude={"devices"})
+    """SHA-256 of a recipe as it is given, but for the devices and how they share it."""
+    given = recipe.model_dump(mode="json", exclude={"devices", "shard"})
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 

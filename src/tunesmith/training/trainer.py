@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,7 +23,7 @@ from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, Run
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
-from tunesmith.methods import METHODS, restore, state_dict
+from tunesmith.methods import METHODS, restore
 from tunesmith.models.modes import count_layers
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
@@ -51,12 +51,14 @@ from tunesmith.training.together import (
     DIGEST,
     broadcast,
     joined,
+    own_piece,
     receive_start,
     recipe_digest,
     refuse_drift,
     refuse_other_inputs,
     share_start,
     unfinished,
+    whole_state,
 )
 from tunesmith.types import Event
 
@@ -105,7 +107,7 @@ def train(
             setup.rows.keep(run.rows_path)
             progress = Progress(prepare_seconds=time.perf_counter() - started)
             session = Session(setup, run, progress, listener)
-            share_start(session, {}, is_fresh=True)
+            share_start(session, None)
             _drive(session, fresh=True)
     return run
 
@@ -131,7 +133,10 @@ def _follow(setup: Setup, listener: Listener) -> Run:
     own_run(run, setup.world.rank)
     listener.on_run(run)
     _fit_memory(setup, start.progress)
-    _drive(Session(setup, run, start.progress, Listener(should_stop=listener.should_stop)), fresh=start.is_fresh)
+    session = Session(setup, run, start.progress, Listener(should_stop=listener.should_stop))
+    if start.saves:
+        _save(session)
+    _drive(session, fresh=start.is_fresh)
     return start.run
 
 
@@ -202,15 +207,19 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
             session.emit("note", {"text": text})
         if newest:
             use_reference(session)
-            restore(setup.attachment, newest.weights)
-            setup.optimizer.load(newest.optimizer)
+            weights, optimizer = (
+                {name: own_piece(setup, name, tensor) for name, tensor in part.items()}
+                for part in (newest.weights, newest.optimizer)
+            )
+            restore(setup.attachment, weights)
+            setup.optimizer.load(optimizer)
             session.emit("resume", {"from_step": newest.step})
-        share_start(session, newest.optimizer if newest else {}, is_fresh=newest is None)
+        share_start(session, newest, saves=bool(settings))
         if settings:
             write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
-                _write_checkpoint(session)  # what the next resume finds goes with the recipe that it finds
+                _save(session)  # what the next resume finds goes with the recipe that it finds
         _drive(session, fresh=newest is None, planned=planned)
     return run
 
@@ -250,33 +259,11 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
 
     `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
     """
-    setup, run, first = session.setup, session.run, session.setup.world.is_first
+    setup, run = session.setup, session.run
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     try:
-        if fresh:
-            session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-            session.emit("plan", *_plan(setup, planned))
-            use_reference(session)
-        share_reference(setup)
-        if fresh:
-            check_start(setup)
-            evaluate_run(session, "before")
-            # The trial reads what is saved, and writes elsewhere.
-            trial = BackgroundCall(partial(_try_saving, setup, run)) if first else None
-            try:
-                _save(session)
-            finally:
-                if trial is not None:
-                    trial.result()
-        _take_steps(session)
-        _keep_best(session)
-        evaluate_run(session, "after")
-        find_high_loss_rows(session)
-        if not first:
-            return
-        _save_result(setup, run)
-        session.listener.on_progress("report", 0, 1)
-        session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
+        with setup.world.passing():
+            _run(session, fresh=fresh, planned=planned)
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
@@ -284,6 +271,30 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
         with suppress(StorageError):  # a full disk may refuse the last line too: the first error counts
             session.emit("failed", {"code": type(error).__name__, "message": str(error)})
         raise
+
+
+def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
+    """Measure, save, take the steps, measure again, and write the result; other ranks than the first only take part."""
+    setup, run = session.setup, session.run
+    if fresh:
+        session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
+        session.emit("plan", *_plan(setup, planned))
+        use_reference(session)
+    share_reference(setup)
+    if fresh:
+        check_start(setup)
+        evaluate_run(session, "before")
+        _save_and_try(session)
+    _take_steps(session)
+    _keep_best(session)
+    evaluate_run(session, "after")
+    find_high_loss_rows(session)
+    weights = setup.whole_weights()
+    if not setup.world.is_first:
+        return
+    _save_result(setup, run, weights)
+    session.listener.on_progress("report", 0, 1)
+    session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
 
 
 def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -323,7 +334,7 @@ def _take_steps(session: Session) -> None:
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
-        if event.step in _snapshot_steps(setup) and setup.world.is_first:
+        if event.step in _snapshot_steps(setup):
             _keep_snapshot(session)
         over = not last and _patience_is_over(session)
         is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
@@ -382,7 +393,7 @@ def _keep_best(session: Session) -> None:
         return
     value = f"{METRICS[metric].label} {METRICS[metric].text(best['value'])}"
     if best["step"] != progress.step:
-        weights = broadcast(setup.world, _weights_of(session, best["step"]))
+        weights = broadcast(setup, _weights_of(session, best["step"]))
         if weights is None:
             return
         restore(setup.attachment, weights)
@@ -414,16 +425,32 @@ def _save(session: Session) -> None:
     refuse_drift(session)
     if session.setup.world.is_first:
         _write_checkpoint(session)
+    elif session.setup.attachment.shards:
+        for part in whole_state(session.setup):
+            checkpoint.gather(part)
+
+
+def _save_and_try(session: Session) -> None:
+    """Save the first checkpoint, and on the first rank the result, which reads what is saved and writes elsewhere."""
+    setup = session.setup
+    weights = setup.whole_weights()
+    trial = BackgroundCall(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None
+    try:
+        _save(session)
+    finally:
+        if trial is not None:
+            trial.result()
 
 
 def _write_checkpoint(session: Session) -> None:
     setup, run, step = session.setup, session.run, session.progress.step
     fsync_file(run.events_path)  # a checkpoint must not contain steps that its log has lost
+    weights, optimizer = whole_state(setup)
     folder = checkpoint.save(
         run.checkpoints_path,
         step,
-        weights=state_dict(setup.attachment),
-        optimizer=setup.optimizer.state(),
+        weights=weights,
+        optimizer=optimizer,
         state={"progress": asdict(session.progress), "identity": setup.identity},
         log=run.events_path,
     )
@@ -431,11 +458,11 @@ def _write_checkpoint(session: Session) -> None:
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
 
 
-def _try_saving(setup: Setup, run: Run) -> None:
+def _try_saving(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
     """Save the result once and remove it, so that saving cannot fail for the first time after the last step."""
     folder = temporary_folder(run.path, "trial-result")
     try:
-        setup.save_result(folder)
+        setup.save_result(folder, **weights)
     finally:
         remove(folder)
 
@@ -449,13 +476,15 @@ def _snapshot_steps(setup: Setup) -> range:
 
 def _keep_snapshot(session: Session) -> None:
     """The result as it is now in a run's folder of its own: complete or absent."""
-    run, name = session.run, f"step-{session.progress.step}"
+    run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
+    if not session.setup.world.is_first:
+        return
     temporary = temporary_folder(run.snapshots_path, name)
     try:
         with storing(temporary):
             for path in (run.recipe_path, run.path / "run.json", run.events_path):
                 shutil.copyfile(path, temporary / path.name)
-        _save_result(session.setup, Run(temporary))
+        _save_result(session.setup, Run(temporary), weights)
         replace_folder(temporary, run.snapshots_path / name, swap=True)
     except BaseException:
         remove(temporary)
@@ -463,7 +492,7 @@ def _keep_snapshot(session: Session) -> None:
     session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}"})
 
 
-def _save_result(setup: Setup, run: Run) -> None:
+def _save_result(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
     folder = run.adapter_path if METHODS[setup.recipe.method.name].is_adapter else run.model_path
-    setup.save_result(folder)
+    setup.save_result(folder, **weights)
     run.keep_hashes(folder)
