@@ -309,14 +309,15 @@ def padded_planted(folder: Path) -> Any:
 
 def less_memory(folder: Path) -> Any:
     """Rank 1 has less of it: what is decided is decided for both."""
-    rank, right = int(os.environ["RANK"]), devices.room
-    room = patch.object(devices, "room", lambda device: right(device) - rank * 2**30)
+    rank = int(os.environ["RANK"])
+    room = patch.object(devices, "room", lambda device: (8 - rank) * 2**30)
     with (
         room,
         together_as(recipe_of(folder, train={"tokens_per_pass": "auto", "rows_per_step": "auto"}), folder) as made,
     ):
         forecast = None if made.forecast is None else made.forecast.device.room
-        return {"recipe": made.recipe.model_dump(mode="json"), "room": forecast, "free": right("cpu") // 2}
+        rooms = [one["room"] for one in made.world.joined]
+        return {"recipe": made.recipe.model_dump(mode="json"), "room": forecast, "rooms": rooms}
 
 
 def less_memory_planted(folder: Path) -> Any:

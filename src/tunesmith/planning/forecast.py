@@ -257,7 +257,7 @@ def gather_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
     micro_batches = max(
         1.0, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch / size / plan.tokens_per_pass
     )
-    times = 2 + (sizes.own_parameters < sizes.trained_parameters)
+    times = 2 + (sizes.elsewhere > 0)
     return micro_batches * times * sizes.gathered * (size - 1) / size / link(device)
 
 

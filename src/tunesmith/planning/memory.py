@@ -62,10 +62,6 @@ class Sizes:
     """float32 copies of what is trained, where it is computed in another type."""
     optimizer: int
     trained_parameters: int
-    own_parameters: int
-    """Of these, as many as one device keeps: fewer where layers are split."""
-    gathered: int
-    """Bytes of layers that are split over devices: each pass brings them in for the forward and for the backward."""
     itemsize: int
     features_L: tuple[int, ...]
     """Inputs and outputs of each layer's linear layers, for one token; of a shared layer once for each use."""
@@ -87,16 +83,20 @@ class Sizes:
     fused_loss: bool
     can_pack: bool
     """No layer carries a state from token to token."""
+    gathered: int = 0
+    """Bytes of layers that are split over devices: a pass brings them together for the forward and for the backward."""
+    elsewhere: int = 0
+    """Trained weights that other devices keep."""
 
     @property
     def gradients(self) -> int:
         """Bytes of float32 gradients."""
-        return 4 * self.own_parameters
+        return 4 * (self.trained_parameters - self.elsewhere)
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
-        return 4 * self.trained_parameters + self.optimizer * self.trained_parameters // max(1, self.own_parameters)
+        return 4 * self.trained_parameters + self.optimizer * 4 * self.trained_parameters // max(1, self.gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +189,6 @@ def sizes_of(
         masters=masters * own // max(1, num_trained),
         optimizer=state * own // max(1, num_trained),
         trained_parameters=num_trained,
-        own_parameters=own,
-        gathered=gathered,
         itemsize=model.dtype.itemsize,
         features_L=features_L,
         recomputable=len(layers_of(model)),
@@ -204,6 +202,8 @@ def sizes_of(
         trains_output=output is not None and any(p.requires_grad for p in output.parameters()),
         fused_loss=recipe.kernels == "fast" and method.fused_loss and output_layer_of(model) is not None,
         can_pack=not recurrent_layer(model),
+        gathered=gathered,
+        elsewhere=num_trained - own,
     ), model
 
 
