@@ -70,10 +70,10 @@ def test_tied_embeddings_stay_tied_and_free_ones_free(tied, tmp_path, located, l
 def test_round_trip_test_catches_a_lost_weight(tmp_path, located, loaded, monkeypatch):  # trap: R7 planted
     real = save._save_weights
 
-    def forgetful(model, folder, num_bytes):
+    def forgetful(model, folder, *given):
         kept = model.model.norm.weight.data
         model.model.norm.weight.data = kept + 1
-        real(model, folder, num_bytes)
+        real(model, folder, *given)
         model.model.norm.weight.data = kept
 
     monkeypatch.setattr(save, "_save_weights", forgetful)
