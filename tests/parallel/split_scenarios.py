@@ -95,8 +95,8 @@ def counted_planted(folder: Path) -> Any:
     """A pass that only keeps others company counts."""
     right = step._pass
 
-    def run(state: Any, batch: Any, number: int, targets: float) -> Any:
-        return right(state, batch, number, 30.0 if math.isinf(targets) else targets)
+    def run(state: Any, batch: Any, number: int, targets: float, *given: Any) -> Any:
+        return right(state, batch, number, 30.0 if math.isinf(targets) else targets, *given)
 
     with patch.object(step, "_pass", run):
         return steps(folder, "full")
@@ -125,10 +125,10 @@ def memory_ends(folder: Path) -> Any:
     """On rank 1, inside a pass: the others cannot go on."""
     right = step._pass
 
-    def run(state: Any, batch: Any, number: int, targets: float) -> Any:
+    def run(state: Any, batch: Any, number: int, targets: float, *given: Any) -> Any:
         if state.world.rank == 1 and number == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return right(state, batch, number, targets)
+        return right(state, batch, number, targets, *given)
 
     with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 3.0):  # this process does not end
         return steps(folder, "lora")

@@ -88,7 +88,7 @@ def test_sums_go_as_fast_as_the_cards_are_joined(monkeypatch: pytest.MonkeyPatch
 
 
 def test_processes_of_a_processor_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "resident", lambda: 100)
+    monkeypatch.setattr(devices, "resident_bytes", lambda: 100)
     assert devices.share_of_room("cpu", 1100, 4) == 350
     assert devices.share_of_room("cuda", 1100, 4) == 1100
 

@@ -82,9 +82,8 @@ def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
 @pytest.mark.parametrize("bug", ["counted_planted", "averaged_planted"])
 def test_the_test_sees_passes_that_count_and_means_over_ranks(found: Found, folder: Path, bug: str) -> None:
     for rank in both(found, bug):
-        if "error" not in rank:
-            with pytest.raises(AssertionError):
-                assert rank["losses"] == pytest.approx(alone(folder, "full")["losses"], abs=1e-6)
+        assert len(rank["losses"]) == 18
+        assert rank["losses"] != pytest.approx(alone(folder, "full")["losses"], abs=1e-6)
 
 
 def test_gradients_are_clipped_by_the_norm_of_all_pieces(found: Found, folder: Path) -> None:

@@ -304,7 +304,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     """
     trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
     is_adapter = METHODS[setup.recipe.method.name].is_adapter
-    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (trained + setup.optimizer.state_bytes() * trained // own)
+    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (
+        trained + setup.optimizer.state_bytes() * trained // own
+    )
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
     needed = checkpoints + result * (1 + setup.recipe.checkpoint.snapshots) - min(checkpoints, held)
