@@ -93,14 +93,9 @@ def resolve_run(
     _check_evaluation(recipe, inputs.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
     targets_I = rows.held_store.targets[rows.held_rows]
-    kind = device.kind if device else recipe.device
-    free_tokens = recipe.train.tokens_per_pass == "auto"
+    kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
-    refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
-    can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
-    if recipe.shard == "auto":
-        recipe = with_choice(recipe, Choice("shard", False, ""))
     if reason := _why_alone(inputs, rows):
         free_tokens, alone = False, Choice("train.tokens_per_pass", 1, reason)
         recipe = with_choice(recipe, alone)
@@ -112,15 +107,15 @@ def resolve_run(
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None or not world.is_first:
-        return ResolvedRun(_without_layers(recipe), choices, [], inputs, rows, given, None)
+        return ResolvedRun(_unforecast(recipe), choices, [], inputs, rows, given, None)
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
     try:
-        _forecast(found, device, world, free_tokens=free_tokens, can_split=can_split)
+        _forecast(found, device, world, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
-        found.recipe = _without_layers(recipe)
+        found.recipe = _unforecast(recipe)
         found.notes.append(f"memory and time could not be forecast: {_reason(error)}")
     on_progress("plan", 1, 1)
     return found
@@ -189,11 +184,15 @@ def _measuring(
     return rows, recipe, choices
 
 
-def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool, can_split: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     `found` as it was."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
     size = resolved(recipe.devices)
+    refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
+    can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
+    if recipe.shard == "auto":
+        recipe = with_choice(recipe, Choice("shard", False, ""))
     if device is None:
         threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
         device = devices.here(recipe.device, threads=threads, dtype=dtype)
@@ -296,7 +295,10 @@ def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
     return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
 
 
-def _without_layers(recipe: Recipe) -> Recipe:
+def _unforecast(recipe: Recipe) -> Recipe:
+    """The recipe with what a forecast would have decided."""
+    if recipe.shard == "auto":
+        recipe = with_choice(recipe, Choice("shard", False, ""))
     if recipe.train.checkpointed_layers != "auto":
         return recipe
     return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
