@@ -394,7 +394,7 @@ def save(attachment: Any, untouched: PreTrainedModel, folder: Path) -> None:
     untouched.save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     located = resolve_model(str(folder / "base"))
-    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
+    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,), pooling=None)
     METHODS[attachment.method].save_result(
         attachment, folder / "result", model=attachment.model, renderer=renderer, located=located
     )

@@ -214,7 +214,7 @@ def trained_result(folder: Path, arch: str, method: str) -> Tensor:
     model = load_model(located, dtype=torch.float32, device="cpu", head="sequence", labels=THREE, seed=1)
     attachment = METHODS[method].attach(model, SETTINGS[method], seed=0)
     randomise(attachment)  # type: ignore[arg-type]
-    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
+    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,), pooling=None)
     METHODS[method].save_result(
         attachment, folder / f"{arch}-{method}", model=model, renderer=renderer, located=located
     )
@@ -285,7 +285,9 @@ def test_padding_of_a_saved_model_is_no_end_token(method: str, tmp_path: Path) -
     assert "padding is <pad> (3) from now on" in notes[-1]
     rows = [text + tokenizer.eos_token for text in ("Hello there", "The quick brown fox jumps over the lazy dog", "a")]
     alone = [tokenizer(text, return_tensors="pt").input_ids for text in rows]
-    renderer = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(tokenizer.eos_token_id,))
+    renderer = SimpleNamespace(
+        tokenizer=load_tokenizer(located, None), stop_ids=(tokenizer.eos_token_id,), pooling=None
+    )
     attachment = METHODS[method].attach(model, SETTINGS[method], seed=0)
     randomise(attachment)  # type: ignore[arg-type]
     METHODS[method].save_result(attachment, tmp_path / "result", model=model, renderer=renderer, located=located)

@@ -107,7 +107,7 @@ def saved(attachment: PeftAttachment, folder: Path) -> Path:
     base_model().save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     located = resolve_model(str(base))
-    renderer: Any = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,))
+    renderer: Any = SimpleNamespace(tokenizer=load_tokenizer(located, None), stop_ids=(2,), pooling=None)
     save_result(attachment, folder / "result", model=attachment.model, renderer=renderer, located=located)
     return folder / "result"
 
