@@ -105,7 +105,7 @@ def test_a_file_without_any_mapped_field_is_read_as_it_is_and_that_is_said(tmp_p
     [
         ({"promt": "question"}, "did you mean prompt?"),
         ({"question": "prompt"}, "did you mean {prompt: question}?"),
-        ({"zzz": "q"}, "one of messages"),
+        ({"zzz": "q"}, "no shape has such a field, one of "),
         ({"prompt": "text", "completion": "text"}, "text is named for two fields"),
     ],
 )
