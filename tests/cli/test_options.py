@@ -7,32 +7,10 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
 from tunesmith.cli.doctor import EXTRAS
-from tunesmith.cli.options import OPTIONS, data_file, to_overrides
+from tunesmith.cli.options import OPTIONS, to_overrides
 from tunesmith.recipe import load
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import is_run
-
-
-@pytest.mark.parametrize(
-    ("text", "file"),
-    [
-        ("rows.jsonl", {"path": "rows.jsonl"}),
-        ("rows.jsonl:2", {"path": "rows.jsonl", "weight": 2.0}),
-        ("rows.jsonl:0.5", {"path": "rows.jsonl", "weight": 0.5}),
-        ("rows.jsonl:.5", {"path": "rows.jsonl", "weight": 0.5}),
-        ("C:rows.jsonl", {"path": "C:rows.jsonl"}),
-        ("a:b.jsonl", {"path": "a:b.jsonl"}),
-        (":2", {"path": ":2"}),
-    ],
-)
-def test_data_with_a_weight(text: str, file: dict[str, object]) -> None:
-    assert data_file(text) == file
-
-
-def test_a_file_whose_whole_name_exists_wins(tmp_path: Path) -> None:
-    path = tmp_path / "rows:2"
-    path.write_text("{}")
-    assert data_file(str(path)) == {"path": str(path)}
 
 
 def test_words_of_the_command_line_become_recipe_keys() -> None:

@@ -17,6 +17,8 @@ from tunesmith.errors import InputError
         ("a.jsonl:0.7", "a.jsonl", 0.7),
         ("a.jsonl:2", "a.jsonl", 2),
         ("a.jsonl:1e-1", "a.jsonl", 0.1),
+        ("a.jsonl:.5", "a.jsonl", 0.5),
+        (":2", ":2", None),
         (r"C:\data\a.jsonl", r"C:\data\a.jsonl", None),
         (r"C:\data\a.jsonl:0.5", r"C:\data\a.jsonl", 0.5),
         ("D:2", "D:2", None),

@@ -321,13 +321,6 @@ def test_tags_may_be_numbers():
     assert parsed("tokens_tags", {"tokens": ["a", "b"], "tags": [0, 7]}).labels == ("0", "7")
 
 
-def test_a_document_without_text_and_an_empty_summary_teach_nothing():
-    assert [problem.code for problem in problems("text", {"text": " \n"})] == ["no_text"]
-    assert [problem.code for problem in problems("document_summary", {"document": "a", "summary": ""})] == [
-        "empty_answer"
-    ]
-
-
 def test_a_row_with_a_million_problems_lists_fifty():
     content = [5] * 100_000
     found = problems("messages", {"messages": [{"role": "user", "content": content}, ANSWER]})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from evaluation.fake_runs import fake_run, report_of
@@ -77,19 +75,3 @@ def test_an_answer_of_one_word_is_marked_and_leads_where_all_were_answered(tmp_p
     markdown, html = ((run.path / f"report.{end}").read_text() for end in ("md", "html"))
     assert "| x:0 | p0 | yes | no ✗ | yes ✓ |" in markdown
     assert 'title="equal to the reference">✓' in html
-
-
-def test_every_row_better_by_a_little_is_better_in_the_report(tmp_path) -> None:
-    """The two separate intervals meet, since rows differ by more than the training changed."""
-    run, facts, progress = fake_run(tmp_path / "run", "chat")
-    draw = random.Random(0)
-    losses = [draw.expovariate(0.2) for _ in range(200)]
-    for name, gain in (("before", 0.0), ("after", 0.05)):
-        rows = [
-            {"source": f"x:{i}", "hash": f"{i}", "text": "t", "loss": 10 * (loss - gain), "count": 10, "correct": 5}
-            for i, loss in enumerate(losses)
-        ]
-        (run.path / "evaluation" / f"{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
-    write_report(run, facts, progress)
-    line, *_ = [one for one in (run.path / "report.md").read_text().splitlines() if one.startswith("| held-out loss |")]
-    assert line.endswith("| −0.0500 (−0.0500 to −0.0500) | better |")

@@ -16,12 +16,6 @@ from tunesmith.serve.http import bind
 SLOW = [{"role": "user", "content": "SLOW one two three"}]
 
 
-def test_a_port_in_use_is_said_at_once() -> None:
-    first = bind("127.0.0.1", 0)
-    with first.socket, pytest.raises(InputError, match=rf"127.0.0.1:{first.port}: in use .* --port"):
-        bind("127.0.0.1", first.port)
-
-
 @pytest.mark.parametrize(("host", "said"), [("203.0.113.7", "no such address"), ("nowhere.invalid", "--host nowhere")])
 def test_an_address_that_is_not_here_is_refused(host: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

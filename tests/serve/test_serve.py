@@ -164,19 +164,6 @@ def test_machines_read_json_lines() -> None:
     assert (request["status"], request["prompt_tokens"], request["completion_tokens"]) == (200, 4, 2)
 
 
-def test_what_is_under_way_is_answered_after_sigterm() -> None:
-    with serving("support") as (process, url):
-        texts: list[str] = []
-        asking = threading.Thread(target=lambda: texts.append(ask(url, "SLOW " + "x " * 20)))
-        asking.start()
-        while '"running":1' not in urlopen(f"{url}/health").read().decode():
-            pass
-        assert process.end() == 0
-        asking.join()
-    assert texts == ["SLOW " + "x " * 20]
-    assert "stopping: what is under way has 30 s to end" in process.said
-
-
 def test_a_second_signal_leaves_at_once() -> None:
     with serving("support") as (process, url):
         failed: list[Exception] = []

@@ -188,12 +188,6 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
     assert len(found.store) == 18
 
 
-def test_a_finished_run_has_nothing_to_resume(tmp_path):
-    run = train(tiny_recipe(tmp_path, train={"max_steps": 2}), root=tmp_path / "runs")
-    with pytest.raises(RunError, match="done"):
-        resume(run)
-
-
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
     with pytest.raises(Stopped):
