@@ -31,7 +31,7 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "embed"]
+TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "embed", "rank"]
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]

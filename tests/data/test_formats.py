@@ -46,6 +46,7 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "unpaired": {"prompt": "Hi", "completion": "Hello.", "label": True},
     "scored_answers": {"prompt": "Hi", "answers": ["Go.", "Hello."], "scores": [1, 2.5]},
     "text_pairs": {"anchor": "Hi", "positive": "Hello.", "negatives": ["Go."]},
+    "ranked_documents": {"query": "Hi", "documents": ["Hello.", "Go."], "labels": [1, 0]},
 }
 PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text": [("text", "Hi", True)],
@@ -56,6 +57,7 @@ PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "unpaired": [("user", "Hi", False)],
     "scored_answers": [("user", "Hi", False)],
     "text_pairs": [("anchor", "Hi", False)],
+    "ranked_documents": [("query", "Hi", False)],
 }
 
 

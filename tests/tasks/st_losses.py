@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import sentence_transformers
 import torch
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
 from sentence_transformers.sentence_transformer import losses
 from torch.nn import functional as F
 
@@ -37,6 +40,43 @@ CASES = {
 }
 
 
+class Scores(CrossEncoder):
+    """A cross-encoder that says given scores."""
+
+    device, num_labels = torch.device("cpu"), 1
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.scores = scores
+
+    def preprocess(self, pairs: Any, **how: Any) -> dict[str, Any]:
+        return {}
+
+    def forward(self, features: Any) -> dict[str, torch.Tensor]:
+        return {"scores": self.scores.flatten()}
+
+
+def rankings() -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(5)
+    scores, wanted = torch.randn(3, 4, generator=draw), torch.rand(3, 4, generator=draw).round()
+    queries, documents = ["q"] * 3, [["d"] * 4] * 3
+    weight = torch.tensor(3.0)
+    flat = [["q"] * 12, ["d"] * 12]
+    found = {
+        "pointwise": ({}, BinaryCrossEntropyLoss(Scores(scores))(flat, wanted.flatten())),
+        "weighted": (
+            {"positive_weight": 3.0},
+            BinaryCrossEntropyLoss(Scores(scores), pos_weight=weight)(flat, wanted.flatten()),
+        ),
+        "listwise": (
+            {"loss": "listwise"},
+            ListNetLoss(Scores(scores), mini_batch_size=-1)([queries, documents], list(wanted)),
+        ),
+    }
+    same = {"scores": scores.tolist(), "wanted": wanted.tolist()}
+    return [{"name": name, "options": how, "loss": float(loss), **same} for name, (how, loss) in found.items()]
+
+
 def main() -> None:
     cases = []
     for seed, (name, (num_texts, make, settings, options)) in enumerate(CASES.items()):
@@ -52,7 +92,7 @@ def main() -> None:
         cases.append({"name": name, "options": options, "rows": rows.tolist(), "scores": SCORES, "loss": found})
     versions = {"sentence-transformers": sentence_transformers.__version__, "torch": torch.__version__}
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")
-    path.write_text(json.dumps({"versions": versions, "cases": cases}) + "\n", "utf-8")
+    path.write_text(json.dumps({"versions": versions, "cases": cases, "rankings": rankings()}) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ KEYS = {
     "tokens": {"loss", "span_f1", "tag_accuracy"},
     "pairs": {"loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"},
     "rewards": {"loss", "preference_accuracy", "margin", "calibration_error", "longer_chosen"},
+    "lists": {"loss", "recall_1", "mrr_10", "ndcg_10"},
     "vectors": {"loss", "recall_1", "recall_10", "mrr_10", "ndcg_10"},
 }
 

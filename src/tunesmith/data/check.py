@@ -19,7 +19,7 @@ from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import chunks, rare_collection
 from tunesmith.data.examples import both_hashes, examples
-from tunesmith.data.formats import SHAPES
+from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.preference import Preferences, flipped_message
@@ -327,7 +327,7 @@ class _Check:
                 continue
             usable += 1
             rows.add_labels(example)
-            if example.shape != "text_pairs":
+            if example.shape in COMPARED:
                 rows.preferences.add(example)
             content, read = both_hashes(example)
             rows.hashes.append(content)

@@ -12,7 +12,7 @@ import orjson
 
 from tunesmith.data.columns import check_column_names, explain, paste, propose, read_as
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SHAPES, find_shape
+from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape
 from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import read
@@ -29,7 +29,7 @@ def warnings_of(example: Example) -> Iterator[Problem]:
     if example.shape == "tokens_tags":
         yield from _odd_tags(example)
         return
-    if len(example.branches) == 2 and example.shape != "text_pairs" and differ_in_space_alone(example):
+    if len(example.branches) == 2 and example.shape in COMPARED and differ_in_space_alone(example):
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts
@@ -344,7 +344,7 @@ def both_hashes(example: Example) -> tuple[int, int]:
 
 
 def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*CHATS, *COMPARED, "text_label", "text_pairs", "tokens_tags")
+    return example.plain or example.shape in (*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags")
 
 
 def hash_of(content: list[Any]) -> int:

@@ -133,8 +133,8 @@ def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple
     """Kind of the labels, and the choice if it was made for the user. Raises DataError for unexpected lists."""
     if "tokens_tags" in SHAPES[task]:
         return "tags", []
-    if "scored_answers" in SHAPES[task]:
-        choice = Choice("data.label_kind", "number", "an answer gets a number")
+    if not {"scored_answers", "ranked_documents"}.isdisjoint(SHAPES[task]):
+        choice = Choice("data.label_kind", "number", "an answer or document gets a number")
         return "number", [choice] if data.label_kind == "auto" else []
     has_lists = [side for side in sides if side.many]
     if data.label_kind == "auto":

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.drafts import Draft, EncoderSettings, LengthLimit, OnCut, RowEncoder, TooLong, Tools, ignore_cut
+from tunesmith.data.formats import COMPARED
 from tunesmith.data.tokenizer import FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Pooling, Problem, Row, Task
 
@@ -144,7 +145,7 @@ def _empty(example: Example) -> Iterator[Problem]:
 
 def _place(example: Example, index: int) -> str:
     if index >= len(example.parts):
-        return "one of its texts" if example.shape == "text_pairs" else "an answer"
+        return "an answer" if example.shape in COMPARED else "one of its texts"
     role = example.parts[index].role
     if example.shape == "tokens_tags":
         return f"tokens[{index}]"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data.columns import check_columns_exist
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import content_hash, examples
-from tunesmith.data.formats import SHAPES
+from tunesmith.data.formats import SEARCHED, SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
 from tunesmith.data.problems import num_refused, refused, unusable
@@ -189,7 +189,7 @@ def _labels(
     data: Data, task: TaskName, stores: tuple[RowStore, RowStore], train_rows: NDArray[np.int64], **how: Any
 ) -> tuple[Labels | None, list[Choice]]:
     """The classes of a new head, if the task has one."""
-    if not {"text_label", "tokens_tags", "scored_answers"} & set(SHAPES[task]):
+    if not {"text_label", "tokens_tags", "scored_answers", "ranked_documents"} & set(SHAPES[task]):
         return None, []
     sides = [each.count_labels() for each in dict.fromkeys(stores)]
     return resolve_labels(task=task, data=data, trained=stores[0].count_labels(train_rows), sides=sides, **how)
@@ -228,7 +228,7 @@ def given_text(example: Example) -> str | None:
         return None
     if example.shape == "tokens_tags":
         return " ".join(part.text for part in example.parts)
-    if example.shape == "text_pairs":
+    if example.shape in SEARCHED:
         texts = (*example.parts, *(part for branch in example.branches for part in branch))
         return "\n".join(f"{part.role}: {part.text}" for part in texts)
     if example.branches:

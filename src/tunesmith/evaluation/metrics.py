@@ -149,6 +149,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("loss", "preference_accuracy", "margin"),
     "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
+    "lists": ("loss", "recall_1", "mrr_10", "ndcg_10", "spearman"),
     "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }
 """Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own: bits per

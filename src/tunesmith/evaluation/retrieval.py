@@ -138,6 +138,39 @@ def _ranked(
         yield float(loss), result
 
 
+def settled_lists(own: MeasuredRows, *, tokenizer: Any) -> Predictions:
+    """The predictions of rows with documents, whose results are the rank of the best one in its list and nDCG@10 with
+    labels as gains, by the model and by BM25; of rows with one document each its score."""
+    store, rows_I, found = own
+    if (store.branches.counts[rows_I] == 1).all():
+        pairs = ((one["wanted_scores"][0], one["scores"][0]) for one in found.results)
+        return replace(found, results=[{"value": value, "similarity": score} for value, score in pairs])
+    rows = [store.row(row) for row in rows_I.tolist()]
+    keys = [[line.ids.tobytes() for line in lines_of(row)] for row in rows]
+    begins = [4 * int(row.values[0]) for row in rows]  # bytes
+    texts = [[_text(key[begin:], None, tokenizer) for key in of] for of, begin in zip(keys, begins, strict=True)]
+    bm25, first, results = Bm25([text for of_row in texts for text in of_row]), 0, list[Mapping[str, Any]]()
+    for of, begin, result in zip(keys, begins, found.results, strict=True):
+        order_K = sorted(range(len(of)), key=lambda k: hashlib.blake2b(of[k]).digest())  # ties are broken by chance
+        wanted_K = np.array(result["wanted_scores"])[order_K]
+        by_words_K = bm25.scores(_text(of[0][:begin], None, tokenizer))[first : first + len(of)][order_K]
+        first += len(of)
+        rank, ndcg = _in_list(np.array(result["scores"])[order_K], wanted_K)
+        bm25_rank, bm25_ndcg = _in_list(by_words_K, wanted_K)
+        more = {"ndcg": ndcg, "bm25_ndcg": bm25_ndcg, "documents": len(of)}
+        results.append({"rank": rank, "bm25": bm25_rank, **more})
+    return replace(found, results=results)
+
+
+def _in_list(scores_K: NDArray[np.float64], wanted_K: NDArray[np.float64]) -> tuple[int, float]:
+    """Rank of the first of the best documents, and nDCG@10."""
+    ordered_K = wanted_K[np.argsort(-scores_K, kind="stable")]
+    gains = ordered_K - min(0.0, float(wanted_K.min()))
+    shares = 1 / np.log2(np.arange(2, 2 + min(10, len(gains))))
+    ideal = float((np.sort(gains)[::-1][:10] * shares).sum())
+    return 1 + int(ordered_K.argmax()), float((gains[:10] * shares).sum()) / ideal if ideal else 1.0
+
+
 def _unit(vectors_MD: NDArray[np.float32]) -> NDArray[np.float32]:
     norms_M1 = np.maximum(np.linalg.norm(vectors_MD, axis=1, keepdims=True), 1e-12)
     return np.asarray(vectors_MD / norms_M1, np.float32)

@@ -1,7 +1,7 @@
-"""Metrics of ranks: of anchors whose positive is looked for among documents, and of pairs with a similarity.
+"""Metrics of ranks: of anchors whose positive is looked for among documents, of lists, and of pairs with a similarity.
 
-A row has one right document, so that recall is the share of rows that find it, and nDCG@10 is 1 / log2(1 + rank)
-(Järvelin and Kekäläinen 2002). A result holds the rank by the model's vectors and that by BM25.
+An anchor has one right document, so that recall is the share of rows that find it, and nDCG@10 is 1 / log2(1 + rank)
+(Järvelin and Kekäläinen 2002); a list brings its own. A result holds the rank by the model and that by BM25.
 """
 
 # I rows
@@ -24,7 +24,7 @@ BM25 = "bm25"
 
 def by_bm25(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows as if BM25 had ranked their documents."""
-    return [{**row, "rank": row[BM25]} for row in rows]
+    return [{**row, "rank": row[BM25], **({"ndcg": row["bm25_ndcg"]} if "ndcg" in row else {})} for row in rows]
 
 
 def rank_statistics(
@@ -37,7 +37,7 @@ def rank_statistics(
         "recall_1": ratio(rank_I <= 1),
         "recall_10": ratio(near_I),
         "mrr_10": ratio(near_I / rank_I),
-        "ndcg_10": ratio(near_I / np.log2(1 + rank_I)),
+        "ndcg_10": ratio(_column(rows, "ndcg") if "ndcg" in rows[0] else near_I / np.log2(1 + rank_I)),
     }
 
 

@@ -38,7 +38,7 @@ from tunesmith.evaluation.generate import (
     sample_prompts,
 )
 from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
-from tunesmith.evaluation.retrieval import settled
+from tunesmith.evaluation.retrieval import settled, settled_lists
 from tunesmith.evaluation.scores import answer_scores, score, score_answers
 from tunesmith.evaluation.verdicts import (
     answer_baseline,
@@ -210,10 +210,11 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
         tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
         progress=progress,
     )
-    if TASKS[loaded.renderer.task_name].outcome != "vectors":
-        return found
-    how = {"options": loaded.recipe.embed, "tokenizer": loaded.renderer.tokenizer}
-    return settled((store, np.arange(len(store)), found), (), **how)
+    outcome, tokenizer = TASKS[loaded.renderer.task_name].outcome, loaded.renderer.tokenizer
+    own = (store, np.arange(len(store)), found)
+    if outcome == "lists":
+        return settled_lists(own, tokenizer=tokenizer)
+    return settled(own, (), options=loaded.recipe.embed, tokenizer=tokenizer) if outcome == "vectors" else found
 
 
 @contextmanager

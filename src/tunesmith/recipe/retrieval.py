@@ -41,3 +41,13 @@ class Embed(OptionGroup):
         if self.pooling == "auto" or self.normalize == "auto":
             return None
         return Pooling(self.pooling, self.normalize, max_tokens, self.query_prompt or "", self.document_prompt or "")
+
+
+class Rank(OptionGroup):
+    """Task rank: scores of documents for a query, see docs/embeddings.md."""
+
+    loss: Literal["pointwise", "listwise", "pairwise"] = "pointwise"
+    """pointwise: each document is right or wrong, by a label from 0 to 1. listwise: the scores of a row as shares.
+    pairwise: of each two documents the better one has the higher score."""
+    positive_weight: Annotated[float, Field(gt=0)] = 1.0
+    """pointwise: weight of right documents; as many as there are wrong ones for each makes both weigh the same."""

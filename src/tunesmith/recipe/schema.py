@@ -27,7 +27,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.preferences import Prefer, Reward
-from tunesmith.recipe.retrieval import Embed
+from tunesmith.recipe.retrieval import Embed, Rank
 from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")
@@ -360,8 +360,8 @@ class Recipe(OptionGroup):
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, a tag
-    for each word, the better of two answers, a number for an answer, or vectors of texts. auto: detected from the
-    rows."""
+    for each word, the better of two answers, a number for an answer, vectors of texts, or a score for a
+    document. auto: detected from the rows."""
     method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
@@ -370,6 +370,7 @@ class Recipe(OptionGroup):
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
     embed: Embed = Embed()
+    rank: Rank = Rank()
     train: Train = Train()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

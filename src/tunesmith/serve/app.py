@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 import secrets
 import struct
@@ -30,6 +31,7 @@ from tunesmith.serve.request_schemas import (
     ClassifyBody,
     CompletionBody,
     EmbeddingBody,
+    RerankBody,
     SampledBody,
     StrictRoute,
 )
@@ -47,7 +49,10 @@ from tunesmith.serve.responses import (
     with_tool_calls,
 )
 
-_ROUTES = {"text": "/v1/chat/completions or /v1/completions", "labels": "/v1/classify", "embeddings": "/v1/embeddings"}
+_ROUTES = {
+    "text": "/v1/chat/completions or /v1/completions", "labels": "/v1/classify or /v1/rerank",
+    "embeddings": "/v1/embeddings",
+}  # fmt: skip
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -172,6 +177,25 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return json_response({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+    @router.post("/v1/rerank")
+    async def rerank(body: RerankBody, request: Request) -> Response:
+        """Documents in the order of their scores for a query."""
+        card = find_model(engine, body.model, "labels")
+        if card.labels:
+            message = f"{body.model} answers with classes: /v1/rerank needs a model that gives one number"
+            raise RequestError(message, code="wrong_route", param="model")
+        lines = await engine.classify(body.model, [(body.query, text) for text in body.documents])
+        values = [float(line.get("score", line.get("label", 0.0))) for line in lines]
+        results = [
+            {
+                "index": i,
+                "relevance_score": (1 + math.tanh(values[i] / 2)) / 2,
+                **({"document": {"text": body.documents[i]}} if body.return_documents else {}),
+            }
+            for i in sorted(range(len(values)), key=lambda i: -values[i])[: body.top_n]
+        ]
+        return json_response({"id": f"rerank-{secrets.token_hex(12)}", "model": body.model, "results": results})
 
     @router.post("/v1/classify")
     async def classify(body: ClassifyBody, request: Request) -> Response:

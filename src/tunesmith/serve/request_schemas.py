@@ -357,6 +357,24 @@ class EmbeddingBody(Body):
     input_type: Literal["query", "document"] = "document"
 
 
+def _documents(value: Any) -> Any:
+    texts = [one.get("text") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError('should be a list of texts, or of {"text": ...}')
+    return texts
+
+
+class RerankBody(Body):
+    """POST /v1/rerank"""
+
+    query: str = Field(min_length=1)
+    documents: Annotated[list[str], BeforeValidator(_documents, json_schema_input_type=list[str])] = Field(
+        max_length=MAX_INPUTS
+    )
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = True
+
+
 def _texts_or_pairs(value: Any) -> Any:
     found = []
     for one in value if isinstance(value, list) else [value]:

@@ -18,6 +18,7 @@ from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.generate import GENERATE
 from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
+from tunesmith.tasks.rank import RANK
 from tunesmith.tasks.reward import REWARD
 from tunesmith.tasks.summarize import SUMMARIZE
 from tunesmith.tasks.tag import TAG
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
 TASKS: dict[TaskName, Task] = {
-    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, EMBED)
+    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, EMBED, RANK)
 }
 """By name. `bind` gives a task its classes and losses before it is trained."""
 

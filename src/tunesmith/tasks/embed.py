@@ -36,12 +36,13 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"anchor": text} | ({} if answer is None else {"positive": answer})
 
 
-def _rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
+def embedding_rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
+    """The usual peak rate of models that compare texts."""
     if is_adapter:
-        return 1e-4, "usual for vectors with an adapter"
+        return 1e-4, "usual for texts that are compared, with an adapter"
     if num_parameters <= SMALL:
-        return 5e-5, "usual for vectors of a small model in full tuning"
-    return 2e-5, "usual for vectors in full tuning"
+        return 5e-5, "usual for texts that are compared, of a small model in full tuning"
+    return 2e-5, "usual for texts that are compared, in full tuning"
 
 
 def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
@@ -129,7 +130,7 @@ EMBED = Task(
     pools=True,
     outcome="vectors",
     rows_per_step=128,
-    rate=_rate,
+    rate=embedding_rate,
     choose=_choose,
     check=_check,
     use_rows=_use_rows,

@@ -30,7 +30,7 @@ from tunesmith.evaluation.predict_rows import (
     row_results,
     sample_rows,
 )
-from tunesmith.evaluation.retrieval import other_rows, settled
+from tunesmith.evaluation.retrieval import other_rows, settled, settled_lists
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
 from tunesmith.evaluation.verdicts import preference_notes
 from tunesmith.recipe.schema import resolved
@@ -98,6 +98,8 @@ def measure_held_out(session: Session, name: str) -> None:
 
 def _outcomes(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
     setup, found = session.setup, _predicted(session, collator, rows_I, what)
+    if setup.task.outcome == "lists":
+        return settled_lists((collator.store, rows_I, found), tokenizer=setup.renderer.tokenizer)
     if setup.task.outcome != "vectors":
         return found
     sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]

@@ -11,6 +11,7 @@ from tunesmith.data.formats import (
     messages,
     preference,
     prompt_completion,
+    ranked_documents,
     scored_answers,
     sharegpt,
     text,
@@ -28,6 +29,7 @@ FORMATS: dict[Shape, Any] = {
         preference,
         unpaired,
         text_pairs,
+        ranked_documents,
         messages,
         sharegpt,
         alpaca,
@@ -46,6 +48,7 @@ FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIEL
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
+SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
 COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "chat": CHATS,
@@ -57,6 +60,7 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "prefer": ("preference", "unpaired", *CHATS),  # of which it takes preferences, and answers all
     "reward": ("scored_answers", "preference"),
     "embed": ("text_pairs",),
+    "rank": ("ranked_documents",),
 }
 """Shapes that a task learns from."""
 

@@ -15,8 +15,8 @@ from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "text_pairs"
 _ANCHORS = ("anchor", "query", "sentence1")
-_NEGATIVES = ("negative", *(f"negative_{i}" for i in range(1, 11)), "negatives")
-FIELDS = ("anchor", "positive", "query", "sentence1", "sentence2", "score", *_NEGATIVES)
+NEGATIVES = ("negative", *(f"negative_{i}" for i in range(1, 11)), "negatives")
+FIELDS = ("anchor", "positive", "query", "sentence1", "sentence2", "score", *NEGATIVES)
 REQUIRED = ("anchor", "positive")
 INPUTS = ("anchor",)
 
@@ -34,15 +34,15 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     """
     found = RowProblems(source)
     first = next((key for key in _ANCHORS if key in record), "anchor")
-    parts = (Part(first, _text(record, first, found), False),)
+    parts = (Part(first, filled(record, first, found), False),)
     if not answered:
         return found.problems or Example(parts, source, NAME)
     second = "sentence2" if first == "sentence1" and "positive" not in record else "positive"
-    texts = [Part(second, _text(record, second, found), False)]
-    for key in (key for key in _NEGATIVES if record.get(key) is not None):
+    texts = [Part(second, filled(record, second, found), False)]
+    for key in (key for key in NEGATIVES if record.get(key) is not None):
         several = record[key] if isinstance(record[key], list) else [record[key]]
         names = [key] if several is not record[key] else [f"{key}[{i}]" for i in range(len(several))]
-        texts += [Part("negative", _text({n: t}, n, found), False) for n, t in zip(names, several, strict=True)]
+        texts += [Part("negative", filled({n: t}, n, found), False) for n, t in zip(names, several, strict=True)]
     values = _score(record, found)
     if not found.problems and not values:
         _compare(parts[0], texts, found)
@@ -50,7 +50,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(parts, source, NAME, branches=branches, values=values)
 
 
-def _text(record: dict[str, Any], key: str, found: RowProblems) -> str:
+def filled(record: dict[str, Any], key: str, found: RowProblems) -> str:
+    """The text of a field that must not be empty; "" and a problem if it is."""
     text = found.text(record, key)
     if isinstance(record.get(key), str) and not text.strip():
         found.add("empty", f"{key} is empty.", "Write it, or remove the row.")

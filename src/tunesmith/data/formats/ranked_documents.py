@@ -1,0 +1,57 @@
+"""Documents that answer a query, and others: {"query": "...", "documents": ["...", "..."], "labels": [1, 0]}, or
+scores. Read as well: positive with negatives, as in text_pairs; and a document a row, with its label or score.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tunesmith.data.formats import text_pairs
+from tunesmith.data.problems import RowProblems
+from tunesmith.types import Example, Part, Problem, Shape, Source
+
+NAME: Shape = "ranked_documents"
+_WANTED = ("labels", "scores", "label", "score")
+FIELDS = ("query", "documents", "document", *_WANTED, "positive", *text_pairs.NEGATIVES)
+REQUIRED = ("query", "documents", "labels")
+INPUTS = ("query", "document")
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "query" in record and not record.keys().isdisjoint(("documents", "document", "positive"))
+
+
+def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: its query, and a branch for each document, with its score as label.
+
+    Not `answered`: query and one document, as two parts.
+    """
+    found = RowProblems(source)
+    query = Part("query", text_pairs.filled(record, "query", found), False)
+    if not answered:
+        document = Part("document", text_pairs.filled(record, "document", found), False)
+        return found.problems or Example((query, document), source, NAME)
+    if "positive" in record:
+        pair = text_pairs.parse(record, source)
+        if isinstance(pair, list):
+            return pair
+        texts, wanted = [one.text for (one,) in pair.branches], [1.0] + [0.0] * (len(pair.branches) - 1)
+    else:
+        several = record.get("documents", [record.get("document")])
+        several = several if isinstance(several, list) else [several]
+        texts = [text_pairs.filled({f"documents[{i}]": one}, f"documents[{i}]", found) for i, one in enumerate(several)]
+        wanted = _wanted(record, len(texts), found)
+    branches = tuple((Part("document", text, False),) for text in texts)
+    return found.problems or Example((query,), source, NAME, labels=tuple(map(repr, wanted)), branches=branches)
+
+
+def _wanted(record: dict[str, Any], num: int, found: RowProblems) -> list[float]:
+    """A number for each document."""
+    key = next((key for key in _WANTED if key in record), "labels")
+    given = record.get(key)
+    given = given if isinstance(given, list) else [given]
+    numbers = [float(one) for one in given if isinstance(one, int | float) and math.isfinite(one)]
+    if not num or not num == len(given) == len(numbers):
+        found.add("bad_scores", f"{key}: {str(record.get(key))[:40]}.", f"Give a number for each of {num} documents.")
+    return numbers

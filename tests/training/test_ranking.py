@@ -1,0 +1,137 @@
+"""Runs of task rank: losses by hand, rows by line, lists measured beside BM25, scores served and read elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import ndcg_score
+
+from shape.tree import ROOT
+from tiny_tasks import rows_of, task_recipe, write
+from tunesmith.data.examples import examples
+from tunesmith.evaluation.retrieval import _in_list
+from tunesmith.inference.load import load_any
+from tunesmith.inference.predict import Predictor, predict_list
+from tunesmith.recipe.retrieval import Rank
+from tunesmith.recipe.schema import Data
+from tunesmith.tasks.ranking_losses import ranking_losses
+from tunesmith.training.setup import prepare
+from tunesmith.training.step import compute_gradients
+from tunesmith.training.trainer import train
+
+SCORES, WANTED = [0.3, -1.2, 2.0, 0.5, -0.4], [1.0, 0.0, 0.0, 1.0, 0.0]
+ROWS = [0, 0, 0, 1, 1]
+PEER = json.loads((Path(__file__).parent.parent / "tasks" / "st_losses.json").read_text("utf-8"))["rankings"]
+
+
+def losses(**options: Any) -> list[float]:
+    return ranking_losses(
+        torch.tensor(SCORES, dtype=torch.float64), torch.tensor(WANTED, dtype=torch.float64), torch.tensor(ROWS), 2,
+        Rank(**options),
+    ).tolist()  # fmt: skip
+
+
+def test_every_loss_is_its_formula():
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    def share(values: list[float]) -> list[float]:
+        return [math.exp(value) / sum(map(math.exp, values)) for value in values]
+
+    of_rows = [(SCORES[:3], WANTED[:3]), (SCORES[3:], WANTED[3:])]
+    point = [-np.mean([math.log(sigma(z if y else -z)) for z, y in zip(*row, strict=True)]) for row in of_rows]
+    weighted = [
+        -np.mean([(2 if y else 1) * math.log(sigma(z if y else -z)) for z, y in zip(*row, strict=True)])
+        for row in of_rows
+    ]
+    lists = [-sum(p * math.log(q) for p, q in zip(share(y), share(z), strict=True)) for z, y in of_rows]
+    pair = [np.mean([math.log(1 + math.exp(other - z[0])) for other in z[1:]]) for z, _ in of_rows]
+    assert losses() == pytest.approx(point)
+    assert losses(positive_weight=2.0) == pytest.approx(weighted)
+    assert losses(loss="listwise") == pytest.approx(lists)
+    assert losses(loss="pairwise") == pytest.approx(pair)
+
+
+@pytest.mark.parametrize("case", PEER, ids=lambda case: case["name"])
+def test_losses_are_those_of_sentence_transformers(case):
+    """Of rows with equal numbers of documents, where a mean over rows is one over documents."""
+    scores = torch.tensor(case["scores"], dtype=torch.float64)
+    row_of = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
+    wanted = torch.tensor(case["wanted"], dtype=torch.float64).flatten()
+    found = ranking_losses(scores.flatten(), wanted, row_of, len(scores), Rank(**case["options"]))
+    assert float(found.mean()) == pytest.approx(case["loss"], rel=1e-6)
+
+
+def test_the_order_of_a_list_is_measured_as_by_scikit_learn():
+    wanted, scores = np.array([0.0, 2.0, 1.0, 0.0]), np.array([0.9, 0.5, 0.8, 0.1])
+    rank, ndcg = _in_list(scores, wanted)
+    assert (rank, ndcg) == (3, pytest.approx(ndcg_score([wanted], [scores], k=10)))
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"query": "red", "documents": ["blue", "plum"], "labels": [1]}, "bad_scores"),
+        ({"query": "red", "documents": [], "labels": []}, "bad_scores"),
+        ({"query": "red", "documents": ["blue", " "], "scores": [0.5, 0]}, "empty"),
+        ({"query": "", "document": "blue", "label": 1}, "empty"),
+        ({"query": "red", "positive": "blue", "negatives": ["blue"]}, "identical_texts"),
+    ],
+)
+def test_what_cannot_be_learnt_is_an_error_by_line(tmp_path, row, code):
+    found: list[Any] = []
+    data = Data(train=[str(write(tmp_path / "rows.jsonl", [row]))])
+    list(examples(data.train, data, found.append, task="rank"))
+    assert [(one.source.line, one.code) for one in found] == [(1, code)]
+
+
+def test_one_micro_batch_is_as_many(tmp_path):
+    found = []
+    for name, tokens in (("one", 4096), ("many", 40)):
+        (tmp_path / name).mkdir()
+        sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "rank": {"loss": "listwise"}}
+        setup = prepare(task_recipe(tmp_path / name, "rank", "encoder", dropout=0.0, **sections), root=tmp_path)
+        setup.model.train()
+        done = compute_gradients(setup, setup.plan, 1)
+        grads = [one.grad.flatten() for one in setup.attachment.trained.values() if one.grad is not None]
+        found.append((len(done.own.passes), sum(done.own.losses), torch.cat(grads)))
+    (one, loss, gradient), (many, loss_of_many, of_many) = found
+    assert one == 1 < many
+    assert loss_of_many == pytest.approx(loss, rel=1e-5)
+    assert float((of_many - gradient).norm() / gradient.norm()) < 1e-4
+
+
+PEER_SCRIPT = """
+import json, sys
+from sentence_transformers import CrossEncoder
+print(json.dumps(CrossEncoder(sys.argv[1], device="cpu").predict(json.loads(sys.argv[2])).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_a_cross_encoder_of_sentence_transformers_answers_alike(tmp_path):
+    python = ROOT / ".peers" / "st" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
+    run = train(task_recipe(tmp_path, "rank", "encoder", train={"max_steps": 2}), root=tmp_path / "runs")
+    pairs = [("Ada in Rome", "the big old apple"), ("a plum", "red red plum")]
+    words = [python, "-c", PEER_SCRIPT, run.model_path, json.dumps(pairs)]
+    said = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    rows = [{"query": query, "document": document} for query, document in pairs]
+    found = [line["score"] for line in predict_list(Predictor(load_any(str(run.path), root=tmp_path)), rows)]
+    np.testing.assert_allclose([1 / (1 + math.exp(-score)) for score in found], said, atol=1e-5)
+
+
+def test_rows_have_a_query_and_its_documents_apart(tmp_path):
+    setup = prepare(task_recipe(tmp_path, "rank", "encoder"), root=tmp_path)
+    row, record = setup.store.row(0), rows_of("rank", 1)[0]
+    begin = int(row.values[0])
+    assert row.second == begin + 1  # behind the mark between both texts
+    assert setup.renderer.tokenizer.decode(row.ids[1:begin]) == record["query"]
