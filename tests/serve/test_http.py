@@ -173,7 +173,7 @@ def test_every_route_is_described(server: Running) -> None:
     status, described, _ = server.ask("GET", "/openapi.json")
     assert status == 200
     assert set(described["paths"]) == {
-        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank",
         "/v1/classify", "/health", "/metrics",
     }  # fmt: skip
     assert described["components"]["schemas"]["ChatBody"]["additionalProperties"] is False

@@ -96,7 +96,7 @@ def test_one_micro_batch_is_as_many(tmp_path):
     found = []
     for name, tokens in (("one", 4096), ("many", 40)):
         (tmp_path / name).mkdir()
-        sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "rank": {"loss": "listwise"}}
+        sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "ranking": {"loss": "listwise"}}
         setup = prepare(task_recipe(tmp_path / name, "rank", "encoder", dropout=0.0, **sections), root=tmp_path)
         setup.model.train()
         done = compute_gradients(setup, setup.plan, 1)

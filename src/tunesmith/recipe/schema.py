@@ -370,7 +370,7 @@ class Recipe(OptionGroup):
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
     embed: Embed = Embed()
-    rank: Rank = Rank()
+    ranking: Rank = Rank()
     train: Train = Train()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

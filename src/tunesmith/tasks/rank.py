@@ -29,7 +29,7 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
 
 
 def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
-    how = {"options": recipe.rank}
+    how = {"options": recipe.ranking}
     return replace(task, loss_sum=partial(task.loss_sum, **how), measure=partial(task.measure, **how))
 
 
@@ -52,6 +52,6 @@ RANK = Task(
     next_commands=(("serve",), ("show",)),
     outcome="lists",
     rate=embedding_rate,
-    section="rank",
+    section="ranking",
     bound=_bound,
 )

@@ -43,13 +43,13 @@ FORMATS: dict[Shape, Any] = {
 """Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
 parse(record, source, answered=). The first match counts."""
 
-_KNOWN = sorted(FORMATS.values(), key=lambda module: module in (preference, scored_answers, unpaired))
+COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
+SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
+_KNOWN = sorted(FORMATS.values(), key=lambda module: module.NAME in (*COMPARED, *SEARCHED))
 FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIELDS))
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
-SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
-COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "chat": CHATS,
     "generate": CHATS,  # of which it takes those that are plain pairs, and says so row by row
