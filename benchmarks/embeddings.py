@@ -29,11 +29,12 @@ def add_embeddings(verbs: Any) -> None:
     add("--model", type=Path, required=True, help="a folder of sentence-transformers")
     add("--work", type=Path, required=True, help="a folder for rows and runs")
     add("--python", type=Path, default=ROOT / ".peers" / "st" / "bin" / "python", help="the peer's")
-    add("--steps", type=int, default=30, help="updates of both")
+    add("--steps", type=int, default=24, help="updates of both")
     add("--rows-per-step", type=int, default=256)
     add("--tokens-per-pass", type=int, default=1024, help="ours")
     add("--mini-batch", type=int, default=32, help="the peer's, in texts")
     add("--lr", type=float, default=1e-4)
+    add("--documents", type=int, default=4000, help="among which held-out terms look for their description")
     add("--threads", type=int, default=1)
     parser.set_defaults(run=run)
 
@@ -74,7 +75,7 @@ def _train(options: argparse.Namespace, model: Path, train: Path, held: Path, ou
         "train.rows_per_step": options.rows_per_step, "train.max_steps": options.steps, "optim.lr": options.lr,
         "train.tokens_per_pass": options.tokens_per_pass, "optim.schedule": "constant", "optim.warmup": 0,
         "precision": "float32", "threads": options.threads, "evaluation.max_rows": "null", "train.epochs": 10,
-        "evaluation.surprising": 0,
+        "evaluation.surprising": 0, "embed.documents": options.documents,
     }  # fmt: skip
     words = [sys.executable, "-m", "tunesmith", "train", model, train, "--eval", held, "--out", out, "--quiet"]
     words += ["--task", "embed", "--method", "full"]
