@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.test_agent import TUNESMITH, begin, end, train_words
 from shape.tree import ROOT
 from tiny_tasks import encoder_folder, rows_of, task_recipe, write, write_pooling
 from tunesmith.data.examples import examples
@@ -21,6 +22,7 @@ from tunesmith.inference.load import load_any
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.models.pooling import find_pooling
+from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Data
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import EngineOptions, RequestError
@@ -198,6 +200,22 @@ def test_sentence_transformers_answers_alike(tmp_path, kind, pooling):
     np.testing.assert_allclose(vectors_of(run, texts), peer["plain"], atol=1e-5)
     np.testing.assert_allclose(vectors_of(run, texts, is_query=True), peer["query"], atol=1e-5)
     assert peer["limit"] == run.recipe().data.max_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_have_the_negatives_of_both(tmp_path):
+    train_options = {"max_steps": 3, "rows_per_step": 16, "tokens_per_pass": 48}
+    recipe = recipe_of(tmp_path, dropout=0.0, train=train_options)
+    alone = train(recipe, root=tmp_path / "runs")
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
+    out = tmp_path / "two"
+    assert end(begin(*TUNESMITH, *train_words(tmp_path, out, "--set", "devices=2")), 200) == (0, "")
+    of_two, of_one = ([one.values for one in run.events() if one.kind == "step"] for run in (Run(out), alone))
+    assert [one["loss"] for one in of_two] == pytest.approx([one["loss"] for one in of_one], abs=1e-5)
+    assert [one["grad_norm"] for one in of_two] == pytest.approx([one["grad_norm"] for one in of_one], rel=1e-3)
+    last = [[one for one in run.events() if one.kind == "evaluation"][-1].values for run in (Run(out), alone)]
+    assert last[0]["measures"]["recall_1"] == last[1]["measures"]["recall_1"]
 
 
 def test_predict_writes_the_vectors_of_anchors(tmp_path):

@@ -117,7 +117,7 @@ def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what:
         [int(i) for i in rows_I],
         tokens_per_pass=session.setup.plan.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
-        world=session.setup.world,
+        world=None if session.setup.task.outcome == "vectors" else session.setup.world,  # which JSON does not carry
     )
 
 
