@@ -46,8 +46,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     train, held = work / "train.jsonl", work / "held.jsonl"
     subprocess.run([options.python, PEER, "rows", train, held], check=True)
     ours = work / "ours"
-    if not (ours / "report.json").exists():
-        shutil.rmtree(ours, ignore_errors=True)
+    if (ours / "run.json").exists() and not (ours / "report.json").exists():
+        subprocess.run([sys.executable, "-m", "tunesmith", "resume", ours, "--quiet"], check=True)
+    elif not ours.exists():
         _train(options, _without_dropout(options.model, work / "model"), train, held, ours)
     steps = [json.loads(line) for line in (ours / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in steps if event["kind"] == "step"]
@@ -75,7 +76,7 @@ def _train(options: argparse.Namespace, model: Path, train: Path, held: Path, ou
         "train.rows_per_step": options.rows_per_step, "train.max_steps": options.steps, "optim.lr": options.lr,
         "train.tokens_per_pass": options.tokens_per_pass, "optim.schedule": "constant", "optim.warmup": 0,
         "precision": "float32", "threads": options.threads, "evaluation.max_rows": "null", "train.epochs": 10,
-        "evaluation.surprising": 0, "embed.documents": options.documents,
+        "evaluation.surprising": 0, "checkpoint.every": 8, "embed.documents": options.documents,
     }  # fmt: skip
     words = [sys.executable, "-m", "tunesmith", "train", model, train, "--eval", held, "--out", out, "--quiet"]
     words += ["--task", "embed", "--method", "full"]
