@@ -29,7 +29,8 @@ def add_embeddings(verbs: Any) -> None:
     add("--model", type=Path, required=True, help="a folder of sentence-transformers")
     add("--work", type=Path, required=True, help="a folder for rows and runs")
     add("--python", type=Path, default=ROOT / ".peers" / "st" / "bin" / "python", help="the peer's")
-    add("--steps", type=int, default=24, help="updates of both")
+    add("--steps", type=int, default=24, help="updates of ours")
+    add("--peer-steps", type=int, default=12, help="of these the first ones, which the peer takes too")
     add("--rows-per-step", type=int, default=256)
     add("--tokens-per-pass", type=int, default=1024, help="ours")
     add("--mini-batch", type=int, default=32, help="the peer's, in texts")
@@ -55,7 +56,12 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     rows = [json.loads(line) for line in train.read_text("utf-8").splitlines()]
     pairs = [[(rows[i]["anchor"], rows[i]["positive"]) for i in event["values"]["rows"]] for event in steps]
     job, result = work / "job.json", work / "peer.json"
-    fields = {"model": str(work / "model"), "steps": pairs, "lr": options.lr, "threads": options.threads}
+    fields = {
+        "model": str(work / "model"),
+        "steps": pairs[: options.peer_steps],
+        "lr": options.lr,
+        "threads": options.threads,
+    }
     job.write_text(json.dumps({**fields, "mini_batch": options.mini_batch}), "utf-8")
     subprocess.run([options.python, PEER, "train", job, result], check=True)
     found = _page(steps, json.loads(result.read_text("utf-8")), json.loads((ours / "report.json").read_text("utf-8")))
@@ -87,8 +93,9 @@ def _train(options: argparse.Namespace, model: Path, train: Path, held: Path, ou
 
 def _page(steps: Sequence[Any], peer: Any, report: Any) -> dict[str, Any]:
     """Lines to print, and whether each claim holds."""
-    apart = [abs(event["values"]["loss"] - loss) for event, loss in zip(steps, peer["losses"], strict=True)]
-    ours = median(event["timing"]["seconds"] for event in steps[WARM:])
+    both = steps[: len(peer["losses"])]
+    apart = [abs(event["values"]["loss"] - loss) for event, loss in zip(both, peer["losses"], strict=True)]
+    ours = median(event["timing"]["seconds"] for event in both[WARM:])
     theirs = median(peer["seconds"][WARM:])
     after, before = report["metrics"]["after"]["measures"], report["metrics"]["before"]["measures"]
     changes = {"before": report["changes"]["recall_1"], "BM25": report["baseline"]["measures"]["recall_1"]["change"]}
@@ -97,7 +104,7 @@ def _page(steps: Sequence[Any], peer: Any, report: Any) -> dict[str, Any]:
     lines = [
         f"{machine()}; {versions()}; peer: {peer['versions']}",
         f"{len(steps)} steps of {len(steps[0]['values']['rows'])} rows in {passes} micro-batches",
-        f"losses apart: at most {max(apart):.2g}; the first is {peer['losses'][0]:.5f}",
+        f"losses of {len(both)} steps apart: at most {max(apart):.2g}; the first is {peer['losses'][0]:.5f}",
         f"seconds a step, median: {ours:.2f}, peer {theirs:.2f}, ratio {ours / theirs:.2f}",
         f"recall@1: {after['recall_1']['value']:.3f}, before {before['recall_1']['value']:.3f}, BM25 {bm25:.3f}",
         *(
