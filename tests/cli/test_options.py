@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,10 @@ def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch
     assert isinstance(told["threads"], int)
     lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output.splitlines()
     assert any(line.startswith("extra peft") and "not installed" in line for line in lines)
+
+
+def test_doctor_says_what_several_devices_need() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    devices = json.loads(result.output)["devices"]
+    assert devices.startswith("gloo, between processors: yes; NCCL, between CUDA cards, of which")
+    assert "; Ray, on clusters: " in devices

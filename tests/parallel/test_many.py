@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wa
 from tiny_run import tiny_recipe, values_of
 from tiny_tasks import task_recipe
 from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.setup import prepare
@@ -55,22 +57,27 @@ def twelve(folder: Path) -> dict[str, Recipe]:
     }
 
 
+def write_twelve(folder: Path) -> dict[str, Any]:
+    """Their recipes by name, also in a file that ranks read."""
+    values = {name: recipe.model_dump(mode="json") for name, recipe in twelve(folder).items()}
+    (folder / TWELVE).write_text(json.dumps(values))
+    return values
+
+
+def steps_alone(folder: Path, recipes: dict[str, Any]) -> dict[str, Any]:
+    return {name: steps_of(prepare(validate(given), root=folder / "alone")) for name, given in recipes.items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("twelve")
-    recipes = twelve(made)
-    assert len(recipes) == 12
-    values = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
-    (made / TWELVE).write_text(json.dumps(values))
+    assert len(write_twelve(made)) == 12
     return made
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    from tunesmith.recipe.load import validate
-
-    recipes = json.loads((folder / TWELVE).read_text())
-    return {name: steps_of(prepare(validate(given), root=folder / "alone")) for name, given in recipes.items()}
+    return steps_alone(folder, json.loads((folder / TWELVE).read_text()))
 
 
 @pytest.mark.slow
@@ -95,33 +102,47 @@ def _away(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_run_ends_with_the_same_bits_however_often_a_rank_is_killed(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class KilledRun:
+    straight: Run
+    killed: Run
+    kills: int
+
+
+def killed_run(tmp_path: Path, *, kills: int, seed: int) -> KilledRun:
+    """A run of two whose ranks are killed at random moments until it is done, and one that nothing happens to."""
     make_inputs(tmp_path)
     recipe = recipe_of(tmp_path, train={"epochs": 60}, checkpoint={"every": 20})
     (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
     straight, out = tmp_path / "straight", tmp_path / "killed"
     assert end(begin(*TUNESMITH, *train_words(tmp_path, straight, "--set", "devices=2")))[0] == 0
     total = max(event.step for event in Run(straight).events() if event.kind == "step")
-    draw, kills = random.Random(int(os.environ.get("TUNESMITH_KILL_SEED", "0"))), 0
-    for _ in range(4 * KILLS):
+    draw, done = random.Random(seed), 0
+    for _ in range(4 * kills):
         is_made = (out / "run.json").exists()
         words = ["resume", str(out), "--quiet"] if is_made else train_words(tmp_path, out, "--set", "devices=2")
         started, reached = begin(*TUNESMITH, *words), _steps(out)
         if draw.random() < 0.3:  # while they start, load and connect
             time.sleep(draw.uniform(3, 12))
         else:
-            wait_for_step(out, min(total - 1, reached + draw.randint(1, max(1, 2 * total // KILLS))))
+            wait_for_step(out, min(total - 1, reached + draw.randint(1, max(1, 2 * total // kills))))
         pid = ranks_of(out).get(draw.randint(0, 1))
-        if kills < KILLS and pid is not None:
+        if done < kills and pid is not None:
             os.kill(pid, signal.SIGKILL)
-            kills += 1
+            done += 1
         end(started, 200)
         if (out / "run.json").exists() and Run(out).state() == "done":
             break
-    assert kills >= KILLS // 2
-    assert values_of(Run(out).events()) == values_of(Run(straight).events())
+    return KilledRun(Run(straight), Run(out), done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_ends_with_the_same_bits_however_often_a_rank_is_killed(tmp_path: Path) -> None:
+    found = killed_run(tmp_path, kills=KILLS, seed=int(os.environ.get("TUNESMITH_KILL_SEED", "0")))
+    print(f"{found.kills} kills")
+    assert found.kills >= KILLS // 2
+    assert values_of(found.killed.events()) == values_of(found.straight.events())
 
 
 def _steps(out: Path) -> int:

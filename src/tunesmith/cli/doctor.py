@@ -67,6 +67,23 @@ def findings() -> dict[str, Any]:
         "precision": f"{precision.value}: {precision.reason}",
         "threads": threads,
         "threads reason": why,
+        "devices": _together(),
         "disk free": size(shutil.disk_usage(".").free),
         "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }
+
+
+def _together() -> str:
+    """The libraries by which several devices train one run together, and whether they are here."""
+    from importlib.util import find_spec
+
+    import torch
+    import torch.distributed as dist
+
+    known = dist.is_available()
+    here = {
+        "gloo, between processors": known and dist.is_gloo_available(),
+        f"NCCL, between CUDA cards, of which {torch.cuda.device_count()} are here": known and dist.is_nccl_available(),
+        "Ray, on clusters": find_spec("ray") is not None,
+    }
+    return "; ".join(f"{name}: {'yes' if is_here else 'no'}" for name, is_here in here.items())
