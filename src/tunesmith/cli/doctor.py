@@ -77,13 +77,12 @@ def _together() -> str:
     """The libraries by which several devices train one run together, and whether they are here."""
     from importlib.util import find_spec
 
-    import torch
     import torch.distributed as dist
 
     known = dist.is_available()
     here = {
-        "gloo, between processors": known and dist.is_gloo_available(),
-        f"NCCL, between CUDA cards, of which {torch.cuda.device_count()} are here": known and dist.is_nccl_available(),
-        "Ray, on clusters": find_spec("ray") is not None,
+        "gloo (between processors)": known and dist.is_gloo_available(),
+        "NCCL (between CUDA cards)": known and dist.is_nccl_available(),
+        "Ray (clusters)": find_spec("ray") is not None,
     }
-    return "; ".join(f"{name}: {'yes' if is_here else 'no'}" for name, is_here in here.items())
+    return ", ".join(f"{name} {'is here' if is_here else 'is not here'}" for name, is_here in here.items())
