@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -144,6 +144,26 @@ def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_
     name = put_job(store, "file-a")
     work(store, FakeLauncher(), models)
     assert store.job(name)["error"]["code"] == "result_not_served"
+    store.close()
+
+
+def test_what_a_run_says_while_the_store_fails_is_taken_over_later(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    name = put_job(store, put_file(store, rows(12)))
+    change, refusals = store.change_job, [503]
+
+    def refusing(job: str, messages: object = (), **how: object) -> bool:
+        if "numbers" in how and "is_checked" not in how and refusals:
+            raise RequestError("the store is gone", status=refusals.pop())
+        return change(job, messages, **how)
+
+    store.change_job = refusing
+    working = dispatcher(store, FakeLauncher(), FakeModels())
+    for _ in range(16):
+        with suppress(RequestError):
+            working.round()
+    assert refusals == []
+    assert store.job(name)["numbers"] == {"n_epochs": 1, "batch_size": 2, "learning_rate_multiplier": 1.0}
     store.close()
 
 

@@ -174,7 +174,7 @@ def test_a_server_that_lost_its_database_writes_again_only_with_the_lock(tmp_pat
         own.start()
         other = psycopg.connect(url)
         other.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
-        for _ in range(2):
+        for _ in range(2):  # not even at the second try
             with pytest.raises(RequestError) as caught:
                 store.act(name, "cancel", "cancelled")
         assert "another server" in str(caught.value)

@@ -21,6 +21,8 @@ from tunesmith.jobs import migrations
 from tunesmith.serve.protocol import RequestError
 
 BUSY_MS = 10_000
+TIMEOUTS = {"connect_timeout": 5, "keepalives_idle": 30, "tcp_user_timeout": 30_000}
+"""Of PostgreSQL in s, s and ms: a database that is gone holds no request for longer."""
 LOCK = 0x7475_6E65
 """Number of the advisory lock that the server of a PostgreSQL store holds."""
 _FULL = ("disk is full", "No space left", "could not extend file")
@@ -46,7 +48,7 @@ class Database:
             sa.event.listen(self._engine, "connect", _set_up_sqlite)
             self._insert: Any = sqlite.insert
         else:
-            self._engine = sa.create_engine(self.place, pool_pre_ping=True)
+            self._engine = sa.create_engine(self.place, pool_pre_ping=True, connect_args=TIMEOUTS)
             self._insert = postgresql.insert
         try:
             self._connected()
@@ -122,6 +124,11 @@ class Database:
 
     def _connected(self) -> sa.Connection:
         """The one connection that writes. It holds the lock: where it is lost, so is the right to write."""
+        if self._writer is not None and not self.is_sqlite:
+            try:
+                self._writer.exec_driver_sql("SELECT 1")
+            except sa.exc.DBAPIError:  # the database was started again meanwhile
+                self._drop_writer()
         if self._writer is None:
             with _translated():
                 connection = self._engine.connect()

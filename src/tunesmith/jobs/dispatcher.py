@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Event
 
 POLL_S = 0.2
 SNAPSHOTS = 2
@@ -219,9 +220,17 @@ class Dispatcher:
                 self._end(job, one)
 
     def _relay(self, one: _Active) -> None:
+        """Take over what the run says. If the store fails in between, all of it is taken over again."""
         found = one.tail()
         if not found:
             return
+        try:
+            self._take_over(one, found)
+        except BaseException:
+            one.tail, one.translate = Tail(one.run.events_path), EventTranslator(one.job)
+            raise
+
+    def _take_over(self, one: _Active, found: Sequence[Event]) -> None:
         self.store.add_events(one.translate(found))
         if saved := [event.step for event in found if event.kind == "checkpoint"]:
             self.store.change_job(one.job, if_status=["running"], last_checkpoint=max(saved), attempts=0)
