@@ -129,6 +129,13 @@ def test_tools_may_be_the_text_of_a_list():
     assert example.tools == ({"type": "function", "function": {"name": "add"}},)
 
 
+def test_functions_are_the_older_tools():
+    example = parsed("messages", {"messages": [USER, ANSWER], "functions": [{"name": "add"}]})
+    assert example.tools == ({"type": "function", "function": {"name": "add"}},)
+    [problem] = parsed("messages", {"messages": [USER, ANSWER], "functions": [3]})
+    assert problem.code == "bad_tool"
+
+
 def test_old_names_of_calls_and_tools_are_understood():
     messages = [
         USER,

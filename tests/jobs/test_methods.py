@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,7 @@ def test_metrics_of_the_validation_file_are_there_for_each_epoch() -> None:
         "step": 2, "train_loss": 0.5, "total_steps": 4, "valid_loss": 4.0, "full_valid_loss": 4.0,
         "valid_mean_token_accuracy": 0.4, "full_valid_mean_token_accuracy": 0.4,
     }  # fmt: skip
-    import base64
-
-    lines = base64.b64decode(results_file(found)).decode().splitlines()
+    lines = results_file(found).decode().splitlines()
     assert lines[1:] == ["1,1.0,,,,,", "2,0.5,,4.0,0.4,4.0,0.4", f"3,{1 / 3},,,,,", "4,0.25,,3.0,0.3,3.0,0.3"]
 
 
@@ -170,4 +169,21 @@ def test_metrics_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(RequestError, match="set WANDB_API_KEY"):
         put_job(store, "file-a", integrations=WANDB)
+    store.close()
+
+
+def test_a_cancelled_job_keeps_the_results_of_its_steps(tmp_path: Path) -> None:
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, FakeModels())
+    for _ in range(4):
+        working.round()
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    for _ in range(3):
+        working.round()
+    job = store.job(name)
+    [file] = job_object(job)["result_files"]
+    lines = base64.b64decode(store.content_path(file).read_bytes()).decode().splitlines()
+    assert 1 < len(lines) < STEPS + 1
+    assert (store.file(file)["purpose"], job["status"]) == ("fine-tune-results", "cancelled")
     store.close()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,7 @@ class _File(BaseModel):
 
     bases: dict[str, PublicBase] = Field(min_length=1)
     min_examples: int = Field(10, ge=1)
+    results_encoding: Literal["base64", "csv"] = "base64"
     every_project: ProjectRules = ProjectRules()
     projects: dict[str, ProjectRules] = Field(default_factory=dict)
 
@@ -48,6 +49,8 @@ class Bases:
     min_examples: int = 10
     """Fewest rows of a training file."""
     rules: Rules = field(default_factory=Rules)
+    results_encoding: Literal["base64", "csv"] = "base64"
+    """Form of results files: base64 as OpenAI has sent it since 2024, or plain text as before."""
     _names: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ def bases_of_file(path: Path) -> Bases:
     for project in found.projects:
         check_project(project)
     rules = Rules(every_project=found.every_project, projects=found.projects)
-    bases = Bases(found.bases, found.min_examples, rules)
+    bases = Bases(found.bases, found.min_examples, rules, found.results_encoding)
     for name, base in found.bases.items():
         recipe = load.validate({"model": base.model, **base.recipe})
         if recipe.method.name not in ("auto", "lora"):

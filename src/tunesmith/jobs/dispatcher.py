@@ -6,10 +6,11 @@ run, and a job changes its state in one transaction with everything that belongs
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from tunesmith.jobs.names import derived_id, snapshot_name
 from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record, models
+from tunesmith.jobs.tables import Record, files, jobs, models
 from tunesmith.jobs.training_files import CheckedFile, FileFault, check_file, problems_of, rounds, row_fault
 from tunesmith.recipe import load
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
@@ -218,6 +219,8 @@ class Dispatcher:
             del self.active[one.job]
             if job["status"] == "running":
                 self._end(job, one)
+            elif job["status"] == "cancelled":
+                self._keep_results(job, one.run)
 
     def _relay(self, one: _Active) -> None:
         """Take over what the run says. If the store fails in between, all of it is taken over again."""
@@ -312,19 +315,31 @@ class Dispatcher:
             model = {**place, "step": one.step, "metrics": metrics[one.step]}
             self.store.add_model(model, [event(name, text, once=f"snapshot {one.step}")])
 
+    def _write_results(self, name: str, found: Iterable[Event]) -> Record:
+        """The row of the results file, whose content is written."""
+        file, content = derived_id("file-", name, "results"), results_file(found)
+        if self.bases.results_encoding == "base64":
+            content = base64.b64encode(content)
+        path = self.store.content_path(file)
+        write_atomic(path, content)
+        facts = {"purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content)}
+        return {"id": file, **facts, "sha256": sha256_file(path)}
+
+    def _keep_results(self, job: Record, run: Run) -> None:
+        """Results of the steps that a cancelled job made."""
+        found = list(run.events()) if run.events_path.exists() else []
+        if any(event.kind == "step" for event in found):
+            row = self._write_results(job["id"], found)
+            self.store.insert(files, {**row, "project": job["project"]})
+            self.store.update(jobs, {"result_file": row["id"]}, id=job["id"])
+
     def _finish(self, name: str, run: Run) -> None:
         """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""
         job = self.store.job(name)
         assert job is not None, "rows of jobs are never removed"
         found = list(run.events())
         self.store.add_events(EventTranslator(name)(found))
-        file = derived_id("file-", name, "results")
-        content = results_file(found)
-        write_atomic(self.store.content_path(file), content)
-        row = {
-            "id": file, "purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content),
-            "sha256": sha256_file(self.store.content_path(file)),
-        }  # fmt: skip
+        row = self._write_results(name, found)
         step, metrics = max(metrics_by_step(found).items())
         tuned = job["tuned_name"]
         model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}

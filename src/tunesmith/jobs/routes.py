@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import difflib
 import os
 import re
@@ -115,9 +116,14 @@ def make_file_router(store: Store) -> APIRouter:
 
     @router.get("/v1/files/{name}/content")
     def content(name: str, request: Request) -> Response:
-        """The content of a file, as it was sent."""
-        read_query(request)
-        row = find(name)
+        """The content of a file, as it was sent; of results also as plain text."""
+        query, row = read_query(request, "encoding"), find(name)
+        if "encoding" in query:
+            if query["encoding"] != "csv" or row["purpose"] != "fine-tune-results":
+                raise RequestError("encoding: is csv, and for the results of a job only.", param="encoding")
+            content = store.content_path(name).read_bytes()
+            is_plain = content.startswith(b"step,")
+            return Response(content if is_plain else base64.b64decode(content), media_type="text/csv")
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(row['filename'], safe='')}"}
         return FileResponse(store.content_path(row["id"]), headers=headers, media_type="application/octet-stream")
 

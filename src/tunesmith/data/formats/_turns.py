@@ -155,8 +155,12 @@ def check_calls(calls: Any, found: RowProblems, place: str) -> None:
 
 
 def tools_of(record: Mapping[str, Any], found: RowProblems) -> tuple[Mapping[str, Any], ...]:
-    """The tool definitions of a row: a list, or the text of one."""
+    """The tool definitions of a row: a list, or the text of one; also the older `functions`."""
     tools = record.get("tools")
+    functions = record.get("functions")
+    if tools is None and functions is not None:
+        is_list = isinstance(functions, list)
+        tools = [{"type": "function", "function": one} for one in functions] if is_list else functions
     if tools is None or tools == "":
         return ()
     if isinstance(tools, str):

@@ -9,7 +9,7 @@ from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Problem, Shape, Source
 
 NAME: Shape = "messages"
-FIELDS = ("messages", "tools")
+FIELDS = ("messages", "tools", "functions")
 REQUIRED = ("messages",)
 INPUTS = ("messages",)
 
