@@ -132,7 +132,7 @@ def test_tools_may_be_the_text_of_a_list():
 def test_functions_are_the_older_tools():
     example = parsed("messages", {"messages": [USER, ANSWER], "functions": [{"name": "add"}]})
     assert example.tools == ({"type": "function", "function": {"name": "add"}},)
-    [problem] = parsed("messages", {"messages": [USER, ANSWER], "functions": [3]})
+    [problem] = FORMATS["messages"].parse({"messages": [USER, ANSWER], "functions": [3]}, SOURCE)
     assert problem.code == "bad_tool"
 
 
