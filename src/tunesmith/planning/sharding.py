@@ -50,8 +50,10 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"method.name: {method.name}: packed weights cannot be split"
     if method.name not in ("lora", "full"):
         yield f"method.name: {method.name}: it reads whole weights; lora and full do not"
-    if (task := TASKS[resolved(recipe.task)]).compares or task.look is not None:
+    if (task := TASKS[resolved(recipe.task)]).compares:
         yield f"task: {recipe.task}: one process computes what the model was before"
+    if task.look is not None:
+        yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
     if method.name == "lora" and method.init == "pissa":
