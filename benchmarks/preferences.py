@@ -33,6 +33,7 @@ def add_preferences(verbs: Any) -> None:
     add("--steps", type=int, default=20)
     add("--pairs-per-step", type=int, default=8)
     add("--pairs-per-batch", type=int, default=2, help="TRL's, which accumulates them to a step")
+    add("--held-out", type=int, default=40, help="pairs that both results are measured on, one by one")
     add("--lr", type=float, default=2e-4, help="constant")
     add("--precision", default="float32")
     add("--threads", type=int, default=1)

@@ -40,6 +40,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     pairs = [_pair(lines_of(setup.store.row(i))) for rows in steps for i in rows]
     num_rows = len(setup.rows.train_rows) + len(setup.rows.held_rows)
     held = [_pair(lines_of(setup.rows.held_store.row(i))) for i in range(len(setup.rows.held_store))]
+    held = held[: job["held_out"]]
     given = {**job, "adapter": str(folder / "start"), "pairs": pairs, "held_out": held, "folder": str(folder / "trl")}
     (folder / "job.json").write_text(json.dumps(given), "utf-8")
     del setup
