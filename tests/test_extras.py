@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.cli.doctor import EXTRAS
 from tunesmith.environment import install_command
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,10 @@ def test_the_command_names_the_packages_and_this_python(
     assert python == sys.executable
     assert words[:3] == ["-m", "pip", "install"]
     assert {re.split("[<>=]", word)[0] for word in words[3:]} == packages
+
+
+def test_doctor_lists_every_extra_for_users() -> None:
+    assert set(EXTRAS) == {text.rpartition("== ")[2].strip("'") for text in required()} - {"test", "dev"}
 
 
 def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

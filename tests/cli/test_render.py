@@ -95,3 +95,9 @@ def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
 )
 def test_counted_nouns(number: int, noun: str, shown: str) -> None:
     assert values.plural(number, noun) == shown
+
+
+@pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])
+def test_targets_of_a_row_are_known_without_colors(in_color: bool, shown: str) -> None:
+    row = render.sample_row([("Hi ", False), ("Yes.", True)], in_color=in_color)
+    assert row.plain.splitlines()[1] == shown

@@ -502,6 +502,17 @@ def test_files_of_any_file_system_are_streamed_and_never_kept(tmp_path):
     assert encoded(data, tmp_path / "rows").key != store.key
 
 
+@pytest.mark.parametrize("host", ["huggingface.co", "hf.co"])
+def test_a_page_of_the_hub_is_answered_with_its_address(host: str):
+    with pytest.raises(DataError, match=r"The data set is hf://datasets/acme/support\.$"):
+        pin_path(f"https://{host}/datasets/acme/support/viewer?split=train", offline=False)
+
+
+def test_a_bare_name_of_the_hub_is_answered_with_its_address(tmp_path: Path):
+    with pytest.raises(DataError, match=r"hf://datasets/acme/support\."):
+        encoded(Data(train=(DataFile(path="acme/support"),)), tmp_path)
+
+
 def test_missing_package_of_a_file_system_is_named(monkeypatch):
     import fsspec
 

@@ -61,6 +61,7 @@ PROBLEMS = [
     ({"data": {"train": ["a", {"path": "b", "weigth": 1}]}}, "data.train[1].weigth: unknown key, did you mean "),
     ({"data": {"train": ["a", "a"]}}, "data.train: a is there twice: give it once with a weight"),
     ({"data": {"columns": {"prompt": 3}}}, "data.columns.prompt: 3 is not text: put it in quotes"),
+    ({"data": {"columns": {"a:b": None}}}, "data.columns.a:b: it has no value: write {name: value}, with a space"),
     ({"data": {"limits": {"depht": 3}}}, "data.limits.depht: unknown key, did you mean data.limits.depth?"),
     ({"data": {"held_out": 1}}, "data.held_out: 1 is out of range: it must be a number of at least 0 and below 1"),
     ({"rank": 8}, "rank: unknown key, did you mean method.rank?"),

@@ -126,7 +126,7 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
         _tokens(screen, side, stats)
     _labels(screen, report)
     for spans in report.first_rows[:1]:
-        screen.print("", sample_row(spans), "", sep="\n")
+        screen.print("", sample_row(spans, in_color=screen.color_system is not None), "", sep="\n")
     _say(screen, f"held out: {plural(report.held_out, 'row')}")
     for note in report.notes:
         _say(screen, f"note: {note}")

@@ -157,7 +157,8 @@ class Live(Silent):
         if event.kind == "plan":
             console.print(plan_panel(self.history.plan))
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
-                console.print(sample_row([tuple(span) for span in values["sample"]]), "")
+                spans = [tuple(span) for span in values["sample"]]
+                console.print(sample_row(spans, in_color=console.color_system is not None), "")
             for text in values.get("warnings", ()):
                 self._note(text)
         elif event.kind in MEASURED and values["name"] != "after":

@@ -12,6 +12,13 @@ from tunesmith.cli.options import Json
 
 EXTRAS = {
     "serve": ("fastapi uvicorn prometheus_client", "a server that answers as OpenAI's API does"),
+    "jobs": ("alembic limits python_multipart standardwebhooks", "fine-tuning jobs on the server"),
+    "postgres": ("psycopg", "jobs kept in PostgreSQL"),
+    "cloud": ("s3fs gcsfs", "data by address, s3:// and gs://"),
+    "tensorboard": ("tensorboard", "runs in TensorBoard"),
+    "wandb": ("wandb", "runs in Weights & Biases"),
+    "mlflow": ("mlflow", "runs in MLflow"),
+    "trackio": ("trackio", "runs in Trackio"),
     "json": ("llguidance", "answers that follow a JSON schema, on the server"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
     "peft": ("peft", "the methods of PEFT"),

@@ -309,16 +309,17 @@ def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def sample_row(spans: Iterable[tuple[str, bool]]) -> Text:
-    """One row of tokens, its targets coloured."""
+def sample_row(spans: Iterable[tuple[str, bool]], *, in_color: bool) -> Text:
+    """One row of tokens, its targets coloured, or in brackets where there are no colours."""
+    first, last = ("", "") if in_color else ("⟦", "⟧")
     text = Text("one row of your data: ", style=MUTED)
-    text.append("what is learnt", style=TRAINED)
+    text.append(f"{first}what is learnt{last}", style=TRAINED)
     text.append(" and what is only read\n", style=MUTED)
     for piece, trained in spans:
         shown = visible(piece)
         if len(shown) > MAX_SPAN:
             shown = f"{shown[: MAX_SPAN // 2]} … {shown[-MAX_SPAN // 2 :]}"
-        text.append(shown, style=TRAINED if trained else "default")
+        text.append(f"{first}{shown}{last}" if trained else shown, style=TRAINED if trained else "default")
     return text
 
 
@@ -344,6 +345,9 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
         reference = sample.get("reference", "")
         cells = [Text(one_line(sample.get(key, ""), longest) or "(nothing)") for key in ("prompt", "reference")]
         for when in ("before", "after"):
+            if when not in sample:
+                cells.append(Text("not yet", style=MUTED))
+                continue
             answer = one_line(sample.get(when, ""), longest) or "(nothing)"
             cells.append(Text.assemble(MARKS[mark(sample.get(when, ""), reference)], answer))
         table.add_row(*cells)

@@ -180,7 +180,7 @@ def import_jobs() -> None:
         from tunesmith.jobs import access, server  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
+            f"the server of jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
         ) from None
 
 

@@ -87,8 +87,8 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
         return "unknown_shape", message, f"A row has {takes}; name yours by --set 'data.columns={{{first}: ...}}'."
     fix = (
         "A row has messages, or conversations, or instruction and output, or prompt and completion, or document and "
-        "summary, or text and label, or tokens and tags, or text; "
-        "name yours, such as --set 'data.columns={prompt: question, completion: answer}'."
+        "summary, or text and label, or tokens and tags, or text, or prompt, chosen and rejected, or "
+        "anchor and positive; name yours, such as --set 'data.columns={prompt: question, completion: answer}'."
     )
     return "unknown_shape", message, fix
 

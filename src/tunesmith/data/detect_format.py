@@ -323,12 +323,18 @@ class ByteStream:
 
 def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return refusal(
-            path, line, "no_such_file", "there is no such file.", near_file(path).strip() or "Look at the path."
-        )
+        way = near_file(path).strip() or _of_hub(path) or "Look at the path."
+        return refusal(path, line, "no_such_file", "there is no such file.", way)
     if isinstance(error, PermissionError):
         return refusal(path, line, "unreadable", "you may not read it.", "Change its permissions.")
     return refusal(path, line, "unreadable", f"it cannot be read: {error.strerror or error}.")
+
+
+def _of_hub(path: str) -> str:
+    """The address that a path without a suffix may have been meant for."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", path) or suffix_of(path) in SUFFIXES:
+        return ""
+    return f"Look at the path; a data set of the hub is hf://datasets/{path}."
 
 
 def damaged_gzip(path: str, line: int, error: Exception) -> DataError:

@@ -29,6 +29,9 @@ PART_BYTES = 256 * 1024 * 1024
 """Size from which on files that are not kept are downloaded and encoded together; see `data.parts`."""
 BLOCK_BYTES, BLOCKS = 4 * 1024 * 1024, 16
 """Size of a range that is asked for at once, and how many are remembered: columns of Parquet lie far apart."""
+CLOUD = ("s3", "s3a", "gs", "gcs")
+"""Protocols of the packages of the extra `cloud`."""
+_HUB_PAGE = re.compile(r"https?://(?:huggingface|hf)\.co/datasets/([^/?#]+/[^/?#]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -145,16 +148,21 @@ def open_remote(address: str) -> BinaryIO:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises DataError where its package is not installed."""
+    """The file system of an address, and the path in it.
+
+    Raises:
+        DataError: its package is not installed, or it is a page of the hub.
+    """
     import fsspec
 
+    if page := _HUB_PAGE.match(address):
+        raise DataError(f"{address}: a page of the hub. The data set is hf://datasets/{page[1]}.")
     protocol = address.partition("://")[0]
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(address))
     except ImportError as error:
-        raise DataError(
-            f"{address}: {protocol}:// needs a package that is not installed ({error}): {install_command('cloud')}."
-        ) from error
+        way = f": {install_command('cloud')}" if protocol in CLOUD else ", or download the data and use the local file"
+        raise DataError(f"{address}: {protocol}:// needs a package that is not installed ({error}){way}.") from error
     except ValueError as error:
         if "rotocol not known" not in str(error):
             raise DataError(f"{address}: {error}.") from error

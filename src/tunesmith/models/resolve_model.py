@@ -124,7 +124,7 @@ def _gguf_file(path: Path) -> Path:
         raise ModelError(f"{path}: one file of a model. Give its folder: {path.parent}")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError(f"{path}: not a model. A model is a folder, a .gguf file or a hub id.")
+            raise ModelError(f"{path}: not a model. Give a folder, a .gguf file or a hub id, and DATA after it.")
     read_gguf(path)
     return path
 

@@ -235,6 +235,8 @@ def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetail
     if any(error["type"] in _BOUNDS for error in errors):
         return f"{value} is out of range: it must be {option.allowed}"
     in_mapping = "mapping" in option.allowed and shown != option.key
+    if in_mapping and given is None:
+        return "it has no value: write {name: value}, with a space after the colon"
     return _neither(value, ("text",) if in_mapping else option.kinds, given)
 
 

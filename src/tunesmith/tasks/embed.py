@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
 
+LEAST = 16
+"""Rows of a step at least, where they are each other's negatives."""
 SMALL = 50_000_000
 """Weights up to which an encoder counts as small."""
 
@@ -98,7 +100,18 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
                 f"{side.source(int(some_I[fits_I.argmin()]))}: embed.loss {loss} learns from rows with "
                 f"{needs.get(loss, 'two texts and a score')}. Put other rows into another run, or set embed.loss."
             )
-    return choices
+    is_training = len(sides) > 1
+    return [*choices, *_company(recipe, store, rows_I)] if is_training and loss not in ALONE else choices
+
+
+def _company(recipe: Recipe, store: RowStore, rows_I: NDArray[np.int64]) -> list[Choice]:
+    """How many rows a step has, where there are few. Raises RecipeError where a step would compare nothing."""
+    if recipe.train.rows_per_step == "auto" and len(rows_I) < 20 * LEAST:
+        size = min(LEAST, len(rows_I))
+        return [Choice("train.rows_per_step", size, "few rows, and each is compared with the others of its step")]
+    if recipe.train.rows_per_step == 1 and (store.branches.counts[rows_I] == 2).all():
+        raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
+    return []
 
 
 def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
