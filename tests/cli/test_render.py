@@ -7,6 +7,7 @@ import pytest
 
 from tunesmith import formatting as values
 from tunesmith.cli import render
+from tunesmith.evaluation.metrics import METRICS
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,8 @@ def test_counted_nouns(number: int, noun: str, shown: str) -> None:
 def test_targets_of_a_row_are_known_without_colors(in_color: bool, shown: str) -> None:
     row = render.sample_row([("Hi ", False), ("Yes.", True)], in_color=in_color)
     assert row.plain.splitlines()[1] == shown
+
+
+def test_an_interval_below_zero_is_not_written_with_two_kinds_of_dashes() -> None:
+    assert METRICS["margin"].bounds({"low": -0.42, "high": -0.102}) == "−0.420 to −0.102"
+    assert METRICS["margin"].bounds({"low": 0.1, "high": 0.2}) == "0.100–0.200"

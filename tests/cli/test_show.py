@@ -67,3 +67,15 @@ def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
     text = console.export_text()
     for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive"):
         assert words in text
+
+
+def test_an_answer_that_is_not_there_yet_is_not_an_empty_or_wrong_one() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True)
+    rows = [{"prompt": "How was it?", "reference": "positive", "before": "Great!"}]
+    console.print(answers_table(dict(enumerate(rows)), width=100, most=4))
+    text = console.export_text()
+    assert "not yet" in text
+    assert "nothing" not in text
+    assert text.count("✗") == 1

@@ -113,3 +113,8 @@ def test_a_text_becomes_a_row_of_the_task() -> None:
     assert [*record_of("generate", "a"), *record_of("summarize", "a"), *record_of("text", "a")] == [
         "prompt", "document", "text",
     ]  # fmt: skip
+
+
+def test_a_text_that_is_embedded_keeps_the_name_of_its_field() -> None:
+    anchor = Example((Part("anchor", "a text", False),), Source("a.jsonl", 1), "text_pairs")
+    assert input_fields(anchor) == {"anchor": "a text"}

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from shape.tree import ROOT
 from tiny_tasks import task_recipe, texts, write
+from tunesmith.errors import RecipeError
 from tunesmith.parallel.world import World
 from tunesmith.recipe.retrieval import Embed
 from tunesmith.tasks import embedding_losses
@@ -168,6 +169,24 @@ def test_the_test_sees_negatives_of_the_pass(tmp_path):
     _, loss, _ = gradients(setup)
     _, expected, _ = gradients(setup_of(tmp_path / "one", "ranking", tokens=4096))
     assert loss < expected - 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "num", "size"), [("ranking", 16, 14), ("ranking", 42, 16), ("cosent", 16, 14), ("margin", 21, 1)]
+)
+def test_a_step_of_few_rows_has_something_to_compare(tmp_path, name, num, size):
+    rows = [
+        {key: value for key, value in row.items() if key != "negative" or name == "margin"}
+        for row in rows_for(name, num)
+    ]
+    data = {"train": [str(write(tmp_path / "rows.jsonl", rows))], "eval": []}
+    train = {"rows_per_step": "auto", "tokens_per_pass": 512}
+    recipe = task_recipe(tmp_path, "embed", "encoder", data=data, train=train, embed=OPTIONS[name])
+    assert prepare(recipe, root=tmp_path).recipe.train.rows_per_step == size
+    if size > 1:
+        alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rows_per_step": 1})})
+        with pytest.raises(RecipeError, match=r"train\.rows_per_step: 1: a row is compared .* Use 2 or more\."):
+            prepare(alone, root=tmp_path)
 
 
 def assert_the_gradient_is_that_of_one_graph(folder: Path, method: Any) -> None:  # trap: P25

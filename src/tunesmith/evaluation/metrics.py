@@ -43,7 +43,9 @@ class MetricInfo:
             return ""
         if self.form == "percent":
             return f"{low * 100:.1f}–{high * 100:.1f}"
-        return f"{low:.2f}–{high:.2f}" if self.form == "ratio" else f"{low:.3f}–{high:.3f}"
+        dash = " to " if low < 0 else "–"
+        text = f"{low:.2f}{dash}{high:.2f}" if self.form == "ratio" else f"{low:.3f}{dash}{high:.3f}"
+        return text.replace("-", "−")
 
     def difference(self, interval: Mapping[str, Any]) -> str:
         """A difference of two values with its interval: +3.2 (+1.0 to +5.1) points."""

@@ -16,7 +16,7 @@ from tunesmith.data.read_json import BadRow, json_lines, rest_of_line, too_long
 from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Problem, Source, TaskName
+from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
 Line = dict[str, Any]
 Answered = Line | Problem
@@ -137,17 +137,22 @@ def as_row(example: Example, answer: Line) -> Line:
     return line
 
 
+_NAMES: Mapping[Shape, tuple[str, ...]] = {
+    "text": ("text",),
+    "text_label": ("text", "text_pair"),
+    "text_pairs": ("anchor",),
+    "document_summary": ("document",),
+}
+"""Shape → names of its inputs."""
+
+
 def input_fields(example: Example) -> dict[str, Any]:
     """The input of a row under the names of its shape, so that it can be read as a row again."""
     texts = [part.text for part in example.parts]
     if example.shape == "tokens_tags":
         return {"tokens": texts}
-    if example.shape == "text":
-        return {"text": texts[0]}
-    if example.shape == "text_label":
-        return dict(zip(("text", "text_pair"), texts, strict=False))
-    if example.shape == "document_summary":
-        return {"document": texts[0]}
+    if names := _NAMES.get(example.shape):
+        return dict(zip(names, texts, strict=False))
     if example.plain:
         return dict(zip(("prompt", "completion"), texts, strict=False))
     messages = [{"role": part.role, "content": part.text, **part.fields} for part in example.parts]

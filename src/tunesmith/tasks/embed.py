@@ -87,7 +87,11 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         has_score = bool(store.branches.value_counts[rows_I[:1]].sum())
         has_negative = bool((store.branches.counts[rows_I[:1]] > 2).all())
         loss = ("margin" if has_negative else "cosent") if has_score else "ranking"
-        why = {"margin": "rows have a score and a negative", "cosent": "rows have a score", "ranking": "rows have none"}
+        why = {
+            "margin": "rows have a score and a negative",
+            "cosent": "rows have a score",
+            "ranking": "rows have no score",
+        }
         choices.append(Choice("embed.loss", loss, why[loss]))
     for side, some_I in sides:
         counts_I, values_I = side.branches.counts[some_I], side.branches.value_counts[some_I]
