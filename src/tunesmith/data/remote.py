@@ -161,7 +161,7 @@ def file_system(address: str) -> tuple[Any, str]:
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(address))
     except ImportError as error:
-        way = f": {install_command('cloud')}" if protocol in CLOUD else ", or download the data and use the local file"
+        way = f": {install_command('cloud')}" if protocol in CLOUD else "; install it, or download the data"
         raise DataError(f"{address}: {protocol}:// needs a package that is not installed ({error}){way}.") from error
     except ValueError as error:
         if "rotocol not known" not in str(error):
