@@ -47,6 +47,7 @@ def test_it_tells_memory_time_disk_and_the_reason_of_each_choice(tmp_path):
     text = plan(tmp_path)
     for word in ("memory: ", "runtime ", "time: ", "disk: ", "chosen: train.checkpointed_layers = 0: "):
         assert word in text
+    assert "devices" not in text.partition("given: ")[2].partition("\n")[0], "nobody gave it"
     assert not [path for path in (tmp_path / "runs").iterdir() if path.name != ".rows"], "a plan leaves no run"
 
 

@@ -100,7 +100,8 @@ def _resolve(
         from tunesmith.training.summary import resolved_values
 
         card, devices = named_group(device) if device else (None, devices_of(recipe))
-        recipe = recipe.model_copy(update={"devices": devices})
+        if (recipe.devices, devices) != ("auto", 1):  # else the plan would say that it was given
+            recipe = recipe.model_copy(update={"devices": devices})
         resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, device=card)
         values, fits = resolved_values(resolved), resolved.forecast is None or resolved.forecast.fits
         if small := _small_disk(resolved.forecast, root):

@@ -117,7 +117,8 @@ def _problems(data: Any) -> Iterator[str] | list[str]:
     found = [f"{key}: unknown: a sweep has {', '.join(SECTIONS)}." for key in data if key not in SECTIONS]
     for key, is_needed in SECTIONS.items():
         if key not in data:
-            found += [f"{key}: missing: write it, such as {key}: with {_EXAMPLE} below."] if is_needed else []
+            example = _EXAMPLE if key == "grid" else "model: ./model"
+            found += [f"{key}: missing: write it, such as {key}: with {example} below."] if is_needed else []
         elif not isinstance(data[key], Mapping) and not (key == "asha" and data[key] is None):
             found.append(f"{key}: {data[key]!r:.60} is no mapping of options.")
     if found:
