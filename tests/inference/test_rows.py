@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tunesmith.inference.rows import Line, RowStream, input_fields, record_of
+from tunesmith.inference.rows import Line, RowStream, as_row, input_fields, record_of
 from tunesmith.types import Example, Part, Problem, Source
 
 
@@ -118,3 +118,8 @@ def test_a_text_becomes_a_row_of_the_task() -> None:
 def test_a_text_that_is_embedded_keeps_the_name_of_its_field() -> None:
     anchor = Example((Part("anchor", "a text", False),), Source("a.jsonl", 1), "text_pairs")
     assert input_fields(anchor) == {"anchor": "a text"}
+
+
+def test_an_answer_of_a_chat_to_a_prompt_is_its_completion() -> None:
+    prompt = Example((Part("user", "Hi", False),), Source("a.jsonl", 1), "prompt_completion", plain=True)
+    assert as_row(prompt, {"answer": "Hello"}) == {"prompt": "Hi", "completion": "Hello"}

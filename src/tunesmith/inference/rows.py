@@ -134,6 +134,8 @@ def as_row(example: Example, answer: Line) -> Line:
     line = {**input_fields(example), **answer}
     if "messages" in line and "answer" in line:
         line["messages"] = [*line["messages"], {"role": "assistant", "content": line.pop("answer")}]
+    elif "prompt" in line and "answer" in line:
+        line["completion"] = line.pop("answer")
     return line
 
 
