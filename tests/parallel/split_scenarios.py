@@ -31,6 +31,7 @@ from tunesmith.training.trainer import resume, train
 
 LOOKS = {"samples": 9, "sample_tokens": 2, "surprising": 8, "every": 4, "general": False}
 KILLED_AT = 4
+FEW = {"max_steps": 4}
 
 
 def make_inputs(folder: Path) -> None:
@@ -44,8 +45,8 @@ def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
     return whole_recipe_of(folder, method, **sections).model_copy(update={"shard": True})
 
 
-def run_recipe(folder: Path, method: str) -> Recipe:
-    sections = {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}}
+def run_recipe(folder: Path, method: str, **train_options: Any) -> Recipe:
+    sections: dict[str, Any] = {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}, "train": train_options}
     return whole_recipe_of(folder, method, **sections)
 
 
@@ -75,7 +76,7 @@ def full(folder: Path) -> Any:
 
 
 def recomputed(folder: Path) -> Any:
-    return steps(folder, "full", train={"checkpointed_layers": 1, "max_steps": 4})
+    return steps(folder, "full", train={"checkpointed_layers": 1, **FEW})
 
 
 def few_rows(folder: Path) -> Any:
@@ -85,7 +86,7 @@ def few_rows(folder: Path) -> Any:
 
 def rounded(folder: Path) -> Any:
     """In bfloat16: float32 masters of the pieces."""
-    recipe = recipe_of(folder, "full", train={"max_steps": 4}).model_copy(update={"precision": "bfloat16"})
+    recipe = recipe_of(folder, "full", train=FEW).model_copy(update={"precision": "bfloat16"})
     with together_as(recipe, folder) as made:
         found = steps_of(made)
         return {**found, "types": sorted({str(tensor.dtype) for tensor in made.attachment.trained.values()})}
@@ -99,7 +100,7 @@ def counted_planted(folder: Path) -> Any:
         return right(state, batch, number, 30.0 if math.isinf(targets) else targets, *given)
 
     with patch.object(step, "_pass", run):
-        return steps(folder, "full")
+        return steps(folder, "full", train=FEW)
 
 
 def averaged_planted(folder: Path) -> Any:
@@ -108,7 +109,7 @@ def averaged_planted(folder: Path) -> Any:
         patch.object(FSDPModule, "set_gradient_divide_factor", lambda layer, factor: None),
         patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda layer, value: None),
     ):
-        return steps(folder, "full")
+        return steps(folder, "full", train=FEW)
 
 
 def own_norm_planted(folder: Path) -> Any:
@@ -118,7 +119,7 @@ def own_norm_planted(folder: Path) -> Any:
         return float(step.gradient_norm(state.attachment.trained.values()))
 
     with patch("tunesmith.training.loop.step_norm", own):
-        return steps(folder, "full", optim={"clip": 0.1})
+        return steps(folder, "full", train=FEW)
 
 
 def memory_ends(folder: Path) -> Any:
@@ -134,13 +135,13 @@ def memory_ends(folder: Path) -> Any:
         return steps(folder, "lora")
 
 
-def _train(folder: Path, name: str, method: str) -> str:
-    recipe = run_recipe(folder, method).model_copy(update={"shard": True})
+def _train(folder: Path, name: str, method: str, **train_options: Any) -> str:
+    recipe = run_recipe(folder, method, **train_options).model_copy(update={"shard": True})
     return str(train(recipe, root=folder / "root", out=folder / name).path)
 
 
 def run_lora(folder: Path) -> Any:
-    return _train(folder, "run-lora", "lora")
+    return _train(folder, "run-lora", "lora", **FEW)
 
 
 def run_full(folder: Path) -> Any:
