@@ -376,14 +376,22 @@ def saved_by_the_library(folder: Path) -> Any:
 
 
 TWELVE = "twelve.json"
+SPLIT = ("chats", "chat-full", "text", "masked", "classes", "classes-causal", "tags")
+"""Those whose layers can be split: LoRA and full tuning of causal models and encoders, with AdamW."""
 
 
-def twelve(folder: Path) -> Any:
+def twelve(folder: Path, **changes: Any) -> Any:
     """Every recipe of the file, one after the other in one group."""
     recipes = json.loads((folder.parent / TWELVE).read_text())
     found = {}
     for name, given in recipes.items():
         os.environ["TORCHELASTIC_RESTART_COUNT"] = name
-        with together_as(validate(given), folder) as made:
+        if changes and name not in SPLIT:
+            continue
+        with together_as(validate({**given, **changes}), folder) as made:
             found[name] = steps_of(made)
     return found
+
+
+def twelve_split(folder: Path) -> Any:
+    return twelve(folder, shard=True)

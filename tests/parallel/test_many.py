@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from parallel.group import start
-from parallel.scenarios import TWELVE, make_inputs, recipe_of, steps_of
+from parallel.scenarios import SPLIT, TWELVE, make_inputs, recipe_of, steps_of
 from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
 from tiny_run import tiny_recipe, values_of
 from tiny_tasks import task_recipe
@@ -96,6 +96,20 @@ def test_twelve_runs_take_the_same_steps(folder: Path, alone: dict[str, Any], si
         assert found[0]["losses"][0] == pytest.approx(expected["losses"][0], abs=1e-6), name
         largest = 1e-4 if name == "muon" else 1e-5
         assert found[0]["losses"] == pytest.approx(expected["losses"], abs=largest), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [2, 4])
+def test_runs_with_split_layers_take_the_same_steps(folder: Path, alone: dict[str, Any], size: int) -> None:
+    """float32, to 1e-6 at the first step; pieces of weights whose rows four ranks do not divide among them."""
+    ranks = start(folder / f"split-over-{size}", "twelve_split", size=size)
+    found = ranks[0]["twelve_split"]
+    assert set(found) == set(SPLIT)
+    print(json.dumps({name: f"{_away(one, alone[name]):.1e}" for name, one in found.items()}))
+    for name, one in found.items():
+        assert one["losses"][0] == pytest.approx(alone[name]["losses"][0], abs=1e-6), name
+        assert one["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5), name
 
 
 def _away(found: dict[str, Any], expected: dict[str, Any]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -23,13 +23,14 @@ ROWS: Sequence[Placement] = (Shard(0),)
 
 
 def shard_layers(world: World, model: nn.Module, body: nn.Module, layers: Sequence[nn.Module], *, device: str) -> None:
-    """Split the weights of `layers`, which lie in `body`, over all ranks; gradients are summed, not averaged.
+    """Split the weights of `layers`, which lie in `body`, over all ranks; gradients are summed in
+    float32, not averaged.
 
     A layer at a time is whole on the device. Every pass through `body` is then a meeting of all ranks.
     """
     world.mesh = init_device_mesh(torch.device(device).type, (world.size,))
     for layer in layers:
-        split: Any = fully_shard(layer, mesh=world.mesh)
+        split: Any = fully_shard(layer, mesh=world.mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         split.set_gradient_divide_factor(1.0)
         split.set_force_sum_reduction_for_comms(True)  # gloo knows no other factor
     inside = {id(weight) for layer in layers for weight in layer.parameters()}
