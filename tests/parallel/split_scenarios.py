@@ -31,7 +31,6 @@ from tunesmith.training.trainer import resume, train
 
 LOOKS = {"samples": 9, "sample_tokens": 2, "surprising": 8, "every": 4, "general": False}
 KILLED_AT = 4
-FEW = {"max_steps": 4}
 
 
 def make_inputs(folder: Path) -> None:
@@ -45,8 +44,8 @@ def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
     return whole_recipe_of(folder, method, **sections).model_copy(update={"shard": True})
 
 
-def run_recipe(folder: Path, method: str, **train_options: Any) -> Recipe:
-    sections: dict[str, Any] = {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}, "train": train_options}
+def run_recipe(folder: Path, method: str) -> Recipe:
+    sections = {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}}
     return whole_recipe_of(folder, method, **sections)
 
 
@@ -76,7 +75,7 @@ def full(folder: Path) -> Any:
 
 
 def recomputed(folder: Path) -> Any:
-    return steps(folder, "full", train={"checkpointed_layers": 1, **FEW})
+    return steps(folder, "full", train={"checkpointed_layers": 1, "max_steps": 4})
 
 
 def few_rows(folder: Path) -> Any:
@@ -86,7 +85,7 @@ def few_rows(folder: Path) -> Any:
 
 def rounded(folder: Path) -> Any:
     """In bfloat16: float32 masters of the pieces."""
-    recipe = recipe_of(folder, "full", train=FEW).model_copy(update={"precision": "bfloat16"})
+    recipe = recipe_of(folder, "full", train={"max_steps": 4}).model_copy(update={"precision": "bfloat16"})
     with together_as(recipe, folder) as made:
         found = steps_of(made)
         return {**found, "types": sorted({str(tensor.dtype) for tensor in made.attachment.trained.values()})}
@@ -100,7 +99,7 @@ def counted_planted(folder: Path) -> Any:
         return right(state, batch, number, 30.0 if math.isinf(targets) else targets, *given)
 
     with patch.object(step, "_pass", run):
-        return steps(folder, "full", train=FEW)
+        return steps(folder, "full")
 
 
 def averaged_planted(folder: Path) -> Any:
@@ -109,7 +108,7 @@ def averaged_planted(folder: Path) -> Any:
         patch.object(FSDPModule, "set_gradient_divide_factor", lambda layer, factor: None),
         patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda layer, value: None),
     ):
-        return steps(folder, "full", train=FEW)
+        return steps(folder, "full")
 
 
 def own_norm_planted(folder: Path) -> Any:
@@ -119,7 +118,7 @@ def own_norm_planted(folder: Path) -> Any:
         return float(step.gradient_norm(state.attachment.trained.values()))
 
     with patch("tunesmith.training.loop.step_norm", own):
-        return steps(folder, "full", train=FEW)
+        return steps(folder, "full", optim={"clip": 0.1})
 
 
 def memory_ends(folder: Path) -> Any:
@@ -135,13 +134,13 @@ def memory_ends(folder: Path) -> Any:
         return steps(folder, "lora")
 
 
-def _train(folder: Path, name: str, method: str, **train_options: Any) -> str:
-    recipe = run_recipe(folder, method, **train_options).model_copy(update={"shard": True})
+def _train(folder: Path, name: str, method: str) -> str:
+    recipe = run_recipe(folder, method).model_copy(update={"shard": True})
     return str(train(recipe, root=folder / "root", out=folder / name).path)
 
 
 def run_lora(folder: Path) -> Any:
-    return _train(folder, "run-lora", "lora", **FEW)
+    return _train(folder, "run-lora", "lora")
 
 
 def run_full(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from parallel.group import start
 from parallel.scenarios import steps_of
-from parallel.split_scenarios import FEW, KILLED_AT, make_inputs, run_recipe, whole_recipe_of
+from parallel.split_scenarios import KILLED_AT, make_inputs, run_recipe, whole_recipe_of
 from parallel.test_group import Found, _copy_until, both, losses
 from tunesmith.data.sampler import StepSampler
 from tunesmith.runs import checkpoint
@@ -44,12 +44,6 @@ def run_alone(folder: Path) -> Run:
 def found(folder: Path, run_alone: Run) -> Found:
     _copy_until(run_alone.path, folder / "from-one", step=10)
     return start(folder, *SCENARIOS, module="parallel.split_scenarios", killed=(1,))
-
-
-@pytest.fixture(scope="module")
-def few(folder: Path) -> dict[str, Any]:
-    """Four steps of one process."""
-    return alone(folder, "full", train=FEW)
 
 
 def alone(folder: Path, method: str, **sections: Any) -> dict[str, Any]:
@@ -91,22 +85,22 @@ def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
 
 # trap: D4, D14
 @pytest.mark.parametrize("bug", ["counted_planted", "averaged_planted"])
-def test_the_test_sees_passes_that_count_and_means_over_ranks(found: Found, few: dict[str, Any], bug: str) -> None:
+def test_the_test_sees_passes_that_count_and_means_over_ranks(found: Found, folder: Path, bug: str) -> None:
     for rank in both(found, bug):
-        assert len(rank["losses"]) == 4
+        assert len(rank["losses"]) == 18
         with pytest.raises(AssertionError):
-            assert_same_losses(rank, few)
+            assert_same_losses(rank, alone(folder, "full"))
 
 
-def test_gradients_are_clipped_by_the_norm_of_all_pieces(found: Found, few: dict[str, Any]) -> None:
+def test_gradients_are_clipped_by_the_norm_of_all_pieces(found: Found, folder: Path) -> None:
     for rank in both(found, "own_norm_planted"):
-        assert rank["norms"] != pytest.approx(few["norms"], rel=1e-2)
+        assert rank["norms"] != pytest.approx(alone(folder, "full")["norms"], rel=1e-2)
 
 
 # trap: D15
 def test_recomputed_layers_and_ranks_without_rows_change_nothing(found: Found, folder: Path) -> None:
     for name, train_options in (
-        ("recomputed", FEW),
+        ("recomputed", {"max_steps": 4}),
         ("few_rows", {"epochs": 1, "rows_per_step": 1, "max_steps": 3}),
     ):
         one = alone(folder, "full", train=train_options)
@@ -116,7 +110,7 @@ def test_recomputed_layers_and_ranks_without_rows_change_nothing(found: Found, f
 
 def test_pieces_in_bfloat16_have_masters_in_float32(found: Found, folder: Path) -> None:
     """bfloat16: losses of about 6 to its rounding; masters begin elsewhere in their cells."""
-    recipe = whole_recipe_of(folder, "full", train=FEW).model_copy(update={"precision": "bfloat16"})
+    recipe = whole_recipe_of(folder, "full", train={"max_steps": 4}).model_copy(update={"precision": "bfloat16"})
     one = steps_of(prepare(recipe, root=folder / "alone"))
     for rank in both(found, "rounded"):
         assert rank["types"] == ["torch.float32"]
