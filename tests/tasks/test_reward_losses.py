@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from export.exports import quick
 from tiny_run import model_folder
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
@@ -123,7 +124,8 @@ def own_reward(model: Any, ids: Any) -> float:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", LORA), ("causal", "full"), ("encoder", "full")])
-def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_path, kind, method):
+def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_path, monkeypatch, kind, method):
+    quick(monkeypatch)  # in another process: tests/training/test_preferences.py
     run = train(recipe_of(tmp_path, kind, method=method), root=tmp_path / "runs")
     said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
     loaded = load_run(run)
