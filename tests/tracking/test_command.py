@@ -14,6 +14,12 @@ from tunesmith.recipe.load import load, validate
 from tunesmith.tracking.sender import state_path
 
 
+def test_a_run_is_not_sent_to_none() -> None:
+    found = CliRunner().invoke(app, ["track", "RUN", "--to", "none"])
+    assert found.exit_code == 2
+    assert "--to: none: names no tracker" in " ".join(found.output.split())
+
+
 @pytest.mark.parametrize("words", [["train", "./model", "rows.jsonl", "--track"], ["track", "RUN", "--to"]])
 @pytest.mark.parametrize(("name", "message"), [("wandbb", "there is no such tracker"), ("wandb", "is missing")])
 def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(

@@ -32,15 +32,18 @@ def track(
     """
     remember_json(ctx, as_json)
     from tunesmith.cli.streams import console, json_line
-    from tunesmith.errors import TunesmithError
+    from tunesmith.errors import InputError, TunesmithError
     from tunesmith.runs.folder import Run
     from tunesmith.tracking.sender import SenderProcess, read_state, state_path
     from tunesmith.tracking.tracker import check_names
 
+    names = check_names(to)
+    if not names:
+        raise InputError("--to: none: names no tracker. Give tensorboard, wandb, mlflow or trackio.")
     found = Run.open(run, root)
     screen = console(stderr=as_json)
     failed = []
-    for name in check_names(to):
+    for name in names:
         if read_state(found, name).get("done"):
             place, path = read_state(found, name)["place"], state_path(found, name)
             screen.print(f"{name} has everything: {place}. To send all again, remove {path}.", soft_wrap=True)

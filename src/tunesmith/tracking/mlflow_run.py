@@ -33,7 +33,9 @@ def check(offline: bool) -> None:
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # of the library, of a database or of the network
-        raise InputError(f"mlflow: {uri}: cannot be used: {' '.join(str(error).split())[:300]} {way_out}") from error
+        raise InputError(
+            f"mlflow: {uri}: cannot be used: {' '.join(str(error).split())[:300].rstrip('.')}. {way_out}"
+        ) from error
 
 
 class MlflowRun:
