@@ -234,6 +234,7 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
     notes: list[str] = []
     serving = opened(*paths, notes=notes)
     assert list(serving.models) == ["dora", "rows", "full", "tokens", "first", "model-llama"]
+    assert [name for name, model in serving.models.items() if model.card.is_base] == ["model-llama"]
     assert len(serving.decoders) == 5
     for name, _, why in ALONE:
         assert any(note.startswith(f"{tmp_path / name}: {why}: it has a model of its own, ") for note in notes)

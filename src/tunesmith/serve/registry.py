@@ -328,7 +328,7 @@ def _card(loaded: LoadedModel, name: str, run: Run | None, answers: Modality) ->
         task=loaded.renderer.task_name,
         answers=answers,
         max_tokens=loaded.max_tokens,
-        is_base=run is None or run.model_path.exists(),
+        is_base=run is None,
         created=int(max(file.stat().st_mtime for file in files) if run is None else run.created),
         labels=loaded.labels.names if loaded.labels is not None else (),
         calls=tool_call_format(loaded.renderer.tokenizer) if TASKS[loaded.renderer.task_name].is_chat else None,
