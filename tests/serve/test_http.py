@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from serve.fake import FakeEngine
+from serve.fake import MODELS, FakeEngine
 from serve.running import Running, running
 from tunesmith.serve import request_schemas
+from tunesmith.serve.protocol import ModelCard
 from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBody
 
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
@@ -25,6 +27,32 @@ def test_classes_come_with_their_probabilities(server: Running) -> None:
     assert answer == {"object": "list", "model": "mood", "data": [{**line, "index": 0}, {**line, "index": 1}]}
     status, answer, _ = server.ask("POST", "/v1/classify", {"model": "mood", "input": [{"text": "a"}]})
     assert (status, answer["error"]["param"]) == (400, "input")
+
+
+class Orderer(FakeEngine):
+    """Serves a model of one number: that many characters has the document."""
+
+    async def classify(self, model, texts):
+        return [{"score": float(len(document))} for _, document in texts]
+
+
+def test_documents_come_in_the_order_of_their_scores():
+    order = ModelCard("order", "rank", "labels", 64, is_base=False, created=1)
+    with running(engine=Orderer(served=(*MODELS, order))) as server:
+        body = {"model": "order", "query": "a", "documents": ["ab", {"text": "abcd"}, ""]}
+        status, answer, _ = server.ask("POST", "/v1/rerank", body)
+        assert status == 200
+        found = [(one["index"], one["document"]["text"]) for one in answer["results"]]
+        assert found == [(1, "abcd"), (0, "ab"), (2, "")]
+        expected = [1 / (1 + math.exp(-length)) for length in (4, 2, 0)]
+        assert [one["relevance_score"] for one in answer["results"]] == pytest.approx(expected)
+        _, answer, _ = server.ask("POST", "/v1/rerank", {**body, "top_n": 1, "return_documents": False})
+        assert [sorted(one) for one in answer["results"]] == [["index", "relevance_score"]]
+        for documents in ([], ["a", 1]):
+            status, answer, _ = server.ask("POST", "/v1/rerank", {**body, "documents": documents})
+            assert (status, answer["error"]["code"]) == (400, "invalid_value")
+        status, answer, _ = server.ask("POST", "/v1/rerank", {**body, "model": "mood"})
+        assert (status, answer["error"]["code"]) == (400, "wrong_route")
 
 
 def test_health_and_metrics(server: Running) -> None:

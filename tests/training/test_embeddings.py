@@ -27,6 +27,7 @@ from tunesmith.recipe.schema import Data
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
+from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 from tunesmith.types import Problem
@@ -216,6 +217,12 @@ def test_two_processes_have_the_negatives_of_both(tmp_path):
     assert [one["grad_norm"] for one in of_two] == pytest.approx([one["grad_norm"] for one in of_one], rel=1e-3)
     last = [[one for one in run.events() if one.kind == "evaluation"][-1].values for run in (Run(out), alone)]
     assert last[0]["measures"]["recall_1"] == last[1]["measures"]["recall_1"]
+
+
+def test_its_proofs_hold_on_a_model(tmp_path):
+    proofs = list(selftest(recipe_of(tmp_path, dropout=0.0), offline=True))
+    assert [proof.found for proof in proofs if not proof.passed] == []
+    assert len(proofs) >= 3
 
 
 def test_predict_writes_the_vectors_of_anchors(tmp_path):

@@ -21,6 +21,8 @@ from tunesmith.inference.load import load_any
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.recipe.retrieval import Rank
 from tunesmith.recipe.schema import Data
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.registry import open_registry
 from tunesmith.tasks.ranking_losses import ranking_losses
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
@@ -135,3 +137,16 @@ def test_rows_have_a_query_and_its_documents_apart(tmp_path):
     begin = int(row.values[0])
     assert row.second == begin + 1  # behind the mark between both texts
     assert setup.renderer.tokenizer.decode(row.ids[1:begin]) == record["query"]
+
+
+def test_a_run_orders_documents_when_it_is_served(tmp_path):
+    sections = {"train": {"epochs": 6}, "optim": {"lr": 5e-3}}
+    run = train(task_recipe(tmp_path, "rank", "encoder", rows=60, **sections), root=tmp_path / "runs")
+    registry = open_registry([str(run.path)], root=tmp_path, options=EngineOptions(), note=lambda text: None)
+    (model,) = registry.models.values()
+    good, bad = model.classify([("Ada in Rome", "apple pear"), ("Ada in Rome", "Rome Oslo")])
+    assert (model.card.answers, model.card.labels) == ("labels", ())
+    assert good["score"] > bad["score"]
+    last = [one.values["measures"] for one in run.events() if one.kind == "evaluation"][-1]
+    assert last["ndcg_10"]["value"] > 0.9
+    assert json.loads((run.path / "report.json").read_text("utf-8"))["baseline"]["name"] == "BM25"
