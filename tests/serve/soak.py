@@ -24,7 +24,7 @@ WARM_UP = 0.2
 """Share of the asks before memory is compared: allocators and caches fill until then."""
 WINDOWS = 5
 FLAT = 0.05
-POLL_S = 0.1
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,18 @@ class Watch:
             thread.join()
 
     def windows(self, name: str) -> list[float]:
-        """The median of each stretch of the work after the warm-up, in MiB."""
+        """The median of each stretch of the work after the warm-up that was seen, in MiB."""
         found: list[list[int]] = [[] for _ in range(WINDOWS)]
         for done, held in self.seen[name]:
             place = int((done - WARM_UP) / (1 - WARM_UP) * WINDOWS)
             if done >= WARM_UP:
                 found[min(place, WINDOWS - 1)].append(held)
-        return [median(some) / 2**20 for some in found]
+        return [median(some) / 2**20 for some in found if some]
 
     def assert_flat(self) -> None:
         """No stretch holds more than 5 % more than another."""
         for name in self.seen:
             held = self.windows(name)
             print(f"{name}: {', '.join(f'{one:.1f}' for one in held)} MiB")
+            assert len(held) > 1, f"{name} was seen in {len(held)} of {WINDOWS} stretches: make more requests"
             assert max(held) <= (1 + FLAT) * min(held), f"the memory of {name} grows: {held}"
