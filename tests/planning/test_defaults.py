@@ -83,3 +83,18 @@ def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, ro
     recipe, choices = decide(validate({**given, "train": {"epochs": 1, "rows_per_step": 16}}), facts)
     assert recipe.checkpoint.every == every
     assert next(choice.reason for choice in choices if choice.key == "checkpoint.every") == reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "tokens"),
+    [
+        (5000, {"task": "embed"}, 128 * 50),  # a step in one pass needs no forward to look first
+        (5000, {"task": "embed", "embed": {"loss": "cosine"}}, 2048),  # each row by itself
+        (5000, {"task": "embed", "train": {"rows_per_step": 2000}}, 2048),
+        (5000, {"task": "prefer", "prefer": {"loss": "kto"}, "train": {"rows_per_step": 64}}, 64 * 50),
+        (5000, {"task": "prefer", "prefer": {"loss": "dpo"}, "train": {"rows_per_step": 64}}, 2048),
+        (100, {"task": "embed"}, 2048),
+    ],
+)
+def test_a_step_whose_rows_are_compared_is_one_pass_where_it_is_small(rows, recipe, tokens):
+    assert decided(rows, **recipe)[0].train.tokens_per_pass == tokens

@@ -50,6 +50,8 @@ SAFE_SECONDS = 30.0
 """Training time that a crash may cost."""
 FEW_LOOKS = 200
 """Training rows measured after training even if that is more than a third of those trained on."""
+MOST_IN_ONE = 32_768
+"""Most tokens of a step that is computed in one pass for the sake of its loss."""
 UNBOUNDED_TOKENS = 512
 """Longest row for a model that names no limit, as T5 was trained."""
 
@@ -276,6 +278,11 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     longest = int(facts.lengths_I.max())
     usual = 8192 if facts.device.startswith("cuda") else 2048
+    task, rows = TASKS[resolved(recipe.task)], resolved(recipe.train.rows_per_step)
+    if task.bound is not None and task.bound(task, recipe, None).look is not None:
+        step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
+        if max(usual, longest) < step <= MOST_IN_ONE:
+            return step, "about a whole step, which is computed once then: of several passes it needs one forward more"
     if longest > usual:
         return longest, f"the longest row has {plural(longest, 'token')}"
     return usual, f"fills the matrix products of {facts.device}; the longest row has {plural(longest, 'token')}"
