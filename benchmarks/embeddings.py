@@ -32,7 +32,7 @@ def add_embeddings(verbs: Any) -> None:
     add("--steps", type=int, default=24, help="updates of ours")
     add("--peer-steps", type=int, default=12, help="of these the first ones, which the peer takes too")
     add("--rows-per-step", type=int, default=256)
-    add("--tokens-per-pass", type=int, default=1024, help="ours")
+    add("--tokens-per-pass", default="auto", help="ours; auto: a whole step in one, as far as memory allows")
     add("--mini-batch", type=int, default=32, help="the peer's, in texts")
     add("--lr", type=float, default=1e-4)
     add("--documents", type=int, default=4000, help="among which held-out terms look for their description")
