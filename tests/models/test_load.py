@@ -197,3 +197,11 @@ def test_weights_are_read_straight_onto_a_card(folder, monkeypatch, device, expe
         load_model(resolve_model(str(folder), offline=True), dtype=torch.bfloat16, device=device)
     kept = ("device_map", "quantization_config")
     assert {name: value for name, value in asked[0].items() if name in kept} == expected
+
+
+def test_whoever_loads_a_model_gives_way_to_other_programs(folder, monkeypatch):
+    """Met once: `serve` waited for threads that had no core, 88 s in place of 12."""
+    calls = []
+    monkeypatch.setattr(load.contention, "watch", lambda: calls.append("watch"))
+    load_model(resolve_model(str(folder)), **HOW)
+    assert calls == ["watch"]

@@ -29,7 +29,6 @@ from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.output import OutputFile
 from tunesmith.inference.rows import Answered, Counts, Line, RowStream, read_file, read_list, read_pipe
-from tunesmith.models import contention
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
@@ -62,7 +61,6 @@ class Predictor:
     """Probability above which a class holds where any number can, or from which on the second of two is answered."""
 
     def __post_init__(self) -> None:
-        contention.watch()
         if self.loaded.head == "masked_token":
             raise InputError(
                 "predict: this model fills in masked tokens: it has no answer to a row. Its measures: tunesmith eval."

@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import (
 
 from tunesmith.errors import ModelError
 from tunesmith.formatting import listed
-from tunesmith.models import heads
+from tunesmith.models import contention, heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
 from tunesmith.models.modes import silence_transformers
@@ -186,6 +186,7 @@ def load_model(
     Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
     has no such head for the model.
     """
+    contention.watch()  # whoever loads a model computes with it, next to whatever else runs on the machine
     # Reading a GGUF's config takes as long as its weights; it has neither labels nor an architecture without heads.
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)

@@ -28,7 +28,7 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.formatting import size
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
-from tunesmith.models import attention, contention, load, machine
+from tunesmith.models import attention, load, machine
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
@@ -214,7 +214,6 @@ def _resolve(
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
-    contention.watch()
     method = recipe.method
     model = load.load_model(
         inputs.located,
