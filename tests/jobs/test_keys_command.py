@@ -50,3 +50,10 @@ def test_faults_are_said_with_exit_code_2(tmp_path: Path) -> None:
     ):
         where = [] if "--store" in words else ["--store", tmp_path]
         assert run(*words, *where)[0] == 2, words
+
+
+@pytest.mark.parametrize("words", [("list",), ("revoke", "key-abc")])
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, words: tuple[str, ...]) -> None:
+    place = tmp_path / "jbos"
+    assert run(*words, "--store", place)[0] == 2
+    assert not place.exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.options import Json, remember_json
 from tunesmith.cli.serve import StorePlace
+from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
     from tunesmith.jobs.store import Store
@@ -24,11 +26,13 @@ KeyName = Annotated[str, typer.Argument(metavar="KEY", help="The key's id, as `k
 COLUMNS = ("id", "project", "state", "scopes", "created_at", "expires_at", "used_at", "label")
 
 
-def _open(place: str) -> Store:
-    """The store, also while a server works on it."""
+def _open(place: str, *, is_new: bool = False) -> Store:
+    """The store, also while a server works on it. Raises InputError where none is, unless it may be a new one."""
     from tunesmith.cli.server import JobPlace, import_jobs
 
     import_jobs()
+    if not is_new and "://" not in place and not Path(place).is_dir():
+        raise InputError(f"--store {place}: there is no store. Name the folder that `tunesmith serve --jobs` uses.")
     return JobPlace(place, None).open(lambda text: None, is_server=False)
 
 
@@ -46,7 +50,7 @@ def create(
     tunesmith keys create --project support --scope jobs.write --scope files.write --days 90
     """
     remember_json(ctx, as_json)
-    opened = _open(store)
+    opened = _open(store, is_new=True)
     from tunesmith.jobs.access import create_key
 
     try:
