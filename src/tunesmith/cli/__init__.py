@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from tunesmith.cli.signals import leave_at_once
+
 
 def main() -> None:
     """Run the command line; exits with 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
+    leave_at_once()  # before anything else is imported: on a busy machine each import is a moment for Ctrl-C
     import os
     import sys
     import warnings
 
-    from tunesmith.cli.signals import leave_at_once
     from tunesmith.cli.streams import closing_words, prepare_streams
 
-    leave_at_once()
     prepare_streams()
     from tunesmith.cli.app import app
     from tunesmith.environment import prepare_environment
