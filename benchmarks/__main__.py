@@ -23,7 +23,9 @@ from benchmarks.group import add_group
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
 from benchmarks.preferences import add_preferences
+from benchmarks.reranker import add_reranker
 from benchmarks.results import Result
+from benchmarks.rewards import add_rewards
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
 from benchmarks.train_command import add_train
 from benchmarks.whole import add_whole
@@ -135,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     add_embeddings(verbs)
     add_methods(verbs)
     add_preferences(verbs)
+    add_reranker(verbs)
+    add_rewards(verbs)
     planning.add_parser(verbs)
     add_whole(verbs)
     return parser

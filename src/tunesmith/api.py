@@ -161,6 +161,7 @@ def evaluate(
     base: bool = False,
     task: TaskName | None = None,
     samples: int | None = None,
+    judge: Run | str | PathLike[str] | None = None,
     root: str | PathLike[str] = "runs",
     model: str | PathLike[str] | None = None,
     offline: bool = False,
@@ -168,8 +169,9 @@ def evaluate(
     """The measures of the task on answered rows, each as {"value", "low", "high"}: its 95 % interval.
 
     `data` is a file, or rows: a list of mappings, a pandas or a `datasets` table. `samples` rows are answered, and the
-    answers measured; None: 50 for the tasks chat, generate and summarize. `model`: where the model that a run was made
-    from is now, if it was moved.
+    answers measured; None: 50 for the tasks chat, generate and summarize. `judge`, a run of task reward or a model that
+    writes, adds the rates at which answers of the run win against those from before; rows may then be prompts alone.
+    `model`: where the model that a run was made from is now, if it was moved.
     """
     if not isinstance(data, (str, PathLike)) and not is_rows(data):
         raise InputError(
@@ -177,11 +179,10 @@ def evaluate(
         )
     where = _where(target, model)
     speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
-    if not is_rows(data):
-        with _problems_named():
-            return evaluate_file(speaker, fspath(data), samples=samples, offline=offline).measures
+    arbiter = None if judge is None else load_any(_name(judge), root=Path(root), offline=offline)
     with _problems_named(), TemporaryDirectory(prefix="tunesmith-") as folder:
-        return evaluate_file(speaker, str(write_rows(data, Path(folder))), samples=samples).measures
+        path = str(write_rows(data, Path(folder))) if is_rows(data) else fspath(data)
+        return evaluate_file(speaker, path, samples=samples, judge=arbiter, offline=offline).measures
 
 
 def load(

@@ -72,6 +72,8 @@ class Pooling:
     """Put in front of a text that searches."""
     document_prompt: str = ""
     """Put in front of a text that is found."""
+    include_prompt: bool = True
+    """Pool the tokens of a prompt too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiny_tasks import task_recipe
-from tunesmith.errors import InputError
+from tiny_tasks import task_recipe, write
+from tunesmith.api import evaluate
+from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.win_rates import win_rates
 from tunesmith.inference.judge import judged
 from tunesmith.inference.load import load_any, load_model
@@ -101,6 +102,26 @@ def test_a_judge_that_writes_is_asked_in_both_orders(root, monkeypatch):
     assert "3 ties" in note
     says(monkeypatch, lambda question: "Both are fine.")
     assert "3 ties" in judged(judge, prompts, before, after)[1]
+
+
+def test_prompts_alone_are_judged_and_nothing_else_is_measured(root, tmp_path):
+    rows = [json.loads(line) for line in (root / "chat-held.jsonl").read_text().splitlines()]
+    prompts = [{"messages": row["messages"][:1]} for row in rows]
+    run, judge = run_of(root, "chat"), run_of(root, "reward")
+    found = evaluate_file(run, str(write(tmp_path / "prompts.jsonl", prompts)), samples=4, judge=judge)
+    assert found.measures.keys() == {"win_rate", "win_rate_alike"}
+    assert len(found.samples) == found.num_rows == 4
+    assert "4 prompts judged by" in found.notes[-1]
+    answered = evaluate_file(run, str(write(tmp_path / "rows.jsonl", rows)), samples=8, judge=judge)
+    alone = evaluate(run.run, prompts, samples=8, judge=judge.run, root=root / "runs")
+    assert alone["win_rate"]["value"] == answered.measures["win_rate"]["value"]
+
+
+def test_a_file_with_prompts_and_one_answer_is_measured_as_ever(root, tmp_path):
+    rows = [json.loads(line) for line in (root / "chat-held.jsonl").read_text().splitlines()]
+    mixed = write(tmp_path / "mixed.jsonl", [*({"messages": row["messages"][:1]} for row in rows[1:]), rows[0]])
+    with pytest.raises(DataError, match="make rows unusable"):
+        evaluate_file(run_of(root, "chat"), str(mixed), judge=run_of(root, "reward"))
 
 
 def test_who_can_neither_judge_nor_be_judged_is_refused(root, tmp_path):

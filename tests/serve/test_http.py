@@ -32,11 +32,15 @@ def test_classes_come_with_their_probabilities(server: Running) -> None:
 class Orderer(FakeEngine):
     """Serves a model of one number: that many characters has the document."""
 
+    key = "score"
+
     async def classify(self, model, texts):
-        return [{"score": float(len(document))} for _, document in texts]
+        return [{self.key: float(len(document))} for _, document in texts]
 
 
-def test_documents_come_in_the_order_of_their_scores():
+@pytest.mark.parametrize("key", ["score", "reward", "label"])
+def test_documents_come_in_the_order_of_their_scores(key, monkeypatch):
+    monkeypatch.setattr(Orderer, "key", key)
     order = ModelCard("order", "rank", "labels", 64, is_base=False, created=1)
     with running(engine=Orderer(served=(*MODELS, order))) as server:
         body = {"model": "order", "query": "a", "documents": ["ab", {"text": "abcd"}, ""]}

@@ -17,7 +17,7 @@ REQUIRED = {
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in range(1, 9)),
     *("M1", "M2", "M3"),  # what a measure proves
-    *(f"P{n}" for n in range(1, 28)),  # preferences, rewards, vectors
+    *(f"P{n}" for n in range(1, 29)),  # preferences, rewards, vectors
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")

@@ -234,6 +234,27 @@ def test_the_test_sees_dropout_that_is_drawn_anew(tmp_path, monkeypatch):
         assert_the_gradient_is_that_of_one_graph(tmp_path, "full")
 
 
-def test_a_vector_has_length_one_in_bfloat16_too():  # trap: P26
-    vector = F.normalize(torch.randn(384, generator=torch.Generator().manual_seed(0)).bfloat16().float(), dim=-1)
-    assert abs(float(vector @ vector) - 1) < 1e-6
+@pytest.fixture(scope="module")
+def bfloat16_setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return setup_of(tmp_path_factory.mktemp("bfloat16"), "ranking", tokens=96, precision="bfloat16")
+
+
+def assert_vectors_have_length_one(setup: Setup) -> None:  # trap: P26
+    batch = setup.collator.batch(setup.plan.step(1)[0], draw=1)
+    with torch.no_grad():
+        vectors = embedding_losses.embed(setup.model, batch, setup.recipe.embed)
+    assert vectors.dtype == torch.float32
+    assert float((vectors.double().norm(dim=-1) - 1).abs().max()) < 1e-6
+
+
+def test_a_vector_has_length_one_in_bfloat16_too(bfloat16_setup):
+    assert next(bfloat16_setup.model.parameters()).dtype == torch.bfloat16
+    assert_vectors_have_length_one(bfloat16_setup)
+
+
+def test_the_test_sees_vectors_that_are_scaled_in_bfloat16(bfloat16_setup, monkeypatch):
+    monkeypatch.setattr(
+        F, "normalize", lambda v, dim: (v.bfloat16() / v.bfloat16().norm(dim=dim, keepdim=True)).float()
+    )
+    with pytest.raises(AssertionError):
+        assert_vectors_have_length_one(bfloat16_setup)

@@ -7,6 +7,7 @@ import math
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tunesmith.data.branches import join, line_tokens, lines_of
 from tunesmith.data.drafts import Draft
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.recipe.preferences import Prefer
-from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
+from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, line_logps, pair_losses
 from tunesmith.types import Row, Source
 
 PEER = json.loads((Path(__file__).parent / "trl_losses.json").read_text("utf-8"))
@@ -121,32 +122,51 @@ def test_the_margin_of_a_row_adds_to_that_of_the_recipe():
 
 
 # trap: P19
-@pytest.mark.parametrize(("mean", "digits"), [(-1e-8, 1e-6), (-1e-3, 1e-12), (-0.6931, 1e-12), (-50.0, 1e-12)])
-def test_odds_keep_their_digits(mean, digits):
+@pytest.mark.parametrize("mean", [-1e-8, -1e-3, -0.6931, -50.0])
+def test_odds_keep_their_digits(mean):
+    assert_odds_keep_their_digits(mean)
+
+
+def test_odds_in_one_form_would_be_seen(monkeypatch):
+    def plain(pairs: Pairs) -> torch.Tensor:
+        mean_B2 = pairs.s_B2 / pairs.n_B2
+        return mean_B2 - torch.log(1 - mean_B2.exp())
+
+    monkeypatch.setattr("tunesmith.tasks.preference_losses._log_odds", plain)
+    with pytest.raises(AssertionError):
+        assert_odds_keep_their_digits(-1e-8)
+
+
+def assert_odds_keep_their_digits(mean: float) -> None:
     """log(1 − p): near p = 1 by log(−expm1), far from it by log1p(−exp)."""
     pairs = pairs_of([[mean, -1.0]], [[1, 1]], [[0, 0]])
     pairs.s_B2.requires_grad_()
     loss, scaled = pair_losses(pairs, Prefer(loss="orpo", nll=0, beta=1))
     exact = mean - (math.log(-math.expm1(mean)) if mean > -0.5 else math.log1p(-math.exp(mean)))
     other = -1.0 - math.log1p(-math.exp(-1.0))
-    assert scaled.item() == pytest.approx(exact - other, rel=digits)
+    assert scaled.item() == pytest.approx(exact - other, rel=1e-12)
     loss.sum().backward()
     assert torch.isfinite(pairs.s_B2.grad).all()
 
 
 # trap: P20
-def test_sums_of_long_answers_keep_their_digits():
+def test_sums_of_long_answers_keep_their_digits(monkeypatch):
     """Float32 sums of 4,096 tokens would lose the difference of two answers that differ in the last one."""
     values = np.random.default_rng(0).uniform(-3, 0, 4096).astype(np.float32)
-    exact = sum(map(Fraction, values.tolist()))
-    places = torch.zeros(4096, dtype=torch.int64)
-    wide, narrow = (
-        torch.zeros(1, dtype=dtype).index_add(0, places, torch.tensor(values).to(dtype)).item()
-        for dtype in (torch.float64, torch.float32)
-    )
-    assert abs(Fraction(wide) - exact) < Fraction(1, 10**9)
+    monkeypatch.setattr("tunesmith.models.forward.hidden_states", lambda model, batch: torch.zeros(4096, 1))
+    output: Any = SimpleNamespace(belongs_to=lambda model: True, log_probs=lambda *_: torch.tensor(values))
+
+    def assert_exact(dtype: torch.dtype) -> None:
+        whole = torch.arange(4096)
+        batch: Any = SimpleNamespace(predict_N=whole, targets_N=whole, line_of_N=whole * 0, lengths=(4097,),
+                                     values_BV=torch.zeros(1, 3, dtype=dtype))  # fmt: skip
+        s_L, n_L = line_logps(torch.nn.Identity(), batch, output)
+        assert abs(Fraction(s_L.item()) - sum(map(Fraction, values.tolist()))) < Fraction(1, 10**9)
+        assert n_L.tolist() == [4096]
+
+    assert_exact(torch.float64)
     with pytest.raises(AssertionError):
-        assert abs(Fraction(narrow) - exact) < Fraction(1, 10**9)
+        assert_exact(torch.float32)
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES)

@@ -16,6 +16,7 @@ from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of, partners_of
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import DataError, RecipeError, Stopped
+from tunesmith.evaluation.report.plots import answer_plots
 from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import row_baseline
 from tunesmith.inference.load import load_run
@@ -234,3 +235,11 @@ def test_accuracy_is_that_of_wanted_against_unwanted_answers():
     baseline = row_baseline(rows, details["constant"])
     assert "longer answer" in baseline["words"]
     assert baseline["measures"]["preference_accuracy"]["value"] == 1.0
+    assert details["sides"] == {
+        "wanted": [[9.0, 1.0], [9.0, 1.0], [9.0, 0.0]], "not wanted": [[3.0, 0.0], [3.0, 0.0], [3.0, 1.0]],
+    }  # fmt: skip
+    margins, by_length = answer_plots(details)
+    assert "not wanted" in margins.svg
+    assert "tokens of the answer" in by_length.svg
+    one_sided = score([row for row in rows if row["wanted"]])[1]
+    assert len(answer_plots(one_sided)) == 2

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from parallel.test_agent import TUNESMITH, begin, end, train_words
 from shape.tree import ROOT
 from tiny_tasks import encoder_folder, rows_of, task_recipe, write, write_pooling
+from tunesmith.data.branches import lines_of
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluation.metrics import METRICS
@@ -130,6 +132,36 @@ def _without_prompts(embedder: Any, texts: list[str], **how: Any) -> Any:
     return vectors.tolist(), 0
 
 
+def assert_a_prompt_is_left_out(folder: Path) -> None:  # trap: P28
+    base = encoder_folder(folder / "model", dropout=0.0)
+    write_pooling(base, {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    run = train(recipe_of(folder, model=str(base), embed=PROMPTS), root=folder / "runs")
+    assert not find_pooling(run.model_path).include_prompt
+    store = prepare(recipe_of(folder, model=str(base), embed=PROMPTS), root=folder / "runs").store
+    anchor, positive = lines_of(store.row(0))
+    assert (
+        anchor.trained.tolist()
+        == positive.trained.tolist()[: len(anchor.ids)]
+        == [False] * 3 + [True] * (len(anchor.ids) - 3)
+    )
+    model, tokenizer = (of.from_pretrained(run.model_path) for of in (AutoModel, AutoTokenizer))
+    with torch.no_grad():
+        hidden = model.eval()(**tokenizer("red : Ada in Rome", return_tensors="pt")).last_hidden_state[0]
+    mean = hidden[3:].mean(0)  # behind [CLS], red and the colon
+    np.testing.assert_allclose(vectors_of(run, ["Ada in Rome"], is_query=True)[0], mean / mean.norm(), atol=1e-6)
+
+
+def test_a_prompt_that_the_model_does_not_pool_is_left_out(tmp_path):
+    assert_a_prompt_is_left_out(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["data.embedding", "serve.served_model"])
+def test_the_test_sees_a_prompt_in_the_mean(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(f"tunesmith.{place}.first_pooled", lambda *_: 0)
+    with pytest.raises(AssertionError):
+        assert_a_prompt_is_left_out(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
 def test_an_adapter_is_merged_and_proven(tmp_path, kind):
     run = train(recipe_of(tmp_path, kind, method="lora"), root=tmp_path / "runs")
@@ -184,15 +216,17 @@ print(json.dumps({
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("include_prompt", [True, False])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
-def test_sentence_transformers_answers_alike(tmp_path, kind, pooling):
+def test_sentence_transformers_answers_alike(tmp_path, kind, pooling, include_prompt):
     python = ROOT / ".peers" / "st" / "bin" / "python"
     if not python.exists():
         pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
     torch.manual_seed(0)
     prompts = PROMPTS if kind == "encoder" else {"query_prompt": "find: ", "document_prompt": "text: "}
-    run = train(recipe_of(tmp_path, kind, embed={**prompts, "pooling": pooling}), root=tmp_path / "runs")
+    options = {**prompts, "pooling": pooling, "include_prompt": include_prompt}
+    run = train(recipe_of(tmp_path, kind, embed=options), root=tmp_path / "runs")
     texts = ["Ada in Rome", "the big old apple", "a"]
     said = subprocess.run(
         [python, "-c", PEER, run.model_path, json.dumps(texts)], check=True, capture_output=True, text=True

@@ -21,6 +21,8 @@ from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wa
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
+from tunesmith.data.drafts import LengthLimit
+from tunesmith.data.prefixes import share_prefixes
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
 from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import preference_notes, row_baseline
@@ -79,14 +81,15 @@ def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
             assert norm == pytest.approx(first_norm, rel=1e-4)
 
 
-def own_logps(model: Any, row: Any) -> list[float]:
+def own_logps(model: Any, row: Any, *, before: int = 1) -> list[float]:
     """Each line alone, its logits whole: what predicts a token is the position before it."""
     found = []
     for line in lines_of(row):
         ids = torch.from_numpy(line.ids.astype("int64"))
         with torch.no_grad():
-            logps = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
-        found.append(float(logps.gather(1, ids[1:, None])[torch.from_numpy(line.trained[1:])].sum()))
+            logps = torch.log_softmax(model(ids[None]).logits[0].double(), -1)
+        trained = torch.from_numpy(line.trained).nonzero()[:, 0]
+        found.append(float(logps[trained - before].gather(1, ids[trained, None]).sum()))
     return found
 
 
@@ -104,11 +107,13 @@ def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, 
     with eval_mode(setup.model):
         found = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
         expected = [own_logps(load_plain(recipe.model), setup.store.row(row)) for row in rows]
+        with_prompt = [own_logps(load_plain(recipe.model), shifted(setup.store.row(row))) for row in rows]
+        off_by_one = [own_logps(load_plain(recipe.model), setup.store.row(row), before=0) for row in rows]
     ours = [result["logps"] for result in found]
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
-    late = [own_logps(load_plain(recipe.model), shifted(setup.store.row(row))) for row in rows]
-    with pytest.raises(AssertionError):
-        np.testing.assert_allclose(ours, late, rtol=1e-4)
+    for planted in (with_prompt, off_by_one):
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(ours, planted, rtol=1e-4)
 
 
 def load_plain(folder: str) -> Any:
@@ -158,6 +163,18 @@ def test_a_likelihood_by_the_tokens_of_a_pass_would_be_seen(tmp_path, monkeypatc
 
 
 # trap: P1
+def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tmp_path):
+    recipe = recipe_of(tmp_path, method="full")
+    setup = prepare(recipe, root=tmp_path / "runs")
+    run = train(recipe, root=tmp_path / "runs")
+    kept = reference._read(next(run.rows_path.glob("train/*.reference")))
+    rows = [setup.store.row(int(i)) for i in setup.rows.train_rows[:4]]
+    base, tuned = ([own_logps(load_plain(str(place)), row) for row in rows] for place in (recipe.model, run.model_path))
+    np.testing.assert_allclose(kept[:4], base, rtol=1e-4)
+    with pytest.raises(AssertionError):  # a reference that moves with the model
+        np.testing.assert_allclose(kept[:4], tuned, rtol=1e-4)
+
+
 def test_stopped_and_resumed_it_is_the_same_run(tmp_path):
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
     straight = train(recipe, root=tmp_path / "straight")
@@ -209,11 +226,13 @@ def test_a_reference_of_another_model_ends_the_run_before_an_update(tmp_path, mo
 
 
 # trap: P2
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])  # a number that attention reads, and modules
 @pytest.mark.parametrize("is_off", [True, False])
-def test_dropout_of_the_model_is_off(tmp_path, is_off, monkeypatch):
+def test_dropout_of_the_model_is_off(tmp_path, is_off, arch, monkeypatch):
     if not is_off:
         monkeypatch.setattr("tunesmith.training.setup.disable_dropout", lambda model: None)
-    setup = prepare(recipe_of(tmp_path, dropout=0.3), root=tmp_path / "runs")
+    folder = model_folder(tmp_path / arch, arch, dropout=0.3)
+    setup = prepare(recipe_of(tmp_path).model_copy(update={"model": str(folder)}), root=tmp_path / "runs")
     setup.model.train()
     batch = setup.collator.batch([int(i) for i in setup.rows.train_rows[:4]], draw=1)
     with nullcontext() if is_off else pytest.raises(AssertionError):
@@ -227,6 +246,21 @@ def assert_repeats(setup: Any, batch: Any) -> None:
 
 # trap: P11
 def test_the_stem_is_computed_once(tmp_path):
+    assert_sharing_changes_nothing(tmp_path)
+
+
+def test_branches_that_do_not_go_on_where_the_stem_ends_would_be_seen(tmp_path, monkeypatch):
+    def laid_on(batch: Any, rows: Any) -> Any:
+        made = share_prefixes(batch, rows)
+        return replace(made, positions_BT=torch.arange(made.ids_BT.shape[1])[None])
+
+    monkeypatch.setattr("tunesmith.data.collate.share_prefixes", laid_on)
+    monkeypatch.setattr("tunesmith.training.setup.disagreement", lambda *args: None)
+    with pytest.raises(AssertionError):
+        assert_sharing_changes_nothing(tmp_path)
+
+
+def assert_sharing_changes_nothing(tmp_path: Path) -> None:
     rows = rows_of("prefer", 24)
     for row in rows:
         row["prompt"][0]["content"] += " the big red old" * 8
@@ -259,6 +293,17 @@ def test_options_that_would_change_what_is_compared_are_refused(tmp_path, sectio
 
 # trap: P8
 def test_a_side_that_is_too_long_is_an_error_by_line(tmp_path):
+    assert_a_long_side_is_refused(tmp_path)
+
+
+def test_a_side_that_is_cut_would_be_seen(tmp_path, monkeypatch):
+    real = LengthLimit.fit
+    monkeypatch.setattr(LengthLimit, "fit", lambda limit, *of: real(replace(limit, too_long="cut"), *of))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        assert_a_long_side_is_refused(tmp_path)
+
+
+def assert_a_long_side_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         train(recipe_of(tmp_path, data={"max_tokens": 24}), root=tmp_path / "runs")
     assert any(problem.code == "too_long" and problem.message.startswith(("chosen:", "rejected:"))
@@ -384,6 +429,26 @@ def test_the_model_and_rows_prove_themselves(tmp_path):
     proofs = list(selftest(recipe_of(tmp_path)))
     assert len(proofs) == 4
     assert all(proof.passed for proof in proofs), proofs
+
+
+# trap: P14
+def test_labels_the_wrong_way_round_turn_every_accuracy_round():
+    """A model that learnt swapped labels loses as many pairs as it would have won, and is below both habits."""
+    rows = [
+        {"hash": f"{i:x}", "loss": 0.5, "count": 1, "lengths": [9, 3] if i % 2 else [3, 9], "reference": [-9.0, -9.0],
+         "logps": [-9.0, -9.0], "margin": 2.0 if i % 8 else -2.0}
+        for i in range(40)
+    ]  # fmt: skip
+    swapped = [{**row, "margin": -row["margin"]} for row in rows]
+    accuracies = [score(some)[0]["preference_accuracy"]["value"] for some in (rows, swapped)]
+    assert accuracies == [0.875, 0.125]
+    assert_flip_is_noted(swapped)
+    with pytest.raises(AssertionError):
+        assert_flip_is_noted(rows)
+
+
+def assert_flip_is_noted(rows: list[dict[str, Any]]) -> None:
+    assert "the wrong way round" in "".join(preference_notes(score(rows)[0]))
 
 
 # trap: P14, P16

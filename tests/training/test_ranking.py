@@ -94,11 +94,12 @@ def test_what_cannot_be_learnt_is_an_error_by_line(tmp_path, row, code):
     assert [(one.source.line, one.code) for one in found] == [(1, code)]
 
 
-def test_one_micro_batch_is_as_many(tmp_path):
+@pytest.mark.parametrize("loss", ["pointwise", "listwise", "pairwise"])
+def test_one_micro_batch_is_as_many(tmp_path, loss):
     found = []
     for name, tokens in (("one", 4096), ("many", 40)):
         (tmp_path / name).mkdir()
-        sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "ranking": {"loss": "listwise"}}
+        sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "ranking": {"loss": loss}}
         setup = prepare(task_recipe(tmp_path / name, "rank", "encoder", dropout=0.0, **sections), root=tmp_path)
         setup.model.train()
         done = compute_gradients(setup, setup.plan, 1)

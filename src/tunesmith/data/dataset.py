@@ -451,7 +451,8 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "control_tokens": renderer.control_tokens,
     }
     if renderer.pooling is not None:
-        parts["pooling"] = asdict(renderer.pooling)
+        pooling = asdict(renderer.pooling)
+        parts["pooling"] = {key: value for key, value in pooling.items() if key != "include_prompt" or not value}
     if renderer.date is not None:
         parts["date"] = renderer.date
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -126,15 +126,30 @@ def pair_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
     return _by_length(column(rows, "margin"), _of_pairs(rows)["longer_chosen"])
 
 
+def answer_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
+    """Margin and length of some answers, those that are wanted and the others."""
+    sides: dict[str, list[list[float]]] = {"wanted": [], "not wanted": []}
+    for row in (rows[i] for i in _spread(len(rows))):
+        sides["wanted" if row["wanted"] else "not wanted"].append([float(row["lengths"][0]), float(row["margin"])])
+    return {"sides": sides}
+
+
+def _spread(num: int) -> Sequence[int]:
+    """Indices of at most `MOST_DOTS` of so many rows, evenly apart."""
+    return [int(i) for i in np.unique(np.linspace(0, num - 1, MOST_DOTS).astype(np.int64))]
+
+
 def reward_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
     """Margins and differences in length of every better and worse answer."""
     return _by_length(*(np.concatenate([_contests(row, key) for row in rows]) for key in ("rewards", "lengths")))
 
 
 def _by_length(margins_I: Floats, longer_I: Floats) -> dict[str, Any]:
-    shown = np.unique(np.linspace(0, len(margins_I) - 1, MOST_DOTS).astype(np.int64))
     of_length = []
     for name, which_I in (("shorter", longer_I < 0), ("as long", longer_I == 0), ("longer", longer_I > 0)):
         accuracy = float(_won(margins_I[which_I]).mean()) if which_I.any() else None
         of_length.append({"chosen": name, "pairs": int(which_I.sum()), "accuracy": accuracy})
-    return {"margins": [[float(longer_I[i]), float(margins_I[i])] for i in shown], "by_length": of_length}
+    return {
+        "margins": [[float(longer_I[i]), float(margins_I[i])] for i in _spread(len(margins_I))],
+        "by_length": of_length,
+    }

@@ -343,7 +343,7 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[s
     "numbers": _number_details,
     "tags": _tag_details,
     "pairs": preference_scores.pair_details,
-    "answers": lambda rows, classes: {},
+    "answers": preference_scores.answer_details,
     "rewards": preference_scores.reward_details,
     "ranks": retrieval_scores.rank_details,
     "similarities": retrieval_scores.similarity_details,

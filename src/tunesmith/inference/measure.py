@@ -57,7 +57,7 @@ from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Example, Layout, Problem, TaskName
+from tunesmith.types import Example, Layout, Part, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
@@ -134,7 +134,8 @@ def evaluate_file(
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
     `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `judge`: says how often these answers win
-    against those from before. `keep` gets an iterator of one line a row, as in a run's evaluation/after.jsonl.
+    against those from before; of rows that are prompts alone nothing else is measured. `keep` gets an iterator of one
+    line a row, as in a run's evaluation/after.jsonl.
 
     Raises:
         InputError: `samples` for a model that writes nothing, or a judge of what is no run.
@@ -143,12 +144,12 @@ def evaluate_file(
     """
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
-        raise InputError(
-            f"--samples: a model of task {task} without a head for writing gives no answers. Leave it out."
-        )
-    if judge is not None and (loaded.run is None or loaded.is_base or loaded.head != "next_token"):
+        raise InputError(f"--samples: a model of task {task} has no head for writing answers. Leave it out.")
+    if judge and (loaded.run is None or loaded.is_base or loaded.head != "next_token"):
         raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
+    if judge and (prompts := _prompts_alone(data, task)):
+        return _of_prompts(loaded, prompts[: SAMPLES if samples is None else samples], judge, notes, on_progress)
     if loaded.recipe.train.class_weights == "balanced":
         notes.append("the loss is not weighted as in training: an early version kept no class weights of this run")
     trained = None if loaded.run is None else load_training_rows(loaded.run)
@@ -156,8 +157,8 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        chosen = TASKS[task].use_rows(loaded.recipe, [(store, rows_I)])
-        loaded = replace(loaded, recipe=reduce(with_choice, chosen, loaded.recipe))
+        choices = TASKS[task].use_rows(loaded.recipe, [(store, rows_I)])
+        loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
         if TASKS[task].compares:
             with _as_begun(loaded) as base:
                 found = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
@@ -173,9 +174,8 @@ def evaluate_file(
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
-    sampled, of_answers, more = _answered(loaded, data, store, judge=judge, num=samples, on_progress=on_progress)
-    measures |= of_answers
-    baseline = row_baseline(results, details.get("constant"), classes)
+    sampled, of_answers, more = _answered(loaded, *_chosen(loaded, data, store, samples), judge, on_progress)
+    measures, baseline = measures | of_answers, row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
         scored = zip(sampled, answer_scores(*_columns(sampled)), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
@@ -183,18 +183,54 @@ def evaluate_file(
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
 
 
+def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -> tuple[list[Example], int]:
+    """Rows to answer, by content hash, whatever their order in the file, and most tokens of an answer."""
+    task = loaded.renderer.task_name
+    if num is None:
+        usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
+        num = usual if TASKS[task].writes_answers else 0
+    rows = (example for _, example in examples(data.train, data, ignore, task=task)) if num else ()
+    new_tokens = new_tokens_for(store.targets, loaded.recipe.evaluation.sample_tokens)
+    return heapq.nsmallest(num, rows, key=content_hash), new_tokens
+
+
 def _answered(
-    loaded: LoadedModel, data: Data, store: RowStore, *, judge: LoadedModel | None, **how: Any
+    loaded: LoadedModel, rows: Sequence[Example], new_tokens: int, judge: LoadedModel | None, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], dict[str, Interval], list[str]]:
     """Answers to some rows, their measures, and notes."""
-    sampled, prompted, notes = _answer(loaded, data, store, **how)
+    sampled, prompted, notes = _answer(loaded, rows, new_tokens, on_progress)
     measures = score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
     if judge is None or not sampled:
         return sampled, measures, notes
     with _as_begun(loaded) as base:
-        before, *_ = _answer(base, data, store, **how)
+        before, *_ = _answer(base, rows, new_tokens, on_progress)
     rates, said = judged(judge, prompted, _columns(before)[0], _columns(sampled)[0])
     return sampled, {**measures, **rates}, [*notes, said]
+
+
+def _prompts_alone(data: Data, task: TaskName) -> list[Example]:
+    """The prompts of a file none of whose rows has an answer, each with an empty one; none of other files; in the
+    order of their content hashes. Raises DataError for one that cannot be read."""
+    problems: list[Problem] = []
+    how: dict[str, Any] = {"task": task, "answered": False, "keep": ()}
+    found = [example for _, example in examples(data.train, data, problems.append, **how)]
+    if not found or any("reference" in example.kept for example in found):
+        return []
+    if bad := [problem for problem in problems if problem.severity == "error"]:
+        raise DataError(f"{plural(len(bad), 'prompt')} cannot be answered", bad)
+    empty = Part("assistant", "", True)
+    return [replace(one, parts=(*one.parts, empty)) for one in sorted(found, key=content_hash)]
+
+
+def _of_prompts(
+    loaded: LoadedModel, prompts: Sequence[Example], judge: LoadedModel, notes: list[str], on_progress: OnProgress
+) -> EvaluationResult:
+    """Win rates alone, of prompts without an answer."""
+    sampled, rates, more = _answered(loaded, prompts, loaded.recipe.evaluation.sample_tokens, judge, on_progress)
+    rates = {key: rate for key, rate in rates.items() if key.startswith("win_rate")}
+    return EvaluationResult(
+        loaded.renderer.task_name, len(prompts), rates, None, [], {}, sampled, None, [*notes, *more]
+    )
 
 
 def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -312,26 +348,19 @@ def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
 
 
 def _answer(
-    loaded: LoadedModel, data: Data, store: RowStore, num: int | None, on_progress: OnProgress
+    loaded: LoadedModel, rows: Sequence[Example], new_tokens: int, on_progress: OnProgress
 ) -> tuple[list[dict[str, Any]], list[Example], list[str]]:
-    """Answers to the rows of smallest content hash, whatever their order in the file, what was answered, and notes."""
-    task, renderer = loaded.renderer.task_name, loaded.renderer
-    if num is None:
-        usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
-        num = usual if TASKS[task].writes_answers else 0
-    if num == 0:
+    """Answers to rows, what was answered, and notes."""
+    if not rows:
         return [], [], []
-    new_tokens = new_tokens_for(store.targets, loaded.recipe.evaluation.sample_tokens)
-    rows = (example for _, example in examples(data.train, data, ignore, task=task))
-    chosen = heapq.nsmallest(num, rows, key=content_hash)
-    limit = PromptLimit.of(renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
-    prompts = sample_prompts(renderer, chosen, limit=limit, new_tokens=new_tokens)
+    limit = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(loaded.renderer, rows, limit=limit, new_tokens=new_tokens)
     sampling = Sampling(max_new_tokens=new_tokens)
-    sampled = list(answer_samples(loaded.model, renderer, prompts, sampling, on_progress))
+    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, sampling, on_progress))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     prompted = {
-        str(example.source): replace(example, parts=example.last_prompt, branches=(), labels=()) for example in chosen
+        str(example.source): replace(example, parts=example.last_prompt, branches=(), labels=()) for example in rows
     }
-    notes = [note, *sample_notes(prompts, num_rows=len(chosen))]
+    notes = [note, *sample_notes(prompts, num_rows=len(rows))]
     return sampled, [prompted[sample["source"]] for sample in sampled], notes

@@ -38,6 +38,7 @@ def find_pooling(folder: Path) -> Pooling:
     if strange := [name for name in names if name not in _KNOWN_MODULES]:
         raise ModelError(f"{folder}: {_MODULES}: {strange[0]}: only {', '.join(_KNOWN_MODULES)} can be computed here.")
     kind: PoolingKind = "mean"
+    config: dict[str, Any] = {}
     if "Pooling" in names:
         config = _json(folder / places[names.index("Pooling")] / "config.json")
         modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
@@ -50,7 +51,8 @@ def find_pooling(folder: Path) -> Pooling:
     most = _json(limits).get("max_seq_length") if limits.is_file() else None
     prompts = _json(folder / _PROMPTS).get("prompts") or {} if (folder / _PROMPTS).is_file() else {}
     document = prompts.get("document", prompts.get("passage"))
-    return Pooling(kind, "Normalize" in names, most, prompts.get("query") or "", document or "")
+    include_prompt = bool(config.get("include_prompt", True))
+    return Pooling(kind, "Normalize" in names, most, prompts.get("query") or "", document or "", include_prompt)
 
 
 def copy_pooling(source: Path, folder: Path) -> None:
@@ -89,11 +91,12 @@ def write_pooling(pooling: Pooling, folder: Path, *, size: int) -> None:
     ]
     modes = {key: kind == pooling.kind for key, kind in _KINDS.items()}
     prompts = {"query": pooling.query_prompt, "document": pooling.document_prompt}
+    how = {"word_embedding_dimension": size, **modes, "include_prompt": pooling.include_prompt}
     files = {
         _MODULES: modules,
         _LIMITS: {"max_seq_length": pooling.max_tokens, "do_lower_case": False},
         _PROMPTS: {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        f"{places[1]}/config.json": {"word_embedding_dimension": size, **modes, "include_prompt": True},
+        f"{places[1]}/config.json": how,
     }
     for place in places[1:]:  # a module without settings is an empty folder
         (folder / place).mkdir(exist_ok=True)

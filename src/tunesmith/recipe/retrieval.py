@@ -32,6 +32,8 @@ class Embed(OptionGroup):
     """Text in front of anchors, queries and first sentences. null: that of the model's files, if there is one."""
     document_prompt: str | None = None
     """Text in front of positives, negatives and second sentences. null: as for `query_prompt`."""
+    include_prompt: bool | None = None
+    """Whether the tokens of a prompt are pooled too. null: as the model's files say, else true."""
     documents: Positive = 10_000
     """Most documents among which held-out anchors look for their positive: those of held-out rows, and more of training
     rows."""
@@ -40,7 +42,8 @@ class Embed(OptionGroup):
         """The pooling that these options describe; None while it is not decided."""
         if self.pooling == "auto" or self.normalize == "auto":
             return None
-        return Pooling(self.pooling, self.normalize, max_tokens, self.query_prompt or "", self.document_prompt or "")
+        prompts = (self.query_prompt or "", self.document_prompt or "")
+        return Pooling(self.pooling, self.normalize, max_tokens, *prompts, self.include_prompt is not False)
 
 
 class Rank(OptionGroup):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.collate import build_batch
-from tunesmith.data.embedding import pooled
+from tunesmith.data.embedding import first_pooled, pooled
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, ModelError
@@ -197,6 +197,11 @@ class Classifier:
             if not isinstance(text, str):
                 raise RequestError("a model that tags words takes one text, not a pair")
             return Example(tuple(Part("word", word, False) for word in text.split()), source, "tokens_tags")
+        if TASKS[self.card.task].outcome == "rewards":
+            if isinstance(text, str):
+                raise RequestError('a reward is of a prompt and its answer: {"text": PROMPT, "text_pair": ANSWER}')
+            sides = (Part("user", text[0], False), Part("assistant", text[1], True))
+            return Example(sides, source, "prompt_completion", plain=True)
         texts = (text,) if isinstance(text, str) else text
         parts = (Part(name, one, False) for name, one in zip(("text", "text_pair"), texts, strict=False))
         return Example(tuple(parts), source, "text_label")
@@ -240,7 +245,8 @@ class Embedder:
         if len(ids) > most:
             message = f"input[{index}] has {len(ids):,} tokens, at most {most:,} are read: shorten it"
             raise RequestError(message, code="context_length_exceeded", param="input")
-        return Row(np.array(ids, np.int32), pooled(len(ids), self.pooling.kind), Source("input", index + 1))
+        first = first_pooled(self.pooling, prompt, self.loaded.renderer.tokenizer)
+        return Row(np.array(ids, np.int32), pooled(len(ids), self.pooling.kind, first), Source("input", index + 1))
 
     def _vectors(self, rows: Sequence[Row]) -> Tensor:
         model = self.loaded.model

@@ -67,6 +67,8 @@ def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
     for key in ("query_prompt", "document_prompt"):
         if getattr(options, key) is None and getattr(found, key):
             choices.append(Choice(f"embed.{key}", getattr(found, key), why))
+    if options.include_prompt is None and not found.include_prompt:
+        choices.append(Choice("embed.include_prompt", False, why))
     if recipe.data.max_tokens == "auto" and found.max_tokens is not None:
         choices.append(Choice("data.max_tokens", min(found.max_tokens, model_size(located).max_tokens), why))
     return choices

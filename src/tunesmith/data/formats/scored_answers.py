@@ -1,6 +1,7 @@
 """Answers to one prompt, the best first, or with a score each: {"prompt": "...", "answers": ["...", "..."],
 "scores": [4, 1]}. The prompt is text or a list of messages.
 
+UltraFeedback's own rows are read as well: an instruction, and completions with a response and a fine-grained_score.
 A row to be scored has one answer: {"prompt": "...", "completion": "..."}, each text, or each a list of messages.
 """
 
@@ -15,13 +16,16 @@ from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 NAME: Shape = "scored_answers"
-FIELDS = ("prompt", "answers", "scores", "completion", "tools")
+FIELDS = ("prompt", "answers", "scores", "completion", "tools", "instruction", "completions")
 REQUIRED = ("prompt", "answers")
 INPUTS = ("prompt", "completion")
+_RATED = {"answers": "response", "scores": "fine-grained_score"}
+"""Fields of UltraFeedback's completions. The mean of four ratings is taken: its overall_score has 10 for some of 1."""
 
 
 def matches(record: dict[str, Any]) -> bool:
-    return "prompt" in record and isinstance(record.get("answers"), list)
+    asked, given = ("instruction", "completions") if "completions" in record else ("prompt", "answers")
+    return asked in record and isinstance(record.get(given), list)
 
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
@@ -29,6 +33,10 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if not answered:
         return prompt_completion.parse(record, source)
     found = RowProblems(source)
+    if isinstance(record.get("completions"), list):
+        rated = [one if isinstance(one, dict) else {} for one in record["completions"]]
+        columns = {ours: [one.get(theirs) for one in rated] for ours, theirs in _RATED.items()}
+        record = {"prompt": record.get("instruction"), **columns}
     prompt, answers = record.get("prompt"), record.get("answers")
     if not isinstance(answers, list):
         found.wrong_type("answers", answers, "a list of texts")
