@@ -2,43 +2,31 @@
 
 Runs with and without it alternate (A B B A …), each a fresh process, on a model of random weights. Compared are the
 median time of a step and the time from the first step to the last, which holds everything between steps too.
+`--share` measures the tracker's own processes instead, while ten steps a second are written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from tunesmith.environment import for_child
 from tunesmith.runs.folder import Run
+from tunesmith.tracking.sender import SenderProcess
+from tunesmith.types import Event
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "what",
-    "is",
-    "tallest",
-    "mountain",
-    "on",
-    "Earth",
-    "yes",
-    "please",
-    "hello",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on",
+         "Earth", "yes", "please", "hello"]  # fmt: skip
 
 
 def make_model(folder: Path) -> Path:
@@ -67,36 +55,57 @@ def make_rows(path: Path, num: int = 2000) -> Path:
 def measure(folder: Path, name: str, trackers: list[str], *, steps: int) -> tuple[float, float]:
     """(median seconds of a step, seconds from the first step to the last) of one run."""
     out = folder / name
-    words = [
-        sys.executable,
-        "-m",
-        "tunesmith",
-        "train",
-        "model",
-        "rows.jsonl",
-        "--out",
-        str(out),
-        "--fast",
-        "-q",
-        "--task",
-        "text",
-    ]
-    words += ["--set", f"train.max_steps={steps}", "--set", "train.rows_per_step=16", "--set", "checkpoint.every=1000"]
+    words = [sys.executable, "-m", "tunesmith", "train", "model", "rows.jsonl", "--out", str(out), "--fast", "-q"]
+    words += ["--task", "text", "--set", f"train.max_steps={steps}", "--set", "train.rows_per_step=16"]
+    words += ["--set", "checkpoint.every=1000"]
     words += [word for tracker in trackers for word in ("--track", tracker)]
     subprocess.run(words, cwd=folder, env=for_child(), check=True, stdout=subprocess.DEVNULL)
     events = [event for event in Run(out).events() if event.kind == "step"]
     return statistics.median(event.timing["seconds"] for event in events), events[-1].time - events[0].time
 
 
+def processor_share(folder: Path, name: str, *, rate: float = 10.0, seconds: float = 60.0) -> tuple[float, float]:
+    """(share of one core that a tracker's processes take, seconds of it to start) while a run writes `rate` steps/s."""
+    run = Run.create(folder, f"written-{name}", "model: ./model\n")
+    begun, process = time.monotonic(), SenderProcess(name, offline=True)
+    process.wait_ready()
+    process.begin(run)
+    run.append(Event("start", 0, time.time(), {"model": "./model", "versions": {}, "identity": {}}, {}))
+    used, after_start = [], 5.0
+    for step in range(1, int(rate * (seconds + after_start)) + 1):
+        values = {"loss": 2 + 1 / step, "lr": 1e-4 / step, "grad_norm": 1 + 1 / step, "tokens": 1000 + step}
+        run.append(Event("step", step, time.time(), values, {"seconds": 1 / rate, "peak_bytes": 10**9}))
+        if step in (int(rate * after_start), int(rate * (seconds + after_start))):
+            used.append((processor_seconds(process.pid), time.monotonic()))
+        time.sleep(max(0.0, begun + step / rate - time.monotonic()))
+    run.append(Event("end", step, time.time(), {}, {}))
+    process.finish(60)
+    (start, begun), (end, ended) = used
+    return (end - start) / (ended - begun), start
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds of processor that a process and those it started have taken."""
+    first = psutil.Process(pid)
+    return sum(sum(one.cpu_times()[:2]) for one in [first, *first.children(recursive=True)])
+
+
 def main() -> None:
     """Print a line for each pair and the mean over all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--track", action="append", required=True)
+    parser.add_argument("--share", action="store_true", help="only the share of one core, at ten steps a second")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        if options.share:
+            os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "WANDB_DIR": place}
+            for name in options.track:
+                share, start = processor_share(folder, name)
+                print(f"{name}: {100 * share:.2f} % of one core, {start:.1f} s of it to start", flush=True)
+            return
         make_model(folder / "model")
         make_rows(folder / "rows.jsonl")
         ratios = []

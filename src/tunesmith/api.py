@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,7 +78,11 @@ def train(
     base = recipe.model_dump() if isinstance(recipe, Recipe) else {}
     path = None if recipe is None or isinstance(recipe, Recipe) else fspath(recipe)
     start = load_recipe(path, base=base).model_dump()
-    chosen = validate(_over(start, given), where="tunesmith.train")
+    try:
+        chosen = validate(_over(start, given), where="tunesmith.train")
+    except RecipeError as error:  # train.epochs is written train={"epochs": ...} here
+        text = re.sub(r"did you mean (\w+)\.(\w+)\?", r'did you mean \1={"\2": ...}?', str(error))
+        raise RecipeError(text) from None
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")

@@ -87,3 +87,15 @@ def test_an_empty_file_and_a_missing_one_are_named(place: Path, model: Path) -> 
             assert result.exit_code == 2
             assert name in result.output
             assert "Traceback" not in result.output
+
+
+def test_a_missing_file_is_said_once_and_a_model_folder_is_named(place: Path, model: Path) -> None:
+    (place / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    alone = CliRunner().invoke(app, ["check", "nofile.jsonl"])
+    assert alone.stdout.count("nofile.jsonl") == 1
+    assert alone.stdout.endswith("refused: data.train: no row can be used\n")
+    together = CliRunner().invoke(app, ["check", "rows.jsonl", "nofile.jsonl"])
+    assert together.stdout.endswith("refused: nofile.jsonl cannot be used as it is\n")
+    swapped = CliRunner().invoke(app, ["check", str(model), "rows.jsonl"])
+    assert alone.exit_code == together.exit_code == swapped.exit_code == 2
+    assert f"a model folder, not data. Write: tunesmith check DATA --model {model}" in " ".join(swapped.stderr.split())

@@ -62,6 +62,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
     module = SimpleNamespace(check=lambda offline: None, open_run=open_run)
     monkeypatch.setitem(TRACKERS, "memory", SimpleNamespace(title="Memory", package="json", load=lambda: module))
     monkeypatch.setattr(sender, "POLL_S", 0.01)
+    monkeypatch.setattr(sender, "PAUSE_S", 0.01)
     monkeypatch.setattr(sender, "LONGEST_WAIT_S", 0.01)
     (monkeypatch).setattr(sender, "TRIES", 3)
     return memory

@@ -50,6 +50,9 @@ def check(
     remember_json(ctx, as_json)
     from tunesmith.recipe import load
 
+    for path in data or ():
+        if (Path(path) / "config.json").is_file():
+            raise InputError(f"{path}: a model folder, not data. Write: tunesmith check DATA --model {path}")
     train = files(data)
     explicit = {"model": model, "data.train": train, "data.eval": files(eval_), "data.mix": mix_of(train), "task": task}
     chosen = load.load(str(recipe) if recipe else None, [*to_overrides(explicit), *(settings or [])])
@@ -117,7 +120,8 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
         if counts:
             by_code = ", ".join(f"{number:,} {code}" for code, number in sorted(counts.items()))
             _say(screen, f"{plural(sum(counts.values()), what)}: {by_code}")
-    for file in report.files:
+    named = {problem.source.path for problem in errors}  # a file that cannot be read is said once
+    for file in [file for file in report.files if file.is_readable or file.path not in named]:
         shape = f"{file.shape} in {file.format}" if file.shape else file.format or "unreadable"
         _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")
     if mix:
@@ -127,10 +131,12 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
     _labels(screen, report)
     for spans in report.first_rows[:1]:
         screen.print("", sample_row(spans, in_color=screen.color_system is not None), "", sep="\n")
-    _say(screen, f"held out: {plural(report.held_out, 'row')}")
+    if any(file.usable for file in report.files):
+        _say(screen, f"held out: {plural(report.held_out, 'row')}")
     for note in report.notes:
         _say(screen, f"note: {note}")
-    for refusal in report.refusals:
+    listed = {f"{path} cannot be used as it is" for path in named}
+    for refusal in [refusal for refusal in report.refusals if refusal not in listed] or report.refusals:
         screen.print(Text(f"refused: {visible(refusal)}", style="bold red"))
     if report.ok:
         _verdict(screen, report)

@@ -36,7 +36,9 @@ from tunesmith.cli.render import (
 )
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
+from tunesmith.errors import Stopped
 from tunesmith.formatting import PHASES, command, duration, size
+from tunesmith.parallel.world import place_of
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -320,6 +322,9 @@ class RunDisplay:
         if self.as_json:
             json_line(asdict(event))
         self.display.event(event)
+        is_measuring = event.kind == "sample" or event.values.get("name") in ("before", "after")
+        if is_measuring and self.should_stop() and place_of(os.environ).size == 1:  # a group stops between steps
+            raise Stopped(f"stopped while measuring; resume with: {command('resume', self.runs[-1].path)}")
 
     def note(self, text: str) -> None:
         """Print a note before the run begins."""

@@ -42,6 +42,8 @@ from tunesmith.tracking.tracker import (
 )
 
 POLL_S = 1.0
+PAUSE_S = 5.0
+"""Shortest time between two batches: each is a request or a transaction, whatever it holds."""
 LONGEST_WAIT_S = 60.0
 """Longest pause before a tracker that failed is tried again."""
 ORPHAN_S = 120.0
@@ -78,6 +80,7 @@ class Sender:
         self.reader = RunReader(run)
         self.state: dict[str, Any] = {"place": "", "step": -1, "kept": -1, "done": False, **read_state(run, name)}
         self.num_sent = 0
+        self._next_batch_at = 0.0
         self._tracker: Tracker | None = None
         self._coming: queue.Queue[list[StepMetrics] | Exception | None] = queue.Queue()
         self._is_closed = False
@@ -118,6 +121,8 @@ class Sender:
     def _collect(self) -> tuple[list[StepMetrics], bool]:
         """Wait for steps and take all there are; also return whether no more will come."""
         steps: list[StepMetrics] = []
+        while time.monotonic() < self._next_batch_at and not self.is_over():
+            time.sleep(POLL_S)
         with suppress(queue.Empty):
             item = self._coming.get(timeout=POLL_S)
             while item is not None:
@@ -140,6 +145,7 @@ class Sender:
         if new:
             self._tracker.log(new)
             self.num_sent += len(new)
+            self._next_batch_at = time.monotonic() + PAUSE_S
             self._save(step=new[-1].step)
 
     def _save(self, **values: Any) -> None:
@@ -233,6 +239,7 @@ class SenderProcess:
             env=for_child(),
             start_new_session=True,  # Ctrl-C is for the run
         )
+        self.pid = self._process.pid
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._write({"offline": offline})
@@ -263,7 +270,8 @@ class SenderProcess:
         self.kill()
         step = f"up to step {state['step']:,}" if state.get("step", -1) >= 0 else "nothing yet"
         if answer.get("sent"):
-            with_files = f", report and adapter, {size(state['bytes'])}" if state.get("bytes") else ""
+            names = "report and adapter" if self.run.adapter_path.exists() else "report"
+            with_files = f", {names}, {size(state['bytes'])}" if state.get("bytes") else ""
             return True, f"{self.name}: sent {step}{with_files}: {state['place']}"
         in_time = "" if wait_s is None else f" within {wait_s:.0f} s"
         why = state.get("error") or f"no answer{in_time}"
